@@ -1,0 +1,1 @@
+"""Exporters: variants of a denoiser, written for other runtimes. None has been written yet."""

@@ -1,0 +1,71 @@
+"""Count the multiply-accumulates of a graph, from the shapes on its nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.fx import Node
+
+from tgate_compile.passes.attention_core import FUSED
+
+aten = torch.ops.aten
+
+LINEAR = {aten.linear.default}
+CONVOLUTION = {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.convolution.default,
+}
+# The left operand's position: its elements times the result's last dimension are the products.
+PRODUCTS = {
+    aten.bmm.default: 0,
+    aten.matmul.default: 0,
+    aten.mm.default: 0,
+    aten.addmm.default: 1,
+    aten.baddbmm.default: 1,
+}
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one call.
+
+    Attributes:
+        layers: linear and convolution layers only: the convention of the paper's tables.
+        attention: the other matrix products, which are attention's: queries by keys, weights by values.
+    """
+
+    layers: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.layers + self.attention
+
+
+def count_macs(graph: torch.fx.Graph) -> Macs:
+    """The multiply-accumulates of one run of `graph`, whose nodes carry fake tensors of static shape."""
+    layers = attention = 0
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in LINEAR:
+            layers += _shape(node).numel() * _shape(node.args[1])[-1]
+        elif node.target in CONVOLUTION:
+            layers += _shape(node).numel() * prod(_shape(node.args[1])[1:])
+        elif node.target in FUSED:
+            query, key, value = (_shape(operand) for operand in node.args[:3])
+            attention += prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+        elif node.target in PRODUCTS:
+            attention += _shape(node.args[PRODUCTS[node.target]]).numel() * _shape(node)[-1]
+    return Macs(layers, attention)
+
+
+def _shape(node: Node) -> torch.Size:
+    shape: torch.Size = node.meta["val"].shape
+    return shape

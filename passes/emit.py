@@ -1,0 +1,51 @@
+"""Make the values at sites outputs of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Node
+
+from tgate_compile._graphs import Site
+from tgate_compile.passes._result import PassResult
+
+aten = torch.ops.aten
+
+
+def emit(graph_module: torch.fx.GraphModule, sites: Iterable[Site], *, merge_halves: bool) -> PassResult:
+    """Append the value at each site to the outputs, in the order of `sites`.
+
+    Args:
+        graph_module: changed in place. Its output is one flat tuple.
+        sites: where.
+        merge_halves: the batch is [uncond; cond]: emit the mean of the two, batch B (arXiv 2404.02747,
+            section 3.2), accumulated in fp32 whatever the dtype.
+    """
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    output = graph.output_node()
+    emitted = []
+    for site in sites:
+        value = nodes[site.node]
+        with graph.inserting_before(output):
+            emitted.append(_mean_of_halves(graph, value) if merge_halves else value)
+    output.args = ((*output.args[0], *emitted),)
+    return PassResult(len(emitted))
+
+
+def _mean_of_halves(graph: torch.fx.Graph, value: Node) -> Node:
+    # Not chunk(2): on a dynamic batch it exports as a sequence, which ONNX optimizers trip over.
+    dtype = value.meta["val"].dtype
+    halves = _call(graph, aten.unflatten.int, value, 0, [2, -1])
+    mean = _call(graph, aten.mean.dim, halves, [0], False, dtype=torch.float32)
+    return mean if dtype == torch.float32 else _call(graph, aten.to.dtype, mean, dtype)
+
+
+def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, source: Node, *args: object, **kwargs: object) -> Node:
+    node = graph.call_function(target, (source, *args), kwargs)  # type: ignore[arg-type]
+    fake = source.meta["val"]
+    with fake.fake_mode:
+        node.meta["val"] = target(fake, *args, **kwargs)
+    node.meta["nn_module_stack"] = source.meta.get("nn_module_stack", {})
+    return node

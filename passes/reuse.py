@@ -1,0 +1,36 @@
+"""Replace the values at sites by inputs of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from tgate_compile._graphs import Site
+from tgate_compile.passes._result import PassResult
+
+
+def cache_name(site: Site) -> str:
+    """The name of the input that stands for `site`: an identifier, since it becomes a Python argument."""
+    return "cache_" + site.name.replace(".", "_")
+
+
+def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResult:
+    """Give `graph_module` one more input for each site, after the others, used wherever the value was.
+
+    What computed the value is left in place, dead, for `remove_dead`.
+    """
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    count = 0
+    for site in sites:
+        value = nodes[site.node]
+        with graph.inserting_after(last_input):
+            cached = graph.placeholder(cache_name(site))
+        cached.meta["val"] = value.meta["val"]
+        cached.meta["tensor_meta"] = value.meta.get("tensor_meta")
+        value.replace_all_uses_with(cached)
+        last_input = cached
+        count += 1
+    return PassResult(count)

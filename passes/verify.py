@@ -1,0 +1,56 @@
+"""What a valid variant is."""
+
+from __future__ import annotations
+
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from tgate_compile._errors import VerificationError
+from tgate_compile._graphs import Captured, Variant
+from tgate_compile.passes.find_cross_attention import find_cross_attention
+
+
+def verify(variant: Variant, captured: Captured) -> None:
+    """Check that `variant` is a valid graph of its phase, made of `captured`.
+
+    - It returns what the denoiser returns, then one value for each emitted site: batch B when the phase merges
+      the halves, else the site's own shape.
+    - It takes one cache for each reused site; no cross-attention is left, and no weight of one.
+    - Every value has its `meta["val"]`, no output is an input, and no two outputs are the same value.
+
+    Raises:
+        VerificationError: it is not; the message says in what.
+    """
+    graph = variant.program.graph
+    outputs: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    expected = captured.out_spec.num_leaves + len(variant.emitted)
+    _require(len(outputs) == expected, f"it has {len(outputs)} outputs, expected {expected}")
+    _require(len(set(outputs)) == len(outputs), "one value is two of its outputs")
+    _require(all(node.op != "placeholder" for node in outputs), "one of its outputs is an input")
+    for node in graph.nodes:
+        _require(node.op == "output" or "val" in node.meta, f"{node.name} has no meta['val']")
+
+    merged = variant.phase.guided
+    for site, node in zip(variant.emitted, outputs[captured.out_spec.num_leaves :], strict=True):
+        shape = (site.shape[0] // 2, *site.shape[1:]) if merged else site.shape
+        _require(tuple(node.meta["val"].shape) == shape, f"{site.name} is emitted as {node.meta['val'].shape}")
+        _require(node.meta["val"].dtype == site.dtype, f"{site.name} is emitted as {node.meta['val'].dtype}")
+
+    inputs = variant.program.graph_signature.user_inputs
+    _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
+    if variant.reused:
+        latents = next(node for node in graph.nodes if node.name == captured.latents)
+        left = find_cross_attention(variant.program.graph_module, latents)
+        _require(not left, f"{len(left)} cross-attentions are left: {[site.name for site in left]}")
+        weights = [
+            spec.target
+            for spec in variant.program.graph_signature.input_specs
+            if spec.kind is InputKind.PARAMETER
+            and any(str(spec.target).startswith(site.name + ".") for site in variant.reused)
+        ]
+        _require(not weights, f"weights of cached cross-attentions are left: {weights}")
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise VerificationError(f"A rewritten graph is not valid: {problem}. Please report this.")

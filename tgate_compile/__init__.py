@@ -1,0 +1,18 @@
+"""tgate_compile: make text-conditioned diffusion cheap to serve, by rewriting the denoiser's graph.
+
+pipe = tgate_compile.optimize(pipe, gate_step=10)
+image = pipe("a red fox in snow", num_inference_steps=25).images[0]
+"""
+
+from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline
+from tgate_compile._describe import describe as describe
+from tgate_compile._errors import CaptureError as CaptureError
+from tgate_compile._errors import ConcurrentGenerationError as ConcurrentGenerationError
+from tgate_compile._errors import ConfigurationError as ConfigurationError
+from tgate_compile._errors import TGateError as TGateError
+from tgate_compile._errors import UnsupportedModelError as UnsupportedModelError
+from tgate_compile._errors import VerificationError as VerificationError
+from tgate_compile._optimize import generation as generation
+from tgate_compile._optimize import optimize as optimize
+from tgate_compile._optimize import restore as restore
+from tgate_compile._version import __version__ as __version__

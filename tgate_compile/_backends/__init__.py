@@ -1,0 +1,36 @@
+"""Backends: what runs a variant's graph. A new one is a module with a `Backend`, and a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tgate_compile._backends._interface import Backend, Runner
+from tgate_compile._backends.eager import EagerBackend
+from tgate_compile._backends.inductor import InductorBackend
+from tgate_compile._errors import ConfigurationError
+
+__all__ = ["BACKENDS", "Backend", "Runner", "check_backend", "make_backend"]
+
+BACKENDS = {"inductor": InductorBackend, "eager": EagerBackend}
+
+
+def check_backend(name: object, options: Mapping[str, object]) -> None:
+    """Raise ConfigurationError unless `name` is a backend, or `auto`, that takes `options`."""
+    if name == "auto":
+        if options:
+            raise ConfigurationError('backend_options need a named backend, but backend is "auto".')
+        return
+    if not isinstance(name, str) or name not in BACKENDS:
+        known = ", ".join(f'"{known}"' for known in BACKENDS)
+        raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.')
+    BACKENDS[name].check_options(options)
+
+
+def make_backend(name: str, options: Mapping[str, object], device: torch.device) -> Backend:
+    """The backend called `name`; `auto` takes the one that was measured to be the fastest on `device`'s type."""
+    if name == "auto":
+        # benchmarks/README.md has the figures. On a CPU Inductor compiles for minutes to end up beside eager.
+        name = "eager" if device.type == "cpu" else "inductor"
+    return BACKENDS[name](options)

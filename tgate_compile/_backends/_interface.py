@@ -1,0 +1,30 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+
+from tgate_compile._graphs import Variant
+
+#: Runs a variant: (weights, inputs and caches) -> outputs and caches, all flat and in the variant's order. The
+#: weights are passed in every call, so that a backend has no copy that could go stale.
+Runner = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+
+
+class Backend(Protocol):
+    """Makes runners."""
+
+    name: ClassVar[str]
+
+    def __init__(self, options: Mapping[str, object]) -> None: ...
+
+    @staticmethod
+    def check_options(options: Mapping[str, object]) -> None:
+        """Raise ConfigurationError for options that the backend does not know."""
+
+    def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Runner:
+        """A runner of `variant` for tensors of the shapes, dtypes and devices of these."""
+        ...

@@ -1,0 +1,35 @@
+"""The rewritten graph as it is, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+
+from tgate_compile._backends._interface import Runner
+from tgate_compile._errors import ConfigurationError
+from tgate_compile._graphs import Variant
+
+
+class EagerBackend:
+    """Runs the graph's ATen operators one by one: no compile time, the plain pipeline's numbers to the bit."""
+
+    name: ClassVar[str] = "eager"
+
+    def __init__(self, options: Mapping[str, object]) -> None:
+        del options  # there are none
+
+    @staticmethod
+    def check_options(options: Mapping[str, object]) -> None:
+        if options:
+            raise ConfigurationError(f'backend "eager" has no options, but got {dict(options)!r}.')
+
+    def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Runner:
+        graph_module = variant.program.graph_module
+
+        def run(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            outputs: Sequence[torch.Tensor] = graph_module(*weights, *inputs)
+            return outputs
+
+        return run

@@ -1,0 +1,106 @@
+"""Capture a denoiser as one graph, on the inputs of a real call."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.export.graph_signature import InputKind, TensorArgument
+
+from tgate_compile._call import Call
+from tgate_compile._errors import CaptureError, UnsupportedModelError
+from tgate_compile._graphs import Captured, Site
+from tgate_compile.passes.find_cross_attention import find_cross_attention
+
+logger = logging.getLogger(__name__)
+
+MSG_EXPORT_FAILED = (
+    "Could not capture {model} as a graph with torch.export ({error}). The model must run without data-dependent "
+    "Python control flow; a custom attention processor, a hook or a patched forward is the usual cause."
+)
+MSG_NO_SITES = (
+    "{model} has no cross-attention that can be cached: no attention in it takes its queries from the latents and "
+    "its keys and values from the text alone. Joint attention (SD3, Flux) mixes both in one sequence. "
+    "What works instead: fewer steps, or dropping guidance after some steps."
+)
+MSG_SITES_DIFFER = (
+    "Found {found} cross-attentions in the graph of {model}, but the model has {expected}. "
+    "Not found: {missing}. Please report the model class and its attention processors."
+)
+
+
+def capture(denoiser: torch.nn.Module, forward: Callable[..., Any], call: Call) -> Captured:
+    """The graph of `denoiser` for inputs like those of `call`, with its cross-attention sites.
+
+    Args:
+        denoiser: the module; its parameters become the graph's, not copies.
+        forward: its original forward, without our hook.
+        call: the inputs, [2B, ...] under guidance.
+
+    Raises:
+        CaptureError: torch.export failed.
+        UnsupportedModelError: there is no cross-attention, or not every one of the model's was found.
+    """
+    model = type(denoiser).__name__
+    args, kwargs = call.arguments
+    began = time.perf_counter()
+    with _forward_of(denoiser, forward), torch.no_grad():
+        try:
+            program = torch.export.export(denoiser, args, kwargs, strict=False)
+        except Exception as error:  # torch.export raises whatever the model's code raises
+            raise CaptureError(
+                MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")
+            ) from error
+    names = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
+    if len(names) != len(call.leaves) or not all(
+        isinstance(spec.arg, TensorArgument) for spec in program.graph_signature.output_specs
+    ):
+        raise CaptureError(MSG_EXPORT_FAILED.format(model=model, error="its inputs or outputs are not plain tensors"))
+
+    latents = next(iter(inspect.signature(forward).parameters))
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    sites = tuple(find_cross_attention(program.graph_module, placeholders[latents]))
+    _check_sites(denoiser, sites)
+    logger.info(
+        "captured %s: %d nodes, %d cross-attentions, in %.1f s",
+        model, len(program.graph.nodes), len(sites), time.perf_counter() - began,
+    )  # fmt: skip
+    out_spec = program.module_call_graph[0].signature.out_spec
+    return Captured(program, names, latents, out_spec, sites)
+
+
+def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
+    """The paths of the modules that call themselves cross-attentions (diffusers' `Attention` does)."""
+    return [name for name, module in denoiser.named_modules() if getattr(module, "is_cross_attention", False) is True]
+
+
+def _check_sites(denoiser: torch.nn.Module, sites: tuple[Site, ...]) -> None:
+    model = type(denoiser).__name__
+    if not sites:
+        raise UnsupportedModelError(MSG_NO_SITES.format(model=model))
+    expected = cross_attention_modules(denoiser)
+    missing = sorted(set(expected) - {site.name for site in sites})
+    if missing:
+        raise UnsupportedModelError(
+            MSG_SITES_DIFFER.format(model=model, found=len(sites), expected=len(expected), missing=", ".join(missing))
+        )
+
+
+@contextmanager
+def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Put `forward` in place of the hooked one while the module is traced, so that names have no prefix."""
+    missing = object()
+    hooked = module.__dict__.get("forward", missing)
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if hooked is missing:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = hooked

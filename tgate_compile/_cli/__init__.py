@@ -1,0 +1,3 @@
+"""The command line, `tgate-compile`."""
+
+from tgate_compile._cli.app import main as main

@@ -1,0 +1,25 @@
+"""Every error that tgate_compile raises on purpose; catch `TGateError` for all of them."""
+
+
+class TGateError(Exception):
+    """Base class of the library's own errors."""
+
+
+class ConfigurationError(TGateError, ValueError):
+    """An argument is wrong: the message says what was given, what was expected and what to do."""
+
+
+class UnsupportedModelError(TGateError):
+    """The pipeline or denoiser cannot be gated: the message says why and what works instead."""
+
+
+class CaptureError(TGateError, RuntimeError):
+    """The denoiser could not be captured as a graph."""
+
+
+class VerificationError(TGateError, RuntimeError):
+    """A rewritten graph is not what it must be. This is a bug of ours: please report it."""
+
+
+class ConcurrentGenerationError(TGateError, RuntimeError):
+    """A second generation was started on a denoiser that is in the middle of one."""

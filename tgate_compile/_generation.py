@@ -1,0 +1,163 @@
+"""One generation: from denoiser call to step, phase and variant, with the caches carried along."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+from tgate_compile._call import Call
+from tgate_compile._config import Keep
+from tgate_compile._errors import ConcurrentGenerationError, UnsupportedModelError
+from tgate_compile._schedule import Phase, TGate
+from tgate_compile._steps import StepCounter
+from tgate_compile._variants import VariantStore
+
+MSG_CONCURRENT = (
+    "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
+    "scheduler's state. Use one pipeline per thread (they may be built from the same weights), or a lock."
+)
+MSG_NOT_TWO_HALVES = (
+    "Guidance is on, but the denoiser's batch {shape} is not [uncond; cond] over the same latents, so its halves "
+    "cannot be merged at the gate. Three-way guidance (InstructPix2Pix) and perturbed guidance (PAG) are not "
+    "supported. "
+    "What works instead: the pipeline without tgate_compile, or with guidance off."
+)
+MSG_TWO_CALLS = (
+    "The denoiser was called twice for one timestep although {scheduler} has one call per step: this pipeline "
+    "evaluates its guidance halves in separate calls, which is not supported. "
+    "What works instead: the pipeline without tgate_compile."
+)
+
+
+class Generation:
+    """The state of one generation, made when it begins and thrown away when it ends.
+
+    Args:
+        store: the variants of the denoiser.
+        forward: the denoiser's original forward.
+        schedule: from step to phase.
+        keep: which half goes on after the gate.
+        interleaved: paths of the keyword arguments whose rows alternate between the halves.
+        guided: called at each step: whether guidance is on.
+        scheduler: called once, at the first denoiser call, when the timesteps are set.
+        num_calls: called likewise: how many of the timesteps the loop visits; None for all.
+        watch: look for changes of the denoiser at every call, not only at the first one.
+    """
+
+    def __init__(
+        self,
+        store: VariantStore,
+        forward: Callable[..., Any],
+        schedule: TGate,
+        *,
+        keep: Keep,
+        interleaved: Collection[tuple[str, ...]],
+        guided: Callable[[], bool],
+        scheduler: Callable[[], Any],
+        num_calls: Callable[[], int | None],
+        watch: bool,
+    ) -> None:
+        self._store = store
+        self._forward = forward
+        self._schedule = schedule
+        self._keep = keep
+        self._interleaved = interleaved
+        self._guided = guided
+        self._scheduler = scheduler
+        self._num_calls = num_calls
+        self._watch = watch
+        self._thread = threading.get_ident()
+        self._counter: StepCounter | None = None
+        self._signature = inspect.signature(forward)
+        self._caches: list[torch.Tensor] = []
+        self._first_timestep: Any = None
+        self._calls = 0
+        self.steps: list[tuple[int, Phase]] = []
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole generation; 0 before the first denoiser call."""
+        return self._counter.num_steps if self._counter else 0
+
+    def finish(self) -> None:
+        """Free the caches; what ran is still told by `steps`."""
+        self._caches = []
+        self._first_timestep = None
+
+    @torch.no_grad()
+    def denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stand in for the denoiser's forward."""
+        if threading.get_ident() != self._thread:
+            raise ConcurrentGenerationError(MSG_CONCURRENT)
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        latents = next(iter(arguments.values()))
+        guided = self._guided()
+        if self._counter is None:
+            self._counter = StepCounter.of(self._scheduler(), self._num_calls())
+            self._first_timestep = arguments.get("timestep")
+            if guided:
+                _check_halves(latents)
+            self._store.refresh()
+        else:
+            if self._calls == 1:
+                self._check_one_call_per_step(arguments.get("timestep"))
+            if self._watch:
+                self._store.refresh()
+        call = Call.of(args, kwargs)
+        step = self._counter.step(self._calls)
+        phase = self._schedule.phase(step, self._counter.num_steps, guided=guided)
+
+        if guided and not phase.guided:
+            call = self._one_half(call, latents.shape[0])
+        caches = self._caches if phase.reuse else []
+        compiled = self._store.get(phase, call, caches, self._forward)
+        outputs, emitted = compiled.run(call, caches)
+        if phase.emit:
+            self._caches = emitted
+        if guided and not phase.guided:
+            # uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
+            # rescale is the identity: the pipeline's own arithmetic stays as it is.
+            outputs = [torch.cat([output, output]) for output in outputs]
+        self.steps.append((step, phase))
+        self._calls += 1
+        return compiled.unflatten(outputs)
+
+    def _one_half(self, call: Call, batch: int) -> Call:
+        size = batch // 2
+        rows = slice(size) if self._keep == "uncond" else slice(size, batch)
+        alternate = slice(0, None, 2) if self._keep == "uncond" else slice(1, None, 2)
+        interleaved = [_keyword(call, path) for path in self._interleaved]
+
+        def half(leaf: torch.Tensor) -> torch.Tensor:
+            if leaf.ndim == 0 or leaf.shape[0] != batch:
+                return leaf  # shared by both halves: a timestep, a mask
+            is_interleaved = any(leaf is tensor for tensor in interleaved)
+            return leaf[alternate if is_interleaved else rows].contiguous()
+
+        return call.map_tensors(half)
+
+    def _check_one_call_per_step(self, timestep: Any) -> None:
+        scheduler = self._scheduler()
+        values = torch.as_tensor(scheduler.timesteps).tolist()
+        if len(set(values)) < len(values) or self._first_timestep is None:
+            return  # second-order schedulers repeat timesteps themselves
+        if torch.equal(torch.as_tensor(self._first_timestep), torch.as_tensor(timestep)):
+            raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(scheduler).__name__))
+
+
+def _keyword(call: Call, path: tuple[str, ...]) -> Any:
+    """The tensor at `path` of the call's keyword arguments, e.g. ("added_cond_kwargs", "time_ids"), or None."""
+    _, value = call.arguments
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _check_halves(latents: torch.Tensor) -> None:
+    batch = latents.shape[0]
+    if batch % 2 or not torch.equal(latents[: batch // 2], latents[batch // 2 :]):
+        raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))

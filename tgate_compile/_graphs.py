@@ -1,0 +1,76 @@
+"""The graphs that everything else is about: a captured denoiser, and the variants made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from tgate_compile._schedule import Phase
+
+
+@dataclass(frozen=True)
+class Site:
+    """A value inside the denoiser that can be cached and reused.
+
+    Attributes:
+        name: the path of the module that produces it, e.g. `mid_block.attentions.0.transformer_blocks.0.attn2`.
+        node: the name of its node in the captured graph.
+        shape: its shape there, [batch, tokens, dim] (batch 2B under guidance).
+        dtype: its dtype.
+    """
+
+    name: str
+    node: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A denoiser as one graph, for inputs of one shape.
+
+    Attributes:
+        program: the exported program. Its parameters are those of the user's module, not copies.
+        input_names: for each leaf of the call's (args, kwargs), in pytree order, the graph's name for it.
+        latents: the name of the input that carries the latents.
+        out_spec: how the graph's flat outputs make up what the denoiser returns.
+        sites: the cross-attentions, in graph order.
+    """
+
+    program: ExportedProgram
+    input_names: tuple[str, ...]
+    latents: str
+    out_spec: pytree.TreeSpec
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The graph of one phase, for inputs of one shape.
+
+    Its program takes flat tensors, `inputs` then the caches of `reused`, and returns a flat tuple: what the
+    denoiser returns, then the caches of `emitted`.
+
+    Attributes:
+        phase: the phase that it serves.
+        program: the graph with its parameters, which are shared with the user's module.
+        inputs: the names of its inputs, caches left out. An input that nothing uses is not among them.
+        reused: the sites whose values are inputs, in order.
+        emitted: the sites whose values are outputs, in order.
+    """
+
+    phase: Phase
+    program: ExportedProgram
+    inputs: tuple[str, ...]
+    reused: tuple[Site, ...]
+    emitted: tuple[Site, ...]
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The qualified names of the parameters, buffers and constants that the graph takes, in its order."""
+        specs = self.program.graph_signature.input_specs
+        return tuple(str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT)

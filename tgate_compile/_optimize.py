@@ -1,0 +1,340 @@
+"""`optimize`, `restore` and `generation`: what is put on a pipeline, and taken off again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+
+from tgate_compile._backends import check_backend
+from tgate_compile._capture import MSG_NO_SITES, cross_attention_modules
+from tgate_compile._config import Config, Keep
+from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
+from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
+from tgate_compile._generation import MSG_CONCURRENT, Generation
+from tgate_compile._schedule import TGate
+from tgate_compile._variants import VariantStore
+
+logger = logging.getLogger(__name__)
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+HOOK_NAME = "tgate_compile"
+_ATTRIBUTE = "_tgate_compile"
+
+MSG_NO_PIPELINE = (
+    "optimize() needs a loaded diffusers pipeline, but got {given}. "
+    "For example: optimize(StableDiffusionPipeline.from_pretrained(...), gate_step=10)."
+)
+MSG_NO_DENOISER = "{pipeline} has no denoiser: none of its components {names} is a loaded module."
+MSG_ALREADY = (
+    "This {pipeline} is already optimized. Call tgate_compile.restore(pipe) first to optimize it in another way."
+)
+MSG_DENOISER_TAKEN = (
+    "The denoiser of this {pipeline} is already optimized through another pipeline. "
+    "Call tgate_compile.restore() on that one first, or give this pipeline a denoiser of its own."
+)
+MSG_NOT_OPTIMIZED = "This {pipeline} is not optimized. Call tgate_compile.optimize(pipe, gate_step=10) first."
+MSG_REFUSED = "{pipeline} cannot be gated: {reason}."
+MSG_COMPILED = (
+    "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
+    "its own graphs of it."
+)
+MSG_OFFLOADED = (
+    "The denoiser of this {pipeline} is under {hook}, which moves or casts its weights layer by layer while it runs, "
+    "so that no graph can hold them. Call pipe.remove_all_hooks() and pipe.to(device) first."
+)
+MSG_REPLACED = (
+    "The {name} of this {pipeline} has been replaced since it was optimized. "
+    "Call tgate_compile.restore(pipe), then optimize(pipe, ...) again."
+)
+
+
+class DenoiserHook(ModelHook):  # type: ignore[misc]
+    """Hands the denoiser's calls to the generation in progress; without one, the denoiser runs as it is."""
+
+    def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
+        super().__init__()
+        self.store = VariantStore(denoiser, config)
+        self.last: Generation | None = None
+        self._active: Generation | None = None
+        self._lock = threading.Lock()
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        generation = self._active
+        if generation is None:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        args, kwargs = _after_offload_hook(module, args, kwargs)
+        return generation.denoise(args, kwargs)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a generation is running."""
+        return self._lock.locked()
+
+    @contextmanager
+    def generation(self, generation: Generation) -> Iterator[None]:
+        """Hand the denoiser's calls to `generation` inside the context, however it is left."""
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentGenerationError(MSG_CONCURRENT)
+        try:
+            self._active = generation
+            yield
+        finally:
+            self._active = None
+            self.last = generation
+            generation.finish()
+            self._lock.release()
+
+
+class Optimized:
+    """What `optimize` leaves on a pipeline."""
+
+    def __init__(self, pipe: DiffusionPipeline, denoiser_name: str, config: Config) -> None:
+        self.config = config
+        self.denoiser_name = denoiser_name
+        self.denoiser: torch.nn.Module = getattr(pipe, denoiser_name)
+        self.pipeline_class = type(pipe)
+        self.hook = DenoiserHook(self.denoiser, config)
+        self.had_registry = hasattr(self.denoiser, "_diffusers_hook")
+        self.had_forward = "forward" in vars(self.denoiser)
+
+    def attach(self, pipe: DiffusionPipeline) -> None:
+        HookRegistry.check_if_exists_or_initialize(self.denoiser).register_hook(self.hook, HOOK_NAME)
+        setattr(pipe, _ATTRIBUTE, self)
+        pipe.__class__ = _gated_class(self.pipeline_class)
+
+    def detach(self, pipe: DiffusionPipeline) -> None:
+        pipe.__class__ = self.pipeline_class
+        delattr(pipe, _ATTRIBUTE)
+        self.denoiser._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
+        # The registry restores `forward` as an attribute of the instance, and stays behind itself.
+        if not self.had_forward:
+            vars(self.denoiser).pop("forward", None)
+        if not self.had_registry and not self.denoiser._diffusers_hook.hooks:
+            del self.denoiser._diffusers_hook
+
+
+def optimize(
+    pipe: Pipeline,
+    gate_step: int | float = 10,
+    *,
+    backend: str = "inductor",
+    keep: Keep = "uncond",
+    backend_options: Mapping[str, object] | None = None,
+) -> Pipeline:
+    """Make the pipeline's ordinary call run T-GATE: text-conditioned diffusion without what no longer matters.
+
+    `gate_step` steps run in full. The outputs of every cross-attention are cached at the last of them (under
+    guidance the mean of the two halves), and from step `gate_step` on a pruned graph runs that has neither the
+    cross-attentions nor their weights, at half the batch, since guidance has done its work too.
+    Source: arXiv 2404.02747 v1, section 3.2.
+
+    The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes.
+    They hold no copy of the weights. Outside a pipeline call the denoiser runs as if never optimized.
+
+    Args:
+        pipe: a diffusers pipeline with a UNet or transformer that has cross-attentions. It is changed, and returned;
+            `restore(pipe)` undoes it.
+        gate_step: steps to run in full: a number >= 1, or a fraction of the steps strictly between 0 and 1. A gate at
+            or beyond the last step means that nothing is gated. One call may differ: `pipe(..., gate_step=8)`.
+        backend: `"inductor"` (compiled), `"eager"` (the rewritten graphs, uncompiled: no compile time), or `"auto"`
+            (the faster one for the device, as measured).
+        keep: the guidance half that goes on after the gate, with its pooled text and other conditioning:
+            `"uncond"` as in the paper, or `"cond"`.
+        backend_options: options for the backend, e.g. Inductor's configuration.
+
+    Returns:
+        `pipe` itself.
+
+    Raises:
+        ConfigurationError: an argument is wrong. The pipeline is as it was.
+        UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is as it was.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        given = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
+        raise ConfigurationError(MSG_NO_PIPELINE.format(given=given))
+    options = {} if backend_options is None else backend_options
+    config = Config(TGate(gate_step), keep=keep, backend=backend, backend_options=options)
+    check_backend(config.backend, config.backend_options)
+    if state_of(pipe) is not None:
+        raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
+    name = _denoiser_name(pipe)
+    _check_supported(pipe, getattr(pipe, name))
+    Optimized(pipe, name, config).attach(pipe)
+    return pipe
+
+
+def restore(pipe: Pipeline) -> Pipeline:
+    """Undo `optimize`: the pipeline and its denoiser are exactly as they were, and the graphs are freed.
+
+    Raises:
+        ConfigurationError: the pipeline is not optimized.
+        ConcurrentGenerationError: it is in the middle of a generation.
+    """
+    state = required_state_of(pipe)
+    if state.hook.busy:
+        raise ConcurrentGenerationError(MSG_CONCURRENT)
+    state.detach(pipe)
+    return pipe
+
+
+@contextmanager
+def generation(
+    pipe: DiffusionPipeline,
+    *,
+    guidance: bool,
+    gate_step: int | float | None = None,
+    num_timesteps: int | None = None,
+) -> Iterator[None]:
+    """Run one generation of your own denoising loop through the optimized denoiser.
+
+    The pipeline's call does this itself. Set the scheduler's timesteps before the first denoiser call, and make the
+    calls in the order of the timesteps, with the batch [uncond; cond] if guidance is on.
+
+    Args:
+        pipe: an optimized pipeline; its scheduler is the loop's.
+        guidance: whether the denoiser gets both halves.
+        gate_step: instead of the one given to `optimize`.
+        num_timesteps: how many of the scheduler's timesteps the loop visits, if not all.
+
+    Raises:
+        ConfigurationError: the pipeline is not optimized, or `gate_step` is wrong.
+        ConcurrentGenerationError: another generation is running on this denoiser.
+    """
+    state = required_state_of(pipe)
+    with _generation(state, pipe, gate_step, lambda: guidance, lambda: num_timesteps, watch=False):
+        yield
+
+
+def state_of(pipe: object) -> Optimized | None:
+    """What `optimize` left on `pipe`; None if it is not optimized."""
+    state = vars(pipe).get(_ATTRIBUTE) if hasattr(pipe, "__dict__") else None
+    return state if isinstance(state, Optimized) else None
+
+
+def required_state_of(pipe: object) -> Optimized:
+    """What `optimize` left on `pipe`, which must be optimized."""
+    state = state_of(pipe)
+    if state is None:
+        raise ConfigurationError(MSG_NOT_OPTIMIZED.format(pipeline=type(pipe).__name__))
+    return state
+
+
+@contextmanager
+def _generation(
+    state: Optimized,
+    pipe: DiffusionPipeline,
+    gate_step: int | float | None,
+    guided: Callable[[], bool],
+    num_calls: Callable[[], int | None],
+    *,
+    watch: bool,
+) -> Iterator[None]:
+    if getattr(pipe, state.denoiser_name) is not state.denoiser:
+        raise ConfigurationError(MSG_REPLACED.format(name=state.denoiser_name, pipeline=state.pipeline_class.__name__))
+    generation = Generation(
+        state.hook.store,
+        state.hook.fn_ref.original_forward,
+        state.config.schedule if gate_step is None else TGate(gate_step),
+        keep=state.config.keep,
+        interleaved=family_of(state.pipeline_class).interleaved,
+        guided=guided,
+        scheduler=lambda: pipe.scheduler,
+        num_calls=num_calls,
+        watch=watch,
+    )
+    with state.hook.generation(generation):
+        yield
+
+
+@functools.cache
+def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A subclass with the same name, whose call is one generation. Only optimized objects get it."""
+    original = pipeline_class.__call__
+    signature = inspect.signature(original)
+    parameters = list(signature.parameters.values())
+    own = inspect.Parameter("gate_step", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | float | None")
+    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+
+    @functools.wraps(original)
+    def call(self: DiffusionPipeline, *args: Any, gate_step: int | float | None = None, **kwargs: Any) -> Any:
+        state = required_state_of(self)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        watch = any(bound.arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        with _generation(
+            state, self, gate_step, _guidance_of(self, bound.arguments), lambda: _num_calls(self), watch=watch
+        ):
+            return original(self, *args, **kwargs)
+
+    call.__signature__ = signature.replace(parameters=[*parameters[:at], own, *parameters[at:]])  # type: ignore[attr-defined]
+    namespace = {"__call__": call, "__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__}
+    gated = type(pipeline_class.__name__, (pipeline_class,), namespace)
+    gated.__qualname__ = pipeline_class.__qualname__
+    return gated
+
+
+def _guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:
+    """Whether guidance is on, now: the pipeline's own word if it has one, which a callback may change in mid-loop."""
+    if hasattr(type(pipe), "do_classifier_free_guidance"):
+        return lambda: bool(pipe.do_classifier_free_guidance)
+    scale = arguments.get("guidance_scale")
+    return lambda: scale is not None and scale > 1.0
+
+
+def _num_calls(pipe: DiffusionPipeline) -> int | None:
+    return getattr(pipe, "_num_timesteps", None)
+
+
+def _denoiser_name(pipe: DiffusionPipeline) -> str:
+    for name in DENOISER_NAMES:
+        if isinstance(getattr(pipe, name, None), torch.nn.Module):
+            return name
+    raise ConfigurationError(MSG_NO_DENOISER.format(pipeline=type(pipe).__name__, names=", ".join(DENOISER_NAMES)))
+
+
+def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module) -> None:
+    pipeline = type(pipe).__name__
+    if isinstance(denoiser, torch._dynamo.OptimizedModule) or denoiser._compiled_call_impl is not None:
+        raise ConfigurationError(MSG_COMPILED.format(pipeline=pipeline))
+    reason = refusal(type(pipe))
+    if reason is not None:
+        raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
+    if type(denoiser).__name__ in JOINT_ATTENTION or not cross_attention_modules(denoiser):
+        raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
+    registry = getattr(denoiser, "_diffusers_hook", None)
+    if registry is not None and registry.get_hook(HOOK_NAME) is not None:
+        raise ConfigurationError(MSG_DENOISER_TAKEN.format(pipeline=pipeline))
+    for module in denoiser.modules():
+        hook = _moving_hook(module, is_root=module is denoiser)
+        if hook is not None:
+            raise ConfigurationError(MSG_OFFLOADED.format(pipeline=pipeline, hook=hook))
+
+
+def _moving_hook(module: torch.nn.Module, *, is_root: bool) -> str | None:
+    """The name of a hook that moves or casts weights while the denoiser runs, None if there is none."""
+    offload = getattr(module, "_hf_hook", None)
+    if offload is not None and not (is_root and type(offload).__name__ == "CpuOffload"):
+        return f"accelerate's {type(offload).__name__}"
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None and registry.hooks:
+        return f"diffusers' hook {next(iter(registry.hooks))!r}"
+    return None
+
+
+def _after_offload_hook(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let `enable_model_cpu_offload`'s hook bring the whole denoiser to its device, as it does before each forward."""
+    offload = getattr(module, "_hf_hook", None)
+    if offload is not None:
+        args, kwargs = offload.pre_forward(module, *args, **kwargs)
+    return args, kwargs

@@ -1,0 +1,119 @@
+"""The compiled variants of one denoiser, made when they are first needed."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tgate_compile._backends import Runner, make_backend
+from tgate_compile._call import Call
+from tgate_compile._capture import capture
+from tgate_compile._config import Config
+from tgate_compile._fingerprint import fingerprint
+from tgate_compile._graphs import Captured, Variant
+from tgate_compile._schedule import Phase
+from tgate_compile.passes.specialize import specialize
+
+logger = logging.getLogger(__name__)
+
+#: Shapes kept at a time; the one used least recently goes first. An image size needs two: batch 2B and B.
+MAX_CAPTURES = 16
+
+
+@dataclass(frozen=True)
+class CompiledVariant:
+    """A variant, ready to run on inputs of one shape."""
+
+    variant: Variant
+    captured: Captured
+    runner: Runner
+    weights: Sequence[torch.Tensor]
+
+    def run(self, call: Call, caches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The denoiser's flat outputs for `call`, and the caches that the phase emits."""
+        by_name = dict(zip(self.captured.input_names, call.leaves, strict=True))
+        inputs = [by_name[name] for name in self.variant.inputs]
+        outputs = list(self.runner(self.weights, [*inputs, *caches]))
+        count = self.captured.out_spec.num_leaves
+        return outputs[:count], outputs[count:]
+
+    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        """What the denoiser returns, from its flat outputs."""
+        return pytree.tree_unflatten(outputs, self.captured.out_spec)
+
+
+class VariantStore:
+    """Captures and compiled variants of `denoiser`, by phase and by the inputs' shapes.
+
+    A new shape, dtype, device or constant argument is a new capture, with a log line; a denoiser that has changed
+    (see `fingerprint`) drops them all.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
+        self._denoiser = denoiser
+        self._config = config
+        self._fingerprint: Hashable = None
+        self._captures: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._variants: dict[tuple[Hashable, Phase], CompiledVariant] = {}
+        self.compilations = 0
+
+    @property
+    def compiled(self) -> list[CompiledVariant]:
+        """The variants made so far."""
+        return list(self._variants.values())
+
+    def refresh(self) -> None:
+        """Look at the denoiser again: drop every variant if it changed, and fetch its parameters anew."""
+        current = fingerprint(self._denoiser)
+        if current != self._fingerprint:
+            if self._captures:
+                logger.info("%s has changed: capturing it again", type(self._denoiser).__name__)
+            self._captures.clear()
+            self._variants.clear()
+            self._fingerprint = current
+            return
+        for key, compiled in self._variants.items():
+            weights = self._weights(compiled.variant)
+            self._variants[key] = CompiledVariant(compiled.variant, compiled.captured, compiled.runner, weights)
+
+    def get(
+        self, phase: Phase, call: Call, caches: Sequence[torch.Tensor], forward: Callable[..., Any]
+    ) -> CompiledVariant:
+        """The variant of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
+        key = call.key
+        found = self._variants.get((key, phase))
+        if found is not None:
+            self._captures.move_to_end(key)
+            return found
+        captured = self._captures.get(key)
+        if captured is None:
+            captured = capture(self._denoiser, forward, call)
+            self._captures[key] = captured
+            self._drop_oldest()
+        variant = specialize(captured, phase)
+        weights = self._weights(variant)
+        by_name = dict(zip(captured.input_names, call.leaves, strict=True))
+        inputs = [*(by_name[name] for name in variant.inputs), *caches]
+        backend = make_backend(self._config.backend, self._config.backend_options, inputs[0].device)
+        compiled = CompiledVariant(variant, captured, backend.compile(variant, weights, inputs), weights)
+        self._variants[key, phase] = compiled
+        self.compilations += 1
+        return compiled
+
+    def _drop_oldest(self) -> None:
+        if len(self._captures) > MAX_CAPTURES:
+            oldest, _ = self._captures.popitem(last=False)
+            for key in [key for key in self._variants if key[0] == oldest]:
+                del self._variants[key]
+
+    def _weights(self, variant: Variant) -> list[torch.Tensor]:
+        constants = variant.program.constants
+        live = dict(self._denoiser.named_parameters(remove_duplicate=False))
+        live.update(self._denoiser.named_buffers(remove_duplicate=False))
+        return [live[name] if name in live else constants[name] for name in variant.weights]
