@@ -1,0 +1,35 @@
+"""Scenes as class numbers: what a text encoder or an image reader has to predict."""
+
+from __future__ import annotations
+
+import torch
+
+from tgate_compile._demo.captions import COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES, Scene
+
+# The last class of an attribute that may be missing means: not there.
+TEXT_HEADS: dict[str, int] = {
+    "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "size": len(SIZES) + 1,
+    "background": len(COLOURS),
+    "position": len(POSITIONS) + 1,
+    "relation": len(RELATIONS) + 1,
+    "second_shape": len(SHAPES) + 1,
+    "second_colour": len(COLOURS) + 1,
+}
+
+
+def text_targets(scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    """Class numbers per head, each [batch]; the first object is the one the caption names first."""
+    rows: dict[str, list[int]] = {name: [] for name in TEXT_HEADS}
+    for scene in scenes:
+        first, second = scene.objects[0], scene.objects[1] if len(scene.objects) == 2 else None
+        rows["shape"].append(SHAPES.index(first.shape))
+        rows["colour"].append(COLOURS.index(first.colour))
+        rows["size"].append(len(SIZES) if first.size is None else SIZES.index(first.size))
+        rows["background"].append(COLOURS.index(scene.background))
+        rows["position"].append(len(POSITIONS) if scene.position is None else POSITIONS.index(scene.position))
+        rows["relation"].append(len(RELATIONS) if scene.relation is None else RELATIONS.index(scene.relation))
+        rows["second_shape"].append(len(SHAPES) if second is None else SHAPES.index(second.shape))
+        rows["second_colour"].append(len(COLOURS) if second is None else COLOURS.index(second.colour))
+    return {name: torch.tensor(numbers) for name, numbers in rows.items()}

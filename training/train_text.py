@@ -1,0 +1,89 @@
+"""Trains the text encoder to know, for every caption, each attribute and which object it belongs to."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from training import workers
+from training.data import random_captions, random_scenes
+from training.targets import TEXT_HEADS, text_targets
+from training.tokenizer import MAX_TOKENS, save_tokenizer
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 96
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def train_text(out: Path, *, steps: int, device: str, seed: int, batch: int) -> dict[str, float]:
+    """Trains for `steps` and saves tokenizer and text encoder in `out`; the accuracy of each head.
+
+    Two readers look at the encoder's output: one at the token that ends the caption, one at each token
+    after it. So the padding, which the denoiser's cross-attention sees as well, tells the whole scene.
+    """
+    workers.start(device)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    tokenizer = save_tokenizer(out / "tokenizer")
+    encoder = new_text_encoder(tokenizer).to(device).train()
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(WIDTH, n) for name, n in TEXT_HEADS.items()}).to(
+        device
+    )
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    accuracy: dict[str, float] = {}
+    for step in range(1, steps + 1):
+        # Pairs are the hard part; and what is learned for them serves single objects too.
+        scenes = random_scenes(rng, batch, 0.6)
+        ids = tokenize(tokenizer, random_captions(scenes, rng)).to(device)
+        hidden = encoder(ids).last_hidden_state  # [batch, tokens, width]
+        ended = ids == tokenizer.eos_token_id  # the end mark is the padding too: true from the end on
+        places = ended.nonzero()[:, 0]  # which caption each of those tokens belongs to
+        loss = torch.zeros((), device=device)
+        for name, target in text_targets(scenes).items():
+            prediction = heads[name](hidden[ended])  # [tokens at or after an end, classes]
+            target = target.to(device)[places]
+            loss = loss + torch.nn.functional.cross_entropy(prediction, target)
+            right = float((prediction.argmax(1) == target).float().mean())
+            accuracy[name] = 0.95 * accuracy.get(name, 0.0) + 0.05 * right
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            logger.info(
+                "text step %d loss %.4f %s", step, loss, {k: round(v, 3) for k, v in accuracy.items()}
+            )
+    encoder.eval().save_pretrained(out / "text_encoder")
+    return accuracy
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Token numbers as the pipeline makes them, [batch, tokens]."""
+    ids: torch.Tensor = tokenizer(
+        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
+    return ids
