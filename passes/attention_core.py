@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from tgate_compile.passes.operands import operand
+
 aten = torch.ops.aten
 
 FUSED = {aten.scaled_dot_product_attention.default}
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 # The operands (row operand, column operand) of the products that may compute scores or mix values.
-PRODUCT_OPERANDS = {
+PRODUCT_OPERANDS: dict[object, tuple[int, int]] = {
     aten.bmm.default: (0, 1),
     aten.matmul.default: (0, 1),
     aten.baddbmm.default: (1, 2),
@@ -57,30 +59,33 @@ def attention_cores(graph: torch.fx.Graph) -> Iterator[AttentionCore]:
         if node.op != "call_function":
             continue
         if node.target in FUSED:
-            query, key, value = node.args[:3]
-            yield AttentionCore(node, query, key, value)
+            yield AttentionCore(node, operand(node, 0), operand(node, 1), operand(node, 2))
         elif node.target in SOFTMAX:
-            scores = _product_above(node.args[0])
+            scores = _product_above(operand(node, 0))
             mixed = _product_below(node)
             if scores is not None and mixed is not None:
                 row, column = PRODUCT_OPERANDS[scores.target]
-                yield AttentionCore(mixed, scores.args[row], scores.args[column], mixed.args[1])
+                _, mixed_column = PRODUCT_OPERANDS[mixed.target]
+                yield AttentionCore(mixed, operand(scores, row), operand(scores, column), operand(mixed, mixed_column))
 
 
 def _product_above(node: Node) -> Node | None:
+    """The matrix product that made the scores `node`."""
     while node.target not in PRODUCT_OPERANDS:
-        if node.target not in TRANSPARENT or not isinstance(node.args[0], Node):
+        if node.target not in TRANSPARENT:
             return None
-        node = node.args[0]
+        node = operand(node, 0)
     return node
 
 
 def _product_below(node: Node) -> Node | None:
+    """The matrix product that mixes values with the weights `node`."""
     while True:
-        for user in node.users:
-            if user.target in PRODUCT_OPERANDS:
-                return user if user.args[PRODUCT_OPERANDS[user.target][0]] is node else None
-        node_below = next((user for user in node.users if user.target in TRANSPARENT), None)
-        if node_below is None:
+        product = next((user for user in node.users if user.target in PRODUCT_OPERANDS), None)
+        if product is not None:
+            row, _ = PRODUCT_OPERANDS[product.target]
+            return product if operand(product, row) is node else None
+        below = next((user for user in node.users if user.target in TRANSPARENT), None)
+        if below is None:
             return None
-        node = node_below
+        node = below

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch.fx import Node
 
 from tgate_compile.passes.attention_core import FUSED
+from tgate_compile.passes.operands import operand, shape_of
 
 aten = torch.ops.aten
 
@@ -55,17 +55,12 @@ def count_macs(graph: torch.fx.Graph) -> Macs:
         if node.op != "call_function":
             continue
         if node.target in LINEAR:
-            layers += _shape(node).numel() * _shape(node.args[1])[-1]
+            layers += shape_of(node).numel() * shape_of(operand(node, 1))[-1]
         elif node.target in CONVOLUTION:
-            layers += _shape(node).numel() * prod(_shape(node.args[1])[1:])
+            layers += shape_of(node).numel() * prod(shape_of(operand(node, 1))[1:])
         elif node.target in FUSED:
-            query, key, value = (_shape(operand) for operand in node.args[:3])
+            query, key, value = (shape_of(operand(node, position)) for position in range(3))
             attention += prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
         elif node.target in PRODUCTS:
-            attention += _shape(node.args[PRODUCTS[node.target]]).numel() * _shape(node)[-1]
+            attention += shape_of(operand(node, PRODUCTS[node.target])).numel() * shape_of(node)[-1]
     return Macs(layers, attention)
-
-
-def _shape(node: Node) -> torch.Size:
-    shape: torch.Size = node.meta["val"].shape
-    return shape

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from tgate_compile._graphs import Site
 from tgate_compile.passes._result import PassResult
+from tgate_compile.passes.operands import outputs_of
 
 aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ def emit(graph_module: torch.fx.GraphModule, sites: Iterable[Site], *, merge_hal
         value = nodes[site.node]
         with graph.inserting_before(output):
             emitted.append(_mean_of_halves(graph, value) if merge_halves else value)
-    output.args = ((*output.args[0], *emitted),)
+    output.args = ((*outputs_of(graph), *emitted),)
     return PassResult(len(emitted))
 
 

@@ -11,6 +11,7 @@ from tgate_compile._errors import UnsupportedModelError
 from tgate_compile._graphs import Site
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.dependence import depends_on
+from tgate_compile.passes.operands import operand
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -64,7 +65,7 @@ def _inside(node: Node, path: str) -> bool:
 
 def _outlet(graph: torch.fx.Graph, path: str) -> Node:
     """The one value of module `path` that is used outside of it."""
-    leaving = [
+    leaving: list[Node] = [
         node for node in graph.nodes if _inside(node, path) and any(not _inside(user, path) for user in node.users)
     ]
     if len(leaving) != 1:
@@ -75,7 +76,7 @@ def _outlet(graph: torch.fx.Graph, path: str) -> Node:
 
 def _before_residual_and_rescale(node: Node, path: str) -> Node:
     if node.target is aten.div.Tensor and not isinstance(node.args[1], Node):
-        return _before_residual_and_rescale(node.args[0], path)
+        return _before_residual_and_rescale(operand(node, 0), path)
     if node.target is aten.add.Tensor:
         left, right = node.args[:2]
         if isinstance(left, Node) and isinstance(right, Node) and _inside(left, path) and not _inside(right, path):

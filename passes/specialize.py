@@ -22,6 +22,7 @@ from tgate_compile._graphs import Captured, Variant
 from tgate_compile._schedule import Phase
 from tgate_compile.passes._result import PassResult
 from tgate_compile.passes.emit import emit
+from tgate_compile.passes.operands import outputs_of
 from tgate_compile.passes.remove_dead import remove_dead
 from tgate_compile.passes.reuse import cache_name, reuse
 from tgate_compile.passes.verify import verify
@@ -80,7 +81,7 @@ def _program(source: ExportedProgram, graph_module: torch.fx.GraphModule) -> Exp
     ]
     outputs = [
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), target=None)
-        for node in graph_module.graph.output_node().args[0]
+        for node in outputs_of(graph_module.graph)
     ]
     user_inputs = [spec for spec in inputs if spec.kind is InputKind.USER_INPUT]
     used = {spec.target for spec in inputs}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from torch.export.graph_signature import InputKind
-from torch.fx import Node
 
 from tgate_compile._errors import VerificationError
 from tgate_compile._graphs import Captured, Variant
 from tgate_compile.passes.find_cross_attention import find_cross_attention
+from tgate_compile.passes.operands import outputs_of
 
 
 def verify(variant: Variant, captured: Captured) -> None:
@@ -22,7 +22,7 @@ def verify(variant: Variant, captured: Captured) -> None:
         VerificationError: it is not; the message says in what.
     """
     graph = variant.program.graph
-    outputs: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    outputs = outputs_of(graph)
     expected = captured.out_spec.num_leaves + len(variant.emitted)
     _require(len(outputs) == expected, f"it has {len(outputs)} outputs, expected {expected}")
     _require(len(set(outputs)) == len(outputs), "one value is two of its outputs")

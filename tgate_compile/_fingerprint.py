@@ -49,7 +49,7 @@ def _plain(value: Any, depth: int) -> Hashable:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return value
     if depth == 0 or isinstance(value, (torch.Tensor, torch.nn.Module)):
-        return type(value)
+        return f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, Mapping):
         return tuple((str(key), _plain(item, depth - 1)) for key, item in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):

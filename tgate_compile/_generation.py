@@ -151,7 +151,7 @@ class Generation:
 
 def _keyword(call: Call, path: tuple[str, ...]) -> Any:
     """The tensor at `path` of the call's keyword arguments, e.g. ("added_cond_kwargs", "time_ids"), or None."""
-    _, value = call.arguments
+    value: Any = call.arguments[1]
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value

@@ -109,16 +109,17 @@ class Optimized:
     def attach(self, pipe: DiffusionPipeline) -> None:
         HookRegistry.check_if_exists_or_initialize(self.denoiser).register_hook(self.hook, HOOK_NAME)
         setattr(pipe, _ATTRIBUTE, self)
-        pipe.__class__ = _gated_class(self.pipeline_class)
+        pipe.__class__ = _gated_class(self.pipeline_class)  # type: ignore[arg-type]
 
     def detach(self, pipe: DiffusionPipeline) -> None:
         pipe.__class__ = self.pipeline_class
         delattr(pipe, _ATTRIBUTE)
-        self.denoiser._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
+        registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
+        registry.remove_hook(HOOK_NAME, recurse=False)
         # The registry restores `forward` as an attribute of the instance, and stays behind itself.
         if not self.had_forward:
             vars(self.denoiser).pop("forward", None)
-        if not self.had_registry and not self.denoiser._diffusers_hook.hooks:
+        if not self.had_registry and not registry.hooks:
             del self.denoiser._diffusers_hook
 
 

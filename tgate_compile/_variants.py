@@ -114,6 +114,6 @@ class VariantStore:
 
     def _weights(self, variant: Variant) -> list[torch.Tensor]:
         constants = variant.program.constants
-        live = dict(self._denoiser.named_parameters(remove_duplicate=False))
+        live: dict[str, torch.Tensor] = dict(self._denoiser.named_parameters(remove_duplicate=False))
         live.update(self._denoiser.named_buffers(remove_duplicate=False))
         return [live[name] if name in live else constants[name] for name in variant.weights]

@@ -13,7 +13,7 @@ from tgate_compile._errors import ConfigurationError
 
 __all__ = ["BACKENDS", "Backend", "Runner", "check_backend", "make_backend"]
 
-BACKENDS = {"inductor": InductorBackend, "eager": EagerBackend}
+BACKENDS: Mapping[str, type[Backend]] = {"inductor": InductorBackend, "eager": EagerBackend}
 
 
 def check_backend(name: object, options: Mapping[str, object]) -> None:

@@ -1,0 +1,155 @@
+"""Against the final latents of the authors' own package, on the same weights, inputs and schedulers.
+
+`data/authors/README.md` says how they were made. Every v1 case without a known bug of theirs must agree within fp32
+rounding, on the first call and on the second; where their code is wrong, what is right is stated here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tgate_compile
+
+DATA = Path(__file__).parent / "data" / "authors"
+TOLERANCE = 1e-4  # of the latents' largest value
+
+CASES = {
+    case["name"]: case
+    for case in json.loads((DATA / "cases.json").read_text())["cases"]
+    if case["tgate"]["sp_interval"] == case["tgate"]["fi_interval"] == 1  # T-GATE v1
+}
+WRONG_THERE = {name for name, case in CASES.items() if case["affected_by_official_bug"]}
+
+
+@functools.cache
+def _pipeline(model: str, kind: str) -> Any:
+    """The case's pipeline, optimized once: cases differ by scheduler and gate, which must not need more."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    scheduler = diffusers.DDIMScheduler()
+    if kind == "pixart_alpha":
+        transformer = diffusers.PixArtTransformer2DModel.from_pretrained(DATA / "models" / model)
+        pipe: Any = diffusers.PixArtAlphaPipeline(None, None, vae, transformer, scheduler)
+    else:
+        unet = diffusers.UNet2DConditionModel.from_pretrained(DATA / "models" / model)
+        if kind == "sd":
+            pipe = diffusers.StableDiffusionPipeline(
+                vae, None, None, unet, scheduler, None, None, requires_safety_checker=False
+            )
+        else:
+            pipe = diffusers.StableDiffusionXLPipeline(vae, None, None, None, None, unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return tgate_compile.optimize(pipe, backend="eager")
+
+
+def _run(case: dict[str, Any], **options: Any) -> torch.Tensor:
+    pipe = _pipeline(case["model"], case["kind"])
+    config = {name: float(value) if value == "-inf" else value for name, value in case["scheduler_config"].items()}
+    pipe.scheduler = getattr(diffusers, case["scheduler_class"]).from_config(config)
+    arguments = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in case["call_kwargs"].items()
+        if name != "lcm"  # an argument of the authors' alone
+    }
+    latents: torch.Tensor = pipe(
+        **load_file(DATA / "inputs" / f"{case['inputs']}.safetensors"),
+        **arguments,
+        **options,
+        num_inference_steps=case["num_inference_steps"],
+        generator=torch.Generator().manual_seed(case["generator_seed"]),
+        output_type="latent",
+    ).images
+    return latents
+
+
+def _reference(name: str) -> dict[str, torch.Tensor]:
+    return load_file(DATA / "out" / f"{name}.safetensors")
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - WRONG_THERE))
+def test_agrees_with_the_authors(name: str) -> None:
+    case = CASES[name]
+    gate = case["tgate"]["gate_step"]
+    theirs = _reference(name)
+    assert _difference(_run(case, gate_step=gate), theirs["latents"]) < TOLERANCE
+    assert _difference(_run(case, gate_step=gate), theirs["latents"]) < TOLERANCE, "second call"
+
+
+@pytest.mark.parametrize("name", ["sd_dpm_B1_v1_g4", "sdxl_dpm_B2_v1_g4", "pixart_alpha_euler_B2_v1_g4"])
+def test_a_gate_beyond_the_last_step_is_the_plain_pipeline(name: str) -> None:
+    case = CASES[name]
+    assert _difference(_run(case, gate_step=case["num_inference_steps"]), _reference(name)["plain"]) < TOLERANCE
+    # and the gate matters: without it this test would prove nothing
+    assert _difference(_reference(name)["latents"], _reference(name)["plain"]) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", sorted(name for name in WRONG_THERE if "heun" in name))
+def test_a_step_of_a_second_order_scheduler_is_two_calls(name: str) -> None:
+    """Theirs counts calls as steps, so that its gate closes at half the steps, or it raises."""
+    case = CASES[name]
+    gate, steps = case["tgate"]["gate_step"], case["num_inference_steps"]
+    ours = _run(case, gate_step=gate)
+    ran = tgate_compile.describe(_pipeline(case["model"], case["kind"]))
+    assert [graph for _, graph in ran.last_steps] == ["full"] * (2 * gate) + ["pruned"] * (2 * (steps - gate) - 1)
+    assert _difference(_run(case, gate_step=steps), _reference(name)["plain"]) < TOLERANCE
+    assert _difference(ours, _reference(name)["plain"]) > TOLERANCE
+
+
+@pytest.mark.parametrize("name", sorted(name for name in WRONG_THERE if "nocfg" in name))
+def test_samples_of_a_batch_without_guidance_do_not_mix(name: str) -> None:
+    """Theirs averages the two samples as if they were guidance halves; each must be what it is alone."""
+    case = CASES[name]
+    gate = case["tgate"]["gate_step"]
+    both = _run(case, gate_step=gate)
+    pipe = _pipeline(case["model"], case["kind"])
+    inputs = load_file(DATA / "inputs" / f"{case['inputs']}.safetensors")
+    for sample in range(2):
+        config = {k: float(v) if v == "-inf" else v for k, v in case["scheduler_config"].items()}
+        pipe.scheduler = getattr(diffusers, case["scheduler_class"]).from_config(config)
+        alone = pipe(
+            **{key: tensor[sample : sample + 1] for key, tensor in inputs.items()},
+            **case["call_kwargs"],
+            gate_step=gate,
+            num_inference_steps=case["num_inference_steps"],
+            output_type="latent",
+        ).images
+        assert _difference(both[sample : sample + 1], alone) < TOLERANCE
+    assert _difference(both, _reference(name)["latents"]) > TOLERANCE, "cross-talk, as theirs"
+
+
+def test_the_warm_up_call_of_pndm_is_no_step() -> None:
+    """Theirs raises for PixArt, whose gate test forgets the warm-up call; SD's counts it right, and so do we here."""
+    case = CASES["pixart_alpha_pndm_B1_v1_g4"]
+    _run(case, gate_step=4)
+    ran = tgate_compile.describe(_pipeline(case["model"], case["kind"]))
+    assert [step for step, _ in ran.last_steps] == [0, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert ran.strip == "FFFFpppp"
+    assert _difference(_run(case, gate_step=8), _reference(case["name"])["plain"]) < TOLERANCE
+
+
+def test_negative_time_ids_are_meant_after_the_gate() -> None:
+    """diffusers interleaves SDXL's time ids for batches; after the gate theirs and ours take the negative ones."""
+    case = CASES["sdxl_dpm_B2_v1_negsizes"]
+    assert _difference(_run(case, gate_step=4), _reference(case["name"])["latents"]) < TOLERANCE
+
+
+def test_every_known_bug_has_its_test() -> None:
+    stated = {n for n in WRONG_THERE if "heun" in n or "nocfg" in n}
+    assert WRONG_THERE - stated == {"pixart_alpha_pndm_B1_v1_g4", "sdxl_dpm_B2_v1_negsizes"}
