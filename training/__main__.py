@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from training.train_unet import UNetTraining
+from training.unet_training import LATEST, UNetTraining
 
 WEIGHTS = Path("tgate_compile/_demo/weights")
 
@@ -35,9 +37,12 @@ def main() -> None:
     _stage(stages, "probe", _probe).add_argument("--captions", type=int, default=256)
     _stage(stages, "export", _export).add_argument("--checkpoint", type=Path)
     evaluation = _stage(stages, "evaluate", _evaluate)
-    evaluation.add_argument("--guidance", type=float, default=5.0)
+    evaluation.add_argument(
+        "--guidance", type=float, nargs="+", default=[5.0], help="of several, the best is chosen (default: 5)"
+    )
     evaluation.add_argument("--out", type=Path, help="a JSON file for the result; otherwise it is printed")
     arguments = parser.parse_args()
+    arguments.command = shlex.join(["python", "-m", "training", *sys.argv[1:]])
     arguments.run(arguments)
 
 
@@ -120,7 +125,6 @@ def _unet(arguments: argparse.Namespace) -> None:
 
 def _probe(arguments: argparse.Namespace) -> None:
     from training.probe import probe
-    from training.train_unet import LATEST
 
     a = arguments
     print(json.dumps(probe(a.parts, a.parts / "unet_sd" / LATEST, n=a.captions, seed=a.seed), indent=1))
@@ -128,7 +132,6 @@ def _probe(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from training.export_pipeline import export_pipeline
-    from training.train_unet import LATEST
 
     a = arguments
     export_pipeline(a.parts, a.checkpoint or a.parts / "unet_sd" / LATEST, WEIGHTS)
@@ -136,11 +139,11 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from tgate_compile._demo.pipeline import load_demo_pipeline
-    from training.evaluate import Evaluation, evaluate
+    from training.evaluate import evaluate
 
     a = arguments
     pipeline = load_demo_pipeline().to(a.device)
-    result = json.dumps(evaluate(pipeline, Evaluation(guidance=a.guidance, seed=a.seed)), indent=1)
+    result = json.dumps({"command": a.command} | evaluate(pipeline, a.guidance, seed=a.seed), indent=1)
     if a.out is None:
         print(result)
     else:

@@ -23,7 +23,8 @@ class Family:
 
 
 def _sd() -> torch.nn.Module:
-    return UNet2DConditionModel(**_UNET)  # type: ignore[arg-type]
+    model: torch.nn.Module = UNet2DConditionModel(**_UNET)
+    return model
 
 
 def _sd_predict(
@@ -34,13 +35,14 @@ def _sd_predict(
 
 
 def _sdxl() -> torch.nn.Module:
-    return UNet2DConditionModel(
-        **_UNET,  # type: ignore[arg-type]
+    model: torch.nn.Module = UNet2DConditionModel(
+        **_UNET,
         addition_embed_type="text_time",
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=WIDTH + 6 * 16,
         use_linear_projection=True,
     )
+    return model
 
 
 def _sdxl_predict(
@@ -60,7 +62,7 @@ def _sdxl_predict(
 
 
 def _pixart() -> torch.nn.Module:
-    return PixArtTransformer2DModel(
+    model: torch.nn.Module = PixArtTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=32,
         in_channels=4,
@@ -72,6 +74,7 @@ def _pixart() -> torch.nn.Module:
         patch_size=2,
         use_additional_conditions=False,
     )
+    return model
 
 
 def _pixart_predict(

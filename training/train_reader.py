@@ -62,8 +62,9 @@ def measure_reader(
         captions = [caption_of(scene) for scene in scenes]
         drawn = (images_of(scenes, rng) + 1) / 2
         again = torch.cat([reconstruct(vae, part, 0.0) for part in drawn.split(64)])
-        results[f"{kind}, drawn"] = reader.score(drawn, captions)
-        results[f"{kind}, reconstructed"] = reader.score(again, captions)
+        for what, pixels in (("drawn", drawn), ("reconstructed", again)):
+            score = reader.score(pixels, captions)
+            results[f"{kind}, {what}"] = {name: round(share, 4) for name, share in score.items()}
     return results
 
 

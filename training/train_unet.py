@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +17,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training import workers
 from training.denoisers import FAMILIES
 from training.latents import LatentData, make_latent_data
+from training.unet_training import LATEST, UNetTraining
 
 logger = logging.getLogger(__name__)
-
-LATEST = "latest.pt"
-
-
-@dataclass(frozen=True)
-class UNetTraining:
-    """Everything the result depends on, apart from the speed of the machine."""
-
-    family: str = "sd"
-    minutes: float = 90.0
-    batch: int = 32  # per worker
-    images: int = 24_000  # per worker, rendered and encoded before the first step
-    pair_share: float = 0.25
-    learning_rate: float = 1.2e-3
-    ema_decay: float = 0.998
-    caption_dropout: float = 0.1
-    seed: int = 0
 
 
 def train_unet(
@@ -93,7 +77,7 @@ def train_unet(
         optimizer.step()
         step += 1
         decay = min(config.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+        torch._foreach_lerp_([*average.parameters()], [*parameters], 1 - decay)
         loss_mean = 0.98 * loss_mean + 0.02 * float(loss.detach())
         if rank == 0 and step % 50 == 0:
             samples = step * config.batch * workers.world_size()
