@@ -1,0 +1,26 @@
+"""Typed access to what a node takes and to what it is known to produce."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+
+def operand(node: Node, position: int) -> Node:
+    """The node that is positional argument `position` of `node`."""
+    value = node.args[position]
+    assert isinstance(value, Node), f"{node.format_node()}: argument {position} is no node"
+    return value
+
+
+def outputs_of(graph: torch.fx.Graph) -> tuple[Node, ...]:
+    """The values that `graph` returns: one flat tuple."""
+    values = graph.output_node().args[0]
+    assert isinstance(values, (tuple, list)), "the graph's output is not flat"
+    return tuple(value for value in values if isinstance(value, Node))
+
+
+def shape_of(node: Node) -> torch.Size:
+    """The shape of the value that `node` produces."""
+    shape: torch.Size = node.meta["val"].shape
+    return shape
