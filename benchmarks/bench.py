@@ -136,7 +136,8 @@ def contender_pipeline(workload: Workload, contender: str, gate: int) -> tuple[A
     source = workload.pipe
     shared = {id(tensor): tensor for tensor in (*source.unet.parameters(), *source.unet.buffers())}
     unet = copy.deepcopy(source.unet, memo=shared)
-    pipe = type(source)(**{**source.components, "unet": unet, "scheduler": copy.deepcopy(source.scheduler)})
+    pipe = copy.copy(source)
+    pipe.unet, pipe.scheduler = unet, copy.deepcopy(source.scheduler)
     pipe.set_progress_bar_config(disable=True)
     if contender == "plain compiled":
         pipe.unet = torch.compile(unet, fullgraph=True)

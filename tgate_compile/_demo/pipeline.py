@@ -5,20 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
+
+from tgate_compile._errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
 
+MSG_NEEDS_TRANSFORMERS = (
+    "The embedded pipeline needs transformers for its text encoder, and it is not installed. "
+    "Run: pip install 'tgate_compile[cli]'."
+)
+
 
 def load_demo_pipeline(*, torch_dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The tiny text-to-image pipeline, on the CPU: 64x64 images of the scenes in `captions`.
+    """The embedded text-to-image pipeline, on the CPU: 64x64 images of coloured shapes that follow simple captions.
 
-    Made for 25 steps and a guidance scale of about 5.
+    Made for 25 steps and a guidance scale of about 5; `weights/README.md` is its model card.
+
+    Args:
+        torch_dtype: of all its weights, which are stored in fp16.
+
+    Raises:
+        ConfigurationError: transformers is not installed.
     """
+    # transformers is an extra, and importing a pipeline class takes seconds: not when tgate_compile is imported.
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(MSG_NEEDS_TRANSFORMERS) from error
+    from diffusers import StableDiffusionPipeline
+
     with _no_progress_bars():
         pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
             WEIGHTS,
@@ -39,9 +60,10 @@ def load_demo_pipeline(*, torch_dtype: torch.dtype = torch.float32) -> StableDif
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Two bars for ten megabytes are noise. Both libraries are left as they were."""
-    shown = [
-        library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()
-    ]
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
     try:
