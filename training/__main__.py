@@ -19,7 +19,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     stages = parser.add_subparsers(required=True, metavar="STAGE")
-    _stage(stages, "text", _text, steps=700, batch=128)
+    text = _stage(stages, "text", _text, steps=700, batch=128)
+    text.add_argument("--start-from", type=Path, help="folder of a text encoder to train further")
     vae = _stage(stages, "vae", _vae, minutes=6.5, batch=24)
     vae.add_argument("--start-from", type=Path, help="folder of an autoencoder to train further")
     vae.add_argument("--decoder-only", action="store_true", help="leave the latents as they are")
@@ -80,7 +81,9 @@ def _text(arguments: argparse.Namespace) -> None:
     from training.train_text import train_text
 
     a = arguments
-    accuracy = train_text(a.parts, steps=a.steps, device=a.device, seed=a.seed, batch=a.batch)
+    accuracy = train_text(
+        a.parts, steps=a.steps, device=a.device, seed=a.seed, batch=a.batch, start_from=a.start_from
+    )
     print(json.dumps(accuracy, indent=1))
 
 

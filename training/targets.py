@@ -33,3 +33,20 @@ def text_targets(scenes: list[Scene]) -> dict[str, torch.Tensor]:
         rows["second_shape"].append(len(SHAPES) if second is None else SHAPES.index(second.shape))
         rows["second_colour"].append(len(COLOURS) if second is None else COLOURS.index(second.colour))
     return {name: torch.tensor(numbers) for name, numbers in rows.items()}
+
+
+SLOT_HEADS: dict[str, int] = {"slot_shape": len(SHAPES), "slot_colour": len(COLOURS), "slot_place": 4}
+
+
+def slot_targets(pairs: list[Scene]) -> dict[str, torch.Tensor]:
+    """What stands where, each [pairs, 2]: first the left or upper object, however they are named."""
+    rows: dict[str, list[list[int]]] = {name: [] for name in SLOT_HEADS}
+    for scene in pairs:
+        first, second = scene.objects
+        if scene.relation in ("right of", "below"):
+            first, second = second, first
+        rows["slot_shape"].append([SHAPES.index(first.shape), SHAPES.index(second.shape)])
+        rows["slot_colour"].append([COLOURS.index(first.colour), COLOURS.index(second.colour)])
+        # POSITIONS: left, right, top, bottom.
+        rows["slot_place"].append([0, 1] if scene.relation in ("left of", "right of") else [2, 3])
+    return {name: torch.tensor(numbers) for name, numbers in rows.items()}

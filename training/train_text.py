@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training import workers
 from training.data import random_captions, random_scenes
-from training.targets import TEXT_HEADS, text_targets
+from training.targets import SLOT_HEADS, TEXT_HEADS, slot_targets, text_targets
 from training.tokenizer import MAX_TOKENS, save_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -36,20 +37,29 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def train_text(out: Path, *, steps: int, device: str, seed: int, batch: int) -> dict[str, float]:
+def train_text(
+    out: Path, *, steps: int, device: str, seed: int, batch: int, start_from: Path | None = None
+) -> dict[str, float]:
     """Trains for `steps` and saves tokenizer and text encoder in `out`; the accuracy of each head.
 
-    Two readers look at the encoder's output: one at the token that ends the caption, one at each token
-    after it. So the padding, which the denoiser's cross-attention sees as well, tells the whole scene.
+    Readers look at the encoder's output at the token that ends the caption and at each token after it. So
+    the padding, which the denoiser's cross-attention sees as well, tells the whole scene. Of a pair, the
+    last two tokens, which are always padding, have to tell one object each, and where it stands: a
+    denoiser need not find out by itself which colour goes with which shape and place.
+
+    Goes on from the encoder in `start_from`, if given, and then leaves what it says of single objects as
+    it is, so that a denoiser trained on it remains of use.
     """
     workers.start(device)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = save_tokenizer(out / "tokenizer")
-    encoder = new_text_encoder(tokenizer).to(device).train()
-    heads = torch.nn.ModuleDict({name: torch.nn.Linear(WIDTH, n) for name, n in TEXT_HEADS.items()}).to(
-        device
-    )
+    encoder = new_text_encoder(tokenizer) if start_from is None else CLIPTextModel.from_pretrained(start_from)
+    encoder = encoder.to(device).train()
+    before = None if start_from is None else deepcopy(encoder).eval().requires_grad_(False)
+    heads = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(WIDTH, n) for name, n in (TEXT_HEADS | SLOT_HEADS).items()}
+    ).to(device)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
@@ -61,22 +71,33 @@ def train_text(out: Path, *, steps: int, device: str, seed: int, batch: int) -> 
         hidden = encoder(ids).last_hidden_state  # [batch, tokens, width]
         ended = ids == tokenizer.eos_token_id  # the end mark is the padding too: true from the end on
         places = ended.nonzero()[:, 0]  # which caption each of those tokens belongs to
+        is_pair = torch.tensor([len(scene.objects) == 2 for scene in scenes], device=device)
+        wanted = {name: target.to(device)[places] for name, target in text_targets(scenes).items()}
+        wanted |= slot_targets([scene for scene in scenes if len(scene.objects) == 2])
         loss = torch.zeros((), device=device)
-        for name, target in text_targets(scenes).items():
-            prediction = heads[name](hidden[ended])  # [tokens at or after an end, classes]
-            target = target.to(device)[places]
+        for name, target in wanted.items():
+            seen = hidden[is_pair][:, -2:].flatten(0, 1) if name in SLOT_HEADS else hidden[ended]
+            prediction, target = heads[name](seen), target.to(device).flatten()  # [tokens, classes], [tokens]
             loss = loss + torch.nn.functional.cross_entropy(prediction, target)
             right = float((prediction.argmax(1) == target).float().mean())
             accuracy[name] = 0.95 * accuracy.get(name, 0.0) + 0.05 * right
+        if before is not None:
+            with torch.no_grad():
+                said = before(ids).last_hidden_state[~is_pair]
+            loss = loss + 5 * torch.nn.functional.mse_loss(hidden[~is_pair], said)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 50 == 0:
             logger.info(
                 "text step %d loss %.4f %s", step, loss, {k: round(v, 3) for k, v in accuracy.items()}
             )
+            if before is not None:
+                logger.info(
+                    "kept: %.5f of %.5f", float((hidden[~is_pair] - said).square().mean()), float(said.var())
+                )
     encoder.eval().save_pretrained(out / "text_encoder")
     return accuracy
 

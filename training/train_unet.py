@@ -22,9 +22,7 @@ from training.unet_training import LATEST, UNetTraining
 logger = logging.getLogger(__name__)
 
 
-def train_unet(
-    parts: Path, out: Path, config: UNetTraining, *, device: str, compile_model: bool = False
-) -> None:
+def train_unet(parts: Path, out: Path, config: UNetTraining, *, device: str) -> None:
     """Trains on the text encoder and autoencoder found in `parts`; goes on from `out` if it has a checkpoint.
 
     The learning rate falls to zero over `minutes` of wall-clock time, all runs together. Every minute a
@@ -46,7 +44,6 @@ def train_unet(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step, before = state["step"], state["seconds"]
-    predict = torch.compile(family.predict) if compile_model else family.predict
 
     data = _data(parts, config, device, np.random.default_rng([config.seed, rank, step]))
     torch.manual_seed(config.seed * 1000 + rank + step)
@@ -68,7 +65,7 @@ def train_unet(
         signal, spread = (
             x.view(-1, 1, 1, 1) for x in (alphas[timesteps].sqrt(), (1 - alphas[timesteps]).sqrt())
         )
-        prediction = predict(model, signal * clean + spread * noise, timesteps, data.text[caption])
+        prediction = family.predict(model, signal * clean + spread * noise, timesteps, data.text[caption])
         loss = torch.nn.functional.mse_loss(prediction, signal * noise - spread * clean)
         optimizer.zero_grad()
         loss.backward()
