@@ -25,8 +25,7 @@ class Call:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        # Views of odd strides (an expanded timestep, one half of a batch) would be another graph each.
-        return cls(tuple(leaf.detach().contiguous() if torch.is_tensor(leaf) else leaf for leaf in leaves), spec)
+        return cls(tuple(leaf.detach() if torch.is_tensor(leaf) else leaf for leaf in leaves), spec)
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -36,7 +35,10 @@ class Call:
 
     @property
     def key(self) -> Hashable:
-        """What a captured graph depends on: structure, shapes, dtypes, devices, and the constants themselves."""
+        """What a captured graph depends on: structure, shapes, dtypes, devices, and the constants themselves.
+
+        Not strides: a VAE's latents are channels-last, the scheduler's are not, and one graph serves both.
+        """
         return (
             self.spec,
             tuple(

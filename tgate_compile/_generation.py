@@ -136,7 +136,7 @@ class Generation:
             if leaf.ndim == 0 or leaf.shape[0] != batch:
                 return leaf  # shared by both halves: a timestep, a mask
             is_interleaved = any(leaf is tensor for tensor in interleaved)
-            return leaf[alternate if is_interleaved else rows].contiguous()
+            return leaf[alternate if is_interleaved else rows]
 
         return call.map_tensors(half)
 

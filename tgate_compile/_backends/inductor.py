@@ -41,11 +41,18 @@ class InductorBackend:
     def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Runner:
         began = time.perf_counter()
         with torch.no_grad():
-            compiled = torch._inductor.compile(variant.program.graph_module, [*weights, *inputs], options=self._options)
+            compiled = torch._inductor.compile(
+                variant.program.graph_module, [*weights, *_contiguous(inputs)], options=self._options
+            )
         logger.info("compiled the %s graph in %.1f s", variant.phase.name, time.perf_counter() - began)
 
         def run(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            outputs: Sequence[torch.Tensor] = compiled(*weights, *inputs)
+            outputs: Sequence[torch.Tensor] = compiled(*weights, *_contiguous(inputs))
             return outputs
 
         return run
+
+
+def _contiguous(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    # Compiled code is made for the strides that it was compiled with.
+    return [tensor.contiguous() for tensor in inputs]
