@@ -1,3 +1,3 @@
 """The command line, `tgate-compile`."""
 
-from tgate_compile._cli.app import main as main
+from tgate_compile._cli.entry import main as main

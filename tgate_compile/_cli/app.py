@@ -1,0 +1,78 @@
+"""The typer app: its commands, and errors without tracebacks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tgate_compile import __version__
+from tgate_compile._cli.console import OUT, print_error, show_logs
+from tgate_compile._cli.demo import demo
+from tgate_compile._cli.describe import describe
+from tgate_compile._cli.generate import generate
+from tgate_compile._errors import TGateError
+
+# Recent versions of typer bring their own copy of click, so click's base class is found through typer's.
+_USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+class _ClearErrors(TyperGroup):
+    """Errors in one or two lines on stderr and exit code 1; with `--debug` they pass, traceback and all."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _USAGE_ERROR):
+            raise
+        except TGateError as error:
+            if ctx.params["debug"]:
+                raise
+            print_error(str(error))
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            print_error(
+                f"{_in_short(error)}\nThis was not foreseen; tgate-compile --debug ... shows where it happened."
+            )
+        raise typer.Exit(1)
+
+
+def _in_short(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+app = typer.Typer(
+    cls=_ClearErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        OUT.print(f"tgate-compile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="Log what is done to stderr; -vv in detail.")
+    ] = 0,
+) -> None:
+    """Text-to-image diffusion with T-GATE: cross-attention and guidance only for the steps that need them."""
+    show_logs(verbose)
+
+
+app.command()(demo)
+app.command()(generate)
+app.command()(describe)

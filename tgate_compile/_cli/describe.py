@@ -1,0 +1,84 @@
+"""`tgate-compile describe`: what T-GATE does to a model, in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+import tgate_compile
+from tgate_compile import _describe
+from tgate_compile._cli import options
+from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.loading import load
+from tgate_compile._cli.settings import settings_for
+from tgate_compile._cli.work import Work, planned_calls, work_of
+from tgate_compile._schedule import TGate
+
+
+def describe(
+    model: options.Model = None,
+    gate_step: options.GateStep = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    scheduler: options.Scheduler = None,
+    unet: options.Unet = None,
+    lora: options.Lora = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    json: options.Json = False,
+) -> None:
+    """Show what T-GATE does to a model: sites, graphs, parameters, multiply-accumulates. Runs two denoising steps."""
+    with ERR.status("Loading the model"):
+        loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
+    pipe = tgate_compile.optimize(loaded.pipe, settings.gate_step, backend="eager")
+    call: dict[str, Any] = {"prompt": "", "guidance_scale": settings.guidance, "output_type": "latent"}
+    call |= {name: value for name, value in {"height": height, "width": width}.items() if value is not None}
+    with ERR.status("Capturing the graphs, on two steps"):
+        # One step in full and one gated are every graph that there is, however many steps follow.
+        pipe(**call, num_inference_steps=2, gate_step=1)
+    description = tgate_compile.describe(pipe)
+    schedule = TGate(settings.gate_step)
+    strip = schedule.strip(settings.steps)
+    work = work_of(description, planned_calls(pipe.scheduler, schedule, settings.steps))
+    if json:
+        # The two steps of the capture say nothing about the model: the planned ones stand in their place.
+        about = {k: v for k, v in description.as_dict().items() if k not in ("last_steps", "strip")}
+        plan = {"steps": settings.steps, "guidance": settings.guidance, "gate": settings.gate, "strip": strip}
+        print_json({"model": loaded.source, "family": loaded.family.name} | about | {"plan": plan | work.as_dict()})
+    else:
+        _print_tables(description, strip, work)
+
+
+def _print_tables(description: _describe.Description, strip: str, work: Work) -> None:
+    OUT.print(
+        f"[bold]{description.pipeline}[/]: {description.denoiser}, {description.parameters / 1e6:.3f} M parameters, "
+        f"{len(description.sites)} cross-attention sites"
+    )
+    graphs = Table("graph", "latents", title="Graphs", title_justify="left")
+    for heading in ("operators", "parameters/M", "MACs/G", "with attention/G", "caches/MB"):
+        graphs.add_column(heading, justify="right")
+    for variant in description.variants:
+        graphs.add_row(
+            variant.name,
+            "x".join(map(str, variant.latents)),
+            f"{variant.nodes}",
+            f"{variant.parameters / 1e6:.3f}",
+            f"{variant.macs / 1e9:.3f}",
+            f"{variant.macs_total / 1e9:.3f}",
+            f"{variant.cache_bytes / 1e6:.3f}",
+        )
+    OUT.print(graphs)
+    sites = Table("cross-attention sites", title_justify="left")
+    for site in description.sites:
+        sites.add_row(site)
+    OUT.print(sites)
+    full = strip.count("F")
+    OUT.print(f"plan: [bold cyan]{strip[:full]}[/][green]{strip[full:]}[/]  {full} full, {len(strip) - full} pruned")
+    OUT.print(
+        f"MACs per image: {work.plain / 1e9:.1f} G plain, {work.guidance_dropped / 1e9:.1f} G with guidance dropped "
+        f"after the gate, {work.gated / 1e9:.1f} G with T-GATE"
+    )

@@ -1,0 +1,132 @@
+"""`tgate-compile generate`: images from a prompt, by any supported checkpoint, with T-GATE or without."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+import tgate_compile
+from tgate_compile._cli import options
+from tgate_compile._cli.console import ERR, OUT, print_json, print_note
+from tgate_compile._cli.loading import Loaded, load
+from tgate_compile._cli.settings import Settings, settings_for
+from tgate_compile._cli.step_progress import make_progress, steps_shown
+from tgate_compile._cli.targets import check_targets, image_paths, save_png
+
+MSG_CAPTION = "The embedded model was made for captions of coloured shapes, so this image may show anything. {grammar}"
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to show.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .png file, or a folder.")],
+    model: options.Model = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    gate_step: options.GateStep = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the first image; the next one's is one more.")] = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images, in one batch.")] = 1,
+    height: options.Height = None,
+    width: options.Width = None,
+    scheduler: options.Scheduler = None,
+    unet: options.Unet = None,
+    lora: options.Lora = None,
+    backend: Annotated[
+        options.Backend, typer.Option(help="eager starts at once; inductor compiles for minutes, for many images.")
+    ] = options.Backend.eager,
+    keep: options.KeepOption = options.Keep.uncond,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    tgate: Annotated[bool, typer.Option("--tgate/--no-tgate", help="Without: the plain pipeline.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Make images from a prompt. What is not given is set as the model's family needs it."""
+    first_seed = random.randrange(2**31) if seed is None else seed
+    seeds = [first_seed + i for i in range(num_images)]
+    paths = image_paths(out, seeds)
+    check_targets(paths, force=force)
+
+    with ERR.status("Loading the model"):
+        loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step, tgate=tgate)
+    if loaded.is_embedded:
+        _check_caption(prompt)
+    if tgate:
+        tgate_compile.optimize(loaded.pipe, settings.gate_step, backend=backend.value, keep=keep.value)
+
+    call: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width}
+    images, seconds = _run(loaded, settings, seeds, {k: v for k, v in call.items() if v is not None}, shown=not json)
+
+    used = {
+        "model": loaded.source,
+        "pipeline": type(loaded.pipe).__name__,
+        "family": loaded.family.name,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "gate_step": settings.gate if tgate else None,
+        "keep": keep.value if tgate else None,
+        "backend": backend.value if tgate else None,
+        "scheduler": type(loaded.pipe.scheduler).__name__,
+        "lora": lora,
+        "unet": unet,
+        "device": str(loaded.device),
+        "dtype": loaded.dtype,
+        "tgate_compile": tgate_compile.__version__,
+    }
+    for image, path, own_seed in zip(images, paths, seeds, strict=True):
+        save_png(image, path, used | {"seed": own_seed})
+    strip = tgate_compile.describe(loaded.pipe).strip if tgate else "F" * settings.steps
+    if json:
+        print_json(used | {"seeds": seeds, "images": [str(path) for path in paths], "seconds": seconds, "strip": strip})
+    else:
+        _print_result(used, strip, paths, seconds)
+
+
+def _check_caption(prompt: str) -> None:
+    from tgate_compile._demo.captions import parse_caption
+
+    try:
+        parse_caption(prompt)
+    except ValueError as error:
+        print_note(MSG_CAPTION.format(grammar=error))
+
+
+def _run(
+    loaded: Loaded, settings: Settings, seeds: list[int], call: dict[str, Any], *, shown: bool
+) -> tuple[list[Any], float]:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
+    with make_progress(shown=shown) as progress, steps_shown(loaded.pipe, progress, "Denoising"):
+        began = time.perf_counter()
+        images = loaded.pipe(
+            **call,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            num_images_per_prompt=len(seeds),
+            generator=generators,
+        ).images
+        return images, time.perf_counter() - began
+
+
+def _print_result(used: dict[str, Any], strip: str, paths: list[Path], seconds: float) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("model", f"{used['model']} ({used['family']}), {used['device']}, {used['dtype']}")
+    gate = f"gate step {used['gate_step']}, backend {used['backend']}" if used["gate_step"] else "without T-GATE"
+    table.add_row("settings", f"{used['steps']} steps of {used['scheduler']}, guidance {used['guidance']:g}, {gate}")
+    full = strip.count("F")
+    table.add_row(
+        "steps", f"[bold cyan]{strip[:full]}[/][green]{strip[full:]}[/]  {full} full, {len(strip) - full} pruned"
+    )
+    capture = ", capture of the graphs included" if used["gate_step"] else ""
+    table.add_row("time", f"{seconds:.1f} s for {len(paths)} image{'s' if len(paths) > 1 else ''}{capture}")
+    for path in paths:
+        table.add_row("written", str(path))
+    OUT.print(table)

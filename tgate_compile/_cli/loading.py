@@ -1,0 +1,118 @@
+"""From the command line's words to a loaded pipeline on its device."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from tgate_compile._cli.checkpoints import MSG_NOT_LOADED, first_line, load_pipeline
+from tgate_compile._cli.devices import DTYPES, choose_device, choose_dtype
+from tgate_compile._cli.families import EMBEDDED, SCHEDULERS, Family, recognise
+from tgate_compile._cli.options import Dtype
+from tgate_compile._errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+
+MSG_SCHEDULER = "The scheduler must be one of {known}, but got {given!r}."
+MSG_NO_PEFT = "--lora needs the package peft. Install it with\n  pip install peft"
+MSG_UNET_ALONE = "--unet puts another UNet into the pipeline of --model, which is missing. Add it."
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline that is ready to run, and what it was made of."""
+
+    pipe: DiffusionPipeline
+    family: Family
+    source: str
+    device: torch.device
+    dtype: str
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is the pipeline that comes with the package."""
+        return self.family is EMBEDDED
+
+
+def load(
+    model: str | None,
+    *,
+    device: str = "auto",
+    dtype: Dtype = Dtype.auto,
+    scheduler: str | None = None,
+    unet: str | None = None,
+    lora: str | None = None,
+) -> Loaded:
+    """Load `model` (None: the embedded pipeline). Whatever can be checked before a long load is checked first.
+
+    Raises:
+        ConfigurationError: the model, device, scheduler or LoRA cannot be had.
+    """
+    torch_device = choose_device(device)
+    if scheduler is not None and scheduler not in SCHEDULERS:
+        raise ConfigurationError(MSG_SCHEDULER.format(known=", ".join(SCHEDULERS), given=scheduler))
+    if lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigurationError(MSG_NO_PEFT)
+    if unet is not None and model is None:
+        raise ConfigurationError(MSG_UNET_ALONE)
+    quieten_libraries()
+    if model is None:
+        from tgate_compile._demo.pipeline import load_demo_pipeline
+
+        chosen = choose_dtype(dtype, "StableDiffusionPipeline", torch_device)
+        pipe: Any = load_demo_pipeline(torch_dtype=DTYPES[chosen])
+    else:
+        pipe, chosen = load_pipeline(model, unet, dtype, torch_device)
+    if lora is not None:
+        _load_lora(pipe, lora)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    family = recognise(pipe) if model is not None else EMBEDDED
+    if scheduler is None and family.scheduler is not None and _may_replace(pipe.scheduler, family):
+        logger.info("%s: %s instead of %s", family.name, family.scheduler, type(pipe.scheduler).__name__)
+        set_scheduler(pipe, family.scheduler)
+    pipe.to(torch_device)
+    pipe.set_progress_bar_config(disable=True)
+    return Loaded(pipe, family, model or "embedded", torch_device, chosen.value)
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Put in the scheduler of this short name, with the noise schedule of the checkpoint's own."""
+    class_name, overrides = SCHEDULERS[name]
+    pipe.scheduler = getattr(diffusers, class_name).from_config(pipe.scheduler.config, **overrides)
+
+
+def quieten_libraries() -> None:
+    """No progress bars and no advice from the libraries underneath; downloads from the hub still show theirs."""
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers.utils.logging, transformers_logging):
+        library.disable_progress_bar()
+        if not logger.isEnabledFor(logging.DEBUG):
+            library.set_verbosity_error()
+
+
+def _load_lora(pipe: Any, lora: str) -> None:
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ConfigurationError(f"{type(pipe).__name__} takes no LoRA weights. Leave --lora out.")
+    path = Path(lora)
+    try:
+        if path.is_file():
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+        else:
+            pipe.load_lora_weights(lora)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(MSG_NOT_LOADED.format(given=lora, reason=first_line(error))) from error
+
+
+def _may_replace(scheduler: Any, family: Family) -> bool:
+    # "trailing" marks few-step distilled checkpoints, which work with their own scheduler only.
+    return type(scheduler).__name__ in family.replaced and scheduler.config.get("timestep_spacing") != "trailing"
