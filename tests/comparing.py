@@ -1,0 +1,26 @@
+"""How results are compared."""
+
+from __future__ import annotations
+
+import torch
+
+#: Largest difference, relative to the largest value, that rounding may explain.
+ROUNDING = 1e-5
+#: Smallest one that shows that something else has been computed.
+VISIBLE = 1e-3
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value of `b`."""
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    assert a.isfinite().all()
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert difference(a, b) <= ROUNDING
+
+
+def assert_differ(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert difference(a, b) >= VISIBLE
