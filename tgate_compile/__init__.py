@@ -6,6 +6,7 @@ image = pipe("a red fox in snow", num_inference_steps=25).images[0]
 
 from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline
 from tgate_compile._describe import describe as describe
+from tgate_compile._errors import BackendError as BackendError
 from tgate_compile._errors import CaptureError as CaptureError
 from tgate_compile._errors import ConcurrentGenerationError as ConcurrentGenerationError
 from tgate_compile._errors import ConfigurationError as ConfigurationError

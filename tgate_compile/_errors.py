@@ -17,6 +17,10 @@ class CaptureError(TGateError, RuntimeError):
     """The denoiser could not be captured as a graph."""
 
 
+class BackendError(TGateError, RuntimeError):
+    """A backend could not compile a graph."""
+
+
 class VerificationError(TGateError, RuntimeError):
     """A rewritten graph is not what it must be. This is a bug of ours: please report it."""
 

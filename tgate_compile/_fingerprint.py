@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 
 # Bookkeeping of torch and of the hook mechanism, which no graph depends on.
-_IGNORED = frozenset(
-    {
-        "_parameters",
-        "_buffers",
-        "_modules",
-        "_non_persistent_buffers_set",
-        "_internal_dict",
-        "_diffusers_hook",
-        "forward",
-    }
-)
+_IGNORED = frozenset(vars(torch.nn.Module())) - {"training", "_forward_hooks", "_forward_pre_hooks"} | {
+    "_diffusers_hook",
+    "_internal_dict",  # diffusers' configuration: what the module was made from, not what it does
+    "forward",
+}
+_SCALARS = frozenset({bool, int, float, str, type(None)})
 
 
 def fingerprint(denoiser: torch.nn.Module) -> Hashable:
@@ -29,7 +25,7 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
     are not: graphs read them live, so changing weights in place needs no new capture.
     """
     modules = tuple(
-        (name, type(module), _plain(_attributes(module), 3), name and "forward" in vars(module))
+        (name, type(module), _attributes(module), bool(name) and "forward" in module.__dict__)
         for name, module in denoiser.named_modules()
     )
     tensors = tuple(
@@ -40,20 +36,25 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
     return modules, tensors
 
 
-def _attributes(module: torch.nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _IGNORED}
+def _attributes(module: torch.nn.Module) -> Hashable:
+    # Written for speed: a large denoiser has two thousand modules, and this runs once per image.
+    return tuple(
+        (name, value if type(value) in _SCALARS else _plain(value, 3))
+        for name, value in module.__dict__.items()
+        if name not in _IGNORED
+    )
 
 
 def _plain(value: Any, depth: int) -> Hashable:
     """`value` in a form that can be compared: numbers and strings themselves, objects by type and attributes."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return value
+    if type(value) in _SCALARS or isinstance(value, (torch.dtype, torch.device)):
+        return value  # type: ignore[no-any-return]
     if depth == 0 or isinstance(value, (torch.Tensor, torch.nn.Module)):
         return f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, Mapping):
         return tuple((str(key), _plain(item, depth - 1)) for key, item in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return tuple(_plain(item, depth - 1) for item in value)
-    if callable(value) and not hasattr(value, "__dict__"):
+    if isinstance(value, (FunctionType, BuiltinFunctionType)):
         return id(value)
     return type(value), _plain(getattr(value, "__dict__", {}), depth - 1)

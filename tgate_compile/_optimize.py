@@ -75,6 +75,15 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
         return generation.denoise(args, kwargs)
 
     @property
+    def own_forward(self) -> Callable[..., Any]:
+        """The denoiser's own forward, under our hook and under accelerate's offload hook if there is one."""
+        offloaded = hasattr(self.store.denoiser, "_hf_hook")
+        forward: Callable[..., Any] = (
+            self.store.denoiser._old_forward if offloaded else self.fn_ref.original_forward  # type: ignore[assignment]
+        )
+        return forward
+
+    @property
     def busy(self) -> bool:
         """Whether a generation is running."""
         return self._lock.locked()
@@ -243,7 +252,7 @@ def _generation(
         raise ConfigurationError(MSG_REPLACED.format(name=state.denoiser_name, pipeline=state.pipeline_class.__name__))
     generation = Generation(
         state.hook.store,
-        state.hook.fn_ref.original_forward,
+        state.hook.own_forward,
         state.config.schedule if gate_step is None else TGate(gate_step),
         keep=state.config.keep,
         interleaved=family_of(state.pipeline_class).interleaved,

@@ -56,7 +56,7 @@ class VariantStore:
     """
 
     def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
-        self._denoiser = denoiser
+        self.denoiser = denoiser
         self._config = config
         self._fingerprint: Hashable = None
         self._captures: OrderedDict[Hashable, Captured] = OrderedDict()
@@ -70,10 +70,10 @@ class VariantStore:
 
     def refresh(self) -> None:
         """Look at the denoiser again: drop every variant if it changed, and fetch its parameters anew."""
-        current = fingerprint(self._denoiser)
+        current = fingerprint(self.denoiser)
         if current != self._fingerprint:
             if self._captures:
-                logger.info("%s has changed: capturing it again", type(self._denoiser).__name__)
+                logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
             self._captures.clear()
             self._variants.clear()
             self._fingerprint = current
@@ -93,7 +93,7 @@ class VariantStore:
             return found
         captured = self._captures.get(key)
         if captured is None:
-            captured = capture(self._denoiser, forward, call)
+            captured = capture(self.denoiser, forward, call)
             self._captures[key] = captured
             self._drop_oldest()
         variant = specialize(captured, phase)
@@ -114,6 +114,6 @@ class VariantStore:
 
     def _weights(self, variant: Variant) -> list[torch.Tensor]:
         constants = variant.program.constants
-        live: dict[str, torch.Tensor] = dict(self._denoiser.named_parameters(remove_duplicate=False))
-        live.update(self._denoiser.named_buffers(remove_duplicate=False))
+        live: dict[str, torch.Tensor] = dict(self.denoiser.named_parameters(remove_duplicate=False))
+        live.update(self.denoiser.named_buffers(remove_duplicate=False))
         return [live[name] if name in live else constants[name] for name in variant.weights]

@@ -10,10 +10,15 @@ from typing import ClassVar
 import torch
 
 from tgate_compile._backends._interface import Runner
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
 
 logger = logging.getLogger(__name__)
+
+MSG_FAILED = (
+    "Inductor could not compile the {graph} graph ({problem}). On a CPU it needs a C++ compiler, on a GPU Triton. "
+    'optimize(pipe, backend="eager") runs the same graph without compiling it.'
+)
 
 
 class InductorBackend:
@@ -41,9 +46,13 @@ class InductorBackend:
     def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Runner:
         began = time.perf_counter()
         with torch.no_grad():
-            compiled = torch._inductor.compile(
-                variant.program.graph_module, [*weights, *_contiguous(inputs)], options=self._options
-            )
+            try:
+                compiled = torch._inductor.compile(
+                    variant.program.graph_module, [*weights, *_contiguous(inputs)], options=self._options
+                )
+            except Exception as error:  # a missing C++ compiler, an unknown option's value, Inductor's own bugs
+                problem = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise BackendError(MSG_FAILED.format(graph=variant.phase.name, problem=problem)) from error
         logger.info("compiled the %s graph in %.1f s", variant.phase.name, time.perf_counter() - began)
 
         def run(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
