@@ -1,0 +1,171 @@
+"""`tgate-compile generate`: the library's image, with its settings inside; bad input is refused early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests import tiny_pipelines
+from tgate_compile import optimize
+from tgate_compile._cli import checkpoints, generate
+from tgate_compile._cli.app import app
+
+# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+run = CliRunner().invoke
+QUICK = ["--steps", "4", "--gate-step", "2", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny Stable Diffusion pipeline of random weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_pipelines.stable_diffusion().save_pretrained(folder)
+    return str(folder)
+
+
+def generated(model: str | None, out: Path, *arguments: str) -> dict[str, Any]:
+    chosen = [] if model is None else ["--model", model]
+    result = run(app, ["generate", *chosen, "--prompt", "red cat", "--out", str(out), "--json", *arguments])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert isinstance(data, dict)
+    return data
+
+
+def pixels(path: Path | str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    with Image.open(path) as image:
+        return np.asarray(image, dtype=np.int64)
+
+
+def test_the_image_is_the_librarys(model: str, tmp_path: Path) -> None:
+    data = generated(model, tmp_path / "cat.png", *QUICK, "--scheduler", "euler", "--guidance", "5")
+    assert data["strip"] == "FFpp"
+    assert (data["family"], data["scheduler"]) == ("Stable Diffusion", "EulerDiscreteScheduler")
+    pipe = checkpoints.DiffusionPipeline.from_pretrained(model)
+    pipe.scheduler = tiny_pipelines.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    optimize(pipe, 2, backend="eager")
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe("red cat", num_inference_steps=4, guidance_scale=5.0, generator=generator).images[0]
+    assert np.array_equal(pixels(tmp_path / "cat.png"), np.asarray(expected, dtype=np.int64))
+
+
+def test_without_tgate_it_is_the_plain_pipelines(model: str, tmp_path: Path) -> None:
+    plain = generated(model, tmp_path / "plain.png", *QUICK, "--no-tgate")
+    never = generated(model, tmp_path / "never.png", "--steps", "4", "--gate-step", "4", "--seed", "3")
+    gated = generated(model, tmp_path / "gated.png", *QUICK)
+    assert (plain["strip"], never["strip"], gated["strip"]) == ("FFFF", "FFFF", "FFpp")
+    assert plain["gate_step"] is None
+    assert np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "never.png"))
+    assert not np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "gated.png"))
+
+
+def test_each_image_of_a_batch_has_its_own_seed(model: str, tmp_path: Path) -> None:
+    data = generated(model, tmp_path / "cats", *QUICK, "--num-images", "2", "--negative-prompt", "dog")
+    assert [Path(path).name for path in data["images"]] == ["seed-3.png", "seed-4.png"]
+    generated(model, tmp_path / "four.png", *QUICK[:-1], "4", "--negative-prompt", "dog")
+    assert np.abs(pixels(data["images"][1]) - pixels(tmp_path / "four.png")).max() <= 1
+    with Image.open(data["images"][1]) as image:
+        image.load()
+        texts = image.text  # type: ignore[attr-defined]
+    assert texts["seed"] == "4"
+    assert (texts["prompt"], texts["negative_prompt"]) == ("red cat", "dog")
+    assert (texts["gate_step"], texts["steps"], texts["guidance"], texts["keep"]) == ("2", "4", "7.5", "uncond")
+
+
+def test_sizes_and_sdxl(tmp_path: Path) -> None:
+    tiny_pipelines.sdxl().save_pretrained(tmp_path / "model")
+    out = tmp_path / "cat.png"
+    data = generated(str(tmp_path / "model"), out, "--steps", "2", "--height", "16", "--width", "24", "--keep", "cond")
+    assert pixels(out).shape == (16, 24, 3)
+    # The family's own: 10 of 25 steps is 1 of 2; DPM-Solver++ in the place of Euler.
+    assert (data["family"], data["strip"], data["keep"]) == ("SDXL", "Fp", "cond")
+    assert (data["guidance"], data["scheduler"]) == (5.0, "DPMSolverMultistepScheduler")
+
+
+def test_lcm_needs_no_guidance(model: str, tmp_path: Path) -> None:
+    data = generated(model, tmp_path / "cat.png", "--scheduler", "lcm")
+    assert (data["family"], data["steps"], data["guidance"], data["strip"]) == ("LCM", 4, 1.0, "Fppp")
+
+
+def test_fp16_files_are_found_and_not_needed(model: str, tmp_path: Path) -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    pipe.save_pretrained(tmp_path / "fp16", variant="fp16")
+    data = generated(str(tmp_path / "fp16"), tmp_path / "cat.png", *QUICK)
+    assert data["dtype"] == "fp32"
+    generated(model, tmp_path / "bf16.png", *QUICK, "--dtype", "bf16", "--no-tgate")
+
+
+def test_the_result_is_told(tmp_path: Path) -> None:
+    out = tmp_path / "fox.png"
+    arguments = ["generate", "-p", "a fox in snow", "-o", str(out), "--steps", "3", "--gate-step", "0.4"]
+    result = run(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "Fpp" in result.stdout
+    assert "1 full, 2 pruned" in result.stdout
+    assert "fox.png" in result.stdout
+    # The embedded model knows its own captions only, and says so.
+    assert "COLOUR SHAPE" in result.stderr
+    again = run(app, arguments)
+    assert again.exit_code == 1
+    assert "--force" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "shown"),
+    [
+        (["--gate-step", "0"], 2, "at least 1"),
+        (["--gate-step", "1.5"], 2, "between 0 and 1"),
+        (["--gate-step", "ten"], 2, "'ten'"),
+        (["--steps", "0"], 2, "--steps"),
+        (["--guidance", "-1"], 2, "--guidance"),
+        (["--height", "100"], 2, "96 or 104"),
+        (["--dtype", "int4"], 2, "--dtype"),
+        (["--backend", "tensorrt"], 2, "--backend"),
+        (["--keep", "both"], 2, "--keep"),
+        (["--model", "./nowhere"], 1, "There is no folder ./nowhere"),
+        (["--model", "nowhere"], 1, "There is no folder nowhere"),
+        (["--model", __file__], 1, "is a file"),
+        (["--model", str(Path(__file__).parent)], 1, "model_index.json"),
+        (["--device", "tpu"], 1, "device must be"),
+        (["--scheduler", "best"], 1, "scheduler must be one of"),
+        (["--unet", "somebody/unet"], 1, "--model"),
+    ],
+)
+def test_bad_input_is_refused_early(
+    arguments: list[str], code: int, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints.DiffusionPipeline, "from_pretrained", None)
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "fox.png"
+    result = run(app, ["generate", "-p", "a fox", "-o", str(out), *arguments])
+    assert result.exit_code == code
+    assert shown in result.stderr
+    assert not out.exists()
+
+
+def test_outputs_are_checked_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "load", None)
+    (tmp_path / "fox.png").touch()
+    for out, shown in (("fox.png", "exists already"), ("fox.png/a.png", "Cannot write"), ("fox.jpg", ".png")):
+        result = run(app, ["generate", "-p", "a fox", "-o", str(tmp_path / out)])
+        assert result.exit_code == 1
+        assert shown in result.stderr
+
+
+def test_a_lora_that_is_none_is_refused(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(b"no weights")
+    result = run(app, ["generate", "-m", model, "-p", "a fox", "-o", str(tmp_path / "fox.png"), "--lora", str(lora)])
+    assert result.exit_code == 1
+    assert "lora.safetensors" in result.stderr

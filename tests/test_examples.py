@@ -1,0 +1,44 @@
+"""The examples run as they are, offline, and the own loop makes the image that the pipeline's call makes."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PROMPT = "a large red circle on a blue background"  # of own_loop.py
+
+# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def pixels(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    with Image.open(path) as image:
+        return np.asarray(image, dtype=np.int64)
+
+
+def test_examples_are_short_and_all_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"text_to_image.py", "own_loop.py"}
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) < 60 for path in EXAMPLES.glob("*.py"))
+
+
+def test_the_own_loop_makes_the_pipelines_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_example("text_to_image.py", monkeypatch, "--prompt", PROMPT, "--out", str(tmp_path / "call.png"))
+    assert "FFFFFFFFFFppppppppppppppp" in capsys.readouterr().out
+    run_example("own_loop.py", monkeypatch, "--out", str(tmp_path / "loop.png"))
+    assert "FFFFFFFFFFppppppppppppppp" in capsys.readouterr().out
+    by_call, by_loop = pixels(tmp_path / "call.png"), pixels(tmp_path / "loop.png")
+    assert by_call.shape == (64, 64, 3)
+    assert np.abs(by_call - by_loop).max() <= 1
