@@ -56,7 +56,8 @@ def describe(
 def _print_tables(description: _describe.Description, strip: str, work: Work) -> None:
     OUT.print(
         f"[bold]{description.pipeline}[/]: {description.denoiser}, {description.parameters / 1e6:.3f} M parameters, "
-        f"{len(description.sites)} cross-attention sites"
+        f"{len(description.sites)} cross-attention sites",
+        soft_wrap=True,
     )
     graphs = Table("graph", "latents", title="Graphs", title_justify="left")
     for heading in ("operators", "parameters/M", "MACs/G", "with attention/G", "caches/MB"):
@@ -77,8 +78,12 @@ def _print_tables(description: _describe.Description, strip: str, work: Work) ->
         sites.add_row(site)
     OUT.print(sites)
     full = strip.count("F")
-    OUT.print(f"plan: [bold cyan]{strip[:full]}[/][green]{strip[full:]}[/]  {full} full, {len(strip) - full} pruned")
+    OUT.print(
+        f"plan: [bold cyan]{strip[:full]}[/][green]{strip[full:]}[/]  {full} full, {len(strip) - full} pruned",
+        soft_wrap=True,
+    )
     OUT.print(
         f"MACs per image: {work.plain / 1e9:.1f} G plain, {work.guidance_dropped / 1e9:.1f} G with guidance dropped "
-        f"after the gate, {work.gated / 1e9:.1f} G with T-GATE"
+        f"after the gate, {work.gated / 1e9:.1f} G with T-GATE",
+        soft_wrap=True,
     )

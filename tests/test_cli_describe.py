@@ -1,0 +1,49 @@
+"""`tgate-compile describe`: the library's description, with the work of a whole image."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from diffusers import HeunDiscreteScheduler, PNDMScheduler
+from typer.testing import CliRunner
+
+from tgate_compile._cli.app import app
+from tgate_compile._cli.work import planned_calls
+from tgate_compile._schedule import TGate
+
+# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+run = CliRunner().invoke
+
+
+def test_json_has_the_description_and_the_plan() -> None:
+    result = run(app, ["describe", "--steps", "20", "--gate-step", "0.25", "--json"])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert (data["model"], data["denoiser"], len(data["sites"])) == ("embedded", "UNet2DConditionModel", 10)
+    full, pruned = data["variants"]
+    assert (full["name"], full["batch"]) == ("full", 2)
+    assert (pruned["name"], pruned["batch"]) == ("pruned", 1)
+    plan = data["plan"]
+    assert (plan["gate"], plan["strip"]) == (5, "F" * 5 + "p" * 15)
+    assert plan["macs_plain"] == 20 * full["macs"]
+    assert plan["macs_guidance_dropped"] == 5 * full["macs"] + 15 * full["macs"] // 2
+    assert plan["macs_gated"] == 5 * full["macs"] + 15 * pruned["macs"]
+    # The two steps of the capture are not the user's.
+    assert "strip" not in data
+
+
+def test_the_table_is_for_people() -> None:
+    result = run(app, ["describe", "--scheduler", "heun", "--steps", "4", "--gate-step", "1", "--guidance", "1"])
+    assert result.exit_code == 0, result.output
+    for shown in ("10 cross-attention sites", "mid_block.attentions.0", "1x4x16x16", "Fppp", "1 full, 3 pruned"):
+        assert shown in result.stdout
+
+
+def test_calls_are_counted_and_not_steps() -> None:
+    # Heun: two calls a step, one for the last.
+    assert planned_calls(HeunDiscreteScheduler(), TGate(2), 4) == "FFFF" + "ppp"
+    # PNDM: its second call repeats the first one's timestep, and is no step.
+    assert planned_calls(PNDMScheduler(skip_prk_steps=True), TGate(2), 4) == "FFF" + "pp"
