@@ -101,7 +101,7 @@ class VariantStore:
         by_name = dict(zip(captured.input_names, call.leaves, strict=True))
         inputs = [*(by_name[name] for name in variant.inputs), *caches]
         backend = make_backend(self._config.backend, self._config.backend_options, inputs[0].device)
-        compiled = CompiledVariant(variant, captured, backend.compile(variant, weights, inputs), weights)
+        compiled = CompiledVariant(variant, captured, backend.compile(variant, inputs), weights)
         self._variants[key, phase] = compiled
         self.compilations += 1
         return compiled

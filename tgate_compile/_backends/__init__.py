@@ -31,6 +31,6 @@ def check_backend(name: object, options: Mapping[str, object]) -> None:
 def make_backend(name: str, options: Mapping[str, object], device: torch.device) -> Backend:
     """The backend called `name`; `auto` takes the one that was measured to be the fastest on `device`'s type."""
     if name == "auto":
-        # benchmarks/README.md has the figures. On a CPU Inductor compiles for minutes to end up beside eager.
+        # benchmarks/README.md has the figures: on a CPU Inductor compiles for minutes and ends up beside eager.
         name = "eager" if device.type == "cpu" else "inductor"
     return BACKENDS[name](options)

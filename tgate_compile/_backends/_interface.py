@@ -25,6 +25,10 @@ class Backend(Protocol):
     def check_options(options: Mapping[str, object]) -> None:
         """Raise ConfigurationError for options that the backend does not know."""
 
-    def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Runner:
-        """A runner of `variant` for tensors of the shapes, dtypes and devices of these."""
+    def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
+        """A runner of `variant` for inputs and caches of the shapes, dtypes and devices of these.
+
+        Raises:
+            BackendError: the graph cannot be compiled.
+        """
         ...

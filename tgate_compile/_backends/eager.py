@@ -25,7 +25,7 @@ class EagerBackend:
         if options:
             raise ConfigurationError(f'backend "eager" has no options, but got {dict(options)!r}.')
 
-    def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Runner:
+    def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         graph_module = variant.program.graph_module
 
         def run(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

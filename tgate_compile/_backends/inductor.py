@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,53 +15,68 @@ from tgate_compile._graphs import Variant
 
 logger = logging.getLogger(__name__)
 
+MSG_UNKNOWN_OPTIONS = (
+    'backend "inductor" does not know the options {unknown}; torch._inductor.list_options() lists those that it knows.'
+)
 MSG_FAILED = (
     "Inductor could not compile the {graph} graph ({problem}). On a CPU it needs a C++ compiler, on a GPU Triton. "
     'optimize(pipe, backend="eager") runs the same graph without compiling it.'
 )
 
+# Where oneDNN is present, Inductor wants every convolution in channels-last and copies the weights there inside the
+# graph, in every call, which costs more than the rest gains (benchmarks/README.md). Its own cure is to freeze the
+# weights, which copies them once and for all: twice the memory, and LoRA changes go unseen.
+CPU_OPTIONS: Mapping[str, Any] = {"layout_optimization": False}
+
 
 class InductorBackend:
     """Compiles the graph with Inductor directly.
 
-    Not through `torch.compile`: there is nothing for Dynamo to trace in a graph, and without its guards a call
-    costs less and cannot recompile. Weights stay inputs of the compiled code: no copy, and changes are seen.
+    Not through `torch.compile`: there is nothing for Dynamo to trace in a graph, and without its guards nothing can
+    recompile. Weights stay inputs of the compiled code, so that there is no copy of them and changes are seen.
     """
 
     name: ClassVar[str] = "inductor"
 
     def __init__(self, options: Mapping[str, object]) -> None:
-        self._options = dict(options)
+        self._options = options
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
         known = torch._inductor.list_options()
         unknown = [name for name in options if name not in known]
         if unknown:
-            raise ConfigurationError(
-                f'backend "inductor" does not know the options {unknown}; '
-                "torch._inductor.list_options() lists those that it knows."
-            )
+            raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
 
-    def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Runner:
+    def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         began = time.perf_counter()
+        on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
+        options = {**(CPU_OPTIONS if on_cpu else {}), **self._options}
+        graph_module = _copy(variant.program.graph_module)  # Inductor rewrites what it is given
         with torch.no_grad():
             try:
-                compiled = torch._inductor.compile(
-                    variant.program.graph_module, [*weights, *_contiguous(inputs)], options=self._options
-                )
-            except Exception as error:  # a missing C++ compiler, an unknown option's value, Inductor's own bugs
+                compiled = torch._inductor.compile(graph_module, _example_inputs(variant), options=options)
+            except Exception as error:  # a missing C++ compiler, an option's wrong value, Inductor's own bugs
                 problem = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise BackendError(MSG_FAILED.format(graph=variant.phase.name, problem=problem)) from error
         logger.info("compiled the %s graph in %.1f s", variant.phase.name, time.perf_counter() - began)
 
         def run(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            outputs: Sequence[torch.Tensor] = compiled(*weights, *_contiguous(inputs))
+            # Compiled code is made for fixed strides: contiguous ones, like the examples.
+            outputs: Sequence[torch.Tensor] = compiled(*weights, *(tensor.contiguous() for tensor in inputs))
             return outputs
 
         return run
 
 
-def _contiguous(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    # Compiled code is made for the strides that it was compiled with.
-    return [tensor.contiguous() for tensor in inputs]
+def _copy(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, val_map={}))
+    return torch.fx.GraphModule(graph_module, graph)
+
+
+def _example_inputs(variant: Variant) -> list[Any]:
+    """The graph's own fake inputs, not real tensors: for these Inductor's caches are skipped, on disk and in memory."""
+    placeholders = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
+    first_input = len(variant.weights)
+    return [fake if position < first_input else fake.contiguous() for position, fake in enumerate(placeholders)]
