@@ -63,11 +63,11 @@ def make_modes(gate: int, *, compiled: bool) -> list[Mode]:
     cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=gate - 1)
     modes = [
         Mode("plain", "plain", plain),
-        Mode("guidance_dropped", "guidance dropped", plain, cutoff),
-        Mode("eager", "T-GATE, eager", _optimized(gate, "eager")),
+        Mode("guidance_dropped", "guidance drop", plain, cutoff),
+        Mode("eager", "T-GATE eager", _optimized(gate, "eager")),
     ]
     if compiled:
-        modes.append(Mode("inductor", "T-GATE, compiled", _optimized(gate, "inductor")))
+        modes.append(Mode("inductor", "T-GATE compiled", _optimized(gate, "inductor")))
     for mode in modes:
         mode.pipe.set_progress_bar_config(disable=True)
     return modes

@@ -45,7 +45,7 @@ def sentences(results: Results) -> list[str]:
         f"Times: median of {len(results.task.prompts)} warm images, the rows taking turns. "
         "MACs: the denoiser's linear and convolution layers. "
         f"Parameters after the gate; before it {results.rows[0].parameters / 1e6:.2f} M.",
-        "Guidance dropped: the plain pipeline with guidance up to the gate, and nothing cached.",
+        "Guidance drop: the plain pipeline with guidance up to the gate only, and nothing cached.",
     ]
     first = [f"{row.title} {row.first_call_extra_seconds:.1f} s" for row in results.rows if row.cache_bytes]
     if first:
@@ -70,7 +70,7 @@ def guidance_sentence(results: Results) -> str:
             f"Of the MACs that it saves, dropping guidance after the gate already gives {work:.0%}."
         )
     return (
-        f"Dropping guidance alone gives {share:.0%} of the time that T-GATE (eager) saves, and {work:.0%} of the MACs. "
+        f"The guidance drop alone gives {share:.0%} of the time that T-GATE (eager) saves, and {work:.0%} of the MACs. "
         "The rest is the cross-attention, and on a model this small also that a graph runs with less Python."
     )
 
