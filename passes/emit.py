@@ -21,7 +21,7 @@ def emit(graph_module: torch.fx.GraphModule, sites: Iterable[Site], *, merge_hal
         graph_module: changed in place. Its output is one flat tuple.
         sites: where.
         merge_halves: the batch is [uncond; cond]: emit the mean of the two, batch B (arXiv 2404.02747,
-            section 3.2), accumulated in fp32 whatever the dtype.
+            section 3.2), accumulated in fp32 at least.
     """
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -38,9 +38,10 @@ def emit(graph_module: torch.fx.GraphModule, sites: Iterable[Site], *, merge_hal
 def _mean_of_halves(graph: torch.fx.Graph, value: Node) -> Node:
     # Not chunk(2): on a dynamic batch it exports as a sequence, which ONNX optimizers trip over.
     dtype = value.meta["val"].dtype
+    accumulated = torch.promote_types(dtype, torch.float32)
     halves = _call(graph, aten.unflatten.int, value, 0, [2, -1])
-    mean = _call(graph, aten.mean.dim, halves, [0], False, dtype=torch.float32)
-    return mean if dtype == torch.float32 else _call(graph, aten.to.dtype, mean, dtype)
+    mean = _call(graph, aten.mean.dim, halves, [0], False, dtype=accumulated)
+    return mean if dtype == accumulated else _call(graph, aten.to.dtype, mean, dtype)
 
 
 def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, source: Node, *args: object, **kwargs: object) -> Node:

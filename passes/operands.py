@@ -1,4 +1,4 @@
-"""Typed access to what a node takes and to what it is known to produce."""
+"""Typed access to what a node takes, does, and is known to produce."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def shape_of(node: Node) -> torch.Size:
     """The shape of the value that `node` produces."""
     shape: torch.Size = node.meta["val"].shape
     return shape
+
+
+def is_mutable(node: Node) -> bool:
+    """Whether `node` writes into one of its operands."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

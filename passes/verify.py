@@ -7,7 +7,7 @@ from torch.export.graph_signature import InputKind
 from tgate_compile._errors import VerificationError
 from tgate_compile._graphs import Captured, Variant
 from tgate_compile.passes.find_cross_attention import find_cross_attention
-from tgate_compile.passes.operands import outputs_of
+from tgate_compile.passes.operands import is_mutable, outputs_of
 
 
 def verify(variant: Variant, captured: Captured) -> None:
@@ -16,7 +16,8 @@ def verify(variant: Variant, captured: Captured) -> None:
     - It returns what the denoiser returns, then one value for each emitted site: batch B when the phase merges
       the halves, else the site's own shape.
     - It takes one cache for each reused site; no cross-attention is left, and no weight of one.
-    - Every value has its `meta["val"]`, no output is an input, and no two outputs are the same value.
+    - Every value has its `meta["val"]`, and nothing works in place.
+    - No output is an input, and no two outputs are the same value.
 
     Raises:
         VerificationError: it is not; the message says in what.
@@ -29,6 +30,7 @@ def verify(variant: Variant, captured: Captured) -> None:
     _require(all(node.op != "placeholder" for node in outputs), "one of its outputs is an input")
     for node in graph.nodes:
         _require(node.op == "output" or "val" in node.meta, f"{node.name} has no meta['val']")
+        _require(not is_mutable(node), f"{node.name} works in place, and could be lost as dead code")
 
     merged = variant.phase.guided
     for site, node in zip(variant.emitted, outputs[captured.out_spec.num_leaves :], strict=True):

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.export.graph_signature import InputKind, TensorArgument
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from tgate_compile._call import Call
 from tgate_compile._errors import CaptureError, UnsupportedModelError
 from tgate_compile._graphs import Captured, Site
 from tgate_compile.passes.find_cross_attention import find_cross_attention
+from tgate_compile.passes.operands import is_mutable
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +58,15 @@ def capture(denoiser: torch.nn.Module, forward: Callable[..., Any], call: Call) 
             raise CaptureError(
                 MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")
             ) from error
+    program = _functional(program)
     names = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
     if len(names) != len(call.leaves) or not all(
-        isinstance(spec.arg, TensorArgument) for spec in program.graph_signature.output_specs
+        isinstance(spec.arg, TensorArgument) and spec.kind is OutputKind.USER_OUTPUT
+        for spec in program.graph_signature.output_specs
     ):
-        raise CaptureError(MSG_EXPORT_FAILED.format(model=model, error="its inputs or outputs are not plain tensors"))
+        raise CaptureError(
+            MSG_EXPORT_FAILED.format(model=model, error="it returns or changes something else than plain tensors")
+        )
 
     latents = next(iter(inspect.signature(forward).parameters))
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -72,6 +78,15 @@ def capture(denoiser: torch.nn.Module, forward: Callable[..., Any], call: Call) 
     )  # fmt: skip
     out_spec = program.module_call_graph[0].signature.out_spec
     return Captured(program, names, latents, out_spec, sites)
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """`program` without in-place operators: their results may have no users, and would be removed as dead."""
+    if not any(is_mutable(node) for node in program.graph.nodes):
+        return program
+    # An empty table decomposes nothing else, so that the numbers stay the same to the bit.
+    functional: ExportedProgram = program.run_decompositions({})
+    return functional
 
 
 def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:

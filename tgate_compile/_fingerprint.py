@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -51,7 +51,7 @@ def _plain(value: Any, depth: int) -> Hashable:
         return value  # type: ignore[no-any-return]
     if depth == 0 or isinstance(value, (torch.Tensor, torch.nn.Module)):
         return f"{type(value).__module__}.{type(value).__qualname__}"
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return tuple((str(key), _plain(item, depth - 1)) for key, item in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return tuple(_plain(item, depth - 1) for item in value)

@@ -11,7 +11,7 @@ import torch
 
 from tgate_compile._call import Call
 from tgate_compile._config import Keep
-from tgate_compile._errors import ConcurrentGenerationError, UnsupportedModelError
+from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._schedule import Phase, TGate
 from tgate_compile._steps import StepCounter
 from tgate_compile._variants import VariantStore
@@ -19,6 +19,10 @@ from tgate_compile._variants import VariantStore
 MSG_CONCURRENT = (
     "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
     "scheduler's state. Use one pipeline per thread (they may be built from the same weights), or a lock."
+)
+MSG_AUTOCAST = (
+    "torch.autocast is on, and would change dtypes inside a graph that is made for fixed ones. Leave it, and put the "
+    "pipeline into the dtype instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
 )
 MSG_NOT_TWO_HALVES = (
     "Guidance is on, but the denoiser's batch {shape} is not [uncond; cond] over the same latents, so its halves "
@@ -97,6 +101,8 @@ class Generation:
         latents = next(iter(arguments.values()))
         guided = self._guided()
         if self._counter is None:
+            if torch.is_autocast_enabled(latents.device.type):
+                raise ConfigurationError(MSG_AUTOCAST)
             self._counter = StepCounter.of(self._scheduler(), self._num_calls())
             self._first_timestep = arguments.get("timestep")
             if guided:

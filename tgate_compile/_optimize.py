@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,13 +20,13 @@ from tgate_compile._config import Config, Keep
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
 from tgate_compile._generation import MSG_CONCURRENT, Generation
+from tgate_compile._offload import HOOK_NAME, after_offload_hook, check_weights_stay
 from tgate_compile._schedule import TGate
 from tgate_compile._variants import VariantStore
 
 logger = logging.getLogger(__name__)
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
-HOOK_NAME = "tgate_compile"
 _ATTRIBUTE = "_tgate_compile"
 
 MSG_NO_PIPELINE = (
@@ -47,9 +47,9 @@ MSG_COMPILED = (
     "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
     "its own graphs of it."
 )
-MSG_OFFLOADED = (
-    "The denoiser of this {pipeline} is under {hook}, which moves or casts its weights layer by layer while it runs, "
-    "so that no graph can hold them. Call pipe.remove_all_hooks() and pipe.to(device) first."
+MSG_NO_COPY = (
+    "An optimized pipeline or denoiser cannot be copied or pickled. Call tgate_compile.restore(pipe) first; "
+    "save_pretrained() works as it is."
 )
 MSG_REPLACED = (
     "The {name} of this {pipeline} has been replaced since it was optimized. "
@@ -71,8 +71,15 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
         generation = self._active
         if generation is None:
             return self.fn_ref.original_forward(*args, **kwargs)
-        args, kwargs = _after_offload_hook(module, args, kwargs)
+        args, kwargs = after_offload_hook(module, args, kwargs)
         return generation.denoise(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHook:
+        # A hooked module's `forward` is bound to the original: a copy would silently run the original's weights.
+        raise ConfigurationError(MSG_NO_COPY)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        raise ConfigurationError(MSG_NO_COPY)
 
     @property
     def own_forward(self) -> Callable[..., Any]:
@@ -323,28 +330,4 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module) -> None
     registry = getattr(denoiser, "_diffusers_hook", None)
     if registry is not None and registry.get_hook(HOOK_NAME) is not None:
         raise ConfigurationError(MSG_DENOISER_TAKEN.format(pipeline=pipeline))
-    for module in denoiser.modules():
-        hook = _moving_hook(module, is_root=module is denoiser)
-        if hook is not None:
-            raise ConfigurationError(MSG_OFFLOADED.format(pipeline=pipeline, hook=hook))
-
-
-def _moving_hook(module: torch.nn.Module, *, is_root: bool) -> str | None:
-    """The name of a hook that moves or casts weights while the denoiser runs, None if there is none."""
-    offload = getattr(module, "_hf_hook", None)
-    if offload is not None and not (is_root and type(offload).__name__ == "CpuOffload"):
-        return f"accelerate's {type(offload).__name__}"
-    registry = getattr(module, "_diffusers_hook", None)
-    if registry is not None and registry.hooks:
-        return f"diffusers' hook {next(iter(registry.hooks))!r}"
-    return None
-
-
-def _after_offload_hook(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let `enable_model_cpu_offload`'s hook bring the whole denoiser to its device, as it does before each forward."""
-    offload = getattr(module, "_hf_hook", None)
-    if offload is not None:
-        args, kwargs = offload.pre_forward(module, *args, **kwargs)
-    return args, kwargs
+    check_weights_stay(denoiser)

@@ -17,6 +17,7 @@ from tgate_compile._capture import capture
 from tgate_compile._config import Config
 from tgate_compile._fingerprint import fingerprint
 from tgate_compile._graphs import Captured, Variant
+from tgate_compile._offload import check_weights_stay
 from tgate_compile._schedule import Phase
 from tgate_compile.passes.specialize import specialize
 
@@ -76,6 +77,7 @@ class VariantStore:
                 logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
             self._captures.clear()
             self._variants.clear()
+            check_weights_stay(self.denoiser)
             self._fingerprint = current
             return
         for key, compiled in self._variants.items():
