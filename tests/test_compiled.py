@@ -1,0 +1,185 @@
+"""The Inductor backend: right, and compiled once. One denoiser, as small as can be, serves all tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import torch._inductor.metrics
+
+import tgate_compile
+from tests.comparing import assert_differ, difference
+from tests.hook_reference import hook_reference
+from tests.tiny_pipelines import VELOCITY, run, stable_diffusion
+
+#: Compiled kernels add up in another order, and six steps amplify that.
+TOLERANCE = 1e-4
+
+
+def build() -> Any:
+    return stable_diffusion(
+        layout="small", block_out_channels=(16,), mid_block_type=None, norm_num_groups=4, attention_head_dim=2
+    )
+
+
+def compiler_counters() -> dict[str, Any]:
+    """Everything that torch counts when it traces, compiles or loads compiled code."""
+    counters = {name: dict(values) for name, values in torch._dynamo.utils.counters.items()}
+    counters["kernels"] = {"generated": torch._inductor.metrics.generated_kernel_count}
+    counters["compile times"] = {
+        name: len(times) for name, times in torch._dynamo.utils.compilation_time_metrics.items()
+    }
+    return counters
+
+
+@pytest.fixture(scope="module")
+def compiled() -> SimpleNamespace:
+    gated = tgate_compile.optimize(build(), 3, backend="inductor")
+    before = compiler_counters()
+    first = run(gated)
+    assert compiler_counters() != before, "the counters do not see a compilation"
+    return SimpleNamespace(gated=gated, plain=build(), first=first)
+
+
+@pytest.fixture
+def settled(compiled: SimpleNamespace) -> Iterator[SimpleNamespace]:
+    """The compiled pipeline; whatever the test does with it must not compile anything."""
+    scheduler = compiled.plain.scheduler
+    store = compiled.gated._tgate_compile.hook.store
+    made, before = store.compilations, compiler_counters()
+    yield compiled
+    compiled.plain.scheduler = compiled.gated.scheduler = scheduler
+    assert store.compilations == made
+    assert compiler_counters() == before
+
+
+def expected_of(pipe: Any, gate: int = 3, calls_per_step: int = 1, **call: Any) -> torch.Tensor:
+    with hook_reference(pipe, gate, calls_per_step=calls_per_step):
+        return run(pipe, **call)
+
+
+def test_two_graphs(settled: SimpleNamespace) -> None:
+    assert settled.gated._tgate_compile.hook.store.compilations == 2
+    assert [v.name for v in tgate_compile.describe(settled.gated).variants] == ["full", "pruned"]
+
+
+def test_right(settled: SimpleNamespace) -> None:
+    assert difference(settled.first, expected_of(settled.plain)) < TOLERANCE
+    plain = run(settled.plain)
+    assert_differ(settled.first, plain)
+    assert difference(run(settled.gated, gate_step=1000), plain) < TOLERANCE
+
+
+def test_second_call(settled: SimpleNamespace) -> None:
+    assert torch.equal(run(settled.gated), settled.first)
+
+
+def test_other_seeds_prompts_and_scales(settled: SimpleNamespace) -> None:
+    call = {"prompt": "blue dog", "seed": 5, "guidance_scale": 3.0, "negative_prompt": "snow"}
+    assert difference(run(settled.gated, **call), expected_of(settled.plain, **call)) < TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 4, 11, 25])
+def test_other_numbers_of_steps(settled: SimpleNamespace, steps: int) -> None:
+    assert difference(run(settled.gated, steps=steps), expected_of(settled.plain, steps=steps)) < TOLERANCE
+
+
+@pytest.mark.parametrize("gate", [1, 2, 5, 0.9])
+def test_other_gates(settled: SimpleNamespace, gate: int | float) -> None:
+    expected = expected_of(settled.plain, 5 if gate == 0.9 else gate)  # type: ignore[arg-type]
+    assert difference(run(settled.gated, gate_step=gate), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"])
+def test_other_schedulers(settled: SimpleNamespace, name: str) -> None:
+    settled.gated.scheduler = getattr(diffusers, name)(**VELOCITY)
+    run(settled.gated)
+
+
+def test_hundred_calls(settled: SimpleNamespace) -> None:
+    for _ in range(100):
+        last = run(settled.gated, steps=4)
+    assert difference(last, expected_of(settled.plain, steps=4)) < TOLERANCE
+
+
+def test_crossing_the_gate_costs_nothing(settled: SimpleNamespace) -> None:
+    times: list[float] = []
+
+    def clock(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        times.append(time.perf_counter())
+        return tensors
+
+    run(settled.gated, steps=12, gate_step=6, callback_on_step_end=clock)
+    # A compilation takes seconds; a step of this denoiser, milliseconds.
+    assert max(after - before for before, after in pairwise(times)) < 1.0
+
+
+def test_weights_changed_in_place(settled: SimpleNamespace) -> None:
+    with torch.no_grad():
+        for pipe in (settled.gated, settled.plain):
+            pipe.unet.conv_in.weight.mul_(1.2)
+            pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_v.weight.mul_(1.5)
+    try:
+        changed = run(settled.gated)
+        assert_differ(changed, settled.first)
+        assert difference(changed, expected_of(settled.plain)) < TOLERANCE
+    finally:
+        with torch.no_grad():
+            for pipe in (settled.gated, settled.plain):
+                pipe.unet.conv_in.weight.div_(1.2)
+                pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_v.weight.div_(1.5)
+
+
+def test_weights_replaced_by_others_of_the_same_shape(settled: SimpleNamespace) -> None:
+    for pipe in (settled.gated, settled.plain):
+        for parameter in pipe.unet.parameters():
+            parameter.data = parameter.data.clone()
+    assert torch.equal(run(settled.gated), settled.first)
+
+
+def test_the_same_parameters_as_the_model(settled: SimpleNamespace) -> None:
+    parameters = {id(parameter) for parameter in settled.gated.unet.parameters()}
+    for variant in settled.gated._tgate_compile.hook.store.compiled:
+        assert {id(weight) for weight in variant.weights} <= parameters
+
+
+def test_exception_and_interrupt(settled: SimpleNamespace) -> None:
+    def fail(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 4:
+            raise ZeroDivisionError
+        return tensors
+
+    with pytest.raises(ZeroDivisionError):
+        run(settled.gated, callback_on_step_end=fail)
+    assert torch.equal(run(settled.gated), settled.first)
+
+
+def test_global_settings_are_left_alone(settled: SimpleNamespace) -> None:
+    before = torch._inductor.config.save_config_portable()
+    run(settled.gated)
+    assert torch._inductor.config.save_config_portable() == before
+
+
+def test_float_timesteps_are_compiled_once(compiled: SimpleNamespace) -> None:
+    # Not `settled`: this one may compile, since a timestep of another dtype is another graph.
+    store = compiled.gated._tgate_compile.hook.store
+    scheduler, made = compiled.gated.scheduler, store.compilations
+    compiled.plain.scheduler = diffusers.EulerDiscreteScheduler(**VELOCITY)
+    compiled.gated.scheduler = diffusers.EulerDiscreteScheduler(**VELOCITY)
+    first = run(compiled.gated)
+    assert difference(first, expected_of(compiled.plain)) < TOLERANCE
+    assert store.compilations <= made + 2
+    made = store.compilations
+    compiled.gated.scheduler = diffusers.HeunDiscreteScheduler(**VELOCITY)
+    run(compiled.gated)
+    compiled.gated.scheduler = diffusers.EulerDiscreteScheduler(**VELOCITY)
+    assert torch.equal(run(compiled.gated), first)
+    compiled.gated.scheduler = compiled.plain.scheduler = scheduler
+    assert torch.equal(run(compiled.gated), compiled.first)
+    assert store.compilations == made

@@ -1,0 +1,191 @@
+"""What makes a captured graph out of date, and what does not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_processor import AttnProcessor
+
+from tests.tiny_pipelines import add_lora, load_ip_adapter, stable_diffusion
+from tgate_compile._fingerprint import fingerprint
+
+
+def unet_with_lora() -> Any:
+    unet = stable_diffusion(layout="small").unet
+    add_lora(unet)
+    return unet
+
+
+def nothing(unet: Any) -> None:
+    pass
+
+
+def values_in_place(unet: Any) -> None:
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(2)
+
+
+def data_replaced(unet: Any) -> None:
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def parameter_replaced(unet: Any) -> None:
+    unet.conv_in.weight = torch.nn.Parameter(unet.conv_in.weight.detach().clone())
+
+
+def grad_wanted(unet: Any) -> None:
+    unet.requires_grad_(True)
+
+
+def run_once(unet: Any) -> None:
+    with torch.no_grad():
+        unet(torch.randn(1, 4, 8, 8), torch.tensor(1), torch.randn(1, 16, 32))
+
+
+def hooked(unet: Any) -> None:
+    HookRegistry.check_if_exists_or_initialize(unet).register_hook(ModelHook(), "ours")
+
+
+@pytest.mark.parametrize(
+    "change", [nothing, values_in_place, data_replaced, parameter_replaced, grad_wanted, run_once, hooked]
+)
+def test_the_graph_still_holds(change: Callable[[Any], None]) -> None:
+    unet = unet_with_lora()
+    before = fingerprint(unet)
+    change(unet)
+    after = fingerprint(unet)
+    assert after == before
+    assert hash(after) == hash(before)
+
+
+def lora_scale(unet: Any) -> None:
+    unet.set_adapters("default", 0.5)
+
+
+def lora_off(unet: Any) -> None:
+    unet.disable_adapters()
+
+
+def lora_more(unet: Any) -> None:
+    add_lora(unet, "other")
+
+
+def lora_fused(unet: Any) -> None:
+    unet.fuse_lora()
+
+
+def lora_gone(unet: Any) -> None:
+    unet.delete_adapters("default")
+
+
+def processors(unet: Any) -> None:
+    unet.set_attn_processor(AttnProcessor())
+
+
+def one_processor(unet: Any) -> None:
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(AttnProcessor())
+
+
+def fused_qkv(unet: Any) -> None:
+    unet.fuse_qkv_projections()
+
+
+def freeu(unet: Any) -> None:
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+
+
+def dtype(unet: Any) -> None:
+    unet.to(torch.bfloat16)
+
+
+def device(unet: Any) -> None:
+    unet.to("meta")
+
+
+def layout(unet: Any) -> None:
+    unet.to(memory_format=torch.channels_last)
+
+
+def training(unet: Any) -> None:
+    unet.train()
+
+
+def module_replaced(unet: Any) -> None:
+    unet.conv_act = torch.nn.ReLU()
+
+
+def number_changed(unet: Any) -> None:
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.rescale_output_factor = 2.0
+
+
+def forward_replaced(unet: Any) -> None:
+    unet.mid_block.forward = lambda sample, *args, **kwargs: sample
+
+
+def torch_hook(unet: Any) -> None:
+    unet.mid_block.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def weight_of_other_shape(unet: Any) -> None:
+    unet.conv_in = torch.nn.Conv2d(9, 32, 3, padding=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lora_scale,
+        lora_off,
+        lora_more,
+        lora_fused,
+        lora_gone,
+        processors,
+        one_processor,
+        fused_qkv,
+        freeu,
+        dtype,
+        device,
+        layout,
+        training,
+        module_replaced,
+        number_changed,
+        forward_replaced,
+        torch_hook,
+        weight_of_other_shape,
+    ],
+)
+def test_the_graph_is_out_of_date(change: Callable[[Any], None]) -> None:
+    unet = unet_with_lora()
+    before = fingerprint(unet)
+    change(unet)
+    assert fingerprint(unet) != before
+
+
+def test_scale_of_an_ip_adapter() -> None:
+    pipe = stable_diffusion(layout="small")
+    load_ip_adapter(pipe)
+    before = fingerprint(pipe.unet)
+    pipe.set_ip_adapter_scale(0.1)
+    assert fingerprint(pipe.unet) != before
+    pipe.set_ip_adapter_scale(0.8)
+    assert fingerprint(pipe.unet) == before
+
+
+def test_equal_models_have_equal_fingerprints() -> None:
+    assert fingerprint(unet_with_lora()) == fingerprint(unet_with_lora())
+
+
+def test_it_is_quick() -> None:
+    # It runs once per image; a model of 150 modules in well under a step's time.
+    unet = unet_with_lora()
+    fingerprint(unet)
+    began = time.perf_counter()
+    for _ in range(10):
+        fingerprint(unet)
+    assert time.perf_counter() - began < 2.0

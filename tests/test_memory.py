@@ -1,0 +1,128 @@
+"""Both graphs share the denoiser's parameters: nothing is copied, nothing is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_compile
+from tests.tiny_pipelines import (
+    PROMPTS,
+    add_lora,
+    latent_consistency,
+    pixart,
+    pixart_prompt,
+    run,
+    sdxl,
+    stable_diffusion,
+)
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address and size of each distinct memory."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def with_lora() -> Any:
+    pipe = stable_diffusion(layout="small")
+    add_lora(pipe.unet)
+    return pipe
+
+
+def denoiser_of(pipe: Any) -> torch.nn.Module:
+    return pipe.transformer if "transformer" in pipe.components else pipe.unet
+
+
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "sd1": (stable_diffusion, {}),
+    "sd2": (lambda: stable_diffusion(layout="sd2"), {}),
+    "sdxl": (sdxl, {}),
+    "pixart": (pixart, pixart_prompt()),
+    "lcm": (latent_consistency, {"steps": 4}),
+    "lora": (with_lora, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_graphs_share_the_parameters(name: str) -> None:
+    build, call = CASES[name]
+    pipe = build()
+    denoiser = denoiser_of(pipe)
+    before = storages(denoiser.parameters())
+    tgate_compile.optimize(pipe, 2, backend="eager")
+    run(pipe, **call)
+    full, pruned = pipe._tgate_compile.hook.store.compiled
+    parameters = dict(denoiser.named_parameters())
+
+    # The very objects, in what is exported and in what is run.
+    for compiled in (full, pruned):
+        assert compiled.variant.program.state_dict
+        for path, tensor in compiled.variant.program.state_dict.items():
+            assert tensor is denoiser.get_parameter(path)
+        for path, tensor in zip(compiled.variant.weights, compiled.weights, strict=True):
+            if path in parameters:
+                assert tensor is parameters[path]
+
+    # All of the model's memory, and no more. Constants of the graph are no parameters: a few numbers.
+    together = storages([*full.weights, *pruned.weights])
+    constants = [t for c in (full, pruned) for t in c.variant.program.constants.values() if torch.is_tensor(t)]
+    extra = {address: size for address, size in together.items() if address not in before}
+    assert set(extra) <= set(storages([*constants, *denoiser.buffers()]))
+    assert sum(storages(constants).values()) <= 4096
+    of_parameters = {address: size for address, size in together.items() if address in before}
+    assert of_parameters == before == storages(denoiser.parameters())
+    assert sum(of_parameters.values()) == sum(p.numel() * p.element_size() for p in denoiser.parameters())
+
+    # The pruned graph's are among the full one's.
+    assert set(storages(pruned.weights)) - set(storages(constants)) < set(storages(full.weights))
+
+
+def test_the_graphs_hold_no_tensors_of_their_own() -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="eager")
+    run(pipe)
+    for compiled in pipe._tgate_compile.hook.store.compiled:
+        graph_module = compiled.variant.program.graph_module
+        assert not list(graph_module.parameters())
+        assert not list(graph_module.buffers())
+        assert not [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+
+
+def test_other_shapes_share_them_too() -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="eager")
+    run(pipe)
+    run(pipe, PROMPTS, height=32)
+    compiled = pipe._tgate_compile.hook.store.compiled
+    assert len(compiled) == 4
+    known = storages(pipe.unet.parameters())
+    assert all(tensor.untyped_storage().data_ptr() in known for c in compiled for tensor in c.weights)
+
+
+def test_old_weights_are_let_go() -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="eager")
+    run(pipe)
+    pipe.to(torch.float64)
+    run(pipe)
+    store = pipe._tgate_compile.hook.store
+    assert len(store.compiled) == 2
+    known = storages(pipe.unet.parameters())
+    assert all(tensor.untyped_storage().data_ptr() in known for c in store.compiled for tensor in c.weights)
+
+
+def test_captures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 3
+    monkeypatch.setattr("tgate_compile._variants.MAX_CAPTURES", limit)
+    pipe = tgate_compile.optimize(pixart(), 1000, backend="eager")
+    call = pixart_prompt()
+    store = pipe._tgate_compile.hook.store
+    for index in range(limit + 2):
+        run(pipe, **{**call, "height": 8 * (index + 1), "width": 8}, steps=2)
+        assert len(store.compiled) == min(index + 1, limit)
+    assert store.compilations == limit + 2
+    # The oldest went: the newest is still there, the first is made again.
+    run(pipe, **{**call, "height": 8 * (limit + 2), "width": 8}, steps=2)
+    assert store.compilations == limit + 2
+    run(pipe, **{**call, "height": 8, "width": 8}, steps=2)
+    assert store.compilations == limit + 3

@@ -1,0 +1,352 @@
+"""What cannot work is refused: with what was given and what to do, and without touching the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.hooks import HookRegistry, ModelHook
+
+import tgate_compile
+from tests.hook_reference import hook_reference
+from tests.tiny_pipelines import TEXT_DIM, image, image_embeds, load_ip_adapter, run, sdxl, seeded, stable_diffusion
+from tgate_compile import ConfigurationError, UnsupportedModelError
+
+
+@pytest.fixture(scope="module")
+def shared() -> SimpleNamespace:
+    pipe = stable_diffusion(layout="small")
+    return SimpleNamespace(pipe=pipe, image=run(pipe))
+
+
+def _state(pipe: Any) -> list[Any]:
+    denoiser = pipe.transformer if "transformer" in pipe.components else pipe.unet
+    modules = [(name, type(module), dict(vars(module))) for name, module in denoiser.named_modules()]
+    return [type(pipe), dict(vars(pipe)), [(name, kind, {**state}) for name, kind, state in modules]]
+
+
+@contextmanager
+def untouched(pipe: Any) -> Iterator[None]:
+    """The pipeline, its denoiser and all modules of that are the same after the block as before."""
+    before = _state(pipe)
+    yield
+    after = _state(pipe)
+    assert after[0] is before[0]
+    assert after[1] == before[1]
+    for (name, kind, state), (name_after, kind_after, state_after) in zip(before[2], after[2], strict=True):
+        assert (name, kind) == (name_after, kind_after)
+        assert list(state) == list(state_after)
+        for key in state:
+            assert state[key] is state_after[key] or state[key] == state_after[key], f"{name}.{key}"
+
+
+def refused(pipe: Any, error: type[Exception], *parts: str, **options: Any) -> str:
+    """`optimize` raises `error`, whose message has all of `parts`, and leaves `pipe` alone."""
+    with untouched(pipe), pytest.raises(error) as caught:
+        tgate_compile.optimize(pipe, **{"gate_step": 3, "backend": "eager", **options})
+    message = str(caught.value)
+    assert isinstance(caught.value, tgate_compile.TGateError)
+    for part in parts:
+        assert part in message
+    return message
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [0, -1, -0.5, 0.0, 1.0, 1.5, 10.0, True, False, "10", None, float("nan"), float("inf"), [10], np.float64(1.5)],
+)
+def test_gate_step(shared: SimpleNamespace, gate: Any) -> None:
+    message = refused(shared.pipe, ConfigurationError, "gate_step", "at least 1", "between 0 and 1", gate_step=gate)
+    assert f"got {gate!r}" in message
+    assert torch.equal(run(shared.pipe), shared.image)
+
+
+@pytest.mark.parametrize("gate", [0, -1, 1.0, 1.5, True, "3", float("nan")])
+def test_gate_step_of_one_call(gate: Any) -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 3, backend="eager")
+    with pytest.raises(ConfigurationError, match="gate_step"):
+        run(pipe, gate_step=gate)
+    with (
+        pytest.raises(ConfigurationError, match="gate_step"),
+        tgate_compile.generation(pipe, guidance=True, gate_step=gate),
+    ):
+        pass
+    assert tgate_compile.describe(pipe).last_steps == ()
+
+
+@pytest.mark.parametrize("gate", [np.int64(3), torch.tensor(3), np.float64(0.5)])
+def test_gate_step_of_other_number_types(shared: SimpleNamespace, gate: Any) -> None:
+    tgate_compile.optimize(shared.pipe, gate, backend="eager")
+    assert tgate_compile.describe(shared.pipe).gate_step in (3, 0.5)
+    assert type(tgate_compile.describe(shared.pipe).gate_step) in (int, float)
+    tgate_compile.restore(shared.pipe)
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "Inductor", "", None, 1, ["eager"]])
+def test_backend(shared: SimpleNamespace, backend: Any) -> None:
+    refused(shared.pipe, ConfigurationError, '"inductor"', '"eager"', '"auto"', f"got {backend!r}", backend=backend)
+
+
+@pytest.mark.parametrize("keep", ["both", "", None, 0, ["uncond"]])
+def test_keep(shared: SimpleNamespace, keep: Any) -> None:
+    refused(shared.pipe, ConfigurationError, '"uncond"', '"cond"', f"got {keep!r}", keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "part"),
+    [
+        ("inductor", {"max_autotun": True}, "max_autotun"),
+        ("eager", {"max_autotune": True}, "no options"),
+        ("auto", {"max_autotune": True}, "named backend"),
+        ("inductor", ["max_autotune"], "mapping"),
+        ("inductor", "max_autotune", "mapping"),
+    ],
+)
+def test_backend_options(shared: SimpleNamespace, backend: str, options: Any, part: str) -> None:
+    refused(shared.pipe, ConfigurationError, part, backend=backend, backend_options=options)
+
+
+def test_options_are_keywords_only(shared: SimpleNamespace) -> None:
+    with pytest.raises(TypeError):
+        tgate_compile.optimize(shared.pipe, 3, "eager")  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        tgate_compile.optimize(shared.pipe, 3, back_end="eager")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (None, "NoneType"),
+        ("stabilityai/stable-diffusion-2-1", "str"),
+        (diffusers.StableDiffusionPipeline, "the class StableDiffusionPipeline"),
+        (torch.nn.Linear(1, 1), "Linear"),
+    ],
+)
+def test_no_pipeline(given: Any, named: str) -> None:
+    with pytest.raises(ConfigurationError, match="from_pretrained") as caught:
+        tgate_compile.optimize(given)
+    assert named in str(caught.value)
+
+
+def test_a_denoiser_alone(shared: SimpleNamespace) -> None:
+    with pytest.raises(ConfigurationError, match="UNet2DConditionModel"):
+        tgate_compile.optimize(shared.pipe.unet)
+
+
+# Pipelines in a state that cannot work.
+
+
+def test_already_optimized() -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 3, backend="eager")
+    first = run(pipe)
+    refused(pipe, ConfigurationError, "already optimized", "StableDiffusionPipeline", "restore")
+    assert torch.equal(run(pipe), first)
+
+
+def test_denoiser_of_another_optimized_pipeline(shared: SimpleNamespace) -> None:
+    other = diffusers.StableDiffusionImg2ImgPipeline(**shared.pipe.components, requires_safety_checker=False)
+    tgate_compile.optimize(shared.pipe, 3, backend="eager")
+    refused(other, ConfigurationError, "another pipeline", "restore", "StableDiffusionImg2ImgPipeline")
+    tgate_compile.restore(shared.pipe)
+    tgate_compile.optimize(other, 3, backend="eager")
+    tgate_compile.restore(other)
+
+
+def test_no_denoiser() -> None:
+    pipe = stable_diffusion(layout="small")
+    pipe.unet = None
+    with pytest.raises(ConfigurationError, match="StableDiffusionPipeline has no denoiser"):
+        tgate_compile.optimize(pipe)
+
+
+def test_compiled_denoiser() -> None:
+    pipe = stable_diffusion(layout="small")
+    plain = pipe.unet
+    pipe.unet = torch.compile(plain)
+    refused(pipe, ConfigurationError, "torch.compile", "uncompiled")
+    pipe.unet = plain
+    pipe.unet.compile()
+    refused(pipe, ConfigurationError, "torch.compile", "uncompiled")
+
+
+def test_sequential_offload() -> None:
+    from accelerate import cpu_offload
+
+    pipe = stable_diffusion(layout="small")
+    # What `enable_sequential_cpu_offload` does; that wants an accelerator.
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    refused(pipe, ConfigurationError, "AlignDevicesHook", "remove_all_hooks")
+
+
+def test_layerwise_casting() -> None:
+    pipe = stable_diffusion(layout="small")
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    refused(pipe, ConfigurationError, "layerwise_casting", "layer by layer")
+
+
+def test_group_offloading_in_a_block() -> None:
+    pipe = stable_diffusion(layout="small")
+    HookRegistry.check_if_exists_or_initialize(pipe.unet.mid_block).register_hook(ModelHook(), "group_offloading")
+    refused(pipe, ConfigurationError, "group_offloading")
+
+
+def test_offloading_turned_on_after_optimize() -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 3, backend="eager")
+    first = run(pipe)
+    from accelerate import cpu_offload
+
+    cpu_offload(pipe.unet.mid_block, torch.device("cpu"))
+    with pytest.raises(tgate_compile.TGateError, match="AlignDevicesHook"):
+        run(pipe)
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(pipe.unet.mid_block)
+    assert torch.equal(run(pipe), first)
+
+
+@pytest.mark.parametrize("function", [tgate_compile.restore, tgate_compile.describe])
+@pytest.mark.parametrize("given", ["pipeline", None, "text"])
+def test_not_optimized(shared: SimpleNamespace, function: Callable[[Any], Any], given: Any) -> None:
+    thing = shared.pipe if given == "pipeline" else given
+    with untouched(shared.pipe), pytest.raises(ConfigurationError, match=r"not optimized.*optimize\(pipe"):
+        function(thing)
+
+
+def test_generation_of_a_plain_pipeline(shared: SimpleNamespace) -> None:
+    with pytest.raises(ConfigurationError, match="not optimized"), tgate_compile.generation(shared.pipe, guidance=True):
+        pass
+
+
+# Models and pipelines that cannot be gated.
+
+
+def test_sd3() -> None:
+    transformer = seeded(
+        lambda: diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=TEXT_DIM,
+            caption_projection_dim=16,
+            pooled_projection_dim=TEXT_DIM,
+            out_channels=4,
+        )
+    )
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    refused(pipe, UnsupportedModelError, "SD3Transformer2DModel", "oint attention", "What works instead")
+
+
+def test_flux() -> None:
+    transformer = seeded(
+        lambda: diffusers.FluxTransformer2DModel(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=TEXT_DIM,
+            pooled_projection_dim=TEXT_DIM,
+            axes_dims_rope=(4, 4, 8),
+        )
+    )
+    pipe = diffusers.FluxPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    refused(pipe, UnsupportedModelError, "FluxTransformer2DModel", "oint attention", "What works instead")
+
+
+def test_unconditional_unet() -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
+    )
+    pipe = diffusers.DDPMPipeline(unet, DDPMScheduler())
+    refused(pipe, UnsupportedModelError, "UNet2DModel", "no cross-attention")
+
+
+def test_unet_without_attention() -> None:
+    pipe = stable_diffusion(layout="small")
+    pipe.unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=TEXT_DIM,
+        down_block_types=("DownBlock2D",),
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("UpBlock2D",),
+    )
+    refused(pipe, UnsupportedModelError, "UNet2DConditionModel", "no cross-attention")
+
+
+def test_instruct_pix2pix() -> None:
+    pipe = stable_diffusion("StableDiffusionInstructPix2PixPipeline", layout="small", in_channels=8)
+    call = {"image": image(), "guidance_scale": 5.0, "image_guidance_scale": 1.5}
+    plain = run(pipe, **call)
+    refused(pipe, UnsupportedModelError, "InstructPix2Pix", "three", "What works instead")
+    assert torch.equal(run(pipe, **call), plain)
+
+
+def test_instruct_pix2pix_sdxl() -> None:
+    pipe = sdxl("StableDiffusionXLInstructPix2PixPipeline")
+    refused(pipe, UnsupportedModelError, "StableDiffusionXLInstructPix2PixPipeline", "three", "What works instead")
+
+
+def test_perturbed_attention_guidance() -> None:
+    pipe = stable_diffusion("StableDiffusionPAGPipeline", layout="small")
+    refused(pipe, UnsupportedModelError, "StableDiffusionPAGPipeline", "perturbed guidance", "from_pipe")
+    refused(sdxl("StableDiffusionXLPAGPipeline"), UnsupportedModelError, "StableDiffusionXLPAGPipeline")
+
+
+def test_subclass_of_a_refused_pipeline() -> None:
+    class Mine(diffusers.StableDiffusionInstructPix2PixPipeline):
+        pass
+
+    parts = stable_diffusion(layout="small", in_channels=8).components
+    pipe = Mine(**parts, requires_safety_checker=False)
+    refused(pipe, UnsupportedModelError, "Mine", "three")
+
+
+def test_a_refusal_does_not_stand_in_the_way_of_a_good_call() -> None:
+    pipe = stable_diffusion(layout="small")
+    load_ip_adapter(pipe)
+    call = {"ip_adapter_image_embeds": image_embeds(pipe)}
+    refused(pipe, ConfigurationError, "gate_step", gate_step=0)
+    with hook_reference(pipe, 3):
+        expected = run(pipe, **call)
+    tgate_compile.optimize(pipe, 3, backend="eager")
+    assert torch.equal(run(pipe, **call), expected)
