@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,10 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.pipeline import WEIGHTS, load_demo_pipeline
 
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "demo_pipeline.json"
+
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 CAPTIONS = [
     "a large red circle on a white background",
@@ -47,6 +49,17 @@ def test_the_folder_names_no_path_of_the_machine_it_was_made_on() -> None:
         text = path.read_text()
         assert "_name_or_path" not in text or '"_name_or_path": ""' in text, path
         assert "/tmp" not in text, path
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the results are in the repository, not in the source archive")
+def test_the_model_card_tells_the_measured_figures() -> None:
+    card, results = (WEIGHTS / "README.md").read_text(), json.loads(RESULTS.read_text())
+    for kind in ("single", "pair"):
+        assert f"{results[kind]['captions']} {kind} captions" in card
+        for name, share in results[kind]["accuracy"].items():
+            row = next(line for line in card.splitlines() if line.startswith(f"| {name} "))
+            assert f"{100 * share:.1f} %" in row, (kind, name)
+    assert f"guidance_scale={results['guidance']}" in card
 
 
 def test_it_loads_without_a_word(

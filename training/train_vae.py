@@ -89,7 +89,7 @@ def _loss(vae: AutoencoderKL, images: torch.Tensor, frozen_encoder: bool) -> tup
         latents = posterior.mode() if frozen_encoder else posterior.sample()
     if frozen_encoder:
         # What the UNet makes is never exactly a latent of the encoder.
-        latents = latents + 0.08 * torch.rand(
+        latents = latents + 0.12 * torch.rand(
             len(latents), 1, 1, 1, device=latents.device
         ) * torch.randn_like(latents)
     decoded = vae.decode(latents).sample
