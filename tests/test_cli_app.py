@@ -76,6 +76,22 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == entry.MSG_MISSING.format(missing="typer, rich")
 
 
+WITHOUT = """
+import sys
+for name in ("typer", "rich", "transformers", "accelerate", "peft"):
+    sys.modules[name] = None
+import tgate_compile
+from tgate_compile._cli import main
+main()
+"""
+
+
+def test_the_library_needs_none_of_the_command_lines_packages() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == entry.MSG_MISSING.format(missing="typer, rich, transformers")
+
+
 def test_a_real_process_prints_json_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "star.png"
     arguments = ["generate", "--prompt", "a large red star on a white background", "--out", str(out)]

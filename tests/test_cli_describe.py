@@ -38,7 +38,7 @@ def test_json_has_the_description_and_the_plan() -> None:
 def test_the_table_is_for_people() -> None:
     result = run(app, ["describe", "--scheduler", "heun", "--steps", "4", "--gate-step", "1", "--guidance", "1"])
     assert result.exit_code == 0, result.output
-    for shown in ("10 cross-attention sites", "mid_block.attentions.0", "1x4x16x16", "Fppp", "1 full, 3 pruned"):
+    for shown in ("10 cross-attention sites", "mid_block", "down_blocks.2", "1x4x16x16", "Fppp", "1 full, 3 pruned"):
         assert shown in result.stdout
 
 

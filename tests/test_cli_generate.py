@@ -105,19 +105,25 @@ def test_fp16_files_are_found_and_not_needed(model: str, tmp_path: Path) -> None
     generated(model, tmp_path / "bf16.png", *QUICK, "--dtype", "bf16", "--no-tgate")
 
 
-def test_the_result_is_told(tmp_path: Path) -> None:
-    out = tmp_path / "fox.png"
-    arguments = ["generate", "-p", "a fox in snow", "-o", str(out), "--steps", "3", "--gate-step", "0.4"]
+def test_the_result_is_told(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "cat.png"
+    arguments = ["generate", "-m", model, "-p", "red cat", "-o", str(out), "--steps", "3", "--gate-step", "0.4"]
     result = run(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "Fpp" in result.stdout
-    assert "1 full, 2 pruned" in result.stdout
-    assert "fox.png" in result.stdout
-    # The embedded model knows its own captions only, and says so.
-    assert "COLOUR SHAPE" in result.stderr
+    for shown in ("Fpp", "1 full, 2 pruned", "Stable Diffusion", "guidance 7.5", "cat.png"):
+        assert shown in result.stdout
     again = run(app, arguments)
     assert again.exit_code == 1
     assert "--force" in again.stderr
+
+
+def test_the_embedded_model_knows_its_own_captions_only(tmp_path: Path) -> None:
+    arguments = ["generate", "-o", str(tmp_path), "--steps", "1", "--no-tgate"]
+    known = run(app, [*arguments, "-p", "a large red circle on a blue background"])
+    assert (known.exit_code, "Note" in known.stderr) == (0, False)
+    unknown = run(app, [*arguments, "-p", "a fox in snow"])
+    assert unknown.exit_code == 0
+    assert "COLOUR SHAPE" in unknown.stderr
 
 
 @pytest.mark.parametrize(
@@ -160,6 +166,26 @@ def test_outputs_are_checked_before_the_model_is_loaded(tmp_path: Path, monkeypa
         result = run(app, ["generate", "-p", "a fox", "-o", str(tmp_path / out)])
         assert result.exit_code == 1
         assert shown in result.stderr
+
+
+def test_lora_weights_change_the_image(model: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipelines.stable_diffusion()
+    tiny_pipelines.add_lora(pipe.unet)
+    type(pipe).save_lora_weights(tmp_path / "lora", peft.get_peft_model_state_dict(pipe.unet))
+    generated(model, tmp_path / "plain.png", *QUICK, "--no-tgate")
+    generated(model, tmp_path / "folder.png", *QUICK, "--no-tgate", "--lora", str(tmp_path / "lora"))
+    file = next((tmp_path / "lora").iterdir())
+    generated(model, tmp_path / "file.png", *QUICK, "--no-tgate", "--lora", str(file))
+    assert np.array_equal(pixels(tmp_path / "folder.png"), pixels(tmp_path / "file.png"))
+    assert not np.array_equal(pixels(tmp_path / "folder.png"), pixels(tmp_path / "plain.png"))
+
+
+def test_another_unet_goes_in_and_is_recognised(model: str, tmp_path: Path) -> None:
+    tiny_pipelines.stable_diffusion(time_cond_proj_dim=16).unet.save_pretrained(tmp_path / "unet")
+    data = generated(model, tmp_path / "cat.png", "--unet", str(tmp_path / "unet"))
+    assert (data["family"], data["scheduler"], data["guidance"]) == ("LCM, guidance embedded", "LCMScheduler", 8.0)
+    assert data["strip"] == "Fppp"
 
 
 def test_a_lora_that_is_none_is_refused(model: str, tmp_path: Path) -> None:

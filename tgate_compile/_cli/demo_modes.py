@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL.Image import Image
 
 import tgate_compile
 from tgate_compile._demo.pipeline import load_demo_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 Key = Literal["plain", "guidance_dropped", "eager", "inductor"]
 

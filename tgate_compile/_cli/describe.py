@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import tgate_compile
@@ -59,9 +61,9 @@ def _print_tables(description: _describe.Description, strip: str, work: Work) ->
         f"{len(description.sites)} cross-attention sites",
         soft_wrap=True,
     )
-    graphs = Table("graph", "latents", title="Graphs", title_justify="left")
-    for heading in ("operators", "parameters/M", "MACs/G", "with attention/G", "caches/MB"):
-        graphs.add_column(heading, justify="right")
+    graphs = Table("graph", "latents", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("operators", "params/M", "MACs/G", "with\nattention", "caches/MB"):
+        graphs.add_column(heading, justify="right", no_wrap=True)
     for variant in description.variants:
         graphs.add_row(
             variant.name,
@@ -73,9 +75,10 @@ def _print_tables(description: _describe.Description, strip: str, work: Work) ->
             f"{variant.cache_bytes / 1e6:.3f}",
         )
     OUT.print(graphs)
-    sites = Table("cross-attention sites", title_justify="left")
-    for site in description.sites:
-        sites.add_row(site)
+    sites = Table("cross-attentions in", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    sites.add_column("sites", justify="right")
+    for block, count in Counter(_block(site) for site in description.sites).items():
+        sites.add_row(block, f"{count}")
     OUT.print(sites)
     full = strip.count("F")
     OUT.print(
@@ -87,3 +90,9 @@ def _print_tables(description: _describe.Description, strip: str, work: Work) ->
         f"after the gate, {work.gated / 1e9:.1f} G with T-GATE",
         soft_wrap=True,
     )
+
+
+def _block(site: str) -> str:
+    """The block of the denoiser that a site is in: down_blocks.1, mid_block, transformer_blocks."""
+    first, second, *_ = site.split(".")
+    return f"{first}.{second}" if second.isdigit() and first.endswith(("down_blocks", "up_blocks")) else first
