@@ -16,6 +16,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import tgate_compile
@@ -387,8 +388,6 @@ def test_restore_is_exact(sd: SimpleNamespace) -> None:
 
 
 def test_restore_keeps_what_was_there() -> None:
-    from diffusers.hooks import HookRegistry
-
     pipe = small()
     registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
     forward = pipe.unet.forward
@@ -628,3 +627,64 @@ def test_call_within_a_call(sd: SimpleNamespace) -> None:
         return tensors
 
     assert torch.equal(run(sd.gated, callback_on_step_end=nested), sd.expected)
+
+
+# What others put on the denoiser.
+
+
+def test_model_offload_hook_put_on_after_optimize(sd: SimpleNamespace) -> None:
+    from accelerate import cpu_offload_with_hook
+
+    pipe = optimized()
+    _, hook = cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+    assert_same(run(pipe), sd.expected)
+    hook.remove()
+    assert_same(run(pipe), sd.expected)
+    tgate_compile.restore(pipe)
+    assert torch.equal(run(pipe), sd.image)
+
+
+def test_restore_leaves_hooks_that_were_put_on_later(sd: SimpleNamespace) -> None:
+    class Doubling(ModelHook):
+        def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+            return tuple(2 * value for value in output) if isinstance(output, tuple) else output
+
+    pipe = optimized()
+    HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(Doubling(), "doubling")
+    tgate_compile.restore(pipe)
+    hooked = run(pipe)
+    assert_differ(hooked, sd.image)
+    reference = small()
+    HookRegistry.check_if_exists_or_initialize(reference.unet).register_hook(Doubling(), "doubling")
+    assert torch.equal(hooked, run(reference))
+    pipe.unet._diffusers_hook.remove_hook("doubling")
+    assert torch.equal(run(pipe), sd.image)
+
+
+def test_denoiser_changed_in_the_middle_of_an_own_loop() -> None:
+    def loop(pipe: Any) -> torch.Tensor:
+        unet = pipe.unet
+        calls = 0
+        forward = pipe.scheduler.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+            return forward(*args, **kwargs)
+
+        pipe.scheduler.step = step
+        try:
+            return own_loop(pipe)
+        finally:
+            del pipe.scheduler.step
+            unet.disable_freeu()
+
+    plain, gated = small(), optimized()
+    with hook_reference(plain, 3):
+        expected = loop(plain)
+    with hook_reference(plain, 3):
+        assert_differ(expected, own_loop(plain))
+    with tgate_compile.generation(gated, guidance=True):
+        assert_same(loop(gated), expected)

@@ -63,6 +63,10 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
     def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
         super().__init__()
         self.store = VariantStore(denoiser, config)
+        # The denoiser's own forward: under our hook, and under accelerate's offload hook if there is one already.
+        self.own_forward: Callable[..., Any] = (
+            denoiser._old_forward if hasattr(denoiser, "_hf_hook") else denoiser.forward  # type: ignore[assignment]
+        )
         self.last: Generation | None = None
         self._active: Generation | None = None
         self._lock = threading.Lock()
@@ -80,15 +84,6 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         raise ConfigurationError(MSG_NO_COPY)
-
-    @property
-    def own_forward(self) -> Callable[..., Any]:
-        """The denoiser's own forward, under our hook and under accelerate's offload hook if there is one."""
-        offloaded = hasattr(self.store.denoiser, "_hf_hook")
-        forward: Callable[..., Any] = (
-            self.store.denoiser._old_forward if offloaded else self.fn_ref.original_forward  # type: ignore[assignment]
-        )
-        return forward
 
     @property
     def busy(self) -> bool:
@@ -132,8 +127,9 @@ class Optimized:
         delattr(pipe, _ATTRIBUTE)
         registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
         registry.remove_hook(HOOK_NAME, recurse=False)
-        # The registry restores `forward` as an attribute of the instance, and stays behind itself.
-        if not self.had_forward:
+        # The registry restores `forward` as an attribute of the instance, and stays behind itself. Hooks that others
+        # have put on since then need both.
+        if not self.had_forward and not registry.hooks:
             vars(self.denoiser).pop("forward", None)
         if not self.had_registry and not registry.hooks:
             del self.denoiser._diffusers_hook
@@ -227,7 +223,7 @@ def generation(
         ConcurrentGenerationError: another generation is running on this denoiser.
     """
     state = required_state_of(pipe)
-    with _generation(state, pipe, gate_step, lambda: guidance, lambda: num_timesteps, watch=False):
+    with _generation(state, pipe, gate_step, lambda: guidance, lambda: num_timesteps, watch=True):
         yield
 
 
