@@ -24,8 +24,8 @@ class _ClearErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, _USAGE_ERROR):
-            raise
+        except (typer.Exit, typer.Abort, BrokenPipeError, _USAGE_ERROR):
+            raise  # typer's own business
         except TGateError as error:
             if ctx.params["debug"]:
                 raise

@@ -19,7 +19,7 @@ from tgate_compile._cli.settings import Settings, settings_for
 from tgate_compile._cli.step_progress import make_progress, steps_shown
 from tgate_compile._cli.targets import check_targets, image_paths, save_png
 
-MSG_CAPTION = "The embedded model was made for captions of coloured shapes, so this image may show anything. {grammar}"
+MSG_CAPTION = "The embedded model was made for captions of coloured shapes, so this image may show anything: {grammar}"
 
 
 def generate(
