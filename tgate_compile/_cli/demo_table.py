@@ -25,7 +25,7 @@ def results_table(results: Results) -> RenderableType:
     task = results.task
     count = len(task.prompts)
     table = Table(
-        title=f"{count} prompts, {task.steps} steps, guidance {task.guidance:g}, gate step {task.gate}",
+        title=f"Prompts: {count}, {task.steps} steps, guidance {task.guidance:g}, gate step {task.gate}",
         title_justify="left",
         box=SIMPLE_HEAD,
         collapse_padding=True,
@@ -42,7 +42,7 @@ def results_table(results: Results) -> RenderableType:
 def sentences(results: Results) -> list[str]:
     """What a reader of the table should know, one line each."""
     lines = [
-        f"Times: median of {len(results.task.prompts)} warm images, the rows taking turns. "
+        "Times: median over the prompts, warm, the rows taking turns. "
         "MACs: the denoiser's linear and convolution layers. "
         f"Parameters after the gate; before it {results.rows[0].parameters / 1e6:.2f} M.",
         "Guidance drop: the plain pipeline with guidance up to the gate only, and nothing cached.",
