@@ -103,7 +103,7 @@ def test_call_after_an_exception_in_the_scheduler(sd: SimpleNamespace) -> None:
 
 
 def test_call_after_one_that_never_began(sd: SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match="must be in"):
+    with pytest.raises(ValueError, match="has to be in"):
         run(sd.gated, callback_on_step_end_tensor_inputs=["nonsense"])
     with pytest.raises(tgate_compile.ConfigurationError, match="gate_step"):
         run(sd.gated, gate_step=0)
