@@ -7,30 +7,27 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Node
 
-from tgate_compile._graphs import Site
+from tgate_compile._graphs import Emission
 from tgate_compile.passes._result import PassResult
 from tgate_compile.passes.operands import outputs_of
 
 aten = torch.ops.aten
 
 
-def emit(graph_module: torch.fx.GraphModule, sites: Iterable[Site], *, merge_halves: bool) -> PassResult:
-    """Append the value at each site to the outputs, in the order of `sites`.
+def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> PassResult:
+    """Append the values at sites to the outputs, in the order of `emissions`.
 
-    Args:
-        graph_module: changed in place. Its output is one flat tuple.
-        sites: where.
-        merge_halves: the batch is [uncond; cond]: emit the mean of the two, batch B (arXiv 2404.02747,
-            section 3.2), accumulated in fp32 at least.
+    A merged one is the mean of the guidance halves of [uncond; cond], batch B (arXiv 2404.02747, section 3.2),
+    accumulated in fp32 at least. `graph_module` is changed in place; its output is one flat tuple.
     """
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
     output = graph.output_node()
     emitted = []
-    for site in sites:
-        value = nodes[site.node]
+    for emission in emissions:
+        value = nodes[emission.site.node]
         with graph.inserting_before(output):
-            emitted.append(_mean_of_halves(graph, value) if merge_halves else value)
+            emitted.append(_mean_of_halves(graph, value) if emission.merged else value)
     output.args = ((*outputs_of(graph), *emitted),)
     return PassResult(len(emitted))
 
@@ -49,5 +46,4 @@ def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, source: Node, *a
     fake = source.meta["val"]
     with fake.fake_mode:
         node.meta["val"] = target(fake, *args, **kwargs)
-    node.meta["nn_module_stack"] = source.meta.get("nn_module_stack", {})
     return node

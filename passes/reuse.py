@@ -12,7 +12,7 @@ from tgate_compile.passes._result import PassResult
 
 def cache_name(site: Site) -> str:
     """The name of the input that stands for `site`: an identifier, since it becomes a Python argument."""
-    return "cache_" + site.name.replace(".", "_")
+    return f"cache_{site.kind}_" + site.name.replace(".", "_")
 
 
 def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResult:

@@ -18,7 +18,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from tgate_compile._graphs import Captured, Variant
+from tgate_compile._graphs import Captured, Emission, Variant
 from tgate_compile._schedule import Phase
 from tgate_compile.passes._result import PassResult
 from tgate_compile.passes.emit import emit
@@ -39,12 +39,15 @@ def specialize(captured: Captured, phase: Phase) -> Variant:
         VerificationError: the rewritten graph is not a valid variant.
     """
     graph_module = _copy_of_graph(captured.program)
-    emitted = captured.sites if "cross" in phase.emit else ()
-    reused = captured.sites if "cross" in phase.reuse else ()
+    emitted = (
+        *(Emission(site, merged=False) for site in captured.sites if site.kind in phase.emit),
+        *(Emission(site, merged=True) for site in captured.sites if site.kind in phase.merge),
+    )
+    reused = tuple(site for site in captured.sites if site.kind in phase.reuse)
 
     results: dict[str, PassResult] = {}
     if emitted:
-        results["emit"] = emit(graph_module, emitted, merge_halves=phase.guided)
+        results["emit"] = emit(graph_module, emitted)
     if reused:
         results["reuse"] = reuse(graph_module, reused)
     results["remove_dead"] = remove_dead(graph_module)
@@ -53,9 +56,15 @@ def specialize(captured: Captured, phase: Phase) -> Variant:
     logger.debug("specialize(%s): %s", phase.name, {name: result.changes for name, result in results.items()})
 
     program = _program(captured.program, graph_module)
-    caches = {cache_name(site) for site in reused}
-    inputs = tuple(name for name in program.graph_signature.user_inputs if name not in caches)
-    variant = Variant(phase, program, inputs, reused, emitted)
+    taken = program.graph_signature.user_inputs
+    caches = {cache_name(site): site for site in reused}
+    variant = Variant(
+        phase,
+        program,
+        inputs=tuple(name for name in taken if name not in caches),
+        reused=tuple(caches[name] for name in taken if name in caches),
+        emitted=emitted,
+    )
     verify(variant, captured)
     return variant
 

@@ -6,16 +6,16 @@ from torch.export.graph_signature import InputKind
 
 from tgate_compile._errors import VerificationError
 from tgate_compile._graphs import Captured, Variant
-from tgate_compile.passes.find_cross_attention import find_cross_attention
+from tgate_compile.passes.find_attention import find_attention
 from tgate_compile.passes.operands import is_mutable, outputs_of
 
 
 def verify(variant: Variant, captured: Captured) -> None:
     """Check that `variant` is a valid graph of its phase, made of `captured`.
 
-    - It returns what the denoiser returns, then one value for each emitted site: batch B when the phase merges
-      the halves, else the site's own shape.
-    - It takes one cache for each reused site; no cross-attention is left, and no weight of one.
+    - It returns what the denoiser returns, then one value for each emission: batch B when it is merged, else the
+      site's own shape.
+    - It takes one cache for each reused site; no attention of a reused kind is left, and no weight of one.
     - Every value has its `meta["val"]`, and nothing works in place.
     - No output is an input, and no two outputs are the same value.
 
@@ -32,25 +32,24 @@ def verify(variant: Variant, captured: Captured) -> None:
         _require(node.op == "output" or "val" in node.meta, f"{node.name} has no meta['val']")
         _require(not is_mutable(node), f"{node.name} works in place, and could be lost as dead code")
 
-    merged = variant.phase.guided
-    for site, node in zip(variant.emitted, outputs[captured.out_spec.num_leaves :], strict=True):
-        shape = (site.shape[0] // 2, *site.shape[1:]) if merged else site.shape
+    for emission, node in zip(variant.emitted, outputs[captured.out_spec.num_leaves :], strict=True):
+        site = emission.site
+        shape = (site.shape[0] // 2, *site.shape[1:]) if emission.merged else site.shape
         _require(tuple(node.meta["val"].shape) == shape, f"{site.name} is emitted as {node.meta['val'].shape}")
         _require(node.meta["val"].dtype == site.dtype, f"{site.name} is emitted as {node.meta['val'].dtype}")
 
     inputs = variant.program.graph_signature.user_inputs
     _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
-    if variant.reused:
-        latents = next(node for node in graph.nodes if node.name == captured.latents)
-        left = find_cross_attention(variant.program.graph_module, latents)
-        _require(not left, f"{len(left)} cross-attentions are left: {[site.name for site in left]}")
-        weights = [
-            spec.target
-            for spec in variant.program.graph_signature.input_specs
-            if spec.kind is InputKind.PARAMETER
-            and any(str(spec.target).startswith(site.name + ".") for site in variant.reused)
-        ]
-        _require(not weights, f"weights of cached cross-attentions are left: {weights}")
+    latents = next(node for node in graph.nodes if node.name == captured.latents)
+    left = [site.name for site in find_attention(variant.program.graph_module, latents, variant.phase.reuse)]
+    _require(not left, f"{len(left)} attentions are left that are reused: {left}")
+    reused = [site.name + "." for site in captured.sites if site.kind in variant.phase.reuse and site.kind != "deep"]
+    weights = [
+        spec.target
+        for spec in variant.program.graph_signature.input_specs
+        if spec.kind is InputKind.PARAMETER and any(str(spec.target).startswith(name) for name in reused)
+    ]
+    _require(not weights, f"weights of cached attentions are left: {weights}")
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from tgate_compile._call import Call
-from tgate_compile._errors import CaptureError, UnsupportedModelError
+from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile._graphs import Captured, Site
-from tgate_compile.passes.find_cross_attention import find_cross_attention
+from tgate_compile._schedule import Kind
+from tgate_compile.passes.find_attention import find_attention
+from tgate_compile.passes.find_deep_feature import find_deep_feature
 from tgate_compile.passes.operands import is_mutable
 
 logger = logging.getLogger(__name__)
@@ -30,19 +32,35 @@ MSG_NO_SITES = (
     "its keys and values from the text alone. Joint attention (SD3, Flux) mixes both in one sequence. "
     "What works instead: fewer steps, or dropping guidance after some steps."
 )
+MSG_NO_UNET = (
+    "DeepCache needs a UNet, whose deep part its skip connections go around, and {model} is none. "
+    "Leave deepcache_interval out."
+)
+MSG_NO_BRANCH = (
+    "deepcache_branch={branch} is not there: {model} has {blocks} up blocks, and branches are counted three to a block "
+    "from the outside, as far as the block has layers. Take a smaller one; 0 saves the most."
+)
 MSG_SITES_DIFFER = (
     "Found {found} cross-attentions in the graph of {model}, but the model has {expected}. "
     "Not found: {missing}. Please report the model class and its attention processors."
 )
 
 
-def capture(denoiser: torch.nn.Module, forward: Callable[..., Any], call: Call) -> Captured:
-    """The graph of `denoiser` for inputs like those of `call`, with its cross-attention sites.
+def capture(
+    denoiser: torch.nn.Module,
+    forward: Callable[..., Any],
+    call: Call,
+    kinds: Collection[Kind] = frozenset({"cross"}),
+    deep_layer: str | None = None,
+) -> Captured:
+    """The graph of `denoiser` for inputs like those of `call`, with its sites.
 
     Args:
         denoiser: the module; its parameters become the graph's, not copies.
         forward: its original forward, without our hook.
         call: the inputs, [2B, ...] under guidance.
+        kinds: the kinds of site to look for.
+        deep_layer: for the kind `deep`, the up layer at which the shallow part begins.
 
     Raises:
         CaptureError: torch.export failed.
@@ -70,10 +88,14 @@ def capture(denoiser: torch.nn.Module, forward: Callable[..., Any], call: Call) 
 
     latents = next(iter(inspect.signature(forward).parameters))
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    sites = tuple(find_cross_attention(program.graph_module, placeholders[latents]))
-    _check_sites(denoiser, sites)
+    attention = find_attention(program.graph_module, placeholders[latents], kinds)
+    sites = tuple(sorted(attention, key=lambda site: site.kind))  # stable: cross, then self, each in graph order
+    if "cross" in kinds:
+        _check_sites(denoiser, sites)
+    if "deep" in kinds and deep_layer is not None:
+        sites = (*sites, find_deep_feature(program.graph_module, deep_layer))
     logger.info(
-        "captured %s: %d nodes, %d cross-attentions, in %.1f s",
+        "captured %s: %d nodes, %d sites, in %.1f s",
         model, len(program.graph.nodes), len(sites), time.perf_counter() - began,
     )  # fmt: skip
     out_spec = program.module_call_graph[0].signature.out_spec
@@ -94,15 +116,35 @@ def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
     return [name for name, module in denoiser.named_modules() if getattr(module, "is_cross_attention", False) is True]
 
 
+def deep_layer(denoiser: torch.nn.Module, branch: int) -> str:
+    """The path of the up layer at which DeepCache's shallow part begins, for cache branch `branch`.
+
+    Branches count skip connections from the outside, three to a block, as the authors' package does.
+
+    Raises:
+        UnsupportedModelError: the denoiser is no UNet.
+        ConfigurationError: it has no such branch.
+    """
+    up_blocks = getattr(denoiser, "up_blocks", None)
+    if up_blocks is None or not all(hasattr(block, "resnets") for block in up_blocks):
+        raise UnsupportedModelError(MSG_NO_UNET.format(model=type(denoiser).__name__))
+    block, layer = divmod(branch, 3)
+    if block < len(up_blocks) and layer < len(up_blocks[-1 - block].resnets):
+        up_block = len(up_blocks) - 1 - block
+        return f"up_blocks.{up_block}.resnets.{len(up_blocks[up_block].resnets) - 1 - layer}"
+    raise ConfigurationError(MSG_NO_BRANCH.format(branch=branch, model=type(denoiser).__name__, blocks=len(up_blocks)))
+
+
 def _check_sites(denoiser: torch.nn.Module, sites: tuple[Site, ...]) -> None:
     model = type(denoiser).__name__
-    if not sites:
+    found = {site.name for site in sites if site.kind == "cross"}
+    if not found:
         raise UnsupportedModelError(MSG_NO_SITES.format(model=model))
     expected = cross_attention_modules(denoiser)
-    missing = sorted(set(expected) - {site.name for site in sites})
+    missing = sorted(set(expected) - found)
     if missing:
         raise UnsupportedModelError(
-            MSG_SITES_DIFFER.format(model=model, found=len(sites), expected=len(expected), missing=", ".join(missing))
+            MSG_SITES_DIFFER.format(model=model, found=len(found), expected=len(expected), missing=", ".join(missing))
         )
 
 

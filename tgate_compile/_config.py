@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile._schedule import TGate
+from tgate_compile._schedule import Schedule
 
 Keep = Literal["uncond", "cond"]
 
@@ -23,7 +23,7 @@ class Config:
         backend_options: options for the backend's compiler, e.g. Inductor's configuration.
     """
 
-    schedule: TGate
+    schedule: Schedule
     keep: Keep = "uncond"
     backend: str = "inductor"
     backend_options: Mapping[str, object] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -54,13 +55,13 @@ class Description:
         sites: the cached cross-attentions, in graph order; empty before the first call.
         variants: the graphs compiled so far.
         last_steps: for each denoiser call of the last generation, the step and the graph that it ran.
-        strip: the last generation as one character a step: `F` full, `p` pruned.
+        strip: the last generation, one character a step: `F` full, `p` pruned; `docs/schedules.md` has them all.
     """
 
     pipeline: str
     denoiser: str
     backend: str
-    gate_step: int | float
+    gate_step: int | float | None
     keep: str
     parameters: int
     sites: tuple[str, ...]
@@ -113,7 +114,7 @@ def describe(pipe: DiffusionPipeline) -> Description:
         sites=tuple(site.name for site in compiled[0].captured.sites) if compiled else (),
         variants=tuple(_describe_variant(c.variant, c.captured.latents) for c in compiled),
         last_steps=tuple((step, phase.name) for step, phase in calls),
-        strip="".join("F" if name == "full" else "p" for name in {step: phase.name for step, phase in calls}.values()),
+        strip="".join({step: phase.character for step, phase in calls}.values()),
     )
 
 
@@ -132,12 +133,10 @@ def _describe_variant(variant: Variant, latents_name: str) -> VariantDescription
         parameters=sum(program.state_dict[str(spec.target)].numel() for spec in used),
         macs=macs.layers,
         macs_total=macs.total,
-        cache_bytes=sum(_bytes(site, variant) for site in (*variant.emitted, *variant.reused)),
+        cache_bytes=sum(_bytes(e.site, merged=e.merged) for e in variant.emitted)
+        + sum(_bytes(site, merged=False) for site in variant.reused),
     )
 
 
-def _bytes(site: Site, variant: Variant) -> int:
-    elements = 1
-    for size in site.shape:
-        elements *= size
-    return elements * site.dtype.itemsize // (2 if variant.phase.guided else 1)
+def _bytes(site: Site, *, merged: bool) -> int:
+    return prod(site.shape) * site.dtype.itemsize // (2 if merged else 1)

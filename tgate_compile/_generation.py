@@ -12,7 +12,7 @@ import torch
 from tgate_compile._call import Call
 from tgate_compile._config import Keep
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
-from tgate_compile._schedule import Phase, TGate
+from tgate_compile._schedule import Kind, Phase, Schedule
 from tgate_compile._steps import StepCounter
 from tgate_compile._variants import VariantStore
 
@@ -29,6 +29,10 @@ MSG_NOT_TWO_HALVES = (
     "cannot be merged at the gate. Three-way guidance (InstructPix2Pix) and perturbed guidance (PAG) are not "
     "supported. "
     "What works instead: the pipeline without tgate_compile, or with guidance off."
+)
+MSG_GUIDANCE_SWITCHED_ON = (
+    "Guidance has been switched on in the middle of a generation, and what is cached was made without it. "
+    "Switch it on from the start."
 )
 MSG_TWO_CALLS = (
     "The denoiser was called twice for one timestep although {scheduler} has one call per step: this pipeline "
@@ -56,7 +60,7 @@ class Generation:
         self,
         store: VariantStore,
         forward: Callable[..., Any],
-        schedule: TGate,
+        schedule: Schedule,
         *,
         keep: Keep,
         interleaved: Collection[tuple[str, ...]],
@@ -77,8 +81,10 @@ class Generation:
         self._thread = threading.get_ident()
         self._counter: StepCounter | None = None
         self._signature = inspect.signature(forward)
-        self._caches: list[torch.Tensor] = []
+        self._caches: dict[tuple[Kind, str], torch.Tensor] = {}
+        self._halves: dict[Kind, bool] = {}  # whether the caches of a kind have both guidance halves
         self._first_timestep: Any = None
+        self._guidance_over = False
         self._calls = 0
         self.steps: list[tuple[int, Phase]] = []
 
@@ -89,7 +95,7 @@ class Generation:
 
     def finish(self) -> None:
         """Free the caches; what ran is still told by `steps`."""
-        self._caches = []
+        self._caches = {}
         self._first_timestep = None
 
     @torch.no_grad()
@@ -115,15 +121,19 @@ class Generation:
                 self._store.refresh()
         call = Call.of(args, kwargs)
         step = self._counter.step(self._calls)
-        phase = self._schedule.phase(step, self._counter.num_steps, guided=guided)
-
+        phase = self._phase(step, guided and not self._guidance_over)
         if guided and not phase.guided:
             call = self._one_half(call, latents.shape[0])
-        caches = self._caches if phase.reuse else []
-        compiled = self._store.get(phase, call, caches, self._forward)
-        outputs, emitted = compiled.run(call, caches)
-        if phase.emit:
-            self._caches = emitted
+        compiled = self._store.get(self._schedule.graph(phase), call, self._caches, self._forward)
+        outputs, emitted = compiled.run(call, self._caches)
+        for emission, value in zip(compiled.variant.emitted, emitted, strict=True):
+            kind = emission.site.kind
+            if kind in (phase.merge if emission.merged else phase.emit):
+                self._caches[kind, emission.site.name] = value
+                self._halves[kind] = phase.guided and not emission.merged
+        similarity = self._schedule.guidance_similarity
+        if phase.guided and similarity is not None:
+            self._guidance_over = _similarity(outputs[0], channels=latents.shape[1]) >= similarity
         if guided and not phase.guided:
             # uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
             # rescale is the identity: the pipeline's own arithmetic stays as it is.
@@ -131,6 +141,19 @@ class Generation:
         self.steps.append((step, phase))
         self._calls += 1
         return compiled.unflatten(outputs)
+
+    def _phase(self, step: int, guided: bool) -> Phase:
+        """What `step` does, given that the pipeline has guidance on or, since a callback may change it, off."""
+        assert self._counter is not None
+        phase = self._schedule.plan(self._counter.num_steps, guided=guided)[min(step, self._counter.num_steps - 1)]
+        for kind in phase.reuse:
+            if self._halves[kind] and not phase.guided:
+                # Guidance has been switched off in mid-loop: diffusers' own callbacks keep the prompt's half.
+                self._caches |= {key: value.chunk(2)[1] for key, value in self._caches.items() if key[0] == kind}
+                self._halves[kind] = False
+            elif phase.guided and not self._halves[kind]:
+                raise ConfigurationError(MSG_GUIDANCE_SWITCHED_ON)
+        return phase
 
     def _one_half(self, call: Call, batch: int) -> Call:
         size = batch // 2
@@ -167,3 +190,12 @@ def _check_halves(latents: torch.Tensor) -> None:
     batch = latents.shape[0]
     if batch % 2 or not torch.equal(latents[: batch // 2], latents[batch // 2 :]):
         raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+
+
+def _similarity(prediction: torch.Tensor, channels: int) -> float:
+    """The cosine similarity of the halves of `prediction`, [2B, channels or more, ...]: the least in the batch.
+
+    Source: arXiv 2312.12487, equation 7. Channels beyond the latents' own are a learned variance, and left out.
+    """
+    uncond, cond = prediction[:, :channels].float().flatten(1).chunk(2)
+    return float(torch.cosine_similarity(uncond, cond, dim=1).min())

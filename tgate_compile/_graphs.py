@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from tgate_compile._schedule import Phase
+from tgate_compile._schedule import Kind, Phase
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,14 @@ class Site:
     """A value inside the denoiser that can be cached and reused.
 
     Attributes:
+        kind: what it is.
         name: the path of the module that produces it, e.g. `mid_block.attentions.0.transformer_blocks.0.attn2`.
         node: the name of its node in the captured graph.
         shape: its shape there, [batch, tokens, dim] (batch 2B under guidance).
         dtype: its dtype.
     """
 
+    kind: Kind
     name: str
     node: str
     shape: tuple[int, ...]
@@ -38,7 +40,7 @@ class Captured:
         input_names: for each leaf of the call's (args, kwargs), in pytree order, the graph's name for it.
         latents: the name of the input that carries the latents.
         out_spec: how the graph's flat outputs make up what the denoiser returns.
-        sites: the cross-attentions, in graph order.
+        sites: what can be cached: cross-attentions, then self-attentions, then the deep feature; each in graph order.
     """
 
     program: ExportedProgram
@@ -46,6 +48,14 @@ class Captured:
     latents: str
     out_spec: pytree.TreeSpec
     sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Emission:
+    """A site whose value is an output of a graph; `merged`: as the mean of the guidance halves."""
+
+    site: Site
+    merged: bool
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,8 @@ class Variant:
         phase: the phase that it serves.
         program: the graph with its parameters, which are shared with the user's module.
         inputs: the names of its inputs, caches left out. An input that nothing uses is not among them.
-        reused: the sites whose values are inputs, in order.
+        reused: the sites whose values are inputs, in order. A reused site that nothing needs, since all that it feeds
+            is reused as well, is not among them.
         emitted: the sites whose values are outputs, in order.
     """
 
@@ -67,7 +78,7 @@ class Variant:
     program: ExportedProgram
     inputs: tuple[str, ...]
     reused: tuple[Site, ...]
-    emitted: tuple[Site, ...]
+    emitted: tuple[Emission, ...]
 
     @property
     def weights(self) -> tuple[str, ...]:

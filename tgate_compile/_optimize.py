@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -21,7 +22,7 @@ from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError,
 from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
 from tgate_compile._generation import MSG_CONCURRENT, Generation
 from tgate_compile._offload import HOOK_NAME, after_offload_hook, check_weights_stay
-from tgate_compile._schedule import TGate
+from tgate_compile._schedule import Schedule
 from tgate_compile._variants import VariantStore
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,15 @@ MSG_REFUSED = "{pipeline} cannot be gated: {reason}."
 MSG_COMPILED = (
     "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
     "its own graphs of it."
+)
+MSG_BYPASSED = (
+    "The {name} of this {pipeline} ran without tgate_compile: its hook has been taken off since the pipeline was "
+    "optimized, as pipe.remove_all_hooks() and enable_model_cpu_offload() do. "
+    "Call tgate_compile.restore(pipe), then optimize(pipe, ...) again."
+)
+MSG_NO_GATE = (
+    "This call asks for gate_step={gate}, but the pipeline was optimized without a gate. "
+    "Call restore(pipe), then optimize(pipe, gate_step=...)."
 )
 MSG_NO_COPY = (
     "An optimized pipeline or denoiser cannot be copied or pickled. Call tgate_compile.restore(pipe) first; "
@@ -137,18 +147,25 @@ class Optimized:
 
 def optimize(
     pipe: Pipeline,
-    gate_step: int | float = 10,
+    gate_step: int | float | None = 10,
     *,
+    sp_interval: int = 1,
+    fi_interval: int = 1,
+    warm_up: int = 2,
+    deepcache_interval: int = 1,
+    deepcache_branch: int = 0,
+    guidance_step: int | float | None = None,
+    guidance_similarity: float | None = None,
     backend: str = "inductor",
-    keep: Keep = "uncond",
+    keep: Keep | None = None,
     backend_options: Mapping[str, object] | None = None,
 ) -> Pipeline:
-    """Make the pipeline's ordinary call run T-GATE: text-conditioned diffusion without what no longer matters.
+    """Make the pipeline's ordinary call skip what no longer matters: T-GATE, DeepCache, or guidance that ends early.
 
-    `gate_step` steps run in full. The outputs of every cross-attention are cached at the last of them (under
-    guidance the mean of the two halves), and from step `gate_step` on a pruned graph runs that has neither the
+    With T-GATE, `gate_step` steps run in full. The outputs of every cross-attention are cached at the last of them
+    (under guidance the mean of the two halves), and from step `gate_step` on a pruned graph runs that has neither the
     cross-attentions nor their weights, at half the batch, since guidance has done its work too.
-    Source: arXiv 2404.02747 v1, section 3.2.
+    Source: arXiv 2404.02747 v1, section 3.2. `Schedule` has the other methods' rules and sources.
 
     The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes.
     They hold no copy of the weights. Outside a pipeline call the denoiser runs as if never optimized.
@@ -157,11 +174,20 @@ def optimize(
         pipe: a diffusers pipeline with a UNet or transformer that has cross-attentions. It is changed, and returned;
             `restore(pipe)` undoes it.
         gate_step: steps to run in full: a number >= 1, or a fraction of the steps strictly between 0 and 1. A gate at
-            or beyond the last step means that nothing is gated. One call may differ: `pipe(..., gate_step=8)`.
+            or beyond the last step means that nothing is gated; None is no gate. One call may differ:
+            `pipe(..., gate_step=8)`.
+        sp_interval: T-GATE v2: before the gate, compute self-attention at every such step only.
+        fi_interval: T-GATE v2: the same after the gate.
+        warm_up: T-GATE v2: the step, from 0, after which `sp_interval` begins.
+        deepcache_interval: compute a UNet's deep part at every such step only (DeepCache), with a gate or without.
+        deepcache_branch: the skip connection at which the deep part begins; 0 is the outermost.
+        guidance_step: without a gate: guidance stops after so many steps, or such a fraction of them.
+        guidance_similarity: without a gate: guidance stops when the two predictions are this similar (Adaptive
+            Guidance; costs a synchronization with the device per guided step).
         backend: `"inductor"` (compiled), `"eager"` (the rewritten graphs, uncompiled: no compile time), or `"auto"`
             (the faster one for the device, as measured).
-        keep: the guidance half that goes on after the gate, with its pooled text and other conditioning:
-            `"uncond"` as in the paper, or `"cond"`.
+        keep: the guidance half that goes on once guidance has stopped, with its pooled text and other conditioning:
+            `"uncond"` or `"cond"`. None is the papers' choice: uncond with a gate, cond without.
         backend_options: options for the backend, e.g. Inductor's configuration.
 
     Returns:
@@ -175,12 +201,24 @@ def optimize(
         given = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
         raise ConfigurationError(MSG_NO_PIPELINE.format(given=given))
     options = {} if backend_options is None else backend_options
-    config = Config(TGate(gate_step), keep=keep, backend=backend, backend_options=options)
+    schedule = Schedule(
+        gate_step,
+        sp_interval=sp_interval,
+        fi_interval=fi_interval,
+        warm_up=warm_up,
+        deepcache_interval=deepcache_interval,
+        deepcache_branch=deepcache_branch,
+        guidance_step=guidance_step,
+        guidance_similarity=guidance_similarity,
+    )
+    if keep is None:
+        keep = "uncond" if schedule.gate_step is not None else "cond"
+    config = Config(schedule, keep=keep, backend=backend, backend_options=options)
     check_backend(config.backend, config.backend_options)
     if state_of(pipe) is not None:
         raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
     name = _denoiser_name(pipe)
-    _check_supported(pipe, getattr(pipe, name))
+    _check_supported(pipe, getattr(pipe, name), schedule)
     Optimized(pipe, name, config).attach(pipe)
     return pipe
 
@@ -256,7 +294,7 @@ def _generation(
     generation = Generation(
         state.hook.store,
         state.hook.own_forward,
-        state.config.schedule if gate_step is None else TGate(gate_step),
+        _schedule(state.config.schedule, gate_step),
         keep=state.config.keep,
         interleaved=family_of(state.pipeline_class).interleaved,
         guided=guided,
@@ -266,6 +304,15 @@ def _generation(
     )
     with state.hook.generation(generation):
         yield
+
+
+def _schedule(given: Schedule, gate_step: int | float | None) -> Schedule:
+    """The schedule of one call, which may have a gate step of its own."""
+    if gate_step is None:
+        return given
+    if given.gate_step is None:
+        raise ConfigurationError(MSG_NO_GATE.format(gate=gate_step))
+    return dataclasses.replace(given, gate_step=gate_step)
 
 
 @functools.cache
@@ -286,7 +333,13 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
         with _generation(
             state, self, gate_step, _guidance_of(self, bound.arguments), lambda: _num_calls(self), watch=watch
         ):
-            return original(self, *args, **kwargs)
+            result = original(self, *args, **kwargs)
+        ran = state.hook.last is not None and state.hook.last.steps
+        if not ran and not getattr(self, "_interrupt", False):
+            raise ConfigurationError(
+                MSG_BYPASSED.format(name=state.denoiser_name, pipeline=state.pipeline_class.__name__)
+            )
+        return result
 
     call.__signature__ = signature.replace(parameters=[*parameters[:at], own, *parameters[at:]])  # type: ignore[attr-defined]
     namespace = {"__call__": call, "__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__}
@@ -314,14 +367,15 @@ def _denoiser_name(pipe: DiffusionPipeline) -> str:
     raise ConfigurationError(MSG_NO_DENOISER.format(pipeline=type(pipe).__name__, names=", ".join(DENOISER_NAMES)))
 
 
-def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module) -> None:
+def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, schedule: Schedule) -> None:
     pipeline = type(pipe).__name__
     if isinstance(denoiser, torch._dynamo.OptimizedModule) or denoiser._compiled_call_impl is not None:
         raise ConfigurationError(MSG_COMPILED.format(pipeline=pipeline))
     reason = refusal(type(pipe))
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
-    if type(denoiser).__name__ in JOINT_ATTENTION or not cross_attention_modules(denoiser):
+    has_cross = type(denoiser).__name__ not in JOINT_ATTENTION and cross_attention_modules(denoiser)
+    if "cross" in schedule.kinds and not has_cross:
         raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
     registry = getattr(denoiser, "_diffusers_hook", None)
     if registry is not None and registry.get_hook(HOOK_NAME) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch.utils import _pytree as pytree
 
 from tgate_compile._backends import Runner, make_backend
 from tgate_compile._call import Call
-from tgate_compile._capture import capture
+from tgate_compile._capture import capture, deep_layer
 from tgate_compile._config import Config
 from tgate_compile._fingerprint import fingerprint
 from tgate_compile._graphs import Captured, Variant
 from tgate_compile._offload import check_weights_stay
-from tgate_compile._schedule import Phase
+from tgate_compile._schedule import Kind, Phase
 from tgate_compile.passes.specialize import specialize
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,11 @@ class CompiledVariant:
     runner: Runner
     weights: Sequence[torch.Tensor]
 
-    def run(self, call: Call, caches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The denoiser's flat outputs for `call`, and the caches that the phase emits."""
-        by_name = dict(zip(self.captured.input_names, call.leaves, strict=True))
-        inputs = [by_name[name] for name in self.variant.inputs]
-        outputs = list(self.runner(self.weights, [*inputs, *caches]))
+    def run(
+        self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The denoiser's flat outputs for `call`, and the values that the graph emits, in its order."""
+        outputs = list(self.runner(self.weights, _inputs(self.variant, self.captured, call, caches)))
         count = self.captured.out_spec.num_leaves
         return outputs[:count], outputs[count:]
 
@@ -59,6 +59,8 @@ class VariantStore:
     def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
         self.denoiser = denoiser
         self._config = config
+        branch = config.schedule.deepcache_branch
+        self._deep_layer = deep_layer(denoiser, branch) if "deep" in config.schedule.kinds else None
         self._fingerprint: Hashable = None
         self._captures: OrderedDict[Hashable, Captured] = OrderedDict()
         self._variants: dict[tuple[Hashable, Phase], CompiledVariant] = {}
@@ -85,7 +87,7 @@ class VariantStore:
             self._variants[key] = CompiledVariant(compiled.variant, compiled.captured, compiled.runner, weights)
 
     def get(
-        self, phase: Phase, call: Call, caches: Sequence[torch.Tensor], forward: Callable[..., Any]
+        self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
     ) -> CompiledVariant:
         """The variant of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
         key = call.key
@@ -95,13 +97,12 @@ class VariantStore:
             return found
         captured = self._captures.get(key)
         if captured is None:
-            captured = capture(self.denoiser, forward, call)
+            captured = capture(self.denoiser, forward, call, self._config.schedule.kinds, self._deep_layer)
             self._captures[key] = captured
             self._drop_oldest()
         variant = specialize(captured, phase)
         weights = self._weights(variant)
-        by_name = dict(zip(captured.input_names, call.leaves, strict=True))
-        inputs = [*(by_name[name] for name in variant.inputs), *caches]
+        inputs = _inputs(variant, captured, call, caches)
         backend = make_backend(self._config.backend, self._config.backend_options, inputs[0].device)
         compiled = CompiledVariant(variant, captured, backend.compile(variant, inputs), weights)
         self._variants[key, phase] = compiled
@@ -119,3 +120,11 @@ class VariantStore:
         live: dict[str, torch.Tensor] = dict(self.denoiser.named_parameters(remove_duplicate=False))
         live.update(self.denoiser.named_buffers(remove_duplicate=False))
         return [live[name] if name in live else constants[name] for name in variant.weights]
+
+
+def _inputs(
+    variant: Variant, captured: Captured, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
+) -> list[torch.Tensor]:
+    by_name = dict(zip(captured.input_names, call.leaves, strict=True))
+    reused = [caches[site.kind, site.name] for site in variant.reused]
+    return [*(by_name[name] for name in variant.inputs), *reused]

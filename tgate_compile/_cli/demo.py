@@ -21,7 +21,7 @@ from tgate_compile._cli.loading import quieten_libraries
 from tgate_compile._cli.settings import MSG_NEVER_GATED
 from tgate_compile._cli.step_progress import make_progress
 from tgate_compile._cli.targets import check_folder
-from tgate_compile._schedule import TGate
+from tgate_compile._schedule import Schedule
 
 
 def demo(
@@ -43,7 +43,7 @@ def demo(
 ) -> None:
     """Prompts become images with T-GATE and without, on the embedded model: a picture, and a table of what it saves."""
     check_folder(out)
-    gate = TGate(gate_step).gate(steps)
+    gate = Schedule(gate_step).gate(steps)
     if gate >= steps:
         print_note(MSG_NEVER_GATED.format(gate=gate, steps=steps).replace(", or --no-tgate", ""))
     task = Task(tuple(demo_prompts(prompts)), steps, guidance, gate, seed)

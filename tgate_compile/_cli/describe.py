@@ -15,7 +15,7 @@ from tgate_compile._cli.console import ERR, OUT, print_json
 from tgate_compile._cli.loading import load
 from tgate_compile._cli.settings import settings_for
 from tgate_compile._cli.work import Work, planned_calls, work_of
-from tgate_compile._schedule import TGate
+from tgate_compile._schedule import Schedule
 
 
 def describe(
@@ -43,7 +43,7 @@ def describe(
         # One step in full and one gated are every graph that there is, however many steps follow.
         pipe(**call, num_inference_steps=2, gate_step=1)
     description = tgate_compile.describe(pipe)
-    schedule = TGate(settings.gate_step)
+    schedule = Schedule(settings.gate_step)
     strip = schedule.strip(settings.steps)
     work = work_of(description, planned_calls(pipe.scheduler, schedule, settings.steps))
     if json:
@@ -80,7 +80,7 @@ def _print_tables(description: _describe.Description, strip: str, work: Work) ->
     for block, count in Counter(_block(site) for site in description.sites).items():
         sites.add_row(block, f"{count}")
     OUT.print(sites)
-    full = strip.count("F")
+    full = strip.upper().count("F")
     OUT.print(
         f"plan: [bold cyan]{strip[:full]}[/][green]{strip[full:]}[/]  {full} full, {len(strip) - full} pruned",
         soft_wrap=True,

@@ -121,7 +121,7 @@ def _print_result(used: dict[str, Any], strip: str, paths: list[Path], seconds: 
     table.add_row("model", f"{used['model']} ({used['family']}), {used['device']}, {used['dtype']}")
     gate = f"gate step {used['gate_step']}, backend {used['backend']}" if used["gate_step"] else "without T-GATE"
     table.add_row("settings", f"{used['steps']} steps of {used['scheduler']}, guidance {used['guidance']:g}, {gate}")
-    full = strip.count("F")
+    full = strip.upper().count("F")
     table.add_row(
         "steps", f"[bold cyan]{strip[:full]}[/][green]{strip[full:]}[/]  {full} full, {len(strip) - full} pruned"
     )

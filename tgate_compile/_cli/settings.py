@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tgate_compile._cli.console import print_note
 from tgate_compile._cli.loading import Loaded
-from tgate_compile._schedule import TGate
+from tgate_compile._schedule import Schedule
 
 MSG_NEVER_GATED = (
     "Gate step {gate} is at or beyond the last of {steps} steps, so that nothing is gated. "
@@ -39,7 +39,7 @@ def settings_for(
     chosen_steps = family.steps if steps is None else steps
     if gate_step is None:
         gate_step = max(1, round(chosen_steps * family.gate_step / family.steps))
-    gate = TGate(gate_step).gate(chosen_steps)
+    gate = Schedule(gate_step).gate(chosen_steps)
     if tgate and gate >= chosen_steps:
         print_note(MSG_NEVER_GATED.format(gate=gate, steps=chosen_steps))
     return Settings(chosen_steps, family.guidance if guidance is None else guidance, gate_step, gate)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tgate_compile._describe import Description
-from tgate_compile._schedule import TGate
+from tgate_compile._schedule import Schedule
 from tgate_compile._steps import StepCounter
 
 
@@ -29,7 +29,7 @@ class Work:
         return {f"macs_{name}": value for name, value in asdict(self).items()}
 
 
-def planned_calls(scheduler: Any, schedule: TGate, num_steps: int) -> str:
+def planned_calls(scheduler: Any, schedule: Schedule, num_steps: int) -> str:
     """One character per denoiser call of a generation, `F` full or `p` pruned. Sets the scheduler's timesteps."""
     scheduler.set_timesteps(num_steps)
     counter = StepCounter.of(scheduler, None)

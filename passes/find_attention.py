@@ -1,32 +1,38 @@
-"""Find the cross-attention sites of a captured denoiser, by data flow."""
+"""Find the attention sites of a captured denoiser, by data flow."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import torch
 from torch.fx import Node
 
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile._graphs import Site
+from tgate_compile._schedule import Kind
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.dependence import depends_on
+from tgate_compile.passes.module_region import innermost_module, is_inside
 from tgate_compile.passes.operands import operand
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 MSG_SEVERAL_OUTPUTS = (
-    "Cannot cache the cross-attention {module!r}: {count} of its values are used outside of it ({values}), "
+    "Cannot cache the attention {module!r}: {count} of its values are used outside of it ({values}), "
     "and exactly one was expected. Please report the model class."
 )
 
 
-def find_cross_attention(graph_module: torch.fx.GraphModule, latents: Node) -> list[Site]:
-    """The cross-attention sites of `graph_module`, in graph order; the graph is left alone.
+def find_attention(
+    graph_module: torch.fx.GraphModule, latents: Node, kinds: Collection[Kind] = ("cross", "self")
+) -> list[Site]:
+    """The attention sites of `graph_module` of these kinds, in graph order; the graph is left alone.
 
-    An attention is a cross-attention when its query depends on `latents` and its key and value do not.
-    Joint attention (SD3, Flux) has keys of both kinds in one tensor, so it is never one.
+    An attention is a cross-attention when its query depends on `latents` and its key and value do not, and a
+    self-attention when all three do. Joint attention (SD3, Flux) has keys of both kinds in one tensor, and looks like
+    the latter; a model that has nothing else is refused where it is captured.
     The site's value is what the enclosing module returns, after its output projection and dropout and before
     its residual connection and rescaling, where it has these (diffusers' `Attention`): what the paper caches.
 
@@ -37,21 +43,18 @@ def find_cross_attention(graph_module: torch.fx.GraphModule, latents: Node) -> l
     dependent = depends_on(graph, [latents])
     sites: dict[Node, Site] = {}
     for core in attention_cores(graph):
-        if core.query not in dependent or core.key in dependent or core.value in dependent:
+        if core.query not in dependent or (core.key in dependent) != (core.value in dependent):
             continue
-        path = _module_path(core.node)
+        kind: Kind = "self" if core.key in dependent else "cross"
+        if kind not in kinds:
+            continue
+        path = innermost_module(core.node)
         outlet = _before_residual_and_rescale(_outlet(graph, path), path)
         if outlet not in sites:
             value = outlet.meta["val"]
-            sites[outlet] = Site(_without_processor(path), outlet.name, tuple(value.shape), value.dtype)
-    logger.debug("found %d cross-attention sites", len(sites))
+            sites[outlet] = Site(kind, _without_processor(path), outlet.name, tuple(value.shape), value.dtype)
+    logger.debug("found %d attention sites", len(sites))
     return list(sites.values())
-
-
-def _module_path(node: Node) -> str:
-    """The path of the innermost module that `node` was traced in."""
-    path: str = list(node.meta["nn_module_stack"].values())[-1][0]
-    return path
 
 
 def _without_processor(path: str) -> str:
@@ -59,14 +62,10 @@ def _without_processor(path: str) -> str:
     return path.removesuffix(".processor")
 
 
-def _inside(node: Node, path: str) -> bool:
-    return any(entry[0] == path for entry in node.meta.get("nn_module_stack", {}).values())
-
-
 def _outlet(graph: torch.fx.Graph, path: str) -> Node:
     """The one value of module `path` that is used outside of it."""
     leaving: list[Node] = [
-        node for node in graph.nodes if _inside(node, path) and any(not _inside(user, path) for user in node.users)
+        node for node in graph.nodes if is_inside(node, path) and any(not is_inside(user, path) for user in node.users)
     ]
     if len(leaving) != 1:
         values = ", ".join(node.name for node in leaving)
@@ -79,6 +78,6 @@ def _before_residual_and_rescale(node: Node, path: str) -> Node:
         return _before_residual_and_rescale(operand(node, 0), path)
     if node.target is aten.add.Tensor:
         left, right = node.args[:2]
-        if isinstance(left, Node) and isinstance(right, Node) and _inside(left, path) and not _inside(right, path):
+        if isinstance(left, Node) and isinstance(right, Node) and is_inside(left, path) and not is_inside(right, path):
             return left
     return node
