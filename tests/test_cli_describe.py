@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tgate_compile._cli.app import app
 from tgate_compile._cli.work import planned_calls
-from tgate_compile._schedule import TGate
+from tgate_compile._schedule import Schedule
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -44,6 +44,6 @@ def test_the_table_is_for_people() -> None:
 
 def test_calls_are_counted_and_not_steps() -> None:
     # Heun: two calls a step, one for the last.
-    assert planned_calls(HeunDiscreteScheduler(), TGate(2), 4) == "FFFF" + "ppp"
+    assert planned_calls(HeunDiscreteScheduler(), Schedule(2), 4) == "FFFF" + "ppp"
     # PNDM: its second call repeats the first one's timestep, and is no step.
-    assert planned_calls(PNDMScheduler(skip_prk_steps=True), TGate(2), 4) == "FFF" + "pp"
+    assert planned_calls(PNDMScheduler(skip_prk_steps=True), Schedule(2), 4) == "FFF" + "pp"

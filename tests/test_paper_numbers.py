@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from tgate_compile._call import Call
 from tgate_compile._capture import capture
-from tgate_compile._schedule import TGate
+from tgate_compile._schedule import Schedule
 from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.passes.specialize import specialize
 
@@ -32,11 +32,8 @@ def costs() -> dict[str, Any]:
                 unet, unet.forward, Call.of(arguments, {"encoder_hidden_states": text, "return_dict": False})
             )
 
-        schedule = TGate(10)
-        variants = {
-            "full": specialize(captured(2), schedule.phase(0, STEPS, guided=True)),
-            "pruned": specialize(captured(1), schedule.phase(10, STEPS, guided=True)),
-        }
+        plan = Schedule(10).plan(STEPS, guided=True)
+        variants = {"full": specialize(captured(2), plan[9]), "pruned": specialize(captured(1), plan[10])}
     return {
         name: (
             sum(tensor.numel() for tensor in variant.program.state_dict.values()),

@@ -16,7 +16,17 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 import tgate_compile
 from tests.hook_reference import hook_reference
-from tests.tiny_pipelines import TEXT_DIM, image, image_embeds, load_ip_adapter, run, sdxl, seeded, stable_diffusion
+from tests.tiny_pipelines import (
+    TEXT_DIM,
+    image,
+    image_embeds,
+    load_ip_adapter,
+    pixart,
+    run,
+    sdxl,
+    seeded,
+    stable_diffusion,
+)
 from tgate_compile import ConfigurationError, UnsupportedModelError
 
 
@@ -63,12 +73,39 @@ def refused(pipe: Any, error: type[Exception], *parts: str, **options: Any) -> s
 
 @pytest.mark.parametrize(
     "gate",
-    [0, -1, -0.5, 0.0, 1.0, 1.5, 10.0, True, False, "10", None, float("nan"), float("inf"), [10], np.float64(1.5)],
+    [0, -1, -0.5, 0.0, 1.0, 1.5, 10.0, True, False, "10", float("nan"), float("inf"), [10], np.float64(1.5)],
 )
 def test_gate_step(shared: SimpleNamespace, gate: Any) -> None:
     message = refused(shared.pipe, ConfigurationError, "gate_step", "at least 1", "between 0 and 1", gate_step=gate)
     assert f"got {gate!r}" in message
     assert torch.equal(run(shared.pipe), shared.image)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"gate_step": None}, ("Nothing to do", "gate_step")),
+        ({"gate_step": None, "sp_interval": 3}, ("sp_interval", "need a gate_step")),
+        ({"sp_interval": 0}, ("sp_interval", "at least 1", "got 0")),
+        ({"warm_up": -1}, ("warm_up", "at least 0", "got -1")),
+        ({"deepcache_interval": 2.5}, ("deepcache_interval", "got 2.5")),
+        ({"deepcache_interval": 3, "deepcache_branch": 40}, ("deepcache_branch=40 is not there", "Take a smaller one")),
+        ({"guidance_step": 5}, ("gate_step", "guidance_step", "Give one of them")),
+        ({"gate_step": None, "guidance_similarity": 2}, ("guidance_similarity", "got 2")),
+    ],
+)
+def test_schedules(shared: SimpleNamespace, options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    refused(shared.pipe, ConfigurationError, *parts, **options)
+
+
+def test_deepcache_needs_a_unet() -> None:
+    refused(pixart("PixArtAlphaPipeline"), UnsupportedModelError, "needs a UNet", gate_step=None, deepcache_interval=3)
+
+
+def test_a_gate_for_one_call_needs_a_gate() -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), None, guidance_step=2, backend="eager")
+    with pytest.raises(ConfigurationError, match="optimized without a gate"):
+        run(pipe, gate_step=3)
 
 
 @pytest.mark.parametrize("gate", [0, -1, 1.0, 1.5, True, "3", float("nan")])
@@ -97,7 +134,7 @@ def test_backend(shared: SimpleNamespace, backend: Any) -> None:
     refused(shared.pipe, ConfigurationError, '"inductor"', '"eager"', '"auto"', f"got {backend!r}", backend=backend)
 
 
-@pytest.mark.parametrize("keep", ["both", "", None, 0, ["uncond"]])
+@pytest.mark.parametrize("keep", ["both", "", 0, ["uncond"]])
 def test_keep(shared: SimpleNamespace, keep: Any) -> None:
     refused(shared.pipe, ConfigurationError, '"uncond"', '"cond"', f"got {keep!r}", keep=keep)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.passes.tiny_denoiser import tiny_capture, tiny_denoiser, tiny_inputs
-from tgate_compile._graphs import Captured
+from tgate_compile._graphs import Captured, Emission
 from tgate_compile.passes.emit import emit
 from tgate_compile.passes.specialize import _copy_of_graph
 
@@ -32,7 +32,7 @@ def test_values_are_appended_in_the_order_of_the_sites() -> None:
     denoiser = tiny_denoiser()
     captured = tiny_capture(denoiser)
     graph_module = _copy_of_graph(captured.program)
-    assert emit(graph_module, captured.sites, merge_halves=False).changes == 2
+    assert emit(graph_module, [Emission(site, merged=False) for site in captured.sites]).changes == 2
     graph_module.recompile()
     plain, values = _attn2_outputs(denoiser)
     prediction, *emitted = _run(graph_module, captured, denoiser)
@@ -45,7 +45,7 @@ def test_merging_takes_the_mean_of_the_halves() -> None:
     denoiser = tiny_denoiser()
     captured = tiny_capture(denoiser)
     graph_module = _copy_of_graph(captured.program)
-    emit(graph_module, captured.sites, merge_halves=True)
+    emit(graph_module, [Emission(site, merged=True) for site in captured.sites])
     graph_module.recompile()
     _, values = _attn2_outputs(denoiser)
     _, *emitted = _run(graph_module, captured, denoiser)
@@ -60,7 +60,7 @@ def test_merging_is_accumulated_in_fp32_and_keeps_the_dtype(dtype: torch.dtype) 
     denoiser = tiny_denoiser().to(dtype)
     captured = _capture_in(denoiser, dtype)
     graph_module = _copy_of_graph(captured.program)
-    emit(graph_module, captured.sites, merge_halves=True)
+    emit(graph_module, [Emission(site, merged=True) for site in captured.sites])
     means = [n for n in graph_module.graph.nodes if n.target is torch.ops.aten.mean.dim]
     assert [node.meta["val"].dtype for node in means] == [torch.float32] * 2
     outputs = graph_module.graph.output_node().args[0][1:]
@@ -87,6 +87,6 @@ def test_no_sites_means_no_change() -> None:
     captured = tiny_capture(tiny_denoiser())
     graph_module = _copy_of_graph(captured.program)
     before = graph_module.code
-    assert emit(graph_module, [], merge_halves=True).changes == 0
+    assert emit(graph_module, []).changes == 0
     graph_module.recompile()
     assert graph_module.code == before

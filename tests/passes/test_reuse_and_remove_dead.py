@@ -19,7 +19,7 @@ def test_one_input_per_site_after_the_others() -> None:
     graph_module = _copy_of_graph(captured.program)
     before = _placeholders(graph_module)
     assert reuse(graph_module, captured.sites).changes == 2
-    assert _placeholders(graph_module) == [*before, "cache_blocks_0_attn2", "cache_blocks_1_attn2"]
+    assert _placeholders(graph_module) == [*before, "cache_cross_blocks_0_attn2", "cache_cross_blocks_1_attn2"]
     nodes = {node.name: node for node in graph_module.graph.nodes}
     assert all(not nodes[site.node].users for site in captured.sites)
     assert all(nodes[cache_name(site)].meta["val"].shape == site.shape for site in captured.sites)

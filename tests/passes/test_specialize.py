@@ -10,13 +10,13 @@ import torch
 from tests.passes.tiny_denoiser import DIM, TOKENS, tiny_capture, tiny_denoiser, tiny_inputs
 from tgate_compile import VerificationError
 from tgate_compile._graphs import Variant
-from tgate_compile._schedule import Phase, TGate
+from tgate_compile._schedule import Phase
 from tgate_compile.passes.specialize import specialize
 from tgate_compile.passes.verify import verify
 
-FULL = TGate(4).phase(0, 8, guided=True)
-FULL_UNGUIDED = TGate(4).phase(0, 8, guided=False)
-PRUNED = TGate(4).phase(4, 8, guided=True)
+FULL = Phase(True, merge=frozenset({"cross"}))
+FULL_UNGUIDED = Phase(False, emit=frozenset({"cross"}))
+PRUNED = Phase(False, reuse=frozenset({"cross"}))
 
 
 def _run(variant: Variant, denoiser: torch.nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -47,7 +47,7 @@ def test_names_of_inputs_and_sites() -> None:
     full, pruned = (specialize(tiny_capture(denoiser), phase) for phase in (FULL, PRUNED))
     assert full.inputs == ("sample", "timestep", "text")
     assert pruned.inputs == ("sample", "timestep")
-    assert [site.name for site in full.emitted] == [site.name for site in pruned.reused]
+    assert [emission.site.name for emission in full.emitted] == [site.name for site in pruned.reused]
     assert not full.reused
     assert not pruned.emitted
 
@@ -94,10 +94,11 @@ def test_the_verifier_notices_what_is_wrong() -> None:
     full, pruned = specialize(captured, FULL), specialize(captured, PRUNED)
     with pytest.raises(VerificationError, match="3 outputs, expected 1"):
         verify(dataclasses.replace(full, emitted=()), captured)
+    unmerged = tuple(dataclasses.replace(emission, merged=False) for emission in full.emitted)
     with pytest.raises(VerificationError, match="is emitted as"):
-        verify(dataclasses.replace(full, phase=FULL_UNGUIDED), captured)
+        verify(dataclasses.replace(full, emitted=unmerged), captured)
     untouched = specialize(captured, Phase(guided=False))
-    with pytest.raises(VerificationError, match="2 cross-attentions are left"):
-        verify(dataclasses.replace(untouched, reused=captured.sites, inputs=untouched.inputs[2:]), captured)
+    with pytest.raises(VerificationError, match="2 attentions are left"):
+        verify(dataclasses.replace(untouched, phase=PRUNED), captured)
     with pytest.raises(VerificationError, match="takes 4 inputs"):
         verify(dataclasses.replace(pruned, inputs=pruned.inputs[:1]), captured)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from tgate_compile._call import Call
 from tgate_compile._capture import capture
 from tgate_compile._graphs import Captured
+from tgate_compile._schedule import Kind
 
 DIM, TEXT_DIM, TOKENS, TEXT_TOKENS = 8, 6, 5, 3
 
@@ -83,6 +86,7 @@ def tiny_denoiser(**options: object) -> TinyDenoiser:
     return TinyDenoiser(**options).eval()  # type: ignore[arg-type]
 
 
-def tiny_capture(denoiser: nn.Module, batch: int = 4) -> Captured:
+def tiny_capture(denoiser: nn.Module, batch: int = 4, kinds: Collection[Kind] = ("cross",)) -> Captured:
     sample, timestep, text = tiny_inputs(batch)
-    return capture(denoiser, denoiser.forward, Call.of((sample, timestep), {"text": text, "return_dict": False}))
+    call = Call.of((sample, timestep), {"text": text, "return_dict": False})
+    return capture(denoiser, denoiser.forward, call, kinds)

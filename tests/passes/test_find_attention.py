@@ -10,7 +10,7 @@ from tests.passes.tiny_denoiser import DIM, TOKENS, TinyAttention, tiny_capture,
 from tgate_compile import UnsupportedModelError
 from tgate_compile._call import Call
 from tgate_compile._capture import capture
-from tgate_compile.passes.find_cross_attention import find_cross_attention
+from tgate_compile.passes.find_attention import find_attention
 
 
 def _latents(program: torch.export.ExportedProgram) -> torch.fx.Node:
@@ -21,7 +21,19 @@ def _latents(program: torch.export.ExportedProgram) -> torch.fx.Node:
 def test_each_cross_attention_is_one_site(fused: bool) -> None:
     captured = tiny_capture(tiny_denoiser(fused=fused))
     assert [site.name for site in captured.sites] == ["blocks.0.attn2", "blocks.1.attn2"]
+    assert {site.kind for site in captured.sites} == {"cross"}
     assert all(site.shape == (4, TOKENS, DIM) and site.dtype == torch.float32 for site in captured.sites)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_self_attention_is_a_site_of_its_own_kind(fused: bool) -> None:
+    captured = tiny_capture(tiny_denoiser(fused=fused), kinds=("cross", "self"))
+    assert [(site.kind, site.name) for site in captured.sites] == [
+        ("cross", "blocks.0.attn2"),
+        ("cross", "blocks.1.attn2"),
+        ("self", "blocks.0.attn1"),
+        ("self", "blocks.1.attn1"),
+    ]
 
 
 def test_the_value_is_the_one_after_projection_and_dropout() -> None:
@@ -39,7 +51,7 @@ def test_the_value_is_the_one_before_residual_and_rescale() -> None:
 def test_the_graph_is_left_alone() -> None:
     captured = tiny_capture(tiny_denoiser())
     before = captured.program.graph_module.code
-    find_cross_attention(captured.program.graph_module, _latents(captured.program))
+    find_attention(captured.program.graph_module, _latents(captured.program))
     captured.program.graph_module.recompile()
     assert captured.program.graph_module.code == before
 
@@ -66,10 +78,10 @@ class _Joint(nn.Module):
 
 
 @pytest.mark.parametrize("model", [_SelfOnly, _Joint])
-def test_self_and_joint_attention_are_not_sites(model: type[nn.Module]) -> None:
+def test_self_and_joint_attention_are_no_cross_attention(model: type[nn.Module]) -> None:
     denoiser = model().eval()
     program = torch.export.export(denoiser, tiny_inputs(), strict=False)
-    assert find_cross_attention(program.graph_module, _latents(program)) == []
+    assert find_attention(program.graph_module, _latents(program), ("cross",)) == []
     with pytest.raises(UnsupportedModelError, match=rf"{model.__name__} has no cross-attention .*Joint attention"):
         capture(denoiser, denoiser.forward, Call.of(tiny_inputs(), {}))
 
@@ -94,7 +106,7 @@ class _TwoOutputs(nn.Module):
 def test_an_attention_with_two_results_is_refused_by_name() -> None:
     program = torch.export.export(_TwoOutputs().eval(), tiny_inputs(), strict=False)
     with pytest.raises(UnsupportedModelError, match="'attn': 2 of its values"):
-        find_cross_attention(program.graph_module, _latents(program))
+        find_attention(program.graph_module, _latents(program))
 
 
 def test_a_site_that_is_not_found_is_an_error_that_names_it() -> None:

@@ -1,0 +1,111 @@
+"""Methods beyond T-GATE v1 through real pipelines, against plain hooks and against diffusers' own ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.callbacks import SDCFGCutoffCallback
+
+import tgate_compile
+from tests.comparing import assert_differ, assert_same
+from tests.tiny_pipelines import run, sdxl, stable_diffusion
+
+STEPS = 6
+
+
+def _run(pipe: Any, **options: Any) -> torch.Tensor:
+    return run(pipe, steps=STEPS, **options)
+
+
+def test_guidance_dropped_after_a_step_is_diffusers_own_cutoff() -> None:
+    pipe = stable_diffusion(layout="small")
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=2)
+    expected = _run(pipe, callback_on_step_end=cutoff, callback_on_step_end_tensor_inputs=cutoff.tensor_inputs)
+    plain = _run(pipe)
+    tgate_compile.optimize(pipe, None, guidance_step=3, backend="eager")
+    dropped = _run(pipe)
+    assert tgate_compile.describe(pipe).strip == "FFFfff"
+    assert tgate_compile.describe(pipe).keep == "cond"
+    assert_same(dropped, expected)
+    assert_differ(dropped, plain)
+    assert_same(_run(pipe), expected)
+
+
+def test_adaptive_guidance_stops_where_the_predictions_agree() -> None:
+    pipe = stable_diffusion(layout="small")
+    similarities = _similarities(pipe)
+    threshold = sorted(similarities)[STEPS // 2] - 1e-6
+    stop = next(step for step, value in enumerate(similarities) if value >= threshold) + 1
+    assert 0 < stop < STEPS
+    tgate_compile.optimize(pipe, None, guidance_similarity=threshold, backend="eager")
+    adaptive = _run(pipe)
+    assert tgate_compile.describe(pipe).strip == "F" * stop + "f" * (STEPS - stop)
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, None, guidance_step=stop, backend="eager")
+    assert_same(adaptive, _run(pipe))
+
+
+def _similarities(pipe: Any) -> list[float]:
+    """The cosine similarity of the guidance halves at each step of the plain pipeline."""
+    seen: list[float] = []
+
+    def look(module: Any, args: Any, output: Any) -> None:
+        uncond, cond = output[0].flatten(1).chunk(2)
+        seen.append(float(torch.cosine_similarity(uncond, cond).min()))
+
+    handle = pipe.unet.register_forward_hook(look)
+    _run(pipe)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("build", [stable_diffusion, sdxl], ids=["sd", "sdxl"])
+def test_caching_self_attention_reuses_its_output(build: Any) -> None:
+    """T-GATE v2 before the gate, against hooks that replay the attention's last output."""
+    pipe = build()
+    plain = _run(pipe)
+    tgate_compile.optimize(pipe, 100, sp_interval=3, warm_up=1, backend="eager")
+    # A gate beyond the last step: steps 0 and 1 are the warm-up, 3 the interval; nothing else is computed.
+    cached = _run(pipe)
+    assert tgate_compile.describe(pipe).strip == "FFSFSS"
+    assert_same(cached, _with_replayed_self_attention(build(), computed={0, 1, 3}))
+    assert_differ(cached, plain)
+
+
+def _with_replayed_self_attention(pipe: Any, computed: set[int]) -> torch.Tensor:
+    calls = 0
+    last: dict[str, torch.Tensor] = {}
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    def replay(name: str) -> Any:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            if calls in computed:
+                last[name] = output
+            return last[name]
+
+        return hook
+
+    handles = [pipe.unet.register_forward_hook(count)]
+    for name, module in pipe.unet.named_modules():
+        if name.endswith("attn1"):
+            handles.append(module.register_forward_hook(replay(name)))
+    result = _run(pipe)
+    for handle in handles:
+        handle.remove()
+    return result
+
+
+def test_one_gate_more_or_other_steps_need_no_new_graphs() -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 5, sp_interval=2, fi_interval=2, backend="eager")
+    run(pipe, steps=9)
+    store = pipe._tgate_compile.hook.store
+    compiled = store.compilations
+    assert compiled == 4
+    for gate, steps in ((4, 12), (6, 10), (0.5, 9), (5, 8)):
+        run(pipe, steps=steps, gate_step=gate)
+    assert store.compilations == compiled
