@@ -43,7 +43,7 @@ def _pipeline(source: str, model: str, kind: str, **options: Any) -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
     )
-    scheduler = diffusers.DDIMScheduler()
+    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)  # anything else makes the pipeline warn
     path = DATA / source / "models" / model
     if kind == "pixart_alpha":
         transformer = diffusers.PixArtTransformer2DModel.from_pretrained(path)
