@@ -127,6 +127,6 @@ def _print_result(used: dict[str, Any], strip: str, paths: list[Path], seconds: 
     )
     capture = ", capture of the graphs included" if used["gate_step"] else ""
     table.add_row("time", f"{seconds:.1f} s for {len(paths)} image{'s' if len(paths) > 1 else ''}{capture}")
-    for path in paths:
-        table.add_row("written", str(path))
     OUT.print(table)
+    for path in paths:  # not in the table, which would cut a long one short
+        OUT.print(f"written   {path}", soft_wrap=True)
