@@ -85,9 +85,7 @@ def test_the_score_of_a_pair(reader: AttributeReader, caption: str, expected: di
     scene = parse_caption("a red circle left of a blue star on a black background")
     image = Image.fromarray(render(scene, np.random.default_rng(0)))
     score = reader.score([image], [caption])
-    assert {name: share for name, share in score.items() if share < 1} == (
-        expected | {"all": 0} if expected else {}
-    )
+    assert {name: share for name, share in score.items() if share < 1} == (expected | {"all": 0} if expected else {})
 
 
 def test_one_object_is_no_pair(reader: AttributeReader) -> None:

@@ -688,3 +688,20 @@ def test_denoiser_changed_in_the_middle_of_an_own_loop() -> None:
         assert_differ(expected, own_loop(plain))
     with tgate_compile.generation(gated, guidance=True):
         assert_same(loop(gated), expected)
+
+
+def test_a_hook_that_was_taken_off_is_noticed() -> None:
+    """Removing accelerate's hook puts back the forward from before it, and ours is gone: no silent plain images."""
+    from accelerate import cpu_offload_with_hook
+    from accelerate.hooks import remove_hook_from_module
+
+    pipe = small()
+    plain = run(pipe)
+    cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+    tgate_compile.optimize(pipe, 3, backend="eager")
+    run(pipe)
+    remove_hook_from_module(pipe.unet)
+    with pytest.raises(tgate_compile.ConfigurationError, match="ran without tgate_compile"):
+        run(pipe)
+    tgate_compile.restore(pipe)
+    assert torch.equal(run(pipe), plain)

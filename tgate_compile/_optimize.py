@@ -126,6 +126,7 @@ class Optimized:
         self.hook = DenoiserHook(self.denoiser, config)
         self.had_registry = hasattr(self.denoiser, "_diffusers_hook")
         self.had_forward = "forward" in vars(self.denoiser)
+        self.was_offloaded = hasattr(self.denoiser, "_hf_hook")
 
     def attach(self, pipe: DiffusionPipeline) -> None:
         HookRegistry.check_if_exists_or_initialize(self.denoiser).register_hook(self.hook, HOOK_NAME)
@@ -139,7 +140,10 @@ class Optimized:
         registry.remove_hook(HOOK_NAME, recurse=False)
         # The registry restores `forward` as an attribute of the instance, and stays behind itself. Hooks that others
         # have put on since then need both.
-        if not self.had_forward and not registry.hooks:
+        if self.was_offloaded and not hasattr(self.denoiser, "_hf_hook"):
+            # The offload hook has been taken off meanwhile; the registry remembers its `forward`, which is dead.
+            vars(self.denoiser)["forward"] = self.hook.own_forward
+        elif not self.had_forward and not registry.hooks:
             vars(self.denoiser).pop("forward", None)
         if not self.had_registry and not registry.hooks:
             del self.denoiser._diffusers_hook

@@ -1,0 +1,50 @@
+"""What only a GPU can show; skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_compile
+from tests.comparing import difference
+from tests.tiny_pipelines import run, sdxl, stable_diffusion
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+@pytest.mark.parametrize("build", [stable_diffusion, sdxl], ids=["sd", "sdxl"])
+def test_ungated_eager_is_the_plain_pipeline_to_the_bit(build: Any) -> None:
+    pipe = build().to("cuda")
+    plain = run(pipe)
+    tgate_compile.optimize(pipe, 100, backend="eager")
+    assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_is_eager_within_rounding_and_compiles_once(dtype: torch.dtype) -> None:
+    pipe = tgate_compile.optimize(stable_diffusion().to("cuda", dtype), 3, backend="eager")
+    eager = run(pipe)
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, 3, backend="inductor")
+    assert difference(run(pipe), eager) < (1e-4 if dtype == torch.float32 else 5e-2)
+    compiled = pipe._tgate_compile.hook.store.compilations
+    first = run(pipe)
+    assert torch.equal(run(pipe, steps=6), first)
+    assert pipe._tgate_compile.hook.store.compilations == compiled == 2
+
+
+def test_the_graphs_add_no_copy_of_the_weights() -> None:
+    pipe = stable_diffusion().to("cuda")
+    run(pipe)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    tgate_compile.optimize(pipe, 3, backend="inductor")
+    run(pipe)
+    torch.cuda.synchronize()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in pipe.unet.parameters())
+    assert torch.cuda.memory_allocated() - before < weights / 4
