@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -82,9 +83,9 @@ class VariantStore:
             check_weights_stay(self.denoiser)
             self._fingerprint = current
             return
+        live = self._live_tensors()
         for key, compiled in self._variants.items():
-            weights = self._weights(compiled.variant)
-            self._variants[key] = CompiledVariant(compiled.variant, compiled.captured, compiled.runner, weights)
+            self._variants[key] = dataclasses.replace(compiled, weights=_weights(compiled.variant, live))
 
     def get(
         self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
@@ -101,7 +102,7 @@ class VariantStore:
             self._captures[key] = captured
             self._drop_oldest()
         variant = specialize(captured, phase)
-        weights = self._weights(variant)
+        weights = _weights(variant, self._live_tensors())
         inputs = _inputs(variant, captured, call, caches)
         backend = make_backend(self._config.backend, self._config.backend_options, inputs[0].device)
         compiled = CompiledVariant(variant, captured, backend.compile(variant, inputs), weights)
@@ -115,11 +116,15 @@ class VariantStore:
             for key in [key for key in self._variants if key[0] == oldest]:
                 del self._variants[key]
 
-    def _weights(self, variant: Variant) -> list[torch.Tensor]:
-        constants = variant.program.constants
+    def _live_tensors(self) -> dict[str, torch.Tensor]:
         live: dict[str, torch.Tensor] = dict(self.denoiser.named_parameters(remove_duplicate=False))
         live.update(self.denoiser.named_buffers(remove_duplicate=False))
-        return [live[name] if name in live else constants[name] for name in variant.weights]
+        return live
+
+
+def _weights(variant: Variant, live: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    constants = variant.program.constants
+    return [live[name] if name in live else constants[name] for name in variant.weights]
 
 
 def _inputs(
