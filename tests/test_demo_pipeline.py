@@ -45,10 +45,10 @@ def test_the_folder_is_small_and_holds_no_pickles() -> None:
 
 
 def test_the_folder_names_no_path_of_the_machine_it_was_made_on() -> None:
-    for path in WEIGHTS.rglob("*.json"):
+    for path in [WEIGHTS / "model_index.json", *WEIGHTS.rglob("*config.json")]:
         text = path.read_text()
         assert "_name_or_path" not in text or '"_name_or_path": ""' in text, path
-        assert "/tmp" not in text, path
+        assert '"/' not in text, path
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the results are in the repository, not in the source archive")

@@ -28,13 +28,9 @@ def main() -> None:
     default = UNetTraining()
     unet = _stage(stages, "unet", _unet, minutes=default.minutes, batch=default.batch)
     unet.add_argument("--family", default=default.family, help="sd, sdxl or pixart (default: %(default)s)")
-    unet.add_argument(
-        "--images", type=int, default=default.images, help="images per worker (default: %(default)s)"
-    )
+    unet.add_argument("--images", type=int, default=default.images, help="images per worker (default: %(default)s)")
     unet.add_argument("--pair-share", type=float, default=default.pair_share, help="default: %(default)s")
-    unet.add_argument(
-        "--learning-rate", type=float, default=default.learning_rate, help="default: %(default)s"
-    )
+    unet.add_argument("--learning-rate", type=float, default=default.learning_rate, help="default: %(default)s")
     _stage(stages, "probe", _probe).add_argument("--captions", type=int, default=256)
     _stage(stages, "export", _export).add_argument("--checkpoint", type=Path)
     evaluation = _stage(stages, "evaluate", _evaluate)
@@ -58,9 +54,7 @@ def _stage(
 ) -> argparse.ArgumentParser:
     parser = stages.add_parser(name)
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--parts", type=Path, default=Path("build/demo"), help="where the trained parts are kept"
-    )
+    parser.add_argument("--parts", type=Path, default=Path("build/demo"), help="where the trained parts are kept")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     if batch is not None:
@@ -68,9 +62,7 @@ def _stage(
     if steps is not None:
         parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
     if minutes is not None:
-        parser.add_argument(
-            "--minutes", type=float, default=minutes, help="wall-clock (default: %(default)s)"
-        )
+        parser.add_argument("--minutes", type=float, default=minutes, help="wall-clock (default: %(default)s)")
     return parser
 
 
@@ -81,9 +73,7 @@ def _text(arguments: argparse.Namespace) -> None:
     from training.train_text import train_text
 
     a = arguments
-    accuracy = train_text(
-        a.parts, steps=a.steps, device=a.device, seed=a.seed, batch=a.batch, start_from=a.start_from
-    )
+    accuracy = train_text(a.parts, steps=a.steps, device=a.device, seed=a.seed, batch=a.batch, start_from=a.start_from)
     print(json.dumps(accuracy, indent=1))
 
 

@@ -25,9 +25,7 @@ USUAL_GUIDANCE = 5.0
 _BATCH = 32
 
 
-def evaluate(
-    pipeline: StableDiffusionPipeline, guidances: Sequence[float], *, seed: int
-) -> dict[str, object]:
+def evaluate(pipeline: StableDiffusionPipeline, guidances: Sequence[float], *, seed: int) -> dict[str, object]:
     """Accuracies per attribute on held-out captions, with everything needed to repeat the measurement.
 
     Of several `guidances` the best is chosen first. If that is not the usual one, both are measured.

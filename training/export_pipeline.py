@@ -18,9 +18,7 @@ def export_pipeline(parts: Path, checkpoint: Path, out: Path) -> None:
     """Writes the averaged weights of `checkpoint`, with the other parts from `parts`, to `out`."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if state["config"]["family"] != "sd":
-        raise ValueError(
-            f"only the family 'sd' becomes a StableDiffusionPipeline, got {state['config']['family']!r}."
-        )
+        raise ValueError(f"only the family 'sd' becomes a StableDiffusionPipeline, got {state['config']['family']!r}.")
     unet = FAMILIES["sd"].build()
     unet.load_state_dict(state["average"])
     pipeline = StableDiffusionPipeline(

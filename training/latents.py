@@ -35,9 +35,7 @@ class LatentData:
 
 
 @torch.no_grad()
-def encode_text(
-    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], device: str
-) -> EncodedText:
+def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], device: str) -> EncodedText:
     hidden, pooled, masks = [], [], []
     for at in range(0, len(captions), 256):
         ids = tokenize(tokenizer, captions[at : at + 256]).to(device)

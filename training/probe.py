@@ -38,9 +38,7 @@ def probe(parts: Path, checkpoint: Path, *, n: int, seed: int) -> dict[str, floa
         noise = torch.randn(clean.shape, generator=generator)
         # The middle of the noise levels, where the caption matters most.
         timesteps = torch.randint(400, 900, (n,), generator=generator)
-        signal, spread = (
-            x.view(-1, 1, 1, 1) for x in (alphas[timesteps].sqrt(), (1 - alphas[timesteps]).sqrt())
-        )
+        signal, spread = (x.view(-1, 1, 1, 1) for x in (alphas[timesteps].sqrt(), (1 - alphas[timesteps]).sqrt()))
 
         def loss(captions: list[str]) -> float:
             text = encode_text(encoder, tokenizer, captions, "cpu")

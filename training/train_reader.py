@@ -51,9 +51,7 @@ def train_reader(vae_folder: Path, out: Path, *, steps: int, device: str, seed: 
     save_file({name: value.half().contiguous() for name, value in reader.state_dict().items()}, out)
 
 
-def measure_reader(
-    reader: AttributeReader, vae: AutoencoderKL, *, n: int, seed: int
-) -> dict[str, dict[str, float]]:
+def measure_reader(reader: AttributeReader, vae: AutoencoderKL, *, n: int, seed: int) -> dict[str, dict[str, float]]:
     """The reader's own accuracy, on images it has never seen: drawn, and after the autoencoder."""
     results: dict[str, dict[str, float]] = {}
     for objects, kind in ((1, "single"), (2, "pair")):
@@ -93,9 +91,7 @@ def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor, latent_noise: float) -
 def _disturb(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """A little blur, noise and shift in brightness, of another strength for each image."""
     strength = torch.rand(3, len(pixels), 1, 1, 1, device=pixels.device)
-    blurred = torch.nn.functional.avg_pool2d(
-        torch.nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1
-    )
+    blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     pixels = torch.lerp(pixels, blurred, strength[0])
     pixels = pixels + 0.06 * strength[1] * torch.randn_like(pixels) + 0.08 * (strength[2] - 0.5)
     return pixels.clamp(0, 1)

@@ -57,9 +57,9 @@ def train_text(
     encoder = new_text_encoder(tokenizer) if start_from is None else CLIPTextModel.from_pretrained(start_from)
     encoder = encoder.to(device).train()
     before = None if start_from is None else deepcopy(encoder).eval().requires_grad_(False)
-    heads = torch.nn.ModuleDict(
-        {name: torch.nn.Linear(WIDTH, n) for name, n in (TEXT_HEADS | SLOT_HEADS).items()}
-    ).to(device)
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(WIDTH, n) for name, n in (TEXT_HEADS | SLOT_HEADS).items()}).to(
+        device
+    )
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
@@ -91,13 +91,9 @@ def train_text(
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            logger.info(
-                "text step %d loss %.4f %s", step, loss, {k: round(v, 3) for k, v in accuracy.items()}
-            )
+            logger.info("text step %d loss %.4f %s", step, loss, {k: round(v, 3) for k, v in accuracy.items()})
             if before is not None:
-                logger.info(
-                    "kept: %.5f of %.5f", float((hidden[~is_pair] - said).square().mean()), float(said.var())
-                )
+                logger.info("kept: %.5f of %.5f", float((hidden[~is_pair] - said).square().mean()), float(said.var()))
     encoder.eval().save_pretrained(out / "text_encoder")
     return accuracy
 

@@ -57,14 +57,10 @@ def train_unet(parts: Path, out: Path, config: UNetTraining, *, device: str) -> 
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / 100) * _decay(done)
         which = torch.randint(len(data.latents), (config.batch,), device=device)
         clean, caption = data.latents[which], data.caption[which]
-        caption = caption * (
-            torch.rand(config.batch, device=device) >= config.caption_dropout
-        )  # row 0 is empty
+        caption = caption * (torch.rand(config.batch, device=device) >= config.caption_dropout)  # row 0 is empty
         timesteps = _timesteps(config.batch, device)
         noise = torch.randn_like(clean)
-        signal, spread = (
-            x.view(-1, 1, 1, 1) for x in (alphas[timesteps].sqrt(), (1 - alphas[timesteps]).sqrt())
-        )
+        signal, spread = (x.view(-1, 1, 1, 1) for x in (alphas[timesteps].sqrt(), (1 - alphas[timesteps]).sqrt()))
         prediction = family.predict(model, signal * clean + spread * noise, timesteps, data.text[caption])
         loss = torch.nn.functional.mse_loss(prediction, signal * noise - spread * clean)
         optimizer.zero_grad()

@@ -72,9 +72,7 @@ def train_vae(
         optimizer.step()
         step += 1
         if rank == 0 and step % 50 == 0:
-            logger.info(
-                "vae %3.0f%% step %d loss %.4f psnr %.2f", 100 * done, step, loss, -10 * np.log10(error / 4)
-            )
+            logger.info("vae %3.0f%% step %d loss %.4f psnr %.2f", 100 * done, step, loss, -10 * np.log10(error / 4))
     if rank == 0:
         vae.eval()
         if not decoder_only:
@@ -89,9 +87,7 @@ def _loss(vae: AutoencoderKL, images: torch.Tensor, frozen_encoder: bool) -> tup
         latents = posterior.mode() if frozen_encoder else posterior.sample()
     if frozen_encoder:
         # What the UNet makes is never exactly a latent of the encoder.
-        latents = latents + 0.12 * torch.rand(
-            len(latents), 1, 1, 1, device=latents.device
-        ) * torch.randn_like(latents)
+        latents = latents + 0.12 * torch.rand(len(latents), 1, 1, 1, device=latents.device) * torch.randn_like(latents)
     decoded = vae.decode(latents).sample
     difference = decoded - images
     # The outlines are few pixels and carry the shape: compare differences of neighbours as well.

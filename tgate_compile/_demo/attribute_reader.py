@@ -72,9 +72,7 @@ class AttributeReader(torch.nn.Module):
                 torch.nn.SiLU(),
             ]
         self.body = torch.nn.Sequential(*layers)  # [batch, 128, 4, 4]
-        self.neck = torch.nn.Sequential(
-            torch.nn.Flatten(), torch.nn.Linear(16 * FEATURES, FEATURES), torch.nn.SiLU()
-        )
+        self.neck = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * FEATURES, FEATURES), torch.nn.SiLU())
         self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(FEATURES, n) for name, n in HEADS.items()})
 
     @classmethod
@@ -102,14 +100,10 @@ class AttributeReader(torch.nn.Module):
     def read(self, images: Sequence[Image.Image] | torch.Tensor) -> list[Reading]:
         """One reading per image."""
         best = {name: scores.argmax(1).tolist() for name, scores in self(_pixels(images)).items()}
-        return [
-            _reading({name: numbers[i] for name, numbers in best.items()}) for i in range(len(best["pair"]))
-        ]
+        return [_reading({name: numbers[i] for name, numbers in best.items()}) for i in range(len(best["pair"]))]
 
     @torch.no_grad()
-    def score(
-        self, images: Sequence[Image.Image] | torch.Tensor, captions: Sequence[str]
-    ) -> dict[str, float]:
+    def score(self, images: Sequence[Image.Image] | torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
         """The share of images that show what their caption says.
 
         `all` is the share with every named attribute right, the other keys are per attribute, over the
@@ -118,9 +112,7 @@ class AttributeReader(torch.nn.Module):
         and colour in the right place; `shape` and `colour` count each object.
         """
         if len(images) != len(captions):
-            raise ValueError(
-                f"expected one caption per image, got {len(images)} images and {len(captions)} captions."
-            )
+            raise ValueError(f"expected one caption per image, got {len(images)} images and {len(captions)} captions.")
         best = {name: scores.argmax(1).tolist() for name, scores in self(_pixels(images)).items()}
         verdicts: dict[str, list[bool]] = {"all": []}
         for i, caption in enumerate(captions):

@@ -69,9 +69,7 @@ class Scene:
             raise ValueError("only a single object has a position; two objects have a relation.")
         for item in self.objects:
             if item.colour == self.background:
-                raise ValueError(
-                    f"a {item.colour} {item.shape} cannot be seen on the same background colour."
-                )
+                raise ValueError(f"a {item.colour} {item.shape} cannot be seen on the same background colour.")
             if len(self.objects) == 2 and item.size is not None:
                 raise ValueError("objects of a pair have no size: give size=None.")
 
@@ -120,9 +118,7 @@ def is_held_out(scene: Scene) -> bool:
     of its sizes is; a pair has the same answer whichever object is named first.
     """
     if len(scene.objects) == 2:
-        return _is_held_out_key(
-            sorted(f"{item.colour} {item.shape}" for item in scene.objects), scene.background
-        )
+        return _is_held_out_key(sorted(f"{item.colour} {item.shape}" for item in scene.objects), scene.background)
     (item,) = scene.objects
     sizes = SIZES if item.size is None else (item.size,)
     return any(_is_held_out_key([f"{size} {item.colour} {item.shape}"], scene.background) for size in sizes)
