@@ -57,7 +57,7 @@ def evaluate(pipeline: StableDiffusionPipeline, guidances: Sequence[float], *, s
             "pair_captions": CHOICE_PAIRS,
             "all_attributes_right": tried,
         },
-        "reader": measure_reader(AttributeReader.load(), pipeline.vae, n=512, seed=seed),
+        "reader": measure_reader(AttributeReader.load(), pipeline.vae.to("cpu"), n=512, seed=seed),
     }
 
 
