@@ -71,7 +71,7 @@ class Results:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON, with what it was measured on."""
         machine = {
-            "platform": platform.platform(),
+            "platform": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torch_threads": torch.get_num_threads(),
