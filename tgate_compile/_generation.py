@@ -88,11 +88,6 @@ class Generation:
         self._calls = 0
         self.steps: list[tuple[int, Phase]] = []
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole generation; 0 before the first denoiser call."""
-        return self._counter.num_steps if self._counter else 0
-
     def finish(self) -> None:
         """Free the caches; what ran is still told by `steps`."""
         self._caches = {}
