@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from tgate_compile._graphs import Captured, Emission, Variant
 from tgate_compile._schedule import Phase
 from tgate_compile.passes._result import PassResult
+from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.emit import emit
 from tgate_compile.passes.operands import outputs_of
 from tgate_compile.passes.remove_dead import remove_dead
@@ -38,7 +38,7 @@ def specialize(captured: Captured, phase: Phase) -> Variant:
     Raises:
         VerificationError: the rewritten graph is not a valid variant.
     """
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     emitted = (
         *(Emission(site, merged=False) for site in captured.sites if site.kind in phase.emit),
         *(Emission(site, merged=True) for site in captured.sites if site.kind in phase.merge),
@@ -67,17 +67,6 @@ def specialize(captured: Captured, phase: Phase) -> Variant:
     )
     verify(variant, captured)
     return variant
-
-
-def _copy_of_graph(program: ExportedProgram) -> torch.fx.GraphModule:
-    graph = torch.fx.Graph()
-    output = graph.graph_copy(program.graph, val_map={})
-    graph.output(tuple(output))  # type: ignore[arg-type]
-    # graph_copy shares each node's meta dictionary values, which is wanted (fake tensors), but nodes that a
-    # pass changes must not change the captured graph's.
-    for node in graph.nodes:
-        node.meta = copy.copy(node.meta)
-    return torch.fx.GraphModule(program.graph_module, graph)
 
 
 def _program(source: ExportedProgram, graph_module: torch.fx.GraphModule) -> ExportedProgram:

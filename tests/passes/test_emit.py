@@ -7,8 +7,8 @@ import torch
 
 from tests.passes.tiny_denoiser import tiny_capture, tiny_denoiser, tiny_inputs
 from tgate_compile._graphs import Captured, Emission
+from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.emit import emit
-from tgate_compile.passes.specialize import _copy_of_graph
 
 
 def _run(graph_module: torch.fx.GraphModule, captured: Captured, denoiser: torch.nn.Module, batch: int = 4) -> list:
@@ -31,7 +31,7 @@ def _attn2_outputs(denoiser: torch.nn.Module) -> tuple[torch.Tensor, list[torch.
 def test_values_are_appended_in_the_order_of_the_sites() -> None:
     denoiser = tiny_denoiser()
     captured = tiny_capture(denoiser)
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     assert emit(graph_module, [Emission(site, merged=False) for site in captured.sites]).changes == 2
     graph_module.recompile()
     plain, values = _attn2_outputs(denoiser)
@@ -44,7 +44,7 @@ def test_values_are_appended_in_the_order_of_the_sites() -> None:
 def test_merging_takes_the_mean_of_the_halves() -> None:
     denoiser = tiny_denoiser()
     captured = tiny_capture(denoiser)
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     emit(graph_module, [Emission(site, merged=True) for site in captured.sites])
     graph_module.recompile()
     _, values = _attn2_outputs(denoiser)
@@ -59,7 +59,7 @@ def test_merging_takes_the_mean_of_the_halves() -> None:
 def test_merging_is_accumulated_in_fp32_and_keeps_the_dtype(dtype: torch.dtype) -> None:
     denoiser = tiny_denoiser().to(dtype)
     captured = _capture_in(denoiser, dtype)
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     emit(graph_module, [Emission(site, merged=True) for site in captured.sites])
     means = [n for n in graph_module.graph.nodes if n.target is torch.ops.aten.mean.dim]
     assert [node.meta["val"].dtype for node in means] == [torch.float32] * 2
@@ -85,7 +85,7 @@ def _capture_in(denoiser: torch.nn.Module, dtype: torch.dtype) -> Captured:
 
 def test_no_sites_means_no_change() -> None:
     captured = tiny_capture(tiny_denoiser())
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     before = graph_module.code
     assert emit(graph_module, []).changes == 0
     graph_module.recompile()

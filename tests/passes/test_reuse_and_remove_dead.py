@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from tests.passes.tiny_denoiser import tiny_capture, tiny_denoiser
+from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.remove_dead import remove_dead
 from tgate_compile.passes.reuse import cache_name, reuse
-from tgate_compile.passes.specialize import _copy_of_graph
 
 
 def _placeholders(graph_module: torch.fx.GraphModule) -> list[str]:
@@ -16,7 +16,7 @@ def _placeholders(graph_module: torch.fx.GraphModule) -> list[str]:
 
 def test_one_input_per_site_after_the_others() -> None:
     captured = tiny_capture(tiny_denoiser())
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     before = _placeholders(graph_module)
     assert reuse(graph_module, captured.sites).changes == 2
     assert _placeholders(graph_module) == [*before, "cache_cross_blocks_0_attn2", "cache_cross_blocks_1_attn2"]
@@ -27,7 +27,7 @@ def test_one_input_per_site_after_the_others() -> None:
 
 def test_only_the_sites_given() -> None:
     captured = tiny_capture(tiny_denoiser())
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     assert reuse(graph_module, captured.sites[:1]).changes == 1
     nodes = {node.name: node for node in graph_module.graph.nodes}
     assert nodes[captured.sites[1].node].users
@@ -35,7 +35,7 @@ def test_only_the_sites_given() -> None:
 
 def test_dead_attention_goes_with_its_norm_its_dropout_its_weights_and_the_text() -> None:
     captured = tiny_capture(tiny_denoiser())
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     reuse(graph_module, captured.sites)
     assert remove_dead(graph_module).changes > 0
     left = _placeholders(graph_module)
@@ -50,7 +50,7 @@ def test_dead_attention_goes_with_its_norm_its_dropout_its_weights_and_the_text(
 
 def test_removing_again_changes_nothing() -> None:
     captured = tiny_capture(tiny_denoiser())
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     reuse(graph_module, captured.sites)
     remove_dead(graph_module)
     assert remove_dead(graph_module).changes == 0
@@ -58,7 +58,7 @@ def test_removing_again_changes_nothing() -> None:
 
 def test_a_graph_without_dead_code_keeps_its_operators() -> None:
     captured = tiny_capture(tiny_denoiser())
-    graph_module = _copy_of_graph(captured.program)
+    graph_module = copy_graph(captured.program.graph_module)
     operators = [n.name for n in graph_module.graph.nodes if n.op == "call_function" and n.users]
     remove_dead(graph_module)
     assert [n.name for n in graph_module.graph.nodes if n.op == "call_function"] == operators

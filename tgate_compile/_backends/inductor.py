@@ -12,6 +12,7 @@ import torch
 from tgate_compile._backends._interface import Runner
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
+from tgate_compile.passes.copy_graph import copy_graph
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class InductorBackend:
         began = time.perf_counter()
         on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
         options = {**(CPU_OPTIONS if on_cpu else {}), **self._options}
-        graph_module = _copy(variant.program.graph_module)  # Inductor rewrites what it is given
+        graph_module = copy_graph(variant.program.graph_module)  # Inductor rewrites what it is given
         with torch.no_grad():
             try:
                 compiled = torch._inductor.compile(graph_module, _example_inputs(variant), options=options)
@@ -67,12 +68,6 @@ class InductorBackend:
             return outputs
 
         return run
-
-
-def _copy(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, val_map={}))
-    return torch.fx.GraphModule(graph_module, graph)
 
 
 def _example_inputs(variant: Variant) -> list[Any]:
