@@ -167,3 +167,9 @@ def test_every_graph_has_its_own_letter() -> None:
     phases = {phase for schedule in SCHEDULES for phase in schedule.plan(25, guided=True)}
     letters = {(phase.guided, phase.reuse): phase.character for phase in phases}
     assert len(set(letters.values())) == len(letters)
+
+
+def test_a_schedule_says_what_was_chosen() -> None:
+    assert str(Schedule()) == "gate step 10"
+    assert str(Schedule(0.4, sp_interval=5, warm_up=1)) == "gate step 0.4, sp interval 5, warm up 1"
+    assert str(Schedule(None, deepcache_interval=3)) == "deepcache interval 3"

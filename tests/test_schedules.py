@@ -27,6 +27,7 @@ def test_guidance_dropped_after_a_step_is_diffusers_own_cutoff() -> None:
     tgate_compile.optimize(pipe, None, guidance_step=3, backend="eager")
     dropped = _run(pipe)
     assert tgate_compile.describe(pipe).strip == "FFFfff"
+    assert "\nguidance step 3, keeps cond, backend eager\n" in str(tgate_compile.describe(pipe))
     assert tgate_compile.describe(pipe).keep == "cond"
     assert_same(dropped, expected)
     assert_differ(dropped, plain)

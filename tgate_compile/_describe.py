@@ -49,10 +49,11 @@ class Description:
         pipeline: class of the pipeline.
         denoiser: class of the denoiser.
         backend: the backend asked for.
+        schedule: what was chosen, in words: `gate step 10, sp interval 5`.
         gate_step: as given to `optimize`.
         keep: the guidance half that goes on after the gate.
         parameters: of the denoiser.
-        sites: the cached cross-attentions, in graph order; empty before the first call.
+        sites: what is cached, in graph order; empty before the first call.
         variants: the graphs compiled so far.
         last_steps: for each denoiser call of the last generation, the step and the graph that it ran.
         strip: the last generation, one character a step: `F` full, `p` pruned; `docs/schedules.md` has them all.
@@ -61,6 +62,7 @@ class Description:
     pipeline: str
     denoiser: str
     backend: str
+    schedule: str
     gate_step: int | float | None
     keep: str
     parameters: int
@@ -76,12 +78,12 @@ class Description:
     def __str__(self) -> str:
         lines = [
             f"{self.pipeline}: {self.denoiser}, {self.parameters / 1e6:.3f} M parameters",
-            f"T-GATE, gate step {self.gate_step}, keeps {self.keep}, backend {self.backend}",
+            f"{self.schedule}, keeps {self.keep}, backend {self.backend}",
         ]
         if not self.variants:
             lines.append("Nothing captured yet: call the pipeline once.")
         else:
-            lines.append(f"{len(self.sites)} cross-attention sites:")
+            lines.append(f"{len(self.sites)} sites:")
             lines += [f"  {site}" for site in self.sites]
             lines.append("graph   latents             nodes  parameters/M     MACs/G  with attention/G  caches/MB")
             lines += [
@@ -108,6 +110,7 @@ def describe(pipe: DiffusionPipeline) -> Description:
         pipeline=state.pipeline_class.__name__,
         denoiser=type(state.denoiser).__name__,
         backend=state.config.backend,
+        schedule=str(state.config.schedule),
         gate_step=state.config.schedule.gate_step,
         keep=state.config.keep,
         parameters=sum(parameter.numel() for parameter in state.denoiser.parameters()),

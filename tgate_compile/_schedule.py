@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Literal
 
@@ -139,6 +139,12 @@ class Schedule:
             raise ConfigurationError(MSG_SEVERAL_ENDS.format(given=given))
         if not given and self.deepcache_interval == 1:
             raise ConfigurationError(MSG_NOTHING)
+
+    def __str__(self) -> str:
+        """What has been chosen, in words: `gate step 10, sp interval 5`."""
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        chosen = [(f.name, v) for f, v in values if v is not None and (f.name == "gate_step" or v != f.default)]
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen)
 
     @property
     def kinds(self) -> frozenset[Kind]:
