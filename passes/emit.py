@@ -17,8 +17,8 @@ aten = torch.ops.aten
 def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> PassResult:
     """Append the values at sites to the outputs, in the order of `emissions`.
 
-    A merged one is the mean of the guidance halves of [uncond; cond], batch B (arXiv 2404.02747, section 3.2),
-    accumulated in fp32 at least. `graph_module` is changed in place; its output is one flat tuple.
+    A merged one is the weighted mean of the guidance halves of [uncond; cond], batch B (arXiv 2404.02747, section
+    3.2: equal weights), accumulated in fp32 at least. `graph_module` is changed in place; its output is one flat tuple.
     """
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -27,17 +27,23 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
     for emission in emissions:
         value = nodes[emission.site.node]
         with graph.inserting_before(output):
-            emitted.append(_mean_of_halves(graph, value) if emission.merged else value)
+            emitted.append(value if emission.anchor is None else _merged(graph, value, emission.anchor))
     output.args = ((*outputs_of(graph), *emitted),)
     return PassResult(len(emitted))
 
 
-def _mean_of_halves(graph: torch.fx.Graph, value: Node) -> Node:
+def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
     # Not chunk(2): on a dynamic batch it exports as a sequence, which ONNX optimizers trip over.
     dtype = value.meta["val"].dtype
     accumulated = torch.promote_types(dtype, torch.float32)
     halves = _call(graph, aten.unflatten.int, value, 0, [2, -1])
-    mean = _call(graph, aten.mean.dim, halves, [0], False, dtype=accumulated)
+    if anchor == 0.5:
+        mean = _call(graph, aten.mean.dim, halves, [0], False, dtype=accumulated)
+    else:
+        exact = halves if dtype == accumulated else _call(graph, aten.to.dtype, halves, accumulated)
+        uncond, cond = (_call(graph, aten.select.int, exact, 0, half) for half in (0, 1))
+        weighted = _call(graph, aten.mul.Tensor, uncond, 1.0 - anchor)
+        mean = _call(graph, aten.add.Tensor, weighted, cond, alpha=anchor)
     return mean if dtype == accumulated else _call(graph, aten.to.dtype, mean, dtype)
 
 
@@ -45,5 +51,5 @@ def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, source: Node, *a
     node = graph.call_function(target, (source, *args), kwargs)  # type: ignore[arg-type]
     fake = source.meta["val"]
     with fake.fake_mode:
-        node.meta["val"] = target(fake, *args, **kwargs)
+        node.meta["val"] = target(fake, *(a.meta["val"] if isinstance(a, Node) else a for a in args), **kwargs)
     return node

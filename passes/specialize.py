@@ -30,9 +30,10 @@ from tgate_compile.passes.verify import verify
 logger = logging.getLogger(__name__)
 
 
-def specialize(captured: Captured, phase: Phase) -> Variant:
+def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant:
     """The variant of `captured` that serves `phase`; `captured` is left alone.
 
+    Where the phase merges the guidance halves, `anchor` is the weight of the cond half.
     The parameters are shared, never copied, and those that nothing uses any more are not part of the result.
 
     Raises:
@@ -40,8 +41,8 @@ def specialize(captured: Captured, phase: Phase) -> Variant:
     """
     graph_module = copy_graph(captured.program.graph_module)
     emitted = (
-        *(Emission(site, merged=False) for site in captured.sites if site.kind in phase.emit),
-        *(Emission(site, merged=True) for site in captured.sites if site.kind in phase.merge),
+        *(Emission(site) for site in captured.sites if site.kind in phase.emit),
+        *(Emission(site, anchor) for site in captured.sites if site.kind in phase.merge),
     )
     reused = tuple(site for site in captured.sites if site.kind in phase.reuse)
 

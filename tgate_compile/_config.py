@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._schedule import Schedule
-
-Keep = Literal["uncond", "cond"]
 
 
 @dataclass(frozen=True)
@@ -18,19 +15,15 @@ class Config:
 
     Attributes:
         schedule: from step to phase.
-        keep: which guidance half the denoiser sees once guidance has stopped.
         backend: the name of a backend, or `auto`.
         backend_options: options for the backend's compiler, e.g. Inductor's configuration.
     """
 
     schedule: Schedule
-    keep: Keep = "uncond"
     backend: str = "inductor"
     backend_options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.keep not in get_args(Keep):
-            raise ConfigurationError(f'keep must be "uncond" (the paper\'s choice) or "cond", but got {self.keep!r}.')
         if not isinstance(self.backend_options, Mapping):
             raise ConfigurationError(
                 f"backend_options must be a mapping of option names to values, but got {self.backend_options!r}."

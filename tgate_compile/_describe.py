@@ -112,7 +112,7 @@ def describe(pipe: DiffusionPipeline) -> Description:
         backend=state.config.backend,
         schedule=str(state.config.schedule),
         gate_step=state.config.schedule.gate_step,
-        keep=state.config.keep,
+        keep=state.config.schedule.kept,
         parameters=sum(parameter.numel() for parameter in state.denoiser.parameters()),
         sites=tuple(site.name for site in compiled[0].captured.sites) if compiled else (),
         variants=tuple(_describe_variant(c.variant, c.captured.latents) for c in compiled),

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from tgate_compile._call import Call
-from tgate_compile._config import Keep
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._schedule import Kind, Phase, Schedule
 from tgate_compile._steps import StepCounter
@@ -48,7 +47,6 @@ class Generation:
         store: the variants of the denoiser.
         forward: the denoiser's original forward.
         schedule: from step to phase.
-        keep: which half goes on after the gate.
         interleaved: paths of the keyword arguments whose rows alternate between the halves.
         guided: called at each step: whether guidance is on.
         scheduler: called once, at the first denoiser call, when the timesteps are set.
@@ -62,7 +60,6 @@ class Generation:
         forward: Callable[..., Any],
         schedule: Schedule,
         *,
-        keep: Keep,
         interleaved: Collection[tuple[str, ...]],
         guided: Callable[[], bool],
         scheduler: Callable[[], Any],
@@ -72,7 +69,6 @@ class Generation:
         self._store = store
         self._forward = forward
         self._schedule = schedule
-        self._keep = keep
         self._interleaved = interleaved
         self._guided = guided
         self._scheduler = scheduler
@@ -85,6 +81,7 @@ class Generation:
         self._halves: dict[Kind, bool] = {}  # whether the caches of a kind have both guidance halves
         self._first_timestep: Any = None
         self._guidance_over = False
+        self._last_guided: list[torch.Tensor] = []  # the predictions of the last guided step, both halves
         self._calls = 0
         self.steps: list[tuple[int, Phase]] = []
 
@@ -92,6 +89,7 @@ class Generation:
         """Free the caches; what ran is still told by `steps`."""
         self._caches = {}
         self._first_timestep = None
+        self._last_guided = []
 
     @torch.no_grad()
     def denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,10 +127,10 @@ class Generation:
         similarity = self._schedule.guidance_similarity
         if phase.guided and similarity is not None:
             self._guidance_over = _similarity(outputs[0], channels=latents.shape[1]) >= similarity
+        if phase.guided and self._schedule.guidance_reuse:
+            self._last_guided = outputs
         if guided and not phase.guided:
-            # uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
-            # rescale is the identity: the pipeline's own arithmetic stays as it is.
-            outputs = [torch.cat([output, output]) for output in outputs]
+            outputs = self._both_halves(outputs)
         self.steps.append((step, phase))
         self._calls += 1
         return compiled.unflatten(outputs)
@@ -152,8 +150,9 @@ class Generation:
 
     def _one_half(self, call: Call, batch: int) -> Call:
         size = batch // 2
-        rows = slice(size) if self._keep == "uncond" else slice(size, batch)
-        alternate = slice(0, None, 2) if self._keep == "uncond" else slice(1, None, 2)
+        keep = self._schedule.kept
+        rows = slice(size) if keep == "uncond" else slice(size, batch)
+        alternate = slice(0, None, 2) if keep == "uncond" else slice(1, None, 2)
         interleaved = [_keyword(call, path) for path in self._interleaved]
 
         def half(leaf: torch.Tensor) -> torch.Tensor:
@@ -163,6 +162,23 @@ class Generation:
             return leaf[alternate if is_interleaved else rows]
 
         return call.map_tensors(half)
+
+    def _both_halves(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """[uncond; cond] predictions out of the kept half's.
+
+        Twice the same: uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
+        rescale is the identity, so that the pipeline's own arithmetic stays as it is. With guidance reused, the halves
+        are as far apart as in the last guided step, times `guidance_reuse`.
+        """
+        if not self._last_guided:
+            return [torch.cat([output, output]) for output in outputs]
+        both = []
+        for output, last in zip(outputs, self._last_guided, strict=True):
+            uncond, cond = last.chunk(2)
+            apart = self._schedule.guidance_reuse * (cond - uncond)
+            kept_cond = self._schedule.kept == "cond"
+            both.append(torch.cat([output - apart, output] if kept_cond else [output, output + apart]))
+        return both
 
     def _check_one_call_per_step(self, timestep: Any) -> None:
         scheduler = self._scheduler()

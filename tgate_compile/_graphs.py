@@ -52,10 +52,21 @@ class Captured:
 
 @dataclass(frozen=True)
 class Emission:
-    """A site whose value is an output of a graph; `merged`: as the mean of the guidance halves."""
+    """A site whose value is an output of a graph.
+
+    Attributes:
+        site: which.
+        anchor: the weight of the cond half where the guidance halves are merged into one; None hands on the value as
+            it is.
+    """
 
     site: Site
-    merged: bool
+    anchor: float | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether its batch is half the site's."""
+        return self.anchor is not None
 
 
 @dataclass(frozen=True)

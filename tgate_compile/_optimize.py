@@ -17,12 +17,12 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from tgate_compile._backends import check_backend
 from tgate_compile._capture import MSG_NO_SITES, cross_attention_modules
-from tgate_compile._config import Config, Keep
+from tgate_compile._config import Config
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
 from tgate_compile._generation import MSG_CONCURRENT, Generation
 from tgate_compile._offload import HOOK_NAME, after_offload_hook, check_weights_stay
-from tgate_compile._schedule import Schedule
+from tgate_compile._schedule import Half, Schedule
 from tgate_compile._variants import VariantStore
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,10 @@ def optimize(
     deepcache_branch: int = 0,
     guidance_step: int | float | None = None,
     guidance_similarity: float | None = None,
+    keep: Half | None = None,
+    anchor_weight: float = 0.5,
+    guidance_reuse: float = 0.0,
     backend: str = "inductor",
-    keep: Keep | None = None,
     backend_options: Mapping[str, object] | None = None,
 ) -> Pipeline:
     """Make the pipeline's ordinary call skip what no longer matters: T-GATE, DeepCache, or guidance that ends early.
@@ -188,10 +190,14 @@ def optimize(
         guidance_step: without a gate: guidance stops after so many steps, or such a fraction of them.
         guidance_similarity: without a gate: guidance stops when the two predictions are this similar (Adaptive
             Guidance; costs a synchronization with the device per guided step).
-        backend: `"inductor"` (compiled), `"eager"` (the rewritten graphs, uncompiled: no compile time), or `"auto"`
-            (the faster one for the device, as measured).
         keep: the guidance half that goes on once guidance has stopped, with its pooled text and other conditioning:
             `"uncond"` or `"cond"`. None is the papers' choice: uncond with a gate, cond without.
+        anchor_weight: weight of the cond half in what the gate caches; 0.5 is the paper's mean of the halves, 1 the
+            cond half alone, and more goes beyond it.
+        guidance_reuse: go on with guidance after it has stopped, by the two predictions' difference in the last
+            guided step, at this scale; 0 drops guidance altogether, as the papers do.
+        backend: `"inductor"` (compiled), `"eager"` (the rewritten graphs, uncompiled: no compile time), or `"auto"`
+            (the faster one for the device, as measured).
         backend_options: options for the backend, e.g. Inductor's configuration.
 
     Returns:
@@ -214,10 +220,11 @@ def optimize(
         deepcache_branch=deepcache_branch,
         guidance_step=guidance_step,
         guidance_similarity=guidance_similarity,
+        keep=keep,
+        anchor_weight=anchor_weight,
+        guidance_reuse=guidance_reuse,
     )
-    if keep is None:
-        keep = "uncond" if schedule.gate_step is not None else "cond"
-    config = Config(schedule, keep=keep, backend=backend, backend_options=options)
+    config = Config(schedule, backend=backend, backend_options=options)
     check_backend(config.backend, config.backend_options)
     if state_of(pipe) is not None:
         raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
@@ -299,7 +306,6 @@ def _generation(
         state.hook.store,
         state.hook.own_forward,
         _schedule(state.config.schedule, gate_step),
-        keep=state.config.keep,
         interleaved=family_of(state.pipeline_class).interleaved,
         guided=guided,
         scheduler=lambda: pipe.scheduler,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 from tgate_compile._errors import ConfigurationError
 
 #: What can be cached: the output of a cross-attention, of a self-attention, and the deep feature of a UNet (DeepCache).
 Kind = Literal["cross", "self", "deep"]
+
+#: One of the two predictions of classifier-free guidance.
+Half = Literal["uncond", "cond"]
 
 MSG_GATE_STEP = (
     "{name} must be a whole number of steps, at least 1 (10: ten steps in full), or a fraction of the "
@@ -26,6 +30,13 @@ MSG_DEEP_AND_SELF = (
     "fi_interval={fi}. Leave the two intervals at 1."
 )
 MSG_SIMILARITY = "guidance_similarity must be a number between 0 and 1 (the paper's: 0.991), but got {given!r}."
+MSG_KEEP = 'keep must be "uncond" (T-GATE\'s choice) or "cond" (Adaptive Guidance\'s), but got {given!r}.'
+MSG_WEIGHT = "{name} must be {expected}, but got {given!r}."
+MSG_WEIGHT_WITHOUT_GATE = "anchor_weight is how T-GATE's cache is merged, and needs a gate_step; got gate_step=None."
+MSG_REUSE_WITHOUT_END = (
+    "guidance_reuse goes on with guidance after it has stopped, and needs a gate_step, a guidance_step or a "
+    "guidance_similarity."
+)
 MSG_SEVERAL_ENDS = (
     "Guidance ends in one way: at gate_step, after guidance_step, or at guidance_similarity. "
     "Give one of them, not {given}."
@@ -106,6 +117,12 @@ class Schedule:
         guidance_step: a number of steps, or a fraction of them; None leaves guidance to the gate.
         guidance_similarity: the cosine similarity, above 0 and below 1, of the conditional and the unconditional
             prediction at which guidance stops; None leaves it to the steps.
+        keep: the half that goes on once guidance has stopped. None is the papers' choice: uncond with a gate, cond
+            without one.
+        anchor_weight: the weight w of the cond half in what the gate caches, `(1 - w) * uncond + w * cond`. 0.5 is
+            the paper's mean, 1 the cond half alone, and more goes beyond it.
+        guidance_reuse: the scale at which the last guided step's difference of the two predictions goes on being used
+            in the place of a new one; 0, the papers' choice, drops guidance altogether.
     """
 
     gate_step: int | float | None = 10
@@ -116,6 +133,9 @@ class Schedule:
     deepcache_branch: int = 0
     guidance_step: int | float | None = None
     guidance_similarity: float | None = None
+    keep: Half | None = None
+    anchor_weight: float = 0.5
+    guidance_reuse: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("gate_step", "guidance_step"):
@@ -139,10 +159,18 @@ class Schedule:
             raise ConfigurationError(MSG_SEVERAL_ENDS.format(given=given))
         if not given and self.deepcache_interval == 1:
             raise ConfigurationError(MSG_NOTHING)
+        if self.keep is not None and self.keep not in get_args(Half):
+            raise ConfigurationError(MSG_KEEP.format(given=self.keep))
+        object.__setattr__(self, "anchor_weight", _checked_weight(self.anchor_weight, "anchor_weight", -math.inf))
+        object.__setattr__(self, "guidance_reuse", _checked_weight(self.guidance_reuse, "guidance_reuse", 0.0))
+        if self.anchor_weight != 0.5 and self.gate_step is None:
+            raise ConfigurationError(MSG_WEIGHT_WITHOUT_GATE)
+        if self.guidance_reuse and not given:
+            raise ConfigurationError(MSG_REUSE_WITHOUT_END)
 
     def __str__(self) -> str:
         """What has been chosen, in words: `gate step 10, sp interval 5`."""
-        values = ((field, getattr(self, field.name)) for field in fields(self))
+        values = ((field, getattr(self, field.name)) for field in fields(self) if field.name != "keep")
         chosen = [(f.name, v) for f, v in values if v is not None and (f.name == "gate_step" or v != f.default)]
         return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen)
 
@@ -152,6 +180,11 @@ class Schedule:
         cross = _CROSS if self.gate_step is not None else _NONE
         self_attention = _SELF if max(self.sp_interval, self.fi_interval) > 1 else _NONE
         return cross | self_attention | (_DEEP if self.deepcache_interval > 1 else _NONE)
+
+    @property
+    def kept(self) -> Half:
+        """The half that goes on once guidance has stopped."""
+        return self.keep or ("uncond" if self.gate_step is not None else "cond")
 
     def gate(self, num_steps: int) -> int:
         """The first step after the gate, for a generation of `num_steps` steps; `num_steps` if there is none."""
@@ -267,3 +300,10 @@ def _checked_count(given: object, name: str, *, least: int) -> int:
     if isinstance(given, bool) or not hasattr(given, "__index__") or given.__index__() < least:
         raise ConfigurationError(MSG_COUNT.format(name=name, least=least, given=given))
     return int(given.__index__())
+
+
+def _checked_weight(given: object, name: str, least: float) -> float:
+    if isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given) and given >= least:
+        return float(given)
+    expected = "a number" if least == -math.inf else f"a number, at least {least:g}"
+    raise ConfigurationError(MSG_WEIGHT.format(name=name, expected=expected, given=given))

@@ -101,7 +101,7 @@ class VariantStore:
             captured = capture(self.denoiser, forward, call, self._config.schedule.kinds, self._deep_layer)
             self._captures[key] = captured
             self._drop_oldest()
-        variant = specialize(captured, phase)
+        variant = specialize(captured, phase, self._config.schedule.anchor_weight)
         weights = _weights(variant, self._live_tensors())
         inputs = _inputs(variant, captured, call, caches)
         backend = make_backend(self._config.backend, self._config.backend_options, inputs[0].device)

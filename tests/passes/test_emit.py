@@ -32,7 +32,7 @@ def test_values_are_appended_in_the_order_of_the_sites() -> None:
     denoiser = tiny_denoiser()
     captured = tiny_capture(denoiser)
     graph_module = copy_graph(captured.program.graph_module)
-    assert emit(graph_module, [Emission(site, merged=False) for site in captured.sites]).changes == 2
+    assert emit(graph_module, [Emission(site) for site in captured.sites]).changes == 2
     graph_module.recompile()
     plain, values = _attn2_outputs(denoiser)
     prediction, *emitted = _run(graph_module, captured, denoiser)
@@ -40,18 +40,19 @@ def test_values_are_appended_in_the_order_of_the_sites() -> None:
     assert all(torch.equal(a, b) for a, b in zip(emitted, values, strict=True))
 
 
+@pytest.mark.parametrize("anchor", [0.5, 0.0, 1.0, 3.0])
 @torch.no_grad()
-def test_merging_takes_the_mean_of_the_halves() -> None:
+def test_merging_weighs_the_halves(anchor: float) -> None:
     denoiser = tiny_denoiser()
     captured = tiny_capture(denoiser)
     graph_module = copy_graph(captured.program.graph_module)
-    emit(graph_module, [Emission(site, merged=True) for site in captured.sites])
+    emit(graph_module, [Emission(site, anchor) for site in captured.sites])
     graph_module.recompile()
     _, values = _attn2_outputs(denoiser)
     _, *emitted = _run(graph_module, captured, denoiser)
     for merged, value in zip(emitted, values, strict=True):
         uncond, cond = value.chunk(2)
-        torch.testing.assert_close(merged, (uncond + cond) / 2, rtol=0, atol=1e-7)
+        torch.testing.assert_close(merged, (1 - anchor) * uncond + anchor * cond, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -60,7 +61,7 @@ def test_merging_is_accumulated_in_fp32_and_keeps_the_dtype(dtype: torch.dtype) 
     denoiser = tiny_denoiser().to(dtype)
     captured = _capture_in(denoiser, dtype)
     graph_module = copy_graph(captured.program.graph_module)
-    emit(graph_module, [Emission(site, merged=True) for site in captured.sites])
+    emit(graph_module, [Emission(site, 0.5) for site in captured.sites])
     means = [n for n in graph_module.graph.nodes if n.target is torch.ops.aten.mean.dim]
     assert [node.meta["val"].dtype for node in means] == [torch.float32] * 2
     outputs = graph_module.graph.output_node().args[0][1:]

@@ -94,7 +94,7 @@ def test_the_verifier_notices_what_is_wrong() -> None:
     full, pruned = specialize(captured, FULL), specialize(captured, PRUNED)
     with pytest.raises(VerificationError, match="3 outputs, expected 1"):
         verify(dataclasses.replace(full, emitted=()), captured)
-    unmerged = tuple(dataclasses.replace(emission, merged=False) for emission in full.emitted)
+    unmerged = tuple(dataclasses.replace(emission, anchor=None) for emission in full.emitted)
     with pytest.raises(VerificationError, match="is emitted as"):
         verify(dataclasses.replace(full, emitted=unmerged), captured)
     untouched = specialize(captured, Phase(guided=False))
