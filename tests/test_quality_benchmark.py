@@ -1,0 +1,121 @@
+"""`benchmarks/quality.py`, with a handful of captions."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ARGUMENTS = ["--captions", "4", "--steps", "10", "--only", "tgate 5"]
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("torchmetrics")
+
+
+@pytest.fixture(scope="module")
+def quality() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import quality
+
+        yield quality
+
+
+@pytest.fixture(scope="module")
+def measured(quality: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("quality") / "results.json"
+    quality.main(["--out", str(path), *ARGUMENTS])
+    return path
+
+
+def test_each_contender_has_its_cost_and_its_quality(measured: Path) -> None:
+    results = json.loads(measured.read_text())
+    assert list(results["rows"]) == ["plain", "tgate 5"]
+    assert results["settings"]["pairs"] == 4
+    assert results["settings"]["singles"] == 2
+    plain, tgate = results["rows"].values()
+    assert plain["strips"] == {"F" * 10: 6}
+    assert tgate["strips"] == {"F" * 5 + "p" * 5: 6}
+    assert plain["macs"] == plain["macs_with_attention"] == 1
+    assert 0.5 < tgate["macs"] < 0.75  # guidance alone leaves that
+    assert plain["psnr_to_plain"] is None
+    assert 15 < tgate["psnr_to_plain"] < 40
+    assert plain["frechet_to_plain"] == pytest.approx(0, abs=0.1)
+    assert tgate["frechet_to_plain"] > 1
+    for row in (plain, tgate):
+        for kind, captions in (("single", 2), ("pair", 4)):
+            right = [int(letter) for letter in row[kind]["right"]]
+            assert len(right) == captions
+            assert row[kind]["accuracy"]["all"] == sum(right) / captions >= 0.5
+            assert row[kind]["log_likelihood"] <= 0
+
+
+def test_what_is_measured_is_not_measured_again(quality: ModuleType, measured: Path) -> None:
+    results = json.loads(measured.read_text())
+    results["rows"]["tgate 5"]["psnr_to_plain"] = -1.0
+    measured.write_text(json.dumps(results))
+    quality.main(["--out", str(measured), *ARGUMENTS])
+    assert json.loads(measured.read_text()) == results
+
+
+def test_other_settings_need_another_file(quality: ModuleType, measured: Path) -> None:
+    before = measured.read_text()
+    with pytest.raises(SystemExit, match="results of other settings"):
+        quality.main(["--out", str(measured), "--captions", "5"])
+    assert measured.read_text() == before
+
+
+def test_a_name_that_nothing_has_is_an_error(
+    quality: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--out", str(tmp_path / "results.json"), "--only", "tgate five"])
+    assert "no contender is called tgate five" in capsys.readouterr().err
+
+
+def test_every_contender_is_a_schedule_with_a_name_of_its_own(quality: ModuleType) -> None:
+    from tgate_compile._schedule import Schedule
+
+    names = [contender.name for contender in quality.CONTENDERS]
+    assert len(names) == len(set(names))
+    for contender in quality.CONTENDERS:
+        if contender.options is not None:
+            Schedule(**contender.options)
+
+
+def test_the_judge_counts_what_is_lost(quality: ModuleType) -> None:
+    settings = quality.Settings(pairs=8, singles=8, caption_seed=3)
+    judge = quality.Judge(settings)
+    drawn = quality._drawings(settings.captions, each=1, seed=5)
+    judge.set_plain(drawn)
+    wrong = drawn.clone()
+    wrong[8:10] = drawn[[9, 8]]  # two pairs exchanged: neither shows what its caption says
+
+    result = judge(wrong)
+
+    assert result["single"]["accuracy_minus_plain"] == 0
+    assert result["single"]["right"] == "1" * 8
+    assert result["pair"]["right"] == "00" + "1" * 6
+    assert (result["pair"]["lost"], result["pair"]["gained"]) == (2, 0)
+    assert result["pair"]["accuracy_minus_plain"] == -0.25
+    differences = torch.tensor([-1.0] * 2 + [0.0] * 6)
+    assert result["pair"]["accuracy_minus_plain_se"] == pytest.approx(differences.std().item() / math.sqrt(8), abs=1e-4)
+    assert result["pair"]["log_likelihood_minus_plain"] < -1
+    assert result["frechet_to_plain"] == pytest.approx(0, abs=0.1)  # the same images, in another order
+
+
+def test_the_plot_is_drawn(measured: Path, quality: ModuleType, tmp_path: Path) -> None:
+    import quality_plot
+    from PIL import Image
+
+    path = tmp_path / "plot.png"
+    quality_plot.main([str(measured), "--out", str(path)])
+    with Image.open(path) as image:
+        assert image.width > 800
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 10
