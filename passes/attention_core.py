@@ -1,7 +1,8 @@
 """Attention cores: the places of a graph in which queries meet keys and values.
 
 Fused attention is one node. The unfused form, which diffusers' plain `AttnProcessor` and older torch code
-write, is a matrix product, a softmax, and a second matrix product; both are recognised.
+write, is a matrix product, a softmax, and a second matrix product. Linear attention (Sana) has no softmax: it
+multiplies the values by the keys, and the result by the queries. All three are recognised.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ def attention_cores(graph: torch.fx.Graph) -> Iterator[AttentionCore]:
                 row, column = PRODUCT_OPERANDS[scores.target]
                 _, mixed_column = PRODUCT_OPERANDS[mixed.target]
                 yield AttentionCore(mixed, operand(scores, row), operand(scores, column), operand(mixed, mixed_column))
+        elif node.target in PRODUCT_OPERANDS:
+            row, column = PRODUCT_OPERANDS[node.target]
+            state = _product_above(operand(node, row))
+            if state is not None:
+                value, key = (operand(state, position) for position in PRODUCT_OPERANDS[state.target])
+                yield AttentionCore(node, operand(node, column), key, value)
 
 
 def _product_above(node: Node) -> Node | None:

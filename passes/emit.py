@@ -18,7 +18,8 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
     """Append the values at sites to the outputs, in the order of `emissions`.
 
     A merged one is the weighted mean of the guidance halves of [uncond; cond], batch B (arXiv 2404.02747, section
-    3.2: equal weights), accumulated in fp32 at least. `graph_module` is changed in place; its output is one flat tuple.
+    3.2: equal weights), accumulated in fp32 at least. What is handed on has the site's `cache_dtype`.
+    `graph_module` is changed in place; its output is one flat tuple.
     """
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -27,7 +28,8 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
     for emission in emissions:
         value = nodes[emission.site.node]
         with graph.inserting_before(output):
-            emitted.append(value if emission.anchor is None else _merged(graph, value, emission.anchor))
+            handed_on = value if emission.anchor is None else _merged(graph, value, emission.anchor)
+            emitted.append(_cast(graph, handed_on, emission))
     output.args = ((*outputs_of(graph), *emitted),)
     return PassResult(len(emitted))
 
@@ -44,7 +46,18 @@ def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
         uncond, cond = (_call(graph, aten.select.int, exact, 0, half) for half in (0, 1))
         weighted = _call(graph, aten.mul.Tensor, uncond, 1.0 - anchor)
         mean = _call(graph, aten.add.Tensor, weighted, cond, alpha=anchor)
-    return mean if dtype == accumulated else _call(graph, aten.to.dtype, mean, dtype)
+    return mean
+
+
+def _cast(graph: torch.fx.Graph, value: Node, emission: Emission) -> Node:
+    target, limit = emission.site.cache_dtype, torch.finfo(emission.site.cache_dtype).max
+    if value.meta["val"].dtype == target:
+        return value
+    within = emission.anchor is None or 0.0 <= emission.anchor <= 1.0
+    if not within or limit < torch.finfo(emission.site.dtype).max:
+        # fp8 and fp16 are narrow: what lies beyond becomes the largest number, not infinity.
+        value = _call(graph, aten.clamp.default, value, -limit, limit)
+    return _call(graph, aten.to.dtype, value, target)
 
 
 def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, source: Node, *args: object, **kwargs: object) -> Node:

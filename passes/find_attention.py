@@ -52,7 +52,9 @@ def find_attention(
         outlet = _before_residual_and_rescale(_outlet(graph, path), path)
         if outlet not in sites:
             value = outlet.meta["val"]
-            sites[outlet] = Site(kind, _without_processor(path), outlet.name, tuple(value.shape), value.dtype)
+            sites[outlet] = Site(
+                kind, _without_processor(path), outlet.name, tuple(value.shape), value.dtype, value.dtype
+            )
     logger.debug("found %d attention sites", len(sites))
     return list(sites.values())
 

@@ -38,7 +38,7 @@ def find_deep_feature(graph_module: torch.fx.GraphModule, layer: str) -> Site:
         raise UnsupportedModelError(MSG_NO_FEATURE.format(layer=layer))
     feature = _joined(joins.pop())[0]
     value = feature.meta["val"]
-    return Site("deep", layer, feature.name, tuple(value.shape), value.dtype)
+    return Site("deep", layer, feature.name, tuple(value.shape), value.dtype, value.dtype)
 
 
 def _joined(cat: Node) -> list[Node]:

@@ -18,6 +18,8 @@ def cache_name(site: Site) -> str:
 def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResult:
     """Give `graph_module` one more input for each site, after the others, used wherever the value was.
 
+    It has the site's `cache_dtype`, and is cast to the value's own where that differs.
+
     What computed the value is left in place, dead, for `remove_dead`.
     """
     graph = graph_module.graph
@@ -28,9 +30,14 @@ def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResu
         value = nodes[site.node]
         with graph.inserting_after(last_input):
             cached = graph.placeholder(cache_name(site))
-        cached.meta["val"] = value.meta["val"]
-        cached.meta["tensor_meta"] = value.meta.get("tensor_meta")
-        value.replace_all_uses_with(cached)
-        last_input = cached
+        fake = value.meta["val"]
+        with fake.fake_mode:
+            cached.meta["val"] = fake if site.cache_dtype == site.dtype else fake.to(site.cache_dtype)
+        last_input = replacement = cached
+        if site.cache_dtype != site.dtype:
+            with graph.inserting_before(value):
+                replacement = graph.call_function(torch.ops.aten.to.dtype, (cached, site.dtype))
+            replacement.meta["val"] = fake
+        value.replace_all_uses_with(replacement)
         count += 1
     return PassResult(count)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch.export.graph_signature import InputKind
+from collections.abc import Collection
 
 from tgate_compile._errors import VerificationError
 from tgate_compile._graphs import Captured, Variant
 from tgate_compile.passes.find_attention import find_attention
+from tgate_compile.passes.module_region import is_inside
 from tgate_compile.passes.operands import is_mutable, outputs_of
 
 
@@ -36,20 +37,28 @@ def verify(variant: Variant, captured: Captured) -> None:
         site = emission.site
         shape = (site.shape[0] // 2, *site.shape[1:]) if emission.merged else site.shape
         _require(tuple(node.meta["val"].shape) == shape, f"{site.name} is emitted as {node.meta['val'].shape}")
-        _require(node.meta["val"].dtype == site.dtype, f"{site.name} is emitted as {node.meta['val'].dtype}")
+        _require(node.meta["val"].dtype == site.cache_dtype, f"{site.name} is emitted as {node.meta['val'].dtype}")
 
     inputs = variant.program.graph_signature.user_inputs
     _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
+    reused = {site.name for site in captured.sites if site.kind in variant.phase.reuse and site.kind != "deep"}
     latents = next(node for node in graph.nodes if node.name == captured.latents)
-    left = [site.name for site in find_attention(variant.program.graph_module, latents, variant.phase.reuse)]
+    attention = find_attention(variant.program.graph_module, latents, variant.phase.reuse)
+    left = [site.name for site in attention if site.name in reused]
     _require(not left, f"{len(left)} attentions are left that are reused: {left}")
-    reused = [site.name + "." for site in captured.sites if site.kind in variant.phase.reuse and site.kind != "deep"]
-    weights = [
-        spec.target
-        for spec in variant.program.graph_signature.input_specs
-        if spec.kind is InputKind.PARAMETER and any(str(spec.target).startswith(name) for name in reused)
-    ]
-    _require(not weights, f"weights of cached attentions are left: {weights}")
+    weights = set(variant.weights) & _own_weights(captured, reused)
+    _require(not weights, f"weights of cached attentions are left: {sorted(weights)}")
+
+
+def _own_weights(captured: Captured, modules: Collection[str]) -> set[str]:
+    """The parameters that only these modules' own computations use (others may borrow a layer of theirs)."""
+    parameters = captured.program.graph_signature.inputs_to_parameters
+    return {
+        parameters[node.name]
+        for node in captured.program.graph.nodes
+        if node.op == "placeholder" and node.name in parameters and node.users
+        and any(all(is_inside(user, path) for user in node.users) for path in modules)
+    }  # fmt: skip
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -13,7 +13,7 @@ from tgate_compile._errors import ConfigurationError as ConfigurationError
 from tgate_compile._errors import TGateError as TGateError
 from tgate_compile._errors import UnsupportedModelError as UnsupportedModelError
 from tgate_compile._errors import VerificationError as VerificationError
-from tgate_compile._optimize import generation as generation
 from tgate_compile._optimize import optimize as optimize
 from tgate_compile._optimize import restore as restore
+from tgate_compile._optimized import generation as generation
 from tgate_compile._version import __version__ as __version__

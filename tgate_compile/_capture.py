@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -32,6 +34,10 @@ MSG_NO_SITES = (
     "its keys and values from the text alone. Joint attention (SD3, Flux) mixes both in one sequence. "
     "What works instead: fewer steps, or dropping guidance after some steps."
 )
+MSG_NO_SELF_ATTENTION = (
+    "sp_interval and fi_interval cache self-attention, and {model} has none that could be found. Leave them at 1."
+)
+MSG_NO_MATCH = "sites: {pattern!r} matches none of the attentions that can be cached: {sites}."
 MSG_NO_UNET = (
     "DeepCache needs a UNet, whose deep part its skip connections go around, and {model} is none. "
     "Leave deepcache_interval out."
@@ -52,6 +58,9 @@ def capture(
     call: Call,
     kinds: Collection[Kind] = frozenset({"cross"}),
     deep_layer: str | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Captured:
     """The graph of `denoiser` for inputs like those of `call`, with its sites.
 
@@ -61,10 +70,14 @@ def capture(
         call: the inputs, [2B, ...] under guidance.
         kinds: the kinds of site to look for.
         deep_layer: for the kind `deep`, the up layer at which the shallow part begins.
+        only: patterns of the names of the attentions to cache; None means all.
+        cache_dtype: what they are cached in; None means their own dtype.
 
     Raises:
         CaptureError: torch.export failed.
-        UnsupportedModelError: there is no cross-attention, or not every one of the model's was found.
+        UnsupportedModelError: there is no cross-attention, or not every one of the model's was found; or there is no
+            self-attention, and the kind `self` is asked for.
+        ConfigurationError: a pattern of `only` matches nothing.
     """
     model = type(denoiser).__name__
     args, kwargs = call.arguments
@@ -92,14 +105,27 @@ def capture(
     sites = tuple(sorted(attention, key=lambda site: site.kind))  # stable: cross, then self, each in graph order
     if "cross" in kinds:
         _check_sites(denoiser, sites)
+    if "self" in kinds and not any(site.kind == "self" for site in sites):
+        raise UnsupportedModelError(MSG_NO_SELF_ATTENTION.format(model=model))
+    if only is not None:
+        sites = _selected(sites, only)
     if "deep" in kinds and deep_layer is not None:
         sites = (*sites, find_deep_feature(program.graph_module, deep_layer))
+    if cache_dtype is not None:
+        sites = tuple(dataclasses.replace(site, cache_dtype=cache_dtype) for site in sites)
     logger.info(
         "captured %s: %d nodes, %d sites, in %.1f s",
         model, len(program.graph.nodes), len(sites), time.perf_counter() - began,
     )  # fmt: skip
     out_spec = program.module_call_graph[0].signature.out_spec
     return Captured(program, names, latents, out_spec, sites)
+
+
+def _selected(sites: tuple[Site, ...], patterns: Sequence[str]) -> tuple[Site, ...]:
+    for pattern in patterns:
+        if not any(fnmatchcase(site.name, pattern) for site in sites):
+            raise ConfigurationError(MSG_NO_MATCH.format(pattern=pattern, sites=", ".join(site.name for site in sites)))
+    return tuple(site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns))
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._schedule import Schedule
+
+#: What caches can be kept in. fp8 has no scale: attention's outputs are of order one.
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+MSG_SITES = 'sites must be patterns of module names, such as ["up_blocks.*"], or None for all, but got {given!r}.'
+MSG_CACHE_DTYPE = "cache_dtype must be one of {expected}, or None for the model's own, but got {given!r}."
 
 
 @dataclass(frozen=True)
@@ -15,15 +23,27 @@ class Config:
 
     Attributes:
         schedule: from step to phase.
+        sites: patterns of the names of the attentions to cache, as in a shell (`up_blocks.*`); None means all.
+        cache_dtype: what they are cached in; None means their own dtype.
         backend: the name of a backend, or `auto`.
         backend_options: options for the backend's compiler, e.g. Inductor's configuration.
     """
 
     schedule: Schedule
+    sites: tuple[str, ...] | None = None
+    cache_dtype: torch.dtype | None = None
     backend: str = "inductor"
     backend_options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.sites is not None:
+            given = (self.sites,) if isinstance(self.sites, str) else self.sites
+            if not (isinstance(given, Sequence) and given and all(isinstance(pattern, str) for pattern in given)):
+                raise ConfigurationError(MSG_SITES.format(given=self.sites))
+            object.__setattr__(self, "sites", tuple(given))
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            expected = ", ".join(map(str, CACHE_DTYPES))
+            raise ConfigurationError(MSG_CACHE_DTYPE.format(expected=expected, given=self.cache_dtype))
         if not isinstance(self.backend_options, Mapping):
             raise ConfigurationError(
                 f"backend_options must be a mapping of option names to values, but got {self.backend_options!r}."

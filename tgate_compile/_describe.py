@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch.export.graph_signature import InputKind
 
-from tgate_compile._graphs import Site, Variant
-from tgate_compile._optimize import required_state_of
+from tgate_compile._generation import strip_of
+from tgate_compile._graphs import Variant
+from tgate_compile._hook import DenoiserHook
+from tgate_compile._optimized import preview, required_state_of
+from tgate_compile._schedule import Phase
 from tgate_compile.passes.count_macs import count_macs
 
 
 @dataclass(frozen=True)
 class VariantDescription:
-    """One compiled graph.
+    """One graph.
 
     Attributes:
-        name: `full` or `pruned`.
+        denoiser: the component that it is made of: `unet`, `transformer`.
+        name: `full`, `pruned`, or another phase's name.
         batch: the batch of the latents that it takes (2B under guidance).
         latents: their shape.
         dtype: their dtype.
@@ -30,6 +33,7 @@ class VariantDescription:
         cache_bytes: of the caches that it takes or hands on.
     """
 
+    denoiser: str
     name: str
     batch: int
     latents: tuple[int, ...]
@@ -52,11 +56,13 @@ class Description:
         schedule: what was chosen, in words: `gate step 10, sp interval 5`.
         gate_step: as given to `optimize`.
         keep: the guidance half that goes on after the gate.
-        parameters: of the denoiser.
+        parameters: of the denoiser, or of both where there are two.
         sites: what is cached, in graph order; empty before the first call.
-        variants: the graphs compiled so far.
-        last_steps: for each denoiser call of the last generation, the step and the graph that it ran.
-        strip: the last generation, one character a step: `F` full, `p` pruned; `docs/schedules.md` has them all.
+        variants: the graphs made so far.
+        last_steps: for each graph that the last generation ran, in order, the step and the graph's name.
+        strip: the last generation, or the one asked about, one character a step: `F` full, `p` pruned;
+            `docs/schedules.md` has them all. Two denoisers' steps have a `|` in between.
+        cache_bytes: the most memory that the caches of that generation take.
     """
 
     pipeline: str
@@ -70,6 +76,7 @@ class Description:
     variants: tuple[VariantDescription, ...]
     last_steps: tuple[tuple[int, str], ...]
     strip: str
+    cache_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -85,49 +92,77 @@ class Description:
         else:
             lines.append(f"{len(self.sites)} sites:")
             lines += [f"  {site}" for site in self.sites]
-            lines.append("graph   latents             nodes  parameters/M     MACs/G  with attention/G  caches/MB")
+            wide = max(len(v.name) for v in self.variants)
+            lines.append(
+                f"{'graph':{wide}} latents             nodes  parameters/M     MACs/G  with attention/G  caches/MB"
+            )
             lines += [
-                f"{v.name:7} {'x'.join(map(str, v.latents)):18} {v.nodes:6} {v.parameters / 1e6:13.3f} "
+                f"{v.name:{wide}} {'x'.join(map(str, v.latents)):18} {v.nodes:6} {v.parameters / 1e6:13.3f} "
                 f"{v.macs / 1e9:10.3f} {v.macs_total / 1e9:17.3f} {v.cache_bytes / 1e6:10.3f}"
                 for v in self.variants
             ]
         if self.strip:
-            lines.append(f"last call: {self.strip}  ({len(self.last_steps)} denoiser calls)")
+            what = f"last call: {self.strip}  ({len(self.last_steps)} denoiser calls)"
+            lines.append(what if self.last_steps else f"such a call: {self.strip}")
+            lines.append(f"caches: {self.cache_bytes / 1e6:.3f} MB at most")
         return "\n".join(lines)
 
 
-def describe(pipe: DiffusionPipeline) -> Description:
-    """The sites found, the graphs compiled and what the last call ran.
+def describe(pipe: DiffusionPipeline, **call: Any) -> Description:
+    """The sites found, the graphs made and what the last call ran.
+
+    With arguments of the pipeline's call, `describe(pipe, prompt="a fox", height=480, width=832, num_frames=81)`, what
+    that call would run, beforehand: how large its caches are, above all. Its graphs are captured, which makes the
+    call itself faster later on, but nothing is compiled and no step is computed.
 
     Raises:
         ConfigurationError: the pipeline is not optimized.
     """
     state = required_state_of(pipe)
-    compiled = state.hook.store.compiled
-    last = state.hook.last
-    calls = last.steps if last is not None else []
+    plans = preview(pipe, call) if call else {}
+    hooks = state.hooks
+    steps = {name: plans[name].steps if name in plans else _last_steps(hook) for name, hook in hooks.items()}
+    lasts = [hook.last for hook in hooks.values() if hook.last is not None]
+    schedule = state.hook.config.schedule
     return Description(
         pipeline=state.pipeline_class.__name__,
-        denoiser=type(state.denoiser).__name__,
-        backend=state.config.backend,
-        schedule=str(state.config.schedule),
-        gate_step=state.config.schedule.gate_step,
-        keep=state.config.schedule.kept,
-        parameters=sum(parameter.numel() for parameter in state.denoiser.parameters()),
-        sites=tuple(site.name for site in compiled[0].captured.sites) if compiled else (),
-        variants=tuple(_describe_variant(c.variant, c.captured.latents) for c in compiled),
-        last_steps=tuple((step, phase.name) for step, phase in calls),
-        strip="".join({step: phase.character for step, phase in calls}.values()),
+        denoiser=type(state.hook.denoiser).__name__,
+        backend=state.hook.config.backend,
+        schedule="; ".join(dict.fromkeys(str(hook.config.schedule) for hook in hooks.values())),
+        gate_step=schedule.gate_step,
+        keep=schedule.kept,
+        parameters=sum(p.numel() for hook in hooks.values() for p in hook.denoiser.parameters()),
+        sites=tuple(
+            site for name, hook in hooks.items() for site in _sites(hook, f"{name}." if len(hooks) > 1 else "")
+        ),
+        variants=tuple(
+            _describe_variant(name, variant, captured.latents)
+            for name, hook in hooks.items()
+            for variant, captured in hook.store.variants
+        ),
+        last_steps=() if plans else tuple((step, phase.name) for ran in steps.values() for step, phase in ran),
+        strip="|".join(strip_of(ran) for ran in steps.values() if ran),
+        cache_bytes=max((told.cache_bytes for told in plans.values() or lasts), default=0),
     )
 
 
-def _describe_variant(variant: Variant, latents_name: str) -> VariantDescription:
+def _last_steps(hook: DenoiserHook) -> list[tuple[int, Phase]]:
+    return hook.last.steps if hook.last is not None else []
+
+
+def _sites(hook: DenoiserHook, prefix: str) -> list[str]:
+    made = hook.store.variants
+    return [prefix + site.name for site in made[0][1].sites] if made else []
+
+
+def _describe_variant(denoiser: str, variant: Variant, latents_name: str) -> VariantDescription:
     program = variant.program
     graph = program.graph
     latents = next(node for node in graph.nodes if node.name == latents_name).meta["val"]
     macs = count_macs(graph)
     used = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER]
     return VariantDescription(
+        denoiser=denoiser,
         name=variant.phase.name,
         batch=latents.shape[0],
         latents=tuple(latents.shape),
@@ -136,10 +171,5 @@ def _describe_variant(variant: Variant, latents_name: str) -> VariantDescription
         parameters=sum(program.state_dict[str(spec.target)].numel() for spec in used),
         macs=macs.layers,
         macs_total=macs.total,
-        cache_bytes=sum(_bytes(e.site, merged=e.merged) for e in variant.emitted)
-        + sum(_bytes(site, merged=False) for site in variant.reused),
+        cache_bytes=sum(emission.nbytes for emission in variant.emitted) + sum(site.nbytes for site in variant.reused),
     )
-
-
-def _bytes(site: Site, *, merged: bool) -> int:
-    return prod(site.shape) * site.dtype.itemsize // (2 if merged else 1)

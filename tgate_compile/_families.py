@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tgate_compile._schedule import Half
+
 #: The components that may be a pipeline's denoiser, in the order in which they are looked for.
 DENOISER_NAMES = ("unet", "transformer")
 
@@ -16,19 +18,50 @@ class Family:
     Attributes:
         interleaved: inputs whose rows alternate between the halves, [uncond, cond, uncond, cond, ...],
             instead of being [uncond...; cond...]; each a path of keywords in the denoiser's call.
+        calls: the guidance halves in the order in which they are evaluated, each in a denoiser call of its own;
+            empty where one call has both.
+        only: the half that can go on once guidance has stopped, where not both can.
+        second: the component that is the denoiser of the timesteps below the boundary, where there are two.
+        boundary: the pipeline's setting for that boundary, as a fraction of the training timesteps; None: no boundary.
     """
 
     interleaved: tuple[tuple[str, ...], ...] = ()
+    calls: tuple[Half, ...] = ()
+    only: Half | None = None
+    second: str | None = None
+    boundary: str = ""
 
 
 # `StableDiffusionXLPipeline.__call__` concatenates the negative and positive time ids *before* it repeats them
 # for the batch, and so does its ControlNet sibling; the other SDXL pipelines repeat first.
 _SDXL = Family(interleaved=(("added_cond_kwargs", "time_ids"),))
 
+# The image goes in with the cond half only: without it, the other half does not know what to animate.
+_IMAGE_TO_VIDEO = Family(only="cond")
+
+# The second call of a timestep is handed what the first has computed, so that the first's half goes on.
+_TWO_CALLS = Family(calls=("cond", "uncond"), only="cond")
+_TWO_CALLS_TWO_EXPERTS = Family(
+    calls=("cond", "uncond"), only="cond", second="transformer_2", boundary="boundary_ratio"
+)
+
 FAMILIES: Mapping[str, Family] = {
     "StableDiffusionXLPipeline": _SDXL,
     "StableDiffusionXLControlNetPipeline": _SDXL,
     "StableDiffusionXLAdapterPipeline": _SDXL,
+    "KolorsPipeline": _SDXL,
+    "KolorsImg2ImgPipeline": _SDXL,
+    "StableVideoDiffusionPipeline": _IMAGE_TO_VIDEO,
+    "WanPipeline": _TWO_CALLS_TWO_EXPERTS,
+    "WanImageToVideoPipeline": _TWO_CALLS_TWO_EXPERTS,
+    "WanVideoToVideoPipeline": _TWO_CALLS,
+    "WanVACEPipeline": _TWO_CALLS_TWO_EXPERTS,
+    "SkyReelsV2Pipeline": _TWO_CALLS,
+    "SkyReelsV2ImageToVideoPipeline": _TWO_CALLS,
+    "CosmosTextToWorldPipeline": _TWO_CALLS,
+    "CosmosVideoToWorldPipeline": _TWO_CALLS,
+    "Cosmos2TextToImagePipeline": _TWO_CALLS,
+    "Cosmos2VideoToWorldPipeline": _TWO_CALLS,
 }
 
 _THREE_WAY = (

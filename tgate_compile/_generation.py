@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tgate_compile._caches import Caches, Layout
 from tgate_compile._call import Call
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
-from tgate_compile._schedule import Kind, Phase, Schedule
+from tgate_compile._families import Family
+from tgate_compile._graphs import Emission
+from tgate_compile._halves import check_halves, one_half, similarity, two_halves
+from tgate_compile._schedule import Half, Kind, Phase, Schedule
 from tgate_compile._steps import StepCounter
-from tgate_compile._variants import VariantStore
+from tgate_compile._variants import CompiledVariant, VariantStore
+
+logger = logging.getLogger(__name__)
 
 MSG_CONCURRENT = (
     "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
@@ -23,35 +31,60 @@ MSG_AUTOCAST = (
     "torch.autocast is on, and would change dtypes inside a graph that is made for fixed ones. Leave it, and put the "
     "pipeline into the dtype instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
 )
-MSG_NOT_TWO_HALVES = (
-    "Guidance is on, but the denoiser's batch {shape} is not [uncond; cond] over the same latents, so its halves "
-    "cannot be merged at the gate. Three-way guidance (InstructPix2Pix) and perturbed guidance (PAG) are not "
-    "supported. "
-    "What works instead: the pipeline without tgate_compile, or with guidance off."
-)
-MSG_GUIDANCE_SWITCHED_ON = (
-    "Guidance has been switched on in the middle of a generation, and what is cached was made without it. "
-    "Switch it on from the start."
-)
 MSG_TWO_CALLS = (
     "The denoiser was called twice for one timestep although {scheduler} has one call per step: this pipeline "
-    "evaluates its guidance halves in separate calls, which is not supported. "
+    "evaluates its guidance halves in separate calls, and in which order is not known. "
     "What works instead: the pipeline without tgate_compile."
 )
+MSG_NO_PAIR = (
+    "Guidance is on, and this pipeline's guidance halves come in separate calls, {first} then {second}, but the second "
+    "call is for another timestep or for other shapes than the first."
+)
+
+
+class Previewed(Exception):  # noqa: N818 (it is no error)
+    """Leaves a pipeline's call at its first denoiser call, and tells what that was."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> None:
+        super().__init__()
+        self.denoiser_args = args
+        self.denoiser_kwargs = kwargs
+        self.guided = guided
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a generation would run: its steps, and the bytes that its caches take at most."""
+
+    steps: list[tuple[int, Phase]]
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class _FirstCall:
+    """A timestep of a pipeline with a call for each half, after the first of the two."""
+
+    step: int
+    phase: Phase
+    arguments: dict[str, Any]
+    compiled: CompiledVariant
+    outputs: dict[Half, list[torch.Tensor]]
 
 
 class Generation:
-    """The state of one generation, made when it begins and thrown away when it ends.
+    """The state of one generation of one denoiser, made when it begins and thrown away when it ends.
 
     Args:
         store: the variants of the denoiser.
         forward: the denoiser's original forward.
         schedule: from step to phase.
-        interleaved: paths of the keyword arguments whose rows alternate between the halves.
+        family: what is specific to the pipeline's class.
         guided: called at each step: whether guidance is on.
-        scheduler: called once, at the first denoiser call, when the timesteps are set.
-        num_calls: called likewise: how many of the timesteps the loop visits; None for all.
+        scheduler: called at the first denoiser call, when the timesteps are set, and after it.
+        num_calls: called likewise: for how many of the timesteps this denoiser is called; None for all.
         watch: look for changes of the denoiser at every call, not only at the first one.
+        preview: raise `Previewed` at the first call.
+        before: the generation of the denoiser whose steps come before this one's, if there are two.
     """
 
     def __init__(
@@ -60,125 +93,198 @@ class Generation:
         forward: Callable[..., Any],
         schedule: Schedule,
         *,
-        interleaved: Collection[tuple[str, ...]],
+        family: Family,
         guided: Callable[[], bool],
         scheduler: Callable[[], Any],
         num_calls: Callable[[], int | None],
         watch: bool,
+        preview: bool = False,
+        before: Generation | None = None,
     ) -> None:
         self._store = store
         self._forward = forward
         self._schedule = schedule
-        self._interleaved = interleaved
+        self._family = family
         self._guided = guided
         self._scheduler = scheduler
         self._num_calls = num_calls
         self._watch = watch
+        self._preview = preview
+        self._before = before
         self._thread = threading.get_ident()
         self._counter: StepCounter | None = None
         self._signature = inspect.signature(forward)
-        self._caches: dict[tuple[Kind, str], torch.Tensor] = {}
-        self._halves: dict[Kind, bool] = {}  # whether the caches of a kind have both guidance halves
+        self._caches = Caches()
         self._first_timestep: Any = None
+        self._first_call: _FirstCall | None = None
+        self._last_guided: list[torch.Tensor] = []  # predictions, [uncond; cond]
         self._guidance_over = False
-        self._last_guided: list[torch.Tensor] = []  # the predictions of the last guided step, both halves
-        self._calls = 0
+        self._timesteps = 0  # that are done
+        self._finished = False
         self.steps: list[tuple[int, Phase]] = []
 
+    @property
+    def cache_bytes(self) -> int:
+        """The most that the caches have taken."""
+        return self._caches.peak_bytes
+
     def finish(self) -> None:
-        """Free the caches; what ran is still told by `steps`."""
-        self._caches = {}
+        """Free the caches; what ran is still told by `steps`. May be called again."""
+        if self._finished:
+            return
+        self._finished = True
+        self._caches.clear()
         self._first_timestep = None
+        self._first_call = None
         self._last_guided = []
+        if self.steps:
+            logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
 
     @torch.no_grad()
     def denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for the denoiser's forward."""
         if threading.get_ident() != self._thread:
             raise ConcurrentGenerationError(MSG_CONCURRENT)
-        arguments = self._signature.bind(*args, **kwargs).arguments
-        latents = next(iter(arguments.values()))
         guided = self._guided()
+        if self._preview:
+            raise Previewed(args, kwargs, guided)
+        arguments = self._signature.bind(*args, **kwargs).arguments
         if self._counter is None:
-            if torch.is_autocast_enabled(latents.device.type):
-                raise ConfigurationError(MSG_AUTOCAST)
-            self._counter = StepCounter.of(self._scheduler(), self._num_calls())
-            self._first_timestep = arguments.get("timestep")
-            if guided:
-                _check_halves(latents)
-            self._store.refresh()
+            self._begin(arguments, guided)
         else:
-            if self._calls == 1:
-                self._check_one_call_per_step(arguments.get("timestep"))
-            if self._watch:
-                self._store.refresh()
+            self._go_on(arguments)
         call = Call.of(args, kwargs)
-        step = self._counter.step(self._calls)
-        phase = self._phase(step, guided and not self._guidance_over)
+        if self._separate(guided):
+            return self._in_two_calls(call, arguments)
+        return self._in_one_call(call, _latents(arguments).shape, guided)
+
+    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> Plan:
+        """Make the variants for a generation that begins with this denoiser call, without running any."""
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        counter = self._begin(arguments, guided)
+        call, batch = Call.of(args, kwargs), _latents(arguments).shape[0]
+        sizes: dict[Kind, int] = {}
+        most = 0
+        steps = list(enumerate(self._schedule.plan(counter.num_steps, guided=guided)))
+        for _, phase in steps:
+            half = self._family.calls[0] if self._separate(guided) and phase.guided else None
+            inputs = self._kept(call, batch) if guided and not phase.guided and not self._separate(guided) else call
+            variant, _ = self._store.variant(self._graph(phase, half), inputs, self._forward)
+            for kind in phase.emit | phase.merge:
+                of_kind = [emission for emission in variant.emitted if emission.site.kind == kind]
+                size = sum(e.nbytes for e in of_kind if half or e.merged == (kind in phase.merge))
+                sizes[kind] = 2 * size if half and kind in phase.emit else size
+            most = max(most, sum(sizes.values()))
+        return Plan(steps, most)
+
+    def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
+        """At the first denoiser call: count the steps, check the inputs, look at the denoiser."""
+        latents = _latents(arguments)
+        if torch.is_autocast_enabled(latents.device.type):
+            raise ConfigurationError(MSG_AUTOCAST)
+        self._counter = StepCounter.of(self._scheduler(), self._num_calls())
+        self._first_timestep = arguments.get("timestep")
+        if guided and not self._family.calls:
+            check_halves(latents, same=self._family.only is None)
+        if self._before is not None:
+            self._before.finish()  # so that the caches of both are never there at a time
+        self._store.refresh()
+        return self._counter
+
+    def _go_on(self, arguments: dict[str, Any]) -> None:
+        """At every further call."""
+        if self._timesteps == 1 and not self._family.calls:
+            self._check_one_call_per_step(arguments.get("timestep"))
+        if self._watch:
+            self._store.refresh()
+
+    def _separate(self, guided: bool) -> bool:
+        return guided and bool(self._family.calls)
+
+    def _in_one_call(self, call: Call, latents: torch.Size, guided: bool) -> Any:
+        """A timestep of a pipeline that has guidance off, or both halves in one call, with `latents` of this shape."""
+        step, phase = self._next_step(guided)
         if guided and not phase.guided:
-            call = self._one_half(call, latents.shape[0])
-        compiled = self._store.get(self._schedule.graph(phase), call, self._caches, self._forward)
-        outputs, emitted = compiled.run(call, self._caches)
-        for emission, value in zip(compiled.variant.emitted, emitted, strict=True):
-            kind = emission.site.kind
-            if kind in (phase.merge if emission.merged else phase.emit):
-                self._caches[kind, emission.site.name] = value
-                self._halves[kind] = phase.guided and not emission.merged
-        similarity = self._schedule.guidance_similarity
-        if phase.guided and similarity is not None:
-            self._guidance_over = _similarity(outputs[0], channels=latents.shape[1]) >= similarity
-        if phase.guided and self._schedule.guidance_reuse:
-            self._last_guided = outputs
-        if guided and not phase.guided:
-            outputs = self._both_halves(outputs)
-        self.steps.append((step, phase))
-        self._calls += 1
+            call = self._kept(call, latents[0])
+        compiled, outputs = self._run(step, phase, call, None)
+        if phase.guided:
+            self._after_guided_step(outputs, latents)
+        elif guided:
+            halves = self._two_halves(outputs)
+            outputs = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
+        self._timesteps += 1
         return compiled.unflatten(outputs)
 
-    def _phase(self, step: int, guided: bool) -> Phase:
-        """What `step` does, given that the pipeline has guidance on or, since a callback may change it, off."""
-        assert self._counter is not None
-        phase = self._schedule.plan(self._counter.num_steps, guided=guided)[min(step, self._counter.num_steps - 1)]
-        for kind in phase.reuse:
-            if self._halves[kind] and not phase.guided:
-                # Guidance has been switched off in mid-loop: diffusers' own callbacks keep the prompt's half.
-                self._caches |= {key: value.chunk(2)[1] for key, value in self._caches.items() if key[0] == kind}
-                self._halves[kind] = False
-            elif phase.guided and not self._halves[kind]:
-                raise ConfigurationError(MSG_GUIDANCE_SWITCHED_ON)
-        return phase
+    def _in_two_calls(self, call: Call, arguments: dict[str, Any]) -> Any:
+        """One of the two calls of a timestep of a pipeline that evaluates the guidance halves one by one.
 
-    def _one_half(self, call: Call, batch: int) -> Call:
-        size = batch // 2
-        keep = self._schedule.kept
-        rows = slice(size) if keep == "uncond" else slice(size, batch)
-        alternate = slice(0, None, 2) if keep == "uncond" else slice(1, None, 2)
-        interleaved = [_keyword(call, path) for path in self._interleaved]
-
-        def half(leaf: torch.Tensor) -> torch.Tensor:
-            if leaf.ndim == 0 or leaf.shape[0] != batch:
-                return leaf  # shared by both halves: a timestep, a mask
-            is_interleaved = any(leaf is tensor for tensor in interleaved)
-            return leaf[alternate if is_interleaved else rows]
-
-        return call.map_tensors(half)
-
-    def _both_halves(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """[uncond; cond] predictions out of the kept half's.
-
-        Twice the same: uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
-        rescale is the identity, so that the pipeline's own arithmetic stays as it is. With guidance reused, the halves
-        are as far apart as in the last guided step, times `guidance_reuse`.
+        Once guidance has stopped, the first call computes, and the second is handed what the first has computed.
         """
-        if not self._last_guided:
-            return [torch.cat([output, output]) for output in outputs]
-        both = []
-        for output, last in zip(outputs, self._last_guided, strict=True):
-            uncond, cond = last.chunk(2)
-            apart = self._schedule.guidance_reuse * (cond - uncond)
-            kept_cond = self._schedule.kept == "cond"
-            both.append(torch.cat([output - apart, output] if kept_cond else [output, output + apart]))
-        return both
+        first, second = self._family.calls
+        if self._first_call is None:
+            step, phase = self._next_step(True)
+            compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
+            halves = {first: outputs} if phase.guided else self._two_halves(outputs)
+            self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
+            return compiled.unflatten(halves[first])
+        made, self._first_call = self._first_call, None
+        _check_pair(made.arguments, arguments, self._family.calls, values=self._timesteps == 0)
+        halves = dict(made.outputs)
+        if made.phase.guided:
+            compiled, halves[second] = self._run(made.step, made.phase, call, second)
+            for emission in compiled.variant.emitted:
+                if emission.site.kind in made.phase.merge:
+                    self._caches.merge((emission.site.kind, emission.site.name), self._schedule.anchor_weight)
+            both = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
+            self._after_guided_step(both, _latents(arguments).shape)
+        self._timesteps += 1
+        return made.compiled.unflatten(halves[second])
+
+    def _next_step(self, guided: bool) -> tuple[int, Phase]:
+        """The step, and what it does; `guided` is what the pipeline says now, since a callback may change it."""
+        assert self._counter is not None
+        step = self._counter.step(self._timesteps)
+        plan = self._schedule.plan(self._counter.num_steps, guided=guided and not self._guidance_over)
+        phase = plan[min(step, self._counter.num_steps - 1)]
+        for kind in phase.reuse:
+            # A callback that switches guidance off keeps the prompt's half, as diffusers' own do.
+            self._caches.fit(kind, guided=phase.guided, keep=self._schedule.kept if guided else "cond")
+        return step, phase
+
+    def _graph(self, phase: Phase, half: Half | None) -> Phase:
+        """The phase whose graph serves `phase`, or the call of one `half` in it."""
+        if half is not None:
+            phase = Phase(False, emit=phase.emit | phase.merge, reuse=phase.reuse)
+        return self._schedule.graph(phase)
+
+    def _run(
+        self, step: int, phase: Phase, call: Call, half: Half | None
+    ) -> tuple[CompiledVariant, list[torch.Tensor]]:
+        """Run the variant of `phase` for one half, or (None) for both or without guidance; keep what it emits."""
+        caches = self._caches.values(half)
+        compiled = self._store.get(self._graph(phase, half), call, caches, self._forward)
+        outputs, emitted = compiled.run(call, caches)
+        for emission, value in zip(compiled.variant.emitted, emitted, strict=True):
+            kind = emission.site.kind
+            wanted = phase.merge if emission.merged else phase.emit
+            if kind in (wanted if half is None else phase.emit | phase.merge):
+                self._caches.put((kind, emission.site.name), value, _layout(phase, emission, half), half)
+        self.steps.append((step, phase))
+        return compiled, outputs
+
+    def _after_guided_step(self, predictions: list[torch.Tensor], latents: torch.Size) -> None:
+        """Note what later steps need to know of the `predictions`, [uncond; cond]."""
+        threshold = self._schedule.guidance_similarity
+        if threshold is not None:
+            self._guidance_over = similarity(predictions[0], channels=latents[1]) >= threshold
+        if self._schedule.guidance_reuse:
+            self._last_guided = predictions
+
+    def _kept(self, call: Call, batch: int) -> Call:
+        return one_half(call, batch, self._schedule.kept, self._family.interleaved)
+
+    def _two_halves(self, outputs: Sequence[torch.Tensor]) -> dict[Half, list[torch.Tensor]]:
+        return two_halves(outputs, self._schedule.kept, self._last_guided, self._schedule.guidance_reuse)
 
     def _check_one_call_per_step(self, timestep: Any) -> None:
         scheduler = self._scheduler()
@@ -189,24 +295,26 @@ class Generation:
             raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(scheduler).__name__))
 
 
-def _keyword(call: Call, path: tuple[str, ...]) -> Any:
-    """The tensor at `path` of the call's keyword arguments, e.g. ("added_cond_kwargs", "time_ids"), or None."""
-    value: Any = call.arguments[1]
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+def _layout(phase: Phase, emission: Emission, half: Half | None) -> Layout:
+    if half is not None:
+        return "separate"
+    return "both" if phase.guided and not emission.merged else "one"
 
 
-def _check_halves(latents: torch.Tensor) -> None:
-    batch = latents.shape[0]
-    if batch % 2 or not torch.equal(latents[: batch // 2], latents[batch // 2 :]):
-        raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:
+    """What ran, one character a step."""
+    return "".join({step: phase.character for step, phase in steps}.values())
 
 
-def _similarity(prediction: torch.Tensor, channels: int) -> float:
-    """The cosine similarity of the halves of `prediction`, [2B, channels or more, ...]: the least in the batch.
+def _latents(arguments: dict[str, Any]) -> torch.Tensor:
+    latents: torch.Tensor = next(iter(arguments.values()))
+    return latents
 
-    Source: arXiv 2312.12487, equation 7. Channels beyond the latents' own are a learned variance, and left out.
-    """
-    uncond, cond = prediction[:, :channels].float().flatten(1).chunk(2)
-    return float(torch.cosine_similarity(uncond, cond, dim=1).min())
+
+def _check_pair(first: dict[str, Any], second: dict[str, Any], calls: Sequence[Half], *, values: bool) -> None:
+    """Check that two calls are the halves of one timestep; `values`: not only by their shapes."""
+    same = _latents(first).shape == _latents(second).shape
+    if same and values and first.get("timestep") is not None:
+        same = torch.equal(torch.as_tensor(first["timestep"]), torch.as_tensor(second["timestep"]))
+    if not same:
+        raise UnsupportedModelError(MSG_NO_PAIR.format(first=calls[0], second=calls[1]))

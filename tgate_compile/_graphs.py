@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch.export import ExportedProgram
@@ -22,6 +23,7 @@ class Site:
         node: the name of its node in the captured graph.
         shape: its shape there, [batch, tokens, dim] (batch 2B under guidance).
         dtype: its dtype.
+        cache_dtype: the dtype that it is cached in.
     """
 
     kind: Kind
@@ -29,6 +31,12 @@ class Site:
     node: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    cache_dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of the value, as it is cached."""
+        return prod(self.shape) * self.cache_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,11 @@ class Emission:
     def merged(self) -> bool:
         """Whether its batch is half the site's."""
         return self.anchor is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is handed on."""
+        return self.site.nbytes // (2 if self.merged else 1)
 
 
 @dataclass(frozen=True)

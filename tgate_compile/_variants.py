@@ -64,13 +64,19 @@ class VariantStore:
         self._deep_layer = deep_layer(denoiser, branch) if "deep" in config.schedule.kinds else None
         self._fingerprint: Hashable = None
         self._captures: OrderedDict[Hashable, Captured] = OrderedDict()
-        self._variants: dict[tuple[Hashable, Phase], CompiledVariant] = {}
+        self._variants: dict[tuple[Hashable, Phase], tuple[Variant, Captured]] = {}
+        self._compiled: dict[tuple[Hashable, Phase], CompiledVariant] = {}
         self.compilations = 0
 
     @property
-    def compiled(self) -> list[CompiledVariant]:
-        """The variants made so far."""
+    def variants(self) -> list[tuple[Variant, Captured]]:
+        """The variants made so far, compiled or not, and what each is made of."""
         return list(self._variants.values())
+
+    @property
+    def compiled(self) -> list[CompiledVariant]:
+        """The compiled ones."""
+        return list(self._compiled.values())
 
     def refresh(self) -> None:
         """Look at the denoiser again: drop every variant if it changed, and fetch its parameters anew."""
@@ -80,33 +86,52 @@ class VariantStore:
                 logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
             self._captures.clear()
             self._variants.clear()
+            self._compiled.clear()
             check_weights_stay(self.denoiser)
             self._fingerprint = current
             return
         live = self._live_tensors()
-        for key, compiled in self._variants.items():
-            self._variants[key] = dataclasses.replace(compiled, weights=_weights(compiled.variant, live))
+        for key, compiled in self._compiled.items():
+            self._compiled[key] = dataclasses.replace(compiled, weights=_weights(compiled.variant, live))
+
+    def variant(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Variant, Captured]:
+        """The variant of `phase` for inputs like those of `call`, not compiled yet, and what it is made of."""
+        key = call.key
+        if (key, phase) in self._variants:
+            return self._variants[key, phase]
+        config = self._config
+        captured = self._captures.get(key)
+        if captured is None:
+            captured = capture(
+                self.denoiser,
+                forward,
+                call,
+                config.schedule.kinds,
+                self._deep_layer,
+                only=config.sites,
+                cache_dtype=config.cache_dtype,
+            )
+            self._captures[key] = captured
+            self._drop_oldest()
+        variant = specialize(captured, phase, config.schedule.anchor_weight)
+        self._variants[key, phase] = (variant, captured)
+        return variant, captured
 
     def get(
         self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
     ) -> CompiledVariant:
         """The variant of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
         key = call.key
-        found = self._variants.get((key, phase))
+        found = self._compiled.get((key, phase))
         if found is not None:
             self._captures.move_to_end(key)
             return found
-        captured = self._captures.get(key)
-        if captured is None:
-            captured = capture(self.denoiser, forward, call, self._config.schedule.kinds, self._deep_layer)
-            self._captures[key] = captured
-            self._drop_oldest()
-        variant = specialize(captured, phase, self._config.schedule.anchor_weight)
+        variant, captured = self.variant(phase, call, forward)
         weights = _weights(variant, self._live_tensors())
         inputs = _inputs(variant, captured, call, caches)
         backend = make_backend(self._config.backend, self._config.backend_options, inputs[0].device)
         compiled = CompiledVariant(variant, captured, backend.compile(variant, inputs), weights)
-        self._variants[key, phase] = compiled
+        self._compiled[key, phase] = compiled
         self.compilations += 1
         return compiled
 
@@ -115,6 +140,7 @@ class VariantStore:
             oldest, _ = self._captures.popitem(last=False)
             for key in [key for key in self._variants if key[0] == oldest]:
                 del self._variants[key]
+                self._compiled.pop(key, None)
 
     def _live_tensors(self) -> dict[str, torch.Tensor]:
         live: dict[str, torch.Tensor] = dict(self.denoiser.named_parameters(remove_duplicate=False))

@@ -1,0 +1,84 @@
+"""The two halves of classifier-free guidance, [uncond; cond]: taken apart, put together, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from tgate_compile._call import Call
+from tgate_compile._errors import UnsupportedModelError
+from tgate_compile._schedule import Half
+
+MSG_NOT_TWO_HALVES = (
+    "Guidance is on, but the denoiser's batch {shape} is not [uncond; cond] over the same latents, so its halves "
+    "cannot be merged at the gate. Three-way guidance (InstructPix2Pix) and perturbed guidance (PAG) are not "
+    "supported. "
+    "What works instead: the pipeline without tgate_compile, or with guidance off."
+)
+
+
+def check_halves(latents: torch.Tensor, *, same: bool) -> None:
+    """Check that `latents`, [2B, ...], are two halves; with `same`, of the same latents.
+
+    Raises:
+        UnsupportedModelError: they are not.
+    """
+    batch = latents.shape[0]
+    if batch % 2 or (same and not torch.equal(latents[: batch // 2], latents[batch // 2 :])):
+        raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+
+
+def one_half(call: Call, batch: int, keep: Half, interleaved: Collection[tuple[str, ...]]) -> Call:
+    """`call`, whose latents have a batch of `batch` = 2B, for its half `keep` alone.
+
+    `interleaved` are the paths of the keyword arguments whose rows alternate between the halves.
+    """
+    size = batch // 2
+    rows = slice(size) if keep == "uncond" else slice(size, batch)
+    alternate = slice(0, None, 2) if keep == "uncond" else slice(1, None, 2)
+    alternating = [_keyword(call, path) for path in interleaved]
+
+    def half(leaf: torch.Tensor) -> torch.Tensor:
+        if leaf.ndim == 0 or leaf.shape[0] != batch:
+            return leaf  # shared by both halves: a timestep, a mask
+        return leaf[alternate if any(leaf is tensor for tensor in alternating) else rows]
+
+    return call.map_tensors(half)
+
+
+def two_halves(
+    kept: Sequence[torch.Tensor], keep: Half, last_guided: Sequence[torch.Tensor], scale: float
+) -> dict[Half, list[torch.Tensor]]:
+    """The predictions of both halves, out of those of the half that was computed.
+
+    Twice the same: uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
+    rescale is the identity, so that the pipeline's own arithmetic stays as it is. With guidance reused, the halves are
+    as far apart as in `last_guided`, [uncond; cond], times `scale`.
+    """
+    if not last_guided:
+        return {"uncond": list(kept), "cond": list(kept)}
+    sign = 1.0 if keep == "uncond" else -1.0
+    moved = []
+    for output, last in zip(kept, last_guided, strict=True):
+        uncond, cond = last.chunk(2)
+        moved.append(output + sign * scale * (cond - uncond))
+    return {"uncond": list(kept), "cond": moved} if keep == "uncond" else {"uncond": moved, "cond": list(kept)}
+
+
+def similarity(prediction: torch.Tensor, channels: int) -> float:
+    """The cosine similarity of the halves of `prediction`, [2B, channels or more, ...]: the least in the batch.
+
+    Source: arXiv 2312.12487, equation 7. Channels beyond the latents' own are a learned variance, and left out.
+    """
+    uncond, cond = prediction[:, :channels].float().flatten(1).chunk(2)
+    return float(torch.cosine_similarity(uncond, cond, dim=1).min())
+
+
+def _keyword(call: Call, path: tuple[str, ...]) -> Any:
+    """The tensor at `path` of the call's keyword arguments, e.g. ("added_cond_kwargs", "time_ids"), or None."""
+    value: Any = call.arguments[1]
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
