@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import tgate_compile
 from tests.comparing import assert_differ, assert_same, difference
 from tests.hook_reference import hook_reference
 from tests.tiny_pipelines import run, sdxl, stable_diffusion
+from tgate_compile import ConfigurationError, Schedule, save_schedule
 
 STEPS = 6
 
@@ -138,3 +141,44 @@ def test_one_gate_more_or_other_steps_need_no_new_graphs() -> None:
     for gate, steps in ((4, 12), (6, 10), (0.5, 9), (5, 8)):
         run(pipe, steps=steps, gate_step=gate)
     assert store.compilations == compiled
+
+
+def test_a_schedule_is_all_of_its_options(tmp_path: Path) -> None:
+    pipe = stable_diffusion(layout="small")
+    options: dict[str, Any] = {"sp_interval": 2, "keep": "cond", "anchor_weight": 1.0}
+    tgate_compile.optimize(pipe, 4, **options, backend="eager")
+    expected = _run(pipe)
+    tgate_compile.restore(pipe)
+    schedule = Schedule(4, **options)
+    save_schedule(schedule, tmp_path / "schedule.json")
+    for given in (schedule, tmp_path / "schedule.json", str(tmp_path / "schedule.json")):
+        tgate_compile.optimize(pipe, schedule=given, backend="eager")
+        assert torch.equal(_run(pipe), expected)
+        assert tgate_compile.describe(pipe).schedule == str(schedule)
+        tgate_compile.restore(pipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": 5}, "got 5"),
+        ({"schedule": {"gate_step": 5}}, "tgate_compile.Schedule"),
+        ({"schedule": "no/such/file.json"}, "cannot be read"),
+        ({"schedule": Schedule(5), "sp_interval": 3}, "sp_interval is given as well"),
+        ({"schedule": Schedule(5), "gate_step": 3}, "gate_step is given as well"),
+        ({"gate_step": (5, 4)}, "several gate steps"),
+    ],
+)
+def test_schedules_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    pipe = stable_diffusion(layout="small")
+    with pytest.raises(ConfigurationError, match=message):
+        tgate_compile.optimize(pipe, **options)
+    assert type(pipe).__module__.startswith("diffusers")
+    assert "_tgate_compile" not in vars(pipe)
+
+
+def test_the_log_tells_what_ran(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="eager")
+    with caplog.at_level(logging.INFO, "tgate_compile"):
+        _run(pipe)
+    assert "UNet2DConditionModel ran FFpppp" in caplog.text

@@ -16,4 +16,7 @@ from tgate_compile._errors import VerificationError as VerificationError
 from tgate_compile._optimize import optimize as optimize
 from tgate_compile._optimize import restore as restore
 from tgate_compile._optimized import generation as generation
+from tgate_compile._schedule import Schedule as Schedule
+from tgate_compile._schedule_file import load_schedule as load_schedule
+from tgate_compile._schedule_file import save_schedule as save_schedule
 from tgate_compile._version import __version__ as __version__

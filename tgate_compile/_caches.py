@@ -26,7 +26,6 @@ class Caches:
     def __init__(self) -> None:
         self._values: dict[tuple[Half | None, Key], torch.Tensor] = {}
         self._layouts: dict[Kind, Layout] = {}
-        self.peak_bytes = 0
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +36,6 @@ class Caches:
         """Keep `value`; `half` says whose it is, if the layout is `separate`."""
         self._values[half, key] = value
         self._layouts[key[0]] = layout
-        self.peak_bytes = max(self.peak_bytes, self.nbytes)
 
     def merge(self, key: Key, anchor: float) -> None:
         """Make one value of the halves' own: their weighted mean, accumulated in fp32 at least."""

@@ -38,6 +38,7 @@ MSG_NO_SELF_ATTENTION = (
     "sp_interval and fi_interval cache self-attention, and {model} has none that could be found. Leave them at 1."
 )
 MSG_NO_MATCH = "sites: {pattern!r} matches none of the attentions that can be cached: {sites}."
+MSG_NO_MODULE = "sites: {pattern!r} matches no module of {model}. Its attentions are called {examples}, for example."
 MSG_NO_UNET = (
     "DeepCache needs a UNet, whose deep part its skip connections go around, and {model} is none. "
     "Leave deepcache_interval out."
@@ -140,6 +141,17 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
     """The paths of the modules that call themselves cross-attentions (diffusers' `Attention` does)."""
     return [name for name, module in denoiser.named_modules() if getattr(module, "is_cross_attention", False) is True]
+
+
+def check_patterns(denoiser: torch.nn.Module, patterns: Sequence[str]) -> None:
+    """Raise ConfigurationError for a pattern that no module's path matches; what it selects is seen at the capture."""
+    names = [name for name, _ in denoiser.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            examples = ", ".join(cross_attention_modules(denoiser)[:2])
+            raise ConfigurationError(
+                MSG_NO_MODULE.format(pattern=pattern, model=type(denoiser).__name__, examples=examples)
+            )
 
 
 def deep_layer(denoiser: torch.nn.Module, branch: int) -> str:

@@ -30,7 +30,7 @@ class Config:
     """
 
     schedule: Schedule
-    sites: tuple[str, ...] | None = None
+    sites: Sequence[str] | None = None
     cache_dtype: torch.dtype | None = None
     backend: str = "inductor"
     backend_options: Mapping[str, object] = field(default_factory=dict)

@@ -62,7 +62,7 @@ class Description:
         last_steps: for each graph that the last generation ran, in order, the step and the graph's name.
         strip: the last generation, or the one asked about, one character a step: `F` full, `p` pruned;
             `docs/schedules.md` has them all. Two denoisers' steps have a `|` in between.
-        cache_bytes: the most memory that the caches of that generation take.
+        cache_bytes: the most that this generation keeps from one step to the next.
     """
 
     pipeline: str

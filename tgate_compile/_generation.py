@@ -54,7 +54,7 @@ class Previewed(Exception):  # noqa: N818 (it is no error)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a generation would run: its steps, and the bytes that its caches take at most."""
+    """What a generation would run: its steps, and the most bytes that it keeps from one timestep to the next."""
 
     steps: list[tuple[int, Phase]]
     cache_bytes: int
@@ -122,11 +122,7 @@ class Generation:
         self._timesteps = 0  # that are done
         self._finished = False
         self.steps: list[tuple[int, Phase]] = []
-
-    @property
-    def cache_bytes(self) -> int:
-        """The most that the caches have taken."""
-        return self._caches.peak_bytes
+        self.cache_bytes = 0  # the most that has been kept from one timestep to the next
 
     def finish(self) -> None:
         """Free the caches; what ran is still told by `steps`. May be called again."""
@@ -212,7 +208,7 @@ class Generation:
         elif guided:
             halves = self._two_halves(outputs)
             outputs = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
-        self._timesteps += 1
+        self._end_timestep()
         return compiled.unflatten(outputs)
 
     def _in_two_calls(self, call: Call, arguments: dict[str, Any]) -> Any:
@@ -237,7 +233,7 @@ class Generation:
                     self._caches.merge((emission.site.kind, emission.site.name), self._schedule.anchor_weight)
             both = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
             self._after_guided_step(both, _latents(arguments).shape)
-        self._timesteps += 1
+        self._end_timestep()
         return made.compiled.unflatten(halves[second])
 
     def _next_step(self, guided: bool) -> tuple[int, Phase]:
@@ -250,6 +246,10 @@ class Generation:
             # A callback that switches guidance off keeps the prompt's half, as diffusers' own do.
             self._caches.fit(kind, guided=phase.guided, keep=self._schedule.kept if guided else "cond")
         return step, phase
+
+    def _end_timestep(self) -> None:
+        self._timesteps += 1
+        self.cache_bytes = max(self.cache_bytes, self._caches.nbytes)
 
     def _graph(self, phase: Phase, half: Half | None) -> Phase:
         """The phase whose graph serves `phase`, or the call of one `half` in it."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import os
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._backends import check_backend
-from tgate_compile._capture import MSG_NO_SITES, cross_attention_modules
+from tgate_compile._capture import MSG_NO_SITES, check_patterns, cross_attention_modules
 from tgate_compile._config import Config
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
@@ -18,6 +21,7 @@ from tgate_compile._generation import MSG_CONCURRENT
 from tgate_compile._offload import HOOK_NAME, check_weights_stay
 from tgate_compile._optimized import GateStep, Optimized, boundary_of, required_state_of, split_gate_step, state_of
 from tgate_compile._schedule import Half, Schedule
+from tgate_compile._schedule_file import load_schedule
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -38,6 +42,8 @@ MSG_COMPILED = (
     "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
     "its own graphs of it."
 )
+MSG_SCHEDULE = "schedule must be a tgate_compile.Schedule or the path of a schedule file, but got {given!r}."
+MSG_SCHEDULE_AND_MORE = "A schedule says all about the steps, but {given} is given as well. Give one or the other."
 MSG_ONLY_HALF = (
     "keep={given!r} is not possible with {pipeline}: only its {only} half can go on once guidance has stopped. "
     "Leave keep out."
@@ -58,6 +64,7 @@ def optimize(
     keep: Half | None = None,
     anchor_weight: float = 0.5,
     guidance_reuse: float = 0.0,
+    schedule: Schedule | str | os.PathLike[str] | None = None,
     sites: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
     backend: str = "inductor",
@@ -94,6 +101,8 @@ def optimize(
             cond half alone, and more goes beyond it.
         guidance_reuse: go on with guidance after it has stopped, by the two predictions' difference in the last
             guided step, at this scale; 0 drops guidance altogether, as the papers do.
+        schedule: all of the above in one: a `Schedule`, or a file that `tune` or `save_schedule` has written. The
+            other arguments then stay at their defaults.
         sites: cache only the attentions whose names match one of these patterns, as in a shell: `["up_blocks.*"]`.
         cache_dtype: keep the caches in this dtype: half of fp32's memory with `torch.bfloat16`, a quarter with
             `torch.float8_e4m3fn`. None keeps the model's own.
@@ -112,31 +121,34 @@ def optimize(
         given = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
         raise ConfigurationError(MSG_NO_PIPELINE.format(given=given))
     names = _denoiser_names(pipe)
+    choices: dict[str, Any] = {
+        "sp_interval": sp_interval,
+        "fi_interval": fi_interval,
+        "warm_up": warm_up,
+        "deepcache_interval": deepcache_interval,
+        "deepcache_branch": deepcache_branch,
+        "guidance_step": guidance_step,
+        "guidance_similarity": guidance_similarity,
+        "keep": keep,
+        "anchor_weight": anchor_weight,
+        "guidance_reuse": guidance_reuse,
+    }
     gates = split_gate_step(gate_step, names)
-    schedule = Schedule(
-        gates[names[0]],
-        sp_interval=sp_interval,
-        fi_interval=fi_interval,
-        warm_up=warm_up,
-        deepcache_interval=deepcache_interval,
-        deepcache_branch=deepcache_branch,
-        guidance_step=guidance_step,
-        guidance_similarity=guidance_similarity,
-        keep=_possible_half(pipe, keep),
-        anchor_weight=anchor_weight,
-        guidance_reuse=guidance_reuse,
-    )
+    if schedule is None:
+        schedules = {name: Schedule(gate, **choices) for name, gate in gates.items()}
+    else:
+        schedules = dict.fromkeys(names, _given_schedule(schedule, {"gate_step": gate_step, **choices}))
+    schedules = {name: _with_possible_half(pipe, chosen) for name, chosen in schedules.items()}
     options = {} if backend_options is None else backend_options
-    config = Config(schedule, sites=sites, cache_dtype=cache_dtype, backend=backend, backend_options=options)  # type: ignore[arg-type]
-    check_backend(config.backend, config.backend_options)
+    configs = {
+        name: Config(chosen, sites=sites, cache_dtype=cache_dtype, backend=backend, backend_options=options)
+        for name, chosen in schedules.items()
+    }
+    check_backend(backend, options)
     if state_of(pipe) is not None:
         raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
-    configs = {
-        name: dataclasses.replace(config, schedule=dataclasses.replace(schedule, gate_step=gates[name]))
-        for name in names
-    }
-    for name in names:
-        _check_supported(pipe, getattr(pipe, name), schedule)
+    for name, config in configs.items():
+        _check_supported(pipe, getattr(pipe, name), config)
     Optimized(pipe, configs).attach(pipe)
     return pipe
 
@@ -165,14 +177,30 @@ def _denoiser_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
     return (*first, second) if second is not None else tuple(first)
 
 
-def _possible_half(pipe: DiffusionPipeline, keep: Half | None) -> Half | None:
+def _given_schedule(schedule: object, others: Mapping[str, Any]) -> Schedule:
+    """The schedule that is given as an object or as a file, and by nothing else."""
+    defaults = inspect.signature(optimize).parameters
+    doubled = [name for name, value in others.items() if value != defaults[name].default]
+    if doubled:
+        raise ConfigurationError(MSG_SCHEDULE_AND_MORE.format(given=", ".join(doubled)))
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, (str, os.PathLike)):
+        return load_schedule(Path(schedule))
+    raise ConfigurationError(MSG_SCHEDULE.format(given=schedule))
+
+
+def _with_possible_half(pipe: DiffusionPipeline, schedule: Schedule) -> Schedule:
+    """`schedule`, keeping the one half that can be kept, if the family has no choice."""
     only = family_of(type(pipe)).only
-    if only is not None and keep not in (None, only):
-        raise ConfigurationError(MSG_ONLY_HALF.format(given=keep, pipeline=type(pipe).__name__, only=only))
-    return keep if only is None else only
+    if only is None:
+        return schedule
+    if schedule.keep not in (None, only):
+        raise ConfigurationError(MSG_ONLY_HALF.format(given=schedule.keep, pipeline=type(pipe).__name__, only=only))
+    return dataclasses.replace(schedule, keep=only)
 
 
-def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, schedule: Schedule) -> None:
+def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config: Config) -> None:
     pipeline = type(pipe).__name__
     if isinstance(denoiser, torch._dynamo.OptimizedModule) or denoiser._compiled_call_impl is not None:
         raise ConfigurationError(MSG_COMPILED.format(pipeline=pipeline))
@@ -180,8 +208,9 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, schedul
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
     has_cross = type(denoiser).__name__ not in JOINT_ATTENTION and cross_attention_modules(denoiser)
-    if "cross" in schedule.kinds and not has_cross:
+    if "cross" in config.schedule.kinds and not has_cross:
         raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
+    check_patterns(denoiser, config.sites or ())
     registry = getattr(denoiser, "_diffusers_hook", None)
     if registry is not None and registry.get_hook(HOOK_NAME) is not None:
         raise ConfigurationError(MSG_DENOISER_TAKEN.format(pipeline=pipeline))

@@ -141,9 +141,9 @@ def split_gate_step(gate_step: Any, names: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         ConfigurationError: there are several, and not as many denoisers.
     """
-    if not isinstance(gate_step, (tuple, list)):
+    if not isinstance(gate_step, tuple):
         return dict.fromkeys(names, gate_step)
-    if len(gate_step) != len(names):
+    if len(gate_step) != len(names) or len(names) == 1:
         raise ConfigurationError(MSG_PAIR.format(given=gate_step, names=", ".join(names)))
     return dict(zip(names, gate_step, strict=True))
 

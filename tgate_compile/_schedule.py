@@ -303,7 +303,12 @@ def _checked_count(given: object, name: str, *, least: int) -> int:
 
 
 def _checked_weight(given: object, name: str, least: float) -> float:
-    if isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given) and given >= least:
-        return float(given)
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        try:
+            number = float(given)
+        except OverflowError:  # an int beyond all floats
+            number = math.inf
+        if math.isfinite(number) and number >= least:
+            return number
     expected = "a number" if least == -math.inf else f"a number, at least {least:g}"
     raise ConfigurationError(MSG_WEIGHT.format(name=name, expected=expected, given=given))
