@@ -257,6 +257,7 @@ def measure(path: Path, contenders: Sequence[Contender], settings: Settings, ima
     rows: dict[str, Any] = results["rows"]
     plain = CONTENDERS[0]
     missing = [contender for contender in contenders if not _is_in(rows, contender)]
+    rows |= {c.name: rows[c.name] | {"method": c.method} for c in CONTENDERS if c.name in rows}
     if not missing:
         logger.info("nothing to do: %s has them all", path)
         return
@@ -282,7 +283,8 @@ def measure(path: Path, contenders: Sequence[Contender], settings: Settings, ima
         if contender is plain:
             judge.set_plain(drawn.images)
         row = {
-            **_identity(contender),
+            "method": contender.method,
+            **_arguments(contender),
             "macs": round(drawn.macs / (everything * layers), 4),
             "macs_with_attention": round(drawn.macs_total / (everything * total), 4),
             "strips": drawn.strips,
@@ -315,14 +317,14 @@ def _results(path: Path, settings: Settings) -> dict[str, Any]:
     return results
 
 
-def _identity(contender: Contender) -> dict[str, Any]:
+def _arguments(contender: Contender) -> dict[str, Any]:
     options = None if contender.options is None else dict(contender.options)
-    return {"method": contender.method, "options": options, "call": dict(contender.call), "batch": contender.batch}
+    return {"options": options, "call": dict(contender.call), "batch": contender.batch}
 
 
 def _is_in(rows: dict[str, Any], contender: Contender) -> bool:
     row = rows.get(contender.name, {})
-    return all(name in row and row[name] == value for name, value in _identity(contender).items())
+    return all(name in row and row[name] == value for name, value in _arguments(contender).items())
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:

@@ -57,7 +57,8 @@ def _deepcache_tgate(interval: int, gate: int) -> Contender:
 
 
 def _anchor(gate: int, weight: float) -> Contender:
-    return Contender(f"tgate {gate} anchor {weight}", "T-GATE, anchor", {"gate_step": gate, "anchor_weight": weight})
+    method = "T-GATE, cond cached" if weight == 1 else "T-GATE, other anchors"
+    return Contender(f"tgate {gate} anchor {weight}", method, {"gate_step": gate, "anchor_weight": weight})
 
 
 def _reuse(gate: int, weight: float, scale: float) -> Contender:
@@ -71,6 +72,24 @@ def _drop_reuse(step: int, scale: float) -> Contender:
     return Contender(f"drop {step} reuse {scale}", "guidance reused", options)
 
 
+def _anchor_guidance(gate: int, guidance: float) -> Contender:
+    """Stronger guidance in the steps that have it."""
+    options = {"gate_step": gate, "anchor_weight": 1.0}
+    name = f"tgate {gate} anchor 1.0 guidance {guidance}"
+    return Contender(name, "T-GATE, cond cached, other guidance", options, {"guidance_scale": guidance})
+
+
+def _anchor_steps(steps: int, gate: int) -> Contender:
+    options = {"gate_step": gate, "anchor_weight": 1.0}
+    name = f"steps {steps} tgate {gate} anchor 1.0"
+    return Contender(name, "fewer steps + T-GATE, cond cached", options, {"num_inference_steps": steps})
+
+
+def _deepcache_anchor(interval: int, gate: int) -> Contender:
+    options = {"gate_step": gate, "deepcache_interval": interval, "anchor_weight": 1.0}
+    return Contender(f"deepcache {interval} tgate {gate} anchor 1.0", "DeepCache + T-GATE, cond cached", options)
+
+
 CONTENDERS: tuple[Contender, ...] = (
     Contender("plain", "plain", None),  # first: the others are compared with it
     # What is asked first: at a gate of 5, what does each part of T-GATE cost, and what do the two weights bring?
@@ -81,29 +100,41 @@ CONTENDERS: tuple[Contender, ...] = (
     *(_anchor(5, weight) for weight in (1.0, 2.0, 5.0, 0.0)),
     *(_drop_reuse(5, scale) for scale in (0.5, 1.0)),
     *(_reuse(5, 0.5, scale) for scale in (0.5, 1.0)),
+    # Then along the gates.
     _tgate(3),
     _drop(3),
+    _anchor(3, 1.0),
+    _steps(12),
+    _anchor(10, 1.0),
     _tgate(10),
     _drop(10),
-    _steps(12),
-    _steps(18),
     _steps(10),
+    _anchor_steps(15, 4),
+    _anchor_guidance(3, 8.0),
     _deepcache(3),
+    _deepcache_anchor(3, 5),
     _deepcache_tgate(3, 5),
-    _deepcache_tgate(3, 10),
+    *(_anchor(5, weight) for weight in (0.75, 1.25, 1.5)),
+    _anchor(2, 1.0),
+    _drop_reuse(5, 0.25),
+    _drop_reuse(10, 0.25),
+    _reuse(5, 1.0, 0.25),
+    _reuse(3, 1.0, 0.25),
+    _steps(18),
     _tgate2(10, "sp 5", sp_interval=5),
     _tgate2(10, "fi 2", fi_interval=2),
+    _deepcache_tgate(3, 10),
     _deepcache(2),
     _deepcache(5),
+    _steps(8),
     _tgate2(10, "sp 3", sp_interval=3),
     _tgate2(15, "sp 3", sp_interval=3),
-    _steps(8),
-    _steps(6),
-    _steps(20),
+    _adaptive(0.993),
+    _adaptive(0.997),
     _tgate(8),
     _tgate(15),
     _drop(8),
     _drop(15),
-    _adaptive(0.993),
-    _adaptive(0.997),
+    _steps(6),
+    _steps(20),
 )
