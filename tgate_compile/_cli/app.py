@@ -12,6 +12,7 @@ from tgate_compile._cli.console import OUT, print_error, show_logs
 from tgate_compile._cli.demo import demo
 from tgate_compile._cli.describe import describe
 from tgate_compile._cli.generate import generate
+from tgate_compile._cli.report import report
 from tgate_compile._errors import TGateError
 
 # Recent versions of typer bring their own copy of click, so click's base class is found through typer's.
@@ -76,3 +77,4 @@ def main_options(
 app.command()(demo)
 app.command()(generate)
 app.command()(describe)
+app.command()(report)

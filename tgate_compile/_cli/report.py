@@ -1,0 +1,182 @@
+"""`tgate-compile report`: what schedules cost on the real models, without their weights."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from tgate_compile._cli import options
+from tgate_compile._cli.console import ERR, OUT, print_note
+from tgate_compile._cost.image_cost import ImageCost, image_cost
+from tgate_compile._cost.models import MODELS, model_named
+from tgate_compile._cost.paper import paper_tables, schedule_of
+from tgate_compile._schedule import Schedule
+
+MSG_NOTHING_ASKED = "Give --paper for the paper's tables, or --model with one of: {known}."
+MSG_PAPER_ALONE = "--paper shows the tables as they are. Leave out {given}, or leave out --paper."
+MSG_NEVER_GATED = "Gate step {gate} is at or beyond the last of {steps} steps, so that nothing is gated."
+
+_STEP_METAVAR = "INT|FRACTION"
+
+
+def report(
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's tables, ours beside theirs.")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help=f"One of {', '.join(MODELS)}.", show_default="all")
+    ] = None,
+    gate_step: Annotated[
+        float | None,
+        typer.Option(
+            "--gate-step",
+            "-g",
+            parser=options.parse_gate_step,
+            metavar=_STEP_METAVAR,
+            help=options.GATE_HELP,
+            show_default="no gate",
+        ),
+    ] = None,
+    sp_interval: Annotated[
+        int | None, typer.Option(min=1, help="Self-attention every so many steps before the gate.", show_default="1")
+    ] = None,
+    fi_interval: Annotated[int | None, typer.Option(min=1, help="The same after the gate.", show_default="1")] = None,
+    warm_up: Annotated[
+        int | None, typer.Option(min=0, help="Steps before --sp-interval counts.", show_default="2")
+    ] = None,
+    deepcache_interval: Annotated[
+        int | None, typer.Option(min=1, help="A UNet's deep part every so many steps.", show_default="1")
+    ] = None,
+    deepcache_branch: Annotated[
+        int | None, typer.Option(min=0, help="Skip connection that the shallow part ends at.", show_default="0")
+    ] = None,
+    guidance_step: Annotated[
+        float | None,
+        typer.Option(
+            parser=options.parse_gate_step, metavar=_STEP_METAVAR, help="Steps with guidance.", show_default="all"
+        ),
+    ] = None,
+    guidance: Annotated[
+        bool | None,
+        typer.Option(
+            "--guidance/--no-guidance", help="Guided steps run at twice the batch.", show_default="the model's"
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the model's")] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images at a time.", show_default="1")] = None,
+    json: options.Json = False,
+) -> None:
+    """Count what a schedule costs on a model, or every row of the paper's tables. Needs no weights and runs nothing."""
+    schedule = {
+        "gate_step": gate_step,
+        "sp_interval": sp_interval,
+        "fi_interval": fi_interval,
+        "warm_up": warm_up,
+        "deepcache_interval": deepcache_interval,
+        "deepcache_branch": deepcache_branch,
+        "guidance_step": guidance_step,
+    }
+    image: dict[str, int | None] = {
+        "steps": steps,
+        "guided": guidance,
+        "height": height,
+        "width": width,
+        "batch": batch,
+    }
+    chosen = {name: value for name, value in schedule.items() if value is not None}
+    size = {name: value for name, value in image.items() if value is not None}
+    if model is None and not paper:
+        raise typer.BadParameter(MSG_NOTHING_ASKED.format(known=", ".join(MODELS)))
+    if paper and (chosen or size):
+        names = ("guidance" if name == "guided" else name.replace("_", "-") for name in (*chosen, *size))
+        raise typer.BadParameter(MSG_PAPER_ALONE.format(given=", ".join(f"--{name}" for name in names)))
+    if model is not None:
+        model_named(model)
+    rows = _paper_rows(model) if paper else _asked_rows(str(model), chosen, size)
+    if json:
+        typer.echo(json_format.dumps(rows, indent=2, allow_nan=False))
+    else:
+        _print_table(rows, paper=paper)
+
+
+def _paper_rows(model: str | None) -> list[dict[str, Any]]:
+    rows = []
+    tables = paper_tables()
+    for row in tables["rows"]:
+        if model not in (None, row["model"]):
+            continue
+        schedule, notes = schedule_of(row)
+        with ERR.status(f"Capturing {row['model']}"):
+            cost = image_cost(model_named(row["model"]), schedule, steps=row.get("steps"))
+        ours = _ours(cost, schedule)
+        deviation = ours["ours_macs_t"] / row["macs_t"] - 1
+        rows.append({**row, **ours, "deviation": deviation, "notes": list(notes)})
+    return rows
+
+
+def _asked_rows(model: str, chosen: Mapping[str, Any], size: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The schedule asked for, then what it is to be compared with: guidance drop alone, and every step in full."""
+    real = model_named(model)
+    schedule = Schedule(**{"gate_step": None, **chosen}) if chosen else None
+    steps = size.get("steps", real.steps)
+    rows: list[tuple[str, Schedule | None]] = [] if schedule is None else [(_method(schedule), schedule)]
+    if schedule is not None and schedule.gate_step is not None:
+        gate = schedule.gate(steps)
+        if gate >= steps:
+            print_note(MSG_NEVER_GATED.format(gate=gate, steps=steps))
+        elif size.get("guided", real.guided):
+            rows.append(("guidance_drop", Schedule(None, guidance_step=gate)))
+    rows.append(("none", None))
+    described = []
+    for method, each in rows:
+        with ERR.status(f"Capturing {model}"):
+            cost = image_cost(real, each, **size)
+        about = {"model": model, **size, "steps": steps, "method": method}
+        described.append({**about, **(chosen if each is schedule else {}), **_ours(cost, each)})
+    return described
+
+
+def _method(schedule: Schedule) -> str:
+    parts = ["deepcache"] if schedule.deepcache_interval > 1 else []
+    parts += ["tgate"] if schedule.gate_step is not None else []
+    parts += ["adaptive_guidance"] if schedule.guidance_step is not None else []
+    return "+".join(parts)
+
+
+def _ours(cost: ImageCost, schedule: Schedule | None) -> dict[str, Any]:
+    return {
+        "ours_macs_t": cost.macs / 1e12,
+        "ours_macs_with_attention_t": cost.macs_with_attention / 1e12,
+        "ours_params_m": cost.parameters / 1e6,
+        "ours_params_at_end_m": cost.parameters_at_end / 1e6,
+        "ours_schedule": "none" if schedule is None else str(schedule),
+        "ours_strip": cost.strip,
+    }
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]], *, paper: bool) -> None:
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("schedule", min_width=16)
+    headings = ["ours\nT MACs", "with\nattention", "params\nM"]
+    for heading in ["paper\nT MACs", headings[0], "deviation", *headings[1:]] if paper else headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    notes: list[str] = []
+    for row in rows:
+        notes += [note for note in row.get("notes", ()) if note not in notes]
+        marks = "".join(f" [{notes.index(note) + 1}]" for note in row.get("notes", ()))
+        name = row["ours_schedule"] if row["method"] != "guidance_drop" else f"{row['ours_schedule']} alone"
+        cells = [row["model"], name + marks]
+        cells += [f"{row['macs_t']:.3f}"] if paper else []
+        cells += [f"{row['ours_macs_t']:.3f}"]
+        cells += [f"{row['deviation']:+.3%}"] if paper else []
+        cells += [f"{row[f'ours_{key}']:.3f}" for key in ("macs_with_attention_t", "params_m")]
+        table.add_row(*cells)
+    OUT.print(table)
+    for number, note in enumerate(notes, start=1):
+        OUT.print(f"[{number}] {note}", markup=False)
