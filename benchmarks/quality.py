@@ -263,8 +263,8 @@ def measure(path: Path, contenders: Sequence[Contender], settings: Settings, ima
         return
     judge = Judge(settings)
     command = (
-        f"python benchmarks/quality.py --captions {settings.pairs} --caption-seed {settings.caption_seed} "
-        f"--steps {settings.steps}"
+        f"python benchmarks/quality.py --captions {settings.pairs} --singles {settings.singles} "
+        f"--caption-seed {settings.caption_seed} --steps {settings.steps}"
     )
     results |= {"command": command, "frechet_floor": judge.floor, "environment": _environment()}
     layers, total = full_step_macs()
@@ -343,7 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file; continued if it is there")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="contenders; * stands for anything")
-    parser.add_argument("--captions", type=int, default=256, help="pair captions; half as many single ones")
+    parser.add_argument("--captions", type=int, default=256, help="captions of two objects")
+    parser.add_argument("--singles", type=int, help="captions of one object; half as many by default")
     parser.add_argument("--caption-seed", type=int, default=2026)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--images", type=Path, help="a folder to keep the images in")
@@ -351,7 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [c for c in CONTENDERS if any(fnmatch(c.name, pattern) for pattern in options.only)]
     if not chosen:
         parser.error(f"no contender is called {' or '.join(options.only)}; there are: {[c.name for c in CONTENDERS]}")
-    settings = Settings(options.captions, max(options.captions // 2, 1), options.caption_seed, steps=options.steps)
+    singles = max(options.captions // 2, 1) if options.singles is None else options.singles
+    settings = Settings(options.captions, singles, options.caption_seed, steps=options.steps)
     measure(options.out, chosen, settings, options.images)
 
 
