@@ -19,8 +19,8 @@ from tgate_compile._cost.paper import NOTE_BRANCH, NOTE_GATE, NOTE_GUIDANCE, pap
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile._schedule import Phase, Schedule
 
-# The paper's, in millions, and how far off they may be. Its SD-2.1 is an eighth of a million smaller than the model, and
-# its SDXL two and a half millions larger, both before and after the gate: what is removed agrees.
+# The paper's, in millions, and how far off they may be. Its SD-2.1 is an eighth of a million smaller than the model,
+# and its SDXL two and a half millions larger, both before and after the gate: what is removed agrees.
 PARAMETERS = paper_tables()["params_millions"]
 PARAMETERS_WITHIN = {"sd15": 3e-6, "sd21": 2e-4, "sdxl": 1.2e-3, "pixart_alpha": 3e-6}
 
