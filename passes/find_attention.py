@@ -49,7 +49,7 @@ def find_attention(
         if kind not in kinds:
             continue
         path = innermost_module(core.node)
-        outlet = _before_residual_and_rescale(_outlet(graph, path), path)
+        outlet = _before_residual_and_rescale(_outlet(core.node, path), path)
         if outlet not in sites:
             value = outlet.meta["val"]
             sites[outlet] = Site(
@@ -64,11 +64,12 @@ def _without_processor(path: str) -> str:
     return path.removesuffix(".processor")
 
 
-def _outlet(graph: torch.fx.Graph, path: str) -> Node:
-    """The one value of module `path` that is used outside of it."""
-    leaving: list[Node] = [
-        node for node in graph.nodes if is_inside(node, path) and any(not is_inside(user, path) for user in node.users)
-    ]
+def _outlet(core: Node, path: str) -> Node:
+    """The one value that module `path` makes of its attention `core` and that is used outside of it."""
+    made = [core]
+    for node in made:  # which grows
+        made += [user for user in node.users if is_inside(user, path) and user not in made]
+    leaving = [node for node in made if any(not is_inside(user, path) for user in node.users)]
     if len(leaving) != 1:
         values = ", ".join(node.name for node in leaving)
         raise UnsupportedModelError(MSG_SEVERAL_OUTPUTS.format(module=path, count=len(leaving), values=values))

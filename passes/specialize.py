@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant:
     """The variant of `captured` that serves `phase`; `captured` is left alone.
 
-    Where the phase merges the guidance halves, `anchor` is the weight of the cond half.
+    Where the phase merges the guidance halves, `anchor` is the weight of the second half.
     The parameters are shared, never copied, and those that nothing uses any more are not part of the result.
 
     Raises:

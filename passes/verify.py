@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from torch.export.graph_signature import InputKind
 
 from tgate_compile._errors import VerificationError
 from tgate_compile._graphs import Captured, Variant
 from tgate_compile.passes.find_attention import find_attention
-from tgate_compile.passes.module_region import is_inside
 from tgate_compile.passes.operands import is_mutable, outputs_of
 
 
@@ -16,7 +15,7 @@ def verify(variant: Variant, captured: Captured) -> None:
 
     - It returns what the denoiser returns, then one value for each emission: batch B when it is merged, else the
       site's own shape.
-    - It takes one cache for each reused site; no attention of a reused kind is left, and no weight of one.
+    - It takes one cache for each reused site; no attention of a reused kind is left, nor a weight that only these need.
     - Every value has its `meta["val"]`, and nothing works in place.
     - No output is an input, and no two outputs are the same value.
 
@@ -46,19 +45,24 @@ def verify(variant: Variant, captured: Captured) -> None:
     attention = find_attention(variant.program.graph_module, latents, variant.phase.reuse)
     left = [site.name for site in attention if site.name in reused]
     _require(not left, f"{len(left)} attentions are left that are reused: {left}")
-    weights = set(variant.weights) & _own_weights(captured, reused)
-    _require(not weights, f"weights of cached attentions are left: {sorted(weights)}")
+    unneeded = sorted(set(variant.weights) - _needed_weights(variant, captured))
+    _require(not unneeded, f"weights are left that only cached values need: {unneeded}")
 
 
-def _own_weights(captured: Captured, modules: Collection[str]) -> set[str]:
-    """The parameters that only these modules' own computations use (others may borrow a layer of theirs)."""
-    parameters = captured.program.graph_signature.inputs_to_parameters
+def _needed_weights(variant: Variant, captured: Captured) -> set[str]:
+    """The parameters and constants that are needed if the values of the reused sites are given."""
+    given = {site.node for site in captured.sites if site.kind in variant.phase.reuse}
+    nodes = {node.name: node for node in captured.program.graph.nodes}
+    wanted = [*outputs_of(captured.program.graph), *(nodes[emission.site.node] for emission in variant.emitted)]
+    needed = set(wanted)
+    for node in wanted:  # which grows
+        new = [] if node.name in given else [source for source in node.all_input_nodes if source not in needed]
+        needed.update(new)
+        wanted += new
+    specs = captured.program.graph_signature.input_specs
     return {
-        parameters[node.name]
-        for node in captured.program.graph.nodes
-        if node.op == "placeholder" and node.name in parameters and node.users
-        and any(all(is_inside(user, path) for user in node.users) for path in modules)
-    }  # fmt: skip
+        str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT and nodes[spec.arg.name] in needed
+    }
 
 
 def _require(condition: bool, problem: str) -> None:

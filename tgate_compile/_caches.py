@@ -46,8 +46,10 @@ class Caches:
         self._values[None, key] = mean.clamp(-limit, limit).to(uncond.dtype)
         self._layouts[key[0]] = "one"
 
-    def fit(self, kind: Kind, *, guided: bool, keep: Half) -> None:
-        """Make the values of `kind` suit a step that is `guided`, or only those of the half `keep`.
+    def fit(self, kind: Kind, *, guided: bool, keep: Half, order: tuple[Half, Half]) -> None:
+        """Make the values of `kind` suit a step that is `guided`, or else keep those of the half `keep` alone.
+
+        `order` is that of the halves where a value has both.
 
         Raises:
             ConfigurationError: they have been made without guidance, which is on now.
@@ -60,7 +62,7 @@ class Caches:
         for half, key in [address for address in self._values if address[1][0] == kind]:
             value = self._values.pop((half, key))
             if half in (None, keep):
-                self._values[None, key] = value.chunk(2)[keep == "cond"] if layout == "both" else value
+                self._values[None, key] = value.chunk(2)[order.index(keep)] if layout == "both" else value
         self._layouts[kind] = "one"
 
     def values(self, half: Half | None) -> Mapping[Key, torch.Tensor]:

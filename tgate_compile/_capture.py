@@ -139,8 +139,17 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 
 
 def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
-    """The paths of the modules that call themselves cross-attentions (diffusers' `Attention` does)."""
+    """The paths of the modules that call themselves cross-attentions: diffusers' `Attention`, most of its relatives."""
     return [name for name, module in denoiser.named_modules() if getattr(module, "is_cross_attention", False) is True]
+
+
+def denies_cross_attention(denoiser: torch.nn.Module) -> bool:
+    """Whether attentions of `denoiser` say of themselves what they are, and none that it is a cross-attention.
+
+    LTX's say nothing; then only the graph tells.
+    """
+    said = [getattr(module, "is_cross_attention", None) for module in denoiser.modules()]
+    return False in said and True not in said
 
 
 def check_patterns(denoiser: torch.nn.Module, patterns: Sequence[str]) -> None:
@@ -148,7 +157,7 @@ def check_patterns(denoiser: torch.nn.Module, patterns: Sequence[str]) -> None:
     names = [name for name, _ in denoiser.named_modules()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            examples = ", ".join(cross_attention_modules(denoiser)[:2])
+            examples = ", ".join((cross_attention_modules(denoiser) or names)[:2])
             raise ConfigurationError(
                 MSG_NO_MODULE.format(pattern=pattern, model=type(denoiser).__name__, examples=examples)
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tgate_compile._errors import ConfigurationError
+from tgate_compile._families import Family
 from tgate_compile._schedule import Schedule
 
 #: What caches can be kept in. fp8 has no scale: attention's outputs are of order one.
@@ -23,6 +24,7 @@ class Config:
 
     Attributes:
         schedule: from step to phase.
+        family: what is specific to the pipeline's class.
         sites: patterns of the names of the attentions to cache, as in a shell (`up_blocks.*`); None means all.
         cache_dtype: what they are cached in; None means their own dtype.
         backend: the name of a backend, or `auto`.
@@ -30,6 +32,7 @@ class Config:
     """
 
     schedule: Schedule
+    family: Family = Family()  # noqa: RUF009 (it is frozen)
     sites: Sequence[str] | None = None
     cache_dtype: torch.dtype | None = None
     backend: str = "inductor"

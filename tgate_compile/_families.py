@@ -18,6 +18,9 @@ class Family:
     Attributes:
         interleaved: inputs whose rows alternate between the halves, [uncond, cond, uncond, cond, ...],
             instead of being [uncond...; cond...]; each a path of keywords in the denoiser's call.
+        repeated: inputs with several rows for each of the latents' (one per frame), the halves one after the other;
+            paths likewise.
+        order: the halves in the order in which they stand in a batch of both.
         calls: the guidance halves in the order in which they are evaluated, each in a denoiser call of its own;
             empty where one call has both.
         only: the half that can go on once guidance has stopped, where not both can.
@@ -26,6 +29,8 @@ class Family:
     """
 
     interleaved: tuple[tuple[str, ...], ...] = ()
+    repeated: tuple[tuple[str, ...], ...] = ()
+    order: tuple[Half, Half] = ("uncond", "cond")
     calls: tuple[Half, ...] = ()
     only: Half | None = None
     second: str | None = None
@@ -36,8 +41,13 @@ class Family:
 # for the batch, and so does its ControlNet sibling; the other SDXL pipelines repeat first.
 _SDXL = Family(interleaved=(("added_cond_kwargs", "time_ids"),))
 
+# The prompt comes once per frame.
+_TEXT_PER_FRAME = Family(repeated=(("encoder_hidden_states",),))
+
 # The image goes in with the cond half only: without it, the other half does not know what to animate.
 _IMAGE_TO_VIDEO = Family(only="cond")
+
+_PROMPT_FIRST = Family(order=("cond", "uncond"))
 
 # The second call of a timestep is handed what the first has computed, so that the first's half goes on.
 _TWO_CALLS = Family(calls=("cond", "uncond"), only="cond")
@@ -51,6 +61,14 @@ FAMILIES: Mapping[str, Family] = {
     "StableDiffusionXLAdapterPipeline": _SDXL,
     "KolorsPipeline": _SDXL,
     "KolorsImg2ImgPipeline": _SDXL,
+    "AnimateDiffPipeline": _TEXT_PER_FRAME,
+    "AnimateDiffControlNetPipeline": _TEXT_PER_FRAME,
+    "AnimateDiffSDXLPipeline": Family(interleaved=_SDXL.interleaved, repeated=_TEXT_PER_FRAME.repeated),
+    "AnimateDiffSparseControlNetPipeline": _TEXT_PER_FRAME,
+    "AnimateDiffVideoToVideoPipeline": _TEXT_PER_FRAME,
+    "AnimateDiffVideoToVideoControlNetPipeline": _TEXT_PER_FRAME,
+    "LuminaPipeline": _PROMPT_FIRST,
+    "LuminaText2ImgPipeline": _PROMPT_FIRST,
     "StableVideoDiffusionPipeline": _IMAGE_TO_VIDEO,
     "WanPipeline": _TWO_CALLS_TWO_EXPERTS,
     "WanImageToVideoPipeline": _TWO_CALLS_TWO_EXPERTS,

@@ -207,7 +207,8 @@ class Generation:
             self._after_guided_step(outputs, latents)
         elif guided:
             halves = self._two_halves(outputs)
-            outputs = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
+            first, second = self._family.order
+            outputs = [torch.cat(pair) for pair in zip(halves[first], halves[second], strict=True)]
         self._end_timestep()
         return compiled.unflatten(outputs)
 
@@ -244,7 +245,8 @@ class Generation:
         phase = plan[min(step, self._counter.num_steps - 1)]
         for kind in phase.reuse:
             # A callback that switches guidance off keeps the prompt's half, as diffusers' own do.
-            self._caches.fit(kind, guided=phase.guided, keep=self._schedule.kept if guided else "cond")
+            keep = self._schedule.kept if guided else "cond"
+            self._caches.fit(kind, guided=phase.guided, keep=keep, order=self._family.order)
         return step, phase
 
     def _end_timestep(self) -> None:
@@ -281,7 +283,7 @@ class Generation:
             self._last_guided = predictions
 
     def _kept(self, call: Call, batch: int) -> Call:
-        return one_half(call, batch, self._schedule.kept, self._family.interleaved)
+        return one_half(call, batch, self._schedule.kept, self._family)
 
     def _two_halves(self, outputs: Sequence[torch.Tensor]) -> dict[Half, list[torch.Tensor]]:
         return two_halves(outputs, self._schedule.kept, self._last_guided, self._schedule.guidance_reuse)

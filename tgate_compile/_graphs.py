@@ -64,8 +64,8 @@ class Emission:
 
     Attributes:
         site: which.
-        anchor: the weight of the cond half where the guidance halves are merged into one; None hands on the value as
-            it is.
+        anchor: the weight of the second half of the batch (the cond half, as a rule) where the guidance halves are
+            merged into one; None hands on the value as it is.
     """
 
     site: Site

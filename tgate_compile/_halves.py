@@ -1,14 +1,15 @@
-"""The two halves of classifier-free guidance, [uncond; cond]: taken apart, put together, compared."""
+"""The two halves of classifier-free guidance: taken apart, put together, compared."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from tgate_compile._call import Call
 from tgate_compile._errors import UnsupportedModelError
+from tgate_compile._families import Family
 from tgate_compile._schedule import Half
 
 MSG_NOT_TWO_HALVES = (
@@ -30,20 +31,19 @@ def check_halves(latents: torch.Tensor, *, same: bool) -> None:
         raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
 
 
-def one_half(call: Call, batch: int, keep: Half, interleaved: Collection[tuple[str, ...]]) -> Call:
-    """`call`, whose latents have a batch of `batch` = 2B, for its half `keep` alone.
-
-    `interleaved` are the paths of the keyword arguments whose rows alternate between the halves.
-    """
-    size = batch // 2
-    rows = slice(size) if keep == "uncond" else slice(size, batch)
-    alternate = slice(0, None, 2) if keep == "uncond" else slice(1, None, 2)
-    alternating = [_keyword(call, path) for path in interleaved]
+def one_half(call: Call, batch: int, keep: Half, family: Family) -> Call:
+    """`call`, whose latents have a batch of `batch` = 2B, for its half `keep` alone."""
+    position = family.order.index(keep)
+    interleaved = [_keyword(call, path) for path in family.interleaved]
+    repeated = [_keyword(call, path) for path in family.repeated]
 
     def half(leaf: torch.Tensor) -> torch.Tensor:
-        if leaf.ndim == 0 or leaf.shape[0] != batch:
+        several = any(leaf is tensor for tensor in repeated)
+        if leaf.ndim == 0 or (leaf.shape[0] != batch and not several):
             return leaf  # shared by both halves: a timestep, a mask
-        return leaf[alternate if any(leaf is tensor for tensor in alternating) else rows]
+        if any(leaf is tensor for tensor in interleaved):
+            return leaf[position::2]
+        return leaf.chunk(2)[position]
 
     return call.map_tensors(half)
 

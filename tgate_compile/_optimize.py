@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._backends import check_backend
-from tgate_compile._capture import MSG_NO_SITES, check_patterns, cross_attention_modules
+from tgate_compile._capture import MSG_NO_SITES, check_patterns, denies_cross_attention
 from tgate_compile._config import Config
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
@@ -141,7 +141,14 @@ def optimize(
     schedules = {name: _with_possible_half(pipe, chosen) for name, chosen in schedules.items()}
     options = {} if backend_options is None else backend_options
     configs = {
-        name: Config(chosen, sites=sites, cache_dtype=cache_dtype, backend=backend, backend_options=options)
+        name: Config(
+            chosen,
+            family=family_of(type(pipe)),
+            sites=sites,
+            cache_dtype=cache_dtype,
+            backend=backend,
+            backend_options=options,
+        )
         for name, chosen in schedules.items()
     }
     check_backend(backend, options)
@@ -207,8 +214,8 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     reason = refusal(type(pipe))
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
-    has_cross = type(denoiser).__name__ not in JOINT_ATTENTION and cross_attention_modules(denoiser)
-    if "cross" in config.schedule.kinds and not has_cross:
+    no_cross = type(denoiser).__name__ in JOINT_ATTENTION or denies_cross_attention(denoiser)
+    if "cross" in config.schedule.kinds and no_cross:
         raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
     check_patterns(denoiser, config.sites or ())
     registry = getattr(denoiser, "_diffusers_hook", None)

@@ -168,7 +168,7 @@ def _generation(
                 hook.store,
                 hook.own_forward,
                 _schedule(hook.config.schedule, gates[name]),
-                family=state.family,
+                family=hook.config.family,
                 guided=guided,
                 scheduler=lambda: pipe.scheduler,
                 num_calls=functools.partial(_num_calls, pipe, state.family, name, num_timesteps),

@@ -113,7 +113,9 @@ class VariantStore:
             )
             self._captures[key] = captured
             self._drop_oldest()
-        variant = specialize(captured, phase, config.schedule.anchor_weight)
+        cond_weight = config.schedule.anchor_weight
+        cond_is_second = config.family.order[1] == "cond"
+        variant = specialize(captured, phase, cond_weight if cond_is_second else 1.0 - cond_weight)
         self._variants[key, phase] = (variant, captured)
         return variant, captured
 

@@ -92,15 +92,15 @@ class _TwoOutputs(nn.Module):
             query = self.to_q(hidden)
             key = self.to_k(context)
             mixed = nn.functional.scaled_dot_product_attention(query, key, self.to_v(context))
-            return self.to_out(mixed), key
+            return self.to_out(mixed), mixed
 
     def __init__(self) -> None:
         super().__init__()
         self.attn = self.Attention(6)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        out, key = self.attn(sample, text)
-        return out + key.mean()
+        out, mixed = self.attn(sample, text)
+        return out + mixed.mean()
 
 
 def test_an_attention_with_two_results_is_refused_by_name() -> None:
