@@ -257,7 +257,7 @@ def measure(path: Path, contenders: Sequence[Contender], settings: Settings, ima
     rows: dict[str, Any] = results["rows"]
     plain = CONTENDERS[0]
     missing = [contender for contender in contenders if not _is_in(rows, contender)]
-    rows |= {c.name: rows[c.name] | {"method": c.method} for c in CONTENDERS if c.name in rows}
+    rows |= {c.name: rows[c.name] | _place(c) for c in CONTENDERS if c.name in rows}
     if not missing:
         logger.info("nothing to do: %s has them all", path)
         return
@@ -283,7 +283,7 @@ def measure(path: Path, contenders: Sequence[Contender], settings: Settings, ima
         if contender is plain:
             judge.set_plain(drawn.images)
         row = {
-            "method": contender.method,
+            **_place(contender),
             **_arguments(contender),
             "macs": round(drawn.macs / (everything * layers), 4),
             "macs_with_attention": round(drawn.macs_total / (everything * total), 4),
@@ -291,6 +291,7 @@ def measure(path: Path, contenders: Sequence[Contender], settings: Settings, ima
             **judge(drawn.images),
         }
         rows[contender.name] = row
+        results["rows"] = {c.name: rows[c.name] for c in CONTENDERS if c.name in rows}
         _write(path, results)
         logger.info("%s", summary(contender.name, row))
 
@@ -315,6 +316,10 @@ def _results(path: Path, settings: Settings) -> dict[str, Any]:
     if results["settings"] != asked:
         raise SystemExit(MSG_OTHER_SETTINGS.format(path=path, found=results["settings"], asked=asked))
     return results
+
+
+def _place(contender: Contender) -> dict[str, str]:
+    return {"method": contender.method, "label": contender.label}
 
 
 def _arguments(contender: Contender) -> dict[str, Any]:
@@ -342,19 +347,21 @@ def _environment() -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file; continued if it is there")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="contenders; * stands for anything")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="NAME", help="contenders, in that order; * is anything"
+    )
     parser.add_argument("--captions", type=int, default=256, help="captions of two objects")
     parser.add_argument("--singles", type=int, help="captions of one object; half as many by default")
     parser.add_argument("--caption-seed", type=int, default=2026)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--images", type=Path, help="a folder to keep the images in")
     options = parser.parse_args(arguments)
-    chosen = [c for c in CONTENDERS if any(fnmatch(c.name, pattern) for pattern in options.only)]
-    if not chosen:
+    by_name = {c.name: c for pattern in options.only for c in CONTENDERS if fnmatch(c.name, pattern)}
+    if not by_name:
         parser.error(f"no contender is called {' or '.join(options.only)}; there are: {[c.name for c in CONTENDERS]}")
     singles = max(options.captions // 2, 1) if options.singles is None else options.singles
     settings = Settings(options.captions, singles, options.caption_seed, steps=options.steps)
-    measure(options.out, chosen, settings, options.images)
+    measure(options.out, list(by_name.values()), settings, options.images)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +17,117 @@ import matplotlib
 matplotlib.use("Agg")  # a file, no window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# Colours by Okabe and Ito, told apart by the colour-blind; markers tell the methods apart without any colour.
-STYLES: dict[str, dict[str, Any]] = {
-    "fewer steps": {"color": "#555555", "marker": "o", "linestyle": "--"},
-    "guidance drop": {"color": "#0072B2", "marker": "s"},
-    "Adaptive Guidance": {"color": "#56B4E9", "marker": "D"},
-    "T-GATE": {"color": "#D55E00", "marker": "^"},
-    "T-GATE, cond cached": {"color": "#009E73", "marker": "*", "markersize": 13},
-    "T-GATE v2": {"color": "#CC79A7", "marker": "v"},
-    "DeepCache": {"color": "#E69F00", "marker": "P"},
-    "DeepCache + T-GATE": {"color": "#8C6D00", "marker": "X"},
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn. `labels`: where the points' labels stand, in points from the marker, or nowhere."""
+
+    title: str
+    colour: str
+    marker: str
+    line: str = "-"
+    labels: tuple[int, int] | None = None
+
+
+# Colours by Okabe and Ito, told apart by the colour-blind; the markers tell the methods apart without any colour.
+STYLES: dict[str, Style] = {
+    "fewer steps": Style("fewer steps (number of steps)", "#555555", "o", "--", (0, -17)),
+    "guidance drop": Style("guidance drop (steps with it)", "#0072B2", "s", labels=(8, -16)),
+    "T-GATE": Style("T-GATE v1 (gate)", "#D55E00", "^", labels=(-9, -4)),
+    "T-GATE, cond cached": Style("T-GATE, cond cached (gate)", "#009E73", "*", labels=(-2, 9)),
+    "fewer steps + T-GATE, cond cached": Style("the same, fewer steps (steps, gate)", "#009E73", "h", ":", (0, 9)),
+    "T-GATE v2": Style("T-GATE v2 (gate, interval)", "#CC79A7", "v", "", (9, -4)),
+    "Adaptive Guidance": Style("Adaptive Guidance (likeness)", "#56B4E9", "D", "", (9, -4)),
+    "DeepCache": Style("DeepCache (interval)", "#B88A00", "P", "-.", (0, -18)),
+    "DeepCache + T-GATE": Style("DeepCache + T-GATE (interval, gate)", "#6B5000", "X", ":", (0, -18)),
 }
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Two panels, pair accuracy and Frechet distance to drawn scenes, over multiply-accumulates."""
+    rows = results["rows"]
+    settings = results["settings"]
     with plt.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, (accuracy, distance) = plt.subplots(1, 2, figsize=(14, 6.5), layout="constrained")
-        rows = results["rows"]
+        figure, (wrong, distance) = plt.subplots(2, 1, figsize=(12, 14), layout="constrained", sharex=True)
         for method, style in STYLES.items():
-            names = sorted((n for n in rows if rows[n]["method"] == method), key=lambda n: float(rows[n]["macs"]))
-            if not names:
-                continue
-            points = [rows[name] for name in names]
-            _line(accuracy, method, style, points, [100 * point["pair"]["accuracy"]["all"] for point in points])
-            _line(distance, method, style, points, [point["frechet_to_drawings"] for point in points])
+            points = sorted((row for row in rows.values() if row["method"] == method), key=lambda row: row["macs"])
+            if points:
+                errors = [100 * point["pair"]["accuracy_minus_plain_se"] for point in points]
+                _line(wrong, style, points, [100 - 100 * p["pair"]["accuracy"]["all"] for p in points], errors)
+                _line(distance, style, points, [point["frechet_to_drawings"] for point in points])
         plain = rows["plain"]
-        accuracy.axhline(100 * plain["pair"]["accuracy"]["all"], color="black", linewidth=1, zorder=0)
-        distance.axhline(plain["frechet_to_drawings"], color="black", linewidth=1, zorder=0)
-        accuracy.set_title("Pairs drawn as the caption says / %  (higher is better)", loc="left", fontsize=13)
-        distance.set_title("Fréchet distance to drawn scenes  (lower is better)", loc="left", fontsize=13)
-        distance.set_yscale("log")
-        distance.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        distance.yaxis.set_minor_formatter(NullFormatter())
-        for axes in (accuracy, distance):
-            axes.set_xlabel("multiply-accumulates of an image, the plain pipeline with 25 steps = 1")
+        for axes, value in (
+            (wrong, 100 - 100 * plain["pair"]["accuracy"]["all"]),
+            (distance, plain["frechet_to_drawings"]),
+        ):
+            axes.axhline(value, color="black", linewidth=1.2, zorder=0)
+            axes.annotate(
+                "plain, 25 steps",
+                (1.0, value),
+                (0, 5),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                fontsize=12,
+            )
+            axes.plot([1.0], [value], marker="o", color="black", markersize=9, clip_on=False)
             axes.grid(alpha=0.3)
-        handles, labels = accuracy.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        wrong.set_title(
+            f"Wrong pairs / %: not all as the caption says, of {settings['pairs']}; lower is better",
+            loc="left",
+            fontsize=14,
+        )
+        distance.set_title(
+            "Fréchet distance to drawn scenes of the same captions; lower is better", loc="left", fontsize=14
+        )
+        distance.set_xlabel("multiply-accumulates of an image; the plain pipeline, 25 steps = 1")
+        distance.tick_params(labelbottom=True)
+        wrong.set_yscale("symlog", linthresh=1)
+        distance.set_yscale("log")
+        for axes, ticks in ((wrong, (0, 0.5, 1, 2, 5, 10, 20, 50, 100)), (distance, (5, 10, 15, 20, 30, 50, 100, 200))):
+            axes.yaxis.set_major_locator(FixedLocator(ticks))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        wrong.set_ylim(bottom=-0.25)
+        handles, labels = wrong.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=100)
         plt.close(figure)
 
 
 def _line(
-    axes: Axes, method: str, style: dict[str, Any], points: Sequence[dict[str, Any]], values: list[float]
+    axes: Axes, style: Style, points: Sequence[dict[str, Any]], values: list[float], errors: list[float] | None = None
 ) -> None:
-    axes.plot([point["macs"] for point in points], values, label=method, **{"linewidth": 1.8, "markersize": 8, **style})
+    costs = [point["macs"] for point in points]
+    size = 14 if style.marker == "*" else 9
+    axes.errorbar(
+        costs,
+        values,
+        yerr=errors,
+        label=style.title,
+        color=style.colour,
+        marker=style.marker,
+        markersize=size,
+        linestyle=style.line or "none",
+        linewidth=1.8,
+        elinewidth=1,
+        alpha=0.9,
+    )
+    if style.labels is None:
+        return
+    for point, cost, value in zip(points, costs, values, strict=True):
+        axes.annotate(
+            point["label"],
+            (cost, value),
+            style.labels,
+            textcoords="offset points",
+            color=style.colour,
+            fontsize=11,
+            ha="center" if abs(style.labels[0]) < 5 else "left" if style.labels[0] > 0 else "right",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
