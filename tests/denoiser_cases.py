@@ -1,0 +1,185 @@
+"""The pipelines beside Stable Diffusion and PixArt: how each is called, and what is true of its denoiser.
+
+Written down by hand from diffusers' code, and checked in `test_denoisers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests import tiny_transformers, tiny_video
+from tests.denoiser_reference import OneCall, TwoCalls, played
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pipeline.
+
+    Attributes:
+        build: makes it, always the same.
+        call: the arguments of its call, for so many prompts.
+        sites: the paths of the cross-attentions of its denoiser, or of each of its denoisers.
+        halved: see `OneCall`; empty where each guidance half has a denoiser call of its own.
+        alternating: see `OneCall`.
+        kept: see `OneCall`; the position of the negative prompt's half, unless a comment says otherwise.
+        guidance: the name of the call's argument that is 1 for no guidance.
+        denoisers: the names of the denoisers.
+        gate: the gate of the tests, for `STEPS` steps.
+        strip: what these look like in a description.
+        exact: whether caching alone changes nothing, since what is cached is the same in all steps.
+    """
+
+    build: Callable[[], Any]
+    call: Callable[[int], dict[str, Any]]
+    sites: tuple[str, ...]
+    halved: tuple[str, ...] = ()
+    alternating: tuple[str, ...] = ()
+    kept: int = 0
+    guidance: str = "guidance_scale"
+    denoisers: tuple[str, ...] = ("transformer",)
+    gate: int = 3
+    strip: str = "FFFppp"
+    exact: bool = False
+
+
+STEPS = 6
+
+_UNET = (
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
+    "mid_block.attentions.0.transformer_blocks.0.attn2",
+)
+_BLOCKS = ("blocks.0.attn2", "blocks.1.attn2")
+_TRANSFORMER_BLOCKS = ("transformer_blocks.0.attn2", "transformer_blocks.1.attn2")
+_LATENTS_TIME_TEXT = ("hidden_states", "timestep", "encoder_hidden_states")
+
+CASES = {
+    "AnimateDiffPipeline": Case(
+        tiny_video.animatediff,
+        tiny_video.animatediff_call,
+        _UNET,  # and not the motion modules' `attn2`, which attend to the latents alone
+        halved=("sample", "encoder_hidden_states"),
+        denoisers=("unet",),
+    ),
+    "KolorsPipeline": Case(
+        tiny_transformers.kolors,
+        tiny_transformers.kolors_call,
+        _UNET,
+        halved=("sample", "encoder_hidden_states", "added_cond_kwargs"),
+        alternating=("time_ids",),
+        denoisers=("unet",),
+    ),
+    "HunyuanDiTPipeline": Case(
+        tiny_transformers.hunyuan_dit,
+        tiny_transformers.hunyuan_dit_call,
+        _BLOCKS,
+        halved=(
+            *_LATENTS_TIME_TEXT,
+            "text_embedding_mask",
+            "encoder_hidden_states_t5",
+            "text_embedding_mask_t5",
+            # Both alternate, but are the same for all rows.
+            "image_meta_size",
+            "style",
+        ),
+    ),
+    "LattePipeline": Case(
+        tiny_video.latte,
+        tiny_video.latte_call,
+        _TRANSFORMER_BLOCKS,  # and none in `temporal_transformer_blocks`
+        halved=_LATENTS_TIME_TEXT,
+    ),
+    "SanaPipeline": Case(
+        tiny_transformers.sana,
+        tiny_transformers.sana_call,
+        _TRANSFORMER_BLOCKS,
+        halved=(*_LATENTS_TIME_TEXT, "encoder_attention_mask"),
+    ),
+    "LTXPipeline": Case(
+        tiny_video.ltx,
+        tiny_video.ltx_call,
+        _TRANSFORMER_BLOCKS,
+        halved=(*_LATENTS_TIME_TEXT, "encoder_attention_mask"),
+    ),
+    "StableAudioPipeline": Case(
+        tiny_transformers.stable_audio,
+        tiny_transformers.stable_audio_call,
+        _TRANSFORMER_BLOCKS,
+        halved=("hidden_states", "encoder_hidden_states", "global_hidden_states"),
+    ),
+    "LuminaPipeline": Case(
+        tiny_transformers.lumina,
+        tiny_transformers.lumina_call,
+        ("layers.0.attn2", "layers.1.attn2"),
+        halved=(*_LATENTS_TIME_TEXT, "encoder_mask"),
+        kept=1,  # the prompt's half comes first here
+    ),
+    "StableVideoDiffusionPipeline": Case(
+        tiny_video.stable_video_diffusion,
+        tiny_video.stable_video_diffusion_call,
+        tuple(
+            f"{place}.{blocks}.0.attn2"
+            for place in ("down_blocks.0.attentions.0", "mid_block.attentions.0")
+            for blocks in ("transformer_blocks", "temporal_transformer_blocks")
+        ),
+        halved=("sample", "encoder_hidden_states", "added_time_ids"),
+        kept=1,  # the half with the image
+        guidance="max_guidance_scale",
+        denoisers=("unet",),
+        exact=True,
+    ),
+    "WanPipeline": Case(tiny_video.wan, tiny_video.wan_call, _BLOCKS),
+    "WanPipeline, two transformers": Case(
+        lambda: tiny_video.wan(boundary_ratio=0.5),
+        tiny_video.wan_call,
+        _BLOCKS,
+        denoisers=("transformer", "transformer_2"),
+        gate=1,
+        strip="Fppp|Fp",
+    ),
+    "CosmosTextToWorldPipeline": Case(
+        tiny_video.cosmos,
+        tiny_video.cosmos_call,
+        _TRANSFORMER_BLOCKS,
+    ),
+}
+
+
+def run(pipe: Any, **call: Any) -> torch.Tensor:
+    """Call `pipe` with a seeded generator, for latents."""
+    call = {"num_inference_steps": STEPS, "output_type": "latent", **call}
+    return pipe(generator=torch.Generator().manual_seed(0), **call)[0]
+
+
+def expected_of(
+    case: Case,
+    pipe: Any,
+    call: dict[str, Any],
+    *,
+    gates: Sequence[int] | None = None,
+    guided: bool = True,
+    kept: int | None = None,
+    cached: bool = True,
+) -> torch.Tensor:
+    """What plain hooks make of `pipe(**call)`: T-GATE, or, with `cached` False, guidance that stops at the gate."""
+    with ExitStack() as stack:
+        for name, gate in zip(case.denoisers, gates or [case.gate] * len(case.denoisers), strict=True):
+            denoiser = getattr(pipe, name)
+            reference: OneCall | TwoCalls
+            if case.halved:
+                reference = OneCall(
+                    denoiser,
+                    gate,
+                    guided=guided,
+                    halved=case.halved,
+                    alternating=case.alternating,
+                    kept=case.kept if kept is None else kept,
+                )
+            else:
+                reference = TwoCalls(denoiser, gate, guided=guided)
+            stack.enter_context(played(reference, denoiser, case.sites if cached else ()))
+        return run(pipe, **call)

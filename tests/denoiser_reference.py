@@ -1,0 +1,131 @@
+"""T-GATE v1 with plain forward hooks, for denoisers of every kind; like `hook_reference.py` without a line of ours.
+
+Where one call carries both guidance halves, the halved arguments are named by hand, not guessed from their shapes.
+Where each half has a call of its own, both are cached at the gate step, and from the gate on the first call of a
+timestep computes the prediction that the second one returns as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+class OneCall:
+    """One generation of a denoiser whose batch is both guidance halves, or has no guidance.
+
+    Args:
+        denoiser: the UNet or transformer.
+        gate: the first gated step.
+        guided: whether the batch is both halves.
+        halved: names of the arguments that have rows for both halves, one half after the other. All tensors inside of
+            such an argument have, except the `alternating` ones.
+        alternating: names of the tensors, inside of these arguments, whose rows alternate between the halves.
+        kept: 0 or 1, the position of the half that goes on.
+    """
+
+    def __init__(
+        self,
+        denoiser: torch.nn.Module,
+        gate: int,
+        *,
+        guided: bool = True,
+        halved: Collection[str] = (),
+        alternating: Collection[str] = (),
+        kept: int = 0,
+    ) -> None:
+        self.original = denoiser.forward
+        self.signature = inspect.signature(self.original)
+        self.gate = gate
+        self.guided = guided
+        self.halved = halved
+        self.alternating = alternating
+        self.kept = kept
+        self.step = -1
+        self.caches: dict[str, torch.Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the denoiser's forward."""
+        self.step += 1
+        if self.step < self.gate or not self.guided:
+            return self.original(*args, **kwargs)
+        given = self.signature.bind(*args, **kwargs).arguments
+        halves = {name: self._half(name, value) if name in self.halved else value for name, value in given.items()}
+        assert halves.keys() >= set(self.halved)
+        (prediction,) = self.original(**{**halves, "return_dict": False})
+        doubled = torch.cat([prediction, prediction])
+        return (doubled,) if given.get("return_dict") is False else type("Output", (), {"sample": doubled})
+
+    def attention(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """What the cross-attention `name` hands on, having computed `output`."""
+        if self.step >= self.gate:
+            assert self.caches[name].shape == output.shape
+            return self.caches[name]
+        self.caches[name] = sum(output.chunk(2)) / 2 if self.guided else output
+        return output
+
+    def _half(self, name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._half(key, item) for key, item in value.items()}
+        if name in self.alternating:
+            return value[self.kept :: 2]
+        return value.chunk(2)[self.kept]
+
+
+class TwoCalls:
+    """One generation of a denoiser that is called for the prompt, and then, under guidance, for the negative prompt.
+
+    Args:
+        denoiser: the UNet or transformer.
+        gate: the first gated step, counted in the steps of this denoiser.
+        guided: whether there is a second call.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, gate: int, *, guided: bool = True) -> None:
+        self.original = denoiser.forward
+        self.gate = gate
+        self.calls_per_step = 2 if guided else 1
+        self.calls = -1
+        self.caches: dict[tuple[int, str], torch.Tensor] = {}
+        self.prediction: Any = None
+
+    @property
+    def step(self) -> int:
+        return self.calls // self.calls_per_step
+
+    @property
+    def half(self) -> int:
+        return self.calls % self.calls_per_step
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the denoiser's forward."""
+        self.calls += 1
+        if self.step < self.gate or self.half == 0:
+            self.prediction = self.original(*args, **kwargs)
+        return self.prediction
+
+    def attention(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """What the cross-attention `name` hands on, having computed `output`."""
+        if self.step >= self.gate:
+            return sum(self.caches[half, name] for half in range(self.calls_per_step)) / self.calls_per_step
+        self.caches[self.half, name] = output
+        return output
+
+
+@contextmanager
+def played(reference: OneCall | TwoCalls, denoiser: torch.nn.Module, sites: Collection[str]) -> Iterator[None]:
+    """Put `reference` on the denoiser, whose cross-attentions are the modules at `sites`, and take it off again."""
+    with ExitStack() as stack:
+        for name in sites:
+
+            def hook(module: torch.nn.Module, args: Any, output: torch.Tensor, name: str = name) -> torch.Tensor:
+                return reference.attention(name, output)
+
+            stack.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
+        denoiser.forward = reference.forward  # type: ignore[method-assign, assignment]
+        stack.callback(vars(denoiser).pop, "forward")
+        yield

@@ -1,0 +1,112 @@
+"""Pipelines beside Stable Diffusion and PixArt, through their unchanged call: see `denoiser_cases.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_compile
+from tests.comparing import assert_differ, assert_same
+from tests.denoiser_cases import CASES, Case, expected_of, run
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A plain and an optimized pipeline with the same weights.
+
+    Attributes:
+        before: the names of all attributes of the pipeline and its denoisers, before they were optimized and ran.
+    """
+
+    name: str
+    case: Case
+    plain: Any
+    gated: Any
+    before: dict[str, set[str]]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    if request.param == "KolorsPipeline":
+        pytest.importorskip("sentencepiece", reason="diffusers imports Kolors' tokenizer with it")
+    case = CASES[request.param]
+    pipe = case.build()
+    before = {name: set(vars(module)) for name, module in parts(case, pipe).items()}
+    return Pair(request.param, case, case.build(), optimized(case, pipe), before)
+
+
+def parts(case: Case, pipe: Any) -> dict[str, Any]:
+    return {"pipeline": pipe, **{name: getattr(pipe, name) for name in case.denoisers}}
+
+
+def optimized(case: Case, pipe: Any) -> Any:
+    return tgate_compile.optimize(pipe, case.gate, backend="eager")
+
+
+def test_sites_written_by_hand_are_those_of_the_model(pair: Pair) -> None:
+    for name in pair.case.denoisers:
+        modules = [path for path, _ in getattr(pair.plain, name).named_modules()]
+        walked = [path for path in modules if path.endswith("attn2") and "motion_modules" not in path]
+        assert sorted(walked) == sorted(pair.case.sites)
+
+
+def test_gated(pair: Pair) -> None:
+    call = pair.case.call(2)
+    expected = expected_of(pair.case, pair.plain, call)
+    first = run(pair.gated, **call)
+    assert_same(first, expected)
+    assert torch.equal(run(pair.gated, **call), first)
+    assert_differ(expected, run(pair.plain, **call))
+
+
+@pytest.mark.parametrize("pair", [name for name, case in CASES.items() if case.halved], indirect=True)
+def test_one_prompt(pair: Pair) -> None:
+    """Two rows are easily mistaken: for those of a table, or of two prompts."""
+    call = pair.case.call(1)
+    assert_same(run(pair.gated, **call), expected_of(pair.case, pair.plain, call))
+
+
+def test_ungated(pair: Pair) -> None:
+    call = pair.case.call(2)
+    assert torch.equal(run(pair.gated, gate_step=1000, **call), run(pair.plain, **call))
+
+
+def test_without_guidance_nothing_is_halved(pair: Pair) -> None:
+    call = {**pair.case.call(2), pair.case.guidance: 1.0}
+    plain = run(pair.plain, **call)
+    expected = expected_of(pair.case, pair.plain, call, guided=False)
+    assert_same(run(pair.gated, **call), expected)
+    assert tgate_compile.describe(pair.gated).strip == pair.case.strip.replace("F", "f")
+    assert torch.equal(run(pair.gated, gate_step=1000, **call), plain)
+    (assert_same if pair.case.exact else assert_differ)(expected, plain)
+
+
+def test_description(pair: Pair) -> None:
+    run(pair.gated, **pair.case.call(2))
+    description = tgate_compile.describe(pair.gated)
+    assert description.pipeline == pair.name.split(",")[0]
+    assert description.denoiser == type(getattr(pair.plain, pair.case.denoisers[0])).__name__
+    assert description.strip == pair.case.strip
+    prefixes = [f"{name}." if len(pair.case.denoisers) > 1 else "" for name in pair.case.denoisers]
+    assert sorted(description.sites) == sorted(prefix + site for prefix in prefixes for site in pair.case.sites)
+
+
+def test_restore(pair: Pair) -> None:
+    call = pair.case.call(1)
+    plain = run(pair.plain, **call)
+    pipe = tgate_compile.restore(pair.gated)
+    try:
+        left = parts(pair.case, pipe)
+        left_behind = {name: set(vars(part)) - pair.before[name] for name, part in left.items()}
+        # diffusers itself notes things down on a pipeline that runs.
+        assert left_behind.pop("pipeline") <= set(vars(pair.plain))
+        assert not any(left_behind.values())
+        for name, untouched in parts(pair.case, pair.plain).items():
+            assert type(left[name]) is type(untouched)
+            assert left[name].__call__.__func__ is untouched.__call__.__func__
+        assert torch.equal(run(pipe, **call), plain)
+    finally:
+        optimized(pair.case, pipe)

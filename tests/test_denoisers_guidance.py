@@ -1,0 +1,183 @@
+"""What is peculiar to how some pipelines bring guidance to their denoiser: see `denoiser_cases.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_compile
+from tests import tiny_transformers, tiny_video
+from tests.comparing import assert_differ, assert_same
+from tests.denoiser_cases import CASES, expected_of, run
+from tests.tiny_pipelines import TEXT_DIM
+from tests.tiny_transformers import embedded
+from tgate_compile import CaptureError, ConfigurationError
+
+
+def build(name: str) -> Any:
+    if name == "KolorsPipeline":
+        pytest.importorskip("sentencepiece", reason="diffusers imports Kolors' tokenizer with it")
+    return CASES[name].build()
+
+
+# Kolors: the rows of the sizes alternate. Lumina: the prompt's half comes first.
+@pytest.mark.parametrize("name", ["KolorsPipeline", "LuminaPipeline"])
+def test_the_prompts_half_is_kept(name: str) -> None:
+    case, pipe = CASES[name], build(name)
+    call = case.call(2)
+    expected = expected_of(case, pipe, call, kept=1 - case.kept)
+    assert_differ(expected, expected_of(case, pipe, call))
+    tgate_compile.optimize(pipe, case.gate, backend="eager", keep="cond")
+    assert_same(run(pipe, **call), expected)
+
+
+# With nothing cached, the text of the half that goes on still matters: it must be the right one.
+@pytest.mark.parametrize("name", ["AnimateDiffPipeline", "LuminaPipeline", "WanPipeline"])
+def test_guidance_that_stops(name: str) -> None:
+    case, pipe = CASES[name], build(name)
+    call = case.call(2)
+    expected = expected_of(case, pipe, call, kept=1 - case.kept, cached=False)
+    assert_differ(expected, run(pipe, **call))
+    tgate_compile.optimize(pipe, None, guidance_step=case.gate, backend="eager")
+    assert_same(run(pipe, **call), expected)
+
+
+@pytest.mark.parametrize("name", ["StableVideoDiffusionPipeline", "WanPipeline"])
+def test_the_other_half_cannot_be_kept(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="cond"):
+        tgate_compile.optimize(build(name), 3, backend="eager", keep="uncond")
+
+
+@pytest.mark.xfail(raises=CaptureError, strict=True, reason="its rows are taken for the batch's")
+def test_hunyuan_dits_rotary_table_is_no_batch() -> None:
+    """It has a row for each token, shared by the halves, and here there are as many tokens as rows in the batch."""
+    case, pipe = CASES["HunyuanDiTPipeline"], build("HunyuanDiTPipeline")
+    call = {**case.call(2), "height": 32, "width": 32}  # 2 x 2 patches of 2 x 2 latents
+    expected = expected_of(case, pipe, call)
+    tgate_compile.optimize(pipe, case.gate, backend="eager")
+    assert_same(run(pipe, **call), expected)
+
+
+def test_stable_audio_without_a_negative_prompt() -> None:
+    case, pipe = CASES["StableAudioPipeline"], build("StableAudioPipeline")
+    call = tiny_transformers.stable_audio_call_without_negative_prompt(2)
+    expected = expected_of(case, pipe, call)
+    assert_differ(expected, expected_of(case, pipe, case.call(2)))
+    tgate_compile.optimize(pipe, case.gate, backend="eager")
+    assert_same(run(pipe, **call), expected)
+
+
+def test_stable_video_diffusion_between_guidance_scales() -> None:
+    """Its guidance grows from frame to frame, and is on if it is anywhere."""
+    case, pipe = CASES["StableVideoDiffusionPipeline"], build("StableVideoDiffusionPipeline")
+    call = {**case.call(1), "min_guidance_scale": 0.5, "max_guidance_scale": 1.5}
+    expected = expected_of(case, pipe, call)
+    tgate_compile.optimize(pipe, case.gate, backend="eager")
+    assert_same(run(pipe, **call), expected)
+    assert tgate_compile.describe(pipe).strip == "FFFppp"
+
+
+def test_guidance_rescale() -> None:
+    case, pipe = CASES["HunyuanDiTPipeline"], build("HunyuanDiTPipeline")
+    call = {**case.call(1), "guidance_rescale": 0.7}
+    expected = expected_of(case, pipe, call)
+    tgate_compile.optimize(pipe, case.gate, backend="eager")
+    assert_same(run(pipe, **call), expected)
+
+
+# Wan: two calls in each timestep, and in 2.2 two transformers.
+
+
+@pytest.fixture(scope="module")
+def wan() -> SimpleNamespace:
+    """A plain and an optimized Wan 2.2 with the same weights."""
+    case = CASES["WanPipeline, two transformers"]
+    return SimpleNamespace(
+        case=case, plain=case.build(), gated=tgate_compile.optimize(case.build(), (3, 1), backend="eager")
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate_step", "gates", "strip"),
+    [
+        (None, (3, 1), "FFFp|Fp"),
+        ((2, 5), (2, 5), "FFpp|FF"),
+        ((9, 1), (9, 1), "FFFF|Fp"),
+        (1, (1, 1), "Fppp|Fp"),
+        (0.5, (2, 1), "FFpp|Fp"),
+    ],
+)
+def test_each_of_two_transformers_has_its_own_gate(
+    wan: SimpleNamespace, gate_step: Any, gates: tuple[int, int], strip: str
+) -> None:
+    call = wan.case.call(1)
+    expected = expected_of(wan.case, wan.plain, call, gates=gates)
+    assert_same(run(wan.gated, gate_step=gate_step, **call), expected)
+    assert tgate_compile.describe(wan.gated).strip == strip
+
+
+def test_two_transformers_ungated(wan: SimpleNamespace) -> None:
+    call = wan.case.call(1)
+    assert torch.equal(run(wan.gated, gate_step=(4, 2), **call), run(wan.plain, **call))
+
+
+@pytest.mark.parametrize(("steps", "strip"), [(9, "FFFpppp|Fp"), (2, "F|F"), (1, "F")])
+def test_two_transformers_with_another_number_of_steps(wan: SimpleNamespace, steps: int, strip: str) -> None:
+    """The boundary then falls elsewhere."""
+    call = {**wan.case.call(1), "num_inference_steps": steps}
+    assert_same(run(wan.gated, **call), expected_of(wan.case, wan.plain, call, gates=(3, 1)))
+    assert tgate_compile.describe(wan.gated).strip.strip("|") == strip
+
+
+@pytest.mark.parametrize("wrong", [(3, 1, 1), (3,), (0, 1), (3, 1.5)])
+def test_wrong_gates_of_two_transformers(wan: SimpleNamespace, wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match="gate_step"):
+        run(wan.gated, gate_step=wrong, **wan.case.call(1))
+
+
+@pytest.mark.parametrize("ratio", [0.001, 1.1])
+def test_a_transformer_that_no_timestep_reaches(ratio: float) -> None:
+    case = dataclasses.replace(CASES["WanPipeline"], denoisers=("transformer", "transformer_2"))
+    pipe, call = tiny_video.wan(boundary_ratio=ratio), case.call(1)
+    expected = expected_of(case, pipe, call, gates=(1, 1))
+    tgate_compile.optimize(pipe, 1, backend="eager")
+    assert_same(run(pipe, **call), expected)
+    assert tgate_compile.describe(pipe).strip.strip("|") == "Fppppp"
+
+
+def test_an_interrupted_video_leaves_nothing_behind() -> None:
+    case, pipe = CASES["WanPipeline"], build("WanPipeline")
+    call = case.call(1)
+    expected = expected_of(case, pipe, call)
+
+    def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 3
+        return tensors
+
+    tgate_compile.optimize(pipe, case.gate, backend="eager")
+    run(pipe, callback_on_step_end=interrupt, **call)
+    assert tgate_compile.describe(pipe).strip == "FFFp"
+    assert_same(run(pipe, **call), expected)
+
+
+def test_a_failure_between_the_two_calls_of_a_timestep_leaves_nothing_behind() -> None:
+    case, pipe = CASES["WanPipeline"], build("WanPipeline")
+    call = case.call(1)
+    expected = expected_of(case, pipe, call)
+    tgate_compile.optimize(pipe, case.gate, backend="eager")
+    wrong = embedded(1, tiny_transformers.TOKENS, TEXT_DIM + 1, seed=1)
+    with pytest.raises(CaptureError):
+        run(pipe, **{**call, "negative_prompt_embeds": wrong})
+    assert_same(run(pipe, **call), expected)
+
+
+def test_two_calls_with_texts_of_different_lengths() -> None:
+    case, pipe = CASES["WanPipeline"], build("WanPipeline")
+    call = {**case.call(1), "negative_prompt_embeds": embedded(1, tiny_transformers.TOKENS - 2, TEXT_DIM, seed=1)}
+    expected = expected_of(case, pipe, call)
+    tgate_compile.optimize(pipe, case.gate, backend="eager")
+    assert_same(run(pipe, **call), expected)
