@@ -1,0 +1,270 @@
+"""Find the cheapest schedule whose images drift no further than allowed."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import statistics
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from tgate_compile._capture import cross_attention_modules
+from tgate_compile._errors import ConfigurationError, UnsupportedModelError
+from tgate_compile._families import JOINT_ATTENTION
+from tgate_compile._optimized import required_state_of
+from tgate_compile._schedule import Schedule
+from tgate_compile._tuning.candidates import (
+    GUIDANCE_DROP,
+    TGATE,
+    TGATE_V2,
+    Family,
+    effect_of,
+    fewer_steps,
+    grid_of,
+    next_gate,
+)
+from tgate_compile._tuning.measure import Bench, Measured, Plain, relative_distances, silent
+from tgate_compile._tuning.request import Request
+from tgate_compile._tuning.result import Row, Tuning
+from tgate_compile._version import __version__
+
+logger = logging.getLogger(__name__)
+
+#: Puts a schedule on a plain pipeline; at the end it is plain again.
+Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
+#: Called after each generation: how many are done, how many there will be as far as is known, and what was measured.
+Progress = Callable[[int, int, str], None]
+
+DEFAULT_TOLERANCE = 0.1
+
+MSG_NONE_WITHIN = (
+    "No schedule stays within tolerance={tolerance:g} of the plain pipeline on these prompts. The closest is "
+    "{schedule}, with drift {drift:.3f} at {cost:.3f} of the operations. Give a larger tolerance, or leave the "
+    "pipeline plain."
+)
+MSG_NOTHING_SAVED = (
+    "None of the schedules costs less than the plain pipeline, in {steps} steps. The cheapest is {schedule}, at "
+    "{cost:.3f} of the operations."
+)
+MSG_TOO_FEW_STEPS = (
+    "The call makes {steps} of {asked} steps, and at least 2 are needed to gate any. Give more num_inference_steps, or "
+    "a larger strength."
+)
+
+
+def search(
+    pipe: DiffusionPipeline, request: Request, gated: Gated, *, backend: str, progress: Progress | None = None
+) -> Tuning:
+    """What `tune` does, with `gated` to put schedules on the pipeline, which is plain before and after.
+
+    Raises:
+        ConfigurationError: the request does not suit the pipeline, or no schedule is within the tolerance.
+        UnsupportedModelError: the pipeline takes none of the schedules.
+    """
+    with gated(pipe, GUIDANCE_DROP.schedule(1)):  # refuses what can be refused before any work
+        denoisers = {name: hook.denoiser for name, hook in required_state_of(pipe).hooks.items()}
+    return _Search(pipe, request, gated, denoisers, progress).run(backend)
+
+
+class _Search:
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        request: Request,
+        gated: Gated,
+        denoisers: Mapping[str, torch.nn.Module],
+        progress: Progress | None,
+    ) -> None:
+        self._pipe = pipe
+        self._request = request
+        self._gated = gated
+        self._denoisers = denoisers
+        self._progress = progress
+        calls = request.calls(pipe)
+        self._images = len(calls) * len(request.seeds)
+        self._bench = Bench(pipe, denoisers, calls, request.seeds, self._count)
+        self._done = 0
+        self._planned = 0
+        self._doing = ""
+        self._rows: list[Row] = []
+        self._measured: dict[Hashable, Row] = {}  # by their effect: what does the same is measured once
+
+    def run(self, backend: str) -> Tuning:
+        """Measure everything, and choose."""
+        request = self._request
+        baseline = self._numbers_of_steps()
+        self._plan(1 + len(baseline))
+        with silent(self._pipe):
+            self._doing = "plain"
+            plain = self._bench.run_plain()
+            if plain.num_steps < 2:
+                raise ConfigurationError(
+                    MSG_TOO_FEW_STEPS.format(steps=plain.num_steps, asked=request.num_inference_steps)
+                )
+            if request.candidates is not None:
+                self._measure_given(request.candidates, plain)
+            else:
+                self._measure_families(plain)
+            self._measure_fewer_steps(baseline, plain)
+        return Tuning(
+            schedule=self._choose(plain),
+            table=tuple(sorted(self._rows, key=lambda row: (row.cost, row.drift))),
+            convergence=plain.convergence,
+            tolerance=float(request.tolerance),
+            num_inference_steps=request.num_inference_steps,
+            num_steps=plain.num_steps,
+            prompts=tuple(request.prompts or ()),
+            seeds=tuple(request.seeds),
+            call=request.described_call(),
+            setting=self._setting(backend),
+        )
+
+    def _measure_given(self, candidates: Sequence[Schedule], plain: Plain) -> None:
+        self._plan(len(set(candidates)))
+        for carrier, group in _sharing_a_capture(candidates):
+            with self._gated(self._pipe, carrier):
+                for schedule in group:
+                    self._measure("given", schedule, plain)
+
+    def _measure_families(self, plain: Plain) -> None:
+        no_cross = any(
+            type(denoiser).__name__ in JOINT_ATTENTION or cross_attention_modules(denoiser) == []
+            for denoiser in self._denoisers.values()
+        )
+        families = (GUIDANCE_DROP,) if no_cross else (TGATE, TGATE_V2, GUIDANCE_DROP)
+        grid = grid_of(plain.num_steps)
+        self._plan(len(families) * len(grid))
+        try:
+            self._measure_along(families, grid, plain)
+        except UnsupportedModelError:
+            if no_cross or self._rows:
+                raise
+            logger.info("no self-attention that could be cached: leaving %s out", TGATE_V2.name)
+            self._plan(-len(grid))
+            self._measure_along((TGATE, GUIDANCE_DROP), grid, plain)
+
+    def _measure_along(self, families: Sequence[Family], grid: Sequence[int], plain: Plain) -> None:
+        """The grid of each family, then more of it until the tolerance lies between neighbours."""
+        carrier = max((family.schedule(1) for family in families), key=lambda schedule: len(schedule.kinds))
+        with self._gated(self._pipe, carrier):
+            for family in families:
+                if family is GUIDANCE_DROP and self._rows and self._rows[0].strip.islower():
+                    self._plan(-len(grid))
+                    continue  # there is no guidance that could be dropped
+                within: dict[int, bool] = {}
+                for gate in grid:
+                    within[gate] = self._measure(family.name, family.schedule(gate), plain).within
+                while (between := next_gate(within, plain.num_steps)) is not None:
+                    self._plan(1)
+                    within[between] = self._measure(family.name, family.schedule(between), plain).within
+
+    def _measure(self, family: str, schedule: Schedule, plain: Plain) -> Row:
+        effect = effect_of(schedule, plain.num_steps)
+        if effect in self._measured:
+            self._plan(-1)
+            return self._measured[effect]
+        self._doing = str(schedule)
+        measured = self._bench.run_gated(schedule, plain)
+        cost = measured.macs / self._bench.macs_of(plain)
+        row = self._measured[effect] = self._row(family, str(schedule), schedule, measured, cost, plain)
+        return row
+
+    def _numbers_of_steps(self) -> Sequence[int]:
+        """Those of the baseline, none if the call says itself which steps there are."""
+        request = self._request
+        own = "timesteps" in request.call or "sigmas" in request.call
+        return [] if own else fewer_steps(request.num_inference_steps)
+
+    def _measure_fewer_steps(self, numbers: Sequence[int], plain: Plain) -> None:
+        for steps in numbers:
+            if steps * plain.num_steps < self._request.num_inference_steps:
+                self._plan(-1)
+                continue  # with `strength < 1` not a single one would be left of them
+            self._doing = f"{steps} steps"
+            fewer = self._bench.run_plain(num_inference_steps=steps)
+            drifts = [
+                drift
+                for latents, reference in zip(fewer.latents, plain.latents, strict=True)
+                for drift in relative_distances(latents, reference)
+            ]
+            measured = Measured("F" * fewer.num_steps, 0.0, tuple(drifts), fewer.seconds)
+            cost = sum(fewer.rows.values()) / sum(plain.rows.values())
+            self._row("fewer steps", self._doing, None, measured, cost, plain)
+
+    def _row(
+        self, family: str, label: str, schedule: Schedule | None, measured: Measured, cost: float, plain: Plain
+    ) -> Row:
+        drift = statistics.fmean(measured.drifts)
+        row = Row(
+            family=family,
+            label=label,
+            schedule=schedule,
+            strip=measured.strip,
+            cost=cost,
+            drift=drift,
+            spread=statistics.pstdev(measured.drifts, drift) if drift < float("inf") else drift,
+            worst=max(measured.drifts),
+            within=drift <= self._request.tolerance,
+            time=measured.seconds / plain.seconds if measured.seconds and plain.seconds else None,
+        )
+        logger.info("%s: cost %.3f, drift %.3f (%.3f at worst), %s", label, cost, drift, row.worst, row.strip)
+        self._rows.append(row)
+        return row
+
+    def _choose(self, plain: Plain) -> Schedule:
+        rows = [row for row in self._rows if row.schedule is not None]
+        saving = [row for row in rows if row.saves]
+        if not saving:
+            cheapest = min(rows, key=lambda row: row.cost)
+            raise ConfigurationError(
+                MSG_NOTHING_SAVED.format(steps=plain.num_steps, schedule=cheapest.label, cost=cheapest.cost)
+            )
+        within = [row for row in saving if row.within]
+        if not within:
+            closest = min(saving, key=lambda row: (row.drift, row.cost))
+            raise ConfigurationError(
+                MSG_NONE_WITHIN.format(
+                    tolerance=self._request.tolerance, schedule=closest.label, drift=closest.drift, cost=closest.cost
+                )
+            )
+        chosen = min(within, key=lambda row: (row.cost, row.drift)).schedule
+        assert chosen is not None
+        return chosen
+
+    def _plan(self, contenders: int) -> None:
+        self._planned += contenders * self._images
+
+    def _count(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._planned, self._doing)
+
+    def _setting(self, backend: str) -> dict[str, str]:
+        return {
+            "pipeline": type(self._pipe).__name__,
+            "denoiser": ", ".join(type(denoiser).__name__ for denoiser in self._denoisers.values()),
+            "scheduler": type(self._pipe.scheduler).__name__,
+            "device": str(self._pipe.device),
+            "dtype": str(self._pipe.dtype).removeprefix("torch."),
+            "backend": backend,
+            "tgate_compile": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        }
+
+
+def _sharing_a_capture(schedules: Sequence[Schedule]) -> Iterator[tuple[Schedule, list[Schedule]]]:
+    """Groups of schedules whose graphs can be made of the same capture, each with one that needs all of its sites."""
+    groups: dict[Hashable, list[Schedule]] = {}
+    for schedule in dict.fromkeys(schedules):
+        is_deep = "deep" in schedule.kinds
+        key = (is_deep, schedule.deepcache_branch if is_deep else None, schedule.anchor_weight)
+        groups.setdefault(key, []).append(schedule)
+    for group in groups.values():
+        yield max(group, key=lambda schedule: len(schedule.kinds)), group
