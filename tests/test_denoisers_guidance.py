@@ -81,6 +81,16 @@ def test_stable_video_diffusion_between_guidance_scales() -> None:
     assert tgate_compile.describe(pipe).strip == "FFFppp"
 
 
+def test_stable_video_diffusion_with_the_prompts_half_in_the_cache() -> None:
+    """Its cross-attentions return the same in all steps: with the cond half's own value nothing is lost by caching."""
+    case, pipe = CASES["StableVideoDiffusionPipeline"], build("StableVideoDiffusionPipeline")
+    call = case.call(1)
+    only_without_guidance = expected_of(case, pipe, call, cached=False)
+    assert_differ(only_without_guidance, expected_of(case, pipe, call))
+    tgate_compile.optimize(pipe, case.gate, backend="eager", anchor_weight=1.0)
+    assert_same(run(pipe, **call), only_without_guidance)
+
+
 def test_guidance_rescale() -> None:
     case, pipe = CASES["HunyuanDiTPipeline"], build("HunyuanDiTPipeline")
     call = {**case.call(1), "guidance_rescale": 0.7}
