@@ -65,6 +65,18 @@ CASES = {
         halved=("sample", "encoder_hidden_states"),
         denoisers=("unet",),
     ),
+    "AnimateDiffSDXLPipeline": Case(
+        tiny_video.animatediff_xl,
+        tiny_video.animatediff_xl_call,
+        tuple(
+            f"{place}.transformer_blocks.{block}.attn2"
+            for place in ("down_blocks.1.attentions.0", "mid_block.attentions.0")
+            for block in (0, 1)
+        ),
+        halved=("sample", "encoder_hidden_states", "added_cond_kwargs"),
+        alternating=("time_ids",),
+        denoisers=("unet",),
+    ),
     "KolorsPipeline": Case(
         tiny_transformers.kolors,
         tiny_transformers.kolors_call,
@@ -141,11 +153,10 @@ CASES = {
         gate=1,
         strip="Fppp|Fp",
     ),
-    "CosmosTextToWorldPipeline": Case(
-        tiny_video.cosmos,
-        tiny_video.cosmos_call,
-        _TRANSFORMER_BLOCKS,
-    ),
+    "WanImageToVideoPipeline": Case(tiny_video.wan_image_to_video, tiny_video.wan_image_to_video_call, _BLOCKS),
+    "SkyReelsV2Pipeline": Case(tiny_video.skyreels, tiny_video.wan_call, _BLOCKS),
+    "CosmosTextToWorldPipeline": Case(tiny_video.cosmos, tiny_video.cosmos_call, _TRANSFORMER_BLOCKS),
+    "Cosmos2TextToImagePipeline": Case(tiny_video.cosmos_2, tiny_video.cosmos_2_call, _TRANSFORMER_BLOCKS),
 }
 
 

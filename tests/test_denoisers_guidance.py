@@ -159,6 +159,15 @@ def test_a_transformer_that_no_timestep_reaches(ratio: float) -> None:
     assert tgate_compile.describe(pipe).strip.strip("|") == "Fppppp"
 
 
+def test_a_timestep_for_each_token() -> None:
+    case, pipe = CASES["WanPipeline"], tiny_video.wan(expand_timesteps=True)
+    call = case.call(2)
+    expected = expected_of(case, pipe, call)
+    assert_differ(expected, run(pipe, **call))
+    tgate_compile.optimize(pipe, case.gate, backend="eager")
+    assert_same(run(pipe, **call), expected)
+
+
 def test_an_interrupted_video_leaves_nothing_behind() -> None:
     case, pipe = CASES["WanPipeline"], build("WanPipeline")
     call = case.call(1)

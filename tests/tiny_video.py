@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from diffusers import (
     AnimateDiffPipeline,
+    AnimateDiffSDXLPipeline,
     AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    Cosmos2TextToImagePipeline,
     CosmosTextToWorldPipeline,
     CosmosTransformer3DModel,
     DDIMScheduler,
@@ -20,18 +23,31 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     ModelMixin,
     MotionAdapter,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     StableVideoDiffusionPipeline,
     UNetSpatioTemporalConditionModel,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from tests.tiny_pipelines import LATENT_SIZE, PROMPTS, SIZE, TEXT_DIM, VELOCITY, image, seeded, stable_diffusion
-from tests.tiny_transformers import embedded_prompts, silent
+from tests.tiny_pipelines import LATENT_SIZE, PROMPTS, SIZE, TEXT_DIM, VELOCITY, image, sdxl, seeded, stable_diffusion
+from tests.tiny_transformers import embedded, embedded_prompts, silent
 
 FRAMES = 3
+
+_VISION = CLIPVisionConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=SIZE,
+    patch_size=8,
+    projection_dim=TEXT_DIM,
+)
 
 
 def stable_video_diffusion() -> Any:
@@ -56,18 +72,9 @@ def stable_video_diffusion() -> Any:
         ),
         1,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        image_size=SIZE,
-        patch_size=8,
-        projection_dim=TEXT_DIM,
-    )
     pipe = StableVideoDiffusionPipeline(
         vae=vae,
-        image_encoder=seeded(lambda: CLIPVisionModelWithProjection(vision), 2),
+        image_encoder=seeded(lambda: CLIPVisionModelWithProjection(_VISION), 2),
         unet=unet,
         scheduler=EulerDiscreteScheduler(**VELOCITY),
         feature_extractor=CLIPImageProcessor(do_resize=False),
@@ -107,6 +114,38 @@ def animatediff() -> Any:
 def animatediff_call(batch: int = 1) -> dict[str, Any]:
     negative = ["dog", "snow"]
     return {"prompt": PROMPTS[:batch], "negative_prompt": negative[:batch], "num_frames": FRAMES}
+
+
+def animatediff_xl() -> Any:
+    source = sdxl()
+    adapter = seeded(
+        lambda: MotionAdapter(
+            block_out_channels=(32, 64),
+            motion_layers_per_block=1,
+            motion_norm_num_groups=8,
+            motion_num_attention_heads=4,
+            use_motion_mid_block=False,
+        ),
+        1,
+    )
+    pipe = AnimateDiffSDXLPipeline(
+        vae=source.vae,
+        text_encoder=source.text_encoder,
+        text_encoder_2=source.text_encoder_2,
+        tokenizer=source.tokenizer,
+        tokenizer_2=source.tokenizer_2,
+        unet=source.unet,
+        motion_adapter=adapter,
+        scheduler=DDIMScheduler(**VELOCITY, clip_sample=False),
+    )
+    # `UNetMotionModel.from_unet2d` leaves this one as it is made: unseeded.
+    pipe.unet.add_embedding.load_state_dict(source.unet.add_embedding.state_dict())
+    pipe.unet.requires_grad_(False)
+    return silent(pipe)
+
+
+def animatediff_xl_call(batch: int = 1) -> dict[str, Any]:
+    return {**animatediff_call(batch), "negative_original_size": (256, 128), "negative_target_size": (8, 64)}
 
 
 def latte() -> Any:
@@ -169,25 +208,28 @@ def ltx_call(batch: int = 1) -> dict[str, Any]:
     return {**embedded_prompts(batch, masks=True), "height": 32 * 2, "width": 32 * 2, "num_frames": 9}
 
 
+_WAN: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+
+
 def _wan_transformer(seed: int) -> WanTransformer3DModel:
-    return seeded(
-        lambda: WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=TEXT_DIM,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-            rope_max_seq_len=32,
-        ),
-        seed,
-    )
+    return seeded(lambda: WanTransformer3DModel(**_WAN), seed)
 
 
-def wan(*, boundary_ratio: float | None = None) -> Any:
-    """Wan 2.1; with a boundary Wan 2.2, whose second transformer does the timesteps below it."""
+def wan(*, boundary_ratio: float | None = None, expand_timesteps: bool = False) -> Any:
+    """Wan 2.1; with a boundary Wan 2.2, whose second transformer does the timesteps below it.
+
+    With `expand_timesteps` the small Wan 2.2, which is told the timestep of each token.
+    """
     pipe = WanPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -196,12 +238,64 @@ def wan(*, boundary_ratio: float | None = None) -> Any:
         transformer=_wan_transformer(0),
         transformer_2=None if boundary_ratio is None else _wan_transformer(1),
         boundary_ratio=boundary_ratio,
+        expand_timesteps=expand_timesteps,
     )
     return silent(pipe)
 
 
 def wan_call(batch: int = 1) -> dict[str, Any]:
     return {**embedded_prompts(batch), "height": 32, "width": 32, "num_frames": 5}
+
+
+def wan_image_to_video() -> Any:
+    """Wan 2.1: its cross-attentions see the text and, with keys and values of its own, the image."""
+    vae = seeded(
+        lambda: AutoencoderKLWan(
+            base_dim=3,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+        1,
+    )
+    in_channels = 4 + 4 + 4  # latents, the mask of the frames that are given, the latents of these
+    added = {"in_channels": in_channels, "image_dim": TEXT_DIM, "added_kv_proj_dim": 24}
+    pipe = WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=seeded(lambda: WanTransformer3DModel(**{**_WAN, **added})),
+        image_encoder=seeded(lambda: CLIPVisionModel(_VISION), 2),
+        image_processor=CLIPImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False),
+    )
+    return silent(pipe)
+
+
+def wan_image_to_video_call(batch: int = 1) -> dict[str, Any]:
+    return {
+        "image": image(),
+        # What is beyond 512 tokens is taken for the image's.
+        "prompt_embeds": embedded(batch, 512, TEXT_DIM, seed=1),
+        "negative_prompt_embeds": embedded(batch, 512, TEXT_DIM, seed=2),
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+    }
+
+
+def skyreels() -> Any:
+    pipe = SkyReelsV2Pipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=seeded(lambda: SkyReelsV2Transformer3DModel(**_WAN)),
+    )
+    return silent(pipe)
 
 
 class PassingSafetyChecker(ModelMixin, ConfigMixin):
@@ -217,8 +311,8 @@ class PassingSafetyChecker(ModelMixin, ConfigMixin):
         return True
 
 
-def cosmos() -> Any:
-    transformer = seeded(
+def _cosmos_transformer() -> CosmosTransformer3DModel:
+    return seeded(
         lambda: CosmosTransformer3DModel(
             in_channels=4,
             out_channels=4,
@@ -235,10 +329,13 @@ def cosmos() -> Any:
             extra_pos_embed_type="learnable",
         )
     )
+
+
+def cosmos() -> Any:
     pipe = CosmosTextToWorldPipeline(
         text_encoder=None,
         tokenizer=None,
-        transformer=transformer,
+        transformer=_cosmos_transformer(),
         vae=None,
         scheduler=EDMEulerScheduler(
             sigma_min=0.002, sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min", prediction_type="epsilon"
@@ -250,3 +347,20 @@ def cosmos() -> Any:
 
 def cosmos_call(batch: int = 1) -> dict[str, Any]:
     return {**embedded_prompts(batch), "height": 32, "width": 32, "num_frames": 9}
+
+
+def cosmos_2() -> Any:
+    """It makes an image: a video of one frame."""
+    pipe = Cosmos2TextToImagePipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=_cosmos_transformer(),
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        safety_checker=PassingSafetyChecker(),
+    )
+    return silent(pipe)
+
+
+def cosmos_2_call(batch: int = 1) -> dict[str, Any]:
+    return {**embedded_prompts(batch), "height": 32, "width": 32}
