@@ -24,8 +24,18 @@ FORMATS = (".pdf", ".png", ".svg")
 _DPI = 144
 
 
-def check_figures() -> None:
-    """Raise ConfigurationError if matplotlib is not installed: before the work, where a picture is wanted after it."""
+def check_figure(path: str | Path) -> None:
+    """See, before the work, that a figure can be written to `path` after it.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed, or the name tells no format that is written.
+    """
+    _check_matplotlib()
+    if Path(path).suffix.lower() not in FORMATS:
+        raise ConfigurationError(MSG_FORMAT.format(known=", ".join(FORMATS), given=str(path)))
+
+
+def _check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -38,7 +48,7 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    check_figures()
+    _check_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), facecolor="white", layout="constrained")
@@ -50,9 +60,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Raises:
         ConfigurationError: it is none of `FORMATS`, or the file cannot be written.
     """
+    check_figure(path)
     target = Path(path)
-    if target.suffix.lower() not in FORMATS:
-        raise ConfigurationError(MSG_FORMAT.format(known=", ".join(FORMATS), given=str(path)))
     # The time and matplotlib's version would make each file another one.
     without: dict[str, Any] = {
         ".pdf": {"CreationDate": None, "Producer": None, "Creator": None},

@@ -13,6 +13,8 @@ from tgate_compile._cli.demo import demo
 from tgate_compile._cli.describe import describe
 from tgate_compile._cli.generate import generate
 from tgate_compile._cli.report import report
+from tgate_compile._cli.strip import strip
+from tgate_compile._cli.tune import tune
 from tgate_compile._errors import TGateError
 
 # Recent versions of typer bring their own copy of click, so click's base class is found through typer's.
@@ -78,3 +80,5 @@ app.command()(demo)
 app.command()(generate)
 app.command()(describe)
 app.command()(report)
+app.command()(strip)
+app.command()(tune)

@@ -124,7 +124,8 @@ class Tuning:
                 *_aligned([_HEADINGS, *(self._cells(row) for row in self.table)]),
                 "",
                 "cost: multiply-accumulates of the denoiser; drift: of the final latents, relative; time: noisy.",
-                *self._remarks(),
+                "*: chosen; x: not within the tolerance.",
+                *self.remarks,
             ]
         )
 
@@ -133,16 +134,17 @@ class Tuning:
         numbers = (f"{value:.3f}" for value in (row.cost, row.drift, row.spread, row.worst))
         return (mark, row.family, row.label, row.strip, *numbers, "" if row.time is None else f"{row.time:.2f}")
 
-    def _remarks(self) -> list[str]:
-        remarks = ["*: chosen; x: not within the tolerance."]
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What else should be known: that fewer steps would do better."""
         better = [r for r in self.table if r.schedule is None and r.within and r.cost < self.chosen.cost]
-        if better:
-            cheapest = min(better, key=lambda row: row.cost)
-            remarks.append(
-                f"Fewer steps would do as well: {cheapest.label} without a schedule cost {cheapest.cost:.3f}, "
-                f"with drift {cheapest.drift:.3f}."
-            )
-        return remarks
+        if not better:
+            return ()
+        cheapest = min(better, key=lambda row: row.cost)
+        return (
+            f"Fewer steps would do as well: {cheapest.label} without a schedule cost {cheapest.cost:.3f}, with drift "
+            f"{cheapest.drift:.3f}.",
+        )
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -1,0 +1,142 @@
+"""`tgate-compile tune`: measure schedules on a few prompts, and keep the cheapest that is close enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from tgate_compile._cli import options
+from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.demo_prompts import demo_prompts
+from tgate_compile._cli.loading import load
+from tgate_compile._cli.step_progress import make_progress
+from tgate_compile._cli.strip import coloured
+from tgate_compile._cli.targets import check_targets
+from tgate_compile._errors import ConfigurationError
+from tgate_compile._figures import check_figure
+from tgate_compile._tune import tune as tune_pipeline
+from tgate_compile._tuning.result import Row, Tuning
+from tgate_compile._tuning.search import DEFAULT_TOLERANCE
+
+MSG_NO_PROMPTS = (
+    "Give a few prompts like those that the model will get: --prompt (several times), or --prompts FILE, one a line."
+)
+MSG_BOTH = "Give --prompt or --prompts, not both."
+MSG_NOT_READ = "The prompts cannot be read from {given}: {reason}."
+MSG_EMPTY = "{given} has no prompts: expected one a line."
+
+_EMBEDDED_PROMPTS = 4
+
+
+def tune(
+    model: options.Model = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to show; several times.", show_default="four")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file with a prompt in each line.", show_default="none")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Drift of the final latents that is allowed, as a fraction of their norm.")
+    ] = DEFAULT_TOLERANCE,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Noise for each prompt; several times.", show_default="0")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the schedule to this .json file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what was measured: .png, .svg or .pdf.")] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    scheduler: options.Scheduler = None,
+    unet: options.Unet = None,
+    lora: options.Lora = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Find the cheapest schedule whose images stay close to the plain pipeline's, on a few prompts."""
+    texts = _prompts(prompt, prompts, embedded=model is None)
+    if plot is not None:
+        check_figure(plot)
+    check_targets([path for path in (out, plot) if path is not None], force=force)
+    with ERR.status("Loading the model"):
+        loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+    call: dict[str, Any] = {
+        "guidance_scale": loaded.family.guidance if guidance is None else guidance,
+        "height": height,
+        "width": width,
+    }
+    with make_progress(shown=not json) as progress:
+        task = progress.add_task("plain", total=None)
+        tuning = tune_pipeline(
+            loaded.pipe,
+            texts,
+            tolerance=tolerance,
+            num_inference_steps=loaded.family.steps if steps is None else steps,
+            seeds=seed or (0,),
+            call={name: value for name, value in call.items() if value is not None},
+            progress=lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
+        )
+    if out is not None:
+        tuning.save(out)
+    if plot is not None:
+        tuning.plot(plot)
+    written = {name: str(path) for name, path in (("out", out), ("plot", plot)) if path is not None}
+    if json:
+        print_json({"model": loaded.source} | tuning.as_dict() | {"strip": tuning.chosen.strip, "written": written})
+        return
+    _print_table(tuning)
+    for path in written.values():
+        OUT.print(f"written {path}", soft_wrap=True)
+
+
+def _prompts(given: list[str] | None, file: Path | None, *, embedded: bool) -> list[str]:
+    if given and file is not None:
+        raise ConfigurationError(MSG_BOTH)
+    if given:
+        return given
+    if file is None:
+        if not embedded:
+            raise ConfigurationError(MSG_NO_PROMPTS)
+        return demo_prompts(_EMBEDDED_PROMPTS)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigurationError(MSG_NOT_READ.format(given=file, reason=reason)) from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ConfigurationError(MSG_EMPTY.format(given=file))
+    return texts
+
+
+def _print_table(tuning: Tuning) -> None:
+    table = Table("", "family", "schedule", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("cost", "drift", "worst", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in tuning.table:
+        table.add_row(*_cells(row, chosen=row is tuning.chosen))
+    OUT.print(table)
+    chosen = tuning.chosen
+    OUT.print(Text.assemble((str(tuning.schedule), "bold"), "  ", coloured(chosen.strip)), soft_wrap=True)
+    OUT.print(
+        f"{chosen.cost:.3f} of the plain pipeline's operations, drift {chosen.drift:.3f}, tolerance "
+        f"{tuning.tolerance:g}; {tuning.num_steps} steps of {tuning.setting['scheduler']}",
+        soft_wrap=True,
+    )
+    for remark in tuning.remarks:
+        OUT.print(remark, soft_wrap=True)
+
+
+def _cells(row: Row, *, chosen: bool) -> list[Text]:
+    style = "bold green" if chosen else "" if row.within else "dim"
+    time = "" if row.time is None else f"{row.time:.2f}"
+    numbers = [f"{value:.3f}" for value in (row.cost, row.drift, row.worst)]
+    return [Text(cell, style) for cell in ("*" if chosen else "", row.family, row.label, *numbers, time)]
