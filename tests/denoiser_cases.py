@@ -191,6 +191,6 @@ def expected_of(
                     kept=case.kept if kept is None else kept,
                 )
             else:
-                reference = TwoCalls(denoiser, gate, guided=guided)
+                reference = TwoCalls(denoiser, gate, guided=lambda: guided and pipe.do_classifier_free_guidance)
             stack.enter_context(played(reference, denoiser, case.sites if cached else ()))
         return run(pipe, **call)

@@ -8,7 +8,7 @@ timestep computes the prediction that the second one returns as well.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -82,37 +82,34 @@ class TwoCalls:
     Args:
         denoiser: the UNet or transformer.
         gate: the first gated step, counted in the steps of this denoiser.
-        guided: whether there is a second call.
+        guided: asked at the first call of each timestep: whether there is a second one.
     """
 
-    def __init__(self, denoiser: torch.nn.Module, gate: int, *, guided: bool = True) -> None:
+    def __init__(self, denoiser: torch.nn.Module, gate: int, *, guided: Callable[[], bool]) -> None:
         self.original = denoiser.forward
         self.gate = gate
-        self.calls_per_step = 2 if guided else 1
-        self.calls = -1
-        self.caches: dict[tuple[int, str], torch.Tensor] = {}
+        self.guided = guided
+        self.step = -1
+        self.is_second = False
+        self.has_second = False
+        self.caches: dict[str, list[torch.Tensor]] = {}  # of each half
         self.prediction: Any = None
-
-    @property
-    def step(self) -> int:
-        return self.calls // self.calls_per_step
-
-    @property
-    def half(self) -> int:
-        return self.calls % self.calls_per_step
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the denoiser's forward."""
-        self.calls += 1
-        if self.step < self.gate or self.half == 0:
+        self.is_second = self.has_second
+        if not self.is_second:
+            self.step += 1
+        self.has_second = not self.is_second and self.guided()
+        if self.step < self.gate or not self.is_second:
             self.prediction = self.original(*args, **kwargs)
         return self.prediction
 
     def attention(self, name: str, output: torch.Tensor) -> torch.Tensor:
         """What the cross-attention `name` hands on, having computed `output`."""
         if self.step >= self.gate:
-            return sum(self.caches[half, name] for half in range(self.calls_per_step)) / self.calls_per_step
-        self.caches[self.half, name] = output
+            return sum(self.caches[name]) / len(self.caches[name])
+        self.caches[name] = [*self.caches[name], output] if self.is_second else [output]
         return output
 
 

@@ -10,7 +10,7 @@ import torch
 
 import tgate_compile
 from tests.comparing import assert_differ, assert_same
-from tests.denoiser_cases import CASES, Case, expected_of, run
+from tests.denoiser_cases import CASES, STEPS, Case, expected_of, run
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,15 @@ def test_description(pair: Pair) -> None:
     assert description.strip == pair.case.strip
     prefixes = [f"{name}." if len(pair.case.denoisers) > 1 else "" for name in pair.case.denoisers]
     assert sorted(description.sites) == sorted(prefix + site for prefix in prefixes for site in pair.case.sites)
+
+
+def test_description_beforehand(pair: Pair) -> None:
+    """What is said of a call before it runs is what it then does."""
+    call = pair.case.call(2)
+    foreseen = tgate_compile.describe(pair.gated, num_inference_steps=STEPS, output_type="latent", **call)
+    run(pair.gated, **call)
+    done = tgate_compile.describe(pair.gated)
+    assert (foreseen.strip, foreseen.cache_bytes, foreseen.sites) == (done.strip, done.cache_bytes, done.sites)
 
 
 def test_restore(pair: Pair) -> None:

@@ -159,6 +159,24 @@ def test_a_transformer_that_no_timestep_reaches(ratio: float) -> None:
     assert tgate_compile.describe(pipe).strip.strip("|") == "Fppppp"
 
 
+@pytest.mark.parametrize(("at", "strip"), [(0, "Fffppp"), (2, "FFFppp"), (4, "FFFppp")])
+def test_guidance_switched_off_on_the_way(at: int, strip: str) -> None:
+    """From then on there is one call in a timestep, and what is cached then is of the prompt alone."""
+    case, pipe = CASES["WanPipeline"], build("WanPipeline")
+
+    def switch_off(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == at:
+            pipe._guidance_scale = 1.0
+        return tensors
+
+    call = {**case.call(1), "callback_on_step_end": switch_off}
+    expected = expected_of(case, pipe, call)
+    tgate_compile.optimize(pipe, case.gate, backend="eager")
+    assert_same(run(pipe, **call), expected)
+    assert tgate_compile.describe(pipe).strip == strip
+    assert_same(run(pipe, **call), expected)
+
+
 def test_a_timestep_for_each_token() -> None:
     case, pipe = CASES["WanPipeline"], tiny_video.wan(expand_timesteps=True)
     call = case.call(2)
