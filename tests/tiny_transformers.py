@@ -203,10 +203,10 @@ def lumina_call(batch: int = 1) -> dict[str, Any]:
 # Sound.
 
 
-def stable_audio() -> Any:
+def stable_audio(sample_size: int = SIZE) -> Any:
     transformer = seeded(
         lambda: StableAudioDiTModel(
-            sample_size=SIZE,
+            sample_size=sample_size,
             in_channels=4,
             out_channels=4,
             num_layers=2,

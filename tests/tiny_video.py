@@ -221,22 +221,23 @@ _WAN: dict[str, Any] = {
 }
 
 
-def _wan_transformer(seed: int) -> WanTransformer3DModel:
-    return seeded(lambda: WanTransformer3DModel(**_WAN), seed)
+def _wan_transformer(seed: int = 0, **changed: Any) -> WanTransformer3DModel:
+    return seeded(lambda: WanTransformer3DModel(**{**_WAN, **changed}), seed)
 
 
-def wan(*, boundary_ratio: float | None = None, expand_timesteps: bool = False) -> Any:
+def wan(*, boundary_ratio: float | None = None, expand_timesteps: bool = False, **changed: Any) -> Any:
     """Wan 2.1; with a boundary Wan 2.2, whose second transformer does the timesteps below it.
 
-    With `expand_timesteps` the small Wan 2.2, which is told the timestep of each token.
+    With `expand_timesteps` the small Wan 2.2, which is told the timestep of each token. `changed` goes to the
+    transformer's configuration.
     """
     pipe = WanPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=_wan_transformer(0),
-        transformer_2=None if boundary_ratio is None else _wan_transformer(1),
+        transformer=_wan_transformer(**changed),
+        transformer_2=None if boundary_ratio is None else _wan_transformer(1, **changed),
         boundary_ratio=boundary_ratio,
         expand_timesteps=expand_timesteps,
     )
@@ -262,13 +263,12 @@ def wan_image_to_video() -> Any:
         1,
     )
     in_channels = 4 + 4 + 4  # latents, the mask of the frames that are given, the latents of these
-    added = {"in_channels": in_channels, "image_dim": TEXT_DIM, "added_kv_proj_dim": 24}
     pipe = WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=seeded(lambda: WanTransformer3DModel(**{**_WAN, **added})),
+        transformer=_wan_transformer(in_channels=in_channels, image_dim=TEXT_DIM, added_kv_proj_dim=24),
         image_encoder=seeded(lambda: CLIPVisionModel(_VISION), 2),
         image_processor=CLIPImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False),
     )
