@@ -1,0 +1,147 @@
+"""`backend="onnxruntime"`: the same images as the eager graphs, on the live weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_compile
+from tests.comparing import assert_differ, difference
+from tests.test_refusals import refused
+from tests.tiny_pipelines import (
+    PROMPTS,
+    add_lora,
+    latent_consistency,
+    pixart,
+    pixart_prompt,
+    run,
+    sdxl,
+    stable_diffusion,
+)
+from tgate_compile import ConfigurationError
+from tgate_compile.exports.to_onnx import to_onnx
+
+#: ONNX Runtime orders sums in its own way.
+CLOSE = 1e-4
+
+
+def both(pipe: Any, call: dict[str, Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results of the eager graphs and of ONNX Runtime; the latter twice the same. The pipeline stays optimized."""
+    tgate_compile.optimize(pipe, **options, backend="eager")
+    eager = run(pipe, **call)
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, **options, backend="onnxruntime")
+    first = run(pipe, **call)
+    assert torch.equal(run(pipe, **call), first)
+    return first, eager
+
+
+CASES: dict[str, Any] = {
+    "sd": (lambda: stable_diffusion(layout="small"), {"prompt": PROMPTS}, {"gate_step": 3}),
+    "sdxl": (sdxl, {}, {"gate_step": 3, "keep": "cond"}),
+    "pixart": (pixart, pixart_prompt(), {"gate_step": 2}),
+    "lcm": (latent_consistency, {"steps": 4, "guidance_scale": 6.0}, {"gate_step": 1}),
+    "v2": (
+        lambda: stable_diffusion(layout="small"),
+        {"steps": 9},
+        {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0},
+    ),
+    "deepcache": (lambda: stable_diffusion(layout="small"), {}, {"gate_step": 3, "deepcache_interval": 2}),
+    "fp8 caches": (
+        lambda: stable_diffusion(layout="small"),
+        {},
+        {"gate_step": 2, "cache_dtype": torch.float8_e4m3fn},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_images(name: str) -> None:
+    build, call, options = CASES[name]
+    result, eager = both(build(), call, **options)
+    # A cached value may be rounded to another of fp8's few numbers.
+    assert difference(result, eager) < (5e-3 if name == "fp8 caches" else CLOSE)
+
+
+def test_changed_weights_are_seen() -> None:
+    """Also through `.data`, as peft changes them, past torch's version counters; and then no conversion is repeated."""
+    pipe = stable_diffusion(layout="small")
+    add_lora(pipe.unet)
+    result, _ = both(pipe, {}, gate_step=3)
+    compiled = pipe._tgate_compile.hook.store.compilations
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_A" in name:
+            parameter.data.mul_(2)
+    changed = run(pipe)
+    assert pipe._tgate_compile.hook.store.compilations == compiled
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, 3, backend="eager")
+    assert difference(changed, run(pipe)) < CLOSE
+    assert_differ(changed, result)
+
+
+def test_half_precision() -> None:
+    pipe = stable_diffusion(layout="small").to(torch.float16)
+    result, eager = both(pipe, {}, gate_step=3)
+    assert result.dtype == torch.float16
+    assert difference(result.float(), eager.float()) < 2e-2
+
+
+def test_options() -> None:
+    options = {"providers": ["CPUExecutionProvider"], "threads": 1, "prepacking": False}
+    pipe = stable_diffusion(layout="small")
+    expected, _ = both(pipe, {}, gate_step=3)
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, 3, backend="onnxruntime", backend_options=options)
+    assert difference(run(pipe), expected) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"provider": "CPU"}, ("provider", "providers, threads, prepacking")),
+        ({"providers": "CPUExecutionProvider"}, ("a list of names", "got 'CPUExecutionProvider'")),
+        ({"providers": ["NoSuchProvider"]}, ("no NoSuchProvider", "CPUExecutionProvider", "onnx-gpu")),
+        ({"threads": 0}, ("threads", "got 0")),
+        ({"prepacking": "no"}, ("prepacking", "got 'no'")),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    pipe = stable_diffusion(layout="small")
+    refused(pipe, ConfigurationError, *parts, backend="onnxruntime", backend_options=options)
+
+
+def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
+    message = refused(stable_diffusion(layout="small"), ConfigurationError, "onnxruntime", backend="onnxruntime")
+    assert "pip install 'tgate_compile[onnx]'" in message
+
+
+def test_automatic_choice_on_a_cpu() -> None:
+    pipe = stable_diffusion(layout="small")
+    tgate_compile.optimize(pipe, 3, backend="auto")
+    run(pipe)
+    (runner, *_) = [compiled.runner for compiled in pipe._tgate_compile.hook.store.compiled]
+    assert type(runner).__module__ == "tgate_compile._backends.onnx_runtime"
+
+
+def test_the_models_are_valid_and_hold_no_weight_twice() -> None:
+    import onnx
+    import onnx_ir
+
+    pipe = stable_diffusion(layout="small")
+    tgate_compile.optimize(pipe, 3, backend="eager")
+    run(pipe)
+    for variant, _ in pipe._tgate_compile.hook.store.variants:
+        graph = to_onnx(variant)
+        proto = onnx_ir.to_proto(graph.model)
+        onnx.checker.check_model(proto, full_check=True)
+        assert set(graph.weights) == set(variant.weights)
+        assert [value.name for value in proto.graph.input][: len(variant.inputs)] == list(variant.inputs)
+        assert len(proto.graph.input) == len(variant.inputs) + len(variant.reused)
+        constants = [i for i in graph.model.graph.initializers.values() if i.name not in graph.weights]
+        assert sum(value.const_value.nbytes for value in constants) < 4096  # type: ignore[union-attr]

@@ -1,0 +1,233 @@
+"""Run by ONNX Runtime: on CPUs the fastest way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from tgate_compile._backends._interface import Runner
+from tgate_compile._errors import BackendError, ConfigurationError
+from tgate_compile._graphs import Variant
+from tgate_compile.exports.to_onnx import OnnxGraph, check_installed, to_onnx
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+logger = logging.getLogger(__name__)
+
+#: Options, and what they must be.
+OPTIONS: Mapping[str, str] = {
+    "providers": "a list of names of execution providers, the first that takes an operator runs it",
+    "threads": "a whole number of threads, at least 1",
+    "prepacking": "True (faster) or False (weights are not copied)",
+}
+
+MSG_UNKNOWN_OPTIONS = 'backend "onnxruntime" does not know the options {unknown}. It knows: {known}.'
+MSG_OPTION = 'backend_options["{name}"] must be {expected}, but got {given!r}.'
+MSG_NO_PROVIDER = (
+    "This build of onnxruntime has no {name}; it has {available}. For NVIDIA GPUs: pip uninstall onnxruntime, then "
+    "pip install 'tgate_compile[onnx-gpu]'."
+)
+MSG_FAILED = (
+    "ONNX Runtime could not take the {graph} graph ({problem}). "
+    'optimize(pipe, backend="eager") or backend="inductor" runs the same graph.'
+)
+
+# ONNX's numbers for element types (onnx.TensorProto.DataType): numpy has no bfloat16 and no fp8.
+ELEMENT_TYPES: Mapping[torch.dtype, int] = {
+    torch.float32: 1,
+    torch.uint8: 2,
+    torch.int8: 3,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.float64: 11,
+    torch.bfloat16: 16,
+    torch.float8_e4m3fn: 17,
+    torch.float8_e5m2: 19,
+}
+
+
+class OnnxRuntimeBackend:
+    """Converts a graph to ONNX once, and runs it in an ONNX Runtime session on the live weights' memory."""
+
+    name: ClassVar[str] = "onnxruntime"
+    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
+
+    def __init__(self, options: Mapping[str, object]) -> None:
+        self._options = options
+
+    @staticmethod
+    def check_options(options: Mapping[str, object]) -> None:
+        check_installed(*OnnxRuntimeBackend.needs)
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(OPTIONS)))
+        providers, threads = options.get("providers", ["CPUExecutionProvider"]), options.get("threads", 1)
+        right = {
+            "providers": isinstance(providers, (list, tuple)) and all(isinstance(name, str) for name in providers),
+            "threads": isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1,
+            "prepacking": isinstance(options.get("prepacking", True), bool),
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise ConfigurationError(MSG_OPTION.format(name=name, expected=OPTIONS[name], given=options[name]))
+        if "providers" in options:
+            _check_providers(providers)  # type: ignore[arg-type]
+
+    def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
+        device = inputs[0].device
+        providers = self._options.get("providers") or _best_providers(device)
+        _check_providers(providers)  # type: ignore[arg-type]
+        try:
+            graph = to_onnx(variant)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # torch.onnx raises whatever its converters raise
+            raise BackendError(_failed(variant, error)) from error
+        return _Session(variant, graph, device, list(providers), self._options)  # type: ignore[call-overload]
+
+
+class _Session:
+    """A runner. The session is made anew when the weights have changed, which it may have packed into copies."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        graph: OnnxGraph,
+        device: torch.device,
+        providers: list[str],
+        options: Mapping[str, object],
+    ) -> None:
+        self._variant = variant
+        self._graph = graph
+        self._model = _serialized(graph)
+        self._device = device
+        self._providers = providers
+        self._options = options
+        placeholders = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
+        self._input_names = [value.name for value in graph.model.graph.inputs]
+        self._input_dtypes = [fake.dtype for fake in placeholders[len(variant.weights) :]]
+        self._outputs = [
+            (value.name, node.meta["val"].shape, node.meta["val"].dtype)
+            for value, node in zip(graph.model.graph.outputs, variant.program.graph.output_node().args[0], strict=True)
+        ]
+        self._positions = [variant.weights.index(name) for name in graph.weights]
+        self._seen: Sequence[torch.Tensor] | None = None
+        self._digest: tuple[int, ...] = ()
+        self._session: onnxruntime.InferenceSession | None = None
+        self._held: list[Any] = []
+
+    def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        session = self._session_for(weights)
+        binding = session.io_binding()
+        device, index = self._device.type, self._device.index or 0
+        bound = []  # which must live until the run is over
+        for name, tensor in zip(self._input_names, inputs, strict=True):
+            tensor = tensor.contiguous()
+            binding.bind_input(name, device, index, ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+            bound.append(tensor)
+        outputs = []
+        for name, shape, dtype in self._outputs:
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+            binding.bind_output(name, device, index, ELEMENT_TYPES[dtype], list(shape), tensor.data_ptr())
+            outputs.append(tensor)
+        if device == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has a stream of its own
+        try:
+            session.run_with_iobinding(binding)
+        except RuntimeError as error:
+            raise BackendError(_failed(self._variant, error)) from error
+        return outputs
+
+    def _session_for(self, weights: Sequence[torch.Tensor]) -> onnxruntime.InferenceSession:
+        # The library hands over a new list at the start of each generation: only then can anything have changed.
+        if self._session is None or weights is not self._seen:
+            used = [weights[position] for position in self._positions]
+            digest = tuple(_digest(tensor) for tensor in used)
+            if self._session is None or digest != self._digest:
+                self._session = self._open(used)
+                self._digest = digest
+            self._seen = weights
+        return self._session
+
+    def _open(self, weights: Sequence[torch.Tensor]) -> onnxruntime.InferenceSession:
+        import onnxruntime
+
+        began = time.perf_counter()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # its warnings are about its own placement of operators
+        threads = self._options.get("threads")
+        options.intra_op_num_threads = threads if isinstance(threads, int) else torch.get_num_threads()
+        if self._options.get("prepacking") is False:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        tensors = [tensor.detach().cpu().contiguous() for tensor in weights]
+        values = [_ort_value(tensor) for tensor in tensors]
+        self._held = [tensors, values]  # the session works on their memory
+        options.add_external_initializers(list(self._graph.weights), values)
+        try:
+            session = onnxruntime.InferenceSession(self._model, options, providers=self._providers)
+        except Exception as error:  # ONNX Runtime has no common base class of its errors
+            raise BackendError(_failed(self._variant, error)) from error
+        logger.info(
+            "opened the %s graph in ONNX Runtime (%s) in %.1f s",
+            self._variant.phase.name, ", ".join(session.get_providers()), time.perf_counter() - began,
+        )  # fmt: skip
+        return session
+
+
+def _serialized(graph: OnnxGraph) -> bytes:
+    """The model without its weights, which it expects from outside; a file format's limit of 2 GB never matters."""
+    import onnx_ir
+
+    for name in graph.weights:
+        value = graph.model.graph.initializers[name]
+        tensor = value.const_value
+        assert tensor is not None
+        assert isinstance(tensor.shape, onnx_ir.Shape)
+        value.const_value = onnx_ir.ExternalTensor(
+            "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+        )
+    data: bytes = onnx_ir.to_proto(graph.model).SerializeToString()
+    return data
+
+
+def _ort_value(tensor: torch.Tensor) -> Any:
+    """The memory of `tensor`, not a copy."""
+    import onnxruntime
+
+    if tensor.dtype is torch.bfloat16:
+        bits = tensor.view(torch.int16).numpy()
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ELEMENT_TYPES[tensor.dtype])
+    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _digest(tensor: torch.Tensor) -> int:
+    """A sum over the bits of `tensor`: not torch's version counter, which changes through `.data` go past."""
+    return int(tensor.detach().contiguous().view(_INTEGERS[tensor.itemsize]).sum())
+
+
+def _best_providers(device: torch.device) -> list[str]:
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"] if device.type == "cuda" else ["CPUExecutionProvider"]
+
+
+def _check_providers(names: Sequence[str]) -> None:
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    for name in names:
+        if name not in available:
+            raise ConfigurationError(MSG_NO_PROVIDER.format(name=name, available=", ".join(available)))
+
+
+def _failed(variant: Variant, error: Exception) -> str:
+    problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    return MSG_FAILED.format(graph=variant.phase.name, problem=problem)
