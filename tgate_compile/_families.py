@@ -20,6 +20,8 @@ class Family:
             instead of being [uncond...; cond...]; each a path of keywords in the denoiser's call.
         repeated: inputs with several rows for each of the latents' (one per frame), the halves one after the other;
             paths likewise.
+        shared: inputs that both halves share, even where one has as many rows as the batch (a table of positions);
+            paths likewise.
         order: the halves in the order in which they stand in a batch of both.
         calls: the guidance halves in the order in which they are evaluated, each in a denoiser call of its own;
             empty where one call has both.
@@ -30,6 +32,7 @@ class Family:
 
     interleaved: tuple[tuple[str, ...], ...] = ()
     repeated: tuple[tuple[str, ...], ...] = ()
+    shared: tuple[tuple[str, ...], ...] = ()
     order: tuple[Half, Half] = ("uncond", "cond")
     calls: tuple[Half, ...] = ()
     only: Half | None = None
@@ -67,6 +70,8 @@ FAMILIES: Mapping[str, Family] = {
     "AnimateDiffSparseControlNetPipeline": _TEXT_PER_FRAME,
     "AnimateDiffVideoToVideoPipeline": _TEXT_PER_FRAME,
     "AnimateDiffVideoToVideoControlNetPipeline": _TEXT_PER_FRAME,
+    "HunyuanDiTPipeline": Family(shared=(("image_rotary_emb",),)),
+    "StableAudioPipeline": Family(shared=(("rotary_embedding",),)),
     "LuminaPipeline": _PROMPT_FIRST,
     "LuminaText2ImgPipeline": _PROMPT_FIRST,
     "StableVideoDiffusionPipeline": _IMAGE_TO_VIDEO,

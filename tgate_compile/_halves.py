@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from tgate_compile._call import Call
 from tgate_compile._errors import UnsupportedModelError
@@ -34,16 +35,16 @@ def check_halves(latents: torch.Tensor, *, same: bool) -> None:
 def one_half(call: Call, batch: int, keep: Half, family: Family) -> Call:
     """`call`, whose latents have a batch of `batch` = 2B, for its half `keep` alone."""
     position = family.order.index(keep)
-    interleaved = [_keyword(call, path) for path in family.interleaved]
-    repeated = [_keyword(call, path) for path in family.repeated]
+    interleaved, repeated, shared = (
+        {id(leaf) for path in paths for leaf in _leaves(call, path)}
+        for paths in (family.interleaved, family.repeated, family.shared)
+    )
 
     def half(leaf: torch.Tensor) -> torch.Tensor:
-        several = any(leaf is tensor for tensor in repeated)
-        if leaf.ndim == 0 or (leaf.shape[0] != batch and not several):
-            return leaf  # shared by both halves: a timestep, a mask
-        if any(leaf is tensor for tensor in interleaved):
-            return leaf[position::2]
-        return leaf.chunk(2)[position]
+        has_halves = leaf.ndim > 0 and leaf.shape[0] == batch and id(leaf) not in shared
+        if not has_halves and id(leaf) not in repeated:
+            return leaf  # both halves' alike: a timestep, a mask
+        return leaf[position::2] if id(leaf) in interleaved else leaf.chunk(2)[position]
 
     return call.map_tensors(half)
 
@@ -76,9 +77,9 @@ def similarity(prediction: torch.Tensor, channels: int) -> float:
     return float(torch.cosine_similarity(uncond, cond, dim=1).min())
 
 
-def _keyword(call: Call, path: tuple[str, ...]) -> Any:
-    """The tensor at `path` of the call's keyword arguments, e.g. ("added_cond_kwargs", "time_ids"), or None."""
+def _leaves(call: Call, path: tuple[str, ...]) -> list[Any]:
+    """What is at `path` of the call's keyword arguments, e.g. ("added_cond_kwargs", "time_ids")."""
     value: Any = call.arguments[1]
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
-    return value
+    return pytree.tree_leaves(value)
