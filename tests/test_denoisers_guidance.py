@@ -113,13 +113,20 @@ def test_guidance_rescale() -> None:
 # Wan: two calls in each timestep, and in 2.2 two transformers.
 
 
+def pair(name: str, gate_step: Any) -> SimpleNamespace:
+    """A plain and an optimized pipeline with the same weights."""
+    gated = tgate_compile.optimize(build(name), gate_step, backend="eager")
+    return SimpleNamespace(case=CASES[name], plain=build(name), gated=gated)
+
+
 @pytest.fixture(scope="module")
 def wan() -> SimpleNamespace:
-    """A plain and an optimized Wan 2.2 with the same weights."""
-    case = CASES["WanPipeline, two transformers"]
-    return SimpleNamespace(
-        case=case, plain=case.build(), gated=tgate_compile.optimize(case.build(), (3, 1), backend="eager")
-    )
+    return pair("WanPipeline", CASES["WanPipeline"].gate)
+
+
+@pytest.fixture(scope="module")
+def wan_of_two() -> SimpleNamespace:
+    return pair("WanPipeline, two transformers", (3, 1))
 
 
 @pytest.mark.parametrize(
@@ -133,31 +140,31 @@ def wan() -> SimpleNamespace:
     ],
 )
 def test_each_of_two_transformers_has_its_own_gate(
-    wan: SimpleNamespace, gate_step: Any, gates: tuple[int, int], strip: str
+    wan_of_two: SimpleNamespace, gate_step: Any, gates: tuple[int, int], strip: str
 ) -> None:
-    call = wan.case.call(1)
-    expected = expected_of(wan.case, wan.plain, call, gates=gates)
-    assert_same(run(wan.gated, gate_step=gate_step, **call), expected)
-    assert tgate_compile.describe(wan.gated).strip == strip
+    call = wan_of_two.case.call(1)
+    expected = expected_of(wan_of_two.case, wan_of_two.plain, call, gates=gates)
+    assert_same(run(wan_of_two.gated, gate_step=gate_step, **call), expected)
+    assert tgate_compile.describe(wan_of_two.gated).strip == strip
 
 
-def test_two_transformers_ungated(wan: SimpleNamespace) -> None:
-    call = wan.case.call(1)
-    assert torch.equal(run(wan.gated, gate_step=(4, 2), **call), run(wan.plain, **call))
+def test_two_transformers_ungated(wan_of_two: SimpleNamespace) -> None:
+    call = wan_of_two.case.call(1)
+    assert torch.equal(run(wan_of_two.gated, gate_step=(4, 2), **call), run(wan_of_two.plain, **call))
 
 
 @pytest.mark.parametrize(("steps", "strip"), [(9, "FFFpppp|Fp"), (2, "F|F"), (1, "F")])
-def test_two_transformers_with_another_number_of_steps(wan: SimpleNamespace, steps: int, strip: str) -> None:
+def test_two_transformers_with_another_number_of_steps(wan_of_two: SimpleNamespace, steps: int, strip: str) -> None:
     """The boundary then falls elsewhere."""
-    call = {**wan.case.call(1), "num_inference_steps": steps}
-    assert_same(run(wan.gated, **call), expected_of(wan.case, wan.plain, call, gates=(3, 1)))
-    assert tgate_compile.describe(wan.gated).strip.strip("|") == strip
+    call = {**wan_of_two.case.call(1), "num_inference_steps": steps}
+    assert_same(run(wan_of_two.gated, **call), expected_of(wan_of_two.case, wan_of_two.plain, call, gates=(3, 1)))
+    assert tgate_compile.describe(wan_of_two.gated).strip.strip("|") == strip
 
 
 @pytest.mark.parametrize("wrong", [(3, 1, 1), (3,), (0, 1), (3, 1.5)])
-def test_wrong_gates_of_two_transformers(wan: SimpleNamespace, wrong: Any) -> None:
+def test_wrong_gates_of_two_transformers(wan_of_two: SimpleNamespace, wrong: Any) -> None:
     with pytest.raises(ConfigurationError, match="gate_step"):
-        run(wan.gated, gate_step=wrong, **wan.case.call(1))
+        run(wan_of_two.gated, gate_step=wrong, **wan_of_two.case.call(1))
 
 
 @pytest.mark.parametrize("ratio", [0.001, 1.1])
@@ -171,21 +178,19 @@ def test_a_transformer_that_no_timestep_reaches(ratio: float) -> None:
 
 
 @pytest.mark.parametrize(("at", "strip"), [(0, "Fffppp"), (2, "FFFppp"), (4, "FFFppp")])
-def test_guidance_switched_off_on_the_way(at: int, strip: str) -> None:
+def test_guidance_switched_off_on_the_way(wan: SimpleNamespace, at: int, strip: str) -> None:
     """From then on there is one call in a timestep, and what is cached then is of the prompt alone."""
-    case, pipe = CASES["WanPipeline"], build("WanPipeline")
 
     def switch_off(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == at:
             pipe._guidance_scale = 1.0
         return tensors
 
-    call = {**case.call(1), "callback_on_step_end": switch_off}
-    expected = expected_of(case, pipe, call)
-    tgate_compile.optimize(pipe, case.gate, backend="eager")
-    assert_same(run(pipe, **call), expected)
-    assert tgate_compile.describe(pipe).strip == strip
-    assert_same(run(pipe, **call), expected)
+    call = {**wan.case.call(1), "callback_on_step_end": switch_off}
+    expected = expected_of(wan.case, wan.plain, call)
+    assert_same(run(wan.gated, **call), expected)
+    assert tgate_compile.describe(wan.gated).strip == strip
+    assert_same(run(wan.gated, **call), expected)
 
 
 def test_a_timestep_for_each_token() -> None:
@@ -197,38 +202,29 @@ def test_a_timestep_for_each_token() -> None:
     assert_same(run(pipe, **call), expected)
 
 
-def test_an_interrupted_video_leaves_nothing_behind() -> None:
-    case, pipe = CASES["WanPipeline"], build("WanPipeline")
-    call = case.call(1)
-    expected = expected_of(case, pipe, call)
+def test_an_interrupted_video_leaves_nothing_behind(wan: SimpleNamespace) -> None:
+    call = wan.case.call(1)
 
     def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = step == 3
         return tensors
 
-    tgate_compile.optimize(pipe, case.gate, backend="eager")
-    run(pipe, callback_on_step_end=interrupt, **call)
-    assert tgate_compile.describe(pipe).strip == "FFFp"
-    assert_same(run(pipe, **call), expected)
+    run(wan.gated, callback_on_step_end=interrupt, **call)
+    assert tgate_compile.describe(wan.gated).strip == "FFFp"
+    assert_same(run(wan.gated, **call), expected_of(wan.case, wan.plain, call))
 
 
-def test_a_failure_between_the_two_calls_of_a_timestep_leaves_nothing_behind() -> None:
-    case, pipe = CASES["WanPipeline"], build("WanPipeline")
-    call = case.call(1)
-    expected = expected_of(case, pipe, call)
-    tgate_compile.optimize(pipe, case.gate, backend="eager")
+def test_a_failure_between_the_two_calls_of_a_timestep_leaves_nothing_behind(wan: SimpleNamespace) -> None:
+    call = wan.case.call(1)
     wrong = embedded(1, tiny_transformers.TOKENS, TEXT_DIM + 1, seed=1)
     with pytest.raises(CaptureError):
-        run(pipe, **{**call, "negative_prompt_embeds": wrong})
-    assert_same(run(pipe, **call), expected)
+        run(wan.gated, **{**call, "negative_prompt_embeds": wrong})
+    assert_same(run(wan.gated, **call), expected_of(wan.case, wan.plain, call))
 
 
-def test_two_calls_with_texts_of_different_lengths() -> None:
-    case, pipe = CASES["WanPipeline"], build("WanPipeline")
-    call = {**case.call(1), "negative_prompt_embeds": embedded(1, tiny_transformers.TOKENS - 2, TEXT_DIM, seed=1)}
-    expected = expected_of(case, pipe, call)
-    tgate_compile.optimize(pipe, case.gate, backend="eager")
-    assert_same(run(pipe, **call), expected)
+def test_two_calls_with_texts_of_different_lengths(wan: SimpleNamespace) -> None:
+    call = {**wan.case.call(1), "negative_prompt_embeds": embedded(1, tiny_transformers.TOKENS - 2, TEXT_DIM, seed=1)}
+    assert_same(run(wan.gated, **call), expected_of(wan.case, wan.plain, call))
 
 
 def test_two_calls_compiled() -> None:
