@@ -48,7 +48,7 @@ def test_tuning_writes_the_schedule_and_the_plot(model: str, tmp_path: Path) -> 
 def test_tuning_prints_its_table(model: str) -> None:
     result = run(app, ["tune", "-m", model, "-p", "red cat", "--tolerance", "0.5", "--steps", "4", "--seed", "3"])
     assert result.exit_code == 0, result.output
-    for shown in ("guidance drop", "gate step 2", "drift", "tolerance 0.5", "4 steps of DPMSolverMultistepScheduler"):
+    for shown in ("guidance step 2", "gate step 2", "drift", "tolerance 0.5", "4 steps of DPMSolverMultistepScheduler"):
         assert shown in result.stdout
     assert "%" not in result.stdout  # progress goes elsewhere
     refused = run(app, ["tune", "-m", model, "-p", "red cat", "--tolerance", "1e-9", "--steps", "4"])

@@ -39,8 +39,9 @@ def tune(
         prompts: a few that are like those to come; None if `call` says what to show.
         tolerance: the mean drift that is allowed, above 0.
         num_inference_steps: for which the schedule is meant.
-        candidates: schedules to choose from. By default T-GATE v1, T-GATE v2 (`sp_interval=5`) and, as a baseline,
-            guidance dropped with nothing cached, each at a few gates and then around the tolerance.
+        candidates: schedules to choose from. By default T-GATE v1 with the mean of the halves in its caches and with
+            the prompt's half alone (`anchor_weight=1`), T-GATE v2 (`sp_interval=5`) and, as a baseline, guidance
+            dropped with nothing cached, each at a few gates and then around the tolerance.
         seeds: the noise for each prompt.
         call: further arguments of the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         backend: as for `optimize`. Drift and cost do not depend on it, and `"eager"` has nothing to compile.

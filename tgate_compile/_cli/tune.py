@@ -118,7 +118,7 @@ def _prompts(given: list[str] | None, file: Path | None, *, embedded: bool) -> l
 
 
 def _print_table(tuning: Tuning) -> None:
-    table = Table("", "family", "schedule", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = Table("", "schedule", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for heading in ("cost", "drift", "worst", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in tuning.table:
@@ -139,4 +139,4 @@ def _cells(row: Row, *, chosen: bool) -> list[Text]:
     style = "bold green" if chosen else "" if row.within else "dim"
     time = "" if row.time is None else f"{row.time:.2f}"
     numbers = [f"{value:.3f}" for value in (row.cost, row.drift, row.worst)]
-    return [Text(cell, style) for cell in ("*" if chosen else "", row.family, row.label, *numbers, time)]
+    return [Text(cell, style) for cell in ("*" if chosen else "", row.label, *numbers, time)]

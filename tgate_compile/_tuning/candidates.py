@@ -30,6 +30,8 @@ class Family:
 
 
 TGATE = Family("T-GATE", lambda gate: Schedule(gate))
+#: With the prompt's own half in the caches, not the mean of the halves.
+TGATE_COND = Family("T-GATE, cond cached", lambda gate: Schedule(gate, anchor_weight=1.0))
 TGATE_V2 = Family("T-GATE v2", lambda gate: Schedule(gate, sp_interval=SP_INTERVAL))
 GUIDANCE_DROP = Family("guidance drop", lambda gate: Schedule(None, guidance_step=gate))
 

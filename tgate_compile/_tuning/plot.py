@@ -53,7 +53,7 @@ def _draw_convergence(axes: Axes, tuning: Tuning) -> None:
     low = [max(m - s, 0.0) for m, s in zip(mean, spread, strict=True)]
     high = [m + s for m, s in zip(mean, spread, strict=True)]
     axes.fill_between(steps, low, high, color=_COLOURS[0], alpha=0.15, linewidth=0)
-    axes.set_xlim(0, tuning.num_steps - 1)
+    axes.set_xlim(0, tuning.num_steps)
     axes.set_ylim(bottom=0)
     end = next((step for step, letter in enumerate(tuning.chosen.strip) if letter.islower()), None)
     if end:
@@ -82,15 +82,13 @@ def _draw_table(axes: Axes, tuning: Tuning) -> None:
         )  # fmt: skip
     axes.axhline(tuning.tolerance, color=INK, linewidth=1.0, linestyle="--")
     axes.text(
-        1.0, tuning.tolerance, f"tolerance {tuning.tolerance:g} ", color=INK, fontsize=8, ha="right", va="bottom",
+        0.0, tuning.tolerance, f" tolerance {tuning.tolerance:g}", color=INK, fontsize=8, va="bottom",
         transform=axes.get_yaxis_transform(),
     )  # fmt: skip
     chosen = tuning.chosen
-    axes.plot(chosen.cost, chosen.drift, marker="o", markersize=13, markeredgecolor=_COLOURS[5], markerfacecolor="none")
-    axes.annotate(
-        f"{chosen.label}: {chosen.cost:.2f} of the cost, drift {chosen.drift:.3f}",
-        (chosen.cost, chosen.drift), xytext=(0.0, 1.0), textcoords="axes fraction", color=_COLOURS[5], fontsize=8,
-        va="top", arrowprops={"arrowstyle": "-", "color": _COLOURS[5], "linewidth": 0.8, "shrinkB": 7},
+    axes.plot(
+        chosen.cost, chosen.drift, label=f"chosen: {chosen.label} ({chosen.cost:.2f}, {chosen.drift:.3f})",
+        color=_COLOURS[5], marker="o", markersize=13, markerfacecolor="none", linewidth=0,
     )  # fmt: skip
-    axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(fontsize=8, labelcolor=INK, loc="upper right", frameon=False, ncols=2)

@@ -21,6 +21,7 @@ from tgate_compile._schedule import Schedule
 from tgate_compile._tuning.candidates import (
     GUIDANCE_DROP,
     TGATE,
+    TGATE_COND,
     TGATE_V2,
     Family,
     effect_of,
@@ -136,32 +137,39 @@ class _Search:
             type(denoiser).__name__ in JOINT_ATTENTION or cross_attention_modules(denoiser) == []
             for denoiser in self._denoisers.values()
         )
-        families = (GUIDANCE_DROP,) if no_cross else (TGATE, TGATE_V2, GUIDANCE_DROP)
         grid = grid_of(plain.num_steps)
-        self._plan(len(families) * len(grid))
+        self._plan((1 if no_cross else 4) * len(grid))
+        if no_cross:
+            self._measure_along((GUIDANCE_DROP,), grid, plain)
+            return
         try:
-            self._measure_along(families, grid, plain)
+            self._measure_along((TGATE, GUIDANCE_DROP, TGATE_V2), grid, plain)
         except UnsupportedModelError:
-            if no_cross or self._rows:
+            if self._rows:
                 raise
             logger.info("no self-attention that could be cached: leaving %s out", TGATE_V2.name)
             self._plan(-len(grid))
             self._measure_along((TGATE, GUIDANCE_DROP), grid, plain)
+        self._measure_along((TGATE_COND,), grid, plain)
 
     def _measure_along(self, families: Sequence[Family], grid: Sequence[int], plain: Plain) -> None:
-        """The grid of each family, then more of it until the tolerance lies between neighbours."""
+        """The grid of each family, then more of it until the tolerance lies between neighbours, or nothing is gained.
+
+        Their graphs are made of one capture.
+        """
         carrier = max((family.schedule(1) for family in families), key=lambda schedule: len(schedule.kinds))
         with self._gated(self._pipe, carrier):
             for family in families:
                 if family is GUIDANCE_DROP and self._rows and self._rows[0].strip.islower():
                     self._plan(-len(grid))
                     continue  # there is no guidance that could be dropped
-                within: dict[int, bool] = {}
-                for gate in grid:
-                    within[gate] = self._measure(family.name, family.schedule(gate), plain).within
-                while (between := next_gate(within, plain.num_steps)) is not None:
+                rows = {gate: self._measure(family.name, family.schedule(gate), plain) for gate in grid}
+                while (gate := next_gate({g: row.within for g, row in rows.items()}, plain.num_steps)) is not None:
+                    best = min((row.cost for row in self._rows if row.within and row.schedule is not None), default=1.0)
+                    if any(row.cost > best for earlier, row in rows.items() if earlier < gate):
+                        break  # a later gate costs more than an earlier one
                     self._plan(1)
-                    within[between] = self._measure(family.name, family.schedule(between), plain).within
+                    rows[gate] = self._measure(family.name, family.schedule(gate), plain)
 
     def _measure(self, family: str, schedule: Schedule, plain: Plain) -> Row:
         effect = effect_of(schedule, plain.num_steps)
