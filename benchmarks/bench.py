@@ -9,7 +9,8 @@ Contenders, all on the same weights and inputs:
 - `plain eager`, `plain compiled`: the pipeline as it is, and with `torch.compile(unet, fullgraph=True)`;
 - `guidance drop`: the plain eager pipeline, guidance stopped at the gate, nothing cached. What T-GATE adds to that is
   the difference to the next row;
-- `tgate eager`, `tgate compiled`: `tgate_compile.optimize` with the two backends.
+- `tgate eager`, `tgate compiled`, `tgate onnxruntime`: `tgate_compile.optimize` with each backend;
+- `plain onnxruntime`: the same with a gate beyond the last step: what the runtime alone brings.
 
 The efficiency is the speedup over the plain row of the same kind, divided by the ratio of the multiply-accumulates
 (linear and convolution layers, the paper's convention): 1 means that every operation saved was time saved.
@@ -43,8 +44,28 @@ from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 
 import tgate_compile
 
-CONTENDERS = ("plain eager", "plain compiled", "guidance drop", "tgate eager", "tgate compiled")
-BASELINE = {"tgate eager": "plain eager", "guidance drop": "plain eager", "tgate compiled": "plain compiled"}
+CONTENDERS = (
+    "plain eager",
+    "plain compiled",
+    "plain onnxruntime",
+    "guidance drop",
+    "tgate eager",
+    "tgate compiled",
+    "tgate onnxruntime",
+)
+BASELINE = {
+    "guidance drop": "plain eager",
+    "tgate eager": "plain eager",
+    "tgate compiled": "plain compiled",
+    "tgate onnxruntime": "plain onnxruntime",
+}
+BACKENDS = {
+    "plain onnxruntime": "onnxruntime",
+    "tgate eager": "eager",
+    "tgate compiled": "inductor",
+    "tgate onnxruntime": "onnxruntime",
+}
+NEVER = 1000  # a gate beyond the last step
 
 
 @dataclass
@@ -144,9 +165,8 @@ def contender_pipeline(workload: Workload, contender: str, gate: int) -> tuple[A
     elif contender == "guidance drop":
         cutoff = SDXLCFGCutoffCallback if isinstance(pipe, StableDiffusionXLPipeline) else SDCFGCutoffCallback
         return pipe, {"callback_on_step_end": cutoff(cutoff_step_ratio=None, cutoff_step_index=gate - 1)}
-    elif contender.startswith("tgate"):
-        backend = {"tgate eager": "eager", "tgate compiled": "inductor"}[contender]
-        tgate_compile.optimize(pipe, gate, backend=backend)
+    elif contender in BACKENDS:
+        tgate_compile.optimize(pipe, NEVER if contender.startswith("plain") else gate, backend=BACKENDS[contender])
     return pipe, {}
 
 

@@ -27,6 +27,7 @@ class Backend(str, Enum):
 
     eager = "eager"
     inductor = "inductor"
+    onnxruntime = "onnxruntime"
     auto = "auto"
 
 
