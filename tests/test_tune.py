@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from tests import tiny_pipelines
 from tests.comparing import ROUNDING
+from tests.denoiser_cases import CASES
 from tests.hook_reference import hook_reference
 from tgate_compile import ConfigurationError, UnsupportedModelError, describe, load_demo_pipeline, optimize, restore
 from tgate_compile._schedule import Schedule
@@ -316,6 +317,26 @@ def test_a_step_may_have_several_calls(scheduler: Any) -> None:
     assert len(tuning.convergence.mean) == 4
     assert tuning.chosen.strip == "FFFpp"
     assert 0.5 < tuning.chosen.cost < 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "strip", "steps", "changes"),
+    [
+        ("WanPipeline", "FFFppp", 6, 5),  # a call for each half
+        ("WanPipeline, two transformers", "FFFp|FF", 4, 4),  # each counts its own steps
+        ("StableVideoDiffusionPipeline", "FFFppp", 6, 5),  # only one half can go on
+        ("LTXPipeline", "FFFppp", 6, 0),  # its attentions do not say what they are
+        ("CosmosTextToWorldPipeline", "FFFppp", 6, 5),
+    ],
+)
+def test_other_denoisers(name: str, strip: str, steps: int, changes: int, tmp_path: Path) -> None:
+    case = CASES[name]
+    call = {key: value for key, value in case.call(1).items() if key != "num_inference_steps"}
+    tuning = tune(case.build(), call=call, num_inference_steps=6, tolerance=1e6, candidates=[Schedule(3)])
+    assert (tuning.chosen.strip, tuning.num_steps, len(tuning.convergence.mean)) == (strip, steps, changes)
+    assert 0.1 < tuning.chosen.cost < 1.0
+    assert tuning.chosen.drift > 0.0
+    tuning.plot(tmp_path / "a.svg")
 
 
 def test_embedded_prompts_and_transformers() -> None:

@@ -23,7 +23,8 @@ class Convergence:
     Source: arXiv 2404.02747, figure 2, where it is not relative.
 
     Attributes:
-        mean: over sites and images; the first is that of step 1 to step 0.
+        mean: over sites and images; the first is that of step 1 to step 0. Empty where no module of the denoiser says
+            that it is a cross-attention (LTX's do not).
         spread: the standard deviation.
     """
 
@@ -71,7 +72,7 @@ class Recorder:
         with ExitStack() as stack:
             for name, denoiser in denoisers.items():
                 stack.enter_context(_removed(denoiser.register_forward_pre_hook(self._on_call(name), with_kwargs=True)))
-                for path in cross_attention_modules(denoiser) or ():
+                for path in cross_attention_modules(denoiser):
                     module = denoiser.get_submodule(path)
                     stack.enter_context(_removed(module.register_forward_hook(self._on_output(f"{name}.{path}"))))
             yield

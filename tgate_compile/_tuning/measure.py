@@ -28,7 +28,7 @@ MSG_NO_LATENTS = (
     "Choose the gate step by looking at its images."
 )
 MSG_NOT_FINITE = (
-    "The plain pipeline's own latents are not finite (dtype {dtype}), so that nothing can be compared with them. "
+    "The plain pipeline's own latents are not finite, so that nothing can be compared with them. "
     "Check that it makes images as it is; if it is in fp16, try bf16 or fp32."
 )
 
@@ -105,7 +105,7 @@ class Bench:
             with recorder.recording(self._denoisers):
                 result, took = self._run({**call, **override}, seed)
             if not result.isfinite().all():
-                raise ConfigurationError(MSG_NOT_FINITE.format(dtype=self._pipe.dtype))
+                raise ConfigurationError(MSG_NOT_FINITE)
             latents.append(result)
             seconds.append(took)
             for name, of_denoiser in recorder.rows.items():

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._capture import cross_attention_modules
+from tgate_compile._capture import denies_cross_attention
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile._families import JOINT_ATTENTION
 from tgate_compile._optimized import required_state_of
@@ -134,7 +134,7 @@ class _Search:
 
     def _measure_families(self, plain: Plain) -> None:
         no_cross = any(
-            type(denoiser).__name__ in JOINT_ATTENTION or cross_attention_modules(denoiser) == []
+            type(denoiser).__name__ in JOINT_ATTENTION or denies_cross_attention(denoiser)
             for denoiser in self._denoisers.values()
         )
         grid = grid_of(plain.num_steps)
@@ -258,7 +258,7 @@ class _Search:
             "denoiser": ", ".join(type(denoiser).__name__ for denoiser in self._denoisers.values()),
             "scheduler": type(self._pipe.scheduler).__name__,
             "device": str(self._pipe.device),
-            "dtype": str(self._pipe.dtype).removeprefix("torch."),
+            "dtype": str(next(iter(self._denoisers.values())).dtype).removeprefix("torch."),
             "backend": backend,
             "tgate_compile": __version__,
             "torch": torch.__version__,
