@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file, no window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 
@@ -33,15 +34,15 @@ class Style:
 
 # Colours by Okabe and Ito, told apart by the colour-blind; the markers tell the methods apart without any colour.
 STYLES: dict[str, Style] = {
-    "fewer steps": Style("fewer steps (number of steps)", "#555555", "o", "--", (0, -17)),
-    "guidance drop": Style("guidance drop (steps with it)", "#0072B2", "s", labels=(8, -16)),
-    "T-GATE": Style("T-GATE v1 (gate)", "#D55E00", "^", labels=(-9, -4)),
-    "T-GATE, cond cached": Style("T-GATE, cond cached (gate)", "#009E73", "*", labels=(-2, 9)),
-    "fewer steps + T-GATE, cond cached": Style("the same, fewer steps (steps, gate)", "#009E73", "h", ":", (0, 9)),
-    "T-GATE v2": Style("T-GATE v2 (gate, interval)", "#CC79A7", "v", "", (9, -4)),
-    "Adaptive Guidance": Style("Adaptive Guidance (likeness)", "#56B4E9", "D", "", (9, -4)),
-    "DeepCache": Style("DeepCache (interval)", "#B88A00", "P", "-.", (0, -18)),
-    "DeepCache + T-GATE": Style("DeepCache + T-GATE (interval, gate)", "#6B5000", "X", ":", (0, -18)),
+    "fewer steps": Style("fewer steps (steps)", "#555555", "o", "--", (4, 9)),
+    "guidance drop": Style("guidance drop (guided steps)", "#0072B2", "s", labels=(10, 5)),
+    "Adaptive Guidance": Style("Adaptive Guidance (likeness)", "#56B4E9", "D", "", (10, -13)),
+    "T-GATE": Style("T-GATE v1 (gate)", "#D55E00", "^", labels=(-3, -20)),
+    "T-GATE v2": Style("T-GATE v2 (gate, interval)", "#A64D82", "v", "", (3, -34)),
+    "T-GATE, cond cached": Style("T-GATE, cond cached (gate)", "#009E73", "*", labels=(-10, 4)),
+    "fewer steps + T-GATE, cond cached": Style("the same in fewer steps (steps, gate)", "#009E73", "h", ":", (-10, -5)),
+    "DeepCache": Style("DeepCache (interval)", "#B88A00", "P", "-.", (9, 5)),
+    "DeepCache + T-GATE": Style("DeepCache + T-GATE (interval, gate)", "#6B5000", "X", ":", (10, -12)),
 }
 
 
@@ -50,13 +51,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     rows = results["rows"]
     settings = results["settings"]
     with plt.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, (wrong, distance) = plt.subplots(2, 1, figsize=(12, 14), layout="constrained", sharex=True)
+        figure, (wrong, distance) = plt.subplots(
+            2, 1, figsize=(12, 13), layout="constrained", sharex=True, height_ratios=(3, 2)
+        )
         for method, style in STYLES.items():
             points = sorted((row for row in rows.values() if row["method"] == method), key=lambda row: row["macs"])
             if points:
                 errors = [100 * point["pair"]["accuracy_minus_plain_se"] for point in points]
                 _line(wrong, style, points, [100 - 100 * p["pair"]["accuracy"]["all"] for p in points], errors)
-                _line(distance, style, points, [point["frechet_to_drawings"] for point in points])
+                # Without labels: the points stand below those of the other panel.
+                _line(distance, replace(style, labels=None), points, [p["frechet_to_drawings"] for p in points])
         plain = rows["plain"]
         for axes, value in (
             (wrong, 100 - 100 * plain["pair"]["accuracy"]["all"]),
@@ -75,7 +79,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.plot([1.0], [value], marker="o", color="black", markersize=9, clip_on=False)
             axes.grid(alpha=0.3)
         wrong.set_title(
-            f"Wrong pairs / %: not all as the caption says, of {settings['pairs']}; lower is better",
+            f"Wrong pairs / %: not all as the caption says, of {settings['pairs']}, with standard errors",
             loc="left",
             fontsize=14,
         )
@@ -86,11 +90,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
         distance.tick_params(labelbottom=True)
         wrong.set_yscale("symlog", linthresh=1)
         distance.set_yscale("log")
-        for axes, ticks in ((wrong, (0, 0.5, 1, 2, 5, 10, 20, 50, 100)), (distance, (5, 10, 15, 20, 30, 50, 100, 200))):
+        for axes, ticks in (
+            (wrong, (0, 0.5, 1, 2, 5, 10, 20, 50, 100)),
+            (distance, (5, 7, 10, 12, 15, 20, 30, 50, 100, 200)),
+        ):
             axes.yaxis.set_major_locator(FixedLocator(ticks))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        wrong.set_ylim(bottom=-0.25)
+        wrong.set_ylim(bottom=-0.4)
         handles, labels = wrong.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,8 +120,7 @@ def _line(
         markersize=size,
         linestyle=style.line or "none",
         linewidth=1.8,
-        elinewidth=1,
-        alpha=0.9,
+        elinewidth=0.8,
     )
     if style.labels is None:
         return
@@ -125,7 +131,8 @@ def _line(
             style.labels,
             textcoords="offset points",
             color=style.colour,
-            fontsize=11,
+            fontsize=12,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
             ha="center" if abs(style.labels[0]) < 5 else "left" if style.labels[0] > 0 else "right",
         )
 
