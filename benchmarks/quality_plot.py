@@ -34,12 +34,12 @@ class Style:
 
 # Colours by Okabe and Ito, told apart by the colour-blind; the markers tell the methods apart without any colour.
 STYLES: dict[str, Style] = {
-    "fewer steps": Style("fewer steps (steps)", "#555555", "o", "--", (4, 9)),
+    "fewer steps": Style("fewer steps (steps)", "#555555", "o", "--", (-4, 9)),
     "guidance drop": Style("guidance drop (guided steps)", "#0072B2", "s", labels=(10, 5)),
     "Adaptive Guidance": Style("Adaptive Guidance (likeness)", "#56B4E9", "D", "", (10, -13)),
     "T-GATE": Style("T-GATE v1 (gate)", "#D55E00", "^", labels=(-3, -20)),
-    "T-GATE v2": Style("T-GATE v2 (gate, interval)", "#A64D82", "v", "", (3, -34)),
-    "T-GATE, cond cached": Style("T-GATE, cond cached (gate)", "#009E73", "*", labels=(-10, 4)),
+    "T-GATE v2": Style("T-GATE v2 (gate, interval)", "#A64D82", "v", "", (6, -33)),
+    "T-GATE, cond cached": Style("T-GATE, cond cached (gate)", "#009E73", "*", labels=(0, 11)),
     "fewer steps + T-GATE, cond cached": Style("the same in fewer steps (steps, gate)", "#009E73", "h", ":", (-10, -5)),
     "DeepCache": Style("DeepCache (interval)", "#B88A00", "P", "-.", (9, 5)),
     "DeepCache + T-GATE": Style("DeepCache + T-GATE (interval, gate)", "#6B5000", "X", ":", (10, -12)),
