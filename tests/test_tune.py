@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
@@ -352,6 +353,39 @@ def test_embedded_prompts_and_transformers() -> None:
             num_inference_steps=4,
             candidates=[Schedule(None, deepcache_interval=2)],
         )
+
+
+def test_joint_attention_has_guidance_to_drop_and_nothing_else() -> None:
+    transformer = tiny_pipelines.seeded(
+        lambda: diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            out_channels=4,
+        )
+    )
+    texts = dict.fromkeys(
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=None, **texts)
+    made = torch.Generator().manual_seed(0)
+    shapes = {"prompt_embeds": (1, 5, 32), "pooled_prompt_embeds": (1, 32)}
+    call = {half + name: torch.randn(s, generator=made) for name, s in shapes.items() for half in ("", "negative_")}
+    tuning = tune(pipe, call={**call, "height": 64, "width": 64}, num_inference_steps=5, tolerance=1e6)
+    assert {row.family for row in tuning.table} == {"guidance drop", "fewer steps"}
+    assert tuning.chosen.strip == "Fffff"
+    assert tuning.chosen.cost == pytest.approx(0.6)
+    assert tuning.convergence.mean == ()
+    pipe.transformer.forward = None
+    with pytest.raises(UnsupportedModelError, match="oint attention"):
+        tune(pipe, call=call, num_inference_steps=5, candidates=[Schedule(3)])
 
 
 @pytest.mark.parametrize(

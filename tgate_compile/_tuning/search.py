@@ -67,8 +67,12 @@ def search(
         ConfigurationError: the request does not suit the pipeline, or no schedule is within the tolerance.
         UnsupportedModelError: the pipeline takes none of the schedules.
     """
-    with gated(pipe, GUIDANCE_DROP.schedule(1)):  # refuses what can be refused before any work
-        denoisers = {name: hook.denoiser for name, hook in required_state_of(pipe).hooks.items()}
+    given = request.candidates
+    carriers = [carrier for carrier, _ in _sharing_a_capture(given)] if given else [GUIDANCE_DROP.schedule(1)]
+    denoisers: dict[str, torch.nn.Module] = {}
+    for carrier in carriers:
+        with gated(pipe, carrier):  # refuses what can be refused before any work
+            denoisers = {name: hook.denoiser for name, hook in required_state_of(pipe).hooks.items()}
     return _Search(pipe, request, gated, denoisers, progress).run(backend)
 
 
