@@ -19,7 +19,7 @@ from tgate_compile._graphs import Emission
 from tgate_compile._halves import check_halves, one_half, similarity, two_halves
 from tgate_compile._schedule import Half, Kind, Phase, Schedule
 from tgate_compile._steps import StepCounter
-from tgate_compile._variants import CompiledVariant, VariantStore
+from tgate_compile._variants import Runnable, Store
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,16 @@ class Previewed(Exception):  # noqa: N818 (it is no error)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a generation would run: its steps, and the most bytes that it keeps from one timestep to the next."""
+    """What a generation would run.
+
+    Attributes:
+        steps: each step, and what it does.
+        graphs: for each step the phase whose graph serves it, and the denoiser call that this is made for.
+        cache_bytes: the most that is kept from one timestep to the next.
+    """
 
     steps: list[tuple[int, Phase]]
+    graphs: list[tuple[Phase, Call]]
     cache_bytes: int
 
 
@@ -67,7 +74,7 @@ class _FirstCall:
     step: int
     phase: Phase
     arguments: dict[str, Any]
-    compiled: CompiledVariant
+    compiled: Runnable
     outputs: dict[Half, list[torch.Tensor]]
 
 
@@ -89,7 +96,7 @@ class Generation:
 
     def __init__(
         self,
-        store: VariantStore,
+        store: Store,
         forward: Callable[..., Any],
         schedule: Schedule,
         *,
@@ -161,17 +168,19 @@ class Generation:
         call, batch = Call.of(args, kwargs), _latents(arguments).shape[0]
         sizes: dict[Kind, int] = {}
         most = 0
+        graphs = []
         steps = list(enumerate(self._schedule.plan(counter.num_steps, guided=guided)))
         for _, phase in steps:
             half = self._family.calls[0] if self._separate(guided) and phase.guided else None
             inputs = self._kept(call, batch) if guided and not phase.guided and not self._separate(guided) else call
-            variant, _ = self._store.variant(self._graph(phase, half), inputs, self._forward)
+            graphs.append((self._graph(phase, half), inputs))
+            emitted = self._store.emitted(*graphs[-1], self._forward)
             for kind in phase.emit | phase.merge:
-                of_kind = [emission for emission in variant.emitted if emission.site.kind == kind]
+                of_kind = [emission for emission in emitted if emission.site.kind == kind]
                 size = sum(e.nbytes for e in of_kind if half or e.merged == (kind in phase.merge))
                 sizes[kind] = 2 * size if half and kind in phase.emit else size
             most = max(most, sum(sizes.values()))
-        return Plan(steps, most)
+        return Plan(steps, graphs, most)
 
     def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
         """At the first denoiser call: count the steps, check the inputs, look at the denoiser."""
@@ -229,7 +238,7 @@ class Generation:
         halves = dict(made.outputs)
         if made.phase.guided:
             compiled, halves[second] = self._run(made.step, made.phase, call, second)
-            for emission in compiled.variant.emitted:
+            for emission in compiled.emitted:
                 if emission.site.kind in made.phase.merge:
                     self._caches.merge((emission.site.kind, emission.site.name), self._schedule.anchor_weight)
             both = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
@@ -259,14 +268,12 @@ class Generation:
             phase = Phase(False, emit=phase.emit | phase.merge, reuse=phase.reuse)
         return self._schedule.graph(phase)
 
-    def _run(
-        self, step: int, phase: Phase, call: Call, half: Half | None
-    ) -> tuple[CompiledVariant, list[torch.Tensor]]:
+    def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
         """Run the variant of `phase` for one half, or (None) for both or without guidance; keep what it emits."""
         caches = self._caches.values(half)
         compiled = self._store.get(self._graph(phase, half), call, caches, self._forward)
         outputs, emitted = compiled.run(call, caches)
-        for emission, value in zip(compiled.variant.emitted, emitted, strict=True):
+        for emission, value in zip(compiled.emitted, emitted, strict=True):
             kind = emission.site.kind
             wanted = phase.merge if emission.merged else phase.emit
             if kind in (wanted if half is None else phase.emit | phase.merge):

@@ -14,7 +14,7 @@ from tgate_compile._config import Config
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError
 from tgate_compile._generation import MSG_CONCURRENT, Generation
 from tgate_compile._offload import HOOK_NAME, after_offload_hook
-from tgate_compile._variants import VariantStore
+from tgate_compile._variants import Store, VariantStore
 
 MSG_NO_COPY = (
     "An optimized pipeline or denoiser cannot be copied or pickled. Call tgate_compile.restore(pipe) first; "
@@ -29,7 +29,7 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.denoiser = denoiser
         self.config = config
-        self.store = VariantStore(denoiser, config)
+        self.store: Store = VariantStore(denoiser, config)
         # The denoiser's own forward: under our hook, and under accelerate's offload hook if there is one already.
         self.own_forward: Callable[..., Any] = (
             denoiser._old_forward if hasattr(denoiser, "_hf_hook") else denoiser.forward  # type: ignore[assignment]

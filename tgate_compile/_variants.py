@@ -7,7 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -17,7 +17,7 @@ from tgate_compile._call import Call
 from tgate_compile._capture import capture, deep_layer
 from tgate_compile._config import Config
 from tgate_compile._fingerprint import fingerprint
-from tgate_compile._graphs import Captured, Variant
+from tgate_compile._graphs import Captured, Emission, Variant
 from tgate_compile._offload import check_weights_stay
 from tgate_compile._schedule import Kind, Phase
 from tgate_compile.passes.specialize import specialize
@@ -28,6 +28,50 @@ logger = logging.getLogger(__name__)
 MAX_CAPTURES = 16
 
 
+class Runnable(Protocol):
+    """The graph of one phase, ready to run on inputs of one shape."""
+
+    @property
+    def emitted(self) -> tuple[Emission, ...]:
+        """The sites whose values it hands on, in order."""
+        ...
+
+    def run(
+        self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The denoiser's flat outputs for `call`, and the values of `emitted`."""
+        ...
+
+    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        """What the denoiser returns, from its flat outputs."""
+        ...
+
+
+class Store(Protocol):
+    """What a generation gets its graphs from."""
+
+    denoiser: torch.nn.Module
+
+    @property
+    def variants(self) -> list[tuple[Variant, Captured]]:
+        """The variants made here, and what each is made of."""
+        ...
+
+    def refresh(self) -> None:
+        """Look at the denoiser again, at the start of a generation."""
+        ...
+
+    def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
+        """What the graph of `phase` for inputs like those of `call` hands on; nothing is compiled for it."""
+        ...
+
+    def get(
+        self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
+    ) -> Runnable:
+        """The graph of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
+        ...
+
+
 @dataclass(frozen=True)
 class CompiledVariant:
     """A variant, ready to run on inputs of one shape."""
@@ -36,6 +80,11 @@ class CompiledVariant:
     captured: Captured
     runner: Runner
     weights: Sequence[torch.Tensor]
+
+    @property
+    def emitted(self) -> tuple[Emission, ...]:
+        """The sites whose values it hands on, in order."""
+        return self.variant.emitted
 
     def run(
         self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
@@ -118,6 +167,10 @@ class VariantStore:
         variant = specialize(captured, phase, cond_weight if cond_is_second else 1.0 - cond_weight)
         self._variants[key, phase] = (variant, captured)
         return variant, captured
+
+    def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
+        """What the variant of `phase` for inputs like those of `call` hands on; it is captured, but not compiled."""
+        return self.variant(phase, call, forward)[0].emitted
 
     def get(
         self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
