@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests import tiny_pipelines
-from tgate_compile import optimize
+from tgate_compile import Schedule, optimize, save_schedule
 from tgate_compile._cli import checkpoints, generate
 from tgate_compile._cli.app import app
 
@@ -67,6 +67,37 @@ def test_without_tgate_it_is_the_plain_pipelines(model: str, tmp_path: Path) -> 
     assert plain["gate_step"] is None
     assert np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "never.png"))
     assert not np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "gated.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "strip", "schedule"),
+    [
+        (
+            ["--gate-step", "4", "--sp-interval", "2", "--warm-up", "0"],
+            "FSFFpp",
+            "gate step 4, sp interval 2, warm up 0",
+        ),
+        (["--guidance-step", "2"], "FFffff", "guidance step 2"),
+        (["--deepcache-interval", "3"], "FDDFDD", "deepcache interval 3"),
+        (["--deepcache-interval", "3", "--gate-step", "3"], "FDFprr", "gate step 3, deepcache interval 3"),
+        (["--anchor-weight", "1", "--gate-step", "2"], "FFpppp", "gate step 2, anchor weight 1.0"),
+    ],
+)
+def test_any_schedule(model: str, tmp_path: Path, arguments: list[str], strip: str, schedule: str) -> None:
+    data = generated(model, tmp_path / "cat.png", "--steps", "6", *arguments)
+    assert (data["strip"], data["schedule"]) == (strip, schedule)
+
+
+def test_a_schedule_file(model: str, tmp_path: Path) -> None:
+    save_schedule(Schedule(3, keep="cond"), tmp_path / "schedule.json")
+    file = ["--schedule", str(tmp_path / "schedule.json")]
+    data = generated(model, tmp_path / "cat.png", "--steps", "4", *file)
+    assert (data["strip"], data["gate_step"], data["keep"]) == ("FFFp", 3, "cond")
+    both = run(
+        app, ["generate", "-m", model, "-p", "red cat", "-o", str(tmp_path / "b.png"), *file, "--gate-step", "2"]
+    )
+    assert both.exit_code == 1
+    assert "Leave out --gate-step" in both.stderr
 
 
 def test_each_image_of_a_batch_has_its_own_seed(model: str, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Literal, get_args
@@ -82,6 +82,9 @@ _GRAPHS: dict[frozenset[Kind], tuple[str, str, str]] = {
     frozenset({"cross", "self"}): ("pruned, self-reused", "Q", "q"),
     frozenset({"cross", "deep"}): ("pruned, shallow", "R", "r"),
 }
+
+#: What the letters of a strip mean, capital ones.
+GRAPH_NAMES: Mapping[str, str] = {guided: name for name, guided, _ in _GRAPHS.values()}
 
 _CROSS: frozenset[Kind] = frozenset({"cross"})
 _SELF: frozenset[Kind] = frozenset({"self"})

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Table
+from rich.text import Text
 
 import tgate_compile
-from tgate_compile._cli import options
+from tgate_compile._cli import options, schedule_options
 from tgate_compile._cli.console import ERR, OUT, print_json, print_note
 from tgate_compile._cli.loading import Loaded, load
 from tgate_compile._cli.settings import Settings, settings_for
 from tgate_compile._cli.step_progress import make_progress, steps_shown
+from tgate_compile._cli.strip import coloured
 from tgate_compile._cli.targets import check_targets, image_paths, save_png
+from tgate_compile._schedule import GRAPH_NAMES, Schedule
 
 MSG_CAPTION = "The embedded model was made for captions of coloured shapes, so this image may show anything: {grammar}"
 
@@ -28,6 +32,14 @@ def generate(
     model: options.Model = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
     gate_step: options.GateStep = None,
+    sp_interval: schedule_options.SpInterval = None,
+    fi_interval: schedule_options.FiInterval = None,
+    warm_up: schedule_options.WarmUp = None,
+    deepcache_interval: schedule_options.DeepcacheInterval = None,
+    deepcache_branch: schedule_options.DeepcacheBranch = None,
+    guidance_step: schedule_options.GuidanceStep = None,
+    anchor_weight: schedule_options.AnchorWeight = None,
+    schedule: schedule_options.File = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the first image; the next one's is one more.")] = None,
@@ -40,7 +52,7 @@ def generate(
     backend: Annotated[
         options.Backend, typer.Option(help="eager starts at once; inductor compiles for minutes, for many images.")
     ] = options.Backend.eager,
-    keep: options.KeepOption = options.Keep.uncond,
+    keep: options.KeepOption = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     tgate: Annotated[bool, typer.Option("--tgate/--no-tgate", help="Without: the plain pipeline.")] = True,
@@ -48,6 +60,18 @@ def generate(
     json: options.Json = False,
 ) -> None:
     """Make images from a prompt. What is not given is set as the model's family needs it."""
+    given = schedule_options.given_options(
+        sp_interval=sp_interval,
+        fi_interval=fi_interval,
+        warm_up=warm_up,
+        deepcache_interval=deepcache_interval,
+        deepcache_branch=deepcache_branch,
+        guidance_step=guidance_step,
+        anchor_weight=anchor_weight,
+        keep=keep and keep.value,
+    )
+    gate_given = schedule_options.given_options(gate_step=gate_step)
+    from_file = schedule_options.schedule_from(schedule, gate_given | given) if schedule is not None else None
     first_seed = random.randrange(2**31) if seed is None else seed
     seeds = [first_seed + i for i in range(num_images)]
     paths = image_paths(out, seeds)
@@ -55,11 +79,14 @@ def generate(
 
     with ERR.status("Loading the model"):
         loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
-    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step, tgate=tgate)
+    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step, tgate=tgate and not schedule)
     if loaded.is_embedded:
         _check_caption(prompt)
+    # Methods of their own run alone, unless a gate is asked for.
+    alone = gate_step is None and not {"guidance_step", "deepcache_interval"}.isdisjoint(given)
+    chosen = from_file or Schedule(**{"gate_step": None if alone else settings.gate_step, **given})
     if tgate:
-        tgate_compile.optimize(loaded.pipe, settings.gate_step, backend=backend.value, keep=keep.value)
+        tgate_compile.optimize(loaded.pipe, schedule=chosen, backend=backend.value)
 
     call: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width}
     images, seconds = _run(loaded, settings, seeds, {k: v for k, v in call.items() if v is not None}, shown=not json)
@@ -72,8 +99,9 @@ def generate(
         "negative_prompt": negative_prompt,
         "steps": settings.steps,
         "guidance": settings.guidance,
-        "gate_step": settings.gate if tgate else None,
-        "keep": keep.value if tgate else None,
+        "schedule": str(chosen) if tgate else None,
+        "gate_step": chosen.gate(settings.steps) if tgate and chosen.gate_step is not None else None,
+        "keep": tgate_compile.describe(loaded.pipe).keep if tgate else None,
         "backend": backend.value if tgate else None,
         "scheduler": type(loaded.pipe.scheduler).__name__,
         "lora": lora,
@@ -119,13 +147,11 @@ def _run(
 def _print_result(used: dict[str, Any], strip: str, paths: list[Path], seconds: float) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("model", f"{used['model']} ({used['family']}), {used['device']}, {used['dtype']}")
-    gate = f"gate step {used['gate_step']}, backend {used['backend']}" if used["gate_step"] else "without T-GATE"
+    gate = f"{used['schedule']}, backend {used['backend']}" if used["schedule"] else "without T-GATE"
     table.add_row("settings", f"{used['steps']} steps of {used['scheduler']}, guidance {used['guidance']:g}, {gate}")
-    full = strip.upper().count("F")
-    table.add_row(
-        "steps", f"[bold cyan]{strip[:full]}[/][green]{strip[full:]}[/]  {full} full, {len(strip) - full} pruned"
-    )
-    capture = ", capture of the graphs included" if used["gate_step"] else ""
+    counted = ", ".join(f"{count} {GRAPH_NAMES[letter]}" for letter, count in Counter(strip.upper()).items())
+    table.add_row("steps", Text.assemble(coloured(strip), f"  {counted}"))
+    capture = ", capture of the graphs included" if used["schedule"] else ""
     table.add_row("time", f"{seconds:.1f} s for {len(paths)} image{'s' if len(paths) > 1 else ''}{capture}")
     OUT.print(table)
     for path in paths:  # not in the table, which would cut a long one short

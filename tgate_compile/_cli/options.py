@@ -96,6 +96,7 @@ Width = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda (or cuda:1, ...) or mps.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto: fp32 on a CPU, fp16 or bf16 on a GPU.")]
 KeepOption = Annotated[
-    Keep, typer.Option("--keep", help="Guidance half that goes on after the gate; uncond is the paper's choice.")
+    Keep | None,
+    typer.Option("--keep", help="Guidance half that goes on once guidance has stopped.", show_default="the paper's"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]

@@ -10,7 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tgate_compile._cli import options
+from tgate_compile._cli import options, schedule_options
 from tgate_compile._cli.console import ERR, OUT, print_note
 from tgate_compile._cost.image_cost import ImageCost, image_cost
 from tgate_compile._cost.models import MODELS, model_named
@@ -21,44 +21,19 @@ MSG_NOTHING_ASKED = "Give --paper for the paper's tables, or --model with one of
 MSG_PAPER_ALONE = "--paper shows the tables as they are. Leave out {given}, or leave out --paper."
 MSG_NEVER_GATED = "Gate step {gate} is at or beyond the last of {steps} steps, so that nothing is gated."
 
-_STEP_METAVAR = "INT|FRACTION"
-
 
 def report(
     paper: Annotated[bool, typer.Option("--paper", help="The paper's tables, ours beside theirs.")] = False,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help=f"One of {', '.join(MODELS)}.", show_default="all")
     ] = None,
-    gate_step: Annotated[
-        float | None,
-        typer.Option(
-            "--gate-step",
-            "-g",
-            parser=options.parse_gate_step,
-            metavar=_STEP_METAVAR,
-            help=options.GATE_HELP,
-            show_default="no gate",
-        ),
-    ] = None,
-    sp_interval: Annotated[
-        int | None, typer.Option(min=1, help="Self-attention every so many steps before the gate.", show_default="1")
-    ] = None,
-    fi_interval: Annotated[int | None, typer.Option(min=1, help="The same after the gate.", show_default="1")] = None,
-    warm_up: Annotated[
-        int | None, typer.Option(min=0, help="Steps before --sp-interval counts.", show_default="2")
-    ] = None,
-    deepcache_interval: Annotated[
-        int | None, typer.Option(min=1, help="A UNet's deep part every so many steps.", show_default="1")
-    ] = None,
-    deepcache_branch: Annotated[
-        int | None, typer.Option(min=0, help="Skip connection that the shallow part ends at.", show_default="0")
-    ] = None,
-    guidance_step: Annotated[
-        float | None,
-        typer.Option(
-            parser=options.parse_gate_step, metavar=_STEP_METAVAR, help="Steps with guidance.", show_default="all"
-        ),
-    ] = None,
+    gate_step: schedule_options.GateStep = None,
+    sp_interval: schedule_options.SpInterval = None,
+    fi_interval: schedule_options.FiInterval = None,
+    warm_up: schedule_options.WarmUp = None,
+    deepcache_interval: schedule_options.DeepcacheInterval = None,
+    deepcache_branch: schedule_options.DeepcacheBranch = None,
+    guidance_step: schedule_options.GuidanceStep = None,
     guidance: Annotated[
         bool | None,
         typer.Option(
@@ -72,23 +47,16 @@ def report(
     json: options.Json = False,
 ) -> None:
     """Count what a schedule costs on a model, or every row of the paper's tables. Needs no weights and runs nothing."""
-    schedule = {
-        "gate_step": gate_step,
-        "sp_interval": sp_interval,
-        "fi_interval": fi_interval,
-        "warm_up": warm_up,
-        "deepcache_interval": deepcache_interval,
-        "deepcache_branch": deepcache_branch,
-        "guidance_step": guidance_step,
-    }
-    image: dict[str, int | None] = {
-        "steps": steps,
-        "guided": guidance,
-        "height": height,
-        "width": width,
-        "batch": batch,
-    }
-    chosen = {name: value for name, value in schedule.items() if value is not None}
+    chosen = schedule_options.given_options(
+        gate_step=gate_step,
+        sp_interval=sp_interval,
+        fi_interval=fi_interval,
+        warm_up=warm_up,
+        deepcache_interval=deepcache_interval,
+        deepcache_branch=deepcache_branch,
+        guidance_step=guidance_step,
+    )
+    image = {"steps": steps, "guided": guidance, "height": height, "width": width, "batch": batch}
     size = {name: value for name, value in image.items() if value is not None}
     if model is None and not paper:
         raise typer.BadParameter(MSG_NOTHING_ASKED.format(known=", ".join(MODELS)))
