@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,7 +31,7 @@ def quality() -> Any:
 @pytest.fixture(scope="module")
 def measured(quality: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("quality") / "results.json"
-    quality.main(["--out", str(path), *ARGUMENTS])
+    quality.main(["--out", str(path), "--images", str(path.parent), *ARGUMENTS])
     return path
 
 
@@ -119,3 +120,24 @@ def test_the_plot_is_drawn(measured: Path, quality: ModuleType, tmp_path: Path) 
     with Image.open(path) as image:
         assert image.width > 800
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_samples_show_what_a_contender_gets_wrong(measured: Path, quality: ModuleType, tmp_path: Path) -> None:
+    import quality_samples
+    from PIL import Image
+
+    results = json.loads(measured.read_text())
+    results["rows"]["tgate 5"]["pair"]["right"] = "0110"
+    results["rows"]["tgate 5"]["single"]["right"] = "11"
+    told, path = tmp_path / "results.json", tmp_path / "samples.png"
+    told.write_text(json.dumps(results))
+    (folder,) = (entry for entry in measured.parent.iterdir() if entry.is_dir())
+
+    quality_samples.main([str(folder), str(told), "--contenders", "tgate 5", "--out", str(path)])
+
+    tile, gap, title = quality_samples.TILE, quality_samples.GAP, quality_samples.TITLE
+    with Image.open(path) as image:
+        assert image.size == (2 * tile + gap, 2 * (title + tile + gap))
+        second = image.convert("RGB").crop((tile + gap, title, 2 * tile + gap, title + tile)).resize((64, 64))
+    plain = np.load(folder / "plain.npy")[2 + 3].transpose(1, 2, 0)
+    assert np.abs(np.asarray(second).astype(float) - plain).mean() < 3
