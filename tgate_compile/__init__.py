@@ -19,4 +19,7 @@ from tgate_compile._optimized import generation as generation
 from tgate_compile._schedule import Schedule as Schedule
 from tgate_compile._schedule_file import load_schedule as load_schedule
 from tgate_compile._schedule_file import save_schedule as save_schedule
+from tgate_compile._strip_picture import strip_picture as strip_picture
+from tgate_compile._tune import tune as tune
+from tgate_compile._tuning.result import Tuning as Tuning
 from tgate_compile._version import __version__ as __version__

@@ -144,12 +144,12 @@ def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
 
 
 def denies_cross_attention(denoiser: torch.nn.Module) -> bool:
-    """Whether attentions of `denoiser` say of themselves what they are, and none that it is a cross-attention.
+    """Whether the attentions of `denoiser`, if it has any, say of themselves that none is a cross-attention.
 
     LTX's say nothing; then only the graph tells.
     """
-    said = [getattr(module, "is_cross_attention", None) for module in denoiser.modules()]
-    return False in said and True not in said
+    attentions = [module for module in denoiser.modules() if hasattr(module, "to_k")]
+    return not cross_attention_modules(denoiser) and all(hasattr(m, "is_cross_attention") for m in attentions)
 
 
 def check_patterns(denoiser: torch.nn.Module, patterns: Sequence[str]) -> None:

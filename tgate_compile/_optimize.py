@@ -1,58 +1,42 @@
-"""`optimize` and `restore`: check a pipeline and the choices, put the hooks on, take them off."""
+"""`optimize` and `restore`."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._backends import check_backend
-from tgate_compile._capture import MSG_NO_SITES, check_patterns, denies_cross_attention
-from tgate_compile._config import Config
-from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
-from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
-from tgate_compile._generation import MSG_CONCURRENT
-from tgate_compile._offload import HOOK_NAME, check_weights_stay
-from tgate_compile._optimized import GateStep, Optimized, boundary_of, required_state_of, split_gate_step, state_of
+from tgate_compile._attach import attach, denoiser_names, detach
+from tgate_compile._errors import ConfigurationError
+from tgate_compile._optimized import GateStep, split_gate_step
 from tgate_compile._schedule import Half, Schedule
 from tgate_compile._schedule_file import load_schedule
+from tgate_compile._tune import tune
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
-MSG_NO_PIPELINE = (
-    "optimize() needs a loaded diffusers pipeline, but got {given}. "
-    "For example: optimize(StableDiffusionPipeline.from_pretrained(...), gate_step=10)."
+#: What `gate_step="auto"` runs if no prompts are given.
+AUTO_PROMPTS = (
+    "a red fox in the snow",
+    "a portrait of an old fisherman",
+    "a street at night in the rain",
+    "a bowl of fruit on a wooden table",
 )
-MSG_NO_DENOISER = "{pipeline} has no denoiser: none of its components {names} is a loaded module."
-MSG_ALREADY = (
-    "This {pipeline} is already optimized. Call tgate_compile.restore(pipe) first to optimize it in another way."
-)
-MSG_DENOISER_TAKEN = (
-    "The denoiser of this {pipeline} is already optimized through another pipeline. "
-    "Call tgate_compile.restore() on that one first, or give this pipeline a denoiser of its own."
-)
-MSG_REFUSED = "{pipeline} cannot be gated: {reason}."
-MSG_COMPILED = (
-    "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
-    "its own graphs of it."
-)
+
 MSG_SCHEDULE = "schedule must be a tgate_compile.Schedule or the path of a schedule file, but got {given!r}."
 MSG_SCHEDULE_AND_MORE = "A schedule says all about the steps, but {given} is given as well. Give one or the other."
-MSG_ONLY_HALF = (
-    "keep={given!r} is not possible with {pipeline}: only its {only} half can go on once guidance has stopped. "
-    "Leave keep out."
-)
+MSG_AUTO_AND_MORE = 'gate_step="auto" chooses the whole schedule, but {given} is given as well. Give one or the other.'
+MSG_TUNING = 'tuning is for gate_step="auto", and must be a mapping of arguments of tune(), but got {given!r}.'
 
 
 def optimize(
     pipe: Pipeline,
-    gate_step: GateStep | None = 10,
+    gate_step: GateStep | Literal["auto"] | None = 10,
     *,
     sp_interval: int = 1,
     fi_interval: int = 1,
@@ -65,6 +49,7 @@ def optimize(
     anchor_weight: float = 0.5,
     guidance_reuse: float = 0.0,
     schedule: Schedule | str | os.PathLike[str] | None = None,
+    tuning: Mapping[str, Any] | None = None,
     sites: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
     backend: str = "inductor",
@@ -86,7 +71,8 @@ def optimize(
         gate_step: steps to run in full: a number >= 1, or a fraction of the steps strictly between 0 and 1. A gate at
             or beyond the last step means that nothing is gated; None is no gate. One call may differ:
             `pipe(..., gate_step=8)`. Where two denoisers share the steps (Wan 2.2), each counts its own from 0, and
-            a pair gives each its own gate.
+            a pair gives each its own gate. `"auto"` measures schedules on a few prompts first, and takes the cheapest
+            that is close enough, by `tune`, whose arguments `tuning` may have.
         sp_interval: T-GATE v2: before the gate, compute self-attention at every such step only.
         fi_interval: T-GATE v2: the same after the gate.
         warm_up: T-GATE v2: the step, from 0, after which `sp_interval` begins.
@@ -103,6 +89,8 @@ def optimize(
             guided step, at this scale; 0 drops guidance altogether, as the papers do.
         schedule: all of the above in one: a `Schedule`, or a file that `tune` or `save_schedule` has written. The
             other arguments then stay at their defaults.
+        tuning: for `gate_step="auto"`: arguments of `tune`, such as `prompts`, `tolerance` and `call`. Without prompts
+            it is done on four of our own; give some that are like those to come.
         sites: cache only the attentions whose names match one of these patterns, as in a shell: `["up_blocks.*"]`.
         cache_dtype: keep the caches in this dtype: half of fp32's memory with `torch.bfloat16`, a quarter with
             `torch.float8_e4m3fn`. None keeps the model's own.
@@ -117,10 +105,7 @@ def optimize(
         ConfigurationError: an argument is wrong. The pipeline is as it was.
         UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is as it was.
     """
-    if not isinstance(pipe, DiffusionPipeline):
-        given = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
-        raise ConfigurationError(MSG_NO_PIPELINE.format(given=given))
-    names = _denoiser_names(pipe)
+    names = denoiser_names(pipe)
     choices: dict[str, Any] = {
         "sp_interval": sp_interval,
         "fi_interval": fi_interval,
@@ -133,30 +118,17 @@ def optimize(
         "anchor_weight": anchor_weight,
         "guidance_reuse": guidance_reuse,
     }
-    gates = split_gate_step(gate_step, names)
-    if schedule is None:
-        schedules = {name: Schedule(gate, **choices) for name, gate in gates.items()}
+    if tuning is not None and (gate_step != "auto" or not isinstance(tuning, Mapping)):
+        raise ConfigurationError(MSG_TUNING.format(given=tuning))
+    if gate_step == "auto":
+        _check_alone({**choices, "schedule": schedule}, MSG_AUTO_AND_MORE)
+        schedules = dict.fromkeys(names, _tuned(pipe, {} if tuning is None else tuning))
+    elif schedule is not None:
+        _check_alone({"gate_step": gate_step, **choices}, MSG_SCHEDULE_AND_MORE)
+        schedules = dict.fromkeys(names, _given(schedule))
     else:
-        schedules = dict.fromkeys(names, _given_schedule(schedule, {"gate_step": gate_step, **choices}))
-    schedules = {name: _with_possible_half(pipe, chosen) for name, chosen in schedules.items()}
-    options = {} if backend_options is None else backend_options
-    configs = {
-        name: Config(
-            chosen,
-            family=family_of(type(pipe)),
-            sites=sites,
-            cache_dtype=cache_dtype,
-            backend=backend,
-            backend_options=options,
-        )
-        for name, chosen in schedules.items()
-    }
-    check_backend(backend, options)
-    if state_of(pipe) is not None:
-        raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
-    for name, config in configs.items():
-        _check_supported(pipe, getattr(pipe, name), config)
-    Optimized(pipe, configs).attach(pipe)
+        schedules = {name: Schedule(gate, **choices) for name, gate in split_gate_step(gate_step, names).items()}
+    attach(pipe, schedules, sites=sites, cache_dtype=cache_dtype, backend=backend, backend_options=backend_options)
     return pipe
 
 
@@ -167,58 +139,25 @@ def restore(pipe: Pipeline) -> Pipeline:
         ConfigurationError: the pipeline is not optimized.
         ConcurrentGenerationError: it is in the middle of a generation.
     """
-    state = required_state_of(pipe)
-    if state.hook.busy:
-        raise ConcurrentGenerationError(MSG_CONCURRENT)
-    state.detach(pipe)
+    detach(pipe)
     return pipe
 
 
-def _denoiser_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """The components of `pipe` that denoise: one, or two where the family says so."""
-    first = [name for name in DENOISER_NAMES if isinstance(getattr(pipe, name, None), torch.nn.Module)][:1]
-    if not first:
-        raise ConfigurationError(MSG_NO_DENOISER.format(pipeline=type(pipe).__name__, names=", ".join(DENOISER_NAMES)))
-    family = family_of(type(pipe))
-    second = family.second if boundary_of(pipe, family) is not None else None
-    return (*first, second) if second is not None else tuple(first)
+def _tuned(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Schedule:
+    own = {} if "call" in arguments else {"prompts": AUTO_PROMPTS}
+    return tune(pipe, **{**own, **arguments}).schedule
 
 
-def _given_schedule(schedule: object, others: Mapping[str, Any]) -> Schedule:
-    """The schedule that is given as an object or as a file, and by nothing else."""
+def _check_alone(others: Mapping[str, Any], message: str) -> None:
     defaults = inspect.signature(optimize).parameters
     doubled = [name for name, value in others.items() if value != defaults[name].default]
     if doubled:
-        raise ConfigurationError(MSG_SCHEDULE_AND_MORE.format(given=", ".join(doubled)))
+        raise ConfigurationError(message.format(given=", ".join(doubled)))
+
+
+def _given(schedule: object) -> Schedule:
     if isinstance(schedule, Schedule):
         return schedule
     if isinstance(schedule, (str, os.PathLike)):
         return load_schedule(Path(schedule))
     raise ConfigurationError(MSG_SCHEDULE.format(given=schedule))
-
-
-def _with_possible_half(pipe: DiffusionPipeline, schedule: Schedule) -> Schedule:
-    """`schedule`, keeping the one half that can be kept, if the family has no choice."""
-    only = family_of(type(pipe)).only
-    if only is None:
-        return schedule
-    if schedule.keep not in (None, only):
-        raise ConfigurationError(MSG_ONLY_HALF.format(given=schedule.keep, pipeline=type(pipe).__name__, only=only))
-    return dataclasses.replace(schedule, keep=only)
-
-
-def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config: Config) -> None:
-    pipeline = type(pipe).__name__
-    if isinstance(denoiser, torch._dynamo.OptimizedModule) or denoiser._compiled_call_impl is not None:
-        raise ConfigurationError(MSG_COMPILED.format(pipeline=pipeline))
-    reason = refusal(type(pipe))
-    if reason is not None:
-        raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
-    no_cross = type(denoiser).__name__ in JOINT_ATTENTION or denies_cross_attention(denoiser)
-    if "cross" in config.schedule.kinds and no_cross:
-        raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
-    check_patterns(denoiser, config.sites or ())
-    registry = getattr(denoiser, "_diffusers_hook", None)
-    if registry is not None and registry.get_hook(HOOK_NAME) is not None:
-        raise ConfigurationError(MSG_DENOISER_TAKEN.format(pipeline=pipeline))
-    check_weights_stay(denoiser)

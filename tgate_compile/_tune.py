@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from tgate_compile._optimize import optimize, restore
+from tgate_compile._attach import attach, denoiser_names, detach
 from tgate_compile._schedule import Schedule
 from tgate_compile._tuning.request import Request
 from tgate_compile._tuning.result import Tuning
@@ -55,11 +55,11 @@ def tune(
 
     @contextmanager
     def gated(pipe: DiffusionPipeline, schedule: Schedule) -> Iterator[None]:
-        optimize(pipe, schedule=schedule, backend=backend)
+        attach(pipe, dict.fromkeys(denoiser_names(pipe), schedule), backend=backend)
         try:
             yield
         finally:
-            restore(pipe)
+            detach(pipe)
 
     request = Request(prompts, tolerance, num_inference_steps, candidates, seeds, {} if call is None else call)
     return search(pipe, request, gated, backend=backend, progress=progress)
