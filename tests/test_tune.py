@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -199,8 +200,10 @@ def state(pipe: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("runs", "error"), [(1, RuntimeError), (2, KeyboardInterrupt), (4, RuntimeError)])
 def test_it_is_plain_again_after_an_error(runs: int, error: type[BaseException]) -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
+    bar = io.StringIO()
+    pipe.set_progress_bar_config(disable=False, file=bar)
     before_run = latents(pipe, PROMPTS[0])
-    before = state(pipe)
+    before, shown = state(pipe), bar.getvalue()
     calls = 0
 
     def fail(self: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +216,7 @@ def test_it_is_plain_again_after_an_error(runs: int, error: type[BaseException])
     with pytest.raises(error, match="stop"):
         tune(pipe, PROMPTS[:1], num_inference_steps=4, tolerance=LOOSE, call={"callback_on_step_end": fail})
     after = state(pipe)
+    assert bar.getvalue() == shown != ""
     # What the pipeline's own call sets, it sets in any case.
     before["attributes"].pop("_interrupt"), after["attributes"].pop("_interrupt")
     assert after == before

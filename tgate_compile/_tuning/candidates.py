@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from tgate_compile._schedule import Kind, Schedule
+from tgate_compile._schedule import Schedule
 
 #: Where the gates of the grid lie, as fractions of the steps; the paper's gate is at 0.4.
 GRID = (0.12, 0.24, 0.4, 0.6, 0.8)
@@ -58,12 +58,8 @@ def fewer_steps(num_steps: int) -> Sequence[int]:
 
 
 def effect_of(schedule: Schedule, num_steps: int) -> Hashable:
-    """What tells the images of one schedule from another's: for each step whether guidance runs, and what is reused
-    from which step. What is handed on and never used has no effect."""
-    effect = []
-    source: dict[Kind, tuple[int, bool]] = {}
-    for step, phase in enumerate(schedule.plan(num_steps, guided=True)):
-        effect.append((phase.guided, frozenset((kind, source[kind]) for kind in phase.reuse)))
-        source |= dict.fromkeys(phase.emit, (step, False)) | dict.fromkeys(phase.merge, (step, True))
+    """What tells the images of one schedule from another's. What is reused is always what was computed last, so that
+    the steps that reuse it say all."""
+    steps = tuple((phase.guided, phase.reuse) for phase in schedule.plan(num_steps, guided=True))
     weights = (schedule.anchor_weight, schedule.guidance_reuse, schedule.deepcache_branch)
-    return (tuple(effect), schedule.guidance_similarity, schedule.kept, weights)
+    return (steps, schedule.guidance_similarity, schedule.kept, weights)
