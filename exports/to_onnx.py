@@ -94,6 +94,11 @@ def to_onnx(variant: Variant) -> OnnxGraph:
 
 
 def _without_notes(model: onnx_ir.Model) -> None:
-    """Drop the stack traces that the exporter notes on every node: they are most of a small file."""
+    """Drop the exporter's notes (stack traces, names of the exported program): they are most of a small file."""
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()

@@ -27,3 +27,7 @@ class VerificationError(TGateError, RuntimeError):
 
 class ConcurrentGenerationError(TGateError, RuntimeError):
     """A second generation was started on a denoiser that is in the middle of one."""
+
+
+class BundleError(TGateError, RuntimeError):
+    """A bundle cannot be written, is damaged, or does not belong to the pipeline: the message says which."""

@@ -1,0 +1,215 @@
+"""What a bundle's `manifest.json` says, as types; its JSON schema, `manifest.schema.json`, is made from these."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tgate_compile._schedule import Half, Kind
+
+SCHEMA_VERSION = 1
+
+MANIFEST_FILE = "manifest.json"
+GRAPHS_FOLDER = "graphs"
+#: Beside the graphs: ONNX runtimes read external data from the model's own folder only.
+WEIGHTS_FILE = "graphs/weights.bin"
+
+#: Names of torch's dtypes, without `torch.`.
+Dtype = Literal[
+    "float32",
+    "float16",
+    "bfloat16",
+    "float64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "bool",
+    "uint8",
+    "int8",
+    "int32",
+    "int64",
+]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Measured = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+#: An argument of the denoiser that is no tensor.
+Constant = None | bool | int | float | str
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TensorSpec(_Strict):
+    """A tensor that goes into a graph or comes out of it."""
+
+    name: Name
+    dtype: Dtype
+    shape: list[Count]
+
+
+class CacheOutput(TensorSpec):
+    """A value that later steps reuse."""
+
+    kind: Kind
+    site: Name = Field(description="The module whose output it is.")
+    merged: bool = Field(description="It is the weighted mean of the guidance halves, with half the batch.")
+
+
+class CacheInput(TensorSpec):
+    """A value that an earlier step has handed on."""
+
+    kind: Kind
+    site: Name
+
+
+class PhaseSpec(_Strict):
+    """What a graph's steps do."""
+
+    guided: bool = Field(description="Its batch has both guidance halves.")
+    reuse: list[Kind] = Field(description="Kinds of value that are inputs.")
+    emit: list[Kind] = Field(description="Kinds of value that are outputs, as they are.")
+    merge: list[Kind] = Field(description="Kinds of value that are outputs, merged over the guidance halves.")
+
+
+class Parity(_Strict):
+    """How far ONNX Runtime's outputs were from PyTorch's on random inputs."""
+
+    relative: Measured = Field(description="Largest difference of any output, relative to its largest value.")
+    tolerance: Measured
+    provider: Name
+
+
+class Facts(_Strict):
+    """What a graph costs."""
+
+    nodes: Count = Field(description="Operators of the ONNX graph.")
+    parameters: Count = Field(description="Elements of the parameters that it uses.")
+    macs: Count = Field(description="Multiply-accumulates of one call in linear and convolution layers.")
+    macs_total: Count = Field(description="The same with attention's own products.")
+
+
+class Graph(_Strict):
+    """One graph: an ONNX file that takes its weights from the bundle's weights file."""
+
+    file: Name
+    phase: PhaseSpec
+    inputs: list[TensorSpec] = Field(description="Arguments of the denoiser, those that the graph uses.")
+    cache_inputs: list[CacheInput] = Field(description="Inputs that follow these.")
+    outputs: list[TensorSpec] = Field(description="What the denoiser returns.")
+    cache_outputs: list[CacheOutput] = Field(description="Outputs that follow these.")
+    parity: Parity
+    facts: Facts
+
+
+class Wire(_Strict):
+    """An output of a graph that feeds an input of a graph in a later step."""
+
+    graph: Name
+    output: Name
+    to_graph: Name
+    to_input: Name
+
+
+class Pipeline(_Strict):
+    """The pipeline that the bundle was made from."""
+
+    class_name: Name
+    diffusers: Name = Field(description="The version of diffusers.")
+    vae_scale_factor: Count | None = Field(description="Pixels of an image for one of its latents; None: no images.")
+
+
+class Denoiser(_Strict):
+    """The model that the graphs are made of."""
+
+    component: Name = Field(description="The pipeline's name for it.")
+    class_name: Name
+    config: dict[str, Any]
+    weights_digest: Sha256 = Field(description="Of all parameters and buffers: docs/bundle.md says how.")
+    arguments: list[Name] = Field(description="The tensors that the pipeline calls it with, used or not.")
+    constants: dict[Name, Constant] = Field(description="Its other arguments, which the graphs are made for.")
+    returns: Literal["tuple"]
+
+
+class Family(_Strict):
+    """What is specific to the pipeline's class: how the guidance halves come."""
+
+    order: list[Half] = Field(description="The halves' order in a batch of both.")
+    calls: list[Half] = Field(description="Each half has a call of its own, in this order; empty: one call has both.")
+    only: Half | None = Field(description="The one half that can go on once guidance has stopped; None: either.")
+    interleaved: list[list[Name]] = Field(description="Arguments whose rows alternate between the halves.")
+    repeated: list[list[Name]] = Field(description="Arguments with several rows for each of the latents'.")
+    shared: list[list[Name]] = Field(description="Arguments that both halves share.")
+
+
+class Method(_Strict):
+    """When what is cached."""
+
+    schedule: dict[Name, Constant] = Field(description="All fields of tgate_compile.Schedule.")
+    keep: Half = Field(description="The half that goes on once guidance has stopped.")
+    sites: list[Name] | None = Field(description="Patterns of the attentions that are cached; None: all.")
+    cache_dtype: Dtype | None = Field(description="What values are cached in; None: the model's own dtype.")
+
+
+class Step(_Strict):
+    """One step of the example."""
+
+    step: Count
+    graph: Name
+    phase: PhaseSpec = Field(description="Of what the graph hands on, only what is said here is kept.")
+
+
+class Example(_Strict):
+    """A generation's steps."""
+
+    guided: bool
+    strip: str = Field(description="One character a step; docs/schedules.md has the letters.")
+    steps: list[Step]
+
+
+class Scheduler(_Strict):
+    """The noise scheduler."""
+
+    class_name: Name
+    config: dict[str, Any]
+
+
+class File(_Strict):
+    """A file of the bundle."""
+
+    size: Count
+    sha256: Sha256
+
+
+class Versions(_Strict):
+    """What the bundle was made with."""
+
+    tgate_compile: Name
+    torch: Name
+    onnx: Name
+    onnxruntime: Name
+    opset: Count
+
+
+class Manifest(_Strict):
+    """All that a runtime needs to know. Paths are relative to the manifest's folder, with forward slashes."""
+
+    format: Literal["tgate_compile.bundle"]
+    schema_version: Annotated[int, Field(ge=1)]
+    pipeline: Pipeline
+    denoiser: Denoiser
+    family: Family
+    method: Method
+    scheduler: Scheduler
+    graphs: dict[Name, Graph] = Field(min_length=1)
+    wiring: list[Wire]
+    example: Example
+    weights: Name = Field(description="The file with all graphs' weights.")
+    versions: Versions
+    files: dict[Name, File] = Field(description="Every file of the bundle but the manifest.")
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a manifest."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}

@@ -1,0 +1,170 @@
+"""A bundle's graphs, in the place of graphs that are captured and compiled here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tgate_compile._bundle.argument_names import argument_names
+from tgate_compile._bundle.bundle import Bundle
+from tgate_compile._bundle.describe_graph import phase_of
+from tgate_compile._bundle.manifest import CacheOutput, Graph, TensorSpec
+from tgate_compile._bundle.session import GraphSession
+from tgate_compile._bundle.weights_digest import bit_sums, dtype_name
+from tgate_compile._call import Call
+from tgate_compile._errors import BundleError
+from tgate_compile._fingerprint import fingerprint
+from tgate_compile._graphs import Captured, Emission, Site, Variant
+from tgate_compile._schedule import Kind, Phase
+
+MSG_NO_GRAPH = (
+    "The bundle {folder} has no graph for what this call needs ({phase}). It has {graphs}. Export one with a call like "
+    "this one."
+)
+MSG_SHAPES = (
+    "The bundle {folder} is made for {expected}, but this call has {given}. Call the pipeline with the sizes, the "
+    "number of images and the prompts' lengths that the bundle was made for, or export one for these."
+)
+MSG_ARGUMENTS = (
+    "The bundle {folder} is made for a denoiser that is called with {expected}, but this call has {given}. Export a "
+    "bundle with a call like this one."
+)
+MSG_CHANGED = (
+    "The weights or modules of the denoiser have been changed since the bundle {folder} was loaded, which has the old "
+    "ones. Call tgate_compile.restore(pipe), then optimize(pipe, ...) for the changed model."
+)
+
+
+@dataclass(frozen=True)
+class BundledGraph:
+    """A graph of a bundle, ready to run."""
+
+    graph: Graph
+    names: tuple[str, ...]
+    session: GraphSession
+    emitted: tuple[Emission, ...]
+
+    def run(
+        self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The denoiser's flat outputs for `call`, and the values of `emitted`."""
+        by_name = dict(zip(self.names, call.leaves, strict=True))
+        inputs = [by_name[spec.name] for spec in self.graph.inputs]
+        reused = [caches[spec.kind, spec.site] for spec in self.graph.cache_inputs]
+        outputs = self.session.run([*inputs, *reused])
+        count = len(self.graph.outputs)
+        return outputs[:count], outputs[count:]
+
+    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        """What the denoiser returns, from its flat outputs."""
+        return tuple(outputs)
+
+
+class BundleStore:
+    """The graphs of `bundle` for `denoiser`, each opened when it is first needed."""
+
+    def __init__(self, denoiser: torch.nn.Module, bundle: Bundle, anchor: float, options: Mapping[str, object]) -> None:
+        self.denoiser = denoiser
+        self._bundle = bundle
+        self._anchor = anchor
+        self._options = options
+        self._graphs = {phase_of(graph.phase): (name, graph) for name, graph in bundle.manifest.graphs.items()}
+        self._opened: dict[tuple[Hashable, Phase], BundledGraph] = {}
+        self._fingerprint = self._look()
+
+    @property
+    def variants(self) -> list[tuple[Variant, Captured]]:
+        """None is made here."""
+        return []
+
+    def refresh(self) -> None:
+        """Check that the denoiser is still what it was when the bundle was loaded.
+
+        Raises:
+            BundleError: it is not.
+        """
+        if self._look() != self._fingerprint:
+            raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder))
+
+    def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
+        """What the graph of `phase` hands on; the call must be one that the bundle is made for."""
+        graph = self._graph(phase)
+        self._check_call(graph, call, argument_names(call, forward))
+        return tuple(_emission(output, self._anchor) for output in graph.cache_outputs)
+
+    def get(
+        self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
+    ) -> BundledGraph:
+        """The graph of `phase`.
+
+        Raises:
+            BundleError: there is none, or `call` has other shapes or arguments than it is made for.
+            BackendError: ONNX Runtime does not take it.
+        """
+        key = (call.key, phase)
+        if key not in self._opened:
+            emitted = self.emitted(phase, call, forward)
+            graph = self._graph(phase)
+            device = next(leaf.device for leaf in call.leaves if torch.is_tensor(leaf))
+            session = GraphSession(graph, self._bundle.folder / graph.file, device, self._options)
+            self._opened[key] = BundledGraph(graph, argument_names(call, forward), session, emitted)
+        return self._opened[key]
+
+    def _look(self) -> Hashable:
+        return fingerprint(self.denoiser), bit_sums(self.denoiser)
+
+    def _graph(self, phase: Phase) -> Graph:
+        if phase not in self._graphs:
+            needed = f"{phase.name}, {'with' if phase.guided else 'without'} guidance"
+            graphs = ", ".join(name for name, _ in self._graphs.values())
+            raise BundleError(MSG_NO_GRAPH.format(folder=self._bundle.folder, phase=needed, graphs=graphs))
+        return self._graphs[phase][1]
+
+    def _check_call(self, graph: Graph, call: Call, names: Sequence[str]) -> None:
+        manifest = self._bundle.manifest.denoiser
+        given = dict(zip(names, call.leaves, strict=True))
+        tensors = [name for name, value in given.items() if torch.is_tensor(value)]
+        constants = {name: value for name, value in given.items() if not torch.is_tensor(value)}
+        if set(tensors) != set(manifest.arguments) or _exactly(constants) != _exactly(manifest.constants):
+            raise BundleError(
+                MSG_ARGUMENTS.format(
+                    folder=self._bundle.folder,
+                    expected=_arguments(manifest.arguments, manifest.constants),
+                    given=_arguments(tensors, constants),
+                )
+            )
+        expected = [_shown(spec) for spec in graph.inputs]
+        found = [_shown_tensor(spec.name, given[spec.name]) for spec in graph.inputs]
+        if expected != found:
+            wanted, got = zip(*(pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]), strict=True)
+            raise BundleError(
+                MSG_SHAPES.format(folder=self._bundle.folder, expected=", ".join(wanted), given=", ".join(got))
+            )
+
+
+def _emission(output: CacheOutput, anchor: float) -> Emission:
+    dtype = getattr(torch, output.dtype)
+    batch, *rest = output.shape
+    shape = (2 * batch if output.merged else batch, *rest)
+    site = Site(output.kind, output.site, output.name, shape, dtype, dtype)
+    return Emission(site, anchor if output.merged else None)
+
+
+def _exactly(constants: Mapping[str, object]) -> dict[str, tuple[type, object]]:
+    """True == 1 == 1.0, but graphs made for them differ."""
+    return {name: (type(value), value) for name, value in constants.items()}
+
+
+def _arguments(tensors: Sequence[str], constants: Mapping[str, object]) -> str:
+    return ", ".join([*sorted(tensors), *(f"{name}={value!r}" for name, value in sorted(constants.items()))])
+
+
+def _shown(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype}{list(spec.shape)}"
+
+
+def _shown_tensor(name: str, tensor: torch.Tensor) -> str:
+    return f"{name} {dtype_name(tensor.dtype)}{list(tensor.shape)}"

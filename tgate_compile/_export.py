@@ -1,0 +1,93 @@
+"""`export`: an optimized pipeline's graphs, written for other runtimes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from tgate_compile._errors import ConfigurationError, UnsupportedModelError
+from tgate_compile._optimized import preview, required_state_of
+from tgate_compile._variants import VariantStore
+from tgate_compile.exports.to_onnx import check_installed
+
+FORMATS = ("onnx",)
+
+MSG_FORMAT = "format must be one of {known}, but got {given!r}."
+MSG_FOLDER = "export() needs a folder, a str or a Path, but got {given!r}."
+MSG_LOADED = (
+    "This {pipeline} is served from a bundle already: copy that, or restore(pipe) and optimize(pipe, ...) first."
+)
+MSG_SEVERAL = (
+    "This {pipeline} has the denoisers {names}, and a bundle holds the graphs of one. Bundles of several are not "
+    "written yet."
+)
+MSG_SIMILARITY = (
+    "This schedule ends guidance by the predictions' similarity (guidance_similarity), so that which graphs a call "
+    "needs is known only while it runs. A bundle needs a gate_step or a guidance_step instead."
+)
+
+#: What `export` needs.
+NEEDS = ("onnx", "onnxscript", "onnxruntime", "pydantic")
+
+
+def export(
+    pipe: DiffusionPipeline,
+    folder: str | os.PathLike[str],
+    format: str = "onnx",
+    *,
+    call: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Write the graphs of an optimized pipeline's schedule to `folder`, as a bundle that `load` serves from.
+
+    A bundle has an ONNX file for each graph, one file with the weights of all of them, and a manifest with all that
+    another runtime needs to know (`docs/bundle.md`). Each graph is checked against PyTorch as it is written.
+
+    Args:
+        pipe: what `optimize` has returned.
+        folder: a new folder, in one that exists.
+        format: `"onnx"`.
+        call: arguments of the pipeline's call, which fix the shapes: size, prompts at a time. Its steps are the
+            manifest's example. The default is an empty prompt and the pipeline's own defaults.
+        overwrite: replace the bundle that is in `folder`.
+        progress: called with a line at the beginning of each stage.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ConfigurationError: an argument is wrong, or a package is missing.
+        UnsupportedModelError: this pipeline's graphs cannot be put into a bundle.
+        BundleError: the bundle cannot be written, or a graph is not what it must be. `folder` is then as it was.
+    """
+    if format not in FORMATS:
+        raise ConfigurationError(MSG_FORMAT.format(known=", ".join(f'"{known}"' for known in FORMATS), given=format))
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise ConfigurationError(MSG_FOLDER.format(given=folder))
+    state = required_state_of(pipe)
+    pipeline = state.pipeline_class.__name__
+    if len(state.hooks) > 1:
+        raise UnsupportedModelError(MSG_SEVERAL.format(pipeline=pipeline, names=" and ".join(state.hooks)))
+    ((component, hook),) = state.hooks.items()
+    if not isinstance(hook.store, VariantStore):
+        raise ConfigurationError(MSG_LOADED.format(pipeline=pipeline))
+    if hook.config.schedule.guidance_similarity is not None:
+        raise UnsupportedModelError(MSG_SIMILARITY)
+    check_installed(*NEEDS)
+    # onnx and pydantic are an extra.
+    from tgate_compile._bundle.folder import check_target
+    from tgate_compile._bundle.write import write_bundle
+
+    target = Path(folder)
+    target = target.parent.resolve() / target.name if target.name else target.resolve()
+    check_target(target, overwrite=overwrite)
+    say = progress or (lambda stage: None)
+    say("Capturing the graphs")
+    plan = preview(pipe, {"prompt": ""} if call is None else call)[component]
+    write_bundle(pipe, component, hook, plan, target, overwrite=overwrite, progress=say)
+    return target

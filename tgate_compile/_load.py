@@ -1,0 +1,106 @@
+"""`load`: serve a plain pipeline from a bundle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+
+from tgate_compile._attach import attach, denoiser_names, detach
+from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile._optimized import Optimized, required_state_of
+from tgate_compile._schedule_file import read_schedule
+from tgate_compile.exports.to_onnx import check_installed
+
+if TYPE_CHECKING:
+    from tgate_compile._bundle.bundle import Bundle
+
+#: What `load` needs.
+NEEDS = ("onnx", "onnxruntime", "pydantic")
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+MSG_BACKEND = 'load() takes backend="onnxruntime", but got {given!r}.'
+MSG_FOLDER = "load() needs the folder of a bundle, a str or a Path, but got {given!r}."
+MSG_OTHER_PIPELINE = (
+    "The bundle {folder} is made from a {expected}, and this is a {given}. Load it into a pipeline of that class."
+)
+MSG_OTHER_MODEL = "The bundle {folder} is made from a {expected}, and the {component} of this pipeline is a {given}."
+MSG_OTHER_WEIGHTS = (
+    "The {component} of this pipeline has other weights than the one that the bundle {folder} is made from: another "
+    "checkpoint, another dtype, or a LoRA more or less. Load it into the same model, or export a bundle of this one."
+)
+
+
+def load(
+    pipe: Pipeline,
+    folder: str | os.PathLike[str],
+    *,
+    backend: str = "onnxruntime",
+    backend_options: Mapping[str, object] | None = None,
+) -> Pipeline:
+    """Serve `pipe`, a plain pipeline, from the bundle in `folder`, which `export` has written from one like it.
+
+    Its ordinary call then runs the bundle's schedule on the bundle's graphs and weights, as after `optimize`, but
+    nothing is captured, converted or compiled; `restore(pipe)` undoes it. The bundle is verified, and must go on lying
+    where it is. Other shapes than those it was made for are an error that says which ones it has.
+
+    Args:
+        pipe: a pipeline of the class and with the weights that the bundle was made from. It is changed, and returned.
+        folder: of the bundle.
+        backend: `"onnxruntime"`.
+        backend_options: those of `optimize(pipe, backend="onnxruntime")`: `providers`, `threads`, `prepacking`.
+
+    Returns:
+        `pipe` itself.
+
+    Raises:
+        ConfigurationError: an argument is wrong, or a package is missing. `pipe` is as it was, here and below.
+        BundleError: the bundle is damaged, or made from another pipeline, another model or other weights.
+    """
+    if backend != "onnxruntime":
+        raise ConfigurationError(MSG_BACKEND.format(given=backend))
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ConfigurationError(MSG_FOLDER.format(given=folder))
+    check_installed(*NEEDS)
+    # onnx and pydantic are an extra.
+    from tgate_compile._bundle.read import read_bundle
+
+    names = denoiser_names(pipe)
+    bundle = read_bundle(os.path.abspath(folder))
+    made_from, method = bundle.manifest.pipeline.class_name, bundle.manifest.method
+    if type(pipe).__name__ != made_from:
+        given = type(pipe).__name__
+        raise BundleError(MSG_OTHER_PIPELINE.format(folder=bundle.folder, expected=made_from, given=given))
+    attach(
+        pipe,
+        dict.fromkeys(names, read_schedule(method.schedule)),
+        sites=method.sites,
+        cache_dtype=None if method.cache_dtype is None else getattr(torch, method.cache_dtype),
+        backend=backend,
+        backend_options=backend_options,
+    )
+    try:
+        _serve(required_state_of(pipe), bundle, backend_options or {})
+    except BaseException:
+        detach(pipe)
+        raise
+    return pipe
+
+
+def _serve(state: Optimized, bundle: Bundle, options: Mapping[str, Any]) -> None:
+    from tgate_compile._bundle.store import BundleStore
+    from tgate_compile._bundle.weights_digest import weights_digest
+
+    made_from = bundle.manifest.denoiser
+    hook = state.hooks.get(made_from.component)
+    model = "missing" if hook is None else type(hook.denoiser).__name__
+    told = {"folder": bundle.folder, "component": made_from.component}
+    if hook is None or len(state.hooks) > 1 or model != made_from.class_name:
+        raise BundleError(MSG_OTHER_MODEL.format(**told, expected=made_from.class_name, given=model))
+    if weights_digest(hook.denoiser) != made_from.weights_digest:
+        raise BundleError(MSG_OTHER_WEIGHTS.format(**told))
+    hook.store = BundleStore(hook.denoiser, bundle, hook.config.schedule.anchor_weight, options)
