@@ -26,7 +26,6 @@ class HookReference:
         calls_per_step: denoiser calls of one step (2 for Heun and KDPM2).
         warmup_calls: first calls that are no steps (1 for PNDM).
         anchor: the weight of the cond half in the cache.
-        guidance_reuse: the scale at which the last guided difference is used after the gate.
     """
 
     def __init__(
@@ -40,7 +39,6 @@ class HookReference:
         calls_per_step: int = 1,
         warmup_calls: int = 0,
         anchor: float = 0.5,
-        guidance_reuse: float = 0.0,
     ) -> None:
         self.denoiser = denoiser
         self.gate = gate
@@ -50,8 +48,6 @@ class HookReference:
         self.calls_per_step = calls_per_step
         self.warmup_calls = warmup_calls
         self.anchor = anchor
-        self.guidance_reuse = guidance_reuse
-        self.difference: torch.Tensor | None = None
         self.calls = 0
         self.step = 0
         self.cache: dict[str, torch.Tensor] = {}
@@ -62,11 +58,7 @@ class HookReference:
         self.step = max(self.calls - self.warmup_calls, 0) // self.calls_per_step
         self.calls += 1
         if self.step < self.gate or not self.guided():
-            output = self.original(*args, **kwargs)
-            if self.guidance_reuse:
-                uncond, cond = output[0].chunk(2)
-                self.difference = cond - uncond
-            return output
+            return self.original(*args, **kwargs)
         batch = args[0].shape[0]
         conditions = dict(kwargs.get("added_cond_kwargs") or {})
         time_ids = conditions.pop("time_ids", None)
@@ -78,10 +70,6 @@ class HookReference:
             half_kwargs["added_cond_kwargs"]["time_ids"] = self._half(time_ids, batch)
         (prediction,) = self.original(*half_args, **{**half_kwargs, "return_dict": False})
         doubled = torch.cat([prediction, prediction])
-        if self.difference is not None:
-            shift = self.guidance_reuse * self.difference
-            none = torch.zeros_like(shift)
-            doubled = doubled + torch.cat([none, shift] if self.keep == "uncond" else [-shift, none])
         return (doubled,) if kwargs.get("return_dict") is False else type("Output", (), {"sample": doubled})
 
     def attention_hook(self, name: str) -> Any:

@@ -144,13 +144,11 @@ def test_keep(shared: SimpleNamespace, keep: Any) -> None:
     [
         ({"anchor_weight": "half"}, "anchor_weight must be a number"),
         ({"anchor_weight": float("nan")}, "anchor_weight must be a number"),
-        ({"guidance_reuse": -0.5}, "guidance_reuse must be a number, at least 0"),
-        ({"guidance_reuse": True}, "guidance_reuse"),
+        ({"anchor_weight": True}, "anchor_weight must be a number"),
         ({"anchor_weight": 1.0, "gate_step": None, "guidance_step": 3}, "needs a gate_step"),
-        ({"guidance_reuse": 1.0, "gate_step": None, "deepcache_interval": 2}, "after it has stopped"),
     ],
 )
-def test_weights(shared: SimpleNamespace, options: Any, part: str) -> None:
+def test_anchor_weights(shared: SimpleNamespace, options: Any, part: str) -> None:
     refused(shared.pipe, ConfigurationError, part, **options)
 
 

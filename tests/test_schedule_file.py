@@ -18,9 +18,9 @@ from tgate_compile._schedule_file import MAX_BYTES, load_schedule, read_schedule
 #: Between them they set every field to something that is not its default.
 SCHEDULES = [
     Schedule(7, sp_interval=3, fi_interval=2, warm_up=1, keep="cond", anchor_weight=0.75),
-    Schedule(0.4, guidance_reuse=0.25, keep="uncond"),
+    Schedule(0.4, anchor_weight=0.25, keep="uncond"),
     Schedule(None, deepcache_interval=3, deepcache_branch=1),
-    Schedule(None, guidance_step=0.3, guidance_reuse=1.0),
+    Schedule(None, guidance_step=0.3, keep="uncond"),
     Schedule(None, guidance_similarity=0.991),
 ]
 

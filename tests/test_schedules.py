@@ -11,7 +11,7 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 
 import tgate_compile
-from tests.comparing import assert_differ, assert_same, difference
+from tests.comparing import assert_differ, assert_same
 from tests.hook_reference import hook_reference
 from tests.tiny_pipelines import run, sdxl, stable_diffusion
 from tgate_compile import ConfigurationError, Schedule, save_schedule
@@ -106,30 +106,17 @@ def _with_replayed_self_attention(pipe: Any, computed: set[int]) -> torch.Tensor
 
 
 @pytest.mark.parametrize("keep", ["uncond", "cond"])
-@pytest.mark.parametrize(("anchor", "reuse"), [(1.0, 0.0), (2.5, 0.0), (0.0, 0.7), (1.0, 1.0)])
-def test_anchor_weight_and_reused_guidance(keep: Any, anchor: float, reuse: float) -> None:
+@pytest.mark.parametrize("anchor", [0.0, 1.0, 2.5])
+def test_anchor_weight(keep: Any, anchor: float) -> None:
     pipe = stable_diffusion(layout="small")
     with hook_reference(pipe, 3):
         papers = _run(pipe)
-    with hook_reference(pipe, 3, keep=keep, anchor=anchor, guidance_reuse=reuse):
+    with hook_reference(pipe, 3, keep=keep, anchor=anchor):
         expected = _run(pipe)
     assert_differ(expected, papers)
-    tgate_compile.optimize(pipe, 3, keep=keep, anchor_weight=anchor, guidance_reuse=reuse, backend="eager")
+    tgate_compile.optimize(pipe, 3, keep=keep, anchor_weight=anchor, backend="eager")
     assert_same(_run(pipe), expected)
     assert_same(_run(pipe), expected)
-
-
-def test_reused_guidance_without_a_gate_at_scale_one() -> None:
-    """Guidance goes on after guidance_step with the last difference, on the cond half."""
-    pipe = stable_diffusion(layout="small")
-    plain = _run(pipe)
-    tgate_compile.optimize(pipe, None, guidance_step=5, backend="eager")
-    dropped = _run(pipe)
-    tgate_compile.restore(pipe)
-    tgate_compile.optimize(pipe, None, guidance_step=5, guidance_reuse=1, backend="eager")
-    reused = _run(pipe)
-    assert tgate_compile.describe(pipe).schedule == "guidance step 5, guidance reuse 1.0"
-    assert difference(reused, plain) < difference(dropped, plain)
 
 
 def test_one_gate_more_or_other_steps_need_no_new_graphs() -> None:

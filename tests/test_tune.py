@@ -259,7 +259,7 @@ def test_given_candidates_are_measured_and_no_others() -> None:
         Schedule(3),
         Schedule(4, deepcache_interval=2),
         Schedule(3, keep="cond"),
-        Schedule(3, guidance_reuse=0.5),
+        Schedule(3, anchor_weight=0.0, keep="cond"),
     ]
     tuning = tune(pipe, PROMPTS[:1], num_inference_steps=STEPS, tolerance=1e6, candidates=candidates)
     measured = {row.schedule: row for row in tuning.table if row.schedule is not None}
@@ -268,8 +268,7 @@ def test_given_candidates_are_measured_and_no_others() -> None:
     for schedule, row in measured.items():
         if "deep" in schedule.kinds:
             continue
-        options = {"anchor": schedule.anchor_weight, "guidance_reuse": schedule.guidance_reuse}
-        with hook_reference(pipe, 3, keep=schedule.kept, **options):
+        with hook_reference(pipe, 3, keep=schedule.kept, anchor=schedule.anchor_weight):
             assert row.drift == pytest.approx(drift_of(latents(pipe, PROMPTS[0]), plain), rel=1e-3)
     optimize(pipe, schedule=candidates[4], backend="eager")
     row = measured[candidates[4]]

@@ -16,7 +16,7 @@ from tgate_compile._call import Call
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import Family
 from tgate_compile._graphs import Emission
-from tgate_compile._halves import check_halves, one_half, similarity, two_halves
+from tgate_compile._halves import check_halves, one_half, similarity
 from tgate_compile._schedule import Half, Kind, Phase, Schedule
 from tgate_compile._steps import StepCounter
 from tgate_compile._variants import Runnable, Store
@@ -124,7 +124,6 @@ class Generation:
         self._caches = Caches()
         self._first_timestep: Any = None
         self._first_call: _FirstCall | None = None
-        self._last_guided: list[torch.Tensor] = []  # predictions, [uncond; cond]
         self._guidance_over = False
         self._timesteps = 0  # that are done
         self._finished = False
@@ -139,7 +138,6 @@ class Generation:
         self._caches.clear()
         self._first_timestep = None
         self._first_call = None
-        self._last_guided = []
         if self.steps:
             logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
 
@@ -215,9 +213,9 @@ class Generation:
         if phase.guided:
             self._after_guided_step(outputs, latents)
         elif guided:
-            halves = self._two_halves(outputs)
-            first, second = self._family.order
-            outputs = [torch.cat(pair) for pair in zip(halves[first], halves[second], strict=True)]
+            # uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
+            # rescale is the identity: the pipeline's own arithmetic stays as it is.
+            outputs = [torch.cat([output, output]) for output in outputs]
         self._end_timestep()
         return compiled.unflatten(outputs)
 
@@ -230,7 +228,7 @@ class Generation:
         if self._first_call is None:
             step, phase = self._next_step(True)
             compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
-            halves = {first: outputs} if phase.guided else self._two_halves(outputs)
+            halves = {first: outputs} if phase.guided else {first: outputs, second: outputs}
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
@@ -282,18 +280,13 @@ class Generation:
         return compiled, outputs
 
     def _after_guided_step(self, predictions: list[torch.Tensor], latents: torch.Size) -> None:
-        """Note what later steps need to know of the `predictions`, [uncond; cond]."""
+        """See from the `predictions` of both halves whether guidance has done its work."""
         threshold = self._schedule.guidance_similarity
         if threshold is not None:
             self._guidance_over = similarity(predictions[0], channels=latents[1]) >= threshold
-        if self._schedule.guidance_reuse:
-            self._last_guided = predictions
 
     def _kept(self, call: Call, batch: int) -> Call:
         return one_half(call, batch, self._schedule.kept, self._family)
-
-    def _two_halves(self, outputs: Sequence[torch.Tensor]) -> dict[Half, list[torch.Tensor]]:
-        return two_halves(outputs, self._schedule.kept, self._last_guided, self._schedule.guidance_reuse)
 
     def _check_one_call_per_step(self, timestep: Any) -> None:
         scheduler = self._scheduler()

@@ -1,8 +1,7 @@
-"""The two halves of classifier-free guidance: taken apart, put together, compared."""
+"""The two halves of classifier-free guidance: checked, taken apart, compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,25 +46,6 @@ def one_half(call: Call, batch: int, keep: Half, family: Family) -> Call:
         return leaf[position::2] if id(leaf) in interleaved else leaf.chunk(2)[position]
 
     return call.map_tensors(half)
-
-
-def two_halves(
-    kept: Sequence[torch.Tensor], keep: Half, last_guided: Sequence[torch.Tensor], scale: float
-) -> dict[Half, list[torch.Tensor]]:
-    """The predictions of both halves, out of those of the half that was computed.
-
-    Twice the same: uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
-    rescale is the identity, so that the pipeline's own arithmetic stays as it is. With guidance reused, the halves are
-    as far apart as in `last_guided`, [uncond; cond], times `scale`.
-    """
-    if not last_guided:
-        return {"uncond": list(kept), "cond": list(kept)}
-    sign = 1.0 if keep == "uncond" else -1.0
-    moved = []
-    for output, last in zip(kept, last_guided, strict=True):
-        uncond, cond = last.chunk(2)
-        moved.append(output + sign * scale * (cond - uncond))
-    return {"uncond": list(kept), "cond": moved} if keep == "uncond" else {"uncond": moved, "cond": list(kept)}
 
 
 def similarity(prediction: torch.Tensor, channels: int) -> float:

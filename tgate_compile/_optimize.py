@@ -47,7 +47,6 @@ def optimize(
     guidance_similarity: float | None = None,
     keep: Half | None = None,
     anchor_weight: float = 0.5,
-    guidance_reuse: float = 0.0,
     schedule: Schedule | str | os.PathLike[str] | None = None,
     tuning: Mapping[str, Any] | None = None,
     sites: Sequence[str] | None = None,
@@ -85,8 +84,6 @@ def optimize(
             `"uncond"` or `"cond"`. None is the papers' choice: uncond with a gate, cond without.
         anchor_weight: weight of the cond half in what the gate caches; 0.5 is the paper's mean of the halves, 1 the
             cond half alone, and more goes beyond it.
-        guidance_reuse: go on with guidance after it has stopped, by the two predictions' difference in the last
-            guided step, at this scale; 0 drops guidance altogether, as the papers do.
         schedule: all of the above in one: a `Schedule`, or a file that `tune` or `save_schedule` has written. The
             other arguments then stay at their defaults.
         tuning: for `gate_step="auto"`: arguments of `tune`, such as `prompts`, `tolerance` and `call`. Without prompts
@@ -116,7 +113,6 @@ def optimize(
         "guidance_similarity": guidance_similarity,
         "keep": keep,
         "anchor_weight": anchor_weight,
-        "guidance_reuse": guidance_reuse,
     }
     if tuning is not None and (gate_step != "auto" or not isinstance(tuning, Mapping)):
         raise ConfigurationError(MSG_TUNING.format(given=tuning))

@@ -31,12 +31,8 @@ MSG_DEEP_AND_SELF = (
 )
 MSG_SIMILARITY = "guidance_similarity must be a number between 0 and 1 (the paper's: 0.991), but got {given!r}."
 MSG_KEEP = 'keep must be "uncond" (T-GATE\'s choice) or "cond" (Adaptive Guidance\'s), but got {given!r}.'
-MSG_WEIGHT = "{name} must be {expected}, but got {given!r}."
+MSG_WEIGHT = "{name} must be a number, but got {given!r}."
 MSG_WEIGHT_WITHOUT_GATE = "anchor_weight is how T-GATE's cache is merged, and needs a gate_step; got gate_step=None."
-MSG_REUSE_WITHOUT_END = (
-    "guidance_reuse goes on with guidance after it has stopped, and needs a gate_step, a guidance_step or a "
-    "guidance_similarity."
-)
 MSG_SEVERAL_ENDS = (
     "Guidance ends in one way: at gate_step, after guidance_step, or at guidance_similarity. "
     "Give one of them, not {given}."
@@ -124,8 +120,6 @@ class Schedule:
             without one.
         anchor_weight: the weight w of the cond half in what the gate caches, `(1 - w) * uncond + w * cond`. 0.5 is
             the paper's mean, 1 the cond half alone, and more goes beyond it.
-        guidance_reuse: the scale at which the last guided step's difference of the two predictions goes on being used
-            in the place of a new one; 0, the papers' choice, drops guidance altogether.
     """
 
     gate_step: int | float | None = 10
@@ -138,7 +132,6 @@ class Schedule:
     guidance_similarity: float | None = None
     keep: Half | None = None
     anchor_weight: float = 0.5
-    guidance_reuse: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("gate_step", "guidance_step"):
@@ -164,12 +157,9 @@ class Schedule:
             raise ConfigurationError(MSG_NOTHING)
         if self.keep is not None and self.keep not in get_args(Half):
             raise ConfigurationError(MSG_KEEP.format(given=self.keep))
-        object.__setattr__(self, "anchor_weight", _checked_weight(self.anchor_weight, "anchor_weight", -math.inf))
-        object.__setattr__(self, "guidance_reuse", _checked_weight(self.guidance_reuse, "guidance_reuse", 0.0))
+        object.__setattr__(self, "anchor_weight", _checked_weight(self.anchor_weight, "anchor_weight"))
         if self.anchor_weight != 0.5 and self.gate_step is None:
             raise ConfigurationError(MSG_WEIGHT_WITHOUT_GATE)
-        if self.guidance_reuse and not given:
-            raise ConfigurationError(MSG_REUSE_WITHOUT_END)
 
     def __str__(self) -> str:
         """What has been chosen, in words: `gate step 10, sp interval 5`."""
@@ -305,13 +295,12 @@ def _checked_count(given: object, name: str, *, least: int) -> int:
     return int(given.__index__())
 
 
-def _checked_weight(given: object, name: str, least: float) -> float:
+def _checked_weight(given: object, name: str) -> float:
     if isinstance(given, (int, float)) and not isinstance(given, bool):
         try:
             number = float(given)
         except OverflowError:  # an int beyond all floats
             number = math.inf
-        if math.isfinite(number) and number >= least:
+        if math.isfinite(number):
             return number
-    expected = "a number" if least == -math.inf else f"a number, at least {least:g}"
-    raise ConfigurationError(MSG_WEIGHT.format(name=name, expected=expected, given=given))
+    raise ConfigurationError(MSG_WEIGHT.format(name=name, given=given))

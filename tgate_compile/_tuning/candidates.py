@@ -61,5 +61,5 @@ def effect_of(schedule: Schedule, num_steps: int) -> Hashable:
     """What tells the images of one schedule from another's. What is reused is always what was computed last, so that
     the steps that reuse it say all."""
     steps = tuple((phase.guided, phase.reuse) for phase in schedule.plan(num_steps, guided=True))
-    weights = (schedule.anchor_weight, schedule.guidance_reuse, schedule.deepcache_branch)
+    weights = (schedule.anchor_weight, schedule.deepcache_branch)
     return (steps, schedule.guidance_similarity, schedule.kept, weights)
