@@ -16,19 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tgate_compile
-from tests.tiny_pipelines import stable_diffusion
+from tests.exported import exported
 from tgate_compile import BundleError, TGateError
 from tgate_compile._bundle.manifest import SCHEMA_VERSION, json_schema
 from tgate_compile._bundle.read import read_bundle
 
-CALL = {"prompt": "", "num_inference_steps": 6}
-
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipe = stable_diffusion(layout="small")
-    tgate_compile.optimize(pipe, 3, backend="eager")
-    return tgate_compile.export(pipe, tmp_path_factory.mktemp("bundles") / "bundle", call=CALL)
+def original() -> Path:
+    return exported()
 
 
 @pytest.fixture

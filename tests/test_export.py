@@ -1,0 +1,231 @@
+"""`export` and `load`: the images of the eager graphs, or a clear error and nothing changed."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import tgate_compile
+from tests.comparing import difference
+from tests.exported import GATE, exported, plain
+from tests.tiny_pipelines import add_lora, latent_consistency, run
+from tgate_compile import BundleError, ConfigurationError, UnsupportedModelError
+from tgate_compile._bundle import parity
+from tgate_compile._bundle.read import read_bundle
+
+#: ONNX Runtime orders sums in its own way.
+CLOSE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    return exported()
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Any:
+    """With its graphs captured, and not converted."""
+    pipe = plain()
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    tgate_compile.describe(pipe, prompt="")
+    return pipe
+
+
+def eager(pipe: Any, **call: Any) -> torch.Tensor:
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    try:
+        return run(pipe, **call)
+    finally:
+        tgate_compile.restore(pipe)
+
+
+# What is served.
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 50.0), (torch.float16, 35.0)])
+def test_the_embedded_pipeline_from_a_bundle(dtype: torch.dtype, least: float, tmp_path: Path) -> None:
+    pipe = tgate_compile.load_demo_pipeline(torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a large red circle", "steps": 10, "output_type": "pt"}
+    tgate_compile.optimize(pipe, 4, backend="eager")
+    expected = run(pipe, **call)
+    folder = tgate_compile.export(pipe, tmp_path / "bundle")
+    tgate_compile.restore(pipe)
+    assert tgate_compile.load(pipe, folder) is pipe
+    images = run(pipe, **call)
+    assert images.shape == expected.shape
+    error = (images.double() - expected.double()).square().mean().item()
+    assert error == 0.0 or -10 * math.log10(error) >= least
+    assert tgate_compile.describe(pipe).strip == "FFFFpppppp"
+
+
+def test_as_after_optimize(bundle: Path) -> None:
+    pipe = plain()
+    before, expected = run(pipe), eager(pipe)
+    tgate_compile.load(pipe, bundle, backend_options={"threads": 1, "prepacking": False})
+    first = run(pipe)
+    assert difference(first, expected) < CLOSE
+    assert torch.equal(run(pipe), first)
+    assert difference(run(pipe, gate_step=5), before) > difference(run(pipe, gate_step=6), before)
+    description = tgate_compile.describe(pipe, prompt="", num_inference_steps=8)
+    assert (description.strip, description.gate_step) == ("FFFppppp", GATE)
+    assert description.cache_bytes > 0
+    tgate_compile.restore(pipe)
+    assert torch.equal(run(pipe), before)
+    assert type(pipe).__call__ is diffusers.StableDiffusionPipeline.__call__
+
+
+def test_all_graphs_of_a_schedule(tmp_path: Path) -> None:
+    """Caches that are handed on whole and merged, by the same graph."""
+    pipe = plain()
+    options: dict[str, Any] = {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}
+    tgate_compile.optimize(pipe, **options, backend="eager")
+    expected = run(pipe, steps=9)
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", call={"prompt": "", "num_inference_steps": 9})
+    graphs = read_bundle(folder).manifest.graphs
+    assert set(graphs) == {"full", "self-reused", "pruned", "pruned-self-reused"}
+    outputs = [output.name for output in graphs["full"].cache_outputs]
+    assert "cache.mid_block.attentions.0.transformer_blocks.0.attn1" in outputs
+    assert "cache.mid_block.attentions.0.transformer_blocks.0.attn1.merged" in outputs
+    tgate_compile.restore(pipe)
+    tgate_compile.load(pipe, folder)
+    assert difference(run(pipe, steps=9), expected) < CLOSE
+
+
+# What is not served.
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        ({"height": 32, "width": 32}, ("sample float32[2, 4, 8, 8]", "sample float32[2, 4, 16, 16]")),
+        ({"prompt": ["red", "cat"]}, ("encoder_hidden_states float32[2, 16, 32]", "float32[4, 16, 32]")),
+        ({"guidance_scale": 1.0}, ("full, without guidance", "It has full, pruned")),
+        (
+            {"cross_attention_kwargs": {"scale": 0.5}},
+            ("cross_attention_kwargs=None", "cross_attention_kwargs.scale=0.5"),
+        ),
+    ],
+)
+def test_other_calls(bundle: Path, call: dict[str, Any], parts: tuple[str, ...]) -> None:
+    pipe = tgate_compile.load(plain(), bundle)
+    with pytest.raises(BundleError) as caught:
+        run(pipe, **call)
+    for part in (*parts, str(bundle)):
+        assert part in str(caught.value)
+    run(pipe)
+
+
+def not_loaded(pipe: Any, bundle: Path, *parts: str, error: type[Exception] = BundleError, **options: Any) -> None:
+    before = dict(vars(pipe.unet))
+    with pytest.raises(error) as caught:
+        tgate_compile.load(pipe, bundle, **options)
+    for part in parts:
+        assert part in str(caught.value)
+    assert dict(vars(pipe.unet)) == before
+    assert "_tgate_compile" not in vars(pipe)
+
+
+def test_other_pipelines(bundle: Path) -> None:
+    not_loaded(latent_consistency(), bundle, "StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    pipe = plain()
+    with torch.no_grad():
+        pipe.unet.conv_out.bias[0] += 1e-6
+    not_loaded(pipe, bundle, "other weights", "unet")
+    not_loaded(plain().to(torch.float16), bundle, "other weights", "dtype")
+    lora = plain()
+    add_lora(lora.unet)
+    not_loaded(lora, bundle, "other weights", "LoRA")
+
+
+def test_another_model(bundle: Path) -> None:
+    pipe = plain()
+    pipe.unet = type("OtherUNet", (type(pipe.unet),), {}).from_config(pipe.unet.config)
+    not_loaded(pipe, bundle, "UNet2DConditionModel", "OtherUNet")
+
+
+def test_arguments_of_load(bundle: Path) -> None:
+    pipe = plain()
+    not_loaded(pipe, bundle, "onnxruntime", "'eager'", error=ConfigurationError, backend="eager")
+    not_loaded(pipe, bundle, "provider", error=ConfigurationError, backend_options={"provider": "CPU"})
+    not_loaded(pipe, 3, "folder", error=ConfigurationError)  # type: ignore[arg-type]
+    not_loaded(pipe, bundle.parent / "nothing", "is no bundle")
+    with pytest.raises(ConfigurationError, match="pipeline"):
+        tgate_compile.load(3, bundle)  # type: ignore[type-var]
+    tgate_compile.load(pipe, bundle)
+    with pytest.raises(ConfigurationError, match="already optimized"):
+        tgate_compile.load(pipe, bundle)
+    with pytest.raises(ConfigurationError, match="served from a bundle"):
+        tgate_compile.export(pipe, bundle.parent / "copy")
+
+
+def test_weights_changed_after_loading(bundle: Path) -> None:
+    pipe = tgate_compile.load(plain(), bundle)
+    pipe.unet.conv_out.bias.data[0] += 1e-3
+    with pytest.raises(BundleError, match="have been changed since"):
+        run(pipe)
+
+
+# What is not written.
+
+
+def not_exported(pipe: Any, folder: Any, *parts: str, error: type[Exception] = BundleError, **options: Any) -> None:
+    with pytest.raises(error) as caught:
+        tgate_compile.export(pipe, folder, **options)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_arguments_of_export(optimized: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    not_exported(plain(), folder, "not optimized", error=ConfigurationError)
+    not_exported(optimized, folder, "'trt'", '"onnx"', error=ConfigurationError, format="trt")
+    not_exported(optimized, None, "folder", error=ConfigurationError)
+    similar = plain()
+    tgate_compile.optimize(similar, None, guidance_similarity=0.99, backend="eager")
+    not_exported(similar, folder, "guidance_similarity", error=UnsupportedModelError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_taken(optimized: Any, bundle: Path, tmp_path: Path) -> None:
+    not_exported(optimized, bundle, "exists already", "overwrite=True")
+    (tmp_path / "mine.txt").write_text("mine")
+    not_exported(optimized, tmp_path, "is no bundle", overwrite=True)
+    not_exported(optimized, tmp_path / "mine.txt", "is no bundle", overwrite=True)
+    not_exported(optimized, tmp_path / "nothing" / "bundle", "is no folder")
+    not_exported(optimized, tmp_path / "mine.txt" / "bundle", "is no folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond `size` bytes, as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk(optimized: Any, tmp_path: Path) -> None:
+    with files_limited_to(100_000):
+        not_exported(optimized, tmp_path / "bundle", "cannot be written", "Nothing is left")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_is_not_the_same(optimized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "TOLERANCES", {torch.float32: 0.0})
+    not_exported(optimized, tmp_path / "bundle", "full graph", "0e+00 is allowed for float32")
+    assert list(tmp_path.iterdir()) == []
