@@ -6,6 +6,8 @@ import importlib.util
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,9 +71,7 @@ def to_onnx(variant: Variant) -> OnnxGraph:
     expand_masks(graph_module)
     graph_module.recompile()
     program = flat_program(variant.program, graph_module)
-    with warnings.catch_warnings(), torch.no_grad():
-        # torch's own, when it copies a program.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+    with _quiet_exporter(), torch.no_grad():
         onnx_program = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert onnx_program is not None
     model = onnx_program.model
@@ -91,6 +91,21 @@ def to_onnx(variant: Variant) -> OnnxGraph:
         variant.phase.name, len(model.graph), time.perf_counter() - began,
     )  # fmt: skip
     return OnnxGraph(model, tuple(used))
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without what torch says of itself: a deprecation when it copies a program, and operators of torchvision's that it
+    does without when torchvision is not installed."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+            yield
+    finally:
+        registration.setLevel(level)
 
 
 def _without_notes(model: onnx_ir.Model) -> None:
