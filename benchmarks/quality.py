@@ -291,7 +291,8 @@ def measure(path: Path, contenders: Sequence[Contender], settings: Settings, ima
             **judge(drawn.images),
         }
         rows[contender.name] = row
-        results["rows"] = {c.name: rows[c.name] for c in CONTENDERS if c.name in rows}
+        # In the order of the list; what it has no more comes last.
+        results["rows"] = {c.name: rows[c.name] for c in CONTENDERS if c.name in rows} | rows
         _write(path, results)
         logger.info("%s", summary(contender.name, row))
 

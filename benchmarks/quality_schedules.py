@@ -96,27 +96,8 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     *(
         _optimized(f"tgate 5 anchor {w}", "other anchors", f"{w}", gate_step=5, anchor_weight=w)
-        for w in (0.0, 0.75, 1.25, 1.5, 2.0, 5.0)
+        for w in (0.0, 0.75, 1.25, 2.0, 5.0)
     ),
     # Without text after the gate both halves are the same: so must the images be.
     _optimized("tgate 5 cond", "other anchors", "0.5", gate_step=5, keep="cond"),
-    # What goes on after the gate: the last guided step's difference of the halves.
-    *(
-        _optimized(
-            f"drop {g} reuse {r}", "guidance reused", f"{g}, {r}", gate_step=None, guidance_step=g, guidance_reuse=r
-        )
-        for g, r in ((5, 0.25), (5, 0.5), (5, 1.0), (10, 0.25))
-    ),
-    *(
-        _optimized(
-            f"tgate {g} anchor {w} reuse {r}",
-            "T-GATE, guidance reused",
-            f"{g}, {r}",
-            gate_step=g,
-            anchor_weight=w,
-            keep="cond",
-            guidance_reuse=r,
-        )
-        for g, w, r in ((5, 0.5, 0.5), (5, 0.5, 1.0), (5, 1.0, 0.25), (3, 1.0, 0.25))
-    ),
 )

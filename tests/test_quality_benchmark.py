@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+import tgate_compile
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = ["--captions", "4", "--steps", "10", "--only", "tgate 5"]
@@ -65,6 +69,16 @@ def test_what_is_measured_is_not_measured_again(quality: ModuleType, measured: P
     assert json.loads(measured.read_text()) == results
 
 
+def test_rows_that_are_no_longer_in_the_list_stay(quality: ModuleType, measured: Path, tmp_path: Path) -> None:
+    results = json.loads(measured.read_text())
+    results["rows"] = {"of old": {"method": "of old"}, "plain": results["rows"]["plain"]}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    images = ["--images", str(measured.parent)]
+    quality.main(["--out", str(path), *images, "--captions", "4", "--steps", "10", "--only", "steps 6"])
+    assert list(json.loads(path.read_text())["rows"]) == ["plain", "steps 6", "of old"]
+
+
 def test_other_settings_need_another_file(quality: ModuleType, measured: Path) -> None:
     before = measured.read_text()
     with pytest.raises(SystemExit, match="results of other settings"):
@@ -85,9 +99,11 @@ def test_every_contender_is_a_schedule_with_a_name_of_its_own(quality: ModuleTyp
 
     names = [contender.name for contender in quality.CONTENDERS]
     assert len(names) == len(set(names))
+    scheduled = {field.name for field in fields(Schedule)}
     for contender in quality.CONTENDERS:
         if contender.options is not None:
-            Schedule(**contender.options)
+            inspect.signature(tgate_compile.optimize).bind(None, **contender.options)
+            Schedule(**{name: value for name, value in contender.options.items() if name in scheduled})
 
 
 def test_the_judge_counts_what_is_lost(quality: ModuleType) -> None:
