@@ -11,7 +11,9 @@ from tgate_compile import __version__
 from tgate_compile._cli.console import OUT, print_error, show_logs
 from tgate_compile._cli.demo import demo
 from tgate_compile._cli.describe import describe
+from tgate_compile._cli.export import export
 from tgate_compile._cli.generate import generate
+from tgate_compile._cli.inspect import inspect
 from tgate_compile._cli.report import report
 from tgate_compile._cli.strip import strip
 from tgate_compile._cli.tune import tune
@@ -79,6 +81,8 @@ def main_options(
 app.command()(demo)
 app.command()(generate)
 app.command()(describe)
+app.command()(export)
+app.command()(inspect)
 app.command()(report)
 app.command()(strip)
 app.command()(tune)

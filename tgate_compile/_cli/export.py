@@ -1,0 +1,106 @@
+"""`tgate-compile export`: a model's graphs for other runtimes, as a bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import tgate_compile
+from tgate_compile._cli import options, schedule_options
+from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.loading import load
+from tgate_compile._cli.settings import settings_for
+from tgate_compile._export import NEEDS
+from tgate_compile._schedule import Schedule
+from tgate_compile.exports.to_onnx import check_installed
+
+
+class Format(str, Enum):
+    """The formats of `tgate_compile.export`."""
+
+    onnx = "onnx"
+
+
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
+    model: options.Model = None,
+    format: Annotated[Format, typer.Option("--format", help="What the graphs are written as.")] = Format.onnx,
+    gate_step: options.GateStep = None,
+    sp_interval: schedule_options.SpInterval = None,
+    fi_interval: schedule_options.FiInterval = None,
+    warm_up: schedule_options.WarmUp = None,
+    deepcache_interval: schedule_options.DeepcacheInterval = None,
+    deepcache_branch: schedule_options.DeepcacheBranch = None,
+    guidance_step: schedule_options.GuidanceStep = None,
+    anchor_weight: schedule_options.AnchorWeight = None,
+    schedule: schedule_options.File = None,
+    keep: options.KeepOption = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images at a time.")] = 1,
+    height: options.Height = None,
+    width: options.Width = None,
+    scheduler: options.Scheduler = None,
+    unet: options.Unet = None,
+    lora: options.Lora = None,
+    device: options.Device = "cpu",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Write a model's graphs with a schedule into a folder, for ONNX Runtime. Sizes and batch are fixed."""
+    given = schedule_options.given_options(
+        sp_interval=sp_interval,
+        fi_interval=fi_interval,
+        warm_up=warm_up,
+        deepcache_interval=deepcache_interval,
+        deepcache_branch=deepcache_branch,
+        guidance_step=guidance_step,
+        anchor_weight=anchor_weight,
+        keep=keep and keep.value,
+    )
+    gate_given = schedule_options.given_options(gate_step=gate_step)
+    from_file = schedule_options.schedule_from(schedule, gate_given | given) if schedule is not None else None
+    check_installed(*NEEDS)
+    from tgate_compile._bundle.folder import check_target
+
+    check_target(out, overwrite=force)
+    began = time.perf_counter()
+    progress = _progress(began, shown=not json)
+    progress("Loading the model")
+    loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step, tgate=schedule is None)
+    # Methods of their own run alone, unless a gate is asked for.
+    alone = gate_step is None and not {"guidance_step", "deepcache_interval"}.isdisjoint(given)
+    chosen = from_file or Schedule(**{"gate_step": None if alone else settings.gate_step, **given})
+    tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
+    loaded.pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"height": height, "width": width}
+    call = {"prompt": "", **{name: value for name, value in call.items() if value is not None}}
+    call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
+    if num_images > 1:
+        call["num_images_per_prompt"] = num_images
+    folder = tgate_compile.export(loaded.pipe, out, format.value, call=call, overwrite=force, progress=progress)
+    seconds = time.perf_counter() - began
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if json:
+        about = {"model": loaded.source, "folder": str(folder), "format": format.value, "schedule": str(chosen)}
+        print_json(about | {"bytes": size, "seconds": seconds})
+    else:
+        OUT.print(f"{loaded.source}: {chosen}, {size / 1e6:.1f} MB, in {seconds:.1f} s", soft_wrap=True)
+        OUT.print(f"written   {folder}", soft_wrap=True)
+
+
+def _progress(began: float, *, shown: bool) -> Callable[[str], None]:
+    """Stages on stderr, each with the time at which it begins."""
+
+    def say(stage: str) -> None:
+        if shown:
+            ERR.print(f"[dim]{time.perf_counter() - began:6.1f} s[/]  {stage}", soft_wrap=True)
+
+    return say

@@ -1,0 +1,80 @@
+"""`tgate-compile inspect`: what is in a bundle, and whether it is as it was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from tgate_compile._cli import options
+from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._export import NEEDS
+from tgate_compile._schedule_file import read_schedule
+from tgate_compile.exports.to_onnx import check_installed
+
+if TYPE_CHECKING:
+    from tgate_compile._bundle.bundle import Bundle
+    from tgate_compile._bundle.manifest import Graph
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="The folder of a bundle.", show_default=False)],
+    json: options.Json = False,
+) -> None:
+    """Verify a bundle, and show what is in it: graphs, sizes, and how close to PyTorch it was when written."""
+    check_installed(*NEEDS)
+    from tgate_compile._bundle.read import read_bundle
+
+    with ERR.status("Verifying the files"):
+        read = read_bundle(bundle)
+    if json:
+        print_json(
+            {"folder": str(bundle), "bytes": read.size, "verified": True, "manifest": read.manifest.model_dump()}
+        )
+    else:
+        _print_bundle(read)
+
+
+def _print_bundle(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    schedule = read_schedule(manifest.method.schedule)
+    lines = [
+        f"{manifest.pipeline.class_name}: {manifest.denoiser.component}, a {manifest.denoiser.class_name}",
+        f"{schedule}, keeps {manifest.method.keep}; {manifest.scheduler.class_name}",
+        f"for example {manifest.example.strip}",
+    ]
+    for line in lines:
+        OUT.print(escape(line), soft_wrap=True)
+    table = Table("graph", "inputs", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("caches\nin, out", "operators", "params/M", "MACs/G", "from\nPyTorch"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, graph in manifest.graphs.items():
+        table.add_row(name, *_cells(graph))
+    OUT.print(table)
+    for name, file in manifest.files.items():
+        OUT.print(f"{file.size / 1e6:10.3f} MB  {escape(name)}", soft_wrap=True)
+    versions = manifest.versions
+    OUT.print(
+        f"made with tgate_compile {versions.tgate_compile}, torch {versions.torch}, diffusers "
+        f"{manifest.pipeline.diffusers}, opset {versions.opset}",
+        soft_wrap=True,
+    )
+    OUT.print(f"verified: {len(manifest.files)} files, {bundle.size / 1e6:.1f} MB, are as they were written")
+
+
+def _cells(graph: Graph) -> list[str]:
+    inputs = "\n".join(
+        f"{spec.name} {spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}" for spec in graph.inputs
+    )
+    return [
+        escape(inputs),
+        f"{len(graph.cache_inputs)}, {len(graph.cache_outputs)}",
+        f"{graph.facts.nodes}",
+        f"{graph.facts.parameters / 1e6:.3f}",
+        f"{graph.facts.macs / 1e9:.3f}",
+        f"{graph.parity.relative:.0e}",
+    ]
