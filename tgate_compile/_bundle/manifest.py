@@ -128,6 +128,7 @@ class Denoiser(_Strict):
     config: dict[str, Any]
     weights_digest: Sha256 = Field(description="Of all parameters and buffers: docs/bundle.md says how.")
     arguments: list[Name] = Field(description="The tensors that the pipeline calls it with, used or not.")
+    latents: Name = Field(description="The one of these that carries the latents.")
     constants: dict[Name, Constant] = Field(description="Its other arguments, which the graphs are made for.")
     returns: Literal["tuple"]
 

@@ -11,7 +11,7 @@ from tgate_compile._bundle.manifest import Graph, Parity
 from tgate_compile._bundle.planned_graphs import PlannedGraph
 from tgate_compile._bundle.session import GraphSession
 from tgate_compile._bundle.weights_digest import dtype_name
-from tgate_compile._errors import BundleError
+from tgate_compile._errors import BackendError, BundleError
 
 #: The largest difference that rounding may explain, relative to an output's largest value, by the coarsest dtype.
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -24,6 +24,10 @@ TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float8_e5m2: 0.26,
 }
 
+MSG_NOT_RUN = (
+    "The {graph} graph cannot be checked against PyTorch on the CPU: {problem} Nothing has been written. ONNX Runtime "
+    "runs float32 and float16 there, and no bfloat16."
+)
 MSG_TOO_FAR = (
     "The {graph} graph in ONNX Runtime is {relative:.1e} from PyTorch's on random inputs, relative to the largest "
     "value, and {tolerance:.0e} is allowed for {dtype}. Nothing has been written. Please report this."
@@ -34,16 +38,18 @@ def measure_parity(planned: PlannedGraph, graph: Graph, path: Path) -> Parity:
     """Run the file and the variant on the same random inputs, the file on the CPU.
 
     Raises:
-        BundleError: they differ by more than rounding.
-        BackendError: ONNX Runtime does not take the file.
+        BundleError: they differ by more than rounding, or ONNX Runtime does not take the file.
     """
     inputs = _random_inputs(planned)
     device = planned.example_inputs[0].device
     with torch.no_grad():
         eager = planned.variant.program.graph_module
         expected = eager(*planned.weights, *(tensor.to(device) for tensor in inputs))
-    session = GraphSession(graph, path, torch.device("cpu"), {"prepacking": False})
-    results = session.run(inputs)
+    try:
+        session = GraphSession(graph, path, torch.device("cpu"), {"prepacking": False})
+        results = session.run(inputs)
+    except BackendError as error:
+        raise BundleError(MSG_NOT_RUN.format(graph=planned.name, problem=error)) from error
     relative = max(_relative(a, b.cpu()) for a, b in zip(results, expected, strict=True))
     coarsest = max((t.dtype for t in [*inputs, *results] if t.is_floating_point()), key=lambda dtype: TOLERANCES[dtype])
     tolerance = TOLERANCES[coarsest]

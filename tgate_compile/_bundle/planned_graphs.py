@@ -51,6 +51,11 @@ class PlannedGraph:
         return (*own, *(_emission_name(emission, whole) for emission in self.variant.emitted))
 
     @property
+    def latents(self) -> str:
+        """The input that carries the latents."""
+        return self.own_names[self.variant.inputs.index(self.captured.latents)]
+
+    @property
     def example_inputs(self) -> list[torch.Tensor]:
         """The inputs of the call that it was planned for, caches left out."""
         values = [self.arguments[name] for name in self.own_names]

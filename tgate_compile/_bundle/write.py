@@ -130,6 +130,7 @@ def _denoiser(component: str, hook: DenoiserHook, planned: PlannedGraph, progres
         config=plain_config(getattr(hook.denoiser, "config", {})),
         weights_digest=weights_digest(hook.denoiser),
         arguments=[name for name, value in planned.arguments.items() if torch.is_tensor(value)],
+        latents=planned.latents,
         constants=constants,  # type: ignore[arg-type]
         returns="tuple",
     )

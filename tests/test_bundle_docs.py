@@ -1,0 +1,42 @@
+"""docs/bundle.md: the runtime in it, which knows numpy and ONNX Runtime only, makes the library's latents."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tgate_compile
+from tests.comparing import assert_differ, difference
+from tests.exported import GATE, STEPS, exported, plain
+from tests.tiny_pipelines import LATENT_SIZE, PROMPT, run
+
+TEXT = (Path(__file__).parents[1] / "docs" / "bundle.md").read_text()
+
+
+def test_the_runtime_of_the_document() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert "torch" not in code
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    denoiser = namespace["Denoiser"](exported())
+
+    pipe = plain()
+    cond, uncond = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    text = torch.cat([uncond, cond])
+    pipe.scheduler.set_timesteps(STEPS)
+    noise = torch.Generator().manual_seed(0)
+    latents = torch.randn((1, 4, LATENT_SIZE, LATENT_SIZE), generator=noise) * pipe.scheduler.init_noise_sigma
+    for step, timestep in enumerate(pipe.scheduler.timesteps):
+        sample = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
+        arguments = {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
+        predicted = torch.tensor(denoiser(step, {name: value.numpy() for name, value in arguments.items()}))
+        first, second = predicted.chunk(2)
+        latents = pipe.scheduler.step(first + 7.5 * (second - first), timestep, latents).prev_sample
+
+    plain_latents = run(pipe, steps=STEPS)
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    assert difference(latents, run(pipe, steps=STEPS)) < 1e-4
+    assert_differ(latents, plain_latents)
