@@ -13,6 +13,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch.utils import _pytree as pytree
 
 import tgate_compile
 from tests.comparing import difference
@@ -21,6 +23,7 @@ from tests.tiny_pipelines import add_lora, latent_consistency, run
 from tgate_compile import BundleError, ConfigurationError, UnsupportedModelError
 from tgate_compile._bundle import parity
 from tgate_compile._bundle.read import read_bundle
+from tgate_compile._bundle.returns import returns_of, unflatten_as
 
 #: ONNX Runtime orders sums in its own way.
 CLOSE = 1e-4
@@ -99,6 +102,20 @@ def test_all_graphs_of_a_schedule(tmp_path: Path) -> None:
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, folder)
     assert difference(run(pipe, steps=9), expected) < CLOSE
+
+
+def test_denoisers_that_return_an_output_class() -> None:
+    """As AnimateDiff's does."""
+    unet = plain().unet
+    returned = returns_of(pytree.tree_structure(UNet2DConditionOutput(sample=torch.zeros(1))))
+    assert returned is not None
+    assert (returned.class_name, returned.fields) == ("UNet2DConditionOutput", ["sample"])
+    made = unflatten_as(returned, unet, "0")([torch.ones(1)])
+    assert type(made) is UNet2DConditionOutput
+    assert torch.equal(made.sample, torch.ones(1))
+    other = returned.model_copy(update={"class_name": "UNet2DConditionModel"})
+    with pytest.raises(BundleError, match="no such output class"):
+        unflatten_as(other, unet, "0")
 
 
 # What is not served.

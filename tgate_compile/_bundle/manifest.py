@@ -120,6 +120,13 @@ class Pipeline(_Strict):
     vae_scale_factor: Count | None = Field(description="Pixels of an image for one of its latents; None: no images.")
 
 
+class Returns(_Strict):
+    """What the denoiser's outputs are put into."""
+
+    class_name: Name | None = Field(description="An output class of diffusers, beside the denoiser's; None: a tuple.")
+    fields: list[Name] = Field(description="The fields of that class, one for each output.")
+
+
 class Denoiser(_Strict):
     """The model that the graphs are made of."""
 
@@ -130,7 +137,7 @@ class Denoiser(_Strict):
     arguments: list[Name] = Field(description="The tensors that the pipeline calls it with, used or not.")
     latents: Name = Field(description="The one of these that carries the latents.")
     constants: dict[Name, Constant] = Field(description="Its other arguments, which the graphs are made for.")
-    returns: Literal["tuple"]
+    returns: Returns
 
 
 class Family(_Strict):

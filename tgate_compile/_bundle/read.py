@@ -92,6 +92,9 @@ def _manifest(root: Path) -> Manifest:
             raise BundleError(MSG_UNLISTED.format(path=path, given=used))
     if manifest.weights != WEIGHTS_FILE:
         raise BundleError(MSG_INVALID.format(path=path, where="weights", problem=f"expected {WEIGHTS_FILE!r}"))
+    returns = manifest.denoiser.returns
+    if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in manifest.graphs.values()):
+        raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem="not one field an output"))
     check_wiring(manifest, path)
     return manifest
 

@@ -21,8 +21,8 @@ MSG_FAILED = "ONNX Runtime could not run the {graph} graph of the bundle ({probl
 class GraphSession:
     """Runs the graph in the file `path`, which `graph` describes, for inputs on `device`.
 
-    ONNX Runtime maps the weights from the bundle's file. With prepacking, which is faster, it copies some of them into
-    a layout of its own.
+    ONNX Runtime maps the weights from the bundle's file. With prepacking, which is faster, it copies them into layouts
+    of its own.
     """
 
     def __init__(self, graph: Graph, path: Path, device: torch.device, options: Mapping[str, object]) -> None:
@@ -37,6 +37,8 @@ class GraphSession:
         settings.intra_op_num_threads = threads if isinstance(threads, int) else torch.get_num_threads()
         if options.get("prepacking") is False:
             settings.add_session_config_entry("session.disable_prepacking", "1")
+            # Beyond "extended" are the layouts of convolutions, for which their weights are copied.
+            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         on_gpu = ["CUDAExecutionProvider"] if device.type == "cuda" else []
         providers = options.get("providers") or [*on_gpu, "CPUExecutionProvider"]
         try:

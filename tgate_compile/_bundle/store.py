@@ -12,6 +12,7 @@ from tgate_compile._bundle.argument_names import argument_names
 from tgate_compile._bundle.bundle import Bundle
 from tgate_compile._bundle.describe_graph import phase_of
 from tgate_compile._bundle.manifest import CacheOutput, Graph, TensorSpec
+from tgate_compile._bundle.returns import unflatten_as
 from tgate_compile._bundle.session import GraphSession
 from tgate_compile._bundle.weights_digest import bit_sums, dtype_name
 from tgate_compile._call import Call
@@ -46,6 +47,7 @@ class BundledGraph:
     names: tuple[str, ...]
     session: GraphSession
     emitted: tuple[Emission, ...]
+    put: Callable[[Sequence[torch.Tensor]], Any]
 
     def run(
         self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
@@ -60,7 +62,7 @@ class BundledGraph:
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
         """What the denoiser returns, from its flat outputs."""
-        return tuple(outputs)
+        return self.put(outputs)
 
 
 class BundleStore:
@@ -73,6 +75,8 @@ class BundleStore:
         self._options = options
         self._graphs = {phase_of(graph.phase): (name, graph) for name, graph in bundle.manifest.graphs.items()}
         self._opened: dict[tuple[Hashable, Phase], BundledGraph] = {}
+        manifest = bundle.manifest
+        self._put = unflatten_as(manifest.denoiser.returns, denoiser, manifest.pipeline.diffusers)
         self._fingerprint = self._look()
 
     @property
@@ -110,7 +114,7 @@ class BundleStore:
             graph = self._graph(phase)
             device = next(leaf.device for leaf in call.leaves if torch.is_tensor(leaf))
             session = GraphSession(graph, self._bundle.folder / graph.file, device, self._options)
-            self._opened[key] = BundledGraph(graph, argument_names(call, forward), session, emitted)
+            self._opened[key] = BundledGraph(graph, argument_names(call, forward), session, emitted, self._put)
         return self._opened[key]
 
     def _look(self) -> Hashable:

@@ -9,7 +9,6 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch.utils import _pytree as pytree
 
 from tgate_compile._bundle import manifest as m
 from tgate_compile._bundle.describe_graph import describe_graph, phase_spec
@@ -19,6 +18,7 @@ from tgate_compile._bundle.graph_file import write_graph
 from tgate_compile._bundle.parity import measure_parity
 from tgate_compile._bundle.plain_data import plain_config
 from tgate_compile._bundle.planned_graphs import PlannedGraph, planned_graphs
+from tgate_compile._bundle.returns import returns_of
 from tgate_compile._bundle.weights_digest import dtype_name, weights_digest
 from tgate_compile._bundle.weights_file import WeightsFile
 from tgate_compile._bundle.wiring import wiring_of
@@ -29,10 +29,7 @@ from tgate_compile._schedule import Phase
 from tgate_compile._version import __version__
 from tgate_compile.exports.to_onnx import OPSET
 
-MSG_RETURNS = (
-    "The denoiser {model} returns {given}, and the graphs of a bundle return a tuple: pipelines that call their "
-    "denoiser with return_dict=True cannot be put into one yet."
-)
+MSG_RETURNS = "The denoiser {model} returns {given}; a bundle can say a tuple, or one of diffusers' output classes."
 MSG_CONSTANT = "The denoiser {model} is called with {name}={given!r}, which a manifest cannot say."
 MSG_INVALID = "The {graph} graph is no valid ONNX model ({problem}). Nothing has been written. Please report this."
 
@@ -115,10 +112,9 @@ def _check_model(name: str, path: Path) -> None:
 
 def _denoiser(component: str, hook: DenoiserHook, planned: PlannedGraph, progress: Progress) -> m.Denoiser:
     model = type(hook.denoiser).__name__
-    spec = planned.captured.out_spec
-    if spec != pytree.tree_structure(tuple(range(spec.num_leaves))):
-        given = spec.type.__name__ if spec.type is not None else "one tensor"
-        raise UnsupportedModelError(MSG_RETURNS.format(model=model, given=given))
+    returns = returns_of(planned.captured.out_spec)
+    if returns is None:
+        raise UnsupportedModelError(MSG_RETURNS.format(model=model, given=planned.captured.out_spec))
     constants = {name: value for name, value in planned.arguments.items() if not torch.is_tensor(value)}
     for name, value in constants.items():
         if type(value) not in (bool, int, float, str, type(None)):
@@ -132,7 +128,7 @@ def _denoiser(component: str, hook: DenoiserHook, planned: PlannedGraph, progres
         arguments=[name for name, value in planned.arguments.items() if torch.is_tensor(value)],
         latents=planned.latents,
         constants=constants,  # type: ignore[arg-type]
-        returns="tuple",
+        returns=returns,
     )
 
 
