@@ -1,1 +1,1 @@
-"""Exporters: variants of a denoiser, written for other runtimes. None has been written yet."""
+"""Exporters: variants of a denoiser, converted for other runtimes. ONNX is the only one so far."""

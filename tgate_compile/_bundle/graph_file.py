@@ -30,8 +30,7 @@ def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile) -> int:
     try:
         graph = to_onnx(planned.variant)
     except Exception as error:  # torch.onnx raises whatever its converters raise
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BundleError(MSG_NOT_CONVERTED.format(graph=planned.name, problem=problem)) from error
+        raise BundleError(MSG_NOT_CONVERTED.format(graph=planned.name, problem=_cause(error))) from error
     model = graph.model
     for value, name in zip(model.graph.inputs, planned.input_names, strict=True):
         value.name = name
@@ -45,6 +44,13 @@ def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile) -> int:
     proto.graph.ClearField("value_info")  # shapes inside of the graph follow from those of its inputs
     path.write_bytes(proto.SerializeToString())
     return sum(1 for _ in model.graph.all_nodes())
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what `error` goes back to: torch.onnx wraps it in general advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
 def _move_out(value: onnx_ir.Value, tensor: torch.Tensor, weights: WeightsFile) -> None:
