@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 #: Has GroupNormalization and Attention as operators of their own: fewer nodes, and faster in ONNX Runtime.
 OPSET = 23
 
+#: Its optimizer takes numbers that are closer to 0 than 1e-8 for 0.
+SMALL = 1e-7
+
 MSG_MISSING = (
     "ONNX needs packages that are not installed: {missing}. Run: pip install 'tgate_compile[onnx]' "
     "(or 'tgate_compile[onnx-gpu]' on a machine with an NVIDIA GPU)."
@@ -78,10 +81,14 @@ def to_onnx(variant: Variant) -> OnnxGraph:
     weights = [name for name in variant.weights if name in model.graph.initializers]
     # As inputs they are nothing that the optimizer could fold: no weight ends up in a constant under another name.
     taken = {name: model.graph.initializers.pop(name) for name in weights}
+    small = _small_numbers(model)
+    taken.update({str(value.name): value for value in small})
     model.graph.inputs.extend(taken.values())
     onnx_program.optimize()
     model = onnx_program.model
-    del model.graph.inputs[len(model.graph.inputs) - len(weights) :]
+    del model.graph.inputs[len(model.graph.inputs) - len(taken) :]
+    for value, tensor in small.items():
+        value.const_value = tensor
     for value in taken.values():
         model.graph.register_initializer(value)
     used = [name for name in weights if taken[name].uses()]
@@ -91,6 +98,27 @@ def to_onnx(variant: Variant) -> OnnxGraph:
         variant.phase.name, len(model.graph), time.perf_counter() - began,
     )  # fmt: skip
     return OnnxGraph(model, tuple(used))
+
+
+def _small_numbers(model: onnx_ir.Model) -> dict[onnx_ir.Value, onnx_ir.TensorProtocol]:
+    """Take the constants out that the optimizer would mistake for 0: it drops the epsilon of `x / (y + 1e-15)`."""
+    import onnx_ir
+
+    found: dict[onnx_ir.Value, onnx_ir.TensorProtocol] = {}
+    for node in list(model.graph):
+        if node.op_type != "Constant" or "value" not in node.attributes:
+            continue
+        tensor = node.attributes["value"].as_tensor()
+        if tensor.size != 1 or not tensor.dtype.is_floating_point():
+            continue
+        if 0.0 < abs(float(tensor.numpy().item())) < SMALL:
+            old = node.outputs[0]
+            shape = onnx_ir.Shape([1] * len(tensor.shape))
+            new = onnx_ir.Value(name=old.name, shape=shape, type=onnx_ir.TensorType(tensor.dtype))
+            old.replace_all_uses_with(new)
+            model.graph.remove(node)
+            found[new] = tensor
+    return found
 
 
 @contextmanager

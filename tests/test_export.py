@@ -20,6 +20,7 @@ import tgate_compile
 from tests.comparing import difference
 from tests.exported import GATE, exported, plain
 from tests.tiny_pipelines import add_lora, latent_consistency, run
+from tests.tiny_transformers import sana, sana_call
 from tgate_compile import BundleError, ConfigurationError, UnsupportedModelError
 from tgate_compile._bundle import parity
 from tgate_compile._bundle.read import read_bundle
@@ -102,6 +103,15 @@ def test_all_graphs_of_a_schedule(tmp_path: Path) -> None:
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, folder)
     assert difference(run(pipe, steps=9), expected) < CLOSE
+
+
+def test_an_epsilon_that_is_nearly_nothing(tmp_path: Path) -> None:
+    """Sana's linear attention adds 1e-15 to a denominator that may be 0."""
+    pipe = sana()
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", call={"num_inference_steps": 6, **sana_call()})
+    for graph in read_bundle(folder).manifest.graphs.values():
+        assert graph.parity.relative < 1e-5
 
 
 def test_denoisers_that_return_an_output_class() -> None:
