@@ -204,7 +204,10 @@ def draw(contender: Contender, settings: Settings) -> Drawn:
     call: dict[str, Any] = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
     call |= contender.call
     if contender.options is not None:
-        tgate_compile.optimize(pipe, **contender.options, backend="eager")
+        options = dict(contender.options)
+        if "cache_dtype" in options:  # by its name: a row of results is JSON
+            options["cache_dtype"] = getattr(torch, options["cache_dtype"])
+        tgate_compile.optimize(pipe, **options, backend="eager")
     captions, images = settings.captions, []
     strips: dict[str, int] = {}
     macs = macs_total = 0

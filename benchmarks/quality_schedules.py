@@ -100,4 +100,25 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     # Without text after the gate both halves are the same: so must the images be.
     _optimized("tgate 5 cond", "other anchors", "0.5", gate_step=5, keep="cond"),
+    # Smaller caches: in fewer bits, or of fewer sites.
+    *(
+        _optimized(
+            f"tgate 5 anchor 1.0 {dtype}", "smaller caches", dtype, gate_step=5, anchor_weight=1.0, cache_dtype=dtype
+        )
+        for dtype in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+    ),
+    *(
+        _optimized(
+            f"tgate 5 anchor 1.0 {name}, keep {keep}",
+            "smaller caches",
+            f"{name}, {keep}",
+            gate_step=5,
+            anchor_weight=1.0,
+            keep=keep,
+            sites=sites,
+        )
+        for name, sites in (("up blocks", ["up_blocks.*"]), ("without up_blocks.2", ["[dm]*", "up_blocks.[01]*"]))
+        # What is not cached goes on with the text of the half that is kept.
+        for keep in ("uncond", "cond")
+    ),
 )

@@ -81,6 +81,10 @@ def test_as_after_optimize(bundle: Path) -> None:
     assert torch.equal(run(pipe), first)
     assert difference(run(pipe, gate_step=5), before) > difference(run(pipe, gate_step=6), before)
     description = tgate_compile.describe(pipe, prompt="", num_inference_steps=8)
+    names = [name for name, _ in pipe.unet.named_modules()]
+    assert sorted(description.sites) == sorted(name for name in names if name.endswith("attn2"))
+    assert description.bundle == str(bundle)
+    assert f"{len(description.sites)} sites, graphs of the bundle {bundle}" in str(description)
     assert (description.strip, description.gate_step) == ("FFFppppp", GATE)
     assert description.cache_bytes > 0
     tgate_compile.restore(pipe)

@@ -63,6 +63,8 @@ class Description:
         strip: the last generation, or the one asked about, one character a step: `F` full, `p` pruned;
             `docs/schedules.md` has them all. Two denoisers' steps have a `|` in between.
         cache_bytes: the most that this generation keeps from one step to the next.
+        bundle: the folder of the bundle that it is served from, which says itself what its graphs are
+            (`tgate-compile inspect`); None if the graphs are made here.
     """
 
     pipeline: str
@@ -77,6 +79,7 @@ class Description:
     last_steps: tuple[tuple[int, str], ...]
     strip: str
     cache_bytes: int
+    bundle: str | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -87,7 +90,9 @@ class Description:
             f"{self.pipeline}: {self.denoiser}, {self.parameters / 1e6:.3f} M parameters",
             f"{self.schedule}, keeps {self.keep}, backend {self.backend}",
         ]
-        if not self.variants:
+        if self.bundle is not None:
+            lines.append(f"{len(self.sites)} sites, graphs of the bundle {self.bundle}")
+        elif not self.variants:
             lines.append("Nothing captured yet: call the pipeline once.")
         else:
             lines.append(f"{len(self.sites)} sites:")
@@ -142,6 +147,7 @@ def describe(pipe: DiffusionPipeline, **call: Any) -> Description:
         ),
         last_steps=() if plans else tuple((step, phase.name) for ran in steps.values() for step, phase in ran),
         strip="|".join(strip_of(ran) for ran in steps.values() if ran),
+        bundle=state.hook.store.folder,
         cache_bytes=max((told.cache_bytes for told in plans.values() or lasts), default=0),
     )
 
@@ -151,8 +157,7 @@ def _last_steps(hook: DenoiserHook) -> list[tuple[int, Phase]]:
 
 
 def _sites(hook: DenoiserHook, prefix: str) -> list[str]:
-    made = hook.store.variants
-    return [prefix + site.name for site in made[0][1].sites] if made else []
+    return [prefix + name for name in hook.store.site_names]
 
 
 def _describe_variant(denoiser: str, variant: Variant, latents_name: str) -> VariantDescription:

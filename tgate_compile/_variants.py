@@ -53,6 +53,16 @@ class Store(Protocol):
     denoiser: torch.nn.Module
 
     @property
+    def folder(self) -> str | None:
+        """The bundle that the graphs come from; None if they are made here."""
+        ...
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """What can be cached, as far as is known."""
+        ...
+
+    @property
     def variants(self) -> list[tuple[Variant, Captured]]:
         """The variants made here, and what each is made of."""
         ...
@@ -116,6 +126,16 @@ class VariantStore:
         self._variants: dict[tuple[Hashable, Phase], tuple[Variant, Captured]] = {}
         self._compiled: dict[tuple[Hashable, Phase], CompiledVariant] = {}
         self.compilations = 0
+
+    @property
+    def folder(self) -> None:
+        """None: the graphs are made here."""
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """What can be cached: cross-attentions, then self-attentions; none before the first capture."""
+        captured = next(iter(self._captures.values()), None)
+        return () if captured is None else tuple(site.name for site in captured.sites)
 
     @property
     def variants(self) -> list[tuple[Variant, Captured]]:

@@ -80,6 +80,17 @@ class BundleStore:
         self._fingerprint = self._look()
 
     @property
+    def folder(self) -> str:
+        """The bundle's."""
+        return str(self._bundle.folder)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """What is cached, of whatever kind."""
+        graphs = self._bundle.manifest.graphs.values()
+        return tuple(dict.fromkeys(output.site for graph in graphs for output in graph.cache_outputs))
+
+    @property
     def variants(self) -> list[tuple[Variant, Captured]]:
         """None is made here."""
         return []
