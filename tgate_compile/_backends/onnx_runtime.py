@@ -110,9 +110,7 @@ class _Session:
         self._device = device
         self._providers = providers
         self._options = options
-        placeholders = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
         self._input_names = [value.name for value in graph.model.graph.inputs]
-        self._input_dtypes = [fake.dtype for fake in placeholders[len(variant.weights) :]]
         self._outputs = [
             (value.name, node.meta["val"].shape, node.meta["val"].dtype)
             for value, node in zip(graph.model.graph.outputs, variant.program.graph.output_node().args[0], strict=True)
