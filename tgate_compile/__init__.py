@@ -2,27 +2,102 @@
 
 pipe = tgate_compile.optimize(pipe, gate_step=10)
 image = pipe("a red fox in snow", num_inference_steps=25).images[0]
+
+A name is imported when it is first used, so that what needs no PyTorch (`tgate_compile.runtime`) does not wait for it.
 """
 
-from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline
-from tgate_compile._describe import describe as describe
-from tgate_compile._errors import BackendError as BackendError
-from tgate_compile._errors import BundleError as BundleError
-from tgate_compile._errors import CaptureError as CaptureError
-from tgate_compile._errors import ConcurrentGenerationError as ConcurrentGenerationError
-from tgate_compile._errors import ConfigurationError as ConfigurationError
-from tgate_compile._errors import TGateError as TGateError
-from tgate_compile._errors import UnsupportedModelError as UnsupportedModelError
-from tgate_compile._errors import VerificationError as VerificationError
-from tgate_compile._export import export as export
-from tgate_compile._load import load as load
-from tgate_compile._optimize import optimize as optimize
-from tgate_compile._optimize import restore as restore
-from tgate_compile._optimized import generation as generation
-from tgate_compile._schedule import Schedule as Schedule
-from tgate_compile._schedule_file import load_schedule as load_schedule
-from tgate_compile._schedule_file import save_schedule as save_schedule
-from tgate_compile._strip_picture import strip_picture as strip_picture
-from tgate_compile._tune import tune as tune
-from tgate_compile._tuning.result import Tuning as Tuning
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from tgate_compile._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline
+    from tgate_compile._describe import describe as describe
+    from tgate_compile._errors import BackendError as BackendError
+    from tgate_compile._errors import BundleError as BundleError
+    from tgate_compile._errors import CaptureError as CaptureError
+    from tgate_compile._errors import ConcurrentGenerationError as ConcurrentGenerationError
+    from tgate_compile._errors import ConfigurationError as ConfigurationError
+    from tgate_compile._errors import TGateError as TGateError
+    from tgate_compile._errors import UnsupportedModelError as UnsupportedModelError
+    from tgate_compile._errors import VerificationError as VerificationError
+    from tgate_compile._export import export as export
+    from tgate_compile._load import load as load
+    from tgate_compile._optimize import optimize as optimize
+    from tgate_compile._optimize import restore as restore
+    from tgate_compile._optimized import generation as generation
+    from tgate_compile._schedule import Schedule as Schedule
+    from tgate_compile._schedule_file import load_schedule as load_schedule
+    from tgate_compile._schedule_file import save_schedule as save_schedule
+    from tgate_compile._strip_picture import strip_picture as strip_picture
+    from tgate_compile._tune import tune as tune
+    from tgate_compile._tuning.result import Tuning as Tuning
+
+#: Where each public name comes from.
+_HOMES = {
+    "load_demo_pipeline": "_demo.pipeline",
+    "describe": "_describe",
+    "BackendError": "_errors",
+    "BundleError": "_errors",
+    "CaptureError": "_errors",
+    "ConcurrentGenerationError": "_errors",
+    "ConfigurationError": "_errors",
+    "TGateError": "_errors",
+    "UnsupportedModelError": "_errors",
+    "VerificationError": "_errors",
+    "export": "_export",
+    "load": "_load",
+    "optimize": "_optimize",
+    "restore": "_optimize",
+    "generation": "_optimized",
+    "Schedule": "_schedule",
+    "load_schedule": "_schedule_file",
+    "save_schedule": "_schedule_file",
+    "strip_picture": "_strip_picture",
+    "tune": "_tune",
+    "Tuning": "_tuning.result",
+}
+
+_SUBPACKAGES = ("exports", "passes", "runtime")
+
+__all__ = [
+    "load_demo_pipeline",
+    "describe",
+    "BackendError",
+    "BundleError",
+    "CaptureError",
+    "ConcurrentGenerationError",
+    "ConfigurationError",
+    "TGateError",
+    "UnsupportedModelError",
+    "VerificationError",
+    "export",
+    "load",
+    "optimize",
+    "restore",
+    "generation",
+    "Schedule",
+    "load_schedule",
+    "save_schedule",
+    "strip_picture",
+    "tune",
+    "Tuning",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

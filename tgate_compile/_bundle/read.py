@@ -3,46 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pathlib import Path
 
 from tgate_compile._bundle.bundle import Bundle
 from tgate_compile._bundle.check_graph import check_graph
-from tgate_compile._bundle.files import file_of
-from tgate_compile._bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION, WEIGHTS_FILE, Manifest
-from tgate_compile._bundle.wiring import check_wiring
-from tgate_compile._errors import BundleError, ConfigurationError
-from tgate_compile._schedule_file import read_schedule
-
-#: A manifest has some kilobytes, and more with many graphs.
-MAX_MANIFEST_BYTES = 50_000_000
-
-MSG_NO_BUNDLE = "{folder} is no bundle: there is no {manifest} in it ({reason})."
-MSG_TOO_LARGE = "{path} has more than {limit} bytes, and is no manifest."
-MSG_INVALID = "The manifest {path} is not valid: {where}: {problem}."
-MSG_NEWER = (
-    "The manifest {path} has schema version {given}, and this tgate_compile reads versions up to {known}. "
-    "Install a newer tgate_compile."
-)
-MSG_PATH = (
-    "The manifest {path} names the file {given!r}. The files of a bundle are named relative to its folder, with "
-    "forward slashes, and lie inside of it."
-)
-MSG_LINK = "{path} is a link, and a bundle has plain files and folders only. It has been changed since it was written."
-MSG_MISSING = "The bundle {folder} is not complete: {files} of its manifest are not there."
-MSG_EXTRA = "In the bundle {folder} are {files}, which its manifest does not name."
-MSG_SIZE = "{path} has {given} bytes, and the manifest says {expected}. The copy is not complete, or was changed."
-MSG_HASH = "{path} has been changed: its SHA-256 is not the one in the manifest."
-MSG_UNLISTED = "The manifest {path} uses the file {given!r}, but does not name it among its files."
-MSG_UNREADABLE = "{path} cannot be read: {reason}."
-
-
-class _Header(BaseModel):
-    """What a manifest of any version has."""
-
-    model_config = ConfigDict(strict=True)
-    schema_version: int = 0
+from tgate_compile._bundle.manifest import WEIGHTS_FILE
+from tgate_compile._bundle.read_manifest import MSG_UNREADABLE, read_manifest
+from tgate_compile._errors import BundleError
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
@@ -54,89 +21,10 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         BundleError: it is not what it must be; the message says in what.
     """
     root = Path(folder)
+    manifest = read_manifest(root)
     try:
-        manifest = _manifest(root)
-        _check_files(root, manifest)
         for graph in manifest.graphs.values():
             check_graph(graph, root, manifest.files[WEIGHTS_FILE].size)
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+    except (OSError, ValueError) as error:
         raise BundleError(MSG_UNREADABLE.format(path=root, reason=error)) from error
     return Bundle(root, manifest)
-
-
-def _manifest(root: Path) -> Manifest:
-    path = root / MANIFEST_FILE
-    if path.is_symlink():
-        raise BundleError(MSG_LINK.format(path=path))
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        reason = error.strerror or error
-        raise BundleError(MSG_NO_BUNDLE.format(folder=root, manifest=MANIFEST_FILE, reason=reason)) from error
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise BundleError(MSG_TOO_LARGE.format(path=path, limit=MAX_MANIFEST_BYTES))
-    try:
-        version = _Header.model_validate_json(raw).schema_version
-        if version > SCHEMA_VERSION:
-            raise BundleError(MSG_NEWER.format(path=path, given=version, known=SCHEMA_VERSION))
-        manifest = Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        raise BundleError(_invalid(path, error)) from error
-    try:
-        read_schedule(manifest.method.schedule, f"The manifest {path}: method.schedule")
-    except ConfigurationError as error:
-        raise BundleError(str(error)) from error
-    for used in (manifest.weights, *(graph.file for graph in manifest.graphs.values())):
-        if used not in manifest.files:
-            raise BundleError(MSG_UNLISTED.format(path=path, given=used))
-    if manifest.weights != WEIGHTS_FILE:
-        raise BundleError(MSG_INVALID.format(path=path, where="weights", problem=f"expected {WEIGHTS_FILE!r}"))
-    returns = manifest.denoiser.returns
-    if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in manifest.graphs.values()):
-        raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem="not one field an output"))
-    check_wiring(manifest, path)
-    return manifest
-
-
-def _invalid(path: Path, error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])[:200] or "the whole"
-    return MSG_INVALID.format(path=path, where=where, problem=first["msg"])
-
-
-def _check_files(root: Path, manifest: Manifest) -> None:
-    for name in manifest.files:
-        _check_path(name, root / MANIFEST_FILE)
-    found: set[str] = set()
-    for parent, folders, files in os.walk(root):
-        for name in (*folders, *files):
-            path = Path(parent, name)
-            if path.is_symlink():
-                raise BundleError(MSG_LINK.format(path=path))
-        found.update(Path(parent, name).relative_to(root).as_posix() for name in files)
-    named = {MANIFEST_FILE, *manifest.files}
-    if named - found:
-        raise BundleError(MSG_MISSING.format(folder=root, files=_listed(named - found)))
-    if found - named:
-        raise BundleError(MSG_EXTRA.format(folder=root, files=_listed(found - named)))
-    for name, expected in manifest.files.items():
-        path = root / name
-        size = path.stat().st_size
-        if size != expected.size:
-            raise BundleError(MSG_SIZE.format(path=path, given=size, expected=expected.size))
-    for name, expected in manifest.files.items():
-        if file_of(root / name) != expected:
-            raise BundleError(MSG_HASH.format(path=root / name))
-
-
-def _check_path(name: str, manifest: Path) -> None:
-    parts = PurePosixPath(name).parts
-    plain = name == "/".join(parts) and not any(part in ("..", "/") or set(part) & set("\\:\0") for part in parts)
-    if not plain or name == MANIFEST_FILE:
-        raise BundleError(MSG_PATH.format(path=manifest, given=name))
-
-
-def _listed(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
