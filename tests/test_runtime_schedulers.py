@@ -1,0 +1,114 @@
+"""The runtime's schedulers in numpy: those of diffusers, to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from tgate_compile import ConfigurationError
+from tgate_compile._bundle.manifest import Scheduler as Spec
+from tgate_compile._bundle.plain_data import plain_config
+from tgate_compile.runtime._schedulers import Scheduler, make_scheduler
+
+STEPS = (1, 2, 7, 14, 15, 25)
+SHAPE = (2, 4, 8, 8)
+LATENT_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS: list[dict[str, Any]] = [
+    {"beta_schedule": "linear"},
+    LATENT_DIFFUSION,
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"trained_betas": [0.001 + 0.00001 * i for i in range(1000)]},
+]
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "DDIMScheduler": [{}, {"clip_sample": False, "set_alpha_to_one": False}, {"clip_sample_range": 0.5}],
+    "EulerDiscreteScheduler": [
+        {},
+        {"use_karras_sigmas": True},
+        {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0},
+        {"final_sigmas_type": "sigma_min"},
+    ],
+    "DPMSolverMultistepScheduler": [
+        {},
+        {"use_karras_sigmas": True},
+        {"euler_at_final": True},
+        {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        {"lambda_min_clipped": -5.1},
+        {"solver_order": 1},
+        {"solver_type": "bh2"},
+    ],
+}
+
+
+def ours(reference: Any, steps: int, name: str | None = None) -> Scheduler:
+    spec = Spec(class_name=type(reference).__name__, config=plain_config(dict(reference.config)))
+    return make_scheduler(spec, name, steps)
+
+
+def difference(reference: Any, scheduler: Scheduler, steps: int) -> float:
+    """The largest, relative, in a loop of both with random predictions."""
+    reference.set_timesteps(steps)
+    if hasattr(reference, "set_begin_index"):
+        reference.set_begin_index(0)  # or diffusers looks for the first timestep, and takes the second that is equal
+    np.testing.assert_allclose(scheduler.timesteps, reference.timesteps.numpy(), rtol=0, atol=1e-3)
+    assert scheduler.timesteps.dtype == reference.timesteps.numpy().dtype
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(SHAPE, generator=generator)
+    expected, latents = noise * reference.init_noise_sigma, noise.numpy() * np.float32(scheduler.initial_sigma)
+    worst = 0.0
+    for step, timestep in enumerate(reference.timesteps):
+        seen, own = reference.scale_model_input(expected, timestep), scheduler.model_input(latents, step)
+        prediction = torch.randn(SHAPE, generator=generator)
+        expected = reference.step(prediction, timestep, expected).prev_sample
+        latents = scheduler.step(prediction.numpy(), step, latents)
+        assert latents.dtype == np.float32
+        for one, other in ((own, seen), (latents, expected)):
+            worst = max(worst, float(np.abs(one - other.numpy()).max() / other.abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_as_in_diffusers(name: str, spacing: str, prediction_type: str) -> None:
+    for betas in BETAS:
+        for options in OPTIONS[name]:
+            for offset in (0, 1):
+                config = {"timestep_spacing": spacing, "prediction_type": prediction_type, "steps_offset": offset}
+                for steps in STEPS:
+                    reference = getattr(diffusers, name)(**config, **betas, **options)
+                    assert difference(reference, ours(reference, steps), steps) < 1e-5, (betas, options, offset, steps)
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_zero_terminal_snr(name: str) -> None:
+    """Sigmas are up to 4096 there, and diffusers' own rounding that much larger."""
+    config = {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    for steps in STEPS:
+        reference = getattr(diffusers, name)(**config, **LATENT_DIFFUSION)
+        assert difference(reference, ours(reference, steps), steps) < 1e-3
+
+
+def test_another_than_the_bundles_own() -> None:
+    """As diffusers' `from_config`."""
+    own = diffusers.EulerDiscreteScheduler(**LATENT_DIFFUSION, timestep_spacing="leading", steps_offset=1)
+    for name, other in {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}.items():
+        reference = getattr(diffusers, other)(**{**LATENT_DIFFUSION, "timestep_spacing": "leading", "steps_offset": 1})
+        assert difference(reference, ours(own, 7, name), 7) < 1e-5
+
+
+def test_what_there_is_not() -> None:
+    with pytest.raises(ConfigurationError, match=r"LCMScheduler.*DDIMScheduler, EulerDiscreteScheduler"):
+        ours(diffusers.LCMScheduler(), 4)
+    with pytest.raises(ConfigurationError, match=r"solver_order=3.*1 and 2.*ddim, euler, dpm"):
+        ours(diffusers.DPMSolverMultistepScheduler(solver_order=3), 4)
+    with pytest.raises(ConfigurationError, match="thresholding=True"):
+        ours(diffusers.DDIMScheduler(thresholding=True), 4)
+    with pytest.raises(ConfigurationError, match=r"'ddim', 'euler', 'dpm\+\+'.*'heun'"):
+        ours(diffusers.DDIMScheduler(), 4, "heun")
+    for steps in (0, 1001, 2.5, True):
+        with pytest.raises(ConfigurationError, match="from 1 to 1000"):
+            ours(diffusers.DDIMScheduler(), steps)  # type: ignore[arg-type]

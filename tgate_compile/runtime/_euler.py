@@ -1,0 +1,93 @@
+"""Euler's method on the probability flow (arXiv 2206.00364, algorithm 1 without churn), in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tgate_compile.runtime._noise_levels import (
+    NEARLY_ZERO,
+    Array,
+    cumulative_alphas,
+    karras_sigmas,
+    sigmas_of,
+    timesteps_of,
+)
+from tgate_compile.runtime._scheduler_config import COMMON, COMMON_CHOICES, checked_config
+
+DEFAULTS: Mapping[str, Any] = {
+    **COMMON,
+    "interpolation_type": "linear",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "sigma_min": None,
+    "sigma_max": None,
+    "timestep_spacing": "linspace",
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+}
+CHOICES = {
+    **COMMON_CHOICES,
+    "interpolation_type": ("linear",),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero", "sigma_min"),
+}
+
+
+class Euler:
+    """`EulerDiscreteScheduler` of diffusers without churn, for a generation of `steps` steps.
+
+    Attributes:
+        timesteps: what the denoiser is told at each step, float32, [steps]; not always whole numbers.
+        initial_sigma: what normal noise is multiplied by to begin with.
+    """
+
+    def __init__(self, given: Mapping[str, Any], steps: int) -> None:
+        """Raises ConfigurationError for a configuration that is not written here."""
+        self._config = checked_config("EulerDiscreteScheduler", given, DEFAULTS, CHOICES)
+        alphas = cumulative_alphas(self._config)
+        if self._config["rescale_betas_zero_snr"]:
+            alphas[-1] = NEARLY_ZERO
+        training = sigmas_of(alphas)
+        timesteps = self._spaced(steps)
+        sigmas: Array = np.interp(timesteps, np.arange(len(training)), training)
+        if self._config["use_karras_sigmas"]:
+            largest, smallest = self._config["sigma_max"] or sigmas[0], self._config["sigma_min"] or sigmas[-1]
+            sigmas = karras_sigmas(float(largest), float(smallest), steps)
+            timesteps = timesteps_of(sigmas, training)
+        last = training[0] if self._config["final_sigmas_type"] == "sigma_min" else 0.0
+        self._sigmas = np.append(sigmas, last).astype(np.float32).astype(np.float64)
+        self.timesteps = timesteps.astype(np.float32)
+        largest = float(self._sigmas.max())
+        self.initial_sigma = (largest**2 + 1) ** 0.5 if self._config["timestep_spacing"] == "leading" else largest
+
+    def model_input(self, latents: Array, step: int) -> Array:
+        """What the denoiser sees of `latents` at `step`."""
+        scaled: Array = latents / float(self._sigmas[step] ** 2 + 1) ** 0.5
+        return scaled
+
+    def step(self, prediction: Array, step: int, latents: Array) -> Array:
+        """The latents after `step`, from the denoiser's `prediction` for those before it."""
+        sigma, after = float(self._sigmas[step]), float(self._sigmas[step + 1])
+        if self._config["prediction_type"] == "epsilon":
+            clean = latents - sigma * prediction
+        elif self._config["prediction_type"] == "sample":
+            clean = prediction
+        else:
+            clean = prediction * (-sigma / (sigma**2 + 1) ** 0.5) + latents / (sigma**2 + 1)
+        moved: Array = latents + (latents - clean) / sigma * (after - sigma)
+        return moved
+
+    def _spaced(self, steps: int) -> Array:
+        trained, spacing = int(self._config["num_train_timesteps"]), self._config["timestep_spacing"]
+        if spacing == "linspace":
+            return np.linspace(0, trained - 1, steps, dtype=np.float32)[::-1]
+        if spacing == "leading":
+            offset = np.float32(self._config["steps_offset"])
+            return (np.arange(steps) * (trained // steps))[::-1].astype(np.float32) + offset
+        return np.arange(trained, 0, -trained / steps).round().astype(np.float32) - 1
