@@ -1,1 +1,1 @@
-"""Bundles as text-to-image programs, on numpy and ONNX Runtime: nothing here imports PyTorch, diffusers or transformers."""
+"""Bundles as text-to-image programs on numpy and ONNX Runtime: no torch, diffusers or transformers is imported here."""
