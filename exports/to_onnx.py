@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import time
 import warnings
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tgate_compile._errors import ConfigurationError
 from tgate_compile._graphs import Variant
+from tgate_compile._installed import check_installed
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.expand_masks import expand_masks
 from tgate_compile.passes.flat_program import flat_program
@@ -30,11 +29,6 @@ OPSET = 23
 #: Its optimizer takes numbers that are closer to 0 than 1e-8 for 0.
 SMALL = 1e-7
 
-MSG_MISSING = (
-    "ONNX needs packages that are not installed: {missing}. Run: pip install 'tgate_compile[onnx]' "
-    "(or 'tgate_compile[onnx-gpu]' on a machine with an NVIDIA GPU)."
-)
-
 
 @dataclass(frozen=True)
 class OnnxGraph:
@@ -48,18 +42,6 @@ class OnnxGraph:
 
     model: onnx_ir.Model
     weights: tuple[str, ...]
-
-
-def is_installed(*modules: str) -> bool:
-    """Whether all of these modules are there."""
-    return all(importlib.util.find_spec(name) is not None for name in modules)
-
-
-def check_installed(*modules: str) -> None:
-    """Raise ConfigurationError, which says what to install, unless all of these modules are there."""
-    missing = [name for name in modules if not is_installed(name)]
-    if missing:
-        raise ConfigurationError(MSG_MISSING.format(missing=", ".join(missing)))
 
 
 def to_onnx(variant: Variant) -> OnnxGraph:

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from tgate_compile._call import Call
@@ -62,6 +62,7 @@ def capture(
     *,
     only: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
+    shapes: ShapesCollection | None = None,
 ) -> Captured:
     """The graph of `denoiser` for inputs like those of `call`, with its sites.
 
@@ -73,6 +74,7 @@ def capture(
         deep_layer: for the kind `deep`, the up layer at which the shallow part begins.
         only: patterns of the names of the attentions to cache; None means all.
         cache_dtype: what they are cached in; None means their own dtype.
+        shapes: sizes of the call's tensors that are left free; None means that all are those of `call`.
 
     Raises:
         CaptureError: torch.export failed.
@@ -85,7 +87,13 @@ def capture(
     began = time.perf_counter()
     with _forward_of(denoiser, forward), torch.no_grad():
         try:
-            program = torch.export.export(denoiser, args, kwargs, strict=False)
+            program = torch.export.export(
+                denoiser,
+                args,
+                kwargs,
+                strict=False,
+                dynamic_shapes=shapes,  # type: ignore[arg-type]  # which it takes, but does not say so
+            )
         except Exception as error:  # torch.export raises whatever the model's code raises
             raise CaptureError(
                 MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")

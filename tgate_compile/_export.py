@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from tgate_compile._bundle.formats import FORMATS, check_can_write, format_called
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
+from tgate_compile._free_sizes import SYMBOLS, FreeSize
 from tgate_compile._optimized import preview, required_state_of
 from tgate_compile._variants import VariantStore
-from tgate_compile.exports.to_onnx import check_installed
-
-FORMATS = ("onnx",)
 
 MSG_FORMAT = "format must be one of {known}, but got {given!r}."
+MSG_DYNAMIC = (
+    'dynamic must be True (whatever the denoiser permits), False, or names of "batch", "height" and "width", but got '
+    "{given!r}."
+)
 MSG_FOLDER = "export() needs a folder, a str or a Path, but got {given!r}."
 MSG_LOADED = (
     "This {pipeline} is served from a bundle already: copy that, or restore(pipe) and optimize(pipe, ...) first."
@@ -30,9 +33,6 @@ MSG_SIMILARITY = (
     "needs is known only while it runs. A bundle needs a gate_step or a guidance_step instead."
 )
 
-#: What `export` needs.
-NEEDS = ("onnx", "onnxscript", "onnxruntime", "pydantic")
-
 
 def export(
     pipe: DiffusionPipeline,
@@ -40,6 +40,8 @@ def export(
     format: str = "onnx",
     *,
     call: Mapping[str, Any] | None = None,
+    dynamic: bool | Collection[FreeSize] = True,
+    format_options: Mapping[str, object] | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -52,8 +54,12 @@ def export(
         pipe: what `optimize` has returned.
         folder: a new folder, in one that exists.
         format: `"onnx"`.
-        call: arguments of the pipeline's call, which fix the shapes: size, prompts at a time. Its steps are the
-            manifest's example. The default is an empty prompt and the pipeline's own defaults.
+        call: arguments of the pipeline's call, which fix the shapes that are not dynamic. Its steps are the manifest's
+            example. The default is an empty prompt and the pipeline's own defaults.
+        dynamic: which of `"batch"` (prompts and images at a time), `"height"` and `"width"` each call may choose. True
+            is as many as the denoiser permits: all three, or the batch alone (transformers that compute tables from
+            the size), or none. False is none.
+        format_options: see the format in `docs/exports.md`; `onnx` has none.
         overwrite: replace the bundle that is in `folder`.
         progress: called with a line at the beginning of each stage.
 
@@ -63,12 +69,14 @@ def export(
     Raises:
         ConfigurationError: an argument is wrong, or a package is missing.
         UnsupportedModelError: this pipeline's graphs cannot be put into a bundle.
+        CaptureError: the denoiser's code depends on a size that `dynamic` names.
         BundleError: the bundle cannot be written, or a graph is not what it must be. `folder` is then as it was.
     """
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise ConfigurationError(MSG_FORMAT.format(known=", ".join(f'"{known}"' for known in FORMATS), given=format))
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise ConfigurationError(MSG_FOLDER.format(given=folder))
+    free = _free(dynamic)
     state = required_state_of(pipe)
     pipeline = state.pipeline_class.__name__
     if len(state.hooks) > 1:
@@ -78,8 +86,10 @@ def export(
         raise ConfigurationError(MSG_LOADED.format(pipeline=pipeline))
     if hook.config.schedule.guidance_similarity is not None:
         raise UnsupportedModelError(MSG_SIMILARITY)
-    check_installed(*NEEDS)
-    # onnx and pydantic are an extra.
+    check_can_write(format)
+    options = dict(format_options or {})
+    format_called(format).check_options(options)
+    # pydantic is an extra.
     from tgate_compile._bundle.folder import check_target
     from tgate_compile._bundle.write import write_bundle
 
@@ -89,5 +99,26 @@ def export(
     say = progress or (lambda stage: None)
     say("Capturing the graphs")
     plan = preview(pipe, {"prompt": ""} if call is None else call)[component]
-    write_bundle(pipe, component, hook, plan, target, overwrite=overwrite, progress=say)
+    write_bundle(
+        pipe,
+        component,
+        hook,
+        plan,
+        target,
+        graph_format=format,
+        options=options,
+        free=free,
+        overwrite=overwrite,
+        progress=say,
+    )
     return target
+
+
+def _free(dynamic: object) -> Collection[FreeSize] | None:
+    if dynamic is True:
+        return None
+    if dynamic is False:
+        return ()
+    if isinstance(dynamic, str) or not isinstance(dynamic, Collection) or not set(dynamic) <= set(SYMBOLS):
+        raise ConfigurationError(MSG_DYNAMIC.format(given=dynamic))
+    return tuple(dynamic)

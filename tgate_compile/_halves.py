@@ -35,7 +35,7 @@ def one_half(call: Call, batch: int, keep: Half, family: Family) -> Call:
     """`call`, whose latents have a batch of `batch` = 2B, for its half `keep` alone."""
     position = family.order.index(keep)
     interleaved, repeated, shared = (
-        {id(leaf) for path in paths for leaf in _leaves(call, path)}
+        {id(leaf) for path in paths for leaf in leaves_at(call, path)}
         for paths in (family.interleaved, family.repeated, family.shared)
     )
 
@@ -57,7 +57,7 @@ def similarity(prediction: torch.Tensor, channels: int) -> float:
     return float(torch.cosine_similarity(uncond, cond, dim=1).min())
 
 
-def _leaves(call: Call, path: tuple[str, ...]) -> list[Any]:
+def leaves_at(call: Call, path: tuple[str, ...]) -> list[Any]:
     """What is at `path` of the call's keyword arguments, e.g. ("added_cond_kwargs", "time_ids")."""
     value: Any = call.arguments[1]
     for name in path:

@@ -10,20 +10,22 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._attach import attach, denoiser_names, detach
+from tgate_compile._bundle.formats import FORMATS
 from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile._installed import check_installed
 from tgate_compile._optimized import Optimized, required_state_of
 from tgate_compile._schedule_file import read_schedule
-from tgate_compile.exports.to_onnx import check_installed
 
 if TYPE_CHECKING:
     from tgate_compile._bundle.bundle import Bundle
 
-#: What `load` needs.
-NEEDS = ("onnx", "onnxruntime", "pydantic")
-
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
-MSG_BACKEND = 'load() takes backend="onnxruntime", but got {given!r}.'
+MSG_BACKEND = "load() takes the backend {known}, or None for the one that the bundle is made for, but got {given!r}."
+MSG_OTHER_BACKEND = (
+    'The bundle {folder} has graphs of the format "{format}", which the backend "{backend}" runs, not "{given}". Leave '
+    "backend out, or export a bundle of another format."
+)
 MSG_FOLDER = "load() needs the folder of a bundle, a str or a Path, but got {given!r}."
 MSG_OTHER_PIPELINE = (
     "The bundle {folder} is made from a {expected}, and this is a {given}. Load it into a pipeline of that class."
@@ -39,7 +41,7 @@ def load(
     pipe: Pipeline,
     folder: str | os.PathLike[str],
     *,
-    backend: str = "onnxruntime",
+    backend: str | None = None,
     backend_options: Mapping[str, object] | None = None,
 ) -> Pipeline:
     """Serve `pipe`, a plain pipeline, from the bundle in `folder`, which `export` has written from one like it.
@@ -51,8 +53,9 @@ def load(
     Args:
         pipe: a pipeline of the class and with the weights that the bundle was made from. It is changed, and returned.
         folder: of the bundle.
-        backend: `"onnxruntime"`.
-        backend_options: those of `optimize(pipe, backend="onnxruntime")`: `providers`, `threads`, `prepacking`.
+        backend: what runs the bundle's graphs: `"onnxruntime"` for the format `onnx`. None: what they are made for.
+        backend_options: of ONNX Runtime: those of `optimize(pipe, backend="onnxruntime")`, `providers`, `threads`,
+            `prepacking`.
 
     Returns:
         `pipe` itself.
@@ -61,17 +64,22 @@ def load(
         ConfigurationError: an argument is wrong, or a package is missing. `pipe` is as it was, here and below.
         BundleError: the bundle is damaged, or made from another pipeline, another model or other weights.
     """
-    if backend != "onnxruntime":
-        raise ConfigurationError(MSG_BACKEND.format(given=backend))
+    known = list(dict.fromkeys(row.backend for row in FORMATS.values()))
+    if backend is not None and backend not in known:
+        raise ConfigurationError(MSG_BACKEND.format(known=", ".join(f'"{name}"' for name in known), given=backend))
     if not isinstance(folder, (str, os.PathLike)):
         raise ConfigurationError(MSG_FOLDER.format(given=folder))
-    check_installed(*NEEDS)
-    # onnx and pydantic are an extra.
+    check_installed("pydantic", what="load()")
+    # pydantic is an extra.
     from tgate_compile._bundle.read import read_bundle
 
     names = denoiser_names(pipe)
     bundle = read_bundle(os.path.abspath(folder))
     made_from, method = bundle.manifest.pipeline.class_name, bundle.manifest.method
+    row = FORMATS[bundle.manifest.graph_format]
+    if backend not in (row.backend, None):
+        told = {"format": bundle.manifest.graph_format, "backend": row.backend, "given": backend}
+        raise ConfigurationError(MSG_OTHER_BACKEND.format(folder=bundle.folder, **told))
     if type(pipe).__name__ != made_from:
         given = type(pipe).__name__
         raise BundleError(MSG_OTHER_PIPELINE.format(folder=bundle.folder, expected=made_from, given=given))
@@ -80,7 +88,7 @@ def load(
         dict.fromkeys(names, read_schedule(method.schedule)),
         sites=method.sites,
         cache_dtype=None if method.cache_dtype is None else getattr(torch, method.cache_dtype),
-        backend=backend,
+        backend=row.backend,
         backend_options=backend_options,
     )
     try:

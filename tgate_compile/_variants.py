@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.export import ShapesCollection
 from torch.utils import _pytree as pytree
 
 from tgate_compile._backends import Runner, make_backend
@@ -168,25 +169,41 @@ class VariantStore:
         key = call.key
         if (key, phase) in self._variants:
             return self._variants[key, phase]
-        config = self._config
         captured = self._captures.get(key)
         if captured is None:
-            captured = capture(
-                self.denoiser,
-                forward,
-                call,
-                config.schedule.kinds,
-                self._deep_layer,
-                only=config.sites,
-                cache_dtype=config.cache_dtype,
-            )
-            self._captures[key] = captured
+            captured = self._captures[key] = self._capture(call, forward)
             self._drop_oldest()
-        cond_weight = config.schedule.anchor_weight
-        cond_is_second = config.family.order[1] == "cond"
-        variant = specialize(captured, phase, cond_weight if cond_is_second else 1.0 - cond_weight)
+        variant = self._specialize(captured, phase)
         self._variants[key, phase] = (variant, captured)
         return variant, captured
+
+    def free_variants(
+        self, phases: Sequence[Phase], call: Call, forward: Callable[..., Any], shapes: ShapesCollection
+    ) -> tuple[list[Variant], Captured]:
+        """The variants of `phases` for inputs like those of `call`, with the sizes `shapes` left free; nothing is kept.
+
+        Raises:
+            CaptureError: the denoiser's code depends on these sizes.
+        """
+        captured = self._capture(call, forward, shapes)
+        return [self._specialize(captured, phase) for phase in phases], captured
+
+    def _capture(self, call: Call, forward: Callable[..., Any], shapes: ShapesCollection | None = None) -> Captured:
+        return capture(
+            self.denoiser,
+            forward,
+            call,
+            self._config.schedule.kinds,
+            self._deep_layer,
+            only=self._config.sites,
+            cache_dtype=self._config.cache_dtype,
+            shapes=shapes,
+        )
+
+    def _specialize(self, captured: Captured, phase: Phase) -> Variant:
+        cond_weight = self._config.schedule.anchor_weight
+        cond_is_second = self._config.family.order[1] == "cond"
+        return specialize(captured, phase, cond_weight if cond_is_second else 1.0 - cond_weight)
 
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
         """What the variant of `phase` for inputs like those of `call` hands on; it is captured, but not compiled."""

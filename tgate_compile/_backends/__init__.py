@@ -11,7 +11,7 @@ from tgate_compile._backends.eager import EagerBackend
 from tgate_compile._backends.inductor import InductorBackend
 from tgate_compile._backends.onnx_runtime import OnnxRuntimeBackend
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.exports.to_onnx import is_installed
+from tgate_compile._installed import is_installed
 
 __all__ = ["BACKENDS", "Backend", "Runner", "check_backend", "make_backend"]
 

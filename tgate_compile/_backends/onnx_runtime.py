@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from tgate_compile._backends._interface import Runner
+from tgate_compile._backends.element_types import ELEMENT_TYPES
+from tgate_compile._backends.onnx_session import best_providers, open_session, run_bound, session_options
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
-from tgate_compile.exports.to_onnx import OnnxGraph, check_installed, to_onnx
+from tgate_compile._installed import check_installed
+from tgate_compile.exports.to_onnx import OnnxGraph, to_onnx
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -36,21 +39,6 @@ MSG_FAILED = (
     "ONNX Runtime could not take the {graph} graph ({problem}). "
     'optimize(pipe, backend="eager") or backend="inductor" runs the same graph.'
 )
-
-# ONNX's numbers for element types (onnx.TensorProto.DataType): numpy has no bfloat16 and no fp8.
-ELEMENT_TYPES: Mapping[torch.dtype, int] = {
-    torch.float32: 1,
-    torch.uint8: 2,
-    torch.int8: 3,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.bool: 9,
-    torch.float16: 10,
-    torch.float64: 11,
-    torch.bfloat16: 16,
-    torch.float8_e4m3fn: 17,
-    torch.float8_e5m2: 19,
-}
 
 
 class OnnxRuntimeBackend:
@@ -82,7 +70,7 @@ class OnnxRuntimeBackend:
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         device = inputs[0].device
-        providers = self._options.get("providers") or _best_providers(device)
+        providers = self._options.get("providers") or best_providers(device)
         _check_providers(providers)  # type: ignore[arg-type]
         try:
             graph = to_onnx(variant)
@@ -110,9 +98,9 @@ class _Session:
         self._device = device
         self._providers = providers
         self._options = options
-        self._input_names = [value.name for value in graph.model.graph.inputs]
+        self._input_names = [str(value.name) for value in graph.model.graph.inputs]
         self._outputs = [
-            (value.name, node.meta["val"].shape, node.meta["val"].dtype)
+            (str(value.name), node.meta["val"].shape, node.meta["val"].dtype)
             for value, node in zip(graph.model.graph.outputs, variant.program.graph.output_node().args[0], strict=True)
         ]
         self._positions = [variant.weights.index(name) for name in graph.weights]
@@ -123,25 +111,11 @@ class _Session:
 
     def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         session = self._session_for(weights)
-        binding = session.io_binding()
-        device, index = self._device.type, self._device.index or 0
-        bound = []  # which must live until the run is over
-        for name, tensor in zip(self._input_names, inputs, strict=True):
-            tensor = tensor.contiguous()
-            binding.bind_input(name, device, index, ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
-            bound.append(tensor)
-        outputs = []
-        for name, shape, dtype in self._outputs:
-            tensor = torch.empty(shape, dtype=dtype, device=self._device)
-            binding.bind_output(name, device, index, ELEMENT_TYPES[dtype], list(shape), tensor.data_ptr())
-            outputs.append(tensor)
-        if device == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has a stream of its own
+        named = dict(zip(self._input_names, inputs, strict=True))
         try:
-            session.run_with_iobinding(binding)
+            return run_bound(session, named, self._outputs, self._device)
         except RuntimeError as error:
             raise BackendError(_failed(self._variant, error)) from error
-        return outputs
 
     def _session_for(self, weights: Sequence[torch.Tensor]) -> onnxruntime.InferenceSession:
         # The library hands over a new list at the start of each generation: only then can anything have changed.
@@ -155,21 +129,14 @@ class _Session:
         return self._session
 
     def _open(self, weights: Sequence[torch.Tensor]) -> onnxruntime.InferenceSession:
-        import onnxruntime
-
         began = time.perf_counter()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # its warnings are about its own placement of operators
-        threads = self._options.get("threads")
-        options.intra_op_num_threads = threads if isinstance(threads, int) else torch.get_num_threads()
-        if self._options.get("prepacking") is False:
-            options.add_session_config_entry("session.disable_prepacking", "1")
+        settings = session_options(self._options)
         tensors = [tensor.detach().cpu().contiguous() for tensor in weights]
         values = [_ort_value(tensor) for tensor in tensors]
         self._held = [tensors, values]  # the session works on their memory
-        options.add_external_initializers(list(self._graph.weights), values)
+        settings.add_external_initializers(list(self._graph.weights), values)
         try:
-            session = onnxruntime.InferenceSession(self._model, options, providers=self._providers)
+            session = open_session(self._model, settings, self._providers)
         except Exception as error:  # ONNX Runtime has no common base class of its errors
             raise BackendError(_failed(self._variant, error)) from error
         logger.info(
@@ -219,10 +186,6 @@ def _digest(tensor: torch.Tensor) -> tuple[int, int]:
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
     version = 0 if tensor.is_inference() else tensor._version
     return version, int(bits[:: max(1, bits.numel() // SAMPLES)].sum())
-
-
-def _best_providers(device: torch.device) -> list[str]:
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"] if device.type == "cuda" else ["CPUExecutionProvider"]
 
 
 def _check_providers(names: Sequence[str]) -> None:

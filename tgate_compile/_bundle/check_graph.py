@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgate_compile._backends.onnx_runtime import ELEMENT_TYPES
+from tgate_compile._backends.element_types import ELEMENT_TYPES
 from tgate_compile._bundle.manifest import WEIGHTS_FILE, Graph, TensorSpec
 from tgate_compile._bundle.weights_digest import dtype_name
 from tgate_compile._errors import BundleError

@@ -35,6 +35,10 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Measured = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 #: An argument of the denoiser that is no tensor.
 Constant = None | bool | int | float | str
+#: `4`, `2*b`, `16*h*w`.
+Size = Count | Annotated[str, Field(pattern=r"^[a-z0-9_*+/() -]+$", max_length=200)]
+#: What the graphs are files of.
+GraphFormat = Literal["onnx", "aoti", "tensorrt", "tensorrt-rtx", "executorch", "openvino", "coreml"]
 
 
 class _Strict(BaseModel):
@@ -46,7 +50,7 @@ class TensorSpec(_Strict):
 
     name: Name
     dtype: Dtype
-    shape: list[Count]
+    shape: list[Size] = Field(description="Numbers, and expressions of the manifest's free sizes.")
 
 
 class CacheOutput(TensorSpec):
@@ -73,33 +77,42 @@ class PhaseSpec(_Strict):
     merge: list[Kind] = Field(description="Kinds of value that are outputs, merged over the guidance halves.")
 
 
-class Parity(_Strict):
-    """How far ONNX Runtime's outputs were from PyTorch's on random inputs."""
+class Deviation(_Strict):
+    """What was found for one choice of the free sizes."""
 
+    sizes: dict[Name, Count]
     relative: Measured = Field(description="Largest difference of any output, relative to its largest value.")
+
+
+class Parity(_Strict):
+    """How far a runtime's outputs were from PyTorch's on random inputs."""
+
+    relative: Measured = Field(description="The largest of those below.")
     tolerance: Measured
-    provider: Name
+    provider: Name = Field(description="What ran it.")
+    measured: list[Deviation]
 
 
 class Facts(_Strict):
-    """What a graph costs."""
+    """What a graph costs, at the sizes of the call that the bundle was made with."""
 
-    nodes: Count = Field(description="Operators of the ONNX graph.")
+    nodes: Count = Field(description="Operators of the graph, as far as its format tells.")
     parameters: Count = Field(description="Elements of the parameters that it uses.")
     macs: Count = Field(description="Multiply-accumulates of one call in linear and convolution layers.")
     macs_total: Count = Field(description="The same with attention's own products.")
 
 
 class Graph(_Strict):
-    """One graph: an ONNX file that takes its weights from the bundle's weights file."""
+    """One graph. ONNX files take their weights from the bundle's weights file."""
 
     file: Name
+    entry: Name | None = Field(description="What it is called in a file of several; None: the file has no other.")
     phase: PhaseSpec
     inputs: list[TensorSpec] = Field(description="Arguments of the denoiser, those that the graph uses.")
     cache_inputs: list[CacheInput] = Field(description="Inputs that follow these.")
     outputs: list[TensorSpec] = Field(description="What the denoiser returns.")
     cache_outputs: list[CacheOutput] = Field(description="Outputs that follow these.")
-    parity: Parity
+    parity: Parity | None = Field(description="None: it could not be run where it was written.")
     facts: Facts
 
 
@@ -110,6 +123,14 @@ class Wire(_Strict):
     output: Name
     to_graph: Name
     to_input: Name
+
+
+class FreeSize(_Strict):
+    """A size that each call may choose."""
+
+    least: Count
+    most: Count
+    example: Count = Field(description="Of the call that the bundle was made with.")
 
 
 class Pipeline(_Strict):
@@ -195,9 +216,7 @@ class Versions(_Strict):
 
     tgate_compile: Name
     torch: Name
-    onnx: Name
-    onnxruntime: Name
-    opset: Count
+    runtime: Name = Field(description="Of what the graphs are for: `onnxruntime 1.31.1`.")
 
 
 class Manifest(_Strict):
@@ -210,10 +229,12 @@ class Manifest(_Strict):
     family: Family
     method: Method
     scheduler: Scheduler
+    graph_format: GraphFormat
+    sizes: dict[Name, FreeSize] = Field(description="The names in shapes: b prompts, latents of so many h and w.")
     graphs: dict[Name, Graph] = Field(min_length=1)
     wiring: list[Wire]
     example: Example
-    weights: Name = Field(description="The file with all graphs' weights.")
+    weights: Name | None = Field(description="The file with all graphs' weights; None: the graphs have them.")
     versions: Versions
     files: dict[Name, File] = Field(description="Every file of the bundle but the manifest.")
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
-from tgate_compile._bundle.manifest import Graph, Parity
+from tgate_compile._bundle.describe_graph import LATENTS_DIMENSION
+from tgate_compile._bundle.formats import GraphFormat
+from tgate_compile._bundle.manifest import Deviation, Graph, Parity, TensorSpec
 from tgate_compile._bundle.planned_graphs import PlannedGraph
-from tgate_compile._bundle.session import GraphSession
+from tgate_compile._bundle.sizes import shape_at
 from tgate_compile._bundle.weights_digest import dtype_name
 from tgate_compile._errors import BackendError, BundleError
+from tgate_compile._free_sizes import SYMBOLS
 
 #: The largest difference that rounding may explain, relative to an output's largest value, by the coarsest dtype.
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -29,49 +32,78 @@ MSG_NOT_RUN = (
     "runs float32 and float16 there, and no bfloat16."
 )
 MSG_TOO_FAR = (
-    "The {graph} graph in ONNX Runtime is {relative:.1e} from PyTorch's on random inputs, relative to the largest "
+    "The {graph} graph in {provider} is {relative:.1e} from PyTorch's on random inputs, relative to the largest "
     "value, and {tolerance:.0e} is allowed for {dtype}. Nothing has been written. Please report this."
 )
 
 
-def measure_parity(planned: PlannedGraph, graph: Graph, path: Path) -> Parity:
-    """Run the file and the variant on the same random inputs, the file on the CPU.
+def measure_parity(planned: PlannedGraph, graph: Graph, functions: GraphFormat, folder: Path) -> Parity:
+    """Run the written graph and the variant on the same random inputs, on the CPU, at several of the free sizes.
 
     Raises:
-        BundleError: they differ by more than rounding, or ONNX Runtime does not take the file.
+        BundleError: they differ by more than rounding, or the runtime does not take the file.
     """
-    inputs = _random_inputs(planned)
     device = planned.example_inputs[0].device
-    with torch.no_grad():
-        eager = planned.variant.program.graph_module
-        expected = eager(*planned.weights, *(tensor.to(device) for tensor in inputs))
+    eager = planned.variant.program.graph_module
+    measured, coarsest, provider = [], torch.float64, ""
     try:
-        session = GraphSession(graph, path, torch.device("cpu"), {"prepacking": False})
-        results = session.run(inputs)
+        session = functions.open_graph(graph, folder, torch.device("cpu"), {"prepacking": False})
+        provider = session.provider
+        for sizes in _choices(example_sizes(planned)):
+            inputs = _random_inputs(planned, graph, sizes)
+            with torch.no_grad():
+                expected = eager(*planned.weights, *(tensor.to(device) for tensor in inputs))
+            results = session.run(inputs)
+            relative = max(_relative(a, b.cpu()) for a, b in zip(results, expected, strict=True))
+            measured.append(Deviation(sizes=sizes, relative=relative))
+            floats = [tensor.dtype for tensor in (*inputs, *results) if tensor.is_floating_point()]
+            coarsest = max((coarsest, *floats), key=lambda dtype: TOLERANCES[dtype])
     except BackendError as error:
         raise BundleError(MSG_NOT_RUN.format(graph=planned.name, problem=error)) from error
-    relative = max(_relative(a, b.cpu()) for a, b in zip(results, expected, strict=True))
-    coarsest = max((t.dtype for t in [*inputs, *results] if t.is_floating_point()), key=lambda dtype: TOLERANCES[dtype])
-    tolerance = TOLERANCES[coarsest]
-    if not relative <= tolerance:  # NaN is neither
+    tolerance, relative = TOLERANCES[coarsest], max(one.relative for one in measured)
+    if not all(one.relative <= tolerance for one in measured):  # NaN is not
         raise BundleError(
-            MSG_TOO_FAR.format(graph=planned.name, relative=relative, tolerance=tolerance, dtype=dtype_name(coarsest))
+            MSG_TOO_FAR.format(
+                graph=planned.name,
+                provider=provider,
+                relative=relative,
+                tolerance=tolerance,
+                dtype=dtype_name(coarsest),
+            )
         )
-    return Parity(relative=relative, tolerance=tolerance, provider=session.provider)
+    return Parity(relative=relative, tolerance=tolerance, provider=provider, measured=measured)
 
 
-def _random_inputs(planned: PlannedGraph) -> list[torch.Tensor]:
+def example_sizes(planned: PlannedGraph) -> dict[str, int]:
+    """The free sizes of the call that `planned` is made for."""
+    latents = planned.example_inputs[planned.own_names.index(planned.latents)]
+    return {name: latents.shape[LATENTS_DIMENSION[name]] // unit for name, unit in planned.units.items()}
+
+
+def _choices(example: Mapping[str, int]) -> list[dict[str, int]]:
+    """The call's own sizes, and others: more prompts, and another height than width."""
+    other = {
+        name: size + 1 if name == SYMBOLS["batch"] else max(1, size // 2) if name == SYMBOLS["height"] else size
+        for name, size in example.items()
+    }
+    return [dict(example), other] if example else [{}]
+
+
+def _random_inputs(planned: PlannedGraph, graph: Graph, sizes: Mapping[str, int]) -> list[torch.Tensor]:
     """Normal numbers for latents, texts and caches; a timestep or a mask of integers is that of the call."""
     generator = torch.Generator().manual_seed(0)
 
-    def random(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+    def random(spec: TensorSpec) -> torch.Tensor:
+        return torch.randn(shape_at(spec.shape, sizes), generator=generator).to(getattr(torch, spec.dtype))
 
-    inputs = [
-        random(given.shape, given.dtype) if given.is_floating_point() and given.ndim > 1 else given.cpu()
-        for given in planned.example_inputs
-    ]
-    return [*inputs, *(random(site.shape, site.cache_dtype) for site in planned.variant.reused)]
+    def like(given: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        if given.is_floating_point() and given.ndim > 1:
+            return random(spec)
+        shape = shape_at(spec.shape, sizes)
+        return given.cpu()[:1].expand(shape).contiguous() if shape != tuple(given.shape) else given.cpu()
+
+    inputs = [like(given, spec) for given, spec in zip(planned.example_inputs, graph.inputs, strict=True)]
+    return [*inputs, *(random(spec) for spec in graph.cache_inputs)]
 
 
 def _relative(result: torch.Tensor, expected: torch.Tensor) -> float:

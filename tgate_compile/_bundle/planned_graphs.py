@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,18 @@ import torch
 from tgate_compile._bundle.argument_names import argument_names
 from tgate_compile._bundle.weights_digest import weights_of
 from tgate_compile._call import Call
+from tgate_compile._errors import CaptureError
+from tgate_compile._free_sizes import FreeSize, free_shapes
 from tgate_compile._generation import Plan
 from tgate_compile._graphs import Captured, Emission, Site, Variant
 from tgate_compile._hook import DenoiserHook
-from tgate_compile._schedule import Phase
+from tgate_compile._schedule import Kind, Phase
 from tgate_compile._variants import VariantStore
+
+logger = logging.getLogger(__name__)
+
+#: What is tried to leave free, one after the other. Transformers compute their position tables from the size.
+ATTEMPTS: tuple[tuple[FreeSize, ...], ...] = (("batch", "height", "width"), ("batch",))
 
 
 @dataclass(frozen=True)
@@ -23,19 +31,23 @@ class PlannedGraph:
 
     Attributes:
         name: of the graph, and of its file.
-        variant: the graph.
+        variant: the graph, with free sizes.
         captured: what it is made of.
+        sized: the graph for the shapes of the call alone.
         arguments: what each argument of the denoiser's call was, by its name.
         own_names: the bundle's names of the variant's inputs.
         weights: the tensors of the variant's weights, in its order; the denoiser's own, not copies.
+        units: see `FreeShapes`; empty if no size is free.
     """
 
     name: str
     variant: Variant
     captured: Captured
+    sized: Variant
     arguments: Mapping[str, object]
     own_names: tuple[str, ...]
     weights: tuple[torch.Tensor, ...]
+    units: Mapping[str, int]
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -47,7 +59,7 @@ class PlannedGraph:
         """Of all outputs, caches last."""
         count = self.captured.out_spec.num_leaves
         own = ["out_sample", *(f"out_{i}" for i in range(1, count))]
-        whole = {emission.site for emission in self.variant.emitted if not emission.merged}
+        whole = {(emission.site.kind, emission.site.name) for emission in self.variant.emitted if not emission.merged}
         return (*own, *(_emission_name(emission, whole) for emission in self.variant.emitted))
 
     @property
@@ -62,16 +74,44 @@ class PlannedGraph:
         return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def planned_graphs(hook: DenoiserHook, plan: Plan) -> dict[Phase, PlannedGraph]:
-    """The graphs of `plan`, by the phase that each serves."""
+def planned_graphs(hook: DenoiserHook, plan: Plan, free: Collection[FreeSize] | None) -> dict[Phase, PlannedGraph]:
+    """The graphs of `plan`, by the phase that each serves, with the sizes `free`.
+
+    None leaves free what the denoiser's code permits: batch, height and width, or the batch alone, or nothing.
+
+    Raises:
+        CaptureError: the denoiser's code depends on one of `free`.
+    """
+    if free is not None:
+        return _planned_graphs(hook, plan, free)
+    for attempt in ATTEMPTS:
+        try:
+            return _planned_graphs(hook, plan, attempt)
+        except CaptureError as error:
+            logger.info("%s cannot leave %s free: %s", type(hook.denoiser).__name__, ", ".join(attempt), error)
+    return _planned_graphs(hook, plan, ())
+
+
+def _planned_graphs(hook: DenoiserHook, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
     assert isinstance(hook.store, VariantStore)
     live = weights_of(hook.denoiser)
+    calls: dict[Hashable, Call] = {call.key: call for _, call in plan.graphs}
+    phases = dict.fromkeys((phase, call.key) for phase, call in plan.graphs)
     graphs = {}
-    for phase, call in plan.graphs:
-        if phase not in graphs:
-            variant, captured = hook.store.variant(phase, call, hook.own_forward)
-            graphs[phase] = _planned(variant, captured, call, argument_names(call, hook.own_forward), live)
-    return graphs
+    for key, call in calls.items():
+        wanted = [phase for phase, its_key in phases if its_key == key and phase not in graphs]
+        sized = [hook.store.variant(phase, call, hook.own_forward) for phase in wanted]
+        if not free:
+            found, units = sized, {}
+        else:
+            guided = {phase.guided for phase in wanted} == {True}
+            shapes = free_shapes(hook.denoiser, hook.own_forward, call, hook.config.family, guided=guided, free=free)
+            variants, captured = hook.store.free_variants(wanted, shapes.call, hook.own_forward, shapes.shapes)
+            found, units = [(variant, captured) for variant in variants], dict(shapes.units)
+        names = argument_names(call, hook.own_forward)
+        for phase, (variant, captured), (static, _) in zip(wanted, found, sized, strict=True):
+            graphs[phase] = _planned(variant, captured, static, call, names, live, units)
+    return {phase: graphs[phase] for phase, _ in phases}
 
 
 def graph_name(phase: Phase) -> str:
@@ -86,7 +126,13 @@ def cache_name(site: Site) -> str:
 
 
 def _planned(
-    variant: Variant, captured: Captured, call: Call, names: tuple[str, ...], live: Mapping[str, torch.Tensor]
+    variant: Variant,
+    captured: Captured,
+    sized: Variant,
+    call: Call,
+    names: tuple[str, ...],
+    live: Mapping[str, torch.Tensor],
+    units: Mapping[str, int],
 ) -> PlannedGraph:
     constants = variant.program.constants
     own = dict(zip(captured.input_names, names, strict=True))
@@ -94,12 +140,15 @@ def _planned(
         graph_name(variant.phase),
         variant,
         captured,
+        sized,
         dict(zip(names, call.leaves, strict=True)),
         tuple(own[name] for name in variant.inputs),
         tuple(live[name] if name in live else constants[name] for name in variant.weights),
+        units,
     )
 
 
-def _emission_name(emission: Emission, whole: set[Site]) -> str:
+def _emission_name(emission: Emission, whole: set[tuple[Kind, str]]) -> str:
     """A graph may hand on a value both whole and merged."""
-    return cache_name(emission.site) + (".merged" if emission.merged and emission.site in whole else "")
+    site = emission.site
+    return cache_name(site) + (".merged" if emission.merged and (site.kind, site.name) in whole else "")

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tgate_compile._bundle.files import file_of
 from tgate_compile._bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION, WEIGHTS_FILE, Manifest
+from tgate_compile._bundle.sizes import shape_at
 from tgate_compile._bundle.wiring import check_wiring
 from tgate_compile._errors import BundleError, ConfigurationError
 from tgate_compile._schedule_file import read_schedule
@@ -85,15 +86,29 @@ def _manifest(root: Path) -> Manifest:
     except ConfigurationError as error:
         raise BundleError(str(error)) from error
     for used in (manifest.weights, *(graph.file for graph in manifest.graphs.values())):
-        if used not in manifest.files:
+        if used is not None and used not in manifest.files:
             raise BundleError(MSG_UNLISTED.format(path=path, given=used))
-    if manifest.weights != WEIGHTS_FILE:
+    if manifest.weights not in (WEIGHTS_FILE, None) or (manifest.graph_format == "onnx" and manifest.weights is None):
         raise BundleError(MSG_INVALID.format(path=path, where="weights", problem=f"expected {WEIGHTS_FILE!r}"))
     returns = manifest.denoiser.returns
     if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in manifest.graphs.values()):
         raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem="not one field an output"))
+    _check_sizes(manifest, path)
     check_wiring(manifest, path)
     return manifest
+
+
+def _check_sizes(manifest: Manifest, path: Path) -> None:
+    """Every free size in a shape is one of the manifest's."""
+    example = {name: size.example for name, size in manifest.sizes.items()}
+    for graph in manifest.graphs.values():
+        for spec in (*graph.inputs, *graph.cache_inputs, *graph.outputs, *graph.cache_outputs):
+            try:
+                fits = all(size >= 0 for size in shape_at(spec.shape, example))
+            except ValueError:
+                fits = False
+            if not fits:
+                raise BundleError(MSG_INVALID.format(path=path, where=spec.name[:200], problem=f"shape {spec.shape}"))
 
 
 def _invalid(path: Path, error: ValidationError) -> str:

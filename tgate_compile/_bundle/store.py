@@ -11,9 +11,11 @@ import torch
 from tgate_compile._bundle.argument_names import argument_names
 from tgate_compile._bundle.bundle import Bundle
 from tgate_compile._bundle.describe_graph import phase_of
+from tgate_compile._bundle.formats import format_called
 from tgate_compile._bundle.manifest import CacheOutput, Graph, TensorSpec
 from tgate_compile._bundle.returns import unflatten_as
-from tgate_compile._bundle.session import GraphSession
+from tgate_compile._bundle.session import Session, sizes_for
+from tgate_compile._bundle.sizes import shape_at
 from tgate_compile._bundle.weights_digest import bit_sums, dtype_name
 from tgate_compile._call import Call
 from tgate_compile._errors import BundleError
@@ -45,7 +47,7 @@ class BundledGraph:
 
     graph: Graph
     names: tuple[str, ...]
-    session: GraphSession
+    session: Session
     emitted: tuple[Emission, ...]
     put: Callable[[Sequence[torch.Tensor]], Any]
 
@@ -74,8 +76,10 @@ class BundleStore:
         self._anchor = anchor
         self._options = options
         self._graphs = {phase_of(graph.phase): (name, graph) for name, graph in bundle.manifest.graphs.items()}
+        self._sessions: dict[tuple[Phase, torch.device], Session] = {}
         self._opened: dict[tuple[Hashable, Phase], BundledGraph] = {}
         manifest = bundle.manifest
+        self._functions = format_called(manifest.graph_format)
         self._put = unflatten_as(manifest.denoiser.returns, denoiser, manifest.pipeline.diffusers)
         self._fingerprint = self._look()
 
@@ -107,8 +111,8 @@ class BundleStore:
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
         """What the graph of `phase` hands on; the call must be one that the bundle is made for."""
         graph = self._graph(phase)
-        self._check_call(graph, call, argument_names(call, forward))
-        return tuple(_emission(output, self._anchor) for output in graph.cache_outputs)
+        sizes = self._sizes(graph, call, argument_names(call, forward))
+        return tuple(_emission(output, sizes, self._anchor) for output in graph.cache_outputs)
 
     def get(
         self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
@@ -117,16 +121,24 @@ class BundleStore:
 
         Raises:
             BundleError: there is none, or `call` has other shapes or arguments than it is made for.
-            BackendError: ONNX Runtime does not take it.
+            BackendError: the runtime does not take it.
         """
         key = (call.key, phase)
         if key not in self._opened:
             emitted = self.emitted(phase, call, forward)
             graph = self._graph(phase)
             device = next(leaf.device for leaf in call.leaves if torch.is_tensor(leaf))
-            session = GraphSession(graph, self._bundle.folder / graph.file, device, self._options)
+            session = self._session(phase, device)
             self._opened[key] = BundledGraph(graph, argument_names(call, forward), session, emitted, self._put)
         return self._opened[key]
+
+    def _session(self, phase: Phase, device: torch.device) -> Session:
+        key = (phase, device)
+        if key not in self._sessions:
+            self._sessions[key] = self._functions.open_graph(
+                self._graph(phase), self._bundle.folder, device, self._options
+            )
+        return self._sessions[key]
 
     def _look(self) -> Hashable:
         return fingerprint(self.denoiser), bit_sums(self.denoiser)
@@ -138,7 +150,8 @@ class BundleStore:
             raise BundleError(MSG_NO_GRAPH.format(folder=self._bundle.folder, phase=needed, graphs=graphs))
         return self._graphs[phase][1]
 
-    def _check_call(self, graph: Graph, call: Call, names: Sequence[str]) -> None:
+    def _sizes(self, graph: Graph, call: Call, names: Sequence[str]) -> Mapping[str, int]:
+        """The free sizes of `graph` in `call`, which is checked."""
         manifest = self._bundle.manifest.denoiser
         given = dict(zip(names, call.leaves, strict=True))
         tensors = [name for name, value in given.items() if torch.is_tensor(value)]
@@ -151,18 +164,28 @@ class BundleStore:
                     given=_arguments(tensors, constants),
                 )
             )
+        inputs = [given[spec.name] for spec in graph.inputs]
+        sizes = sizes_for(graph, inputs)
+        right_dtypes = all(dtype_name(t.dtype) == spec.dtype for t, spec in zip(inputs, graph.inputs, strict=True))
+        if sizes is not None and right_dtypes and self._within(sizes):
+            return sizes
         expected = [_shown(spec) for spec in graph.inputs]
-        found = [_shown_tensor(spec.name, given[spec.name]) for spec in graph.inputs]
-        if expected != found:
-            wanted, got = zip(*(pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]), strict=True)
-            raise BundleError(
-                MSG_SHAPES.format(folder=self._bundle.folder, expected=", ".join(wanted), given=", ".join(got))
-            )
+        found = [_shown_tensor(spec.name, tensor) for spec, tensor in zip(graph.inputs, inputs, strict=True)]
+        pairs = [pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]]
+        wanted, got = (", ".join(texts) for texts in zip(*pairs, strict=True))
+        free = self._bundle.manifest.sizes.items()
+        if free:
+            wanted += " with " + ", ".join(f"{name} from {size.least} to {size.most}" for name, size in free)
+        raise BundleError(MSG_SHAPES.format(folder=self._bundle.folder, expected=wanted, given=got))
+
+    def _within(self, sizes: Mapping[str, int]) -> bool:
+        free = self._bundle.manifest.sizes
+        return all(free[name].least <= value <= free[name].most for name, value in sizes.items())
 
 
-def _emission(output: CacheOutput, anchor: float) -> Emission:
+def _emission(output: CacheOutput, sizes: Mapping[str, int], anchor: float) -> Emission:
     dtype = getattr(torch, output.dtype)
-    batch, *rest = output.shape
+    batch, *rest = shape_at(output.shape, sizes)
     shape = (2 * batch if output.merged else batch, *rest)
     site = Site(output.kind, output.site, output.name, shape, dtype, dtype)
     return Emission(site, anchor if output.merged else None)
@@ -178,7 +201,7 @@ def _arguments(tensors: Sequence[str], constants: Mapping[str, object]) -> str:
 
 
 def _shown(spec: TensorSpec) -> str:
-    return f"{spec.name} {spec.dtype}{list(spec.shape)}"
+    return f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]"
 
 
 def _shown_tensor(name: str, tensor: torch.Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,27 +14,22 @@ from tgate_compile._bundle import manifest as m
 from tgate_compile._bundle.describe_graph import describe_graph, phase_spec
 from tgate_compile._bundle.files import file_of
 from tgate_compile._bundle.folder import written_folder
-from tgate_compile._bundle.graph_file import write_graph
-from tgate_compile._bundle.parity import measure_parity
+from tgate_compile._bundle.formats import FORMATS, Progress, format_called
+from tgate_compile._bundle.parity import example_sizes, measure_parity
 from tgate_compile._bundle.plain_data import plain_config
 from tgate_compile._bundle.planned_graphs import PlannedGraph, planned_graphs
 from tgate_compile._bundle.returns import returns_of
 from tgate_compile._bundle.weights_digest import dtype_name, weights_digest
-from tgate_compile._bundle.weights_file import WeightsFile
 from tgate_compile._bundle.wiring import wiring_of
-from tgate_compile._errors import BundleError, UnsupportedModelError
+from tgate_compile._errors import UnsupportedModelError
+from tgate_compile._free_sizes import LARGEST, SYMBOLS, FreeSize
 from tgate_compile._generation import Plan, strip_of
 from tgate_compile._hook import DenoiserHook
 from tgate_compile._schedule import Phase
 from tgate_compile._version import __version__
-from tgate_compile.exports.to_onnx import OPSET
 
 MSG_RETURNS = "The denoiser {model} returns {given}; a bundle can say a tuple, or one of diffusers' output classes."
 MSG_CONSTANT = "The denoiser {model} is called with {name}={given!r}, which a manifest cannot say."
-MSG_INVALID = "The {graph} graph is no valid ONNX model ({problem}). Nothing has been written. Please report this."
-
-#: Told what is being done, one line a stage.
-Progress = Callable[[str], None]
 
 
 def write_bundle(
@@ -44,19 +39,25 @@ def write_bundle(
     plan: Plan,
     folder: Path,
     *,
+    graph_format: str,
+    options: Mapping[str, object],
+    free: Collection[FreeSize] | None,
     overwrite: bool,
     progress: Progress,
 ) -> None:
     """Write the graphs of `plan` to `folder`; `hook` is that of the denoiser `component` of the optimized `pipe`.
 
+    The other arguments are those of `export`.
+
     Raises:
+        CaptureError: the denoiser's code depends on a size that is to be left free.
         BundleError: it cannot be written, or a graph is not what it must be. `folder` is then as it was.
         UnsupportedModelError: the denoiser takes or returns what no bundle can say.
     """
-    graphs = planned_graphs(hook, plan)
+    graphs = planned_graphs(hook, plan, free)
     denoiser = _denoiser(component, hook, next(iter(graphs.values())), progress)
     with written_folder(folder, overwrite=overwrite) as temporary:
-        described = _write_graphs(list(graphs.values()), temporary, progress)
+        described = _write_graphs(list(graphs.values()), temporary, graph_format, options, progress)
         names = {phase: planned.name for phase, planned in graphs.items()}
         manifest = m.Manifest(
             format="tgate_compile.bundle",
@@ -72,42 +73,44 @@ def write_bundle(
             scheduler=m.Scheduler(
                 class_name=type(pipe.scheduler).__name__, config=plain_config(dict(pipe.scheduler.config))
             ),
+            graph_format=graph_format,  # type: ignore[arg-type]
+            sizes=_sizes(next(iter(graphs.values()))),
             graphs=described,
             wiring=wiring_of(described),
             example=_example(plan, names),
-            weights=m.WEIGHTS_FILE,
-            versions=_versions(),
+            weights=m.WEIGHTS_FILE if (temporary / m.WEIGHTS_FILE).exists() else None,
+            versions=m.Versions(
+                tgate_compile=__version__,
+                torch=torch.__version__,
+                runtime=format_called(graph_format).runtime_version(),
+            ),
             files=_files(temporary, progress),
         )
         (temporary / m.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def _write_graphs(graphs: list[PlannedGraph], folder: Path, progress: Progress) -> dict[str, m.Graph]:
-    (folder / m.GRAPHS_FOLDER).mkdir()
+def _write_graphs(
+    graphs: list[PlannedGraph], folder: Path, graph_format: str, options: Mapping[str, object], progress: Progress
+) -> dict[str, m.Graph]:
+    functions = format_called(graph_format)
+    written = functions.write_graphs(graphs, folder, options, progress)
     described = {}
-    with (folder / m.WEIGHTS_FILE).open("xb") as file:
-        weights = WeightsFile(file)
-        for planned in graphs:
-            progress(f"Converting the {planned.name} graph")
-            path = f"{m.GRAPHS_FOLDER}/{planned.name}.onnx"
-            nodes = write_graph(planned, folder / path, weights)
-            described[planned.name] = describe_graph(planned, path, nodes)
     for planned in graphs:
-        progress(f"Checking the {planned.name} graph against PyTorch")
-        graph = described[planned.name]
-        _check_model(planned.name, folder / graph.file)
-        parity = measure_parity(planned, graph, folder / graph.file)
-        described[planned.name] = graph.model_copy(update={"parity": parity})
+        its = written[planned.name]
+        graph = describe_graph(planned, its.file, its.entry, its.nodes)
+        if FORMATS[graph_format].checks_here:
+            progress(f"Checking the {planned.name} graph against PyTorch")
+            graph = graph.model_copy(update={"parity": measure_parity(planned, graph, functions, folder)})
+        described[planned.name] = graph
     return described
 
 
-def _check_model(name: str, path: Path) -> None:
-    import onnx
-
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BundleError(MSG_INVALID.format(graph=name, problem=str(error).splitlines()[0])) from error
+def _sizes(planned: PlannedGraph) -> dict[str, m.FreeSize]:
+    largest = {SYMBOLS[name]: most for name, most in LARGEST.items()}
+    return {
+        name: m.FreeSize(least=1, most=largest[name], example=example)
+        for name, example in example_sizes(planned).items()
+    }
 
 
 def _denoiser(component: str, hook: DenoiserHook, planned: PlannedGraph, progress: Progress) -> m.Denoiser:
@@ -166,19 +169,6 @@ def _example(plan: Plan, names: Mapping[Phase, str]) -> m.Example:
             m.Step(step=step, graph=names[graph], phase=phase_spec(phase))
             for (step, phase), (graph, _) in zip(plan.steps, plan.graphs, strict=True)
         ],
-    )
-
-
-def _versions() -> m.Versions:
-    import onnx
-    import onnxruntime
-
-    return m.Versions(
-        tgate_compile=__version__,
-        torch=torch.__version__,
-        onnx=onnx.__version__,
-        onnxruntime=onnxruntime.__version__,
-        opset=OPSET,
     )
 
 

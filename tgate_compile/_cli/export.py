@@ -11,13 +11,12 @@ from typing import Annotated, Any
 import typer
 
 import tgate_compile
+from tgate_compile._bundle.formats import check_can_write
 from tgate_compile._cli import options, schedule_options
 from tgate_compile._cli.console import ERR, OUT, print_json
 from tgate_compile._cli.loading import load
 from tgate_compile._cli.settings import settings_for
-from tgate_compile._export import NEEDS
 from tgate_compile._schedule import Schedule
-from tgate_compile.exports.to_onnx import check_installed
 
 
 class Format(str, Enum):
@@ -66,7 +65,7 @@ def export(
     )
     gate_given = schedule_options.given_options(gate_step=gate_step)
     from_file = schedule_options.schedule_from(schedule, gate_given | given) if schedule is not None else None
-    check_installed(*NEEDS)
+    check_can_write(format.value)
     from tgate_compile._bundle.folder import check_target
 
     check_target(out, overwrite=force)

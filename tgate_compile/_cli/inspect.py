@@ -12,9 +12,8 @@ from rich.table import Table
 
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json
-from tgate_compile._export import NEEDS
+from tgate_compile._installed import check_installed
 from tgate_compile._schedule_file import read_schedule
-from tgate_compile.exports.to_onnx import check_installed
 
 if TYPE_CHECKING:
     from tgate_compile._bundle.bundle import Bundle
@@ -26,7 +25,7 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Verify a bundle, and show what is in it: graphs, sizes, and how close to PyTorch it was when written."""
-    check_installed(*NEEDS)
+    check_installed("pydantic", what="inspect")
     from tgate_compile._bundle.read import read_bundle
 
     with ERR.status("Verifying the files"):
@@ -60,7 +59,7 @@ def _print_bundle(bundle: Bundle) -> None:
     versions = manifest.versions
     OUT.print(
         f"made with tgate_compile {versions.tgate_compile}, torch {versions.torch}, diffusers "
-        f"{manifest.pipeline.diffusers}, opset {versions.opset}",
+        f"{manifest.pipeline.diffusers}, for {versions.runtime}",
         soft_wrap=True,
     )
     OUT.print(f"verified: {len(manifest.files)} files, {bundle.size / 1e6:.1f} MB, are as they were written")
@@ -76,5 +75,5 @@ def _cells(graph: Graph) -> list[str]:
         f"{graph.facts.nodes}",
         f"{graph.facts.parameters / 1e6:.3f}",
         f"{graph.facts.macs / 1e9:.3f}",
-        f"{graph.parity.relative:.0e}",
+        "not run" if graph.parity is None else f"{graph.parity.relative:.0e}",
     ]

@@ -1,0 +1,147 @@
+"""Graphs as ONNX files, with the weights of all of them in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tgate_compile._bundle import manifest as m
+from tgate_compile._bundle.check_graph import check_graph as check_onnx_file
+from tgate_compile._bundle.describe_graph import inputs_of, size_of, symbols_of
+from tgate_compile._bundle.formats import Progress, WrittenGraph
+from tgate_compile._bundle.onnx_session import OnnxSession
+from tgate_compile._bundle.planned_graphs import PlannedGraph
+from tgate_compile._bundle.weights_file import WeightsFile
+from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile.exports.to_onnx import to_onnx
+from tgate_compile.passes.operands import outputs_of, shape_of
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+MSG_NO_OPTIONS = 'format="onnx" has no options, but got {given}.'
+MSG_INVALID = "The {graph} graph is no valid ONNX model ({problem}). Nothing has been written. Please report this."
+MSG_NOT_CONVERTED = "The {graph} graph cannot be converted to ONNX: {problem}."
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raise ConfigurationError: there are none."""
+    if options:
+        raise ConfigurationError(MSG_NO_OPTIONS.format(given=", ".join(map(repr, options))))
+
+
+def runtime_version() -> str:
+    """What the graphs were compared with PyTorch in."""
+    return f"onnxruntime {version('onnxruntime')}"
+
+
+def write_graphs(
+    graphs: Sequence[PlannedGraph], folder: Path, options: Mapping[str, object], progress: Progress
+) -> dict[str, WrittenGraph]:
+    """Write `graphs` to the bundle at `folder`, one after the other.
+
+    Raises:
+        BundleError: a graph cannot be converted, or ONNX's own checker refuses it.
+    """
+    (folder / m.GRAPHS_FOLDER).mkdir()
+    written = {}
+    with (folder / m.WEIGHTS_FILE).open("xb") as file:
+        weights = WeightsFile(file)
+        for planned in graphs:
+            progress(f"Converting the {planned.name} graph")
+            path = f"{m.GRAPHS_FOLDER}/{planned.name}.onnx"
+            written[planned.name] = WrittenGraph(path, write_graph(planned, folder / path, weights))
+    for name, graph in written.items():
+        _check_model(name, folder / graph.file)
+    return written
+
+
+def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
+    """Check the file of `graph` in the bundle `root`, without its weights; raise BundleError."""
+    check_onnx_file(graph, root, manifest.files[m.WEIGHTS_FILE].size)
+
+
+def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> OnnxSession:
+    """The graph in ONNX Runtime; raise BackendError."""
+    return OnnxSession(graph, root / graph.file, device, options)
+
+
+def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile) -> int:
+    """Write the graph to `path` and what is new of its weights to `weights`; tell the number of its operators.
+
+    Raises:
+        BundleError: the graph cannot be converted.
+    """
+    import onnx_ir
+
+    try:
+        graph = to_onnx(planned.variant)
+    except Exception as error:  # torch.onnx raises whatever its converters raise
+        raise BundleError(MSG_NOT_CONVERTED.format(graph=planned.name, problem=_cause(error))) from error
+    model = graph.model
+    for value, name in zip(model.graph.inputs, planned.input_names, strict=True):
+        value.name = name
+    for value, name in zip(model.graph.outputs, planned.output_names, strict=True):
+        value.name = name
+    model.graph.name = planned.name
+    _name_sizes(model, planned)
+    live = dict(zip(planned.variant.weights, planned.weights, strict=True))
+    for name in graph.weights:
+        _move_out(model.graph.initializers[name], live[name], weights)
+    proto = onnx_ir.to_proto(model)
+    proto.graph.ClearField("value_info")  # shapes inside of the graph follow from those of its inputs
+    path.write_bytes(proto.SerializeToString())
+    return sum(1 for _ in model.graph.all_nodes())
+
+
+def _name_sizes(model: onnx_ir.Model, planned: PlannedGraph) -> None:
+    """Have the shapes of inputs and outputs say the manifest's names for free sizes, not torch's."""
+    import onnx_ir
+
+    symbols = symbols_of(planned)
+    program = planned.variant.program
+    for values, nodes in (
+        (model.graph.inputs, inputs_of(planned)),
+        (model.graph.outputs, outputs_of(program.graph)),
+    ):
+        for value, node in zip(values, nodes, strict=True):
+            value.shape = onnx_ir.Shape([size_of(size, symbols) for size in shape_of(node)])
+
+
+def _check_model(name: str, path: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BundleError(MSG_INVALID.format(graph=name, problem=str(error).splitlines()[0])) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what `error` goes back to: torch.onnx wraps it in general advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+
+
+def _move_out(value: onnx_ir.Value, tensor: torch.Tensor, weights: WeightsFile) -> None:
+    import onnx_ir
+
+    given = value.const_value
+    assert given is not None
+    assert isinstance(given.shape, onnx_ir.Shape)
+    offset, length = weights.add(tensor)
+    assert length == given.nbytes
+    location = Path(m.WEIGHTS_FILE).name
+    value.const_value = onnx_ir.ExternalTensor(
+        location,
+        offset,
+        length,
+        given.dtype,
+        shape=given.shape,
+        name=value.name,  # type: ignore[arg-type]
+    )
