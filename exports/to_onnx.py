@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,12 +32,12 @@ SMALL = 1e-7
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """An ONNX model of a variant.
+    """An ONNX model of an exported program.
 
     Attributes:
-        model: its inputs are the variant's inputs, then its caches; its outputs those of the variant's program. Weights
+        model: its inputs are the program's, for a variant its inputs and then its caches; so are its outputs. Weights
             are initializers.
-        weights: the names of those of the variant's weights that the model uses, in its own order.
+        weights: the names of those of the weights that the model uses, in the order in which they were asked for.
     """
 
     model: onnx_ir.Model
@@ -55,12 +55,21 @@ def to_onnx(variant: Variant) -> OnnxGraph:
     graph_module = copy_graph(variant.program.graph_module)
     expand_masks(graph_module)
     graph_module.recompile()
-    program = flat_program(variant.program, graph_module)
+    graph = program_to_onnx(flat_program(variant.program, graph_module), variant.weights)
+    logger.info(
+        "converted the %s graph to ONNX: %d nodes, in %.1f s",
+        variant.phase.name, len(graph.model.graph), time.perf_counter() - began,
+    )  # fmt: skip
+    return graph
+
+
+def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str]) -> OnnxGraph:
+    """`program` as an ONNX model of opset `OPSET`; of its parameters and buffers, `weights` stay what and as they are."""
     with _quiet_exporter(), torch.no_grad():
         onnx_program = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert onnx_program is not None
     model = onnx_program.model
-    weights = [name for name in variant.weights if name in model.graph.initializers]
+    weights = [name for name in weights if name in model.graph.initializers]
     # As inputs they are nothing that the optimizer could fold: no weight ends up in a constant under another name.
     taken = {name: model.graph.initializers.pop(name) for name in weights}
     small = _small_numbers(model)
@@ -75,10 +84,6 @@ def to_onnx(variant: Variant) -> OnnxGraph:
         model.graph.register_initializer(value)
     used = [name for name in weights if taken[name].uses()]
     _without_notes(model)
-    logger.info(
-        "converted the %s graph to ONNX: %d nodes, in %.1f s",
-        variant.phase.name, len(model.graph), time.perf_counter() - began,
-    )  # fmt: skip
     return OnnxGraph(model, tuple(used))
 
 
