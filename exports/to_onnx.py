@@ -64,7 +64,7 @@ def to_onnx(variant: Variant) -> OnnxGraph:
 
 
 def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str]) -> OnnxGraph:
-    """`program` as an ONNX model of opset `OPSET`; of its parameters and buffers, `weights` stay what and as they are."""
+    """`program` as an ONNX model of opset `OPSET`, with those of its tensors that `weights` names as they are."""
     with _quiet_exporter(), torch.no_grad():
         onnx_program = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert onnx_program is not None

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from tgate_compile._bundle import manifest as m
-from tgate_compile._bundle.check_graph import check_graph as check_onnx_file
+from tgate_compile._bundle.check_onnx_file import check_onnx_file
 from tgate_compile._bundle.describe_graph import inputs_of, size_of, symbols_of
 from tgate_compile._bundle.formats import Progress, WrittenGraph
+from tgate_compile._bundle.onnx_file import cause_of, check_model, save_model
 from tgate_compile._bundle.onnx_session import OnnxSession
 from tgate_compile._bundle.planned_graphs import PlannedGraph
 from tgate_compile._bundle.weights_file import WeightsFile
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import onnx_ir
 
 MSG_NO_OPTIONS = 'format="onnx" has no options, but got {given}.'
-MSG_INVALID = "The {graph} graph is no valid ONNX model ({problem}). Nothing has been written. Please report this."
 MSG_NOT_CONVERTED = "The {graph} graph cannot be converted to ONNX: {problem}."
 
 
@@ -56,13 +56,14 @@ def write_graphs(
             path = f"{m.GRAPHS_FOLDER}/{planned.name}.onnx"
             written[planned.name] = WrittenGraph(path, write_graph(planned, folder / path, weights))
     for name, graph in written.items():
-        _check_model(name, folder / graph.file)
+        check_model(name, folder / graph.file)
     return written
 
 
 def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
     """Check the file of `graph` in the bundle `root`, without its weights; raise BundleError."""
-    check_onnx_file(graph, root, manifest.files[m.WEIGHTS_FILE].size)
+    inputs, outputs = [*graph.inputs, *graph.cache_inputs], [*graph.outputs, *graph.cache_outputs]
+    check_onnx_file(root / graph.file, inputs, outputs, manifest.files[m.WEIGHTS_FILE].size)
 
 
 def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> OnnxSession:
@@ -76,12 +77,11 @@ def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile) -> int:
     Raises:
         BundleError: the graph cannot be converted.
     """
-    import onnx_ir
 
     try:
         graph = to_onnx(planned.variant)
     except Exception as error:  # torch.onnx raises whatever its converters raise
-        raise BundleError(MSG_NOT_CONVERTED.format(graph=planned.name, problem=_cause(error))) from error
+        raise BundleError(MSG_NOT_CONVERTED.format(graph=planned.name, problem=cause_of(error))) from error
     model = graph.model
     for value, name in zip(model.graph.inputs, planned.input_names, strict=True):
         value.name = name
@@ -90,11 +90,7 @@ def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile) -> int:
     model.graph.name = planned.name
     _name_sizes(model, planned)
     live = dict(zip(planned.variant.weights, planned.weights, strict=True))
-    for name in graph.weights:
-        _move_out(model.graph.initializers[name], live[name], weights)
-    proto = onnx_ir.to_proto(model)
-    proto.graph.ClearField("value_info")  # shapes inside of the graph follow from those of its inputs
-    path.write_bytes(proto.SerializeToString())
+    save_model(model, path, {name: live[name] for name in graph.weights}, weights)
     return sum(1 for _ in model.graph.all_nodes())
 
 
@@ -110,38 +106,3 @@ def _name_sizes(model: onnx_ir.Model, planned: PlannedGraph) -> None:
     ):
         for value, node in zip(values, nodes, strict=True):
             value.shape = onnx_ir.Shape([size_of(size, symbols) for size in shape_of(node)])
-
-
-def _check_model(name: str, path: Path) -> None:
-    import onnx
-
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BundleError(MSG_INVALID.format(graph=name, problem=str(error).splitlines()[0])) from error
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of what `error` goes back to: torch.onnx wraps it in general advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-
-
-def _move_out(value: onnx_ir.Value, tensor: torch.Tensor, weights: WeightsFile) -> None:
-    import onnx_ir
-
-    given = value.const_value
-    assert given is not None
-    assert isinstance(given.shape, onnx_ir.Shape)
-    offset, length = weights.add(tensor)
-    assert length == given.nbytes
-    location = Path(m.WEIGHTS_FILE).name
-    value.const_value = onnx_ir.ExternalTensor(
-        location,
-        offset,
-        length,
-        given.dtype,
-        shape=given.shape,
-        name=value.name,  # type: ignore[arg-type]
-    )

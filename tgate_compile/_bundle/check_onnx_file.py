@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._backends.element_types import ELEMENT_TYPES
-from tgate_compile._bundle.manifest import WEIGHTS_FILE, Graph, TensorSpec
+from tgate_compile._bundle.manifest import WEIGHTS_FILE, TensorSpec
 from tgate_compile._bundle.weights_digest import dtype_name
 from tgate_compile._errors import BundleError
 
@@ -25,8 +25,8 @@ MSG_DIFFERS = "{path} has {given}, and the manifest says {expected}."
 _DTYPES = {element: dtype_name(dtype) for dtype, element in ELEMENT_TYPES.items()}
 
 
-def check_graph(graph: Graph, root: Path, weights_size: int) -> None:
-    """Check the file of `graph` in the bundle `root`, without its weights.
+def check_onnx_file(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], weights_size: int) -> None:
+    """Check the file at `path`, without its weights, which are in a file of so many bytes beside it.
 
     Raises:
         BundleError: it is no ONNX model, takes or returns something else than the manifest says, or takes weights from
@@ -35,7 +35,6 @@ def check_graph(graph: Graph, root: Path, weights_size: int) -> None:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    path = root / graph.file
     if path.stat().st_size > MAX_BYTES:
         raise BundleError(MSG_NO_MODEL.format(path=path, reason="it is too large"))
     try:
@@ -44,8 +43,8 @@ def check_graph(graph: Graph, root: Path, weights_size: int) -> None:
         raise BundleError(MSG_NO_MODEL.format(path=path, reason=str(error).splitlines()[0])) from error
     for tensor in _tensors(model):
         _check_location(tensor, path, weights_size)
-    _check_specs(model.graph.input, [*graph.inputs, *graph.cache_inputs], path)
-    _check_specs(model.graph.output, [*graph.outputs, *graph.cache_outputs], path)
+    _check_specs(model.graph.input, inputs, path)
+    _check_specs(model.graph.output, outputs, path)
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -1,0 +1,65 @@
+"""An ONNX model as a file, whose weights are in a file beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tgate_compile._bundle.manifest import WEIGHTS_FILE
+from tgate_compile._bundle.weights_file import WeightsFile
+from tgate_compile._errors import BundleError
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+MSG_INVALID = "The {graph} graph is no valid ONNX model ({problem}). Nothing has been written. Please report this."
+
+
+def save_model(model: onnx_ir.Model, path: Path, live: Mapping[str, torch.Tensor], weights: WeightsFile) -> None:
+    """Write `model` to `path`, with the tensors `live` for those of its initializers, which go to `weights`."""
+    import onnx_ir
+
+    for name, tensor in live.items():
+        _move_out(model.graph.initializers[name], tensor, weights)
+    proto = onnx_ir.to_proto(model)
+    proto.graph.ClearField("value_info")  # shapes inside of the graph follow from those of its inputs
+    path.write_bytes(proto.SerializeToString())
+
+
+def check_model(name: str, path: Path) -> None:
+    """Raise BundleError unless ONNX's own checker accepts the file at `path`."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BundleError(MSG_INVALID.format(graph=name, problem=str(error).splitlines()[0])) from error
+
+
+def cause_of(error: BaseException) -> str:
+    """The first line of what `error` goes back to: torch.onnx wraps it in general advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+
+
+def _move_out(value: onnx_ir.Value, tensor: torch.Tensor, weights: WeightsFile) -> None:
+    import onnx_ir
+
+    given = value.const_value
+    assert given is not None
+    assert isinstance(given.shape, onnx_ir.Shape)
+    offset, length = weights.add(tensor)
+    assert length == given.nbytes
+    location = Path(WEIGHTS_FILE).name
+    value.const_value = onnx_ir.ExternalTensor(
+        location,
+        offset,
+        length,
+        given.dtype,
+        shape=given.shape,
+        name=value.name,  # type: ignore[arg-type]
+    )
