@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import shlex
@@ -10,37 +11,49 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from training.unet_training import LATEST, UNetTraining
+from training.unet_training import DEFAULTS, LATEST
 
-WEIGHTS = Path("tgate_compile/_demo/weights")
+DEMO = Path("tgate_compile/_demo")
+WEIGHTS = DEMO / "weights"
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     stages = parser.add_subparsers(required=True, metavar="STAGE")
-    text = _stage(stages, "text", _text, steps=700, batch=128)
-    text.add_argument("--start-from", type=Path, help="folder of a text encoder to train further")
+    text = _stage(stages, "text", _text, batch=128)
+    _family(text)
+    text.add_argument("--steps", type=int, help="default: 700, for pixart 900, for sdxl 1200")
+    text.add_argument("--start-from", type=Path, help="folder of a text encoder of sd to train further")
     vae = _stage(stages, "vae", _vae, minutes=6.5, batch=24)
     vae.add_argument("--start-from", type=Path, help="folder of an autoencoder to train further")
     vae.add_argument("--decoder-only", action="store_true", help="leave the latents as they are")
     _stage(stages, "reader", _reader, steps=600, batch=128)
-    default = UNetTraining()
-    unet = _stage(stages, "unet", _unet, minutes=default.minutes, batch=default.batch)
-    unet.add_argument("--family", default=default.family, help="sd, sdxl or pixart (default: %(default)s)")
-    unet.add_argument("--images", type=int, default=default.images, help="images per worker (default: %(default)s)")
-    unet.add_argument("--pair-share", type=float, default=default.pair_share, help="default: %(default)s")
-    unet.add_argument("--learning-rate", type=float, default=default.learning_rate, help="default: %(default)s")
-    _stage(stages, "probe", _probe).add_argument("--captions", type=int, default=256)
-    _stage(stages, "export", _export).add_argument("--checkpoint", type=Path)
+    unet = _stage(stages, "unet", _unet)
+    _family(unet)
+    for option in ("minutes", "batch", "images", "pair-share", "learning-rate"):
+        kind = int if option in ("batch", "images") else float
+        unet.add_argument(f"--{option}", type=kind, help="default: the family's, in unet_training.py")
+    probing = _stage(stages, "probe", _probe)
+    _family(probing)
+    probing.add_argument("--captions", type=int, default=256)
+    export = _stage(stages, "export", _export)
+    _family(export)
+    export.add_argument("--checkpoint", type=Path)
     evaluation = _stage(stages, "evaluate", _evaluate)
+    _family(evaluation)
+    evaluation.add_argument("--steps", type=int, help="default: the family's")
     evaluation.add_argument(
-        "--guidance", type=float, nargs="+", default=[5.0], help="of several, the best is chosen (default: 5)"
+        "--guidance", type=float, nargs="+", help="of several, the best is chosen; default: the family's"
     )
     evaluation.add_argument("--out", type=Path, help="a JSON file for the result; otherwise it is printed")
     arguments = parser.parse_args()
     arguments.command = shlex.join(["python", "-m", "training", *sys.argv[1:]])
     arguments.run(arguments)
+
+
+def _family(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", choices=DEFAULTS, default="sd", help="default: %(default)s")
 
 
 def _stage(
@@ -70,11 +83,26 @@ def _stage(
 
 
 def _text(arguments: argparse.Namespace) -> None:
-    from training.train_text import train_text
-
     a = arguments
-    accuracy = train_text(a.parts, steps=a.steps, device=a.device, seed=a.seed, batch=a.batch, start_from=a.start_from)
-    print(json.dumps(accuracy, indent=1))
+    if a.family == "sd":
+        from training.train_text import train_text
+
+        told = train_text(
+            a.parts, steps=a.steps or 700, device=a.device, seed=a.seed, batch=a.batch, start_from=a.start_from
+        )
+    elif a.family == "pixart":
+        from training.train_t5 import train_t5
+
+        told = train_t5(a.parts / "pixart", steps=a.steps or 900, device=a.device, seed=a.seed, batch=a.batch)
+    elif a.family == "sdxl":
+        from training.train_penultimate import train_penultimate
+
+        told = train_penultimate(
+            WEIGHTS, a.parts / "sdxl", steps=a.steps or 1200, device=a.device, seed=a.seed, batch=a.batch
+        )
+    else:
+        raise SystemExit(f"the family {a.family} has the text encoder of sd.")
+    print(json.dumps(told, indent=1))
 
 
 def _vae(arguments: argparse.Namespace) -> None:
@@ -104,43 +132,39 @@ def _unet(arguments: argparse.Namespace) -> None:
     from training.train_unet import train_unet
 
     a = arguments
-    config = UNetTraining(
-        family=a.family,
-        minutes=a.minutes,
-        batch=a.batch,
-        images=a.images,
-        pair_share=a.pair_share,
-        learning_rate=a.learning_rate,
-        seed=a.seed,
-    )
-    train_unet(a.parts, a.parts / f"unet_{a.family}", config, device=a.device)
+    given = {name: getattr(a, name) for name in ("minutes", "batch", "images", "pair_share", "learning_rate")}
+    config = dataclasses.replace(DEFAULTS[a.family], seed=a.seed, **{k: v for k, v in given.items() if v is not None})
+    train_unet(a.parts, WEIGHTS, a.parts / f"unet_{a.family}", config, device=a.device)
 
 
 def _probe(arguments: argparse.Namespace) -> None:
     from training.probe import probe
 
     a = arguments
-    print(json.dumps(probe(a.parts, a.parts / "unet_sd" / LATEST, n=a.captions, seed=a.seed), indent=1))
+    result = probe(a.parts, WEIGHTS, a.parts / f"unet_{a.family}" / LATEST, n=a.captions, seed=a.seed)
+    print(json.dumps(result, indent=1))
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from training.export_pipeline import export_pipeline
 
     a = arguments
-    export_pipeline(a.parts, a.checkpoint or a.parts / "unet_sd" / LATEST, WEIGHTS)
+    export_pipeline(a.parts, a.checkpoint or a.parts / f"unet_{a.family}" / LATEST, DEMO)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from tgate_compile._demo.pipeline import load_demo_pipeline
-    from training.evaluate import evaluate
+    from training.evaluate import evaluate, training_of
 
     a = arguments
-    pipeline = load_demo_pipeline().to(a.device)
-    result = json.dumps({"command": a.command} | evaluate(pipeline, a.guidance, seed=a.seed), indent=1)
+    pipeline = load_demo_pipeline(a.family).to(a.device)
+    measured = evaluate(pipeline, a.family, a.guidance, steps=a.steps, seed=a.seed)
+    checkpoint = a.parts / f"unet_{a.family}" / LATEST
+    result = {"command": a.command} | measured | ({"training": training_of(checkpoint)} if checkpoint.exists() else {})
     if a.out is None:
-        print(result)
+        print(json.dumps(result, indent=1))
     else:
-        a.out.write_text(result + "\n")
+        a.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
-from training.latents import EncodedText
+from training import text_encoders
+from training.objectives import Batch, Learner, Predict, consistency_loss, guidance_embedding, noise_loss
+from training.text_encoders import Encode, EncodedText
 from training.train_text import WIDTH
 
 LATENT_SIZE = 16
@@ -16,37 +20,66 @@ LATENT_SIZE = 16
 
 @dataclass(frozen=True)
 class Family:
-    """`predict(model, noisy, timesteps, text)` gives the prediction, [batch, 4, 16, 16]."""
+    """How a denoiser is made, called and trained, and what reads its captions."""
 
     build: Callable[[], torch.nn.Module]
-    predict: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, EncodedText], torch.Tensor]
+    predict: Predict
+    loss: Callable[[Learner, Batch], torch.Tensor] = noise_loss
+    encoder: Callable[[Path, str], Encode] = text_encoders.clip
+    # Whether the text encoder is made for this family, and not the embedded pipeline's.
+    own_text: bool = False
 
 
-def _sd() -> torch.nn.Module:
-    model: torch.nn.Module = UNet2DConditionModel(**_UNET)
+def _unet(**changes: Any) -> torch.nn.Module:
+    settings: dict[str, Any] = {
+        "sample_size": LATENT_SIZE,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (32, 64, 96),
+        "layers_per_block": 1,
+        # Cross-attention at every resolution: without it at 16x16 the shape is not learned.
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": WIDTH,
+        # The number of heads, in spite of its name. More, narrower heads are slower on a CPU.
+        "attention_head_dim": (2, 4, 4),
+        "norm_num_groups": 8,
+    }
+    model: torch.nn.Module = UNet2DConditionModel(**(settings | changes))
     return model
 
 
 def _sd_predict(
-    model: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: EncodedText
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: EncodedText,
+    guidance: torch.Tensor | None,
 ) -> torch.Tensor:
     out: torch.Tensor = model(noisy, timesteps, encoder_hidden_states=text.hidden, return_dict=False)[0]
     return out
 
 
 def _sdxl() -> torch.nn.Module:
-    model: torch.nn.Module = UNet2DConditionModel(
-        **_UNET,
+    # As in SDXL: none, one and more transformer layers on the way down, and the whole scene in the pooled text.
+    return _unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
         addition_embed_type="text_time",
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=WIDTH + 6 * 16,
         use_linear_projection=True,
     )
-    return model
 
 
 def _sdxl_predict(
-    model: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: EncodedText
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: EncodedText,
+    guidance: torch.Tensor | None,
 ) -> torch.Tensor:
     # Original size, crop and target size: the same for every image of this data.
     size = [64.0, 64.0, 0.0, 0.0, 64.0, 64.0]
@@ -62,7 +95,7 @@ def _sdxl_predict(
 
 
 def _pixart() -> torch.nn.Module:
-    model: torch.nn.Module = PixArtTransformer2DModel(
+    model = PixArtTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=32,
         in_channels=4,
@@ -74,11 +107,24 @@ def _pixart() -> torch.nn.Module:
         patch_size=2,
         use_additional_conditions=False,
     )
-    return model
+    # As the authors begin: every block hands on what it is given, and the prediction is zero.
+    torch.nn.init.normal_(model.adaln_single.linear.weight, std=0.02)
+    torch.nn.init.zeros_(model.adaln_single.linear.bias)
+    for block in model.transformer_blocks:
+        torch.nn.init.zeros_(block.attn2.to_out[0].weight)
+        torch.nn.init.zeros_(block.attn2.to_out[0].bias)
+    torch.nn.init.zeros_(model.proj_out.weight)
+    torch.nn.init.zeros_(model.proj_out.bias)
+    made: torch.nn.Module = model
+    return made
 
 
 def _pixart_predict(
-    model: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: EncodedText
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: EncodedText,
+    guidance: torch.Tensor | None,
 ) -> torch.Tensor:
     out: torch.Tensor = model(
         noisy,
@@ -91,24 +137,42 @@ def _pixart_predict(
     return out
 
 
-_UNET: dict[str, object] = {
-    "sample_size": LATENT_SIZE,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (32, 64, 96),
-    "layers_per_block": 1,
-    # Cross-attention at every resolution: without it at 16x16 the shape is not learned.
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-    "cross_attention_dim": WIDTH,
-    # The number of heads, in spite of its name. More, narrower heads are slower on a CPU.
-    "attention_head_dim": (2, 4, 4),
-    "norm_num_groups": 8,
-}
+_GUIDANCE_WIDTH = 64
+
+
+def _lcm_predict(
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: EncodedText,
+    guidance: torch.Tensor | None,
+) -> torch.Tensor:
+    assert guidance is not None
+    out: torch.Tensor = model(
+        noisy,
+        timesteps,
+        timestep_cond=guidance_embedding(guidance, _GUIDANCE_WIDTH),
+        encoder_hidden_states=text.hidden,
+        return_dict=False,
+    )[0]
+    return out
+
 
 FAMILIES: dict[str, Family] = {
-    "sd": Family(_sd, _sd_predict),
-    "sdxl": Family(_sdxl, _sdxl_predict),
-    "pixart": Family(_pixart, _pixart_predict),
+    "sd": Family(_unet, _sd_predict),
+    "sdxl": Family(_sdxl, _sdxl_predict, encoder=text_encoders.clip_with_projection, own_text=True),
+    "pixart": Family(_pixart, _pixart_predict, encoder=text_encoders.t5, own_text=True),
+    "lcm": Family(lambda: _unet(time_cond_proj_dim=_GUIDANCE_WIDTH), _lcm_predict, loss=consistency_loss),
 }
+
+# Layers that a UNet may have and the embedded one has not. At zero they change nothing at first.
+_SILENT = ("attn1.to_out.0.", "attn2.to_out.0.", "ff.net.2.", "add_embedding.linear_2.", "time_embedding.cond_proj.")
+
+
+def carry_over(model: torch.nn.Module, embedded: dict[str, torch.Tensor]) -> None:
+    """Gives `model` the weights of the embedded UNet as far as it has the same layers; the others are silent."""
+    for name, value in model.state_dict().items():
+        if name in embedded and embedded[name].numel() == value.numel():
+            value.copy_(embedded[name].reshape(value.shape))  # a 1x1 convolution or a linear layer
+        elif any(part in name for part in _SILENT):
+            value.zero_()

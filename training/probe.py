@@ -7,26 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL
 
 from tgate_compile._demo.captions import COLOURS, POSITIONS, SHAPES, SIZES, Scene, caption_of, random_scene
 from training.data import images_of
 from training.denoisers import FAMILIES
-from training.latents import encode_text
+from training.objectives import GUIDANCE_FROM, noise_schedule
 
 
 @torch.no_grad()
-def probe(parts: Path, checkpoint: Path, *, n: int, seed: int) -> dict[str, float]:
+def probe(parts: Path, embedded: Path, checkpoint: Path, *, n: int, seed: int) -> dict[str, float]:
     """The relative rise per attribute: 0 means that the word makes no difference."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    family = FAMILIES[state["config"]["family"]]
+    name = state["config"]["family"]
+    family, shared = FAMILIES[name], parts if name == "sd" else embedded
     model = family.build().eval()
     model.load_state_dict(state["average"])
-    vae = AutoencoderKL.from_pretrained(parts / "vae").eval()
-    encoder = CLIPTextModel.from_pretrained(parts / "text_encoder").eval()
-    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
-    alphas = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    vae = AutoencoderKL.from_pretrained(shared / "vae").float().eval()
+    encode = family.encoder(parts / name if family.own_text else shared, "cpu")
+    guidance = torch.full((n,), GUIDANCE_FROM)  # for a model that is told
+    alphas = noise_schedule().alphas_cumprod
     rises: dict[str, float] = {"samples": float(state["samples"])}
     for objects, attributes in ((1, _SINGLE), (2, _PAIR)):
         rng = np.random.default_rng(seed)
@@ -41,8 +41,8 @@ def probe(parts: Path, checkpoint: Path, *, n: int, seed: int) -> dict[str, floa
         signal, spread = (x.view(-1, 1, 1, 1) for x in (alphas[timesteps].sqrt(), (1 - alphas[timesteps]).sqrt()))
 
         def loss(captions: list[str]) -> float:
-            text = encode_text(encoder, tokenizer, captions, "cpu")
-            prediction = family.predict(model, signal * clean + spread * noise, timesteps, text)  # noqa: B023
+            noisy = signal * clean + spread * noise  # noqa: B023
+            prediction = family.predict(model, noisy, timesteps, encode(captions), guidance)  # noqa: B023
             return float((prediction - (signal * noise - spread * clean)).square().mean())  # noqa: B023
 
         right = loss([caption_of(scene) for scene in scenes])

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import CLIPTokenizer
 
 from tgate_compile._demo.captions import COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES
@@ -39,6 +40,14 @@ def save_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Token numbers as the pipeline makes them, [batch, tokens]."""
+    ids: torch.Tensor = tokenizer(
+        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
+    return ids
 
 
 def _merges() -> list[tuple[str, str]]:

@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training import workers
 from training.data import random_captions, random_scenes
-from training.targets import SLOT_HEADS, TEXT_HEADS, slot_targets, text_targets
-from training.tokenizer import MAX_TOKENS, save_tokenizer
+from training.text_heads import TextHeads
+from training.tokenizer import MAX_TOKENS, save_tokenizer, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -57,31 +57,19 @@ def train_text(
     encoder = new_text_encoder(tokenizer) if start_from is None else CLIPTextModel.from_pretrained(start_from)
     encoder = encoder.to(device).train()
     before = None if start_from is None else deepcopy(encoder).eval().requires_grad_(False)
-    heads = torch.nn.ModuleDict({name: torch.nn.Linear(WIDTH, n) for name, n in (TEXT_HEADS | SLOT_HEADS).items()}).to(
-        device
-    )
+    heads = TextHeads(WIDTH).to(device)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    accuracy: dict[str, float] = {}
     for step in range(1, steps + 1):
         # Pairs are the hard part; and what is learned for them serves single objects too.
         scenes = random_scenes(rng, batch, 0.6)
         ids = tokenize(tokenizer, random_captions(scenes, rng)).to(device)
         hidden = encoder(ids).last_hidden_state  # [batch, tokens, width]
         ended = ids == tokenizer.eos_token_id  # the end mark is the padding too: true from the end on
-        places = ended.nonzero()[:, 0]  # which caption each of those tokens belongs to
-        is_pair = torch.tensor([len(scene.objects) == 2 for scene in scenes], device=device)
-        wanted = {name: target.to(device)[places] for name, target in text_targets(scenes).items()}
-        wanted |= slot_targets([scene for scene in scenes if len(scene.objects) == 2])
-        loss = torch.zeros((), device=device)
-        for name, target in wanted.items():
-            seen = hidden[is_pair][:, -2:].flatten(0, 1) if name in SLOT_HEADS else hidden[ended]
-            prediction, target = heads[name](seen), target.to(device).flatten()  # [tokens, classes], [tokens]
-            loss = loss + torch.nn.functional.cross_entropy(prediction, target)
-            right = float((prediction.argmax(1) == target).float().mean())
-            accuracy[name] = 0.95 * accuracy.get(name, 0.0) + 0.05 * right
+        loss = heads.loss(hidden, ended, hidden[:, -2:], scenes)
         if before is not None:
+            is_pair = torch.tensor([len(scene.objects) == 2 for scene in scenes], device=device)
             with torch.no_grad():
                 said = before(ids).last_hidden_state[~is_pair]
             loss = loss + 5 * torch.nn.functional.mse_loss(hidden[~is_pair], said)
@@ -91,16 +79,8 @@ def train_text(
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            logger.info("text step %d loss %.4f %s", step, loss, {k: round(v, 3) for k, v in accuracy.items()})
+            logger.info("text step %d loss %.4f %s", step, loss, {k: round(v, 3) for k, v in heads.accuracy.items()})
             if before is not None:
                 logger.info("kept: %.5f of %.5f", float((hidden[~is_pair] - said).square().mean()), float(said.var()))
     encoder.eval().save_pretrained(out / "text_encoder")
-    return accuracy
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Token numbers as the pipeline makes them, [batch, tokens]."""
-    ids: torch.Tensor = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-    ).input_ids
-    return ids
+    return heads.accuracy

@@ -12,7 +12,7 @@ class UNetTraining:
     """Everything the result depends on, apart from the speed of the machine."""
 
     family: str = "sd"
-    minutes: float = 90.0
+    minutes: float = 90.0  # of the processor, per worker
     batch: int = 32  # per worker
     images: int = 24_000  # per worker, rendered and encoded before the first step
     pair_share: float = 0.25
@@ -20,3 +20,16 @@ class UNetTraining:
     ema_decay: float = 0.998
     caption_dropout: float = 0.1
     seed: int = 0
+
+
+DEFAULTS: dict[str, UNetTraining] = {
+    "sd": UNetTraining(),
+    # Carried over from the embedded UNet.
+    "sdxl": UNetTraining("sdxl", minutes=25.0, images=20_000, pair_share=0.5, learning_rate=6e-4),
+    # From nothing. One worker makes twice as many steps of half the size.
+    "pixart": UNetTraining("pixart", minutes=80.0, images=40_000, pair_share=0.5, learning_rate=1e-3, ema_decay=0.999),
+    # The average is the target of the distillation, so it has to be quick. Guidance is learned instead of dropout.
+    "lcm": UNetTraining(
+        "lcm", minutes=30.0, images=20_000, pair_share=0.5, learning_rate=3e-4, ema_decay=0.98, caption_dropout=0.0
+    ),
+}
