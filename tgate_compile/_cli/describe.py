@@ -37,7 +37,7 @@ def describe(
         loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
     settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
     pipe = tgate_compile.optimize(loaded.pipe, settings.gate_step, backend="eager")
-    call: dict[str, Any] = {"prompt": "", "guidance_scale": settings.guidance, "output_type": "latent"}
+    call: dict[str, Any] = {"prompt": "", "guidance_scale": settings.guidance, "output_type": "latent", **loaded.call}
     call |= {name: value for name, value in {"height": height, "width": width}.items() if value is not None}
     with ERR.status("Capturing the graphs, on two steps"):
         # One step in full and one gated are every graph that there is, however many steps follow.

@@ -80,7 +80,7 @@ def export(
     tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
     loaded.pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"height": height, "width": width}
-    call = {"prompt": "", **{name: value for name, value in call.items() if value is not None}}
+    call = {"prompt": "", **loaded.call, **{name: value for name, value in call.items() if value is not None}}
     call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
     if num_images > 1:
         call["num_images_per_prompt"] = num_images

@@ -135,6 +135,7 @@ def _run(
     with make_progress(shown=shown) as progress, steps_shown(loaded.pipe, progress, "Denoising"):
         began = time.perf_counter()
         images = loaded.pipe(
+            **loaded.call,
             **call,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,

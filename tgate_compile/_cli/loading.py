@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from tgate_compile._cli.checkpoints import MSG_NOT_LOADED, first_line, load_pipe
 from tgate_compile._cli.devices import DTYPES, choose_device, choose_dtype
 from tgate_compile._cli.families import EMBEDDED, SCHEDULERS, Family, recognise
 from tgate_compile._cli.options import Dtype
+from tgate_compile._demo.variants import DemoVariant, demo_variant
 from tgate_compile._errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_EMBEDDED = "sd"
+EMBEDDED_PREFIX = "embedded:"
 
 MSG_SCHEDULER = "The scheduler must be one of {known}, but got {given!r}."
 MSG_NO_PEFT = "--lora needs the package peft. Install it with\n  pip install peft"
@@ -35,11 +39,17 @@ class Loaded:
     source: str
     device: torch.device
     dtype: str
+    embedded: DemoVariant | None = None
 
     @property
     def is_embedded(self) -> bool:
-        """Whether it is the pipeline that comes with the package."""
-        return self.family is EMBEDDED
+        """Whether it is one of the pipelines that come with the package."""
+        return self.embedded is not None
+
+    @property
+    def call(self) -> Mapping[str, Any]:
+        """Arguments that every call of the pipeline needs."""
+        return {} if self.embedded is None else self.embedded.call
 
 
 def load(
@@ -53,6 +63,8 @@ def load(
 ) -> Loaded:
     """Load `model` (None: the embedded pipeline). Whatever can be checked before a long load is checked first.
 
+    `embedded:sdxl` and the like are the other embedded pipelines.
+
     Raises:
         ConfigurationError: the model, device, scheduler or LoRA cannot be had.
     """
@@ -61,27 +73,40 @@ def load(
         raise ConfigurationError(MSG_SCHEDULER.format(known=", ".join(SCHEDULERS), given=scheduler))
     if lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigurationError(MSG_NO_PEFT)
-    if unet is not None and model is None:
+    embedded = embedded_name(model)
+    if unet is not None and embedded is not None:
         raise ConfigurationError(MSG_UNET_ALONE)
     quieten_libraries()
-    if model is None:
+    variant = None
+    if embedded is not None:
         from tgate_compile._demo.pipeline import load_demo_pipeline
 
-        chosen = choose_dtype(dtype, "StableDiffusionPipeline", torch_device)
-        pipe: Any = load_demo_pipeline(torch_dtype=DTYPES[chosen])
+        variant = demo_variant(embedded)
+        chosen = choose_dtype(dtype, variant.pipeline, torch_device)
+        pipe: Any = load_demo_pipeline(embedded, torch_dtype=DTYPES[chosen])
     else:
+        assert model is not None
         pipe, chosen = load_pipeline(model, unet, dtype, torch_device)
     if lora is not None:
         _load_lora(pipe, lora)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
-    family = recognise(pipe) if model is not None else EMBEDDED
+    family = EMBEDDED if embedded == DEFAULT_EMBEDDED else recognise(pipe)
+    if variant is not None and family is not EMBEDDED:
+        family = replace(family, name=f"embedded {embedded}", steps=variant.steps, guidance=variant.guidance)
     if scheduler is None and family.scheduler is not None and _may_replace(pipe.scheduler, family):
         logger.info("%s: %s instead of %s", family.name, family.scheduler, type(pipe.scheduler).__name__)
         set_scheduler(pipe, family.scheduler)
     pipe.to(torch_device)
     pipe.set_progress_bar_config(disable=True)
-    return Loaded(pipe, family, model or "embedded", torch_device, chosen.value)
+    return Loaded(pipe, family, model or "embedded", torch_device, chosen.value, variant)
+
+
+def embedded_name(model: str | None) -> str | None:
+    """The name of the embedded pipeline that is asked for; None for a folder or a hub id."""
+    if model is None:
+        return DEFAULT_EMBEDDED
+    return model.removeprefix(EMBEDDED_PREFIX) if model.startswith(EMBEDDED_PREFIX) else None
 
 
 def set_scheduler(pipe: Any, name: str) -> None:

@@ -66,7 +66,10 @@ GATE_HELP = "Steps to run in full: a number (10), or a fraction of the steps (0.
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="A folder with a diffusers pipeline, or a hub id.", show_default="the embedded one"
+        "--model",
+        "-m",
+        help="A folder with a diffusers pipeline, a hub id, or embedded:sd, :sdxl, :pixart or :lcm.",
+        show_default="embedded:sd",
     ),
 ]
 Unet = Annotated[

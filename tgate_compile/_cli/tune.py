@@ -13,7 +13,7 @@ from rich.text import Text
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json
 from tgate_compile._cli.demo_prompts import demo_prompts
-from tgate_compile._cli.loading import load
+from tgate_compile._cli.loading import embedded_name, load
 from tgate_compile._cli.step_progress import make_progress
 from tgate_compile._cli.strip import coloured
 from tgate_compile._cli.targets import check_targets
@@ -62,13 +62,14 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Find the cheapest schedule whose images stay close to the plain pipeline's, on a few prompts."""
-    texts = _prompts(prompt, prompts, embedded=model is None)
+    texts = _prompts(prompt, prompts, embedded=embedded_name(model) is not None)
     if plot is not None:
         check_figure(plot)
     check_targets([path for path in (out, plot) if path is not None], force=force)
     with ERR.status("Loading the model"):
         loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
     call: dict[str, Any] = {
+        **loaded.call,
         "guidance_scale": loaded.family.guidance if guidance is None else guidance,
         "height": height,
         "width": width,

@@ -1,20 +1,28 @@
-"""Loads the embedded pipeline from the package folder: no network, a fraction of a second."""
+"""Loads an embedded pipeline from the package folder: no network, a fraction of a second."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 
+from tgate_compile._demo.variants import DEMO_VARIANTS, demo_variant
 from tgate_compile._errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import (
+        DiffusionPipeline,
+        LatentConsistencyModelPipeline,
+        PixArtAlphaPipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
 
-WEIGHTS = Path(__file__).parent / "weights"
+_HERE = Path(__file__).parent
+WEIGHTS = _HERE / DEMO_VARIANTS["sd"].folder
 
 MSG_NEEDS_TRANSFORMERS = (
     "The embedded pipeline needs transformers for its text encoder, and it is not installed. "
@@ -22,44 +30,86 @@ MSG_NEEDS_TRANSFORMERS = (
 )
 
 
-def load_demo_pipeline(*, torch_dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The embedded text-to-image pipeline, on the CPU: 64x64 images of coloured shapes that follow simple captions.
+@overload
+def load_demo_pipeline(
+    variant: Literal["sd"] = "sd", *, torch_dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline: ...
 
-    Made for 25 steps and a guidance scale of about 5; `weights/README.md` is its model card.
+
+@overload
+def load_demo_pipeline(
+    variant: Literal["sdxl"], *, torch_dtype: torch.dtype = torch.float32
+) -> StableDiffusionXLPipeline: ...
+
+
+@overload
+def load_demo_pipeline(
+    variant: Literal["pixart"], *, torch_dtype: torch.dtype = torch.float32
+) -> PixArtAlphaPipeline: ...
+
+
+@overload
+def load_demo_pipeline(
+    variant: Literal["lcm"], *, torch_dtype: torch.dtype = torch.float32
+) -> LatentConsistencyModelPipeline: ...
+
+
+@overload
+def load_demo_pipeline(variant: str, *, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline: ...
+
+
+def load_demo_pipeline(variant: str = "sd", *, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """An embedded text-to-image pipeline, on the CPU: 64x64 images of coloured shapes that follow simple captions.
+
+    Four models, each of the diffusers class that its name says: `sd`, `sdxl`, `pixart` and `lcm`. `DEMO_VARIANTS`
+    has the steps and the guidance scale that each was made for, and what else its call needs;
+    `weights/README.md` is their model card.
 
     Args:
+        variant: which of them.
         torch_dtype: of all its weights, which are stored in fp16.
 
     Raises:
-        ConfigurationError: transformers is not installed.
+        ConfigurationError: there is no such model, or transformers is not installed.
     """
+    chosen = demo_variant(variant)
     # transformers is an extra, and importing a pipeline class takes seconds: not when tgate_compile is imported.
     try:
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise ConfigurationError(MSG_NEEDS_TRANSFORMERS) from error
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
+    classes = {
+        "vae": diffusers.AutoencoderKL,
+        "scheduler": diffusers.DPMSolverMultistepScheduler,
+        "text_encoder": transformers.CLIPTextModel,
+        "tokenizer": transformers.CLIPTokenizer,
+    }
     with _no_progress_bars():
-        pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
-            WEIGHTS,
+        shared = {
+            part: classes[name].from_pretrained(WEIGHTS / name, local_files_only=True)
+            for part, name in chosen.shared.items()
+        }
+        pipeline: DiffusionPipeline = getattr(diffusers, chosen.pipeline).from_pretrained(
+            _HERE / chosen.folder,
+            **shared,
             local_files_only=True,
             use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
             # Loading in pieces saves nothing at this size and would ask for another package.
             low_cpu_mem_usage=False,
         )
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for part in pipeline.components.values():
         # Not the argument of from_pretrained, whose name depends on the version of diffusers, and not
         # the `to` of diffusers, which warns of layers kept in float32 even where there are none.
-        torch.nn.Module.to(part, torch_dtype)
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, torch_dtype)
     return pipeline
 
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Two bars for ten megabytes are noise. Both libraries are left as they were."""
+    """Bars for ten megabytes are noise. Both libraries are left as they were."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
