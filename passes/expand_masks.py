@@ -23,12 +23,18 @@ def expand_masks(graph_module: torch.fx.GraphModule) -> PassResult:
         mask = _mask(node)
         if mask is None or shape_of(mask)[-2] != 1 or shape_of(operand(node, 0))[-2] == 1:
             continue
-        shape = [*shape_of(mask)[:-2], shape_of(operand(node, 0))[-2], shape_of(mask)[-1]]
+        query = operand(node, 0)
+        queries = shape_of(query)[-2]
         with graph.inserting_before(node):
-            expanded = graph.call_function(aten.expand.default, (mask, shape))
+            size: Node | int = queries
+            if isinstance(queries, torch.SymInt):
+                size = graph.call_function(aten.sym_size.int, (query, len(shape_of(query)) - 2))
+                size.meta["val"] = queries
+            kept = [-1] * (len(shape_of(mask)) - 2)
+            expanded = graph.call_function(aten.expand.default, (mask, [*kept, size, -1]))
         fake = mask.meta["val"]
         with fake.fake_mode:
-            expanded.meta["val"] = fake.expand(shape)
+            expanded.meta["val"] = fake.expand([*kept, queries, -1])
         node.replace_input_with(mask, expanded)
         count += 1
     return PassResult(count)

@@ -62,7 +62,7 @@ def test_the_embedded_pipeline_from_a_bundle(dtype: torch.dtype, least: float, t
     call = {"prompt": "a large red circle", "steps": 10, "output_type": "pt"}
     tgate_compile.optimize(pipe, 4, backend="eager")
     expected = run(pipe, **call)
-    folder = tgate_compile.export(pipe, tmp_path / "bundle")
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", dynamic=dtype is torch.float32)
     tgate_compile.restore(pipe)
     assert tgate_compile.load(pipe, folder) is pipe
     images = run(pipe, **call)
@@ -115,6 +115,7 @@ def test_an_epsilon_that_is_nearly_nothing(tmp_path: Path) -> None:
     tgate_compile.optimize(pipe, GATE, backend="eager")
     folder = tgate_compile.export(pipe, tmp_path / "bundle", call={"num_inference_steps": 6, **sana_call()})
     for graph in read_bundle(folder).manifest.graphs.values():
+        assert graph.parity is not None
         assert graph.parity.relative < 1e-5
 
 
@@ -132,14 +133,37 @@ def test_denoisers_that_return_an_output_class() -> None:
         unflatten_as(other, unet, "0")
 
 
+@pytest.mark.parametrize(
+    "call",
+    [{"prompt": ["red", "cat"]}, {"height": 32, "width": 16}, {"height": 24, "num_images_per_prompt": 3}],
+    ids=["prompts", "size", "both"],
+)
+def test_sizes_that_each_call_chooses(bundle: Path, call: dict[str, Any]) -> None:
+    pipe = plain()
+    expected = eager(pipe, **call)
+    tgate_compile.load(pipe, bundle)
+    assert difference(run(pipe, **call), expected) < CLOSE
+
+
+def test_schedulers_with_parts_of_timesteps(bundle: Path) -> None:
+    """The bundle is made with DDIM's whole timesteps, and Euler's are none."""
+    pipe = plain()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
+    expected = eager(pipe)
+    tgate_compile.load(pipe, bundle)
+    assert difference(run(pipe), expected) < CLOSE
+
+
 # What is not served.
 
 
 @pytest.mark.parametrize(
     ("call", "parts"),
     [
-        ({"height": 32, "width": 32}, ("sample float32[2, 4, 8, 8]", "sample float32[2, 4, 16, 16]")),
-        ({"prompt": ["red", "cat"]}, ("encoder_hidden_states float32[2, 16, 32]", "float32[4, 16, 32]")),
+        (
+            {"prompt": ["red", "cat"] * 16},
+            ("sample float32[2*b, 4, h, w]", "b from 1 to 31", "sample float32[64, 4, 8, 8]"),
+        ),
         ({"guidance_scale": 1.0}, ("full, without guidance", "It has full, pruned")),
         (
             {"cross_attention_kwargs": {"scale": 0.5}},
@@ -154,6 +178,24 @@ def test_other_calls(bundle: Path, call: dict[str, Any], parts: tuple[str, ...])
     for part in (*parts, str(bundle)):
         assert part in str(caught.value)
     run(pipe)
+
+
+def test_sizes_that_are_fixed(tmp_path: Path) -> None:
+    pipe = plain()
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    expected = run(pipe, prompt=["red", "cat"])
+    none = tgate_compile.export(pipe, tmp_path / "none", dynamic=False)
+    batch = tgate_compile.export(pipe, tmp_path / "batch", dynamic=["batch"])
+    tgate_compile.restore(pipe)
+
+    tgate_compile.load(pipe, none)
+    with pytest.raises(BundleError, match=r"encoder_hidden_states float32\[2, 16, 32\].*float32\[4, 16, 32\]"):
+        run(pipe, prompt=["red", "cat"])
+    tgate_compile.restore(pipe)
+    tgate_compile.load(pipe, batch)
+    assert difference(run(pipe, prompt=["red", "cat"]), expected) < CLOSE
+    with pytest.raises(BundleError, match=r"sample float32\[2\*b, 4, 8, 8\].*sample float32\[2, 4, 16, 8\]"):
+        run(pipe, height=32)
 
 
 def not_loaded(pipe: Any, bundle: Path, *parts: str, error: type[Exception] = BundleError, **options: Any) -> None:
@@ -221,6 +263,8 @@ def test_arguments_of_export(optimized: Any, tmp_path: Path) -> None:
     not_exported(plain(), folder, "not optimized", error=ConfigurationError)
     not_exported(optimized, folder, "'trt'", '"onnx"', error=ConfigurationError, format="trt")
     not_exported(optimized, None, "folder", error=ConfigurationError)
+    not_exported(optimized, folder, "dynamic", "'length'", error=ConfigurationError, dynamic=["length"])
+    not_exported(optimized, folder, "no options", "'fast'", error=ConfigurationError, format_options={"fast": 1})
     similar = plain()
     tgate_compile.optimize(similar, None, guidance_similarity=0.99, backend="eager")
     not_exported(similar, folder, "guidance_similarity", error=UnsupportedModelError)
@@ -252,7 +296,7 @@ def files_limited_to(size: int) -> Iterator[None]:
 
 def test_a_full_disk(optimized: Any, tmp_path: Path) -> None:
     with files_limited_to(100_000):
-        not_exported(optimized, tmp_path / "bundle", "cannot be written", "Nothing is left")
+        not_exported(optimized, tmp_path / "bundle", "cannot be written", "Nothing is left", dynamic=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,11 +305,11 @@ def test_what_onnx_runtime_does_not_run(tmp_path: Path) -> None:
     pipe.unet.to(torch.bfloat16)
     pipe.text_encoder.to(torch.bfloat16)
     tgate_compile.optimize(pipe, GATE, backend="eager")
-    not_exported(pipe, tmp_path / "bundle", "full graph", "no bfloat16")
+    not_exported(pipe, tmp_path / "bundle", "full graph", "no bfloat16", dynamic=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_graph_that_is_not_the_same(optimized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "TOLERANCES", {torch.float32: 0.0})
-    not_exported(optimized, tmp_path / "bundle", "full graph", "0e+00 is allowed for float32")
+    not_exported(optimized, tmp_path / "bundle", "full graph", "0e+00 is allowed for float32", dynamic=False)
     assert list(tmp_path.iterdir()) == []

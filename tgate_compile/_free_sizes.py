@@ -28,14 +28,14 @@ class FreeShapes:
     """A call to capture, and which of its sizes are free.
 
     Attributes:
-        call: the arguments; its batch is at least 2 prompts, for torch takes a size of 1 as part of the graph.
-        shapes: the free dimensions of each tensor.
+        call: the arguments; a free batch is at least 2 prompts, for torch takes a size of 1 as part of the graph.
+        shapes: the free dimensions of each tensor; None if there are none.
         units: what one of each symbol stands for in the latents' shape, e.g. `{"b": 2, "h": 8, "w": 8}`: the batch of
             a guided call is twice the prompts, and a UNet that halves three times takes multiples of 8.
     """
 
     call: Call
-    shapes: ShapesCollection
+    shapes: ShapesCollection | None
     units: Mapping[str, int]
 
 
@@ -63,6 +63,9 @@ def free_shapes(
     step = downsampling(denoiser)
     dims = {name: Dim(symbol, min=1, max=LARGEST[name]) for name, symbol in SYMBOLS.items() if name in free}
     tiles = 2 if batch == per_prompt and "batch" in free else 1
+
+    if not free:
+        return FreeShapes(call, None, {})
 
     leaves: list[Any] = []
     specs: list[tuple[torch.Tensor, dict[int, Any]]] = []

@@ -178,9 +178,9 @@ class VariantStore:
         return variant, captured
 
     def free_variants(
-        self, phases: Sequence[Phase], call: Call, forward: Callable[..., Any], shapes: ShapesCollection
+        self, phases: Sequence[Phase], call: Call, forward: Callable[..., Any], shapes: ShapesCollection | None
     ) -> tuple[list[Variant], Captured]:
-        """The variants of `phases` for inputs like those of `call`, with the sizes `shapes` left free; nothing is kept.
+        """The variants of `phases` for inputs like those of `call`, but for the sizes in `shapes`; nothing is kept.
 
         Raises:
             CaptureError: the denoiser's code depends on these sizes.

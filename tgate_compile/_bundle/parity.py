@@ -37,41 +37,43 @@ MSG_TOO_FAR = (
 )
 
 
-def measure_parity(planned: PlannedGraph, graph: Graph, functions: GraphFormat, folder: Path) -> Parity:
-    """Run the written graph and the variant on the same random inputs, on the CPU, at several of the free sizes.
+def measure_parity(
+    planned: PlannedGraph, graph: Graph, functions: GraphFormat, folder: Path, device: torch.device
+) -> Parity:
+    """Run the written graph, on `device`, and the variant on the same random inputs, at several of the free sizes.
 
     Raises:
         BundleError: they differ by more than rounding, or the runtime does not take the file.
     """
-    device = planned.example_inputs[0].device
+    own_device = planned.example_inputs[0].device
     eager = planned.variant.program.graph_module
-    measured, coarsest, provider = [], torch.float64, ""
+    measured: list[Deviation] = []
+    dtypes: set[torch.dtype] = set()
     try:
-        session = functions.open_graph(graph, folder, torch.device("cpu"), {"prepacking": False})
-        provider = session.provider
+        session = functions.open_graph(graph, folder, device, {"prepacking": False})
         for sizes in _choices(example_sizes(planned)):
             inputs = _random_inputs(planned, graph, sizes)
             with torch.no_grad():
-                expected = eager(*planned.weights, *(tensor.to(device) for tensor in inputs))
-            results = session.run(inputs)
-            relative = max(_relative(a, b.cpu()) for a, b in zip(results, expected, strict=True))
+                expected = eager(*planned.weights, *(tensor.to(own_device) for tensor in inputs))
+            results = session.run([tensor.to(device) for tensor in inputs])
+            relative = max(_relative(a.cpu(), b.cpu()) for a, b in zip(results, expected, strict=True))
             measured.append(Deviation(sizes=sizes, relative=relative))
-            floats = [tensor.dtype for tensor in (*inputs, *results) if tensor.is_floating_point()]
-            coarsest = max((coarsest, *floats), key=lambda dtype: TOLERANCES[dtype])
+            dtypes.update(tensor.dtype for tensor in (*inputs, *results) if tensor.is_floating_point())
     except BackendError as error:
         raise BundleError(MSG_NOT_RUN.format(graph=planned.name, problem=error)) from error
+    coarsest = max(dtypes, key=lambda dtype: TOLERANCES[dtype])
     tolerance, relative = TOLERANCES[coarsest], max(one.relative for one in measured)
     if not all(one.relative <= tolerance for one in measured):  # NaN is not
         raise BundleError(
             MSG_TOO_FAR.format(
                 graph=planned.name,
-                provider=provider,
+                provider=session.provider,
                 relative=relative,
                 tolerance=tolerance,
                 dtype=dtype_name(coarsest),
             )
         )
-    return Parity(relative=relative, tolerance=tolerance, provider=provider, measured=measured)
+    return Parity(relative=relative, tolerance=tolerance, provider=session.provider, measured=measured)
 
 
 def example_sizes(planned: PlannedGraph) -> dict[str, int]:

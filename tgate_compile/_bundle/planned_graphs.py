@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,9 @@ from tgate_compile._schedule import Kind, Phase
 from tgate_compile._variants import VariantStore
 
 logger = logging.getLogger(__name__)
+
+#: What denoisers call their timestep.
+TIMESTEPS = ("timestep", "timesteps", "t")
 
 #: What is tried to leave free, one after the other. Transformers compute their position tables from the size.
 ATTEMPTS: tuple[tuple[FreeSize, ...], ...] = (("batch", "height", "width"), ("batch",))
@@ -100,18 +103,27 @@ def _planned_graphs(hook: DenoiserHook, plan: Plan, free: Collection[FreeSize]) 
     graphs = {}
     for key, call in calls.items():
         wanted = [phase for phase, its_key in phases if its_key == key and phase not in graphs]
-        sized = [hook.store.variant(phase, call, hook.own_forward) for phase in wanted]
-        if not free:
-            found, units = sized, {}
-        else:
-            guided = {phase.guided for phase in wanted} == {True}
-            shapes = free_shapes(hook.denoiser, hook.own_forward, call, hook.config.family, guided=guided, free=free)
-            variants, captured = hook.store.free_variants(wanted, shapes.call, hook.own_forward, shapes.shapes)
-            found, units = [(variant, captured) for variant in variants], dict(shapes.units)
+        sized = [hook.store.variant(phase, call, hook.own_forward)[0] for phase in wanted]
         names = argument_names(call, hook.own_forward)
-        for phase, (variant, captured), (static, _) in zip(wanted, found, sized, strict=True):
-            graphs[phase] = _planned(variant, captured, static, call, names, live, units)
+        call = _with_float_timestep(call, names)
+        guided = {phase.guided for phase in wanted} == {True}
+        shapes = free_shapes(hook.denoiser, hook.own_forward, call, hook.config.family, guided=guided, free=free)
+        variants, captured = hook.store.free_variants(wanted, shapes.call, hook.own_forward, shapes.shapes)
+        for phase, variant, static in zip(wanted, variants, sized, strict=True):
+            graphs[phase] = _planned(variant, captured, static, call, names, live, shapes.units)
     return {phase: graphs[phase] for phase, _ in phases}
+
+
+def _with_float_timestep(call: Call, names: Sequence[str]) -> Call:
+    """`call` with a timestep in float32, so that one graph serves schedulers with whole steps and with parts of them.
+
+    Denoisers begin by making it float themselves.
+    """
+    leaves = [
+        leaf.float() if name in TIMESTEPS and torch.is_tensor(leaf) and not leaf.is_floating_point() else leaf
+        for name, leaf in zip(names, call.leaves, strict=True)
+    ]
+    return Call(tuple(leaves), call.spec)
 
 
 def graph_name(phase: Phase) -> str:

@@ -56,7 +56,7 @@ class BundledGraph:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The denoiser's flat outputs for `call`, and the values of `emitted`."""
         by_name = dict(zip(self.names, call.leaves, strict=True))
-        inputs = [by_name[spec.name] for spec in self.graph.inputs]
+        inputs = [_as(spec, by_name[spec.name]) for spec in self.graph.inputs]
         reused = [caches[spec.kind, spec.site] for spec in self.graph.cache_inputs]
         outputs = self.session.run([*inputs, *reused])
         count = len(self.graph.outputs)
@@ -164,7 +164,7 @@ class BundleStore:
                     given=_arguments(tensors, constants),
                 )
             )
-        inputs = [given[spec.name] for spec in graph.inputs]
+        inputs = [_as(spec, given[spec.name]) for spec in graph.inputs]
         sizes = sizes_for(graph, inputs)
         right_dtypes = all(dtype_name(t.dtype) == spec.dtype for t, spec in zip(inputs, graph.inputs, strict=True))
         if sizes is not None and right_dtypes and self._within(sizes):
@@ -189,6 +189,12 @@ def _emission(output: CacheOutput, sizes: Mapping[str, int], anchor: float) -> E
     shape = (2 * batch if output.merged else batch, *rest)
     site = Site(output.kind, output.site, output.name, shape, dtype, dtype)
     return Emission(site, anchor if output.merged else None)
+
+
+def _as(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
+    """A timestep of whole numbers for a graph that takes parts of them; anything else as it is."""
+    whole = not tensor.is_floating_point() and spec.dtype == "float32"
+    return tensor.float() if whole else tensor
 
 
 def _exactly(constants: Mapping[str, object]) -> dict[str, tuple[type, object]]:
