@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 
 from tgate_compile._bundle.formats import FORMATS, check_can_write, format_called
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile._free_sizes import SYMBOLS, FreeSize
+from tgate_compile._installed import check_installed
 from tgate_compile._optimized import preview, required_state_of
 from tgate_compile._variants import VariantStore
 
@@ -20,6 +21,7 @@ MSG_DYNAMIC = (
     'dynamic must be True (whatever the denoiser permits), False, or names of "batch", "height" and "width", but got '
     "{given!r}."
 )
+MSG_COMPONENTS = "components must be {known}, but got {given!r}."
 MSG_FOLDER = "export() needs a folder, a str or a Path, but got {given!r}."
 MSG_LOADED = (
     "This {pipeline} is served from a bundle already: copy that, or restore(pipe) and optimize(pipe, ...) first."
@@ -32,6 +34,8 @@ MSG_SIMILARITY = (
     "This schedule ends guidance by the predictions' similarity (guidance_similarity), so that which graphs a call "
     "needs is known only while it runs. A bundle needs a gate_step or a guidance_step instead."
 )
+#: What may be written: the denoiser's graphs alone, or all that makes an image of a prompt.
+COMPONENTS = ("denoiser", "all")
 
 
 def export(
@@ -42,6 +46,7 @@ def export(
     call: Mapping[str, Any] | None = None,
     dynamic: bool | Collection[FreeSize] = True,
     format_options: Mapping[str, object] | None = None,
+    components: Literal["denoiser", "all"] = "denoiser",
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -60,6 +65,8 @@ def export(
             is as many as the denoiser permits: all three, or the batch alone (transformers that compute tables from
             the size), or none. False is none.
         format_options: see the format in `docs/exports.md`; `onnx` has none.
+        components: `"all"` also writes the text encoders, the tokenizers and the VAE's decoder, so that
+            `tgate_compile.runtime` makes images of prompts without PyTorch; for Stable Diffusion, SDXL and PixArt.
         overwrite: replace the bundle that is in `folder`.
         progress: called with a line at the beginning of each stage.
 
@@ -77,6 +84,8 @@ def export(
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise ConfigurationError(MSG_FOLDER.format(given=folder))
     free = _free(dynamic)
+    if components not in COMPONENTS:
+        raise ConfigurationError(MSG_COMPONENTS.format(known=" or ".join(map(repr, COMPONENTS)), given=components))
     state = required_state_of(pipe)
     pipeline = state.pipeline_class.__name__
     if len(state.hooks) > 1:
@@ -93,12 +102,21 @@ def export(
     from tgate_compile._bundle.folder import check_target
     from tgate_compile._bundle.write import write_bundle
 
+    call = {"prompt": ""} if call is None else call
+    request = None
+    if components == "all":
+        check_can_write("onnx")  # which they are written as, whatever the denoiser's graphs are
+        check_installed("tokenizers", what='components="all"')
+        from tgate_compile._bundle.component_recipes import recipe_for
+        from tgate_compile._bundle.components import Request
+
+        request = Request(state.pipeline_class, recipe_for(pipe, call), call)
     target = Path(folder)
     target = target.parent.resolve() / target.name if target.name else target.resolve()
     check_target(target, overwrite=overwrite)
     say = progress or (lambda stage: None)
     say("Capturing the graphs")
-    plan = preview(pipe, {"prompt": ""} if call is None else call)[component]
+    plan = preview(pipe, call)[component]
     write_bundle(
         pipe,
         component,
@@ -108,6 +126,7 @@ def export(
         graph_format=format,
         options=options,
         free=free,
+        components=request,
         overwrite=overwrite,
         progress=say,
     )

@@ -14,6 +14,8 @@ MANIFEST_FILE = "manifest.json"
 GRAPHS_FOLDER = "graphs"
 #: Beside the graphs: ONNX runtimes read external data from the model's own folder only.
 WEIGHTS_FILE = "graphs/weights.bin"
+COMPONENTS_FOLDER = "components"
+COMPONENTS_WEIGHTS_FILE = "components/weights.bin"
 
 #: Names of torch's dtypes, without `torch.`.
 Dtype = Literal[
@@ -219,6 +221,67 @@ class Versions(_Strict):
     runtime: Name = Field(description="Of what the graphs are for: `onnxruntime 1.31.1`.")
 
 
+class Tokenizer(_Strict):
+    """What makes numbers of a text."""
+
+    file: Name = Field(description="A tokenizer.json of the `tokenizers` library, which cuts and pads as is said here.")
+    length: Count = Field(description="Tokens of every text: a longer one is cut, a shorter one padded at its end.")
+    pad_id: Count
+    lower_case: bool = Field(description="Texts are stripped and put into lower case first.")
+
+
+class TextEncoder(_Strict):
+    """An ONNX file that takes `input_ids` and, where it has one, an `attention_mask`: 0 for padding, else 1."""
+
+    component: Name = Field(description="The pipeline's name for it.")
+    class_name: Name
+    file: Name
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec] = Field(description="`hidden_states`, and `pooled` from one that has it.")
+    hidden_state: Literal[-1, -2] = Field(description="-1: the last one, normed; -2: the one before the last layer.")
+    tokenizer: Tokenizer
+    parity: Parity
+
+
+class VaeDecoder(_Strict):
+    """An ONNX file that makes images of `latents / scaling_factor + shift_factor`."""
+
+    class_name: Name
+    file: Name
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    latent_channels: Count
+    scale_factor: Count = Field(description="Pixels of an image for one of its latents.")
+    scaling_factor: float
+    shift_factor: float
+    image_range: tuple[float, float] = Field(description="What black and white are.")
+    parity: Parity
+
+
+#: Where an argument of the denoiser comes from: docs/bundle.md has them all.
+Source = Literal[
+    "latents", "timestep", "hidden_states", "attention_mask", "pooled", "sizes", "resolution", "aspect_ratio"
+]
+
+
+class Components(_Strict):
+    """What makes a text-to-image program of the denoiser's graphs."""
+
+    weights: Name = Field(description="The file with the weights of all of these.")
+    text_encoders: list[TextEncoder] = Field(
+        min_length=1, description="Their hidden states are joined along the last dimension, in this order."
+    )
+    vae_decoder: VaeDecoder
+    arguments: dict[Name, Source] = Field(description="What each argument of the denoiser is.")
+    negative: Literal["empty", "zeros"] = Field(
+        description="What stands for a negative prompt that is not given: an empty text, or zeros for its encodings."
+    )
+    num_inference_steps: Count = Field(description="If a call does not say; the same below.")
+    guidance_scale: Measured = Field(description="Up to 1: no guidance.")
+    height: Count
+    width: Count
+
+
 class Manifest(_Strict):
     """All that a runtime needs to know. Paths are relative to the manifest's folder, with forward slashes."""
 
@@ -235,6 +298,7 @@ class Manifest(_Strict):
     wiring: list[Wire]
     example: Example
     weights: Name | None = Field(description="The file with all graphs' weights; None: the graphs have them.")
+    components: Components | None = Field(description="None: the denoiser alone.")
     versions: Versions
     files: dict[Name, File] = Field(description="Every file of the bundle but the manifest.")
 

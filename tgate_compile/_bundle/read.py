@@ -7,8 +7,10 @@ from pathlib import Path
 
 from tgate_compile._bundle.bundle import Bundle
 from tgate_compile._bundle.formats import FORMATS, check_can_load, format_called
+from tgate_compile._bundle.manifest import Manifest
 from tgate_compile._bundle.read_manifest import MSG_UNREADABLE, read_manifest
 from tgate_compile._errors import BundleError
+from tgate_compile._installed import check_installed
 
 MSG_FORMAT = "The bundle {folder} has graphs of the format {given!r}, and this tgate_compile reads {known}."
 
@@ -31,6 +33,20 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     try:
         for graph in manifest.graphs.values():
             functions.check_graph(graph, root, manifest)
+        _check_components(root, manifest)
     except (OSError, ValueError) as error:
         raise BundleError(MSG_UNREADABLE.format(path=root, reason=error)) from error
     return Bundle(root, manifest)
+
+
+def _check_components(root: Path, manifest: Manifest) -> None:
+    if manifest.components is None:
+        return
+    check_installed("onnx", what="A bundle with components")
+    from tgate_compile._bundle.check_onnx_file import check_onnx_file
+
+    size = manifest.files[manifest.components.weights].size
+    decoder = manifest.components.vae_decoder
+    for encoder in manifest.components.text_encoders:
+        check_onnx_file(root / encoder.file, encoder.inputs, encoder.outputs, size)
+    check_onnx_file(root / decoder.file, decoder.inputs, decoder.outputs, size)

@@ -8,7 +8,14 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tgate_compile._bundle.files import file_of
-from tgate_compile._bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION, WEIGHTS_FILE, Manifest
+from tgate_compile._bundle.manifest import (
+    COMPONENTS_FOLDER,
+    COMPONENTS_WEIGHTS_FILE,
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    WEIGHTS_FILE,
+    Manifest,
+)
 from tgate_compile._bundle.sizes import shape_at
 from tgate_compile._bundle.wiring import check_wiring
 from tgate_compile._errors import BundleError, ConfigurationError
@@ -85,7 +92,7 @@ def _manifest(root: Path) -> Manifest:
         read_schedule(manifest.method.schedule, f"The manifest {path}: method.schedule")
     except ConfigurationError as error:
         raise BundleError(str(error)) from error
-    for used in (manifest.weights, *(graph.file for graph in manifest.graphs.values())):
+    for used in (manifest.weights, *(graph.file for graph in manifest.graphs.values()), *_component_files(manifest)):
         if used is not None and used not in manifest.files:
             raise BundleError(MSG_UNLISTED.format(path=path, given=used))
     if manifest.weights not in (WEIGHTS_FILE, None) or (manifest.graph_format == "onnx" and manifest.weights is None):
@@ -94,8 +101,29 @@ def _manifest(root: Path) -> Manifest:
     if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in manifest.graphs.values()):
         raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem="not one field an output"))
     _check_sizes(manifest, path)
+    _check_components(manifest, path)
     check_wiring(manifest, path)
     return manifest
+
+
+def _component_files(manifest: Manifest) -> list[str]:
+    components = manifest.components
+    if components is None:
+        return []
+    encoders = [file for encoder in components.text_encoders for file in (encoder.file, encoder.tokenizer.file)]
+    return [components.weights, *encoders, components.vae_decoder.file]
+
+
+def _check_components(manifest: Manifest, path: Path) -> None:
+    """They have a weights file of their own, beside all their graphs, and say what each argument of the denoiser is."""
+    components = manifest.components
+    if components is None:
+        return
+    outside = [name for name in _component_files(manifest) if str(PurePosixPath(name).parent) != COMPONENTS_FOLDER]
+    if outside or components.weights != COMPONENTS_WEIGHTS_FILE:
+        raise BundleError(MSG_INVALID.format(path=path, where="components", problem="a file out of its folder"))
+    if set(components.arguments) != set(manifest.denoiser.arguments):
+        raise BundleError(MSG_INVALID.format(path=path, where="components.arguments", problem="not the denoiser's"))
 
 
 def _check_sizes(manifest: Manifest, path: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._bundle import manifest as m
+from tgate_compile._bundle.component_recipes import check_arguments
+from tgate_compile._bundle.components import Request, write_components
 from tgate_compile._bundle.describe_graph import describe_graph, phase_spec
 from tgate_compile._bundle.files import file_of
 from tgate_compile._bundle.folder import written_folder
@@ -42,12 +44,13 @@ def write_bundle(
     graph_format: str,
     options: Mapping[str, object],
     free: Collection[FreeSize] | None,
+    components: Request | None,
     overwrite: bool,
     progress: Progress,
 ) -> None:
     """Write the graphs of `plan` to `folder`; `hook` is that of the denoiser `component` of the optimized `pipe`.
 
-    The other arguments are those of `export`.
+    `components`: what is to be written beyond the denoiser. The other arguments are those of `export`.
 
     Raises:
         CaptureError: the denoiser's code depends on a size that is to be left free.
@@ -56,9 +59,18 @@ def write_bundle(
     """
     graphs = planned_graphs(hook, plan, free)
     denoiser = _denoiser(component, hook, next(iter(graphs.values())), progress)
+    if components is not None:
+        check_arguments(pipe, components.recipe, denoiser.arguments)
     with written_folder(folder, overwrite=overwrite) as temporary:
         described = _write_graphs(list(graphs.values()), temporary, graph_format, options, progress)
         names = {phase: planned.name for phase, planned in graphs.items()}
+        others = None
+        if components is not None:
+            latents = next(iter(graphs.values())).arguments[denoiser.latents]
+            assert isinstance(latents, torch.Tensor)
+            others = write_components(
+                pipe, components, denoiser.arguments, latents.shape, len(plan.steps), temporary, progress
+            )
         manifest = m.Manifest(
             format="tgate_compile.bundle",
             schema_version=m.SCHEMA_VERSION,
@@ -79,6 +91,7 @@ def write_bundle(
             wiring=wiring_of(described),
             example=_example(plan, names),
             weights=m.WEIGHTS_FILE if (temporary / m.WEIGHTS_FILE).exists() else None,
+            components=others,
             versions=m.Versions(
                 tgate_compile=__version__,
                 torch=torch.__version__,
