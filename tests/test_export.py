@@ -135,7 +135,7 @@ def test_denoisers_that_return_an_output_class() -> None:
 
 @pytest.mark.parametrize(
     "call",
-    [{"prompt": ["red", "cat"]}, {"height": 32, "width": 16}, {"height": 24, "num_images_per_prompt": 3}],
+    [{"prompt": ["red", "cat"]}, {"height": 32, "width": 16}, {"height": 24, "width": 8, "num_images_per_prompt": 3}],
     ids=["prompts", "size", "both"],
 )
 def test_sizes_that_each_call_chooses(bundle: Path, call: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ def test_sizes_that_are_fixed(tmp_path: Path) -> None:
     tgate_compile.load(pipe, batch)
     assert difference(run(pipe, prompt=["red", "cat"]), expected) < CLOSE
     with pytest.raises(BundleError, match=r"sample float32\[2\*b, 4, 8, 8\].*sample float32\[2, 4, 16, 8\]"):
-        run(pipe, height=32)
+        run(pipe, height=32, width=16)
 
 
 def not_loaded(pipe: Any, bundle: Path, *parts: str, error: type[Exception] = BundleError, **options: Any) -> None:
