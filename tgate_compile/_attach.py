@@ -49,8 +49,11 @@ def attach(
     cache_dtype: torch.dtype | None = None,
     backend: str = "inductor",
     backend_options: Mapping[str, object] | None = None,
+    from_bundle: bool = False,
 ) -> None:
     """Let the denoisers of `pipe` run by `schedules`, which has one for each of `denoiser_names(pipe)`.
+
+    Those whose graphs come `from_bundle` have a backend that `load` has checked.
 
     Raises:
         ConfigurationError: an argument is wrong. The pipeline is as it was.
@@ -68,7 +71,8 @@ def attach(
         )
         for name, schedule in schedules.items()
     }
-    check_backend(backend, options)
+    if not from_bundle:
+        check_backend(backend, options)
     if state_of(pipe) is not None:
         raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
     for name, config in configs.items():

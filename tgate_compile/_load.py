@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._attach import attach, denoiser_names, detach
-from tgate_compile._bundle.formats import FORMATS
+from tgate_compile._bundle.formats import FORMATS, check_can_run, format_called
 from tgate_compile._errors import BundleError, ConfigurationError
 from tgate_compile._installed import check_installed
 from tgate_compile._optimized import Optimized, required_state_of
@@ -63,6 +63,7 @@ def load(
     Raises:
         ConfigurationError: an argument is wrong, or a package is missing. `pipe` is as it was, here and below.
         BundleError: the bundle is damaged, or made from another pipeline, another model or other weights.
+        BackendError: this machine cannot run the bundle's graphs.
     """
     known = list(dict.fromkeys(row.backend for row in FORMATS.values()))
     if backend is not None and backend not in known:
@@ -83,16 +84,20 @@ def load(
     if type(pipe).__name__ != made_from:
         given = type(pipe).__name__
         raise BundleError(MSG_OTHER_PIPELINE.format(folder=bundle.folder, expected=made_from, given=given))
+    options = dict(backend_options or {})
+    format_called(bundle.manifest.graph_format).check_load_options(options)
+    check_can_run(bundle.manifest.graph_format)
     attach(
         pipe,
         dict.fromkeys(names, read_schedule(method.schedule)),
         sites=method.sites,
         cache_dtype=None if method.cache_dtype is None else getattr(torch, method.cache_dtype),
         backend=row.backend,
-        backend_options=backend_options,
+        backend_options=options,
+        from_bundle=True,
     )
     try:
-        _serve(required_state_of(pipe), bundle, backend_options or {})
+        _serve(required_state_of(pipe), bundle, options)
     except BaseException:
         detach(pipe)
         raise

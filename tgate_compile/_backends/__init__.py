@@ -22,12 +22,23 @@ BACKENDS: Mapping[str, type[Backend]] = {
 }
 
 
+#: What runs graphs that `export` has built, by the format, and nothing else.
+FOR_BUNDLES = ("aoti", "tensorrt-rtx")
+
+MSG_FOR_BUNDLES = (
+    'backend="{name}" runs graphs that are built beforehand: export(pipe, folder, format="{name}") of a pipeline that '
+    'is optimized with another backend, such as "eager", then load(pipe, folder) into a plain one.'
+)
+
+
 def check_backend(name: object, options: Mapping[str, object]) -> None:
     """Raise ConfigurationError unless `name` is a backend, or `auto`, that takes `options`."""
     if name == "auto":
         if options:
             raise ConfigurationError('backend_options need a named backend, but backend is "auto".')
         return
+    if name in FOR_BUNDLES:
+        raise ConfigurationError(MSG_FOR_BUNDLES.format(name=name))
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(f'"{known}"' for known in BACKENDS)
         raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.')

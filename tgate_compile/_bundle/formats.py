@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from tgate_compile._errors import BackendError
 from tgate_compile._installed import check_installed
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 #: Told what is being done, one line a stage.
 Progress = Callable[[str], None]
 
+MSG_NO_GPU = (
+    'A bundle of format "{format}" runs on an NVIDIA GPU, and PyTorch {torch} finds none here: there is no GPU, no '
+    "driver, or no CUDA in this PyTorch. On this machine, load a bundle of another format."
+)
+
 
 @dataclass(frozen=True)
 class WrittenGraph:
@@ -29,11 +35,15 @@ class WrittenGraph:
         file: relative to the bundle.
         nodes: the number of its operators.
         entry: what it is called in a file of several.
+        checked_on: the device that runs it to compare it with PyTorch's graph; None: this machine has none.
+        limits: the least and the most of each free size that it takes, if that is less than what the graph takes.
     """
 
     file: str
     nodes: int
     entry: str | None = None
+    checked_on: str | None = "cpu"
+    limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class GraphFormat(Protocol):
@@ -41,6 +51,9 @@ class GraphFormat(Protocol):
 
     def check_options(self, options: Mapping[str, object]) -> None:
         """Raise ConfigurationError for options of `export` that the format does not know."""
+
+    def check_load_options(self, options: Mapping[str, object]) -> None:
+        """Raise ConfigurationError for options of `load` that the format does not know."""
 
     def runtime_version(self) -> str:
         """What made the graphs, for the manifest: `onnxruntime 1.31.1`."""
@@ -77,12 +90,12 @@ class Row:
     """What is said of a format before any of its packages is imported.
 
     Attributes:
-        module: has the functions of `GraphFormat`.
+        module: has the functions of `GraphFormat`; `module:name` is an object in a module that has them.
         backend: what `load` runs it with.
         extra: of tgate_compile, with the packages that it needs.
         to_write: modules that `export` needs.
         to_load: modules that `load` needs.
-        checks_here: its graphs run wherever they are written, and are compared with PyTorch's.
+        needs_gpu: its graphs run on NVIDIA's GPUs only.
     """
 
     module: str
@@ -90,7 +103,7 @@ class Row:
     extra: str
     to_write: tuple[str, ...]
     to_load: tuple[str, ...]
-    checks_here: bool = True
+    needs_gpu: bool = False
 
 
 FORMATS: Mapping[str, Row] = {
@@ -106,8 +119,10 @@ FORMATS: Mapping[str, Row] = {
 
 def format_called(name: str) -> GraphFormat:
     """The format's functions; its packages must be there."""
-    module: GraphFormat = importlib.import_module(FORMATS[name].module)
-    return module
+    module, _, attribute = FORMATS[name].module.partition(":")
+    found = importlib.import_module(module)
+    functions: GraphFormat = getattr(found, attribute) if attribute else found
+    return functions
 
 
 def check_can_write(name: str) -> None:
@@ -120,3 +135,9 @@ def check_can_load(name: str) -> None:
     """Raise ConfigurationError, which says what to install, unless `load` has what this format needs."""
     row = FORMATS[name]
     check_installed(*row.to_load, extra=row.extra, what=f'A bundle of format "{name}"')
+
+
+def check_can_run(name: str) -> None:
+    """Raise BackendError, which says what is missing, unless this machine can run graphs of this format."""
+    if FORMATS[name].needs_gpu and not torch.cuda.is_available():
+        raise BackendError(MSG_NO_GPU.format(format=name, torch=torch.__version__))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tgate_compile._backends.onnx_runtime import OnnxRuntimeBackend
 from tgate_compile._bundle import manifest as m
 from tgate_compile._bundle.check_onnx_file import check_onnx_file
 from tgate_compile._bundle.describe_graph import inputs_of, size_of, symbols_of
@@ -32,6 +33,11 @@ def check_options(options: Mapping[str, object]) -> None:
     """Raise ConfigurationError: there are none."""
     if options:
         raise ConfigurationError(MSG_NO_OPTIONS.format(given=", ".join(map(repr, options))))
+
+
+def check_load_options(options: Mapping[str, object]) -> None:
+    """Raise ConfigurationError for options that the backend of the same name does not know."""
+    OnnxRuntimeBackend.check_options(options)
 
 
 def runtime_version() -> str:

@@ -16,7 +16,7 @@ from tgate_compile._bundle.components import Request, write_components
 from tgate_compile._bundle.describe_graph import describe_graph, phase_spec
 from tgate_compile._bundle.files import file_of
 from tgate_compile._bundle.folder import written_folder
-from tgate_compile._bundle.formats import FORMATS, Progress, format_called
+from tgate_compile._bundle.formats import GraphFormat, Progress, WrittenGraph, format_called
 from tgate_compile._bundle.parity import example_sizes, measure_parity
 from tgate_compile._bundle.plain_data import plain_config
 from tgate_compile._bundle.planned_graphs import PlannedGraph, planned_graphs
@@ -62,7 +62,9 @@ def write_bundle(
     if components is not None:
         check_arguments(pipe, components.recipe, denoiser.arguments)
     with written_folder(folder, overwrite=overwrite) as temporary:
-        described = _write_graphs(list(graphs.values()), temporary, graph_format, options, progress)
+        functions = format_called(graph_format)
+        written = functions.write_graphs(list(graphs.values()), temporary, options, progress)
+        described = _described(list(graphs.values()), written, temporary, functions, progress)
         names = {phase: planned.name for phase, planned in graphs.items()}
         others = None
         if components is not None:
@@ -86,7 +88,7 @@ def write_bundle(
                 class_name=type(pipe.scheduler).__name__, config=plain_config(dict(pipe.scheduler.config))
             ),
             graph_format=graph_format,  # type: ignore[arg-type]
-            sizes=_sizes(next(iter(graphs.values()))),
+            sizes=_sizes(next(iter(graphs.values())), written.values()),
             graphs=described,
             wiring=wiring_of(described),
             example=_example(plan, names),
@@ -95,35 +97,41 @@ def write_bundle(
             versions=m.Versions(
                 tgate_compile=__version__,
                 torch=torch.__version__,
-                runtime=format_called(graph_format).runtime_version(),
+                runtime=functions.runtime_version(),
             ),
             files=_files(temporary, progress),
         )
         (temporary / m.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def _write_graphs(
-    graphs: list[PlannedGraph], folder: Path, graph_format: str, options: Mapping[str, object], progress: Progress
+def _described(
+    graphs: list[PlannedGraph],
+    written: Mapping[str, WrittenGraph],
+    folder: Path,
+    functions: GraphFormat,
+    progress: Progress,
 ) -> dict[str, m.Graph]:
-    functions = format_called(graph_format)
-    written = functions.write_graphs(graphs, folder, options, progress)
     described = {}
     for planned in graphs:
         its = written[planned.name]
         graph = describe_graph(planned, its.file, its.entry, its.nodes)
-        if FORMATS[graph_format].checks_here:
+        if its.checked_on is not None:
             progress(f"Checking the {planned.name} graph against PyTorch")
-            graph = graph.model_copy(update={"parity": measure_parity(planned, graph, functions, folder)})
+            parity = measure_parity(planned, graph, functions, folder, torch.device(its.checked_on))
+            graph = graph.model_copy(update={"parity": parity})
         described[planned.name] = graph
     return described
 
 
-def _sizes(planned: PlannedGraph) -> dict[str, m.FreeSize]:
+def _sizes(planned: PlannedGraph, written: Collection[WrittenGraph]) -> dict[str, m.FreeSize]:
+    """What all graphs take."""
     largest = {SYMBOLS[name]: most for name, most in LARGEST.items()}
-    return {
-        name: m.FreeSize(least=1, most=largest[name], example=example)
-        for name, example in example_sizes(planned).items()
-    }
+    sizes = {}
+    for name, example in example_sizes(planned).items():
+        limits = [(1, largest[name]), *(graph.limits[name] for graph in written if name in graph.limits)]
+        least, most = max(least for least, _ in limits), min(most for _, most in limits)
+        sizes[name] = m.FreeSize(least=least, most=most, example=example)
+    return sizes
 
 
 def _denoiser(component: str, hook: DenoiserHook, planned: PlannedGraph, progress: Progress) -> m.Denoiser:
