@@ -9,12 +9,12 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch.export.graph_signature import InputKind
 
-from tgate_compile._bundle.manifest import CacheInput, CacheOutput, Facts, Graph, PhaseSpec, TensorSpec
+from tgate_compile._bundle.manifest import CacheInput, CacheOutput, Facts, Graph, TensorSpec
+from tgate_compile._bundle.phases import phase_spec
 from tgate_compile._bundle.planned_graphs import PlannedGraph
 from tgate_compile._bundle.sizes import Size
 from tgate_compile._bundle.weights_digest import dtype_name
 from tgate_compile._free_sizes import SYMBOLS
-from tgate_compile._schedule import Phase
 from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.passes.operands import outputs_of, shape_of
 
@@ -56,16 +56,6 @@ def describe_graph(planned: PlannedGraph, file: str, entry: str | None, nodes: i
             macs_total=macs.total,
         ),
     )
-
-
-def phase_spec(phase: Phase) -> PhaseSpec:
-    """`phase` as plain data."""
-    return PhaseSpec(guided=phase.guided, reuse=sorted(phase.reuse), emit=sorted(phase.emit), merge=sorted(phase.merge))
-
-
-def phase_of(spec: PhaseSpec) -> Phase:
-    """And back."""
-    return Phase(spec.guided, emit=frozenset(spec.emit), merge=frozenset(spec.merge), reuse=frozenset(spec.reuse))
 
 
 def inputs_of(planned: PlannedGraph) -> list[torch.fx.Node]:

@@ -10,9 +10,9 @@ import torch
 
 from tgate_compile._bundle.argument_names import argument_names
 from tgate_compile._bundle.bundle import Bundle
-from tgate_compile._bundle.describe_graph import phase_of
 from tgate_compile._bundle.formats import format_called
 from tgate_compile._bundle.manifest import CacheOutput, Graph, TensorSpec
+from tgate_compile._bundle.phases import phase_of
 from tgate_compile._bundle.returns import unflatten_as
 from tgate_compile._bundle.session import Session, sizes_for
 from tgate_compile._bundle.sizes import shape_at

@@ -13,11 +13,12 @@ from diffusers import DiffusionPipeline
 from tgate_compile._bundle import manifest as m
 from tgate_compile._bundle.component_recipes import check_arguments
 from tgate_compile._bundle.components import Request, write_components
-from tgate_compile._bundle.describe_graph import describe_graph, phase_spec
+from tgate_compile._bundle.describe_graph import describe_graph
 from tgate_compile._bundle.files import file_of
 from tgate_compile._bundle.folder import written_folder
 from tgate_compile._bundle.formats import GraphFormat, Progress, WrittenGraph, format_called
 from tgate_compile._bundle.parity import example_sizes, measure_parity
+from tgate_compile._bundle.phases import phase_spec
 from tgate_compile._bundle.plain_data import plain_config
 from tgate_compile._bundle.planned_graphs import PlannedGraph, planned_graphs
 from tgate_compile._bundle.returns import returns_of
