@@ -1,1 +1,8 @@
-"""Bundles as text-to-image programs on numpy and ONNX Runtime: no torch, diffusers or transformers is imported here."""
+"""Bundles as text-to-image programs on numpy and ONNX Runtime: no torch, diffusers or transformers is imported here.
+
+pipe = tgate_compile.runtime.BundlePipeline("my-bundle")
+image = pipe("a large red circle on a blue background", seed=0)
+"""
+
+from tgate_compile.runtime._pipeline import BundlePipeline as BundlePipeline
+from tgate_compile.runtime._pipeline import Step as Step

@@ -1,0 +1,181 @@
+"""The denoiser of a bundle: its graphs, chosen step by step, with the caches carried along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tgate_compile._bundle.manifest import Graph, Manifest, Source, TensorSpec
+from tgate_compile._bundle.phases import phase_of
+from tgate_compile._bundle.sizes import solve
+from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile._schedule import Half, Kind, Phase, Schedule
+from tgate_compile.runtime._noise_levels import Array
+from tgate_compile.runtime._session import Session, Settings, ort_value
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+MSG_NO_GRAPH = (
+    "The bundle {folder} has no graph for what this call needs ({phase}, {guidance} guidance). It has {graphs}. Export "
+    "one with a call like this one."
+)
+MSG_SHAPES = (
+    "The bundle {folder} is made for {expected}, but this call has {given}. Ask for images of another size, or for "
+    "another number at a time, or export a bundle that takes these."
+)
+MSG_LIMITS = "The bundle {folder} takes {name} from {least} to {most}, but this call has {given}."
+MSG_TIMESTEP = (
+    "This scheduler's timesteps are no whole numbers ({given}), and the graphs of the bundle {folder} take whole ones. "
+    "Choose another scheduler, or export the bundle from a pipeline with the Euler scheduler, which serves all of them."
+)
+
+#: For each half of guidance, what is known of it besides latents and timesteps; the first dimension is that of images.
+Conditions = Mapping[Half, Mapping[Source, Array]]
+
+
+class Graphs:
+    """The graphs of a bundle, each opened when it is first needed."""
+
+    def __init__(self, manifest: Manifest, folder: Path, settings: Settings) -> None:
+        self._manifest = manifest
+        self._folder = folder
+        self._settings = settings
+        self._graphs = {phase_of(graph.phase): (name, graph) for name, graph in manifest.graphs.items()}
+        self._sessions: dict[Phase, Session] = {}
+
+    def get(self, phase: Phase) -> tuple[str, Graph, Session]:
+        """The graph that serves exactly `phase`, with its name.
+
+        Raises:
+            BundleError: there is none.
+            BackendError: ONNX Runtime does not take it.
+        """
+        if phase not in self._graphs:
+            raise BundleError(
+                MSG_NO_GRAPH.format(
+                    folder=self._folder,
+                    phase=phase.name,
+                    guidance="with" if phase.guided else "without",
+                    graphs=", ".join(name for name, _ in self._graphs.values()),
+                )
+            )
+        name, graph = self._graphs[phase]
+        if phase not in self._sessions:
+            self._sessions[phase] = Session(self._folder / graph.file, *_specs(graph), self._settings)
+        return name, graph, self._sessions[phase]
+
+
+class Denoiser:
+    """The denoiser of one generation. Calls come in the order of the steps."""
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        manifest: Manifest,
+        folder: Path,
+        schedule: Schedule,
+        steps: int,
+        conditions: Conditions,
+    ) -> None:
+        """Of so many `steps`; under guidance, `conditions` has both halves."""
+        assert manifest.components is not None
+        self._graphs = graphs
+        self._manifest = manifest
+        self._folder = folder
+        self._sources = manifest.components.arguments
+        self._conditions = conditions
+        self._schedule = schedule
+        self._guided = len(conditions) == 2
+        self._plan = schedule.plan(steps, guided=self._guided)
+        self._caches: dict[tuple[Kind, str], OrtValue] = {}
+        self._made: dict[tuple[bool, str], OrtValue] = {}
+        self._checked: set[Phase] = set()
+
+    @property
+    def plan(self) -> Sequence[Phase]:
+        """What each step does."""
+        return self._plan
+
+    def open_graphs(self) -> None:
+        """Open all that the plan needs; raises what `Graphs.get` does."""
+        for phase in self._plan:
+            self._graphs.get(self._schedule.graph(phase))
+
+    def graph_name(self, step: int) -> str:
+        """Of the graph that serves `step`."""
+        return self._graphs.get(self._schedule.graph(self._plan[step]))[0]
+
+    def __call__(self, step: int, latents: Array, timestep: float, guidance_scale: float) -> Array:
+        """The prediction for `latents`, [images, channels, h, w], with guidance where the step has it.
+
+        Raises:
+            BundleError: the graph is made for other shapes.
+            BackendError: ONNX Runtime fails.
+        """
+        phase = self._plan[step]
+        served = self._schedule.graph(phase)
+        _, graph, session = self._graphs.get(served)
+        inputs = {spec.name: self._argument(spec, latents, timestep, guided=phase.guided) for spec in graph.inputs}
+        inputs |= {spec.name: self._caches[spec.kind, spec.site] for spec in graph.cache_inputs}
+        if served not in self._checked:
+            self._check_shapes(graph, inputs)
+            self._checked.add(served)
+        outputs = session.run(inputs, kept=len(graph.cache_outputs))
+        count = len(graph.outputs)
+        for spec, value in zip(graph.cache_outputs, outputs[count:], strict=True):
+            if spec.kind in (phase.merge if spec.merged else phase.emit):
+                self._caches[spec.kind, spec.site] = value
+        prediction: Array = outputs[0].numpy().astype(np.float32)
+        if phase.guided:
+            halves = dict(zip(self._manifest.family.order, np.split(prediction, 2), strict=True))
+            prediction = halves["uncond"] + np.float32(guidance_scale) * (halves["cond"] - halves["uncond"])
+        return prediction[:, : latents.shape[1]]  # beyond the latents' channels is a learned variance
+
+    def _argument(self, spec: TensorSpec, latents: Array, timestep: float, *, guided: bool) -> OrtValue:
+        source = self._sources[spec.name]
+        halves: Sequence[Half] = self._halves(guided)
+        if source == "latents":
+            return ort_value(np.concatenate([latents] * len(halves)), spec)
+        if source == "timestep":
+            return ort_value(self._timestep(spec, timestep, len(halves) * len(latents)), spec)
+        key = (guided, spec.name)
+        if key not in self._made:
+            value = np.concatenate([self._conditions[half][source] for half in halves])
+            self._made[key] = ort_value(value, spec)
+        return self._made[key]
+
+    def _halves(self, guided: bool) -> Sequence[Half]:
+        if guided:
+            return self._manifest.family.order
+        return (self._manifest.method.keep,) if self._guided else tuple(self._conditions)
+
+    def _timestep(self, spec: TensorSpec, timestep: float, batch: int) -> Array:
+        if spec.dtype.startswith("int") and timestep != int(timestep):
+            raise ConfigurationError(MSG_TIMESTEP.format(given=timestep, folder=self._folder))
+        return np.full((batch,) * len(spec.shape), timestep)
+
+    def _check_shapes(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
+        specs = [*graph.inputs, *graph.cache_inputs]
+        shapes = [inputs[spec.name].shape() for spec in specs]
+        sizes = solve([spec.shape for spec in specs], shapes)
+        if sizes is None:
+            pairs = zip(specs, shapes, strict=True)
+            others = [(spec, shape) for spec, shape in pairs if solve([spec.shape], [shape]) is None]
+            others = others or list(zip(specs, shapes, strict=True))[:1]
+            expected = ", ".join(f"{spec.name} {spec.shape}" for spec, _ in others)
+            given = ", ".join(f"{spec.name} {list(shape)}" for spec, shape in others)
+            raise BundleError(MSG_SHAPES.format(folder=self._folder, expected=expected, given=given))
+        for name, value in sizes.items():
+            limits = self._manifest.sizes[name]
+            if not limits.least <= value <= limits.most:
+                raise BundleError(
+                    MSG_LIMITS.format(folder=self._folder, name=name, least=limits.least, most=limits.most, given=value)
+                )
+
+
+def _specs(graph: Graph) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    return [*graph.inputs, *graph.cache_inputs], [*graph.outputs, *graph.cache_outputs]

@@ -1,0 +1,259 @@
+"""A bundle as a text-to-image program."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from tgate_compile._bundle.manifest import Components, Manifest, Source
+from tgate_compile._bundle.read_manifest import read_manifest
+from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile._installed import check_installed
+from tgate_compile._schedule import Half, Schedule
+from tgate_compile._schedule_file import read_schedule
+from tgate_compile.runtime._denoiser import Conditions, Denoiser, Graphs
+from tgate_compile.runtime._images import Decoder, pil_images
+from tgate_compile.runtime._noise_levels import Array
+from tgate_compile.runtime._schedulers import make_scheduler
+from tgate_compile.runtime._session import Settings
+from tgate_compile.runtime._text import Encoded, Prompts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: What it needs.
+NEEDS = ("onnxruntime", "tokenizers")
+
+MSG_NO_COMPONENTS = (
+    "The bundle {folder} has the denoiser alone, so that there is nothing to read prompts and to decode latents. "
+    'Export one with tgate_compile.export(..., components="all"), or `tgate-compile export --components all`.'
+)
+MSG_FORMAT = 'The bundle {folder} has graphs of the format {given!r}, and this runtime runs "onnx".'
+MSG_PROMPT = "prompt must be a text or a list of texts, but got {given!r}."
+MSG_NEGATIVE = "negative_prompt must be None, a text, or a list of {count} texts as prompt is, but got {given!r}."
+MSG_SCALE = "guidance_scale must be a number, but got {given!r}."
+MSG_SIZE = "{name} must be a multiple of {scale} pixels, but got {given!r}."
+MSG_LATENTS = "latents must be an array of the shape {expected}, but got {given}."
+MSG_SEED = "seed must be None or a whole number from 0 on, but got {given!r}."
+MSG_OUTPUT = 'output must be "pil" or "numpy", but got {given!r}.'
+MSG_THREADS = "threads must be None or a whole number from 1 on, but got {given!r}."
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is over.
+
+    Attributes:
+        number: from 0.
+        steps: of the whole generation.
+        graph: the name of the graph that it ran.
+        letter: what it did; `docs/schedules.md` has the letters.
+        seconds: how long it took.
+        latents: after it, [images, channels, h, w].
+    """
+
+    number: int
+    steps: int
+    graph: str
+    letter: str
+    seconds: float
+    latents: Array
+
+
+class BundlePipeline:
+    """A bundle that was exported with `components="all"`, ready to make images of prompts.
+
+    It needs numpy, ONNX Runtime, pydantic and tokenizers, and Pillow for pictures; neither PyTorch nor diffusers.
+    Sessions are opened when they are first needed, and stay. Calls share nothing else: threads may make them at the
+    same time.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> None:
+        """Open the bundle in `folder`, which must go on lying there.
+
+        Args:
+            folder: of the bundle.
+            providers: ONNX Runtime's execution providers; None: the CPU.
+            threads: how many work on one operator; None: as many as there are cores.
+            verify: compare the hashes of all files with the manifest. Without, only paths and sizes are looked at, and
+                nothing large is read.
+
+        Raises:
+            BundleError: it is damaged, has the denoiser alone, or other graphs than ONNX.
+            ConfigurationError: an argument is wrong, or a package is missing.
+        """
+        check_installed(*NEEDS, extra="runtime", what="tgate_compile.runtime")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise ConfigurationError(MSG_THREADS.format(given=threads))
+        self._settings = Settings(tuple(providers or Settings.providers), threads)
+        self._settings.check()
+        self._folder = Path(os.path.abspath(folder))
+        self._manifest = read_manifest(self._folder, hashes=verify)
+        if self._manifest.graph_format != "onnx":
+            raise BundleError(MSG_FORMAT.format(folder=self._folder, given=self._manifest.graph_format))
+        if self._manifest.components is None:
+            raise BundleError(MSG_NO_COMPONENTS.format(folder=self._folder))
+        self._components: Components = self._manifest.components
+        self._graphs = Graphs(self._manifest, self._folder, self._settings)
+        self._prompts: Prompts | None = None
+        self._decoder: Decoder | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self._manifest
+
+    @property
+    def schedule(self) -> Schedule:
+        """When what is cached."""
+        return read_schedule(self._manifest.method.schedule)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        latents: Array | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        scheduler: str | None = None,
+        gate_step: int | float | None = None,
+        callback: Callable[[Step], None] | None = None,
+        output: Literal["pil", "numpy"] = "pil",
+    ) -> Image | list[Image] | Array:
+        """An image of `prompt`, or a list of images of a list of prompts.
+
+        What is not given is as the manifest says.
+
+        Args:
+            prompt: what to show. Several at a time need a bundle that takes as many.
+            negative_prompt: what not to show: one for all prompts, or as many.
+            num_inference_steps: denoising steps.
+            guidance_scale: up to 1 means none, which needs a bundle with such graphs.
+            seed: of the first image; the next one's is one more. The noise is numpy's, so that a seed gives other
+                images than in PyTorch; for the same image as there, give its `latents`.
+            latents: normal noise, [images, channels, height / scale, width / scale], in the place of a seed.
+            height: of the images in pixels.
+            width: likewise.
+            scheduler: `"ddim"`, `"euler"` or `"dpm++"`, with the configuration of the bundle's own; None: that one.
+            gate_step: another gate than the bundle's.
+            callback: called after each step.
+            output: `"numpy"`: an array, float32, from 0 to 1, [height, width, 3], or [images, height, width, 3] of a
+                list of prompts.
+
+        Raises:
+            ConfigurationError: an argument is wrong.
+            BundleError: the bundle is not made for such a call.
+            BackendError: ONNX Runtime fails.
+        """
+        prompts = _texts(prompt)
+        if output not in ("pil", "numpy"):
+            raise ConfigurationError(MSG_OUTPUT.format(given=output))
+        steps = self._components.num_inference_steps if num_inference_steps is None else num_inference_steps
+        noise_scheduler = make_scheduler(self._manifest.scheduler, scheduler, steps)
+        steps = len(noise_scheduler.timesteps)
+        schedule = self.schedule if gate_step is None else dataclasses.replace(self.schedule, gate_step=gate_step)
+        scale = _number(self._components.guidance_scale if guidance_scale is None else guidance_scale)
+        noise = self._noise(len(prompts), height, width, seed, latents)
+        conditions = self._conditions(prompts, negative_prompt, noise.shape, guided=scale > 1)
+        denoiser = Denoiser(self._graphs, self._manifest, self._folder, schedule, steps, conditions)
+        denoiser.open_graphs()
+        current = noise * np.float32(noise_scheduler.initial_sigma)
+        for step, timestep in enumerate(noise_scheduler.timesteps):
+            began = time.perf_counter()
+            prediction = denoiser(step, noise_scheduler.model_input(current, step), timestep.item(), scale)
+            current = noise_scheduler.step(prediction, step, current)
+            if callback is not None:
+                seconds, letter = time.perf_counter() - began, denoiser.plan[step].character
+                callback(Step(step, steps, denoiser.graph_name(step), letter, seconds, current))
+        images = self._decoded(current)
+        if output == "numpy":
+            return images[0] if isinstance(prompt, str) else images
+        pictures = pil_images(images)
+        return pictures[0] if isinstance(prompt, str) else pictures
+
+    def _noise(self, count: int, height: int | None, width: int | None, seed: int | None, given: Array | None) -> Array:
+        decoder = self._components.vae_decoder
+        sizes = {"height": height or self._components.height, "width": width or self._components.width}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % decoder.scale_factor:
+                raise ConfigurationError(MSG_SIZE.format(name=name, scale=decoder.scale_factor, given=size))
+        shape = (decoder.latent_channels, *(size // decoder.scale_factor for size in sizes.values()))
+        if given is not None:
+            if np.shape(given) != (count, *shape):
+                raise ConfigurationError(MSG_LATENTS.format(expected=(count, *shape), given=np.shape(given)))
+            return np.asarray(given, dtype=np.float32)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise ConfigurationError(MSG_SEED.format(given=seed))
+        seeds = [None if seed is None else seed + index for index in range(count)]
+        return np.stack([np.random.default_rng(one).standard_normal(shape, dtype=np.float32) for one in seeds])
+
+    def _conditions(
+        self, prompts: Sequence[str], negative: str | Sequence[str] | None, latents: Sequence[int], *, guided: bool
+    ) -> Conditions:
+        if self._prompts is None:
+            self._prompts = Prompts(self._components, self._folder, self._settings)
+        negatives = _negatives(negative, len(prompts))
+        cond = self._prompts.encoded(prompts)
+        halves: dict[Half, Encoded] = {"cond": cond}
+        if guided:
+            halves = {"uncond": self._prompts.negative(negatives, cond), "cond": cond}
+        sizes = self._sizes(len(prompts), latents)
+        return {half: {**encoded, **sizes} for half, encoded in halves.items()}
+
+    def _sizes(self, count: int, latents: Sequence[int]) -> Mapping[Source, Array]:
+        """What some denoisers are told of the images' size; the same in both halves."""
+        height, width = (size * self._components.vae_decoder.scale_factor for size in latents[-2:])
+
+        def rows(*values: float) -> Array:
+            return np.tile(np.array(values, dtype=np.float32), (count, 1))  # [images, values]
+
+        return {
+            "sizes": rows(height, width, 0, 0, height, width),  # of the original, where it was cut, of the target
+            "resolution": rows(height, width),
+            "aspect_ratio": rows(height / width),
+        }
+
+    def _decoded(self, latents: Array) -> Array:
+        if self._decoder is None:
+            self._decoder = Decoder(self._components.vae_decoder, self._folder, self._settings)
+        return self._decoder(latents)
+
+
+def _texts(prompt: object) -> list[str]:
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ConfigurationError(MSG_PROMPT.format(given=prompt))
+    return list(texts)
+
+
+def _negatives(negative: object, count: int) -> list[str] | None:
+    if negative is None:
+        return None
+    texts = [negative] * count if isinstance(negative, str) else negative
+    if isinstance(texts, Sequence) and len(texts) == count and all(isinstance(text, str) for text in texts):
+        return list(texts)
+    raise ConfigurationError(MSG_NEGATIVE.format(count=count, given=negative))
+
+
+def _number(scale: object) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise ConfigurationError(MSG_SCALE.format(given=scale))
+    return float(scale)
