@@ -114,6 +114,29 @@ FORMATS: Mapping[str, Row] = {
         to_write=("onnx", "onnxscript", "onnxruntime", "pydantic"),
         to_load=("onnx", "onnxruntime", "pydantic"),
     ),
+    "tensorrt-rtx": Row(
+        "tgate_compile._bundle.tensorrt_graphs:RTX",
+        backend="tensorrt-rtx",
+        extra="tensorrt-rtx",
+        to_write=("onnx", "onnxscript", "tensorrt_rtx", "pydantic"),
+        to_load=("onnx", "tensorrt_rtx", "pydantic"),
+        needs_gpu=True,
+    ),
+    "tensorrt": Row(
+        "tgate_compile._bundle.tensorrt_graphs:ENTERPRISE",
+        backend="tensorrt",
+        extra="tensorrt",
+        to_write=("onnx", "onnxscript", "tensorrt", "pydantic"),
+        to_load=("onnx", "tensorrt", "pydantic"),
+        needs_gpu=True,
+    ),
+    "aoti": Row(
+        "tgate_compile._bundle.aoti_graphs",
+        backend="aoti",
+        extra="aoti",
+        to_write=("pydantic",),
+        to_load=("pydantic",),
+    ),
 }
 
 

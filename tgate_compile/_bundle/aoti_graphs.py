@@ -1,0 +1,157 @@
+"""Graphs as one package of native code, compiled by AOTInductor, with the weights of all of them in one file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.exc import InvalidCxxCompiler
+
+from tgate_compile._backends.inductor import CPU_OPTIONS
+from tgate_compile._bundle import manifest as m
+from tgate_compile._bundle.aoti_package import check_package, entry_name
+from tgate_compile._bundle.aoti_session import AotiSession
+from tgate_compile._bundle.formats import Progress, WrittenGraph
+from tgate_compile._bundle.planned_graphs import PlannedGraph
+from tgate_compile._bundle.weights_file import WeightsFile
+from tgate_compile._bundle.weights_index import INDEX_FILE, read_index, write_weights
+from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile.exports.to_aoti import to_aoti
+
+PACKAGE_FILE = "graphs/graphs.pt2"
+
+#: What the code may be for: the CPU that compiles it, or every one of a level (AVX2 and FMA).
+TARGETS: Mapping[str, Mapping[str, Any]] = {
+    "native": {},
+    "x86-64-v3": {"cpp.march": "x86-64-v3", "cpp.simdlen": 256},
+}
+#: Options, and what they must be.
+OPTIONS: Mapping[str, str] = {
+    "max_autotune": "True (try kernels for matrix products, which takes long) or False",
+    "target": " or ".join(f'"{target}"' for target in TARGETS),
+}
+
+MSG_UNKNOWN_OPTIONS = 'format="aoti" does not know the options {unknown}. It knows: {known}.'
+MSG_OPTION = 'format_options["{name}"] must be {expected}, but got {given!r}.'
+MSG_NEWER_TORCH = 'format_options["{name}"]={given!r} needs a newer torch than {torch}: its Inductor has no {missing}.'
+MSG_NO_LOAD_OPTIONS = (
+    'A bundle of format "aoti" has no backend_options, but got {given}. It runs on as many threads as '
+    "torch.set_num_threads() says."
+)
+MSG_NO_COMPILER = 'format="aoti" compiles C++ and needs a compiler such as g++, which is not there ({problem}).'
+MSG_NOT_COMPILED = (
+    "AOTInductor cannot compile the {graph} graph: {problem}. Nothing has been written. On a CPU it needs a C++ "
+    "compiler, on a GPU Triton and the CUDA toolkit as well. {hint}"
+)
+MSG_DYNAMIC = "Some code is compiled for fixed sizes only: try export(..., dynamic=False)."
+MSG_LAYOUT = "The graphs of the bundle {root} must be entries of {package} with their own names, and {index} be there."
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raise ConfigurationError for unknown options, or if nothing can be compiled here."""
+    unknown = ", ".join(repr(name) for name in options if name not in OPTIONS)
+    if unknown:
+        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(OPTIONS)))
+    tune, target = options.get("max_autotune", False), options.get("target", "native")
+    right = {"max_autotune": isinstance(tune, bool), "target": isinstance(target, str) and target in TARGETS}
+    for name, is_right in right.items():
+        if not is_right:
+            raise ConfigurationError(MSG_OPTION.format(name=name, expected=OPTIONS[name], given=options[name]))
+    missing = [name for name in TARGETS[str(target)] if name not in torch._inductor.list_options()]
+    if missing:
+        told = {"name": "target", "given": target, "missing": ", ".join(missing)}
+        raise ConfigurationError(MSG_NEWER_TORCH.format(torch=torch.__version__, **told))
+    _check_compiler()
+
+
+def check_load_options(options: Mapping[str, object]) -> None:
+    """Raise ConfigurationError: there are none."""
+    if options:
+        raise ConfigurationError(MSG_NO_LOAD_OPTIONS.format(given=", ".join(map(repr, options))))
+
+
+def runtime_version() -> str:
+    """What compiled the graphs."""
+    return f"AOTInductor {torch.__version__}"
+
+
+def write_graphs(
+    graphs: Sequence[PlannedGraph], folder: Path, options: Mapping[str, object], progress: Progress
+) -> dict[str, WrittenGraph]:
+    """Write `graphs` to the bundle at `folder`: a package, the weights, and what is where among these.
+
+    Raises:
+        BundleError: a graph cannot be compiled.
+    """
+    from torch._inductor.package.package import package_aoti
+
+    (folder / m.GRAPHS_FOLDER).mkdir()
+    device = graphs[0].example_inputs[0].device.type
+    written = {}
+    with tempfile.TemporaryDirectory() as home:
+        files: Any = {}
+        for planned in graphs:
+            progress(f"Compiling the {planned.name} graph")
+            files[entry_name(planned.name)] = _compiled(planned, Path(home, planned.name), device, options)
+            nodes = sum(node.op == "call_function" for node in planned.variant.program.graph.nodes)
+            written[planned.name] = WrittenGraph(PACKAGE_FILE, nodes, entry_name(planned.name), checked_on=device)
+        package_aoti(str(folder / PACKAGE_FILE), files)
+    tensors = {
+        name: tensor
+        for planned in graphs
+        for name, tensor in zip(planned.variant.weights, planned.weights, strict=True)
+    }
+    with (folder / m.WEIGHTS_FILE).open("xb") as file:
+        write_weights(tensors, WeightsFile(file), folder / INDEX_FILE)
+    check_package(folder / PACKAGE_FILE, files)
+    return written
+
+
+def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
+    """Check the package of `graph` in the bundle `root` and the index of its weights, and run nothing.
+
+    What its code takes and returns is found out by running it alone.
+
+    Raises:
+        BundleError: it is not as the manifest says.
+    """
+    entries = {its.entry for its in manifest.graphs.values()}
+    expected = {entry_name(name) for name in manifest.graphs}
+    files = {its.file for its in manifest.graphs.values()}
+    if entries != expected or files != {PACKAGE_FILE} or INDEX_FILE not in manifest.files or manifest.weights is None:
+        raise BundleError(MSG_LAYOUT.format(root=root, package=PACKAGE_FILE, index=INDEX_FILE))
+    check_package(root / PACKAGE_FILE, expected)
+    read_index(root / INDEX_FILE, manifest.files[m.WEIGHTS_FILE].size)
+
+
+def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> AotiSession:
+    """The graph in AOTInductor's runtime; raise BackendError."""
+    return AotiSession(graph, root, device)
+
+
+def _compiled(planned: PlannedGraph, folder: Path, device: str, options: Mapping[str, object]) -> list[str]:
+    settings: dict[str, Any] = {
+        **(CPU_OPTIONS if device == "cpu" else {}),
+        **TARGETS[str(options.get("target", "native"))],
+        "cpp.dynamic_threads": True,  # as many as there are where it runs, not where it is compiled
+        "max_autotune": bool(options.get("max_autotune", False)),
+    }
+    try:
+        return to_aoti(planned.variant, folder, settings)
+    except Exception as error:  # a missing tool, a size that must be fixed, Inductor's own bugs
+        problem = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        hint = MSG_DYNAMIC if planned.units else ""
+        raise BundleError(MSG_NOT_COMPILED.format(graph=planned.name, problem=problem, hint=hint)) from error
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        problem = str(error).splitlines()[0].rstrip(".")
+        raise ConfigurationError(MSG_NO_COMPILER.format(problem=problem)) from error

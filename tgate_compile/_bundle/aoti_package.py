@@ -1,0 +1,101 @@
+"""A `.pt2` package of AOTInductor's: native code, an entry for each graph, looked at without running it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import torch
+
+from tgate_compile._errors import BackendError, BundleError
+
+#: torch 2.11 takes all files for those of an entry that begin with its name: none may be the beginning of another.
+ENTRY_SUFFIX = ".graph"
+
+MSG_NO_PACKAGE = "{path} is no package of AOTInductor: {problem}."
+MSG_OTHER_MACHINE = (
+    "{path} is native code for {given}, and this is {here}. Export the bundle on a machine like this one, or, among "
+    'x86-64 CPUs, with format_options={{"target": "x86-64-v3"}}.'
+)
+
+#: Inside the folder that a package has for itself. Weights, programs and pickles would be elsewhere.
+_CODE = re.compile(r"data/aotinductor/(?P<entry>[A-Za-z0-9_.-]+)/[A-Za-z0-9_][A-Za-z0-9_.-]*\.(?P<kind>[a-z0-9]+)")
+_KINDS = frozenset({"so", "cpp", "json", "cubin", "hsaco", "fatbin", "spv"})
+_NOTES = frozenset({"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"})
+
+#: What AOTInductor calls instruction sets, and whether this CPU has them.
+_INSTRUCTIONS: Mapping[str, Callable[[], bool]] = {
+    "AVX2": torch.cpu._is_avx2_supported,
+    "AVX512": torch.cpu._is_avx512_supported,
+    "AVX512_VNNI": torch.cpu._is_vnni_supported,
+    "AMX_TILE": torch.cpu._is_amx_tile_supported,
+}
+
+
+def entry_name(graph: str) -> str:
+    """What the graph called `graph` is called in a package."""
+    return graph + ENTRY_SUFFIX
+
+
+def check_package(path: Path, entries: Collection[str]) -> None:
+    """Check that the package at `path` has code for `entries` and nothing else.
+
+    torch unpacks what is in it and loads the code: there must be one library for each entry (without one it would run
+    a compiler with arguments from the package), no path out of its folder, and nothing that anyone unpickles.
+
+    Raises:
+        BundleError: it has not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise BundleError(MSG_NO_PACKAGE.format(path=path, problem=error)) from error
+    libraries: list[str] = []
+    seen: set[str] = set()
+    for member in members:
+        root, _, name = member.filename.partition("/")
+        code = _CODE.fullmatch(name)
+        known = name in _NOTES or (code is not None and code["kind"] in _KINDS and "_flags." not in name)
+        stored = member.compress_type == zipfile.ZIP_STORED and member.filename == member.orig_filename
+        if root != path.stem or not known or not stored or name in seen:
+            problem = f"it has a file {member.filename[:200]!r} that has no place in one"
+            raise BundleError(MSG_NO_PACKAGE.format(path=path, problem=problem))
+        seen.add(name)
+        if code is not None and code["kind"] == "so":
+            libraries.append(code["entry"])
+    if sorted(libraries) != sorted(entries):
+        problem = f"it has the libraries {sorted(libraries)}, and the manifest says {sorted(entries)}"
+        raise BundleError(MSG_NO_PACKAGE.format(path=path, problem=problem))
+
+
+def check_runs_here(path: Path, entry: str, device: torch.device) -> None:
+    """Raise BackendError unless the code of `entry` is for this machine and for `device`, as far as it says."""
+    told = _metadata(path, entry)
+    wanted = {"platform": told.get("AOTI_PLATFORM"), "machine": told.get("AOTI_MACHINE")}
+    here = {"platform": sys.platform, "machine": platform.machine()}
+    wanted["device"], here["device"] = told.get("AOTI_DEVICE_KEY"), device.type
+    if device.type == "cuda":
+        wanted["capability"] = told.get("AOTI_COMPUTE_CAPABILITY")
+        here["capability"] = "".join(map(str, torch.cuda.get_device_capability(device)))
+    needed = told.get("AOTI_CPU_ISA", "").split()
+    has = [name for name, is_there in _INSTRUCTIONS.items() if is_there()]
+    differs = any(wanted[name] not in (None, "", here[name]) for name in here)
+    if differs or any(name in _INSTRUCTIONS and name not in has for name in needed):
+        given = " ".join([*(value for value in wanted.values() if value), *needed])
+        raise BackendError(
+            MSG_OTHER_MACHINE.format(path=path, given=given, here=" ".join([*map(str, here.values()), *has]))
+        )
+
+
+def _metadata(path: Path, entry: str) -> Mapping[str, str]:
+    with zipfile.ZipFile(path) as archive:
+        start = f"{path.stem}/data/aotinductor/{entry}/"
+        names = [name for name in archive.namelist() if name.startswith(start) and name.endswith("_metadata.json")]
+        told = json.loads(archive.read(names[0])) if names else {}
+    return {str(name): str(value) for name, value in told.items()} if isinstance(told, dict) else {}
