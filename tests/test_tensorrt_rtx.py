@@ -1,0 +1,260 @@
+"""Engines of TensorRT for RTX: built here, run only where there is an NVIDIA GPU (tests/test_tensorrt_gpu.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tgate_compile
+from tests.exported import GATE, STEPS, exported, plain
+from tgate_compile import BackendError, BundleError, ConfigurationError
+from tgate_compile._bundle.manifest import Manifest
+from tgate_compile._bundle.read import read_bundle
+from tgate_compile._bundle.sizes import shape_at
+from tgate_compile._bundle.tensorrt_options import full_profile
+from tgate_compile._cli.app import app
+from tgate_compile.exports.to_tensorrt import FREE, Binding, EngineSettings, to_tensorrt
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has packages for Linux and Windows only")
+
+CALL = {"prompt": "", "num_inference_steps": STEPS}
+PROFILE = {"b": [1, 1, 3], "h": [2, 8, 12]}
+RTX = ("tensorrt_rtx",)
+
+no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Any:
+    return tgate_compile.optimize(plain(), GATE, backend="eager")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In half precision, with free sizes."""
+    pipe = tgate_compile.optimize(plain().to(torch.float16), GATE, backend="eager")
+    folder = tmp_path_factory.mktemp("rtx") / "bundle"
+    return tgate_compile.export(pipe, folder, "tensorrt-rtx", call=CALL, format_options={"profile": PROFILE})
+
+
+def manifest_of(folder: Path) -> Manifest:
+    return read_bundle(folder).manifest
+
+
+# What is written.
+
+
+def test_engines_of_free_sizes(bundle: Path) -> None:
+    manifest = manifest_of(bundle)
+    assert sorted(manifest.files) == ["graphs/full.engine", "graphs/pruned.engine"]
+    assert manifest.weights is None
+    assert manifest.versions.runtime == f"tensorrt_rtx {trt.__version__}"
+    sizes = {name: (size.least, size.most, size.example) for name, size in manifest.sizes.items()}
+    assert sizes == {"b": (1, 3, 1), "h": (2, 12, 8), "w": (4, 16, 8)}
+    full, pruned = manifest.graphs["full"], manifest.graphs["pruned"]
+    assert [(spec.name, spec.dtype, spec.shape) for spec in full.inputs] == [
+        ("sample", "float16", ["2*b", 4, "h", "w"]),
+        ("timestep", "float32", []),
+        ("encoder_hidden_states", "float16", ["2*b", 16, 32]),
+    ]
+    assert {spec.dtype for spec in (*full.cache_outputs, *pruned.cache_inputs)} == {"float16"}
+    assert (full.file, pruned.file) == ("graphs/full.engine", "graphs/pruned.engine")
+    assert full.facts.nodes > pruned.facts.nodes > 100
+    if not torch.cuda.is_available():
+        assert (full.parity, pruned.parity) == (None, None)
+
+
+def test_engines_of_fixed_sizes(optimized: Any, tmp_path: Path) -> None:
+    options = {"compute_capabilities": ["8.9", "12.0"], "weight_streaming": True}
+    said: list[str] = []
+    folder = tgate_compile.export(
+        optimized,
+        tmp_path / "bundle",
+        "tensorrt-rtx",
+        call=CALL,
+        dynamic=False,
+        format_options=options,
+        progress=said.append,
+    )
+    assert "Building the engine of the pruned graph" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    manifest = manifest_of(folder)
+    assert manifest.sizes == {}
+    weights = sum(parameter.nbytes for parameter in optimized.unet.parameters())
+    for graph in manifest.graphs.values():
+        assert manifest.files[graph.file].size > graph.facts.parameters * 4
+        assert graph.facts.parameters * 4 <= weights
+    assert manifest.graphs["full"].inputs[0].shape == [2, 4, 8, 8]
+
+
+def test_inspect(bundle: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(bundle)])
+    assert result.exit_code == 0, result.output
+    for part in ("graphs/pruned.engine", "for tensorrt_rtx", "verified: 2 files"):
+        assert part in result.stdout
+    if not torch.cuda.is_available():
+        assert "not run" in result.stdout
+
+
+@no_gpu_here
+def test_load_says_that_there_is_no_gpu(bundle: Path) -> None:
+    pipe = plain().to(torch.float16)
+    with pytest.raises(BackendError, match=r"runs on an NVIDIA GPU.*finds none here"):
+        tgate_compile.load(pipe, bundle)
+    assert "_tgate_compile" not in vars(pipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"providers": []}, ("['providers']", "weight_budget, runtime_cache")),
+        ({"weight_budget": -1}, ("weight_budget", "whole number", "-1")),
+        ({"runtime_cache": "no/such/folder"}, ("runtime_cache", "a folder that exists")),
+    ],
+)
+def test_options_of_load(bundle: Path, options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        tgate_compile.load(plain().to(torch.float16), bundle, backend_options=options)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+# Networks are looked at before minutes are spent on them.
+
+
+def bindings(graph: str) -> tuple[list[Binding], list[Binding], dict[str, Any]]:
+    """Inputs, outputs and a profile of a graph of the ONNX bundle."""
+    told = manifest_of(exported()).graphs[graph]
+
+    def binding(spec: Any) -> Binding:
+        shape = tuple(size if isinstance(size, int) else FREE for size in spec.shape)
+        return Binding(spec.name, getattr(torch, spec.dtype), shape)
+
+    inputs, outputs = [*told.inputs, *told.cache_inputs], [*told.outputs, *told.cache_outputs]
+    sizes = [{"b": 1, "h": 4, "w": 4}, {"b": 1, "h": 8, "w": 8}, {"b": 2, "h": 8, "w": 8}]
+    profile = {spec.name: tuple(shape_at(spec.shape, size) for size in sizes) for spec in inputs}
+    free = {name: shapes for name, shapes in profile.items() if shapes[0] != shapes[2]}
+    return [binding(spec) for spec in inputs], [binding(spec) for spec in outputs], free
+
+
+def test_attention_without_a_kernel_of_its_own() -> None:
+    """In float32 with free sizes there is none: the build failed until attention could be decomposed."""
+    inputs, outputs, profile = bindings("full")
+    assert profile
+    engine = to_tensorrt(*RTX, exported() / "graphs/full.onnx", inputs, outputs, profile, EngineSettings())
+    assert engine.nbytes > 100_000
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda i, o: i.__setitem__(0, Binding("latents", *_rest(i[0]))), ("sample float32", "latents float32")),
+        (lambda i, o: i.__setitem__(0, Binding("sample", torch.float16, i[0].shape)), ("float32", "sample float16")),
+        (lambda i, o: i.__setitem__(0, Binding("sample", torch.float32, (2, 4, 8, 8))), ("[-1, 4, -1, -1]", "[2, 4,")),
+        (lambda i, o: o.__setitem__(0, Binding("out_sample", torch.float32, (-1, 4))), ("out_sample", "[-1, 4]")),
+        (lambda i, o: i.reverse(), ("sample", "cache.mid_block")),
+        (lambda i, o: o.append(o[0]), ("4 inputs and 1 outputs", "4 inputs and 2 outputs")),
+    ],
+)
+def test_networks_that_are_not_the_graph(change: Any, parts: tuple[str, ...]) -> None:
+    inputs, outputs, profile = bindings("pruned")
+    change(inputs, outputs)
+    with pytest.raises(BackendError) as caught:
+        to_tensorrt(*RTX, exported() / "graphs/pruned.onnx", inputs, outputs, profile, EngineSettings())
+    for part in ("tensorrt_rtx reads the pruned graph", *parts):
+        assert part in str(caught.value)
+
+
+def _rest(binding: Binding) -> tuple[torch.dtype, tuple[int, ...]]:
+    return binding.dtype, binding.shape
+
+
+def test_files_that_are_no_models(tmp_path: Path) -> None:
+    (tmp_path / "full.onnx").write_bytes(b"no model")
+    with pytest.raises(BackendError, match="cannot read the full graph"):
+        to_tensorrt(*RTX, tmp_path / "full.onnx", [], [], {}, EngineSettings())
+
+
+def test_profiles_that_tensorrt_does_not_take() -> None:
+    inputs, outputs, _ = bindings("pruned")
+    with pytest.raises(BackendError, match=r"cannot build an engine of the pruned graph \(.*profile"):
+        to_tensorrt(*RTX, exported() / "graphs/pruned.onnx", inputs, outputs, {}, EngineSettings())
+
+
+# Profiles.
+
+
+def test_profiles() -> None:
+    example = {"b": 2, "h": 8, "w": 1}
+    assert full_profile({}, example) == {"b": (1, 2, 4), "h": (4, 8, 16), "w": (1, 1, 2)}
+    assert full_profile({"h": (2, 4, 8)}, example) == {"b": (1, 2, 4), "h": (2, 4, 8), "w": (1, 1, 2)}
+    assert full_profile({}, {"b": 31, "h": 1024}) == {"b": (1, 31, 31), "h": (512, 1024, 1024)}
+    with pytest.raises(ConfigurationError, match=r"has h from 2 to 4, and the call .* has 8"):
+        full_profile({"h": (2, 4, 4)}, example)
+    with pytest.raises(ConfigurationError, match="leave free: none"):
+        full_profile({"h": (2, 4, 4)}, {})
+
+
+# What is refused.
+
+
+def not_exported(
+    pipe: Any, folder: Path, *parts: str, error: type[Exception] = ConfigurationError, **told: Any
+) -> None:
+    with pytest.raises(error) as caught:
+        tgate_compile.export(pipe, folder, "tensorrt-rtx", call=CALL, **told)
+    for part in parts:
+        assert part in str(caught.value)
+    assert list(folder.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"timing_cache": "x"}, ("['timing_cache']", "profile, compute_capabilities, weight_streaming")),
+        ({"compute_capabilities": ["9.0"]}, ("8.0, 8.6, 8.9, 12.0", "['9.0']")),
+        ({"compute_capabilities": []}, ("compute_capabilities", "got []")),
+        ({"weight_streaming": "yes"}, ("weight_streaming", "True or False", "'yes'")),
+        ({"profile": {"x": (1, 2, 3)}}, ("profile", "b, h and w", "'x'")),
+        ({"profile": {"b": (2, 1, 3)}}, ("the least, the usual and the most", "(2, 1, 3)")),
+        ({"profile": {"b": (1, 1, 32)}}, ("profile", "(1, 1, 32)")),
+        ({"profile": {"b": 3}}, ("profile", "3")),
+    ],
+)
+def test_wrong_options(optimized: Any, tmp_path: Path, options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    not_exported(optimized, tmp_path / "bundle", *parts, format_options=options)
+
+
+def test_profiles_of_sizes_that_are_fixed(optimized: Any, tmp_path: Path) -> None:
+    options = {"profile": {"b": (1, 1, 2)}}
+    not_exported(optimized, tmp_path / "bundle", "'b'", "none", dynamic=False, format_options=options)
+
+
+@no_gpu_here
+@pytest.mark.parametrize("option", ["strip", "refit"])
+def test_engines_without_weights_need_a_gpu(optimized: Any, tmp_path: Path, option: str) -> None:
+    parts = (f'format_options["{option}"]', "needs an NVIDIA GPU where engines are built", f"Leave {option} out")
+    not_exported(optimized, tmp_path / "bundle", *parts, format_options={option: True})
+
+
+def test_what_tensorrt_cannot_build(tmp_path: Path) -> None:
+    """It has no cast to fp8; whatever it is, nothing is left."""
+    pipe = tgate_compile.optimize(plain(), GATE, backend="eager", cache_dtype=torch.float8_e4m3fn)
+    parts = ("The full graph is not written", "tensorrt_rtx cannot build", "FP8")
+    not_exported(pipe, tmp_path / "bundle", *parts, error=BundleError, dynamic=False)
+
+
+def test_optimize_says_how_to_get_there() -> None:
+    with pytest.raises(ConfigurationError, match=r'format="tensorrt-rtx".*load\(pipe, folder\)'):
+        tgate_compile.optimize(plain(), GATE, backend="tensorrt-rtx")
+
+
+def test_what_to_install(optimized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorrt_rtx" else real(name))
+    not_exported(optimized, tmp_path / "bundle", "tensorrt_rtx", "pip install 'tgate_compile[tensorrt-rtx]'")

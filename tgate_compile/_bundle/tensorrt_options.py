@@ -1,0 +1,197 @@
+"""Options of the formats `tensorrt-rtx` and `tensorrt`: what may be given to `export`, and what becomes of it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tgate_compile._errors import ConfigurationError
+from tgate_compile._free_sizes import LARGEST, SYMBOLS
+from tgate_compile.exports.to_tensorrt import EngineSettings
+
+#: The least, the usual and the most of each free size.
+Profile = Mapping[str, tuple[int, int, int]]
+
+MSG_UNKNOWN = 'format="{format}" does not know the options {unknown}. It knows: {known}.'
+MSG_OPTION = 'format_options["{name}"] must be {expected}, but got {given!r}.'
+MSG_LOAD_UNKNOWN = 'backend="{format}" does not know the options {unknown}. It knows: {known}.'
+MSG_LOAD_OPTION = 'backend_options["{name}"] must be {expected}, but got {given!r}.'
+MSG_NEEDS_GPU = (
+    "{what} needs an NVIDIA GPU where engines are built, and PyTorch finds none here. {instead} Or export on a machine "
+    "with one."
+)
+MSG_NOT_FREE = (
+    'format_options["profile"] has the size {name!r}, which these graphs do not leave free. They leave free: {free}.'
+)
+MSG_OUTSIDE = (
+    'format_options["profile"] has {name} from {least} to {most}, and the call that the bundle is made with has '
+    "{example}. Give export() another call, or the profile other bounds."
+)
+
+_LARGEST = {SYMBOLS[name]: most for name, most in LARGEST.items()}
+_HARDWARE = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
+
+_BOOL = "True or False"
+#: Options of `export`, and what they must be.
+EXPECTED: Mapping[str, str] = {
+    "profile": (
+        "a mapping from names of b, h and w to three whole numbers, the least, the usual and the most, such as "
+        '{"h": (4, 8, 16)}'
+    ),
+    "weight_streaming": _BOOL,
+    "strip": _BOOL,
+    "refit": _BOOL,
+    "compute_capabilities": "a list of some of {capabilities}",
+    "version_compatible": _BOOL,
+    "hardware_compatible": " or ".join(f'"{name}"' for name in _HARDWARE),
+    "timing_cache": "the path of a file, in a folder that exists",
+}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What was asked for.
+
+    Attributes:
+        settings: of the build.
+        profile: bounds of free sizes; those that are not in it have their defaults.
+        keeps_onnx: engines take their weights from the bundle's weights file, by the ONNX files.
+    """
+
+    settings: EngineSettings
+    profile: Profile
+    keeps_onnx: bool
+
+
+def engine_options(
+    format: str, package: str, known: Collection[str], options: Mapping[str, object], *, needs_gpu: bool
+) -> EngineOptions:
+    """The options of `export` for the format, whose package knows `known` of `EXPECTED`.
+
+    Raises:
+        ConfigurationError: they are wrong, or need a GPU that is not there.
+    """
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ConfigurationError(MSG_UNKNOWN.format(format=format, unknown=unknown, known=", ".join(known)))
+    capabilities = _capabilities(package) if "compute_capabilities" in options else ()
+    checks: Mapping[str, Callable[[Any], bool]] = {
+        "profile": _is_profile,
+        "compute_capabilities": lambda given: _is_list(given) and bool(given) and set(given) <= set(capabilities),
+        "hardware_compatible": lambda given: given in _HARDWARE,
+        "timing_cache": lambda given: isinstance(given, (str, os.PathLike)) and Path(given).parent.is_dir(),
+    }
+    for name, given in options.items():
+        if not checks.get(name, lambda given: isinstance(given, bool))(given):
+            expected = EXPECTED[name].replace("{capabilities}", ", ".join(capabilities))
+            raise ConfigurationError(MSG_OPTION.format(name=name, expected=expected, given=given))
+    refit = options.get("refit") is True
+    strip = refit or options.get("strip") is True
+    _check_gpu(format, needs_gpu, "refit" if refit else "strip" if strip else None)
+    flags = {
+        "STRIP_PLAN": strip,
+        "REFIT": refit,
+        "REFIT_IDENTICAL": strip and not refit,
+        "WEIGHT_STREAMING": options.get("weight_streaming"),
+        "VERSION_COMPATIBLE": options.get("version_compatible"),
+    }
+    choices: Mapping[str, Any] = options
+    cache = choices.get("timing_cache")
+    settings = EngineSettings(
+        flags=tuple(flag for flag, wanted in flags.items() if wanted),
+        compute_capabilities=tuple(choices.get("compute_capabilities", ())),
+        hardware_compatibility=_HARDWARE.get(choices.get("hardware_compatible", "")),
+        timing_cache=None if cache is None else Path(cache),
+    )
+    profile = {name: (int(a), int(b), int(c)) for name, (a, b, c) in choices.get("profile", {}).items()}
+    return EngineOptions(settings, profile, strip)
+
+
+def full_profile(given: Profile, example: Mapping[str, int]) -> Profile:
+    """Bounds for each free size of a graph, of which `example` has one choice.
+
+    The defaults: batches from 1 to twice the example's, heights and widths from half of it to twice of it.
+
+    Raises:
+        ConfigurationError: `given` has another size, or does not have the example in its bounds.
+    """
+    for name in given:
+        if name not in example:
+            raise ConfigurationError(MSG_NOT_FREE.format(name=name, free=", ".join(example) or "none"))
+    profile = {}
+    for name, size in example.items():
+        half = 1 if name == SYMBOLS["batch"] else max(1, size // 2)
+        least, usual, most = given.get(name, (half, size, min(2 * size, _LARGEST[name])))
+        if not least <= size <= most:
+            raise ConfigurationError(MSG_OUTSIDE.format(name=name, least=least, most=most, example=size))
+        profile[name] = (least, usual, most)
+    return profile
+
+
+#: Options of `load`, and what they must be.
+LOAD_EXPECTED: Mapping[str, str] = {
+    "weight_budget": "a whole number of bytes: of the weights, so many stay in the GPU's memory",
+    "runtime_cache": "a folder that exists",
+    "host_code": _BOOL,
+}
+
+
+def check_load_options(format: str, known: Collection[str], options: Mapping[str, object]) -> None:
+    """Raise ConfigurationError for options of `load` that are not among `known` of `LOAD_EXPECTED`, or wrong."""
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ConfigurationError(MSG_LOAD_UNKNOWN.format(format=format, unknown=unknown, known=", ".join(known)))
+    budget, cache = options.get("weight_budget", 0), options.get("runtime_cache", ".")
+    right = {
+        "weight_budget": isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0,
+        "runtime_cache": isinstance(cache, (str, os.PathLike)) and Path(cache).is_dir(),
+        "host_code": isinstance(options.get("host_code", True), bool),
+    }
+    for name in options:
+        if not right[name]:
+            expected = LOAD_EXPECTED[name]
+            raise ConfigurationError(MSG_LOAD_OPTION.format(name=name, expected=expected, given=options[name]))
+
+
+def _check_gpu(format: str, needs_gpu: bool, option: str | None) -> None:
+    if torch.cuda.is_available():
+        return
+    if needs_gpu:
+        instead = 'format="tensorrt-rtx" builds without one, and format="onnx" does, too.'
+        raise ConfigurationError(MSG_NEEDS_GPU.format(what=f'format="{format}"', instead=instead))
+    if option is not None:
+        what, instead = (
+            f'format_options["{option}"]',
+            f"Leave {option} out: the engines then have their weights inside.",
+        )
+        raise ConfigurationError(MSG_NEEDS_GPU.format(what=what, instead=instead))
+
+
+def _capabilities(package: str) -> tuple[str, ...]:
+    """Those of the GPUs that the package builds for: `8.9` for its SM89."""
+    members = importlib.import_module(package).ComputeCapability.__members__
+    numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
+    return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
+
+
+def _is_list(given: object) -> bool:
+    return isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given)
+
+
+def _is_profile(given: object) -> bool:
+    if not isinstance(given, Mapping) or not set(given) <= set(_LARGEST):
+        return False
+    return all(_is_range(name, bounds) for name, bounds in given.items())
+
+
+def _is_range(name: str, bounds: object) -> bool:
+    if not isinstance(bounds, (list, tuple)) or len(bounds) != 3 or {type(bound) for bound in bounds} != {int}:
+        return False
+    least, usual, most = bounds
+    return bool(1 <= least <= usual <= most <= _LARGEST[name])
