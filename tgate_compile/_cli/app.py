@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated, Any
 
 import typer
@@ -9,22 +10,29 @@ from typer.core import TyperGroup
 
 from tgate_compile import __version__
 from tgate_compile._cli.console import OUT, print_error, show_logs
-from tgate_compile._cli.demo import demo
-from tgate_compile._cli.describe import describe
-from tgate_compile._cli.export import export
-from tgate_compile._cli.generate import generate
-from tgate_compile._cli.inspect import inspect
-from tgate_compile._cli.report import report
-from tgate_compile._cli.strip import strip
-from tgate_compile._cli.tune import tune
 from tgate_compile._errors import TGateError
 
 # Recent versions of typer bring their own copy of click, so click's base class is found through typer's.
 _USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
-class _ClearErrors(TyperGroup):
+#: In the order of `--help`. Each is a function of that name in a module of that name, imported when it is asked for:
+#: so `run` does without torch.
+COMMANDS = ("demo", "generate", "run", "describe", "export", "inspect", "report", "strip", "tune")
+
+
+class _Commands(TyperGroup):
     """Errors in one or two lines on stderr and exit code 1; with `--debug` they pass, traceback and all."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        alone = typer.Typer(add_completion=False)
+        alone.command(cmd_name)(getattr(importlib.import_module(f"tgate_compile._cli.{cmd_name}"), cmd_name))
+        return typer.main.get_command(alone)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -50,7 +58,7 @@ def _in_short(error: Exception) -> str:
 
 
 app = typer.Typer(
-    cls=_ClearErrors,
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -76,13 +84,3 @@ def main_options(
 ) -> None:
     """Text-to-image diffusion with T-GATE: cross-attention and guidance only for the steps that need them."""
     show_logs(verbose)
-
-
-app.command()(demo)
-app.command()(generate)
-app.command()(describe)
-app.command()(export)
-app.command()(inspect)
-app.command()(report)
-app.command()(strip)
-app.command()(tune)

@@ -9,6 +9,8 @@ import warnings
 
 #: What the command line needs beyond the library: the module, and the distribution if it is called otherwise.
 NEEDED = ("typer", "rich", "transformers", "PIL")
+#: The same for `run`, which does without torch.
+NEEDED_TO_RUN = ("typer", "rich", "PIL")
 
 MSG_MISSING = (
     "tgate-compile needs {missing}, which the library itself does not. Install the command line's packages with\n"
@@ -18,7 +20,8 @@ MSG_MISSING = (
 
 def main() -> None:
     """Run the command line with the process's arguments."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    needed = NEEDED_TO_RUN if _command() == "run" else NEEDED
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         sys.stderr.write(MSG_MISSING.format(missing=", ".join(missing)))
         sys.exit(1)
@@ -30,3 +33,8 @@ def main() -> None:
     from tgate_compile._cli.app import app
 
     app()
+
+
+def _command() -> str | None:
+    """The first argument that is no option: those before a command have no values."""
+    return next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)

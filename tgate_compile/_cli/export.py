@@ -19,6 +19,13 @@ from tgate_compile._cli.settings import settings_for
 from tgate_compile._schedule import Schedule
 
 
+class Components(str, Enum):
+    """What is written."""
+
+    denoiser = "denoiser"
+    all = "all"
+
+
 class Format(str, Enum):
     """The formats of `tgate_compile.export`."""
 
@@ -29,6 +36,9 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
     model: options.Model = None,
     format: Annotated[Format, typer.Option("--format", help="What the graphs are written as.")] = Format.onnx,
+    components: Annotated[
+        Components, typer.Option("--components", help="all: with text encoders, tokenizers and VAE, for `run`.")
+    ] = Components.denoiser,
     gate_step: options.GateStep = None,
     sp_interval: schedule_options.SpInterval = None,
     fi_interval: schedule_options.FiInterval = None,
@@ -84,7 +94,15 @@ def export(
     call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
     if num_images > 1:
         call["num_images_per_prompt"] = num_images
-    folder = tgate_compile.export(loaded.pipe, out, format.value, call=call, overwrite=force, progress=progress)
+    folder = tgate_compile.export(
+        loaded.pipe,
+        out,
+        format.value,
+        call=call,
+        components=components.value,
+        overwrite=force,
+        progress=progress,
+    )
     seconds = time.perf_counter() - began
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if json:

@@ -1,0 +1,126 @@
+"""`tgate-compile run`: images of prompts by a bundle, without PyTorch."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from tgate_compile import __version__
+from tgate_compile._cli import options
+from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.step_progress import make_progress
+from tgate_compile._cli.strip import coloured
+from tgate_compile._cli.targets import check_targets, image_paths, save_png
+from tgate_compile._installed import check_installed
+
+if TYPE_CHECKING:
+    from tgate_compile.runtime import BundlePipeline, Step
+
+
+def run(
+    bundle: Annotated[
+        Path, typer.Argument(help="A folder that `export --components all` has written.", show_default=False)
+    ],
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="What to show; several times for several images.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .png file, or a folder.")],
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the bundle's")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0.0, help="Guidance scale; up to 1 means none.", show_default="the bundle's")
+    ] = None,
+    gate_step: options.GateStep = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the first image; the next one's is one more.")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Of the image.", show_default="the bundle's")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Of the image.", show_default="the bundle's")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, euler or dpm++.", show_default="the bundle's")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="That work on one operator.", show_default="all")] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare all files' hashes first.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Make images with a bundle, on ONNX Runtime alone. What is not given is as it was exported."""
+    first_seed = random.randrange(2**31) if seed is None else seed
+    seeds = [first_seed + i for i in range(len(prompt))]
+    paths = image_paths(out, seeds)
+    check_targets(paths, force=force)
+    check_installed("pydantic", "onnxruntime", "tokenizers", extra="runtime", what="run")
+    from tgate_compile.runtime import BundlePipeline
+
+    with ERR.status("Verifying the bundle"):
+        pipe = BundlePipeline(bundle, threads=threads, verify=verify)
+    call: dict[str, Any] = {
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "gate_step": gate_step,
+        "height": height,
+        "width": width,
+        "scheduler": scheduler,
+        "seed": first_seed,
+    }
+    images, done, seconds = _made(pipe, prompt, call, shown=not json)
+    used = {
+        "bundle": str(bundle),
+        "negative_prompt": negative_prompt,
+        "steps": len(done),
+        "guidance": pipe.manifest.components.guidance_scale if guidance is None else guidance,  # type: ignore[union-attr]
+        "schedule": str(pipe.schedule),
+        "gate_step": gate_step,
+        "scheduler": scheduler or pipe.manifest.scheduler.class_name,
+        "tgate_compile": __version__,
+    }
+    for image, path, text, own_seed in zip(images, paths, prompt, seeds, strict=True):
+        save_png(image, path, used | {"prompt": text, "seed": own_seed})
+    strip, times = "".join(step.letter for step in done), _times(done)
+    if json:
+        told = {"prompts": prompt, "seeds": seeds, "images": [str(path) for path in paths], "strip": strip}
+        print_json(used | told | {"seconds": seconds, "seconds_per_step": times})
+    else:
+        _print_result(used, strip, times, paths, seconds)
+
+
+def _made(
+    pipe: BundlePipeline, prompts: Sequence[str], call: dict[str, Any], *, shown: bool
+) -> tuple[list[Any], list[Step], float]:
+    done: list[Step] = []
+    with make_progress(shown=shown) as progress:
+        task = progress.add_task("Denoising", total=None)
+
+        def after(step: Step) -> None:
+            done.append(step)
+            progress.update(task, total=step.steps, completed=step.number + 1)
+
+        began = time.perf_counter()
+        images = pipe(list(prompts), **call, callback=after)
+        seconds = time.perf_counter() - began
+    assert isinstance(images, list)
+    return images, done, seconds
+
+
+def _times(done: Sequence[Step]) -> dict[str, float]:
+    """Seconds a step by graph, their means; each graph's first step is left out if there are others."""
+    seconds: dict[str, list[float]] = {}
+    for step in done:
+        seconds.setdefault(step.graph, []).append(step.seconds)
+    return {graph: sum(some[1:] or some) / len(some[1:] or some) for graph, some in seconds.items()}
+
+
+def _print_result(used: dict[str, Any], strip: str, times: dict[str, float], paths: list[Path], seconds: float) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("bundle", f"{used['bundle']}: {used['schedule']}")
+    table.add_row("settings", f"{used['steps']} steps of {used['scheduler']}, guidance {used['guidance']:g}")
+    table.add_row("steps", Text.assemble(coloured(strip)))
+    table.add_row("a step", ", ".join(f"{1000 * each:.1f} ms {graph}" for graph, each in times.items()))
+    table.add_row("time", f"{seconds:.1f} s for {len(paths)} image{'s' if len(paths) > 1 else ''}")
+    OUT.print(table)
+    for path in paths:  # not in the table, which would cut a long one short
+        OUT.print(f"written   {path}", soft_wrap=True)
