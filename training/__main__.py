@@ -47,6 +47,8 @@ def main() -> None:
         "--guidance", type=float, nargs="+", help="of several, the best is chosen; default: the family's"
     )
     evaluation.add_argument("--out", type=Path, help="a JSON file for the result; otherwise it is printed")
+    picture = _stage(stages, "picture", _picture)
+    picture.add_argument("--out", type=Path, default=Path("docs/demo_models.png"), help="default: %(default)s")
     arguments = parser.parse_args()
     arguments.command = shlex.join(["python", "-m", "training", *sys.argv[1:]])
     arguments.run(arguments)
@@ -165,6 +167,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(json.dumps(result, indent=1))
     else:
         a.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _picture(arguments: argparse.Namespace) -> None:
+    from training.draw_models import draw_models
+
+    draw_models(arguments.out, seed=arguments.seed)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ class UNetTraining:
 DEFAULTS: dict[str, UNetTraining] = {
     "sd": UNetTraining(),
     # Carried over from the embedded UNet.
-    "sdxl": UNetTraining("sdxl", minutes=25.0, images=20_000, pair_share=0.5, learning_rate=6e-4),
+    "sdxl": UNetTraining("sdxl", minutes=8.0, images=12_000, pair_share=0.5, learning_rate=6e-4),
     # From nothing. One worker makes twice as many steps of half the size.
     "pixart": UNetTraining("pixart", minutes=80.0, images=40_000, pair_share=0.5, learning_rate=1e-3, ema_decay=0.999),
     # The average is the target of the distillation, so it has to be quick. Guidance is learned instead of dropout.
     "lcm": UNetTraining(
-        "lcm", minutes=30.0, images=20_000, pair_share=0.5, learning_rate=3e-4, ema_decay=0.98, caption_dropout=0.0
+        "lcm", minutes=13.0, images=8_000, pair_share=0.5, learning_rate=3e-4, ema_decay=0.98, caption_dropout=0.0
     ),
 }
