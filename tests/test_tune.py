@@ -329,7 +329,7 @@ def test_a_step_may_have_several_calls(scheduler: Any) -> None:
         ("WanPipeline", "FFFppp", 6, 5),  # a call for each half
         ("WanPipeline, two transformers", "FFFp|FF", 4, 4),  # each counts its own steps
         ("StableVideoDiffusionPipeline", "FFFppp", 6, 5),  # only one half can go on
-        ("LTXPipeline", "FFFppp", 6, 0),  # its attentions do not say what they are
+        ("LTXPipeline", "FFFppp", 6, 5),  # its attentions do not say what they are
         ("CosmosTextToWorldPipeline", "FFFppp", 6, 5),
     ],
 )

@@ -221,7 +221,7 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         watch = any(bound.arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
-        guided = _guidance_of(self, bound.arguments)
+        guided = guidance_of(self, bound.arguments)
         with _generation(state, self, gate_step, guided, lambda: getattr(self, "_num_timesteps", None), watch=watch):
             result = original(self, *args, **kwargs)
         ran = any(hook.last is not None and hook.last.steps for hook in state.hooks.values())
@@ -240,7 +240,7 @@ def _bypassed(state: Optimized) -> str:
     return MSG_BYPASSED.format(name=" and ".join(state.hooks), pipeline=state.pipeline_class.__name__)
 
 
-def _guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:
+def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:
     """Whether guidance is on, now: the pipeline's own word if it has one, which a callback may change in mid-loop."""
     if hasattr(type(pipe), "do_classifier_free_guidance"):
         return lambda: bool(pipe.do_classifier_free_guidance)

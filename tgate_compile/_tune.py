@@ -61,5 +61,5 @@ def tune(
         finally:
             detach(pipe)
 
-    request = Request(prompts, tolerance, num_inference_steps, candidates, seeds, {} if call is None else call)
+    request = Request(prompts, num_inference_steps, seeds, {} if call is None else call, "tune", tolerance, candidates)
     return search(pipe, request, gated, backend=backend, progress=progress)

@@ -20,8 +20,9 @@ from tgate_compile._families import family_of
 from tgate_compile._generation import strip_of
 from tgate_compile._optimized import required_state_of
 from tgate_compile._schedule import Phase, Schedule
-from tgate_compile._tuning.convergence import Convergence, Recorder
+from tgate_compile._tuning.convergence import Convergence
 from tgate_compile._tuning.graph_costs import GraphCosts
+from tgate_compile._tuning.recorder import Recorder
 
 MSG_NO_LATENTS = (
     'Schedules are compared by the final latents, and {pipeline} returns {given} for output_type="latent". '
@@ -101,7 +102,7 @@ class Bench:
         changes: dict[int, list[float]] = defaultdict(list)
         num_steps = 0
         for call, seed in self._runs:
-            recorder = Recorder(self._pipe)
+            recorder = Recorder(self._pipe, lambda: bool(getattr(self._pipe, "do_classifier_free_guidance", False)))
             with recorder.recording(self._denoisers):
                 result, took = self._run({**call, **override}, seed)
             if not result.isfinite().all():
@@ -145,17 +146,26 @@ class Bench:
 
     def _run(self, call: Mapping[str, Any], seed: int) -> tuple[torch.Tensor, float]:
         """The final latents of one generation, [images, ...], in float32 on the CPU, and its seconds."""
-        # Noise from the CPU is the same on every device.
-        generator = torch.Generator().manual_seed(seed)
         began = time.perf_counter()
-        result = self._pipe(**call, generator=generator, output_type="latent", return_dict=False)[0]
-        if not torch.is_tensor(result):
-            given = f"a {type(result).__name__}"
-            raise ConfigurationError(MSG_NO_LATENTS.format(pipeline=type(self._pipe).__name__, given=given))
-        latents = result.detach().to("cpu", torch.float32)
+        latents = final_latents(self._pipe, call, seed)
         took = time.perf_counter() - began
         self._on_run()
         return latents, took
+
+
+def final_latents(pipe: DiffusionPipeline, call: Mapping[str, Any], seed: int) -> torch.Tensor:
+    """The final latents of one generation, [images, ...], in float32 on the CPU.
+
+    Raises:
+        ConfigurationError: the pipeline has none.
+    """
+    # Noise from the CPU is the same on every device.
+    generator = torch.Generator().manual_seed(seed)
+    result = pipe(**call, generator=generator, output_type="latent", return_dict=False)[0]
+    if not torch.is_tensor(result):
+        given = f"a {type(result).__name__}"
+        raise ConfigurationError(MSG_NO_LATENTS.format(pipeline=type(pipe).__name__, given=given))
+    return result.detach().to("cpu", torch.float32)
 
 
 def relative_distances(latents: torch.Tensor, reference: torch.Tensor) -> list[float]:

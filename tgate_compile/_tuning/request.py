@@ -1,4 +1,4 @@
-"""What is asked of a tuning, checked before anything runs."""
+"""Which generations are asked for, and what of a tuning, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -25,23 +25,30 @@ MSG_CANDIDATES = (
     "candidates must be a sequence of tgate_compile.Schedule, or None for the default ones, but got {given!r}."
 )
 MSG_CALL = "call must be a mapping of further arguments of the pipeline's call, but got {given!r}."
-MSG_RESERVED = "call: {names} cannot be in it, since tune() sets {names} itself."
+MSG_RESERVED = "call: {names} cannot be in it, since {verb}() sets {names} itself."
 MSG_UNKNOWN = "call: {pipeline} takes no {names}."
-MSG_PIPELINE = "tune() needs a pipeline whose call takes {missing}, and that of {pipeline} does not."
+MSG_PIPELINE = "{verb}() needs a pipeline whose call takes {missing}, and that of {pipeline} does not."
 
 _OWN = ("num_inference_steps", "generator", "output_type", "return_dict")
 
 
 @dataclass(frozen=True)
-class Request:
-    """See `tune`, whose arguments these are."""
+class Runs:
+    """The same generations for whatever is compared.
+
+    Attributes:
+        prompts: what to show; None if `call` says it.
+        num_inference_steps: as passed to the pipeline's call.
+        seeds: the noise of each prompt.
+        call: further arguments of the pipeline's call.
+        verb: the function that the user has called, for messages.
+    """
 
     prompts: Sequence[str] | None
-    tolerance: float
     num_inference_steps: int
-    candidates: Sequence[Schedule] | None
     seeds: Sequence[int]
     call: Mapping[str, Any]
+    verb: str
 
     def __post_init__(self) -> None:
         if self.prompts is not None:
@@ -52,16 +59,11 @@ class Request:
             raise ConfigurationError(MSG_CALL.format(given=self.call))
         if self.prompts is None and not self.call:
             raise ConfigurationError(MSG_PROMPTS.format(given=None))
-        tolerance = self.tolerance
-        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
-            raise ConfigurationError(MSG_TOLERANCE.format(given=tolerance))
-        if not _is_whole(self.num_inference_steps) or self.num_inference_steps < 2:
+        if not is_whole(self.num_inference_steps) or self.num_inference_steps < 2:
             raise ConfigurationError(MSG_STEPS.format(given=self.num_inference_steps))
         _check_sequence(self.seeds, int, MSG_SEEDS)
-        if not all(map(_is_whole, self.seeds)) or len(set(self.seeds)) < len(self.seeds):
+        if not all(map(is_whole, self.seeds)) or len(set(self.seeds)) < len(self.seeds):
             raise ConfigurationError(MSG_SEEDS.format(given=self.seeds))
-        if self.candidates is not None:
-            _check_sequence(self.candidates, Schedule, MSG_CANDIDATES)
 
     def calls(self, pipe: DiffusionPipeline) -> list[dict[str, Any]]:
         """The arguments of the pipeline's call, for each prompt.
@@ -74,10 +76,12 @@ class Request:
         needed = (*_OWN, "prompt") if self.prompts is not None else _OWN
         missing = [name for name in needed if name not in parameters]
         if missing:
-            raise ConfigurationError(MSG_PIPELINE.format(missing=" and ".join(missing), pipeline=pipeline))
+            raise ConfigurationError(
+                MSG_PIPELINE.format(missing=" and ".join(missing), pipeline=pipeline, verb=self.verb)
+            )
         reserved = [name for name in self.call if name in needed]
         if reserved:
-            raise ConfigurationError(MSG_RESERVED.format(names=", ".join(reserved)))
+            raise ConfigurationError(MSG_RESERVED.format(names=", ".join(reserved), verb=self.verb))
         unknown = [str(name) for name in self.call if name not in parameters]
         if unknown:  # also where there is a **kwargs, which diffusers has for names that it has given up
             raise ConfigurationError(MSG_UNKNOWN.format(pipeline=pipeline, names=", ".join(unknown)))
@@ -89,12 +93,29 @@ class Request:
         return {name: _in_words(value) for name, value in self.call.items()}
 
 
+@dataclass(frozen=True)
+class Request(Runs):
+    """See `tune`, whose arguments these are."""
+
+    tolerance: float
+    candidates: Sequence[Schedule] | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tolerance = self.tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
+            raise ConfigurationError(MSG_TOLERANCE.format(given=tolerance))
+        if self.candidates is not None:
+            _check_sequence(self.candidates, Schedule, MSG_CANDIDATES)
+
+
 def _check_sequence(given: object, kind: type, message: str) -> None:
     if not isinstance(given, Sequence) or not given or not all(isinstance(item, kind) for item in given):
         raise ConfigurationError(message.format(given=given))
 
 
-def _is_whole(given: object) -> bool:
+def is_whole(given: object) -> bool:
+    """Whether `given` is an int, and no bool."""
     return isinstance(given, int) and not isinstance(given, bool)
 
 
