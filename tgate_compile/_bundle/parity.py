@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,9 +29,9 @@ TOLERANCES: Mapping[torch.dtype, float] = {
 }
 
 MSG_NOT_RUN = (
-    "The {graph} graph cannot be checked against PyTorch on the CPU: {problem} Nothing has been written. ONNX Runtime "
-    "runs float32 and float16 there, and no bfloat16."
+    "The {graph} graph cannot be checked against PyTorch on the {device}: {problem} Nothing has been written.{hint}"
 )
+MSG_ON_CPU = " ONNX Runtime runs float32 and float16 there, and no bfloat16."
 MSG_TOO_FAR = (
     "The {graph} graph in {provider} is {relative:.1e} from PyTorch's on random inputs, relative to the largest "
     "value, and {tolerance:.0e} is allowed for {dtype}. Nothing has been written. Please report this."
@@ -38,9 +39,16 @@ MSG_TOO_FAR = (
 
 
 def measure_parity(
-    planned: PlannedGraph, graph: Graph, functions: GraphFormat, folder: Path, device: torch.device
+    planned: PlannedGraph,
+    graph: Graph,
+    functions: GraphFormat,
+    folder: Path,
+    device: torch.device,
+    limits: Mapping[str, tuple[int, int]],
 ) -> Parity:
     """Run the written graph, on `device`, and the variant on the same random inputs, at several of the free sizes.
+
+    These are within `limits`.
 
     Raises:
         BundleError: they differ by more than rounding, or the runtime does not take the file.
@@ -51,16 +59,17 @@ def measure_parity(
     dtypes: set[torch.dtype] = set()
     try:
         session = functions.open_graph(graph, folder, device, {"prepacking": False})
-        for sizes in _choices(example_sizes(planned)):
+        for sizes in _choices(example_sizes(planned), limits):
             inputs = _random_inputs(planned, graph, sizes)
-            with torch.no_grad():
+            with torch.no_grad(), _all_of_float32():
                 expected = eager(*planned.weights, *(tensor.to(own_device) for tensor in inputs))
             results = session.run([tensor.to(device) for tensor in inputs])
             relative = max(_relative(a.cpu(), b.cpu()) for a, b in zip(results, expected, strict=True))
             measured.append(Deviation(sizes=sizes, relative=relative))
             dtypes.update(tensor.dtype for tensor in (*inputs, *results) if tensor.is_floating_point())
     except BackendError as error:
-        raise BundleError(MSG_NOT_RUN.format(graph=planned.name, problem=error)) from error
+        hint = MSG_ON_CPU if device.type == "cpu" else ""
+        raise BundleError(MSG_NOT_RUN.format(graph=planned.name, device=device, problem=error, hint=hint)) from error
     coarsest = max(dtypes, key=lambda dtype: TOLERANCES[dtype])
     tolerance, relative = TOLERANCES[coarsest], max(one.relative for one in measured)
     if not all(one.relative <= tolerance for one in measured):  # NaN is not
@@ -82,11 +91,28 @@ def example_sizes(planned: PlannedGraph) -> dict[str, int]:
     return {name: latents.shape[LATENTS_DIMENSION[name]] // unit for name, unit in planned.units.items()}
 
 
-def _choices(example: Mapping[str, int]) -> list[dict[str, int]]:
+@contextmanager
+def _all_of_float32() -> Iterator[None]:
+    """On a GPU PyTorch convolves float32 in TF32, unless it is told not to, and is then further off than what it is
+    compared with."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
     """The call's own sizes, and others: more prompts, and another height than width."""
     other = {
         name: size + 1 if name == SYMBOLS["batch"] else max(1, size // 2) if name == SYMBOLS["height"] else size
         for name, size in example.items()
+    }
+    other = {
+        name: min(max(size, limits[name][0]), limits[name][1]) if name in limits else size
+        for name, size in other.items()
     }
     return [dict(example), other] if example else [{}]
 

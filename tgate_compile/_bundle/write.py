@@ -118,7 +118,7 @@ def _described(
         graph = describe_graph(planned, its.file, its.entry, its.nodes)
         if its.checked_on is not None:
             progress(f"Checking the {planned.name} graph against PyTorch")
-            parity = measure_parity(planned, graph, functions, folder, torch.device(its.checked_on))
+            parity = measure_parity(planned, graph, functions, folder, torch.device(its.checked_on), its.limits)
             graph = graph.model_copy(update={"parity": parity})
         described[planned.name] = graph
     return described
