@@ -77,20 +77,15 @@ def check_package(path: Path, entries: Collection[str]) -> None:
 def check_runs_here(path: Path, entry: str, device: torch.device) -> None:
     """Raise BackendError unless the code of `entry` is for this machine and for `device`, as far as it says."""
     told = _metadata(path, entry)
-    wanted = {"platform": told.get("AOTI_PLATFORM"), "machine": told.get("AOTI_MACHINE")}
-    here = {"platform": sys.platform, "machine": platform.machine()}
-    wanted["device"], here["device"] = told.get("AOTI_DEVICE_KEY"), device.type
-    if device.type == "cuda":
-        wanted["capability"] = told.get("AOTI_COMPUTE_CAPABILITY")
-        here["capability"] = "".join(map(str, torch.cuda.get_device_capability(device)))
+    here = {"AOTI_PLATFORM": sys.platform, "AOTI_MACHINE": platform.machine(), "AOTI_DEVICE_KEY": device.type}
+    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        here["AOTI_COMPUTE_CAPABILITY"] = "".join(map(str, torch.cuda.get_device_capability(device)))
+    wanted = {name: told.get(name) or value for name, value in here.items()}
     needed = told.get("AOTI_CPU_ISA", "").split()
     has = [name for name, is_there in _INSTRUCTIONS.items() if is_there()]
-    differs = any(wanted[name] not in (None, "", here[name]) for name in here)
-    if differs or any(name in _INSTRUCTIONS and name not in has for name in needed):
-        given = " ".join([*(value for value in wanted.values() if value), *needed])
-        raise BackendError(
-            MSG_OTHER_MACHINE.format(path=path, given=given, here=" ".join([*map(str, here.values()), *has]))
-        )
+    if wanted != here or any(name in _INSTRUCTIONS and name not in has for name in needed):
+        given, found = " ".join([*wanted.values(), *needed]), " ".join([*here.values(), *has])
+        raise BackendError(MSG_OTHER_MACHINE.format(path=path, given=given, here=found))
 
 
 def _metadata(path: Path, entry: str) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ import torch
 from tgate_compile._bundle.aoti_package import check_runs_here
 from tgate_compile._bundle.manifest import Graph
 from tgate_compile._bundle.mapped_weights import mapped_weights
-from tgate_compile._errors import BackendError
+from tgate_compile._errors import BackendError, TGateError
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,10 @@ class AotiSession:
 
     torch unpacks the entry into a folder of its own in the system's temporary folder. It is removed with the session,
     or when Python exits; a process that is killed leaves it.
+
+    Raises:
+        BackendError: the code is for another machine, or cannot be loaded.
+        BundleError: the bundle has not the weights that the code asks for.
     """
 
     def __init__(self, graph: Graph, root: Path, device: torch.device) -> None:
@@ -34,15 +38,17 @@ class AotiSession:
         self._path = root / graph.file
         self._entry = graph.entry
         self._device = device
-        check_runs_here(self._path, graph.entry, device)
         index = -1 if device.index is None else device.index
         try:
+            check_runs_here(self._path, graph.entry, device)
             # Not torch's load_package, which opens all entries, and reads exported programs, which it unpickles.
             loader = torch._C._aoti.AOTIModelPackageLoader(str(self._path), graph.entry, False, 1, index)
             self._weights = mapped_weights(root, device)
             # The loader keeps their addresses only: self._weights keeps them alive.
             loader.load_constants(self._weights.tensors(loader.get_constant_fqns()), False, True, True)
-        except RuntimeError as error:
+        except TGateError:
+            raise
+        except (RuntimeError, OSError) as error:
             raise BackendError(self._failed("load", error)) from error
         held: list[Any] = [loader]
         self._held = held
