@@ -12,6 +12,7 @@ import torch
 from tgate_compile._backends._interface import Runner
 from tgate_compile._backends.element_types import ELEMENT_TYPES
 from tgate_compile._backends.onnx_session import best_providers, open_session, run_bound, session_options
+from tgate_compile._backends.weight_samples import weight_sample
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
@@ -121,7 +122,7 @@ class _Session:
         # The library hands over a new list at the start of each generation: only then can anything have changed.
         if self._session is None or weights is not self._seen:
             used = [weights[position] for position in self._positions]
-            digest = tuple(_digest(tensor) for tensor in used)
+            digest = tuple(weight_sample(tensor) for tensor in used)
             if self._session is None or digest != self._digest:
                 self._session = self._open(used)
                 self._digest = digest
@@ -170,22 +171,6 @@ def _ort_value(tensor: torch.Tensor) -> Any:
         bits = tensor.view(torch.int16).numpy()
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ELEMENT_TYPES[tensor.dtype])
     return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
-
-
-#: Elements of a weight that are looked at once per image, at least.
-SAMPLES = 1024
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _digest(tensor: torch.Tensor) -> tuple[int, int]:
-    """What tells a changed `tensor` from the old one: torch's count of changes, and a sum over samples.
-
-    The samples are for what goes past torch's count, as peft's merging through `.data` does, which changes all of a
-    weight. Summing all of it would take a second per image of an SD-1.5.
-    """
-    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, int(bits[:: max(1, bits.numel() // SAMPLES)].sum())
 
 
 def _check_providers(names: Sequence[str]) -> None:

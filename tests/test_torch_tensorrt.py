@@ -1,0 +1,50 @@
+"""`backend="tensorrt"`: what is said without Torch-TensorRT, and what that is given; tests/test_tensorrt_gpu.py runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import tgate_compile
+from tests.comparing import difference
+from tests.exported import GATE, plain
+from tests.tiny_pipelines import run
+from tgate_compile import ConfigurationError
+from tgate_compile._backends.torch_tensorrt_compiler import _program
+
+without_it = pytest.mark.skipif(
+    importlib.util.find_spec("torch_tensorrt") is not None, reason="what is said where it is not installed"
+)
+
+
+@without_it
+def test_what_to_install() -> None:
+    pipe = plain()
+    with pytest.raises(ConfigurationError, match=r"'tgate_compile\[tensorrt\]', which fetches .* NVIDIA's own index"):
+        tgate_compile.optimize(pipe, GATE, backend="tensorrt")
+    assert "_tgate_compile" not in vars(pipe)
+
+
+def test_the_program_that_it_compiles() -> None:
+    """A copy, with the weights as they are when it is made: the variant's own may be those of another time."""
+    pipe = tgate_compile.optimize(plain(), GATE, backend="eager")
+    run(pipe)
+    store = pipe._tgate_compile.hook.store
+    live = store._live_tensors()
+    for variant, _ in store.variants:
+        nodes = len(variant.program.graph.nodes)
+        placeholders = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
+        inputs = [torch.randn(fake.shape).to(fake.dtype) for fake in placeholders[len(variant.weights) :]]
+        weights = [live[name].detach() * 1.5 if live[name].ndim > 1 else live[name] for name in variant.weights]
+        with torch.no_grad():
+            expected = variant.program.graph_module(*weights, *inputs)
+            parameters = [torch.nn.Parameter(weight, requires_grad=False) for weight in weights]
+            program = _program(variant, parameters).run_decompositions({})
+            outputs = program.module(check_guards=False)(*inputs)
+        assert len(outputs) == len(expected)
+        for one, other in zip(outputs, expected, strict=True):
+            assert difference(one, other) < 1e-5
+        assert len(variant.program.graph.nodes) == nodes
+        assert all(variant.program.state_dict[name] is live[name] for name in variant.weights)
