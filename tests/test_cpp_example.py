@@ -1,0 +1,58 @@
+"""The C++ example builds, and ends with the latents that the pipeline's own call ends with."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tgate_compile
+from tests.comparing import difference
+from tests.exported import plain
+from tests.exported_aoti import STEPS, exported_aoti
+from tests.tiny_pipelines import PROMPT, run
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "cpp"
+
+pytestmark = [
+    pytest.mark.skipif(not (shutil.which("g++") and shutil.which("cmake")), reason="needs g++ and cmake"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="torch's CMake files want the CUDA toolkit"),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    build = tmp_path_factory.mktemp("cpp")
+    configure = ["cmake", "-S", str(EXAMPLE), "-B", str(build), f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    for command in (configure, ["cmake", "--build", str(build)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build / "denoise"
+
+
+def test_the_loop_in_cpp(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    bundle, inputs, out = exported_aoti(tmp_path_factory), tmp_path / "inputs", tmp_path / "out.npy"
+    pipe = plain()
+    runpy.run_path(str(EXAMPLE / "write_inputs.py"))["write_inputs"](pipe, inputs, PROMPT, STEPS)
+    command = [str(program), str(bundle), str(inputs), "5", str(out)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == ["step 0: full", "step 1: full", "step 2: pruned", "step 3: pruned"]
+
+    tgate_compile.optimize(pipe, 2, backend="eager")
+    latents = torch.from_numpy(np.load(inputs / "latents.npy"))
+    expected = run(pipe, steps=STEPS, guidance_scale=5.0, latents=latents)
+    assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4
+
+
+def test_wrong_arguments(program: Path, tmp_path: Path) -> None:
+    assert subprocess.run([str(program)], capture_output=True).returncode == 2
+    command = [str(program), str(tmp_path), str(tmp_path), "5", "out.npy"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot read" in done.stderr
+    assert "manifest.json" in done.stderr
