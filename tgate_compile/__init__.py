@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from tgate_compile._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from tgate_compile._analysis.result import Analysis as Analysis
+    from tgate_compile._analyze import analyze as analyze
     from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline
     from tgate_compile._describe import describe as describe
     from tgate_compile._errors import BackendError as BackendError
@@ -59,6 +61,8 @@ _HOMES = {
     "strip_picture": "_strip_picture",
     "tune": "_tune",
     "Tuning": "_tuning.result",
+    "analyze": "_analyze",
+    "Analysis": "_analysis.result",
 }
 
 _SUBPACKAGES = ("exports", "passes", "runtime")
@@ -85,6 +89,8 @@ __all__ = [
     "strip_picture",
     "tune",
     "Tuning",
+    "analyze",
+    "Analysis",
     "__version__",
 ]
 

@@ -18,7 +18,7 @@ _USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__
 
 #: In the order of `--help`. Each is a function of that name in a module of that name, imported when it is asked for:
 #: so `run` does without torch.
-COMMANDS = ("demo", "generate", "run", "describe", "export", "inspect", "report", "strip", "tune")
+COMMANDS = ("demo", "generate", "run", "describe", "export", "inspect", "report", "strip", "tune", "analyze")
 
 
 class _Commands(TyperGroup):

@@ -10,45 +10,30 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from tgate_compile._cli import options
+from tgate_compile._cli import options, prompt_options
 from tgate_compile._cli.console import ERR, OUT, print_json
-from tgate_compile._cli.demo_prompts import demo_prompts
 from tgate_compile._cli.loading import embedded_name, load
 from tgate_compile._cli.step_progress import make_progress
 from tgate_compile._cli.strip import coloured
 from tgate_compile._cli.targets import check_targets
-from tgate_compile._errors import ConfigurationError
 from tgate_compile._figures import check_figure
 from tgate_compile._tune import tune as tune_pipeline
 from tgate_compile._tuning.result import Row, Tuning
 from tgate_compile._tuning.search import DEFAULT_TOLERANCE
-
-MSG_NO_PROMPTS = (
-    "Give a few prompts like those that the model will get: --prompt (several times), or --prompts FILE, one a line."
-)
-MSG_BOTH = "Give --prompt or --prompts, not both."
-MSG_NOT_READ = "The prompts cannot be read from {given}: {reason}."
-MSG_EMPTY = "{given} has no prompts: expected one a line."
 
 _EMBEDDED_PROMPTS = 4
 
 
 def tune(
     model: options.Model = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to show; several times.", show_default="four")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A text file with a prompt in each line.", show_default="none")
-    ] = None,
+    prompt: prompt_options.Prompt = None,
+    prompts: prompt_options.Prompts = None,
     tolerance: Annotated[
         float, typer.Option(help="Drift of the final latents that is allowed, as a fraction of their norm.")
     ] = DEFAULT_TOLERANCE,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="Noise for each prompt; several times.", show_default="0")
-    ] = None,
+    seed: prompt_options.Seeds = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the schedule to this .json file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw what was measured: .png, .svg or .pdf.")] = None,
     height: options.Height = None,
@@ -62,7 +47,8 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Find the cheapest schedule whose images stay close to the plain pipeline's, on a few prompts."""
-    texts = _prompts(prompt, prompts, embedded=embedded_name(model) is not None)
+    embedded = None if embedded_name(model) is None else _EMBEDDED_PROMPTS
+    texts = prompt_options.chosen_prompts(prompt, prompts, embedded=embedded)
     if plot is not None:
         check_figure(plot)
     check_targets([path for path in (out, plot) if path is not None], force=force)
@@ -96,26 +82,6 @@ def tune(
     _print_table(tuning)
     for path in written.values():
         OUT.print(f"written {path}", soft_wrap=True)
-
-
-def _prompts(given: list[str] | None, file: Path | None, *, embedded: bool) -> list[str]:
-    if given and file is not None:
-        raise ConfigurationError(MSG_BOTH)
-    if given:
-        return given
-    if file is None:
-        if not embedded:
-            raise ConfigurationError(MSG_NO_PROMPTS)
-        return demo_prompts(_EMBEDDED_PROMPTS)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise ConfigurationError(MSG_NOT_READ.format(given=file, reason=reason)) from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise ConfigurationError(MSG_EMPTY.format(given=file))
-    return texts
 
 
 def _print_table(tuning: Tuning) -> None:

@@ -59,7 +59,7 @@ class Recorder:
         pipe: DiffusionPipeline,
         guided: Callable[[], bool],
         *,
-        kinds: Collection[Kind] = ("cross",),
+        kinds: Collection[Kind] = frozenset({"cross"}),
         halves: bool = False,
     ) -> None:
         self._calls = DenoiserCalls(pipe, guided)
@@ -129,7 +129,7 @@ class Recorder:
             step, other = self._last.get((site, "uncond" if half == "cond" else "cond"), (-1, now))
             if step == self._step and other.shape == now.shape:
                 apart = _distance(now, other)
-        self.samples.append(Sample(site, kind, half, self._step, now.float().norm(), change, apart))
+        self.samples.append(Sample(site, kind, half, self._step, torch.linalg.vector_norm(now.float()), change, apart))
         self._last[site, half] = (self._step, now)
 
 
@@ -152,4 +152,5 @@ def removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a.float() - b.float()).norm()
+    distance: torch.Tensor = torch.linalg.vector_norm(a.float() - b.float())
+    return distance

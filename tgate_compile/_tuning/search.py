@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import platform
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
@@ -32,7 +30,7 @@ from tgate_compile._tuning.candidates import (
 from tgate_compile._tuning.measure import Bench, Measured, Plain, relative_distances, silent
 from tgate_compile._tuning.request import Request
 from tgate_compile._tuning.result import Row, Tuning
-from tgate_compile._version import __version__
+from tgate_compile._tuning.setting import setting_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +124,7 @@ class _Search:
             prompts=tuple(request.prompts or ()),
             seeds=tuple(request.seeds),
             call=request.described_call(),
-            setting=self._setting(backend),
+            setting=setting_of(self._pipe, self._denoisers) | {"backend": backend},
         )
 
     def _measure_given(self, candidates: Sequence[Schedule], plain: Plain) -> None:
@@ -255,20 +253,6 @@ class _Search:
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._planned, self._doing)
-
-    def _setting(self, backend: str) -> dict[str, str]:
-        return {
-            "pipeline": type(self._pipe).__name__,
-            "denoiser": ", ".join(type(denoiser).__name__ for denoiser in self._denoisers.values()),
-            "scheduler": type(self._pipe.scheduler).__name__,
-            "device": str(self._pipe.device),
-            "dtype": str(next(iter(self._denoisers.values())).dtype).removeprefix("torch."),
-            "backend": backend,
-            "tgate_compile": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        }
 
 
 def _sharing_a_capture(schedules: Sequence[Schedule]) -> Iterator[tuple[Schedule, list[Schedule]]]:

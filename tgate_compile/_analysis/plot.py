@@ -1,0 +1,122 @@
+"""An analysis as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tgate_compile._figures import INK, LINE, SOFT, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL.Image import Image
+
+    from tgate_compile._analysis.curves import Curve
+    from tgate_compile._analysis.result import Analysis
+
+# Okabe and Ito's colours, for any colour vision.
+_COLOURS = {"cross": "#0072b2", "self": "#d55e00", "uncond": "#009e73", "cond": "#cc79a7", "all": "#0072b2"}
+_NAMES = {"cross": "cross-attention", "self": "self-attention"}
+
+
+def draw_analysis(analysis: Analysis, path: str | Path) -> None:
+    """Write the figure of `analysis`: a panel for each kind of attention, the halves, and the trajectories."""
+    panels = len(analysis.kinds) + 1 + (analysis.trajectories is not None)
+    rows = 1 if panels <= 3 else 2
+    columns = -(-panels // rows)
+    figure = new_figure(4.5 * columns, 3.1 * rows)
+    figure.suptitle(_title(analysis), color=INK, fontsize=10, x=0.01, ha="left")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for kind, panel in zip(analysis.kinds, axes, strict=False):
+        _draw_kind(panel, analysis, kind)
+    _draw_halves(axes[len(analysis.kinds)], analysis)
+    if analysis.trajectories is not None:
+        _draw_trajectories(axes[len(analysis.kinds) + 1], analysis)
+    for panel in axes[panels:]:
+        panel.set_visible(False)
+    for panel in axes[:panels]:
+        panel.grid(color=LINE, linewidth=0.5)
+        panel.set_axisbelow(True)
+        panel.tick_params(colors=SOFT, labelsize=8, length=0)
+        panel.set_xlim(0, analysis.num_steps)
+        panel.set_ylim(bottom=0)
+        for side, spine in panel.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(LINE)
+    save_figure(figure, path)
+
+
+def draw_pictures(pictures: Mapping[str, Image], prompt: str, path: str | Path) -> None:
+    """Write the images side by side: text in the first steps above, in the last steps below, in all of them left."""
+    names = {way: [name for name in pictures if name.startswith(f"S^{way}")] for way in ("F", "L")}
+    columns = 1 + max(map(len, names.values()))
+    figure = new_figure(1.35 * columns, 3.3)
+    figure.suptitle(prompt, color=INK, fontsize=9, x=0.01, ha="left")
+    grid = figure.subplots(2, columns, squeeze=False)
+    for panel in grid.flat:
+        panel.set_axis_off()
+    for row, (way, words) in enumerate((("F", "text before step {m}"), ("L", "text from step {m} on"))):
+        grid[row][0].imshow(pictures["S"], interpolation="nearest")
+        grid[row][0].set_title("text in all steps", color=SOFT, fontsize=7)
+        for panel, name in zip(grid[row][1:], names[way], strict=False):
+            panel.imshow(pictures[name], interpolation="nearest")
+            panel.set_title(words.format(m=name.rpartition("_")[2]), color=SOFT, fontsize=7)
+    save_figure(figure, path)
+
+
+def _title(analysis: Analysis) -> str:
+    images = max(1, len(analysis.prompts)) * len(analysis.seeds)
+    return (
+        f"{analysis.setting['pipeline']}, {analysis.num_steps} steps of {analysis.setting['scheduler']}, {images} image"
+        f"{'s' if images > 1 else ''}"
+    )
+
+
+def _draw_kind(axes: Axes, analysis: Analysis, kind: str) -> None:
+    attentions = next(value for key, value in analysis.kinds.items() if key == kind)
+    axes.set_title(f"How much {_NAMES[kind]} changes from step to step", color=INK, fontsize=10, loc="left")
+    axes.set_xlabel("step", color=SOFT, fontsize=9)
+    axes.set_ylabel("L2 difference from the step before", color=SOFT, fontsize=9)
+    for site in attentions.sites.values():
+        axes.plot(site.difference.steps, site.difference.mean, color=SOFT, linewidth=0.5, alpha=0.5)
+    _draw_curve(axes, attentions.difference, _COLOURS[kind], f"mean of {len(attentions.sites)} sites")
+    axes.plot([], [], color=SOFT, linewidth=0.5, label="each site")
+    if kind == "cross" and analysis.gate is not None:
+        axes.axvline(analysis.gate, color=INK, linewidth=1.0, linestyle="--")
+        axes.text(
+            analysis.gate, 0.6, f" gate {analysis.gate}: from here on\n close to the floor",
+            color=INK, fontsize=8, va="top", transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
+    axes.legend(fontsize=8, labelcolor=INK, loc="upper right", frameon=False)
+
+
+def _draw_halves(axes: Axes, analysis: Analysis) -> None:
+    axes.set_title("Norms of the outputs", color=INK, fontsize=10, loc="left")
+    axes.set_xlabel("step", color=SOFT, fontsize=9)
+    axes.set_ylabel("L2 norm, mean of the sites", color=SOFT, fontsize=9)
+    for kind, attentions in analysis.kinds.items():
+        for half, curve in attentions.norms.items():
+            name = _NAMES[kind] if half == "all" else f"{_NAMES[kind]}, {half}"
+            _draw_curve(axes, curve, _COLOURS[half], name, "-" if kind == "cross" else ":")
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(fontsize=8, labelcolor=INK, loc="upper right", frameon=False, ncols=2)
+
+
+def _draw_trajectories(axes: Axes, analysis: Analysis) -> None:
+    assert analysis.trajectories is not None
+    axes.set_title("What the text does in a part of the steps", color=INK, fontsize=10, loc="left")
+    axes.set_xlabel("m", color=SOFT, fontsize=9)
+    axes.set_ylabel("drift of the final latents, relative", color=SOFT, fontsize=9)
+    _draw_curve(axes, analysis.trajectories.text_first, _COLOURS["cross"], "text before step m only", "-", "o")
+    _draw_curve(axes, analysis.trajectories.text_last, _COLOURS["self"], "text from step m on only", "-", "s")
+    axes.legend(fontsize=8, labelcolor=INK, loc="best", frameon=False)
+
+
+def _draw_curve(axes: Axes, curve: Curve, colour: str, label: str, style: str = "-", marker: str = "") -> None:
+    axes.plot(
+        curve.steps, curve.mean, color=colour, linewidth=1.4, linestyle=style, marker=marker, markersize=4, label=label
+    )
+    low = [max(m - s, 0.0) for m, s in zip(curve.mean, curve.spread, strict=True)]
+    high = [m + s for m, s in zip(curve.mean, curve.spread, strict=True)]
+    axes.fill_between(curve.steps, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -1,0 +1,121 @@
+"""`tgate-compile analyze`: how a model's attentions converge over the steps, and what its text does when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from tgate_compile._analysis.gate import CONVERGED_WITHIN
+from tgate_compile._analysis.result import Analysis
+from tgate_compile._analyze import analyze as analyze_pipeline
+from tgate_compile._cli import options, prompt_options
+from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.loading import embedded_name, load
+from tgate_compile._cli.step_progress import make_progress
+from tgate_compile._cli.targets import check_targets
+from tgate_compile._figures import check_figure
+
+_EMBEDDED_PROMPTS = 4
+
+
+def analyze(
+    model: options.Model = None,
+    prompt: prompt_options.Prompt = None,
+    prompts: prompt_options.Prompts = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    seed: prompt_options.Seeds = None,
+    self_attention: Annotated[
+        bool, typer.Option("--self/--no-self", help="Self-attentions, too, for which more memory is needed.")
+    ] = True,
+    switch_step: Annotated[
+        list[int] | None,
+        typer.Option("--switch-step", min=0, help="Take the text away, or give it, at this step; several times."),
+    ] = None,
+    trajectories: Annotated[
+        bool, typer.Option("--trajectories/--no-trajectories", help="Generations with text in a part of the steps.")
+    ] = True,
+    converged_within: Annotated[
+        float, typer.Option(help="What counts as converged, as a fraction of the way from floor to peak.")
+    ] = CONVERGED_WITHIN,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write everything to this .json file.")] = None,
+    plot: Annotated[
+        list[Path] | None, typer.Option("--plot", help="Draw it: .png, .svg or .pdf; several times.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Draw the first prompt's images with text in a part of the steps.")
+    ] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    scheduler: options.Scheduler = None,
+    unet: options.Unet = None,
+    lora: options.Lora = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    json: options.Json = False,
+) -> None:
+    """See how the attentions converge over the steps, and what the text does when: the paper's figures 2 and 3."""
+    embedded = None if embedded_name(model) is None else _EMBEDDED_PROMPTS
+    texts = prompt_options.chosen_prompts(prompt, prompts, embedded=embedded)
+    figures = [*(plot or ()), *([pictures] if pictures is not None else ())]
+    for figure in figures:
+        check_figure(figure)
+    targets = [*([out] if out is not None else ()), *figures]
+    check_targets(targets, force=force)
+    with ERR.status("Loading the model"):
+        loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+    call: dict[str, Any] = {
+        **loaded.call,
+        "guidance_scale": loaded.family.guidance if guidance is None else guidance,
+        "height": height,
+        "width": width,
+    }
+    with make_progress(shown=not json) as progress:
+        task = progress.add_task("text in all steps", total=None)
+        analysis = analyze_pipeline(
+            loaded.pipe,
+            texts,
+            num_inference_steps=loaded.family.steps if steps is None else steps,
+            seeds=seed or (0,),
+            call={name: value for name, value in call.items() if value is not None},
+            kinds=("cross", "self") if self_attention else ("cross",),
+            switch_steps=(switch_step or None) if trajectories else (),
+            converged_within=converged_within,
+            pictures=pictures is not None,
+            progress=lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
+        )
+    if out is not None:
+        analysis.save(out)
+    for figure in plot or ():
+        analysis.plot(figure)
+    if pictures is not None:
+        analysis.plot_pictures(pictures)
+    if json:
+        print_json({"model": loaded.source} | analysis.as_dict() | {"written": [str(target) for target in targets]})
+        return
+    _print_analysis(analysis)
+    for target in targets:
+        OUT.print(f"written {target}", soft_wrap=True)
+
+
+def _print_analysis(analysis: Analysis) -> None:
+    table = Table("step", box=SIMPLE_HEAD, pad_edge=False)
+    curves = {f"{kind} change": attentions.relative for kind, attentions in analysis.kinds.items()}
+    curves |= {f"{kind} halves apart": attentions.apart for kind, attentions in analysis.kinds.items()}
+    if analysis.trajectories is not None:
+        curves["drift, text before it"] = analysis.trajectories.text_first
+        curves["drift, text from it on"] = analysis.trajectories.text_last
+    curves = {heading: curve for heading, curve in curves.items() if curve.steps}
+    for heading in curves:
+        table.add_column(heading, justify="right")
+    means = [dict(zip(curve.steps, curve.mean, strict=True)) for curve in curves.values()]
+    for step in sorted(set().union(*means)):
+        table.add_row(str(step), *(f"{of_step[step]:.3f}" if step in of_step else "" for of_step in means))
+    OUT.print(table)
+    for line in (analysis.gist, *analysis.remarks):
+        OUT.print(line, soft_wrap=True)
