@@ -1,4 +1,4 @@
-"""`backend="tensorrt"`: what is said without Torch-TensorRT, and what that is given; tests/test_tensorrt_gpu.py runs it."""
+"""`backend="tensorrt"`: what is said without Torch-TensorRT, and what that gets; tests/test_tensorrt_gpu.py runs it."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def load(
         raise BundleError(MSG_OTHER_PIPELINE.format(folder=bundle.folder, expected=made_from, given=given))
     options = dict(backend_options or {})
     format_called(bundle.manifest.graph_format).check_load_options(options)
-    check_can_run(bundle.manifest.graph_format)
+    check_can_run(bundle.manifest.graph_format, pipe._execution_device)
     attach(
         pipe,
         dict.fromkeys(names, read_schedule(method.schedule)),

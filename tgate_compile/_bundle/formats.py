@@ -25,6 +25,10 @@ MSG_NO_GPU = (
     'A bundle of format "{format}" runs on an NVIDIA GPU, and PyTorch {torch} finds none here: there is no GPU, no '
     "driver, or no CUDA in this PyTorch. On this machine, load a bundle of another format."
 )
+MSG_NOT_ON_GPU = (
+    'A bundle of format "{format}" runs on an NVIDIA GPU, and the pipeline is on "{device}". Call pipe.to("cuda") '
+    "first."
+)
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,11 @@ def check_can_load(name: str) -> None:
     check_installed(*row.to_load, extra=row.extra, what=f'A bundle of format "{name}"')
 
 
-def check_can_run(name: str) -> None:
-    """Raise BackendError, which says what is missing, unless this machine can run graphs of this format."""
-    if FORMATS[name].needs_gpu and not torch.cuda.is_available():
+def check_can_run(name: str, device: torch.device) -> None:
+    """Raise BackendError, which says what is missing, unless graphs of this format run here, for inputs on `device`."""
+    if not FORMATS[name].needs_gpu:
+        return
+    if not torch.cuda.is_available():
         raise BackendError(MSG_NO_GPU.format(format=name, torch=torch.__version__))
+    if device.type != "cuda":
+        raise BackendError(MSG_NOT_ON_GPU.format(format=name, device=device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,18 @@ class Session(Protocol):
             BackendError: the runtime fails.
         """
         ...
+
+
+@runtime_checkable
+class Refittable(Protocol):
+    """A session whose graph can be given other weights."""
+
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take these weights, by their names in the denoiser; those that are missing are the bundle's.
+
+        Raises:
+            BackendError: the graph cannot follow.
+        """
 
 
 def inputs_of(graph: Graph) -> list[TensorSpec]:

@@ -14,9 +14,9 @@ from tgate_compile._bundle.formats import format_called
 from tgate_compile._bundle.manifest import CacheOutput, Graph, TensorSpec
 from tgate_compile._bundle.phases import phase_of
 from tgate_compile._bundle.returns import unflatten_as
-from tgate_compile._bundle.session import Session, sizes_for
+from tgate_compile._bundle.session import Refittable, Session, sizes_for
 from tgate_compile._bundle.sizes import shape_at
-from tgate_compile._bundle.weights_digest import bit_sums, dtype_name
+from tgate_compile._bundle.weights_digest import bit_sums, dtype_name, weights_of
 from tgate_compile._call import Call
 from tgate_compile._errors import BundleError
 from tgate_compile._fingerprint import fingerprint
@@ -81,7 +81,8 @@ class BundleStore:
         manifest = bundle.manifest
         self._functions = format_called(manifest.graph_format)
         self._put = unflatten_as(manifest.denoiser.returns, denoiser, manifest.pipeline.diffusers)
-        self._fingerprint = self._look()
+        self._modules = fingerprint(denoiser)
+        self._loaded = self._weights = bit_sums(denoiser)
 
     @property
     def folder(self) -> str:
@@ -100,13 +101,19 @@ class BundleStore:
         return []
 
     def refresh(self) -> None:
-        """Check that the denoiser is still what it was when the bundle was loaded.
+        """Check that the denoiser is still what it was when the bundle was loaded; graphs that can, follow its weights.
 
         Raises:
-            BundleError: it is not.
+            BundleError: it is not, and they cannot.
+            BackendError: likewise.
         """
-        if self._look() != self._fingerprint:
+        weights = bit_sums(self.denoiser)
+        if fingerprint(self.denoiser) != self._modules:
             raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder))
+        if weights != self._weights:
+            for session in self._sessions.values():
+                self._refit(session)
+            self._weights = weights
 
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
         """What the graph of `phase` hands on; the call must be one that the bundle is made for."""
@@ -135,13 +142,16 @@ class BundleStore:
     def _session(self, phase: Phase, device: torch.device) -> Session:
         key = (phase, device)
         if key not in self._sessions:
-            self._sessions[key] = self._functions.open_graph(
-                self._graph(phase), self._bundle.folder, device, self._options
-            )
+            session = self._functions.open_graph(self._graph(phase), self._bundle.folder, device, self._options)
+            if self._weights != self._loaded:
+                self._refit(session)
+            self._sessions[key] = session
         return self._sessions[key]
 
-    def _look(self) -> Hashable:
-        return fingerprint(self.denoiser), bit_sums(self.denoiser)
+    def _refit(self, session: Session) -> None:
+        if not isinstance(session, Refittable):
+            raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder))
+        session.refit(weights_of(self.denoiser))
 
     def _graph(self, phase: Phase) -> Graph:
         if phase not in self._graphs:

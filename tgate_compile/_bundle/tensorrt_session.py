@@ -23,10 +23,6 @@ from tgate_compile.exports.to_tensorrt import DTYPES
 
 logger = logging.getLogger(__name__)
 
-MSG_DEVICE = (
-    'The {graph} graph is a TensorRT engine, which runs on a GPU, but the pipeline is on "{device}". Call '
-    'pipe.to("cuda").'
-)
 MSG_NOT_OPENED = (
     "{package} {version} cannot open the engine of the {graph} graph ({problem}). An engine is for the version that "
     "built it and for GPUs of the compute capabilities that it was built for; here is {gpu}."
@@ -45,8 +41,7 @@ class TensorRTSession:
     def __init__(
         self, package: str, graph: Graph, path: Path, device: torch.device, options: Mapping[str, object]
     ) -> None:
-        if device.type != "cuda":
-            raise BackendError(MSG_DEVICE.format(graph=path.stem, device=device))
+        assert device.type == "cuda", "load has checked it"
         began = time.perf_counter()
         self._trt: Any = importlib.import_module(package)
         self._package = package
