@@ -14,9 +14,11 @@ import torch
 
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
+from tgate_compile.exports.optimize_onnx import optimize_onnx
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.expand_masks import expand_masks
 from tgate_compile.passes.flat_program import flat_program
+from tgate_compile.passes.promote_concatenated import promote_concatenated
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -54,6 +56,7 @@ def to_onnx(variant: Variant) -> OnnxGraph:
     began = time.perf_counter()
     graph_module = copy_graph(variant.program.graph_module)
     expand_masks(graph_module)
+    promote_concatenated(graph_module)
     graph_module.recompile()
     graph = program_to_onnx(flat_program(variant.program, graph_module), variant.weights)
     logger.info(
@@ -75,8 +78,7 @@ def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str
     small = _small_numbers(model)
     taken.update({str(value.name): value for value in small})
     model.graph.inputs.extend(taken.values())
-    onnx_program.optimize()
-    model = onnx_program.model
+    optimize_onnx(model)
     del model.graph.inputs[len(model.graph.inputs) - len(taken) :]
     for value, tensor in small.items():
         value.const_value = tensor

@@ -18,7 +18,11 @@ Output = tuple[str, Sequence[int], torch.dtype]
 
 
 def session_options(options: Mapping[str, object]) -> onnxruntime.SessionOptions:
-    """ONNX Runtime's own settings for the backend's options `threads` and `prepacking`."""
+    """ONNX Runtime's own settings for the backend's options `threads` and `prepacking`.
+
+    Without `optimized`, which no user is offered, the graph is run as it is: no weight is transposed or cast once for
+    all runs, and so none is in memory twice.
+    """
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -29,6 +33,8 @@ def session_options(options: Mapping[str, object]) -> onnxruntime.SessionOptions
         settings.add_session_config_entry("session.disable_prepacking", "1")
         # Beyond "extended" are the layouts of convolutions, for which their weights are copied.
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    if options.get("optimized") is False:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return settings
 
 

@@ -28,6 +28,9 @@ TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float8_e5m2: 0.26,
 }
 
+#: The weights are in memory already, and may be large.
+FRUGAL: Mapping[str, object] = {"prepacking": False, "optimized": False}
+
 MSG_NOT_RUN = (
     "The {graph} graph cannot be checked against PyTorch on the {device}: {problem} Nothing has been written.{hint}"
 )
