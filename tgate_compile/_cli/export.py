@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -11,12 +12,17 @@ from typing import Annotated, Any
 import typer
 
 import tgate_compile
-from tgate_compile._bundle.formats import check_can_write
+from tgate_compile._bundle.formats import FORMATS, check_can_write
 from tgate_compile._cli import options, schedule_options
 from tgate_compile._cli.console import ERR, OUT, print_json
 from tgate_compile._cli.loading import load
 from tgate_compile._cli.settings import settings_for
+from tgate_compile._errors import ConfigurationError
 from tgate_compile._schedule import Schedule
+
+#: The formats of `tgate_compile.export`.
+Format = Enum("Format", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]
+ONNX = Format("onnx")
 
 
 class Components(str, Enum):
@@ -26,16 +32,20 @@ class Components(str, Enum):
     all = "all"
 
 
-class Format(str, Enum):
-    """The formats of `tgate_compile.export`."""
+#: What writing and checking ONNX graphs takes after their capture, as a multiple of its time (docs/exports.md).
+AFTER_CAPTURE = 2.5
 
-    onnx = "onnx"
+MSG_OPTION = "--format-option takes NAME=VALUE, with a value in JSON or a plain text, but got {given!r}."
 
 
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
     model: options.Model = None,
-    format: Annotated[Format, typer.Option("--format", help="What the graphs are written as.")] = Format.onnx,
+    format: Annotated[Format, typer.Option("--format", help="What the graphs are written as.")] = ONNX,
+    static: Annotated[bool, typer.Option("--static", help="Fix batch, height and width.")] = False,
+    format_option: Annotated[
+        list[str] | None, typer.Option("--format-option", help="NAME=VALUE for the format; docs/exports.md has them.")
+    ] = None,
     components: Annotated[
         Components, typer.Option("--components", help="all: with text encoders, tokenizers and VAE, for `run`.")
     ] = Components.denoiser,
@@ -62,7 +72,8 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Write a model's graphs with a schedule into a folder, for ONNX Runtime. Sizes and batch are fixed."""
+    """Write a model's graphs with a schedule into a folder, for another runtime."""
+    format_options = _parsed(format_option or [])
     given = schedule_options.given_options(
         sp_interval=sp_interval,
         fi_interval=fi_interval,
@@ -99,6 +110,8 @@ def export(
         out,
         format.value,
         call=call,
+        dynamic=not static,
+        format_options=format_options,
         components=components.value,
         overwrite=force,
         progress=progress,
@@ -114,10 +127,32 @@ def export(
 
 
 def _progress(began: float, *, shown: bool) -> Callable[[str], None]:
-    """Stages on stderr, each with the time at which it begins."""
+    """Stages on stderr, each with the time at which it begins; once the capture is over, about how much is left."""
+    captures: list[float] = []
 
     def say(stage: str) -> None:
+        now = time.perf_counter()
+        left = ""
+        if len(captures) == 1:
+            seconds = AFTER_CAPTURE * (now - captures[0])
+            left = f", about {seconds / 60:.0f} min to go" if seconds > 90 else f", about {seconds:.0f} s to go"
+            captures.append(now)
+        elif stage.startswith("Capturing"):
+            captures.append(now)
         if shown:
-            ERR.print(f"[dim]{time.perf_counter() - began:6.1f} s[/]  {stage}", soft_wrap=True)
+            ERR.print(f"[dim]{now - began:6.1f} s[/]  {stage}{left}", soft_wrap=True)
 
     return say
+
+
+def _parsed(given: list[str]) -> dict[str, object]:
+    parsed: dict[str, object] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not name or not equals:
+            raise ConfigurationError(MSG_OPTION.format(given=one))
+        try:
+            parsed[name] = jsonlib.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return parsed
