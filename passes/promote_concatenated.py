@@ -14,8 +14,8 @@ CONCATENATIONS = {aten.cat.default, aten.concat.default, aten.concatenate.defaul
 def promote_concatenated(graph_module: torch.fx.GraphModule) -> PassResult:
     """Cast the operands of each concatenation to its result's dtype, where they have another.
 
-    torch promotes them by itself: SDXL joins its pooled text, in float16, with an embedding of sizes, in float32. ONNX's
-    Concat does not.
+    torch promotes them by itself: SDXL joins its pooled text, in float16, with an embedding of sizes, in float32.
+    ONNX's Concat does not.
     """
     graph = graph_module.graph
     count = 0
