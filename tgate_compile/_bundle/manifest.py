@@ -251,8 +251,8 @@ class VaeDecoder(_Strict):
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     latent_channels: Count
-    scale_factor: Count = Field(description="Pixels of an image for one of its latents.")
-    scaling_factor: float
+    scale_factor: Annotated[int, Field(ge=1, description="Pixels of an image for one of its latents.")]
+    scaling_factor: Annotated[float, Field(gt=0)]
     shift_factor: float
     image_range: tuple[float, float] = Field(description="What black and white are.")
     parity: Parity

@@ -124,6 +124,19 @@ def _check_components(manifest: Manifest, path: Path) -> None:
         raise BundleError(MSG_INVALID.format(path=path, where="components", problem="a file out of its folder"))
     if set(components.arguments) != set(manifest.denoiser.arguments):
         raise BundleError(MSG_INVALID.format(path=path, where="components.arguments", problem="not the denoiser's"))
+    made = {"latents", "timestep", "sizes", "resolution", "aspect_ratio"}
+    for encoder in components.text_encoders:
+        inputs, outputs = ({spec.name for spec in specs} for specs in (encoder.inputs, encoder.outputs))
+        if not (
+            inputs <= {"input_ids", "attention_mask"} and {"hidden_states"} <= outputs <= {"hidden_states", "pooled"}
+        ):
+            raise BundleError(MSG_INVALID.format(path=path, where=encoder.component, problem=f"{inputs} to {outputs}"))
+        made |= outputs | (inputs & {"attention_mask"})
+    missing = set(components.arguments.values()) - made
+    if missing:
+        raise BundleError(
+            MSG_INVALID.format(path=path, where="components.arguments", problem=f"nothing makes {sorted(missing)}")
+        )
 
 
 def _check_sizes(manifest: Manifest, path: Path) -> None:

@@ -17,7 +17,7 @@ from tgate_compile._schedule_file import read_schedule
 
 if TYPE_CHECKING:
     from tgate_compile._bundle.bundle import Bundle
-    from tgate_compile._bundle.manifest import Graph
+    from tgate_compile._bundle.manifest import Components, Graph
 
 
 def inspect(
@@ -54,6 +54,8 @@ def _print_bundle(bundle: Bundle) -> None:
     for name, graph in manifest.graphs.items():
         table.add_row(name, *_cells(graph))
     OUT.print(table)
+    if manifest.components is not None:
+        _print_components(manifest.components)
     for name, file in manifest.files.items():
         OUT.print(f"{file.size / 1e6:10.3f} MB  {escape(name)}", soft_wrap=True)
     versions = manifest.versions
@@ -63,6 +65,24 @@ def _print_bundle(bundle: Bundle) -> None:
         soft_wrap=True,
     )
     OUT.print(f"verified: {len(manifest.files)} files, {bundle.size / 1e6:.1f} MB, are as they were written")
+
+
+def _print_components(components: Components) -> None:
+    """A table like that of the graphs, and what `run` does with it."""
+    table = Table("component", "model", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("from\nPyTorch", justify="right", no_wrap=True)
+    for encoder in components.text_encoders:
+        model = f"{encoder.class_name}, {encoder.tokenizer.length} tokens"
+        table.add_row(escape(encoder.component), escape(model), f"{encoder.parity.relative:.0e}")
+    decoder = components.vae_decoder
+    model = f"{decoder.class_name}, {decoder.scale_factor} pixels for one of the latents"
+    table.add_row("vae_decoder", escape(model), f"{decoder.parity.relative:.0e}")
+    OUT.print(table)
+    OUT.print(
+        f"tgate-compile run makes images of {components.width}x{components.height} in "
+        f"{components.num_inference_steps} steps, guidance {components.guidance_scale:g}\n",
+        soft_wrap=True,
+    )
 
 
 def _cells(graph: Graph) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from tgate_compile._bundle.manifest import Graph, Manifest, Source, TensorSpec
 from tgate_compile._bundle.phases import phase_of
 from tgate_compile._bundle.sizes import solve
-from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile._errors import BundleError
 from tgate_compile._schedule import Half, Kind, Phase, Schedule
 from tgate_compile.runtime._noise_levels import Array
 from tgate_compile.runtime._session import Session, Settings, ort_value
@@ -28,10 +28,6 @@ MSG_SHAPES = (
     "another number at a time, or export a bundle that takes these."
 )
 MSG_LIMITS = "The bundle {folder} takes {name} from {least} to {most}, but this call has {given}."
-MSG_TIMESTEP = (
-    "This scheduler's timesteps are no whole numbers ({given}), and the graphs of the bundle {folder} take whole ones. "
-    "Choose another scheduler, or export the bundle from a pipeline with the Euler scheduler, which serves all of them."
-)
 
 #: For each half of guidance, what is known of it besides latents and timesteps; the first dimension is that of images.
 Conditions = Mapping[Half, Mapping[Source, Array]]
@@ -141,7 +137,8 @@ class Denoiser:
         if source == "latents":
             return ort_value(np.concatenate([latents] * len(halves)), spec)
         if source == "timestep":
-            return ort_value(self._timestep(spec, timestep, len(halves) * len(latents)), spec)
+            batch = len(halves) * len(latents)
+            return ort_value(np.full((batch,) * len(spec.shape), timestep), spec)  # one number, or one for each row
         key = (guided, spec.name)
         if key not in self._made:
             value = np.concatenate([self._conditions[half][source] for half in halves])
@@ -152,11 +149,6 @@ class Denoiser:
         if guided:
             return self._manifest.family.order
         return (self._manifest.method.keep,) if self._guided else tuple(self._conditions)
-
-    def _timestep(self, spec: TensorSpec, timestep: float, batch: int) -> Array:
-        if spec.dtype.startswith("int") and timestep != int(timestep):
-            raise ConfigurationError(MSG_TIMESTEP.format(given=timestep, folder=self._folder))
-        return np.full((batch,) * len(spec.shape), timestep)
 
     def _check_shapes(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
         specs = [*graph.inputs, *graph.cache_inputs]

@@ -1,0 +1,104 @@
+"""Bundles with all components, of tiny pipelines: complete text-to-image programs. Each is exported once."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import EulerDiscreteScheduler
+from numpy.typing import NDArray
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+import tgate_compile
+from tests.exported import GATE, STEPS
+from tests.tiny_pipelines import SIZE, TEXT_DIM, VELOCITY, pixart, sdxl, seeded, stable_diffusion
+
+#: Of PixArt's prompts.
+LENGTH = 12
+
+
+def plain() -> Any:
+    """A Stable Diffusion pipeline whose timesteps are float32, so that its graphs serve every scheduler."""
+    pipe = stable_diffusion(layout="small")
+    pipe.scheduler = EulerDiscreteScheduler(**VELOCITY)
+    return pipe
+
+
+def pixart_with_text() -> Any:
+    """PixArt with a T5 whose tokens are letters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0)]
+    pieces += [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)]
+    sizes = {"d_model": TEXT_DIM, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    encoder = seeded(lambda: T5EncoderModel(T5Config(vocab_size=len(pieces), **sizes)), 9)
+    pipe = pixart(micro_conditions=True)
+    pipe.register_modules(tokenizer=T5Tokenizer(vocab=pieces, extra_ids=0), text_encoder=encoder)
+    return pipe
+
+
+#: Arguments of its calls.
+PIXART_CALL: dict[str, Any] = {
+    "use_resolution_binning": False,
+    "clean_caption": False,
+    "max_sequence_length": LENGTH,
+    "height": SIZE,
+    "width": SIZE,
+}
+PIPELINES = {"sd": plain, "sdxl": sdxl, "pixart": pixart_with_text}
+
+
+@functools.cache
+def program(
+    name: str = "sd",
+    *,
+    dynamic: bool | tuple[str, ...] = ("batch",),
+    call: tuple[tuple[str, Any], ...] = (),
+    **schedule: Any,
+) -> Path:
+    """The bundle of a pipeline; leave it as it is."""
+    pipe = PIPELINES[name]()
+    tgate_compile.optimize(pipe, **({"gate_step": GATE} | schedule), backend="eager")
+    home = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, home)
+    given = {"prompt": "", "num_inference_steps": STEPS, **(PIXART_CALL if name == "pixart" else {}), **dict(call)}
+    return tgate_compile.export(pipe, Path(home, "bundle"), call=given, dynamic=dynamic, components="all")  # type: ignore[arg-type]
+
+
+def noise(count: int = 1, size: int = SIZE) -> NDArray[Any]:
+    """Latents of the tiny pipelines."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((count, 4, size // 2, size // 2), generator=generator).numpy()
+
+
+@functools.cache
+def _optimized(name: str, schedule: tuple[tuple[str, Any], ...]) -> Any:
+    pipe = PIPELINES[name]()
+    return tgate_compile.optimize(pipe, **dict(schedule), backend="eager")
+
+
+def reference(
+    prompt: Any, latents: NDArray[Any], name: str = "sd", scheduler: Any = None, schedule: Any = None, **call: Any
+) -> NDArray[Any]:
+    """The images of a pipeline in PyTorch, [images, height, width, 3]."""
+    pipe = _optimized(name, tuple((schedule or {"gate_step": GATE}).items()))
+    own, pipe.scheduler = pipe.scheduler, scheduler or pipe.scheduler
+    given = {"num_inference_steps": STEPS, **(PIXART_CALL if name == "pixart" else {}), **call}
+    try:
+        images: NDArray[Any] = pipe(prompt, latents=torch.from_numpy(latents), output_type="np", **given).images
+        return images
+    finally:
+        pipe.scheduler = own
+
+
+def psnr(images: NDArray[Any], expected: NDArray[Any]) -> float:
+    """In decibels, of images from 0 to 1."""
+    assert images.shape == expected.shape
+    assert np.isfinite(images).all()
+    assert expected.std() > 0.05  # there is something to see
+    error = float(np.square(images.astype(np.float64) - expected).mean())
+    return -10 * float(np.log10(error)) if error else float("inf")
