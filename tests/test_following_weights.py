@@ -1,0 +1,86 @@
+"""Graphs that can take other weights get them when the denoiser's have changed; the others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_compile
+from tests.exported import exported, plain
+from tests.tiny_pipelines import run
+from tgate_compile import BundleError
+from tgate_compile._bundle import onnx_graphs
+from tgate_compile._bundle.session import Session
+
+
+class Following:
+    """Runs a graph of ONNX Runtime, and tells what it was to follow: engines that do it need a GPU."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.provider = session.provider
+        self.given: list[torch.Tensor] = []
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self._session.run(inputs)
+
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.given.append(weights["conv_out.bias"].clone())
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Following]:
+    """Those that are opened from now on."""
+    exported()
+    opened: list[Following] = []
+    open_graph = onnx_graphs.open_graph
+
+    def follow(*arguments: Any) -> Following:
+        opened.append(Following(open_graph(*arguments)))
+        return opened[-1]
+
+    monkeypatch.setattr(onnx_graphs, "open_graph", follow)
+    return opened
+
+
+def change(pipe: Any, by: float) -> torch.Tensor:
+    pipe.unet.conv_out.bias.data += by
+    return pipe.unet.conv_out.bias.detach().clone()
+
+
+def test_graphs_follow_once_for_each_change(sessions: list[Following]) -> None:
+    pipe = tgate_compile.load(plain(), exported())
+    run(pipe)
+    assert [session.given for session in sessions] == [[], []]
+    first = change(pipe, 0.5)
+    run(pipe)
+    run(pipe)
+    second = change(pipe, 0.25)
+    run(pipe)
+    for session in sessions:
+        assert len(session.given) == 2
+        assert torch.equal(session.given[0], first)
+        assert torch.equal(session.given[1], second)
+
+
+def test_graphs_that_are_opened_later_follow_too(sessions: list[Following]) -> None:
+    pipe = tgate_compile.load(plain(), exported())
+    now = change(pipe, 0.5)
+    run(pipe)
+    assert [len(session.given) for session in sessions] == [1, 1]
+    assert torch.equal(sessions[0].given[0], now)
+
+
+def test_other_graphs_refuse_until_the_weights_are_back() -> None:
+    pipe = tgate_compile.load(plain(), exported())
+    expected = run(pipe)
+    before = pipe.unet.conv_out.bias.detach().clone()
+    change(pipe, 0.5)
+    for _ in range(2):
+        with pytest.raises(BundleError, match="have been changed since"):
+            run(pipe)
+    pipe.unet.conv_out.bias.data.copy_(before)
+    assert torch.equal(run(pipe), expected)
