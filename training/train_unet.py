@@ -57,7 +57,10 @@ def train_unet(parts: Path, embedded: Path, out: Path, config: UNetTraining, *, 
         step, samples, before = state["step"], state["samples"], state["seconds"]
 
     shared = parts if teacher is None else embedded
-    data = _data(shared, config, device, np.random.default_rng([config.seed, rank, step]))
+    # The embedded autoencoder never changes, so its latents are kept, for the other families and for the next run.
+    kept = f"latents_{config.images}_{config.pair_share}_{config.seed}_{rank}.pt"
+    cache = None if teacher is None else parts / kept
+    data = _data(shared, cache, config, device, np.random.default_rng([config.seed, rank, 0 if cache else step]))
     text = family.encoder(parts / config.family if family.own_text else shared, device)(data.captions)
     teacher_text = FAMILIES["sd"].encoder(shared, device)(data.captions) if family.own_text else text
     nobody = torch.zeros(config.batch, dtype=torch.long, device=device)
@@ -108,10 +111,14 @@ def _decay(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * done - 1)))
 
 
-def _data(folder: Path, config: UNetTraining, device: str, rng: np.random.Generator) -> LatentData:
+def _data(folder: Path, cache: Path | None, config: UNetTraining, device: str, rng: np.random.Generator) -> LatentData:
+    if cache is not None and cache.exists():
+        return LatentData(**torch.load(cache, map_location=device, weights_only=True))
     vae = AutoencoderKL.from_pretrained(folder / "vae").float().to(device, memory_format=torch.channels_last).eval()
     data = make_latent_data(vae, images=config.images, pair_share=config.pair_share, device=device, rng=rng)
     logger.info("encoded %d images, %d captions", len(data.latents), len(data.captions))
+    if cache is not None:
+        _save(vars(data), cache)
     return data
 
 

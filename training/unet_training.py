@@ -30,6 +30,6 @@ DEFAULTS: dict[str, UNetTraining] = {
     "pixart": UNetTraining("pixart", minutes=80.0, images=40_000, pair_share=0.5, learning_rate=1e-3, ema_decay=0.999),
     # The average is the target of the distillation, so it has to be quick. Guidance is learned instead of dropout.
     "lcm": UNetTraining(
-        "lcm", minutes=13.0, images=8_000, pair_share=0.5, learning_rate=3e-4, ema_decay=0.98, caption_dropout=0.0
+        "lcm", minutes=4.0, images=8_000, pair_share=0.5, learning_rate=3e-4, ema_decay=0.98, caption_dropout=0.0
     ),
 }
