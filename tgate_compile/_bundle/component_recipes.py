@@ -26,7 +26,18 @@ MSG_ARGUMENT = (
 )
 
 #: Options of calls that change what is made of a prompt, or of the latents, and are not in the runtime.
-LEFT_OUT = ("clip_skip", "prompt_2", "negative_prompt_2", "guidance_rescale", "eta", "original_size", "target_size")
+LEFT_OUT = (
+    "clip_skip",
+    "prompt_2",
+    "negative_prompt_2",
+    "guidance_rescale",
+    "eta",
+    "timesteps",
+    "sigmas",
+    "denoising_end",
+    "original_size",
+    "target_size",
+)
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,10 @@ class BundlePipeline:
 
     def _noise(self, count: int, height: int | None, width: int | None, seed: int | None, given: Array | None) -> Array:
         decoder = self._components.vae_decoder
-        sizes = {"height": height or self._components.height, "width": width or self._components.width}
+        sizes = {
+            "height": self._components.height if height is None else height,
+            "width": self._components.width if width is None else width,
+        }
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % decoder.scale_factor:
                 raise ConfigurationError(MSG_SIZE.format(name=name, scale=decoder.scale_factor, given=size))
