@@ -21,6 +21,7 @@ from tgate_compile._bundle.sizes import shape_at
 from tgate_compile._bundle.tensorrt_options import (
     EngineOptions,
     Profile,
+    check_gpu,
     check_load_options,
     engine_options,
     full_profile,
@@ -58,7 +59,7 @@ class TensorRTFormat:
 
     def check_options(self, options: Mapping[str, object]) -> None:
         """Raise ConfigurationError for options that are wrong, or need a GPU that is not there."""
-        self._options(options)
+        check_gpu(self.name, self._options(options), always=self.builds_on_gpu)
 
     def check_load_options(self, options: Mapping[str, object]) -> None:
         """Raise ConfigurationError for options of `load` that are wrong."""
@@ -119,7 +120,7 @@ class TensorRTFormat:
         return TensorRTSession(self.package, graph, root / graph.file, device, options)
 
     def _options(self, options: Mapping[str, object]) -> EngineOptions:
-        return engine_options(self.name, self.package, self.options, options, needs_gpu=self.builds_on_gpu)
+        return engine_options(self.name, self.package, self.options, options)
 
     def _engine(self, graph: m.Graph, model: Path, profile: Profile, asked: EngineOptions) -> memoryview:
         inputs, outputs = inputs_of(graph), outputs_of(graph)

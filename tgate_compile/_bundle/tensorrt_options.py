@@ -69,13 +69,11 @@ class EngineOptions:
     keeps_onnx: bool
 
 
-def engine_options(
-    format: str, package: str, known: Collection[str], options: Mapping[str, object], *, needs_gpu: bool
-) -> EngineOptions:
+def engine_options(format: str, package: str, known: Collection[str], options: Mapping[str, object]) -> EngineOptions:
     """The options of `export` for the format, whose package knows `known` of `EXPECTED`.
 
     Raises:
-        ConfigurationError: they are wrong, or need a GPU that is not there.
+        ConfigurationError: they are wrong.
     """
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -84,7 +82,7 @@ def engine_options(
     checks: Mapping[str, Callable[[Any], bool]] = {
         "profile": _is_profile,
         "compute_capabilities": lambda given: _is_list(given) and bool(given) and set(given) <= set(capabilities),
-        "hardware_compatible": lambda given: given in _HARDWARE,
+        "hardware_compatible": lambda given: isinstance(given, str) and given in _HARDWARE,
         "timing_cache": lambda given: isinstance(given, (str, os.PathLike)) and Path(given).parent.is_dir(),
     }
     for name, given in options.items():
@@ -93,7 +91,6 @@ def engine_options(
             raise ConfigurationError(MSG_OPTION.format(name=name, expected=expected, given=given))
     refit = options.get("refit") is True
     strip = refit or options.get("strip") is True
-    _check_gpu(format, needs_gpu, "refit" if refit else "strip" if strip else None)
     flags = {
         "STRIP_PLAN": strip,
         "REFIT": refit,
@@ -159,13 +156,16 @@ def check_load_options(format: str, known: Collection[str], options: Mapping[str
             raise ConfigurationError(MSG_LOAD_OPTION.format(name=name, expected=expected, given=options[name]))
 
 
-def _check_gpu(format: str, needs_gpu: bool, option: str | None) -> None:
+def check_gpu(format: str, options: EngineOptions, *, always: bool) -> None:
+    """Raise ConfigurationError if engines need a GPU to be built, as they `always` do or with these options only, and
+    there is none."""
     if torch.cuda.is_available():
         return
-    if needs_gpu:
+    if always:
         instead = 'format="tensorrt-rtx" builds without one, and format="onnx" does, too.'
         raise ConfigurationError(MSG_NEEDS_GPU.format(what=f'format="{format}"', instead=instead))
-    if option is not None:
+    if options.keeps_onnx:
+        option = "refit" if "REFIT" in options.settings.flags else "strip"
         what, instead = (
             f'format_options["{option}"]',
             f"Leave {option} out: the engines then have their weights inside.",
