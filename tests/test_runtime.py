@@ -48,16 +48,15 @@ def made(pipe: BundlePipeline, *args: Any, **call: Any) -> Any:
 def test_the_embedded_pipeline(dtype: torch.dtype, least: float, tmp_path: Path) -> None:
     torch_pipe = tgate_compile.load_demo_pipeline(torch_dtype=dtype)
     torch_pipe.set_progress_bar_config(disable=True)
-    # With the other spacing, Euler's sigmas of 20,000 overflow in diffusers' float16.
-    config = {**torch_pipe.scheduler.config, "timestep_spacing": "leading"}
-    torch_pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
+    config = torch_pipe.scheduler.config
     tgate_compile.optimize(torch_pipe, 4, backend="eager")
     call = {"prompt": "", "num_inference_steps": 10}
     folder = tgate_compile.export(torch_pipe, tmp_path / "b", call=call, dynamic=("batch",), components="all")
     pipe = BundlePipeline(folder, threads=1)
     prompts = ["a large red circle on a blue background", "a small green star on a white background"]
     noise = torch.randn((2, 4, 16, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
-    for scheduler, name in {None: CLASSES["dpm++"], **CLASSES}.items():
+    others = CLASSES if dtype is torch.float32 else {}  # float16 is slow on a CPU
+    for scheduler, name in {None: CLASSES["dpm++"], **others}.items():
         torch_pipe.scheduler = getattr(diffusers, name).from_config(config)
         for prompt, latents in ((prompts, noise), (prompts[0], noise[:1])):
             expected = torch_pipe(prompt, latents=latents, num_inference_steps=10, output_type="np").images
@@ -86,8 +85,7 @@ def test_calls(pipe: BundlePipeline, scheduler: str) -> None:
     "schedule",
     [
         {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0},
-        {"gate_step": 6, "deepcache_interval": 3},
-        {"gate_step": None, "guidance_step": 3},
+        {"gate_step": None, "guidance_step": 4, "deepcache_interval": 3},
     ],
 )
 def test_other_schedules(schedule: dict[str, Any]) -> None:

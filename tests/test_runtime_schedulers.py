@@ -112,3 +112,5 @@ def test_what_there_is_not() -> None:
     for steps in (0, 1001, 2.5, True):
         with pytest.raises(ConfigurationError, match="from 1 to 1000"):
             ours(diffusers.DDIMScheduler(), steps)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"begins at timestep 1000.*up to 999"):
+        ours(diffusers.DDIMScheduler(steps_offset=1), 1000)

@@ -7,8 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from tgate_compile._errors import ConfigurationError
 from tgate_compile.runtime._noise_levels import Array, cumulative_alphas
 from tgate_compile.runtime._scheduler_config import COMMON, COMMON_CHOICES, checked_config
+
+MSG_BEYOND = (
+    "With {steps} steps and its steps_offset, DDIM begins at timestep {given}, and the model was trained up to {most}. "
+    "Take fewer steps."
+)
 
 DEFAULTS: Mapping[str, Any] = {
     **COMMON,
@@ -36,6 +42,10 @@ class Ddim:
         self._alphas = cumulative_alphas(self._config)
         self._stride = self._config["num_train_timesteps"] // steps
         self.timesteps = self._timesteps(steps)
+        if self.timesteps[0] >= len(self._alphas):
+            raise ConfigurationError(
+                MSG_BEYOND.format(steps=steps, given=self.timesteps[0], most=len(self._alphas) - 1)
+            )
 
     def model_input(self, latents: Array, step: int) -> Array:
         """What the denoiser sees of `latents` at `step`."""
