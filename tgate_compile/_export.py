@@ -64,7 +64,7 @@ def export(
         dynamic: which of `"batch"` (prompts and images at a time), `"height"` and `"width"` each call may choose. True
             is as many as the denoiser permits: all three, or the batch alone (transformers that compute tables from
             the size), or none. False is none.
-        format_options: see the format in `docs/exports.md`; `onnx` has none, `aoti` `max_autotune` and `target`.
+        format_options: see the format in `docs/exports.md`; `onnx` has none, `aoti` has `target`.
         components: `"all"` also writes the text encoders, the tokenizers and the VAE's decoder, so that
             `tgate_compile.runtime` makes images of prompts without PyTorch; for Stable Diffusion, SDXL and PixArt.
         overwrite: replace the bundle that is in `folder`.

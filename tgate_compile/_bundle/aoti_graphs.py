@@ -28,15 +28,12 @@ TARGETS: Mapping[str, Mapping[str, Any]] = {
     "native": {},
     "x86-64-v3": {"cpp.march": "x86-64-v3", "cpp.simdlen": 256},
 }
-#: Options, and what they must be.
-OPTIONS: Mapping[str, str] = {
-    "max_autotune": "True (try kernels for matrix products, which takes long) or False",
-    "target": " or ".join(f'"{target}"' for target in TARGETS),
-}
 
-MSG_UNKNOWN_OPTIONS = 'format="aoti" does not know the options {unknown}. It knows: {known}.'
-MSG_OPTION = 'format_options["{name}"] must be {expected}, but got {given!r}.'
-MSG_NEWER_TORCH = 'format_options["{name}"]={given!r} needs a newer torch than {torch}: its Inductor has no {missing}.'
+MSG_UNKNOWN_OPTIONS = 'format="aoti" does not know the options {unknown}. It knows: target.'
+MSG_TARGET = 'format_options["target"] must be {expected}, but got {given!r}.'
+MSG_NEWER_TORCH = (
+    'format_options["target"]={given!r} needs a newer torch than {torch}, whose Inductor has no {missing}.'
+)
 MSG_NO_LOAD_OPTIONS = (
     'A bundle of format "aoti" has no backend_options, but got {given}. It runs on as many threads as '
     "torch.set_num_threads() says."
@@ -46,24 +43,23 @@ MSG_NOT_COMPILED = (
     "AOTInductor cannot compile the {graph} graph: {problem}. Nothing has been written. On a CPU it needs a C++ "
     "compiler, on a GPU Triton and the CUDA toolkit as well. {hint}"
 )
+MSG_NOT_PACKED = "torch cannot write the package of the compiled graphs: {problem}. Nothing has been written."
 MSG_DYNAMIC = "Some code is compiled for fixed sizes only: try export(..., dynamic=False)."
 MSG_LAYOUT = "The graphs of the bundle {root} must be entries of {package} with their own names, and {index} be there."
 
 
 def check_options(options: Mapping[str, object]) -> None:
     """Raise ConfigurationError for unknown options, or if nothing can be compiled here."""
-    unknown = ", ".join(repr(name) for name in options if name not in OPTIONS)
+    unknown = ", ".join(repr(name) for name in options if name != "target")
     if unknown:
-        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(OPTIONS)))
-    tune, target = options.get("max_autotune", False), options.get("target", "native")
-    right = {"max_autotune": isinstance(tune, bool), "target": isinstance(target, str) and target in TARGETS}
-    for name, is_right in right.items():
-        if not is_right:
-            raise ConfigurationError(MSG_OPTION.format(name=name, expected=OPTIONS[name], given=options[name]))
-    missing = [name for name in TARGETS[str(target)] if name not in torch._inductor.list_options()]
+        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
+    target = options.get("target", "native")
+    if not isinstance(target, str) or target not in TARGETS:
+        known = " or ".join(f'"{name}"' for name in TARGETS)
+        raise ConfigurationError(MSG_TARGET.format(expected=known, given=target))
+    missing = ", ".join(name for name in TARGETS[target] if name not in torch._inductor.list_options())
     if missing:
-        told = {"name": "target", "given": target, "missing": ", ".join(missing)}
-        raise ConfigurationError(MSG_NEWER_TORCH.format(torch=torch.__version__, **told))
+        raise ConfigurationError(MSG_NEWER_TORCH.format(given=target, torch=torch.__version__, missing=missing))
     _check_compiler()
 
 
@@ -98,7 +94,10 @@ def write_graphs(
             files[entry_name(planned.name)] = _compiled(planned, Path(home, planned.name), device, options)
             nodes = sum(node.op == "call_function" for node in planned.variant.program.graph.nodes)
             written[planned.name] = WrittenGraph(PACKAGE_FILE, nodes, entry_name(planned.name), checked_on=device)
-        package_aoti(str(folder / PACKAGE_FILE), files)
+        try:
+            package_aoti(str(folder / PACKAGE_FILE), files)
+        except RuntimeError as error:  # torch's own writer does not say OSError
+            raise BundleError(MSG_NOT_PACKED.format(problem=str(error).splitlines()[0].rstrip("."))) from error
     tensors = {
         name: tensor
         for planned in graphs
@@ -137,7 +136,8 @@ def _compiled(planned: PlannedGraph, folder: Path, device: str, options: Mapping
         **(CPU_OPTIONS if device == "cpu" else {}),
         **TARGETS[str(options.get("target", "native"))],
         "cpp.dynamic_threads": True,  # as many as there are where it runs, not where it is compiled
-        "max_autotune": bool(options.get("max_autotune", False)),
+        # It would put the weights into the code, packed.
+        "max_autotune": False,
     }
     try:
         return to_aoti(planned.variant, folder, settings)
