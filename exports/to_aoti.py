@@ -23,6 +23,7 @@ WITHOUT_WEIGHTS: Mapping[str, Any] = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,
+    "freezing": False,
 }
 
 
