@@ -1,0 +1,199 @@
+"""What bundles of each format cost and bring, on the embedded pipeline, beside Inductor and eager, in one run.
+
+    python benchmarks/exports.py --formats aoti --out benchmarks/results/exports_aoti.json
+    python benchmarks/exports.py --formats aoti onnx
+
+Exports a bundle of each format, and measures: the time of `export` and `load`, sizes on disk, resident memory of a new
+process before it opens the graphs, with one, and with both (Linux), and the time of a step of each graph, all runners
+in turn, so that whatever else the machine does meets them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tgate_compile
+from tgate_compile._backends.eager import EagerBackend
+from tgate_compile._backends.inductor import InductorBackend
+from tgate_compile._bundle.describe_graph import inputs_of
+from tgate_compile._bundle.formats import FORMATS, format_called
+from tgate_compile._bundle.manifest import Graph, Manifest
+from tgate_compile._bundle.planned_graphs import PlannedGraph, planned_graphs
+from tgate_compile._bundle.read_manifest import read_manifest
+from tgate_compile._bundle.session import inputs_of as specs_of
+from tgate_compile._bundle.sizes import shape_at
+from tgate_compile._optimized import preview, required_state_of
+
+STEPS, GATE = 25, 10
+CALL: dict[str, Any] = {"prompt": "a large red circle", "num_inference_steps": STEPS}
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Exported:
+    """What was found of a bundle but for its steps' times."""
+
+    export_s: float
+    load_s: float
+    first_image_s: float
+    image_s: float
+    bytes: dict[str, int]
+    resident_mb: dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=["aoti"])
+    parser.add_argument("--repeat", type=int, default=30, help="times that each graph is run by each runner")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="a folder to leave the bundles in")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--resident", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.resident is not None:
+        print(json.dumps(resident(options.resident)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        home = options.keep or Path(temporary)
+        home.mkdir(parents=True, exist_ok=True)
+        bundles, found = {}, {}
+        for name in options.formats:
+            print(f"exporting {name}", flush=True)
+            bundles[name] = home / name
+            found[name] = exported(name, bundles[name], options.threads)
+        print("timing steps", flush=True)
+        steps = step_times(bundles, options.repeat)
+    results = {
+        "command": "python benchmarks/exports.py " + " ".join(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": f"{platform.machine()} CPU, {options.threads} threads",
+        "torch": torch.__version__,
+        "gate": GATE,
+        "steps": STEPS,
+        "formats": {name: vars(one) for name, one in found.items()},
+        "step_ms": steps,
+    }
+    report(results)
+    if options.out is not None:
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def demo() -> Any:
+    pipe = tgate_compile.load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def exported(name: str, folder: Path, threads: int) -> Exported:
+    pipe = demo()
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    export_s = timed(lambda: tgate_compile.export(pipe, folder, name, call=CALL, overwrite=True))
+    tgate_compile.restore(pipe)
+    load_s = timed(lambda: tgate_compile.load(pipe, folder))
+    first_image_s, image_s = timed(lambda: pipe(**CALL)), timed(lambda: pipe(**CALL))
+    command = [sys.executable, __file__, "--resident", str(folder), "--threads", str(threads)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    return Exported(export_s, load_s, first_image_s, image_s, sizes, json.loads(told.stdout.splitlines()[-1]))
+
+
+def resident(folder: Path) -> dict[str, float]:
+    """Resident megabytes: of the process itself, once one graph has run, once both have."""
+    manifest = read_manifest(folder)
+    functions = format_called(manifest.graph_format)
+    names = list(manifest.graphs)
+    found = {"before": resident_mb()}
+    sessions = []
+    for name in names:
+        graph = manifest.graphs[name]
+        sessions.append(functions.open_graph(graph, folder, CPU, {}))
+        sessions[-1].run(random_inputs(graph, manifest))
+        found[f"with {name}"] = resident_mb()
+    return found
+
+
+def resident_mb() -> float:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1e3
+
+
+def random_inputs(graph: Graph, manifest: Manifest) -> list[torch.Tensor]:
+    sizes = {name: size.example for name, size in manifest.sizes.items()}
+    return [torch.randn(shape_at(spec.shape, sizes)).to(getattr(torch, spec.dtype)) for spec in specs_of(graph)]
+
+
+def step_times(bundles: Mapping[str, Path], repeat: int) -> dict[str, dict[str, dict[str, float]]]:
+    """For each graph and runner, the least and the median of its times in milliseconds."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for planned in static_graphs():
+        runners = runners_of(planned, bundles)
+        times: dict[str, list[float]] = {name: [] for name in runners}
+        with torch.no_grad():
+            for run in runners.values():
+                run()
+            for _ in range(repeat):
+                for name, run in runners.items():
+                    times[name].append(timed(run) * 1e3)
+        found[planned.name] = {
+            name: {"min": round(min(ms), 2), "median": round(statistics.median(ms), 2)} for name, ms in times.items()
+        }
+    return found
+
+
+def static_graphs() -> list[PlannedGraph]:
+    pipe = tgate_compile.optimize(demo(), GATE, backend="eager")
+    ((component, hook),) = required_state_of(pipe).hooks.items()
+    return list(planned_graphs(hook, preview(pipe, CALL)[component], ()).values())
+
+
+def runners_of(planned: PlannedGraph, bundles: Mapping[str, Path]) -> dict[str, Callable[[], Any]]:
+    """Eager and Inductor on graphs of fixed shapes, as `optimize` makes them; each bundle's graph; the same inputs."""
+    shapes = [node.meta["val"] for node in inputs_of(planned)]
+    inputs = [torch.randn(fake.shape).to(fake.dtype) for fake in shapes]
+    runners: dict[str, Callable[[], Any]] = {}
+    for name, backend in (("eager", EagerBackend({})), ("inductor", InductorBackend({}))):
+        compiled = backend.compile(planned.variant, inputs)
+        runners[name] = lambda compiled=compiled: compiled(planned.weights, inputs)
+    for name, folder in bundles.items():
+        graph = read_manifest(folder).graphs[planned.name]
+        session = format_called(name).open_graph(graph, folder, CPU, {})
+        runners[name] = lambda session=session: session.run(inputs)
+    return runners
+
+
+def timed(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def report(results: Mapping[str, Any]) -> None:
+    for name, one in results["formats"].items():
+        print(f"{name}: export {one['export_s']:.1f} s, load {one['load_s']:.2f} s, ", end="")
+        print(f"images {one['first_image_s']:.2f} and {one['image_s']:.2f} s")
+        print("  MB:", ", ".join(f"{file} {size / 1e6:.3f}" for file, size in one["bytes"].items()))
+        print("  resident MB:", ", ".join(f"{when} {mb:.0f}" for when, mb in one["resident_mb"].items()))
+    for graph, runners in results["step_ms"].items():
+        print(f"{graph}, ms (least, median):")
+        for name, ms in runners.items():
+            relative = ms["median"] / runners["eager"]["median"]
+            print(f"  {name:12} {ms['min']:8.1f} {ms['median']:8.1f}   {relative:.2f} of eager")
+
+
+if __name__ == "__main__":
+    main()
