@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tgate_compile._errors import TGateError as TGateError
     from tgate_compile._errors import UnsupportedModelError as UnsupportedModelError
     from tgate_compile._errors import VerificationError as VerificationError
+    from tgate_compile._evaluate import evaluate as evaluate
+    from tgate_compile._evaluation.result import Evaluation as Evaluation
     from tgate_compile._export import export as export
     from tgate_compile._load import load as load
     from tgate_compile._optimize import optimize as optimize
@@ -63,6 +65,8 @@ _HOMES = {
     "Tuning": "_tuning.result",
     "analyze": "_analyze",
     "Analysis": "_analysis.result",
+    "evaluate": "_evaluate",
+    "Evaluation": "_evaluation.result",
 }
 
 _SUBPACKAGES = ("exports", "passes", "runtime")
@@ -91,6 +95,8 @@ __all__ = [
     "Tuning",
     "analyze",
     "Analysis",
+    "evaluate",
+    "Evaluation",
     "__version__",
 ]
 

@@ -25,7 +25,7 @@ def draw_analysis(analysis: Analysis, path: str | Path) -> None:
     panels = len(analysis.kinds) + 1 + (analysis.trajectories is not None)
     rows = 1 if panels <= 3 else 2
     columns = -(-panels // rows)
-    figure = new_figure(4.5 * columns, 3.1 * rows)
+    figure = new_figure(4.2 * columns, 2.8 * rows)
     figure.suptitle(_title(analysis), color=INK, fontsize=10, x=0.01, ha="left")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for kind, panel in zip(analysis.kinds, axes, strict=False):
