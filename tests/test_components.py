@@ -199,8 +199,17 @@ def test_other_components(tmp_path: Path) -> None:
     )
     not_exported(pipe, tmp_path, "vae", "AutoencoderKL", "AutoencoderTiny")
     without = sdxl()
-    without.register_modules(text_encoder=None, tokenizer=None)
-    not_exported(without, tmp_path, "text_encoder", "NoneType")
+    without.register_modules(text_encoder_2=None)
+    not_exported(without, tmp_path, "text_encoder_2", "NoneType")
+
+
+def test_sdxl_with_one_text_encoder() -> None:
+    pipe = sdxl()
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    assert recipe_for(pipe, {}).encoders == {"text_encoder_2": "tokenizer_2"}
+    pipe.register_modules(tokenizer=pipe.tokenizer_2)
+    with pytest.raises(UnsupportedModelError, match="needs a text_encoder"):
+        recipe_for(pipe, {})
 
 
 def test_calls_that_no_bundle_says(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -108,6 +108,7 @@ def recipe_for(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Recipe:
     for name in LEFT_OUT:
         if call.get(name):
             raise UnsupportedModelError(MSG_CALL.format(name=name, given=call[name]))
+    recipe = replace(recipe, encoders=_present(pipe, recipe))
     for encoder, tokenizer in recipe.encoders.items():
         if getattr(pipe, encoder, None) is None:
             _refuse(pipe, encoder, "a text encoder")
@@ -127,6 +128,13 @@ def check_arguments(pipe: DiffusionPipeline, recipe: Recipe, arguments: Collecti
     unknown = [name for name in arguments if name not in recipe.sources]
     if unknown:
         raise UnsupportedModelError(MSG_ARGUMENT.format(pipeline=type(pipe).__name__, names=", ".join(unknown)))
+
+
+def _present(pipe: DiffusionPipeline, recipe: Recipe) -> dict[str, str]:
+    """Of several text encoders the first may be missing, with its tokenizer: SDXL then does with the second."""
+    *others, last = recipe.encoders.items()
+    present = [pair for pair in others if any(getattr(pipe, name, None) is not None for name in pair)]
+    return dict([*present, last])
 
 
 def _refuse(pipe: DiffusionPipeline, name: str, expected: str) -> None:
