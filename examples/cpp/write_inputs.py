@@ -18,6 +18,7 @@ from diffusers import DDIMScheduler
 import tgate_compile
 
 
+@torch.no_grad()
 def write_inputs(pipe: Any, folder: Path, prompt: str, steps: int, seed: int = 0) -> None:
     """The inputs of one image of `pipe`, a Stable Diffusion pipeline with a DDIM scheduler, under guidance."""
     prompt_embeds, negative_embeds = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=True)
