@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,14 @@ def test_seeds_and_what_comes_back(pipe: BundlePipeline) -> None:
     assert steps[0].latents.shape == (2, 4, SIZE // 2, SIZE // 2)
     assert made(pipe, PROMPT).shape == (SIZE, SIZE, 3)
     assert not np.array_equal(made(pipe, PROMPT), made(pipe, PROMPT))
+
+
+def test_two_threads() -> None:
+    pipe = BundlePipeline(program(dynamic=True), threads=1)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda seed: made(pipe, PROMPT, seed=seed), (1, 2)))
+    for seed, image in zip((1, 2), both, strict=True):
+        assert np.array_equal(image, made(pipe, PROMPT, seed=seed))
 
 
 def test_a_prompt_that_is_too_long(pipe: BundlePipeline, caplog: pytest.LogCaptureFixture) -> None:
