@@ -25,7 +25,7 @@ def promote_concatenated(graph_module: torch.fx.GraphModule) -> PassResult:
         dtype = node.meta["val"].dtype
         for operand in node.all_input_nodes:
             fake = operand.meta["val"]
-            if isinstance(fake, torch.Tensor) and fake.dtype != dtype:
+            if fake.dtype != dtype:
                 with graph.inserting_before(node):
                     cast = graph.call_function(aten.to.dtype, (operand, dtype))
                 with fake.fake_mode:

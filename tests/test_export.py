@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 import tgate_compile
 from tests.comparing import difference
 from tests.exported import GATE, exported, plain
-from tests.tiny_pipelines import add_lora, latent_consistency, run
+from tests.tiny_pipelines import add_lora, latent_consistency, pixart, pixart_prompt, run
 from tests.tiny_transformers import sana, sana_call
-from tgate_compile import BundleError, ConfigurationError, UnsupportedModelError
+from tgate_compile import BundleError, CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile._bundle import parity
 from tgate_compile._bundle.read import read_bundle
 from tgate_compile._bundle.returns import returns_of, unflatten_as
@@ -178,6 +178,22 @@ def test_other_calls(bundle: Path, call: dict[str, Any], parts: tuple[str, ...])
     for part in (*parts, str(bundle)):
         assert part in str(caught.value)
     run(pipe)
+
+
+def test_tables_of_positions(tmp_path: Path) -> None:
+    """PixArt's is for one size; torch.export does not mind."""
+    pipe = pixart()
+    call = {"num_inference_steps": 6, **pixart_prompt()}
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    expected = run(pipe, **pixart_prompt(2))
+    with pytest.raises(CaptureError, match=r"batch, height, width.*At b=2, h=2, w=4 its graph fails"):
+        tgate_compile.export(pipe, tmp_path / "bundle", call=call, dynamic=["batch", "height", "width"])
+    assert list(tmp_path.iterdir()) == []
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", call=call)
+    assert set(read_bundle(folder).manifest.sizes) == {"b"}
+    tgate_compile.restore(pipe)
+    tgate_compile.load(pipe, folder)
+    assert difference(run(pipe, **pixart_prompt(2)), expected) < CLOSE
 
 
 def test_sizes_that_are_fixed(tmp_path: Path) -> None:

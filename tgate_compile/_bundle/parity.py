@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from tgate_compile._bundle.describe_graph import LATENTS_DIMENSION
+from tgate_compile._bundle.choose_sizes import example_sizes, other_sizes
 from tgate_compile._bundle.formats import GraphFormat
 from tgate_compile._bundle.manifest import Deviation, Graph, Parity, TensorSpec
 from tgate_compile._bundle.planned_graphs import PlannedGraph
 from tgate_compile._bundle.sizes import shape_at
 from tgate_compile._bundle.weights_digest import dtype_name
 from tgate_compile._errors import BackendError, BundleError
-from tgate_compile._free_sizes import SYMBOLS
 
 #: The largest difference that rounding may explain, relative to an output's largest value, by the coarsest dtype.
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -61,7 +60,7 @@ def measure_parity(
     measured: list[Deviation] = []
     dtypes: set[torch.dtype] = set()
     try:
-        session = functions.open_graph(graph, folder, device, {"prepacking": False})
+        session = functions.open_graph(graph, folder, device, FRUGAL)
         for sizes in _choices(example_sizes(planned), limits):
             inputs = _random_inputs(planned, graph, sizes)
             with torch.no_grad(), _all_of_float32():
@@ -88,12 +87,6 @@ def measure_parity(
     return Parity(relative=relative, tolerance=tolerance, provider=session.provider, measured=measured)
 
 
-def example_sizes(planned: PlannedGraph) -> dict[str, int]:
-    """The free sizes of the call that `planned` is made for."""
-    latents = planned.example_inputs[planned.own_names.index(planned.latents)]
-    return {name: latents.shape[LATENTS_DIMENSION[name]] // unit for name, unit in planned.units.items()}
-
-
 @contextmanager
 def _all_of_float32() -> Iterator[None]:
     """On a GPU PyTorch convolves float32 in TF32, unless it is told not to, and is then further off than what it is
@@ -110,12 +103,8 @@ def _all_of_float32() -> Iterator[None]:
 def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
     """The call's own sizes, and others: more prompts, and another height than width."""
     other = {
-        name: size + 1 if name == SYMBOLS["batch"] else max(1, size // 2) if name == SYMBOLS["height"] else size
-        for name, size in example.items()
-    }
-    other = {
         name: min(max(size, limits[name][0]), limits[name][1]) if name in limits else size
-        for name, size in other.items()
+        for name, size in other_sizes(example).items()
     }
     return [dict(example), other] if example else [{}]
 

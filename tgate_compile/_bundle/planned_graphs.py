@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ import torch
 from tgate_compile._bundle.argument_names import argument_names
 from tgate_compile._bundle.weights_digest import weights_of
 from tgate_compile._call import Call
-from tgate_compile._errors import CaptureError
 from tgate_compile._free_sizes import FreeSize, free_shapes
 from tgate_compile._generation import Plan
 from tgate_compile._graphs import Captured, Emission, Site, Variant
@@ -19,13 +17,8 @@ from tgate_compile._hook import DenoiserHook
 from tgate_compile._schedule import Kind, Phase
 from tgate_compile._variants import VariantStore
 
-logger = logging.getLogger(__name__)
-
 #: What denoisers call their timestep.
 TIMESTEPS = ("timestep", "timesteps", "t")
-
-#: What is tried to leave free, one after the other. Transformers compute their position tables from the size.
-ATTEMPTS: tuple[tuple[FreeSize, ...], ...] = (("batch", "height", "width"), ("batch",))
 
 
 @dataclass(frozen=True)
@@ -77,25 +70,12 @@ class PlannedGraph:
         return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def planned_graphs(hook: DenoiserHook, plan: Plan, free: Collection[FreeSize] | None) -> dict[Phase, PlannedGraph]:
+def planned_graphs(hook: DenoiserHook, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
     """The graphs of `plan`, by the phase that each serves, with the sizes `free`.
 
-    None leaves free what the denoiser's code permits: batch, height and width, or the batch alone, or nothing.
-
     Raises:
-        CaptureError: the denoiser's code depends on one of `free`.
+        CaptureError: torch.export finds that the denoiser's code depends on one of these sizes.
     """
-    if free is not None:
-        return _planned_graphs(hook, plan, free)
-    for attempt in ATTEMPTS:
-        try:
-            return _planned_graphs(hook, plan, attempt)
-        except CaptureError as error:
-            logger.info("%s cannot leave %s free: %s", type(hook.denoiser).__name__, ", ".join(attempt), error)
-    return _planned_graphs(hook, plan, ())
-
-
-def _planned_graphs(hook: DenoiserHook, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
     assert isinstance(hook.store, VariantStore)
     live = weights_of(hook.denoiser)
     calls: dict[Hashable, Call] = {call.key: call for _, call in plan.graphs}

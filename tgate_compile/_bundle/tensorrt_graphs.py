@@ -12,9 +12,9 @@ import torch
 
 from tgate_compile._bundle import manifest as m
 from tgate_compile._bundle import onnx_graphs
+from tgate_compile._bundle.choose_sizes import example_sizes
 from tgate_compile._bundle.describe_graph import describe_graph
 from tgate_compile._bundle.formats import Progress, WrittenGraph
-from tgate_compile._bundle.parity import example_sizes
 from tgate_compile._bundle.planned_graphs import PlannedGraph
 from tgate_compile._bundle.session import inputs_of, outputs_of
 from tgate_compile._bundle.sizes import shape_at

@@ -11,16 +11,17 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._bundle import manifest as m
+from tgate_compile._bundle.choose_sizes import choose_sizes, example_sizes
 from tgate_compile._bundle.component_recipes import check_arguments
 from tgate_compile._bundle.components import Request, write_components
 from tgate_compile._bundle.describe_graph import describe_graph
 from tgate_compile._bundle.files import file_of
 from tgate_compile._bundle.folder import written_folder
 from tgate_compile._bundle.formats import GraphFormat, Progress, WrittenGraph, format_called
-from tgate_compile._bundle.parity import example_sizes, measure_parity
+from tgate_compile._bundle.parity import measure_parity
 from tgate_compile._bundle.phases import phase_spec
 from tgate_compile._bundle.plain_data import plain_config
-from tgate_compile._bundle.planned_graphs import PlannedGraph, planned_graphs
+from tgate_compile._bundle.planned_graphs import PlannedGraph
 from tgate_compile._bundle.returns import returns_of
 from tgate_compile._bundle.weights_digest import dtype_name, weights_digest
 from tgate_compile._bundle.wiring import wiring_of
@@ -58,7 +59,7 @@ def write_bundle(
         BundleError: it cannot be written, or a graph is not what it must be. `folder` is then as it was.
         UnsupportedModelError: the denoiser takes or returns what no bundle can say.
     """
-    graphs = planned_graphs(hook, plan, free)
+    graphs = choose_sizes(hook, plan, free)
     denoiser = _denoiser(component, hook, next(iter(graphs.values())), progress)
     if components is not None:
         check_arguments(pipe, components.recipe, denoiser.arguments)
