@@ -10,7 +10,7 @@ import torch
 
 import tgate_compile
 from tests.exported import exported, plain
-from tests.tiny_pipelines import run
+from tests.tiny_pipelines import add_lora, run
 from tgate_compile import BundleError
 from tgate_compile._bundle import onnx_graphs
 from tgate_compile._bundle.session import Session
@@ -64,6 +64,18 @@ def test_graphs_follow_once_for_each_change(sessions: list[Following]) -> None:
         assert len(session.given) == 2
         assert torch.equal(session.given[0], first)
         assert torch.equal(session.given[1], second)
+
+
+def test_graphs_follow_a_fused_lora(sessions: list[Following]) -> None:
+    pipe = tgate_compile.load(plain(), exported())
+    run(pipe)
+    add_lora(pipe.unet)
+    with pytest.raises(BundleError, match="have been changed since"):
+        run(pipe)
+    pipe.unet.fuse_lora()
+    pipe.unet.unload_lora()
+    run(pipe)
+    assert [len(session.given) for session in sessions] == [1, 1]
 
 
 def test_graphs_that_are_opened_later_follow_too(sessions: list[Following]) -> None:

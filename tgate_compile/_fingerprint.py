@@ -14,6 +14,8 @@ _IGNORED = frozenset(vars(torch.nn.Module())) - {"training", "_forward_hooks", "
     "_internal_dict",  # diffusers' configuration: what the module was made from, not what it does
     "forward",
 }
+# What diffusers notes on the whole denoiser when it has fused LoRAs into its weights, and then unloaded them.
+_NOTES = _IGNORED | {"_hf_peft_config_loaded", "_safe_fusing", "lora_scale"}
 _SCALARS = frozenset({bool, int, float, str, type(None)})
 
 
@@ -25,7 +27,12 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
     are not: graphs read them live, so changing weights in place needs no new capture.
     """
     modules = tuple(
-        (name, type(module), _attributes(module), bool(name) and "forward" in module.__dict__)
+        (
+            name,
+            type(module),
+            _attributes(module, _IGNORED if name else _NOTES),
+            bool(name) and "forward" in module.__dict__,
+        )
         for name, module in denoiser.named_modules()
     )
     tensors = tuple(
@@ -36,12 +43,12 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
     return modules, tensors
 
 
-def _attributes(module: torch.nn.Module) -> Hashable:
+def _attributes(module: torch.nn.Module, ignored: frozenset[str]) -> Hashable:
     # Written for speed: a large denoiser has two thousand modules, and this runs once per image.
     return tuple(
         (name, value if type(value) in _SCALARS else _plain(value, 3))
         for name, value in module.__dict__.items()
-        if name not in _IGNORED
+        if name not in ignored
     )
 
 
