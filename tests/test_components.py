@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -128,7 +129,7 @@ def test_a_tokenizer_that_does_more(tmp_path: Path) -> None:
         def __call__(self, texts: list[str], **options: Any) -> Any:
             return super().__call__([f"x{text}" for text in texts], **options)
 
-    tokenizer = plain().tokenizer
+    tokenizer = copy.copy(plain().tokenizer)
     tokenizer.__class__ = Shouting
     with pytest.raises(BundleError, match="makes other tokens of ''"):
         write_tokenizer(tokenizer, "tokenizer", 10, tmp_path / "tokenizer.json")
@@ -194,9 +195,7 @@ def test_other_pipelines(tmp_path: Path) -> None:
 
 def test_other_components(tmp_path: Path) -> None:
     pipe = plain()
-    pipe.vae = AutoencoderTiny(
-        block_out_channels=(8,), encoder_block_out_channels=(8,), decoder_block_out_channels=(8,)
-    )
+    pipe.vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     not_exported(pipe, tmp_path, "vae", "AutoencoderKL", "AutoencoderTiny")
     without = sdxl()
     without.register_modules(text_encoder_2=None)
