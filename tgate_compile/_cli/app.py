@@ -18,7 +18,19 @@ _USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__
 
 #: In the order of `--help`. Each is a function of that name in a module of that name, imported when it is asked for:
 #: so `run` does without torch.
-COMMANDS = ("demo", "generate", "run", "describe", "export", "inspect", "report", "strip", "tune", "analyze")
+COMMANDS = (
+    "demo",
+    "generate",
+    "run",
+    "describe",
+    "export",
+    "inspect",
+    "report",
+    "strip",
+    "tune",
+    "analyze",
+    "compare",
+)
 
 
 class _Commands(TyperGroup):

@@ -1,0 +1,204 @@
+"""A comparison as one HTML file that needs nothing else: images, plots, style and script are all in it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from PIL.Image import Image
+
+from tgate_compile._comparison.plots import plots_of
+from tgate_compile._comparison.result import Comparison, ImageFigures, MethodFigures, ModelFigures
+from tgate_compile._installed import check_installed
+
+#: Images of at most this side are shown with hard pixels and kept without loss.
+_SMALL = 256
+_WEBP_QUALITY = 90
+
+_STRIP_WORDS = {
+    "F": "everything computed, with guidance",
+    "f": "everything computed, without guidance",
+    "S": "self-attention reused, with guidance",
+    "D": "deep part reused, with guidance",
+    "d": "deep part reused, without guidance",
+    "p": "cross-attention reused, without guidance",
+    "P": "cross-attention reused, with guidance",
+    "q": "cross- and self-attention reused, without guidance",
+    "r": "cross-attention and deep part reused, without guidance",
+}
+
+
+def check_page_can_be_made() -> None:
+    """See, before the work, that the page can be written after it.
+
+    Raises:
+        ConfigurationError: a package is missing.
+    """
+    check_installed("jinja2", "matplotlib", extra="plots", what="The page of a comparison")
+
+
+def page_of(comparison: Comparison) -> str:
+    """The HTML of the page."""
+    import jinja2
+
+    def text(name: str) -> str:
+        return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(text("page.html.jinja")).render(
+        style=text("page.css"),
+        script=text("page.js"),
+        command=comparison.command,
+        machine=comparison.machine,
+        models=[_model(f"model-{index}", model, comparison) for index, model in enumerate(comparison.models)],
+        overview=_overview(comparison),
+        strip_words={
+            letter: words
+            for letter, words in _STRIP_WORDS.items()
+            if any(letter in method.strip for model in comparison.models for method in model.methods)
+        },
+    )
+
+
+def _model(key: str, model: ModelFigures, comparison: Comparison) -> dict[str, Any]:
+    if model.error is not None:
+        return {"key": key, "name": model.name, "error": model.error}
+    pictures = comparison.pictures[model.name]
+    return {
+        "key": key,
+        "name": model.name,
+        "error": None,
+        "facts": _facts(model),
+        "methods": [_method(f"{key}-{method.key}", model, method) for method in model.methods],
+        "rows": [
+            {
+                "prompt": prompt,
+                "cells": [
+                    _cell(method, index, pictures.get(method.key, ()), row)
+                    for index, method in enumerate(model.methods)
+                ],
+            }
+            for row, prompt in enumerate(model.prompts)
+        ],
+        "plots": plots_of(model, key),
+        "judged": any(method.right is not None for method in model.methods),
+        "has_ssim": any(method.ssim is not None for method in model.methods),
+    }
+
+
+def _facts(model: ModelFigures) -> list[str]:
+    setting = model.setting
+    guidance = f"guidance {setting['guidance scale']}" if model.guided else "without guidance batches"
+    return [
+        setting["pipeline"],
+        f"{setting['denoiser']}, {model.parameters / 1e6:.1f} M parameters",
+        f"{model.steps} steps of {setting['scheduler']}",
+        guidance,
+        f"gate at step {model.gate}",
+        f"{setting['device']}, {setting['dtype']}, backend {setting['backend']}",
+    ]
+
+
+def _method(key: str, model: ModelFigures, method: MethodFigures) -> dict[str, Any]:
+    about = {"key": key, "title": _title(model, method), "schedule": method.schedule, "why_not": method.why_not}
+    if method.why_not is not None:
+        return about
+    speedup, cost = model.speedup(method), model.cost(method)
+    ends_with = model.parameters if method.parameters_at_end is None else method.parameters_at_end
+    right = method.right
+    return about | {
+        "strip": method.strip,
+        "seconds": _seconds(method.seconds),
+        "speedup": "" if speedup is None else f"{speedup:.2f}x",
+        "first": _seconds(method.first_call_seconds),
+        "macs": "" if method.macs is None else _macs(method.macs),
+        "cost": "" if cost is None else f"{cost:.3f}",
+        "parameters": f"{ends_with / 1e6:.1f} M",
+        "caches": _bytes(method.cache_bytes),
+        "peak": _bytes(method.peak_bytes),
+        "psnr": "" if method.psnr is None else f"{method.psnr:.1f} dB",
+        "ssim": "" if method.ssim is None or method is model.plain else f"{method.ssim:.3f}",
+        "drift": "" if method.drift is None or method is model.plain else f"{method.drift:.3f}",
+        "right": "" if right is None else f"{right} of {len(method.images)}",
+    }
+
+
+def _title(model: ModelFigures, method: MethodFigures) -> str:
+    return f"{method.steps} steps" if method.steps != model.steps else method.title
+
+
+def _cell(method: MethodFigures, index: int, pictures: Sequence[Image], row: int) -> dict[str, Any]:
+    if method.why_not is not None:
+        return {"index": index, "title": method.title, "why_not": method.why_not}
+    image = pictures[row]
+    figures = method.images[row]
+    return {
+        "index": index,
+        "title": f"{method.title}: {method.steps}" if method.key == "fewer_steps" else method.title,
+        "why_not": None,
+        "source": _data_uri(image),
+        "width": image.width,
+        "height": image.height,
+        "hard": max(image.size) <= _SMALL,
+        "likeness": _likeness(method, figures),
+        "right": figures.right,
+    }
+
+
+def _likeness(method: MethodFigures, image: ImageFigures) -> str:
+    if method.key == "plain":
+        return "the reference"
+    return "identical to plain" if image.psnr is None else f"{image.psnr:.1f} dB"
+
+
+def _overview(comparison: Comparison) -> dict[str, Any]:
+    """A table of methods by models."""
+    models = [(f"model-{index}", model) for index, model in enumerate(comparison.models) if model.error is None]
+    rows: dict[str, dict[str, Any]] = {}
+    for key, model in models:
+        for index, method in enumerate(model.methods):
+            row = rows.setdefault(method.key, {"title": method.title, "index": index, "cells": {}})
+            row["cells"][key] = None if method.why_not is not None else _overview_cell(model, method)
+    return {"models": [{"key": key, "name": model.name} for key, model in models], "rows": list(rows.values())}
+
+
+def _overview_cell(model: ModelFigures, method: MethodFigures) -> dict[str, Any]:
+    speedup, cost = model.speedup(method), model.cost(method)
+    words = [] if cost is None else [f"{cost:.2f} of the operations"]
+    if method is not model.plain and method.drift is not None:
+        words.append(f"drift {method.drift:.2f}")
+    if method.right is not None:
+        words.append(f"{method.right} of {len(method.images)} right")
+    return {"speedup": "" if speedup is None else f"{speedup:.2f}x", "cost": cost or 0.0, "words": words}
+
+
+def _data_uri(image: Image) -> str:
+    buffer = io.BytesIO()
+    lossless = max(image.size) <= _SMALL
+    image.convert("RGB").save(buffer, format="WEBP", lossless=lossless, quality=_WEBP_QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return "unknown"
+    if size == 0:
+        return "none"
+    if size < 1e5:
+        return f"{size / 1e3:.0f} kB"
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+
+
+def _macs(macs: float) -> str:
+    return f"{macs / 1e9:.2f} G" if macs < 1e12 else f"{macs / 1e12:.2f} T"
