@@ -15,6 +15,7 @@ from tgate_compile._bundle.planned_graphs import PlannedGraph
 from tgate_compile._bundle.sizes import shape_at
 from tgate_compile._bundle.weights_digest import dtype_name
 from tgate_compile._errors import BackendError, BundleError
+from tgate_compile._free_sizes import SYMBOLS
 
 #: The largest difference that rounding may explain, relative to an output's largest value, by the coarsest dtype.
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -29,6 +30,9 @@ TOLERANCES: Mapping[torch.dtype, float] = {
 
 #: The weights are in memory already, and may be large.
 FRUGAL: Mapping[str, object] = {"prepacking": False, "optimized": False}
+
+#: Height and width, in multiples of what the denoiser halves: the deepest layers see 4x4 latents.
+ENOUGH = 4
 
 MSG_NOT_RUN = (
     "The {graph} graph cannot be checked against PyTorch on the {device}: {problem} Nothing has been written.{hint}"
@@ -101,12 +105,18 @@ def _all_of_float32() -> Iterator[None]:
 
 
 def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
-    """The call's own sizes, and others: more prompts, and another height than width."""
-    other = {
-        name: min(max(size, limits[name][0]), limits[name][1]) if name in limits else size
-        for name, size in other_sizes(example).items()
-    }
-    return [dict(example), other] if example else [{}]
+    """The call's own sizes, or smaller ones: PyTorch takes minutes for a large image on a CPU. And others."""
+    if not example:
+        return [{}]
+    sides = {SYMBOLS["height"], SYMBOLS["width"]}
+    own = {name: min(size, ENOUGH) if name in sides else size for name, size in example.items()}
+    return [
+        {
+            name: min(max(size, limits[name][0]), limits[name][1]) if name in limits else size
+            for name, size in one.items()
+        }
+        for one in (own, other_sizes(own))
+    ]
 
 
 def _random_inputs(planned: PlannedGraph, graph: Graph, sizes: Mapping[str, int]) -> list[torch.Tensor]:
