@@ -173,7 +173,8 @@ def _settings(pipe: DiffusionPipeline, names: Sequence[str], runs: Runs, **other
     settings = {
         **setting,
         "device": pipe.device.type,
-        "scheduler_config": dict(pipe.scheduler.config),
+        # diffusers' own notes, underscored, come in another order in each process.
+        "scheduler_config": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
         "weights": weights,
         "prompts": list(runs.prompts or ()),
         "seeds": list(runs.seeds),

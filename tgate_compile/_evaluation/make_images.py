@@ -23,6 +23,8 @@ from tgate_compile._tuning.graph_costs import GraphCosts
 #: Puts a schedule on a plain pipeline; at the end it is plain again.
 Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
 
+_TEXTS = ("negative_prompt", *(f"{half}prompt_{number}" for half in ("", "negative_") for number in (2, 3)))
+
 MSG_NO_IMAGES = "Evaluations are of images, and {pipeline} returns {given}. `tune` measures its latents."
 
 
@@ -91,11 +93,14 @@ class Maker:
 
     def _run(self, contender: Contender, batch: Sequence[Item]) -> tuple[list[Image.Image], torch.Tensor | None]:
         prompts = [self._prompts[item.prompt] for item in batch]
+        call = dict(self._call)
+        if len(batch) > 1:  # then other texts have to be lists, too
+            call |= {name: [call[name]] * len(batch) for name in _TEXTS if isinstance(call.get(name), str)}
         # Noise from the CPU is the same on every device.
         noise = [torch.Generator().manual_seed(item.noise) for item in batch]
         with final_latents_of(self._pipe) as latents:
             images = self._pipe(
-                **self._call,
+                **call,
                 num_inference_steps=contender.steps,
                 prompt=prompts[0] if len(batch) == 1 else prompts,
                 generator=noise[0] if len(batch) == 1 else noise,

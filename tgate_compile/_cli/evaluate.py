@@ -1,0 +1,203 @@
+"""`tgate-compile evaluate`: what schedules do to a model's images, over many prompts."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from tgate_compile._cli import options, prompt_options
+from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.loading import embedded_name, load
+from tgate_compile._cli.step_progress import make_progress
+from tgate_compile._cli.targets import check_folder, check_targets
+from tgate_compile._errors import ConfigurationError
+from tgate_compile._evaluate import evaluate as evaluate_pipeline
+from tgate_compile._evaluation.result import HEADINGS, Evaluation
+from tgate_compile._evaluation.share import Share
+from tgate_compile._figures import check_figure
+from tgate_compile._schedule import Schedule
+from tgate_compile._schedule_file import load_schedule, read_schedule
+
+MSG_CONTENDER = (
+    '--contender {given!r}: expected the fields of a schedule, such as "gate_step=10 anchor_weight=1.0", or "steps=15" '
+    'alone for the plain pipeline in fewer steps; a label may stand before them, as in "early: gate_step=5".'
+)
+MSG_NONE = "Give something to compare with the plain pipeline: --contender or --schedule, several times."
+MSG_TWICE = "Two contenders are called {label!r}. Give them labels: --contender 'label: ...'."
+
+_EMBEDDED_PROMPTS = 64
+_EMBEDDED: dict[str, Schedule | int] = {
+    "T-GATE 10": Schedule(10),
+    "T-GATE 10, cond cached": Schedule(10, anchor_weight=1.0),
+    "T-GATE 5, cond cached": Schedule(5, anchor_weight=1.0),
+    "guidance drop 10": Schedule(None, guidance_step=10),
+    "15 steps": 15,
+}
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for images and numbers; continued if it is there.")],
+    model: options.Model = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contender",
+            "-c",
+            help='"gate_step=10 sp_interval=5", "steps=15", "label: gate_step=5"; several times.',
+            show_default="a few, for the embedded model",
+        ),
+    ] = None,
+    schedule: Annotated[
+        list[Path] | None, typer.Option("--schedule", help="A schedule file; several times.", show_default="none")
+    ] = None,
+    prompt: prompt_options.Prompt = None,
+    prompts: prompt_options.Prompts = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Take so many of the prompts.", show_default="all, or 64 of the demo's")
+    ] = None,
+    seed: prompt_options.Seeds = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per call.")] = 1,
+    backend: Annotated[options.Backend, typer.Option(help="As for generate.")] = options.Backend.eager,
+    fid_weights: Annotated[
+        Path | None,
+        typer.Option(help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth.", show_default="torch's downloads"),
+    ] = None,
+    fid_reference: Annotated[
+        Path | None, typer.Option(help="Folder of real images, or an .npz file of their statistics.")
+    ] = None,
+    fid_size: Annotated[int, typer.Option(min=16, help="Images are resized to that many pixels for FID.")] = 256,
+    lpips_weights: Annotated[
+        Path | None,
+        typer.Option(help="torchvision's alexnet-owt-7be5be79.pth.", show_default="torch's downloads"),
+    ] = None,
+    clip: Annotated[Path | None, typer.Option(help="Folder with a CLIP model, for CLIP scores.")] = None,
+    latents: Annotated[
+        bool, typer.Option("--latents/--no-latents", help="Keep final latents, for their drift.")
+    ] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw the numbers: .png, .svg or .pdf.")] = None,
+    scheduler: options.Scheduler = None,
+    unet: options.Unet = None,
+    lora: options.Lora = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing --plot.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Measure what schedules do to the images, over many prompts. Killed, it goes on; under torchrun, it is shared."""
+    embedded = embedded_name(model) is not None
+    contenders = _contenders(contender or [], schedule or [], embedded=embedded)
+    default = _EMBEDDED_PROMPTS if count is None else count
+    texts = prompt_options.chosen_prompts(prompt, prompts, embedded=default if embedded else None)[:count]
+    check_folder(out)
+    if plot is not None:
+        check_figure(plot)
+        check_targets([plot], force=force)
+    first = Share.from_environment().rank == 0
+    with ERR.status("Loading the model"):
+        loaded = load(model, device=_own_device(device), dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+    call: dict[str, Any] = {
+        **loaded.call,
+        "guidance_scale": loaded.family.guidance if guidance is None else guidance,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+    }
+    with make_progress(shown=first and not json) as progress:
+        task = progress.add_task("plain", total=None)
+        evaluation = evaluate_pipeline(
+            loaded.pipe,
+            contenders,
+            texts,
+            out,
+            seeds=seed or (0,),
+            num_inference_steps=loaded.family.steps if steps is None else steps,
+            call={name: value for name, value in call.items() if value is not None},
+            batch_size=batch_size,
+            backend=backend.value,
+            keep_latents=latents,
+            fid_weights=fid_weights,
+            fid_reference=fid_reference,
+            fid_size=fid_size,
+            lpips_weights=lpips_weights,
+            clip=clip,
+            progress=lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
+        )
+    if not first:
+        return  # the first process says it for all
+    if plot is not None:
+        evaluation.plot(plot)
+    if json:
+        print_json({"model": loaded.source} | evaluation.as_dict())
+        return
+    _print_evaluation(evaluation)
+    for path in (out / "results.json", *([plot] if plot is not None else ())):
+        OUT.print(f"written {path}", soft_wrap=True)
+
+
+def _contenders(given: list[str], files: list[Path], *, embedded: bool) -> dict[str, Schedule | int]:
+    found = [_parsed(text) for text in given] + [(path.stem, load_schedule(path)) for path in files]
+    if not found:
+        if not embedded:
+            raise ConfigurationError(MSG_NONE)
+        return dict(_EMBEDDED)
+    contenders: dict[str, Schedule | int] = {}
+    for label, contender in found:
+        if label in contenders:
+            raise ConfigurationError(MSG_TWICE.format(label=label))
+        contenders[label] = contender
+    return contenders
+
+
+def _parsed(text: str) -> tuple[str, Schedule | int]:
+    """A label, and a schedule or a number of steps."""
+    before, colon, after = text.rpartition(":")
+    fields: dict[str, Any] = {}
+    for word in re.split(r"[\s,]+", after.strip()):
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ConfigurationError(MSG_CONTENDER.format(given=text))
+        try:
+            fields[name.replace("-", "_")] = json_format.loads(value)
+        except ValueError:
+            fields[name.replace("-", "_")] = value  # keep=cond
+    if set(fields) == {"steps"}:
+        contender: Schedule | int = fields["steps"]
+        default = f"{contender} steps"
+    else:
+        contender = read_schedule({"gate_step": None, **fields}, f"--contender {text!r}")
+        default = str(contender)
+    return before.strip() if colon else default, contender
+
+
+def _own_device(given: str) -> str:
+    """torchrun starts a process for each GPU, and tells it which is its own."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is not None and given in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{local}"
+    return given
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    table = Table("", box=SIMPLE_HEAD, pad_edge=False)
+    for name in evaluation.shown:
+        table.add_column(HEADINGS[name][0], justify="right")
+    for row in evaluation.rows:
+        table.add_row(row.label, *evaluation.cells(row))
+    OUT.print(table)
+    for name, reason in evaluation.not_measured.items():
+        OUT.print(f"not measured: {name}: {reason}", soft_wrap=True, markup=False)
+    for remark in evaluation.remarks:
+        OUT.print(remark, soft_wrap=True)
