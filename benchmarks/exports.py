@@ -1,7 +1,8 @@
 """What bundles of each format cost and bring, on the embedded pipeline, beside Inductor and eager, in one run.
 
     python benchmarks/exports.py --formats aoti --out benchmarks/results/exports_aoti.json
-    python benchmarks/exports.py --formats aoti onnx
+    python benchmarks/exports.py --formats aoti onnx --keep bundles
+    python benchmarks/exports.py --formats aoti onnx --keep bundles --again --threads 1
 
 Exports a bundle of each format, and measures: the time of `export` and `load`, sizes on disk, resident memory of a new
 process before it opens the graphs, with one, and with both (Linux), and the time of a step of each graph, all runners
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -47,7 +49,7 @@ CPU = torch.device("cpu")
 class Exported:
     """What was found of a bundle but for its steps' times."""
 
-    export_s: float
+    export_s: float | None
     load_s: float
     first_image_s: float
     image_s: float
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=30, help="times that each graph is run by each runner")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="a folder to leave the bundles in")
+    parser.add_argument("--again", action="store_true", help="measure those that are in --keep, and export nothing")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--resident", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -73,9 +76,9 @@ def main() -> None:
         home.mkdir(parents=True, exist_ok=True)
         bundles, found = {}, {}
         for name in options.formats:
-            print(f"exporting {name}", flush=True)
             bundles[name] = home / name
-            found[name] = exported(name, bundles[name], options.threads)
+            export_s = None if options.again else export(name, bundles[name])
+            found[name] = measured(bundles[name], export_s, options.threads)
         print("timing steps", flush=True)
         steps = step_times(bundles, options.repeat)
     results = {
@@ -99,11 +102,14 @@ def demo() -> Any:
     return pipe
 
 
-def exported(name: str, folder: Path, threads: int) -> Exported:
+def export(name: str, folder: Path) -> float:
+    print(f"exporting {name}", flush=True)
+    pipe = tgate_compile.optimize(demo(), GATE, backend="eager")
+    return timed(lambda: tgate_compile.export(pipe, folder, name, call=CALL, overwrite=True))
+
+
+def measured(folder: Path, export_s: float | None, threads: int) -> Exported:
     pipe = demo()
-    tgate_compile.optimize(pipe, GATE, backend="eager")
-    export_s = timed(lambda: tgate_compile.export(pipe, folder, name, call=CALL, overwrite=True))
-    tgate_compile.restore(pipe)
     load_s = timed(lambda: tgate_compile.load(pipe, folder))
     first_image_s, image_s = timed(lambda: pipe(**CALL)), timed(lambda: pipe(**CALL))
     command = [sys.executable, __file__, "--resident", str(folder), "--threads", str(threads)]
@@ -184,7 +190,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 def report(results: Mapping[str, Any]) -> None:
     for name, one in results["formats"].items():
-        print(f"{name}: export {one['export_s']:.1f} s, load {one['load_s']:.2f} s, ", end="")
+        print(f"{name}: export {one['export_s'] or math.nan:.1f} s, load {one['load_s']:.2f} s, ", end="")
         print(f"images {one['first_image_s']:.2f} and {one['image_s']:.2f} s")
         print("  MB:", ", ".join(f"{file} {size / 1e6:.3f}" for file, size in one["bytes"].items()))
         print("  resident MB:", ", ".join(f"{when} {mb:.0f}" for when, mb in one["resident_mb"].items()))
