@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,7 +175,9 @@ def _settings(pipe: DiffusionPipeline, names: Sequence[str], runs: Runs, **other
         **setting,
         "device": pipe.device.type,
         # diffusers' own notes, underscored, come in another order in each process.
-        "scheduler_config": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
+        "scheduler_config": {
+            name: _in_words(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")
+        },
         "weights": weights,
         "prompts": list(runs.prompts or ()),
         "seeds": list(runs.seeds),
@@ -182,18 +185,19 @@ def _settings(pipe: DiffusionPipeline, names: Sequence[str], runs: Runs, **other
         "call": {name: _in_words(value) for name, value in runs.call.items()},
         **others,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
 
 def _in_words(value: object) -> object:
-    """A value of the call as plain data, with a digest where it would be long."""
+    """A value as plain data for JSON, which has no infinity; with a digest where it would be long."""
     if torch.is_tensor(value):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return f"Tensor{list(value.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
     if isinstance(value, Image.Image):
         return f"Image{list(value.size)} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
-    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+    is_plain = isinstance(value, (str, int, type(None))) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_plain else repr(value)
 
 
 def _digest(data: object) -> str:
