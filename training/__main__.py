@@ -165,8 +165,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     result = {"command": a.command} | measured | ({"training": training_of(checkpoint)} if checkpoint.exists() else {})
     if a.out is None:
         print(json.dumps(result, indent=1))
-    else:
-        a.out.write_text(json.dumps(result, indent=1) + "\n")
+        return
+    if a.family != "sd":  # These share a file.
+        result = (json.loads(a.out.read_text()) if a.out.exists() else {}) | {a.family: result}
+    a.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _picture(arguments: argparse.Namespace) -> None:

@@ -58,9 +58,9 @@ def export_pipeline(parts: Path, checkpoint: Path, demo: Path) -> None:
         for name in ("vocab.json", "merges.txt"):
             # transformers 5 saves only tokenizer.json; transformers 4 reads these.
             shutil.copyfile(parts / "tokenizer" / name, out / "tokenizer" / name)
-    index = out / "model_index.json"
-    # The name that both transformers 4 and 5 know.
-    index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    for path in (out / "model_index.json", *out.glob("tokenizer/tokenizer_config.json")):
+        # The name that both transformers 4 and 5 know.
+        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     for path in out.rglob("*"):
         # safetensors writes for the owner only, but a wheel keeps the permissions.
         path.chmod(0o755 if path.is_dir() else 0o644)
