@@ -1,1 +1,1 @@
-"""Exporters: variants of a denoiser, converted for other runtimes. ONNX is the only one so far."""
+"""Exporters: variants of a denoiser, converted for other runtimes. a module for each."""

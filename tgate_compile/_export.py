@@ -58,7 +58,8 @@ def export(
     Args:
         pipe: what `optimize` has returned.
         folder: a new folder, in one that exists.
-        format: `"onnx"`, or `"aoti"`: native code, compiled here for machines like this one.
+        format: `"onnx"`, or `"aoti"`: native code, compiled here for machines like this one; or engines for NVIDIA's
+            GPUs: `"tensorrt-rtx"`, built without one, and `"tensorrt"`.
         call: arguments of the pipeline's call, which fix the shapes that are not dynamic. Its steps are the manifest's
             example. The default is an empty prompt and the pipeline's own defaults.
         dynamic: which of `"batch"` (prompts and images at a time), `"height"` and `"width"` each call may choose. True

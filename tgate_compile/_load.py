@@ -53,9 +53,10 @@ def load(
     Args:
         pipe: a pipeline of the class and with the weights that the bundle was made from. It is changed, and returned.
         folder: of the bundle.
-        backend: what runs the bundle's graphs: `"onnxruntime"` for the format `onnx`. None: what they are made for.
+        backend: what runs the bundle's graphs: `"onnxruntime"` for the format `onnx`, otherwise what the format is
+            called. None: what they are made for.
         backend_options: of ONNX Runtime: those of `optimize(pipe, backend="onnxruntime")`, `providers`, `threads`,
-            `prepacking`.
+            `prepacking`. Of engines: see `docs/exports.md`.
 
     Returns:
         `pipe` itself.
