@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tgate_compile
+from tgate_compile._demo.variants import DEMO_VARIANTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,8 +39,9 @@ def test_every_package_of_the_tree_is_listed(project: dict[str, Any]) -> None:
 def test_the_embedded_weights_and_the_type_marker_are_package_data(project: dict[str, Any]) -> None:
     data = project["tool"]["setuptools"]["package-data"]
     shipped = {path for pattern in data["tgate_compile._demo"] for path in (ROOT / "tgate_compile/_demo").glob(pattern)}
-    weights = {path for path in (ROOT / "tgate_compile/_demo/weights").rglob("*") if path.is_file()}
-    assert weights
+    folders = {variant.folder for variant in DEMO_VARIANTS.values()}
+    weights = {path for name in folders for path in (ROOT / "tgate_compile/_demo" / name).rglob("*") if path.is_file()}
+    assert {path.relative_to(ROOT / "tgate_compile/_demo").parts[0] for path in weights} == folders
     assert weights <= shipped
     assert (ROOT / "tgate_compile" / data["tgate_compile"][0]).is_file()
 

@@ -50,7 +50,7 @@ DEMO_VARIANTS: Mapping[str, DemoVariant] = MappingProxyType(
             "PixArtAlphaPipeline",
             "weights_pixart",
             25,
-            4.5,
+            3.0,
             shared=_VAE | _SCHEDULER,
             # Its list of image sizes begins at 256, and cleaning captions needs packages that this one does not.
             call={"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16},
