@@ -19,8 +19,8 @@ from PIL import Image
 from tests import tiny_pipelines
 from tgate_compile import UnsupportedModelError, describe, load_demo_pipeline, optimize, restore
 from tgate_compile._benchmark.memory import peak_memory
+from tgate_compile._benchmark.methods import methods_for, steps_at_equal_cost, why_not
 from tgate_compile._benchmark.twin import twin_of
-from tgate_compile._comparison.methods import methods_for, steps_at_equal_cost, why_not
 from tgate_compile._comparison.page import page_of
 from tgate_compile._comparison.quality import Judge, psnr, ssim
 from tgate_compile._comparison.result import Comparison, ImageFigures, MethodFigures, ModelFigures, Pictures

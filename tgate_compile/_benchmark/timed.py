@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,8 +29,10 @@ class Timed:
     steps: tuple[float, ...]
 
 
-def timed_generation(pipe: Any, call: Mapping[str, Any], seed: int) -> Timed:
-    """Run `pipe` once, on noise from the CPU, which is the same on every device."""
+def timed_generation(
+    pipe: Any, call: Mapping[str, Any], seed: int, generate: Callable[..., Any] | None = None
+) -> Timed:
+    """Run `pipe` once, on noise from the CPU, which is the same on every device; or `generate`, which runs it."""
     device = torch.device(pipe.device)
     latents: list[torch.Tensor] = []
     marks: list[float] = []
@@ -49,7 +51,7 @@ def timed_generation(pipe: Any, call: Mapping[str, Any], seed: int) -> Timed:
     try:
         _synchronize(device)
         began = time.perf_counter()
-        output = pipe(**call, generator=generator, return_dict=False)[0]
+        output = (generate or pipe)(**call, generator=generator, return_dict=False)[0]
         _synchronize(device)
         seconds = time.perf_counter() - began
     finally:

@@ -30,6 +30,7 @@ COMMANDS = (
     "tune",
     "analyze",
     "compare",
+    "bench",
     "evaluate",
 )
 

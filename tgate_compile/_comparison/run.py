@@ -14,9 +14,9 @@ from PIL.Image import Image
 from tgate_compile._attach import denoiser_names
 from tgate_compile._benchmark.cost import Cost, cost_of_last, plain_macs
 from tgate_compile._benchmark.memory import peak_memory
+from tgate_compile._benchmark.methods import FEWER_STEPS, TGATE, Method, methods_for, steps_at_equal_cost, why_not
 from tgate_compile._benchmark.timed import Timed, timed_generation
 from tgate_compile._benchmark.twin import twin_of
-from tgate_compile._comparison.methods import FEWER_STEPS, TGATE, Method, methods_for, steps_at_equal_cost, why_not
 from tgate_compile._comparison.quality import Judge, psnr, ssim
 from tgate_compile._comparison.result import ImageFigures, MethodFigures, ModelFigures, Pictures
 from tgate_compile._errors import UnsupportedModelError

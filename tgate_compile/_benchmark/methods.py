@@ -1,4 +1,4 @@
-"""The methods that are compared, as data, and why one does not apply to a model."""
+"""The methods that are measured, as data, and why one does not apply to a model."""
 
 from __future__ import annotations
 

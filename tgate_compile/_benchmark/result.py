@@ -1,0 +1,106 @@
+"""What a benchmark measured: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+FORMAT = "tgate_compile.benchmark"
+VERSION = 1
+
+
+@dataclass
+class Row:
+    """One contender.
+
+    Attributes:
+        key: for programs.
+        title: for people.
+        backend: what runs its graphs; empty where it has none.
+        baseline: the key of the plain row of the same kind.
+        error: why there are no figures.
+        first_seconds: of the first call: capture and compilation, too.
+        seconds: of each later image.
+        early: of a step before the gate: the median of each image.
+        late: of a step after it.
+        macs: multiply-accumulates of an image in the denoiser's linear and convolution layers; None if not known.
+        peak_bytes: of memory in an image of its own: torch's own on a GPU, on a CPU what comes on top of the process's.
+        strip: one character a step, of our own schedules.
+    """
+
+    key: str
+    title: str
+    backend: str
+    baseline: str
+    error: str | None = None
+    first_seconds: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    early: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
+    macs: float | None = None
+    peak_bytes: int | None = None
+    strip: str = ""
+
+    @property
+    def image(self) -> float | None:
+        """Seconds of an image: the median."""
+        return median(self.seconds) if self.seconds else None
+
+    @property
+    def extra(self) -> float | None:
+        """Seconds that the first call took longer."""
+        return None if self.first_seconds is None or self.image is None else max(self.first_seconds - self.image, 0.0)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All rows of one run, `plain` first.
+
+    Attributes:
+        setting: what ran: words by name.
+        machine: on what.
+        steps: denoising steps.
+        gate: the first gated step.
+        rows: the contenders.
+    """
+
+    setting: Mapping[str, str]
+    machine: Mapping[str, str]
+    steps: int
+    gate: int
+    rows: tuple[Row, ...]
+
+    def speedup(self, row: Row, over: str = "plain") -> float | None:
+        """The time of the row with the key `over`, divided by this row's."""
+        other = next((each.image for each in self.rows if each.key == over), None)
+        return None if other is None or row.image is None else other / row.image
+
+    def macs_ratio(self, row: Row) -> float | None:
+        """The plain pipeline's operations, divided by this row's."""
+        plain = self.rows[0].macs
+        return None if plain is None or not row.macs else plain / row.macs
+
+    def efficiency(self, row: Row) -> float | None:
+        """The speedup over the plain row of the same kind, divided by the ratio of the operations: 1 means that all
+        that was saved in operations was saved in time."""
+        speedup, ratio = self.speedup(row, row.baseline), self.macs_ratio(row)
+        return None if speedup is None or ratio is None or row.key == row.baseline else speedup / ratio
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        rows = [
+            asdict(row)
+            | {
+                "image_seconds": row.image,
+                "first_call_extra_seconds": row.extra,
+                "speedup": self.speedup(row),
+                "speedup_over_baseline": self.speedup(row, row.baseline),
+                "macs_ratio": self.macs_ratio(row),
+                "efficiency": self.efficiency(row),
+            }
+            for row in self.rows
+        ]
+        head = {"format": FORMAT, "version": VERSION, "setting": dict(self.setting), "machine": dict(self.machine)}
+        return head | {"steps": self.steps, "gate": self.gate, "rows": rows}

@@ -1,0 +1,190 @@
+"""`tgate-compile bench`: schedules on backends, and other packages, timed side by side."""
+
+from __future__ import annotations
+
+import json as json_format
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from tgate_compile._backends import BACKENDS
+from tgate_compile._benchmark.methods import FEWER_STEPS, PLAIN, methods_for
+from tgate_compile._benchmark.peers import PEERS
+from tgate_compile._benchmark.random_models import NAMES, random_pipeline
+from tgate_compile._benchmark.result import Benchmark, Row
+from tgate_compile._benchmark.run import Task, run_benchmark
+from tgate_compile._cli import options
+from tgate_compile._cli.console import OUT, print_json
+from tgate_compile._cli.demo_prompts import demo_prompts
+from tgate_compile._cli.devices import DTYPES, choose_device, choose_dtype
+from tgate_compile._cli.families import recognise
+from tgate_compile._cli.loading import load
+from tgate_compile._cli.settings import settings_for
+from tgate_compile._cli.step_progress import make_progress
+from tgate_compile._cli.targets import check_targets
+from tgate_compile._errors import ConfigurationError
+from tgate_compile._installed import is_installed
+from tgate_compile._schedule import Schedule
+
+RANDOM_PREFIX = "random:"
+
+MSG_UNKNOWN = "--{option} must be one of {known}, but got {given!r}."
+
+_METHODS = tuple(method.key for method in methods_for(1) if method.key not in (PLAIN, FEWER_STEPS))
+_PROMPT = "a red fox in the snow"
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A folder with a diffusers pipeline, a hub id, embedded:sd and the like, or random weights in a UNet "
+            f"of real size: {', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
+            show_default="embedded:sd",
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(_METHODS)}; several times.", show_default="all"),
+    ] = None,
+    backend: Annotated[
+        list[options.Backend] | None, typer.Option(help="Several times.", show_default="all that are installed")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(each.key for each in PEERS)}; several times.", show_default="all"),
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other packages, and diffusers' own ways.")] = True,
+    repeat: Annotated[int, typer.Option(min=1, help="Images that are timed, after the first; the median counts.")] = 5,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to show.", show_default="one")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    gate_step: options.GateStep = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    scheduler: options.Scheduler = None,
+    unet: options.Unet = None,
+    lora: options.Lora = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this .json file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Time schedules on backends, and other packages, beside the plain pipeline: in turns, in one process."""
+    chosen_peers = _named(peer, {each.key: each for each in PEERS}, "peer") if peers else []
+    chosen_methods = _named(method, dict.fromkeys(_METHODS), "method", keys=True)
+    backends = _backends(backend, device)
+    if out is not None:
+        check_targets([out], force=force)
+    with make_progress(shown=not json) as progress:
+        bar = progress.add_task("Loading the model", total=None)
+        pipe, call, num_steps, gate = _load(
+            model, prompt=prompt, steps=steps, guidance=guidance, gate_step=gate_step,
+            size={"height": height, "width": width}, device=device, dtype=dtype,
+            others={"scheduler": scheduler, "unet": unet, "lora": lora},
+        )  # fmt: skip
+        benchmark = run_benchmark(
+            pipe,
+            Task(call, num_steps, gate, repeat=repeat, seed=seed),
+            [each for each in methods_for(gate) if each.key in (PLAIN, *chosen_methods)],
+            backends,
+            chosen_peers,
+            progress=lambda done, total, what: progress.update(bar, completed=done, total=total, description=what),
+        )
+        progress.update(bar, completed=1, total=1, description="Timed")
+    data = {"command": shlex.join(["tgate-compile", *sys.argv[1:]]), "model": model or "embedded:sd"}
+    data |= benchmark.as_dict()
+    if out is not None:
+        out.write_text(json_format.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if json:
+        print_json(data)
+        return
+    OUT.print(_table(benchmark))
+    for row in benchmark.rows:
+        if row.error is not None:
+            OUT.print(f"{row.title}: {row.error}", soft_wrap=True, markup=False)
+    if out is not None:
+        OUT.print(f"written {out}", soft_wrap=True)
+
+
+def _named(given: list[str] | None, known: dict[str, Any], option: str, *, keys: bool = False) -> list[Any]:
+    for name in given or ():
+        if name not in known:
+            raise ConfigurationError(MSG_UNKNOWN.format(option=option, known=", ".join(known), given=name))
+    return [name if keys else value for name, value in known.items() if not given or name in given]
+
+
+def _backends(given: list[options.Backend] | None, device: str) -> list[str]:
+    if given:
+        return list(dict.fromkeys(each.value for each in given))
+    # Engines are for GPUs.
+    usable = [name for name in BACKENDS if name != "tensorrt" or choose_device(device).type == "cuda"]
+    return sorted(
+        (name for name in usable if is_installed(*getattr(BACKENDS[name], "needs", ()))),
+        key=lambda name: name != "eager",
+    )
+
+
+def _load(
+    model: str | None,
+    *,
+    prompt: str | None,
+    steps: int | None,
+    guidance: float | None,
+    gate_step: float | None,
+    size: dict[str, int | None],
+    device: str,
+    dtype: options.Dtype,
+    others: dict[str, str | None],
+) -> tuple[Any, dict[str, Any], int, int]:
+    """The pipeline, the arguments of its call, its steps and its gate."""
+    if model is not None and model.startswith(RANDOM_PREFIX):
+        torch_device = choose_device(device)
+        chosen = DTYPES[choose_dtype(dtype, "StableDiffusionPipeline", torch_device)]
+        side = next((side for side in size.values() if side is not None), None)
+        pipe, call = random_pipeline(model.removeprefix(RANDOM_PREFIX), torch_device, chosen, size=side)
+        family = recognise(pipe)
+        num_steps = family.steps if steps is None else steps
+        gate = Schedule(gate_step or max(1, round(num_steps * family.gate_step / family.steps))).gate(num_steps)
+        call["guidance_scale"] = family.guidance if guidance is None else guidance
+        return pipe, call | {"num_inference_steps": num_steps}, num_steps, gate
+    loaded = load(model, device=device, dtype=dtype, **others)
+    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
+    call = {
+        **loaded.call,
+        "prompt": prompt or (demo_prompts(1)[0] if loaded.is_embedded else _PROMPT),
+        "guidance_scale": settings.guidance,
+        "num_inference_steps": settings.steps,
+        **{name: side for name, side in size.items() if side is not None},
+    }
+    return loaded.pipe, call, settings.steps, settings.gate
+
+
+def _table(benchmark: Benchmark) -> Table:
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("contender", no_wrap=True)
+    headings = ("image/s", "speed", "MACs", "eff.", "early/ms", "late/ms", "first/s", "peak/MB")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in benchmark.rows:
+        table.add_row(row.title, *(("failed",) if row.error is not None else _cells(benchmark, row)))
+    return table
+
+
+def _cells(benchmark: Benchmark, row: Row) -> list[str]:
+    early, late = (1e3 * sorted(times)[len(times) // 2] if times else None for times in (row.early, row.late))
+    peak = None if row.peak_bytes is None else row.peak_bytes / 1e6
+    numbers = (
+        (row.image, ".3f"), (benchmark.speedup(row), ".2f"), (benchmark.macs_ratio(row), ".3f"),
+        (benchmark.efficiency(row), ".2f"), (early, ".1f"), (late, ".1f"), (row.extra, ".1f"), (peak, ".1f"),
+    )  # fmt: skip
+    return ["" if value is None else format(value, form) for value, form in numbers]
