@@ -34,12 +34,12 @@ import numpy as np
 import torch
 from quality_schedules import CONTENDERS, Contender
 from torchmetrics.functional.image import peak_signal_noise_ratio
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 import tgate_compile
-from tgate_compile._demo.attribute_reader import FEATURES, AttributeReader, targets_of
-from tgate_compile._demo.captions import held_out_captions, parse_caption
-from tgate_compile._demo.rendering import render
+from tgate_compile._demo.attribute_reader import AttributeReader
+from tgate_compile._demo.captions import held_out_captions
+from tgate_compile._evaluation.attributes import drawings, log_likelihood, right
+from tgate_compile._evaluation.frechet import Statistics, frechet_distance
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +100,15 @@ class Judge:
         self._captions = settings.captions
         self._singles = settings.singles
         self._reader = AttributeReader.load()
-        self._to_drawings = self._distance_to(_drawings(self._captions, settings.drawings, seed=0))
+        self._of_drawings = self._statistics(drawings(self._captions, settings.drawings, seed=0))
         # What the distance is for perfect images, so few as they are.
-        self.floor = self._distance(self._to_drawings, _drawings(self._captions, 1, seed=1))
+        self.floor = self._distance(self._of_drawings, self._statistics(drawings(self._captions, 1, seed=1)))
         self._plain_images: torch.Tensor | None = None
 
     def set_plain(self, images: torch.Tensor) -> None:
         """The images that the others are compared with."""
         self._plain_images = images
-        self._to_plain = self._distance_to(images)
+        self._of_plain = self._statistics(images)
         self._plain_right = self._right(images)
         self._plain_likelihood = self._likelihood(images)
 
@@ -121,6 +121,7 @@ class Judge:
             images.float(), self._plain_images.float(), data_range=255.0, reduction="none", dim=(1, 2, 3)
         )
         psnr = psnr[psnr.isfinite()]  # the same image to the last bit has none
+        own = self._statistics(images)
         result: dict[str, Any] = {}
         for kind, rows in (("single", slice(self._singles)), ("pair", slice(self._singles, None))):
             score = self._reader.score(pixels[rows], self._captions[rows])
@@ -137,56 +138,26 @@ class Judge:
                 "right": "".join(str(int(r)) for r in right[rows]),
             }
         return result | {
-            "frechet_to_drawings": self._distance(self._to_drawings, images),
-            "frechet_to_plain": self._distance(self._to_plain, images),
+            "frechet_to_drawings": self._distance(self._of_drawings, own),
+            "frechet_to_plain": self._distance(self._of_plain, own),
             "psnr_to_plain": _mean(psnr) if len(psnr) else None,
             "psnr_to_plain_se": _standard_error(psnr) if len(psnr) else None,
         }
 
     def _right(self, images: torch.Tensor) -> torch.Tensor:
         """1.0 for each image that shows all its caption says, [captions]."""
-        pixels = images.float() / 255
-        return torch.tensor([self._reader.score(pixels[i : i + 1], [c])["all"] for i, c in enumerate(self._captions)])
+        return right(self._reader, images.float() / 255, self._captions)
 
-    @torch.no_grad()
     def _likelihood(self, images: torch.Tensor) -> torch.Tensor:
         """The reader's log-likelihood of all that the caption says, in nats, [captions]."""
-        scores = {name: head.log_softmax(1) for name, head in self._reader(images.float() / 255).items()}
-        targets = [targets_of(parse_caption(caption)) for caption in self._captions]
-        return torch.stack(
-            [sum((scores[name][i, at] for name, at in t.items()), torch.tensor(0.0)) for i, t in enumerate(targets)]
-        )
+        return log_likelihood(self._reader, images.float() / 255, self._captions)
 
-    def _distance_to(self, images: torch.Tensor) -> FrechetInceptionDistance:
-        distance = FrechetInceptionDistance(_Features(self._reader), reset_real_features=False)
-        distance.update(images.float() / 255, real=True)
-        return distance
+    def _statistics(self, images: torch.Tensor) -> Statistics:
+        """Of the reader's features."""
+        return Statistics.of(self._reader.features(images.float() / 255))
 
-    def _distance(self, distance: FrechetInceptionDistance, images: torch.Tensor) -> float:
-        distance.update(images.float() / 255, real=False)
-        value = float(distance.compute())
-        distance.reset()
-        return round(value, 4)
-
-
-class _Features(torch.nn.Module):
-    """The reader's features, as torchmetrics asks for them."""
-
-    num_features = FEATURES
-
-    def __init__(self, reader: AttributeReader) -> None:
-        super().__init__()
-        self.reader = reader
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.reader.features(pixels)
-
-
-def _drawings(captions: Sequence[str], each: int, seed: int) -> torch.Tensor:
-    """Drawn scenes, uint8 [each * captions, 3, 64, 64]."""
-    rng = np.random.default_rng(seed)
-    scenes = [parse_caption(caption) for caption in captions]
-    return torch.from_numpy(np.stack([render(scene, rng) for _ in range(each) for scene in scenes])).permute(0, 3, 1, 2)
+    def _distance(self, a: Statistics, b: Statistics) -> float:
+        return round(frechet_distance(a, b), 4)
 
 
 def _mean(values: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tgate_compile
+from tgate_compile._evaluation.attributes import drawings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = ["--captions", "4", "--steps", "10", "--only", "tgate 5"]
@@ -109,7 +110,7 @@ def test_every_contender_is_a_schedule_with_a_name_of_its_own(quality: ModuleTyp
 def test_the_judge_counts_what_is_lost(quality: ModuleType) -> None:
     settings = quality.Settings(pairs=8, singles=8, caption_seed=3)
     judge = quality.Judge(settings)
-    drawn = quality._drawings(settings.captions, each=1, seed=5)
+    drawn = drawings(settings.captions, each=1, seed=5)
     judge.set_plain(drawn)
     wrong = drawn.clone()
     wrong[8:10] = drawn[[9, 8]]  # two pairs exchanged: neither shows what its caption says
