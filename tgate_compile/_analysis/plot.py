@@ -25,7 +25,7 @@ def draw_analysis(analysis: Analysis, path: str | Path) -> None:
     panels = len(analysis.kinds) + 1 + (analysis.trajectories is not None)
     rows = 1 if panels <= 3 else 2
     columns = -(-panels // rows)
-    figure = new_figure(4.2 * columns, 2.8 * rows)
+    figure = new_figure(4.0 * columns, 2.7 * rows)
     figure.suptitle(_title(analysis), color=INK, fontsize=10, x=0.01, ha="left")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for kind, panel in zip(analysis.kinds, axes, strict=False):
@@ -75,9 +75,9 @@ def _title(analysis: Analysis) -> str:
 
 def _draw_kind(axes: Axes, analysis: Analysis, kind: str) -> None:
     attentions = next(value for key, value in analysis.kinds.items() if key == kind)
-    axes.set_title(f"How much {_NAMES[kind]} changes from step to step", color=INK, fontsize=10, loc="left")
+    axes.set_title(f"Change of {_NAMES[kind]} from step to step", color=INK, fontsize=9, loc="left")
     axes.set_xlabel("step", color=SOFT, fontsize=9)
-    axes.set_ylabel("L2 difference from the step before", color=SOFT, fontsize=9)
+    axes.set_ylabel("L2 difference", color=SOFT, fontsize=9)
     for site in attentions.sites.values():
         axes.plot(site.difference.steps, site.difference.mean, color=SOFT, linewidth=0.5, alpha=0.5)
     _draw_curve(axes, attentions.difference, _COLOURS[kind], f"mean of {len(attentions.sites)} sites")
@@ -92,7 +92,7 @@ def _draw_kind(axes: Axes, analysis: Analysis, kind: str) -> None:
 
 
 def _draw_halves(axes: Axes, analysis: Analysis) -> None:
-    axes.set_title("Norms of the outputs", color=INK, fontsize=10, loc="left")
+    axes.set_title("Norms of the outputs", color=INK, fontsize=9, loc="left")
     axes.set_xlabel("step", color=SOFT, fontsize=9)
     axes.set_ylabel("L2 norm, mean of the sites", color=SOFT, fontsize=9)
     for kind, attentions in analysis.kinds.items():
@@ -100,14 +100,14 @@ def _draw_halves(axes: Axes, analysis: Analysis) -> None:
             name = _NAMES[kind] if half == "all" else f"{_NAMES[kind]}, {half}"
             _draw_curve(axes, curve, _COLOURS[half], name, "-" if kind == "cross" else ":")
     axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
-    axes.legend(fontsize=8, labelcolor=INK, loc="upper right", frameon=False, ncols=2)
+    axes.legend(fontsize=7, labelcolor=INK, loc="upper right", frameon=False, ncols=2)
 
 
 def _draw_trajectories(axes: Axes, analysis: Analysis) -> None:
     assert analysis.trajectories is not None
-    axes.set_title("What the text does in a part of the steps", color=INK, fontsize=10, loc="left")
+    axes.set_title("What the text does in a part of the steps", color=INK, fontsize=9, loc="left")
     axes.set_xlabel("m", color=SOFT, fontsize=9)
-    axes.set_ylabel("drift of the final latents, relative", color=SOFT, fontsize=9)
+    axes.set_ylabel("drift of the final latents", color=SOFT, fontsize=9)
     _draw_curve(axes, analysis.trajectories.text_first, _COLOURS["cross"], "text before step m only", "-", "o")
     _draw_curve(axes, analysis.trajectories.text_last, _COLOURS["self"], "text from step m on only", "-", "s")
     axes.legend(fontsize=8, labelcolor=INK, loc="best", frameon=False)

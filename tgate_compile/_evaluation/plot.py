@@ -34,7 +34,9 @@ def draw_evaluation(evaluation: Evaluation, path: str | Path) -> None:
     lines = -(-len(names) // columns)
     figure = new_figure(3.3 * columns, 2.6 * lines + 0.25 * -(-len(evaluation.rows) // columns))
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    costs = [cost for row in evaluation.rows if (cost := row.measures.get("cost")) is not None]
     for name, panel in zip(names, axes, strict=False):
+        panel.set_xlim(min(costs) - 0.05, max(costs) + 0.05)
         panel.set_title(_WORDS[name], color=INK, fontsize=9, loc="left")
         panel.set_xlabel("cost, plain = 1", color=SOFT, fontsize=8)
         for index, row in enumerate(evaluation.rows):
