@@ -12,7 +12,7 @@ from tgate_compile._demo.variants import DEMO_VARIANTS
 from training.evaluate import Sampler, generate
 
 CAPTION_SEED = 2026
-_SCALE, _GAP, _TEXT_WIDTH, _HEAD = 2, 8, 460, 30
+_SCALE, _GAP, _TEXT_WIDTH, _HEAD = 2, 8, 440, 30
 _SIDE = 64 * _SCALE
 
 
@@ -32,4 +32,4 @@ def draw_models(out: Path, *, seed: int) -> None:
         sampler = Sampler(pipeline, variant.steps, variant.call)
         for row, image in enumerate(generate(sampler, captions, guidance=variant.guidance, seed=seed)):
             picture.paste(image.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (x, _HEAD + row * (_SIDE + _GAP)))
-    picture.quantize(128).save(out, optimize=True)
+    picture.save(out, optimize=True)
