@@ -169,11 +169,11 @@ def _overview(comparison: Comparison) -> dict[str, Any]:
 
 def _overview_cell(model: ModelFigures, method: MethodFigures) -> dict[str, Any]:
     speedup, cost = model.speedup(method), model.cost(method)
-    words = [] if cost is None else [f"{cost:.2f} of the operations"]
+    words = [] if cost is None else [f"MACs {cost:.2f}"]
     if method is not model.plain and method.drift is not None:
         words.append(f"drift {method.drift:.2f}")
     if method.right is not None:
-        words.append(f"{method.right} of {len(method.images)} right")
+        words.append(f"{method.right}/{len(method.images)} right")
     return {"speedup": "" if speedup is None else f"{speedup:.2f}x", "cost": cost or 0.0, "words": words}
 
 
