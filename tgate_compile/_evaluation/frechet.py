@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ class Statistics:
     covariance: torch.Tensor
     count: int | None
     about: Mapping[str, Any]
+
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """The square root of the covariance. It takes seconds for Inception's 2,048 features."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        root: torch.Tensor = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
+        return root
 
     @classmethod
     def of(cls, features: torch.Tensor, about: Mapping[str, Any] | None = None) -> Statistics:
@@ -74,14 +82,12 @@ class Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    The trace of the root is taken of the symmetric C_a^(1/2) C_b C_a^(1/2), which has the same eigenvalues: no complex
+    The trace of the root is taken of the symmetric C_b^(1/2) C_a C_b^(1/2), which has the same eigenvalues: no complex
     numbers appear, and few images, whose covariances are singular, do no harm.
 
     Source: arXiv 1706.08500, equation 6.
     """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
-    middle = root @ b.covariance @ root
+    middle = b.root @ a.covariance @ b.root
     trace = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp_min(0.0).sqrt().sum()
     shift = a.mean - b.mean
     distance = shift @ shift + a.covariance.trace() + b.covariance.trace() - 2 * trace

@@ -105,7 +105,7 @@ class Instruments:
 
 
 class Measurer:
-    """Measures contenders; the networks are loaded when they are first used.
+    """Measures contenders, the plain pipeline first.
 
     Args:
         folder: with all images.
@@ -137,6 +137,7 @@ class Measurer:
         self.not_measured: dict[str, str] = {}
         self.remarks: list[str] = []
         self.about: dict[str, Any] = {}
+        self._of_plain: dict[str, Statistics] = {}
         first = folder.load(plain, items[0])
         self.about["image_size"] = list(first.size)
         self._reads = self._can_read(first)
@@ -266,13 +267,19 @@ class Measurer:
             own = self._statistics(self._features, contender)
             if self._reference is not None:
                 measures["fid"] = frechet_distance(own, self._reference)
-            measures["fid_to_plain"] = frechet_distance(own, self._statistics(self._features, self._plain))
+            measures["fid_to_plain"] = self._to_plain(self._features, contender, own)
         if self._reads and len(self._items) > 1:
             features = reader_features(self._reader)
             own = self._statistics(features, contender)
             measures["frechet_to_drawings"] = frechet_distance(own, self._drawn)
-            measures["frechet_to_plain"] = frechet_distance(own, self._statistics(features, self._plain))
+            measures["frechet_to_plain"] = self._to_plain(features, contender, own)
         return measures
+
+    def _to_plain(self, features: Features, contender: Contender, own: Statistics) -> float:
+        if contender == self._plain:
+            self._of_plain[features.name] = own
+            return 0.0
+        return frechet_distance(own, self._of_plain[features.name])
 
     def _statistics(self, features: Features, contender: Contender) -> Statistics:
         about = {
