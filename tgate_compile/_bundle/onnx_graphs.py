@@ -16,7 +16,9 @@ from tgate_compile._bundle.describe_graph import inputs_of, size_of, symbols_of
 from tgate_compile._bundle.formats import Progress, WrittenGraph
 from tgate_compile._bundle.onnx_file import cause_of, check_model, save_model
 from tgate_compile._bundle.onnx_session import OnnxSession
+from tgate_compile._bundle.piecewise_session import PiecewiseSession
 from tgate_compile._bundle.planned_graphs import PlannedGraph
+from tgate_compile._bundle.session import Session
 from tgate_compile._bundle.weights_file import WeightsFile
 from tgate_compile._errors import BundleError, ConfigurationError
 from tgate_compile.exports.to_onnx import to_onnx
@@ -72,8 +74,10 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
     check_onnx_file(root / graph.file, inputs, outputs, manifest.files[m.WEIGHTS_FILE].size)
 
 
-def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> OnnxSession:
+def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> Session:
     """The graph in ONNX Runtime; raise BackendError."""
+    if options.get("frugal") and device.type == "cpu":
+        return PiecewiseSession(graph, root / graph.file)
     return OnnxSession(graph, root / graph.file, device, options)
 
 

@@ -29,7 +29,7 @@ TOLERANCES: Mapping[torch.dtype, float] = {
 }
 
 #: The weights are in memory already, and may be large.
-FRUGAL: Mapping[str, object] = {"prepacking": False, "optimized": False}
+FRUGAL: Mapping[str, object] = {"prepacking": False, "frugal": True}
 
 #: Height and width, in multiples of what the denoiser halves: the deepest layers see 4x4 latents.
 ENOUGH = 4
