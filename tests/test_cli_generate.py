@@ -167,7 +167,7 @@ def test_the_embedded_model_knows_its_own_captions_only(tmp_path: Path) -> None:
         (["--guidance", "-1"], 2, "--guidance"),
         (["--height", "100"], 2, "96 or 104"),
         (["--dtype", "int4"], 2, "--dtype"),
-        (["--backend", "tensorrt"], 2, "--backend"),
+        (["--backend", "fast"], 2, "--backend"),
         (["--keep", "both"], 2, "--keep"),
         (["--model", "./nowhere"], 1, "There is no folder ./nowhere"),
         (["--model", "nowhere"], 1, "There is no folder nowhere"),
