@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from tgate_compile._tuning.recorder import removed
 
@@ -16,28 +16,37 @@ from tgate_compile._tuning.recorder import removed
 _LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
 
 
-@dataclass
-class Count:
-    """Multiply-accumulates in linear and convolution layers."""
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Multiply-accumulates in linear and convolution layers, while it is on.
 
-    macs: float = 0.0
+    PyTorch's FlopCounterMode counts the same, but also walks the modules, and does not come to an end where a package
+    has put one into itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        result = func(*args, **given)
+        packet = func._overloadpacket
+        if packet in _LAYERS:
+            self.macs += flop_registry[packet](*args, **given, out_val=result) / 2
+        return result
 
 
 @contextmanager
 def macs_counted(denoisers: Mapping[str, torch.nn.Module]) -> Iterator[Count]:
     """Inside, the calls of `denoisers` are counted; what is compiled cannot be."""
     count = Count()
-    running: list[Any] = []  # of FlopCounterMode, which has no types
+    running = ExitStack()
 
     def begin(*_: Any) -> None:
-        running.append(FlopCounterMode(display=False))
-        running[-1].__enter__()
+        running.enter_context(count)
 
     def end(*_: Any) -> None:
-        counter = running.pop()
-        counter.__exit__(None, None, None)
-        by_operator = counter.get_flop_counts().get("Global", {})
-        count.macs += sum(by_operator.get(operator, 0) for operator in _LAYERS) / 2
+        running.close()
 
     with ExitStack() as stack:
         for denoiser in denoisers.values():

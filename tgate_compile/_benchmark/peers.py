@@ -105,7 +105,10 @@ def _deepcache(pipe: Any, gate: int) -> Ready:
 
 def _cache_dit(pipe: Any, gate: int) -> Ready:
     package = importlib.import_module("cache_dit")
-    package.enable_cache(pipe)
+    blocks = getattr(getattr(pipe, "transformer", None), "transformer_blocks", ())
+    # Its defaults, which compute eight blocks in every step, or for a transformer that has no more than these, one.
+    own = {"cache_config": package.DBCacheConfig(Fn_compute_blocks=1)} if 0 < len(blocks) <= 8 else {}
+    package.enable_cache(pipe, **own)
     return Ready(pipe, partial(package.disable_cache, pipe))
 
 

@@ -171,8 +171,8 @@ def _load(
 
 def _table(benchmark: Benchmark) -> Table:
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("contender", no_wrap=True)
-    headings = ("image/s", "speed", "MACs", "eff.", "early/ms", "late/ms", "first/s", "peak/MB")
+    table.add_column("contender")
+    headings = ("image\n/s", "speed", "MACs", "eff.", "early\n/ms", "late\n/ms", "first\n/s", "peak\n/MB")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in benchmark.rows:
