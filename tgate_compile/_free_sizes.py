@@ -53,6 +53,8 @@ def free_shapes(
     Tensors whose first dimension is the latents' batch have that batch, except those that both halves share; tensors of
     as many dimensions as the latents are as high and wide, or an even part of it (a ControlNet's residuals).
     """
+    if not free:
+        return FreeShapes(call, None, {})
     args, kwargs = call.arguments
     latents = next(iter(inspect.signature(forward).bind(*args, **kwargs).arguments.values()))
     per_prompt = 2 if guided else 1
@@ -63,9 +65,6 @@ def free_shapes(
     step = downsampling(denoiser)
     dims = {name: Dim(symbol, min=1, max=LARGEST[name]) for name, symbol in SYMBOLS.items() if name in free}
     tiles = 2 if batch == per_prompt and "batch" in free else 1
-
-    if not free:
-        return FreeShapes(call, None, {})
 
     leaves: list[Any] = []
     specs: list[tuple[torch.Tensor, dict[int, Any]]] = []

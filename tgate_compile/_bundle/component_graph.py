@@ -12,7 +12,7 @@ from torch.export import Dim
 from tgate_compile._backends.onnx_session import open_session, run_bound, session_options
 from tgate_compile._bundle import manifest as m
 from tgate_compile._bundle.onnx_file import cause_of, check_model, save_model
-from tgate_compile._bundle.parity import TOLERANCES
+from tgate_compile._bundle.parity import TOLERANCES, relative_difference
 from tgate_compile._bundle.sizes import shape_at, solve
 from tgate_compile._bundle.weights_file import WeightsFile
 from tgate_compile._errors import BundleError
@@ -126,7 +126,7 @@ def component_parity(
             [(spec.name, shape_at(spec.shape, sizes), getattr(torch, spec.dtype)) for spec in outputs],
             torch.device("cpu"),
         )
-        relative = max(_relative(a, b.cpu()) for a, b in zip(results, expected, strict=True))
+        relative = max(relative_difference(a, b.cpu()) for a, b in zip(results, expected, strict=True))
         if not relative <= tolerance:  # NaN is not
             raise BundleError(
                 MSG_TOO_FAR.format(name=name, provider=provider, relative=relative, tolerance=tolerance, dtype=dtype)
@@ -134,8 +134,3 @@ def component_parity(
         measured.append(m.Deviation(sizes=sizes, relative=relative))
     relative = max(deviation.relative for deviation in measured)
     return m.Parity(relative=relative, tolerance=tolerance, provider=provider, measured=measured)
-
-
-def _relative(result: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = (result.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny))

@@ -35,7 +35,7 @@ class OnnxSession:
         try:
             self._session = open_session(path, session_options(options), providers)  # type: ignore[arg-type]
         except Exception as error:  # ONNX Runtime has no common base class of its errors
-            raise BackendError(_failed(path, error)) from error
+            raise BackendError(failed(path, error)) from error
         logger.info("opened %s in ONNX Runtime in %.1f s", path.name, time.perf_counter() - began)
 
     @property
@@ -53,8 +53,9 @@ class OnnxSession:
         try:
             return run_bound(self._session, named, outputs, self._device)
         except RuntimeError as error:
-            raise BackendError(_failed(self._path, error)) from error
+            raise BackendError(failed(self._path, error)) from error
 
 
-def _failed(path: Path, error: Exception) -> str:
+def failed(path: Path, error: Exception) -> str:
+    """What to say when ONNX Runtime does not take or run the graph at `path`."""
     return MSG_FAILED.format(graph=path.stem, problem=f"{type(error).__name__}: {error}".splitlines()[0])

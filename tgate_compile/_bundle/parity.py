@@ -70,7 +70,7 @@ def measure_parity(
             with torch.no_grad(), _all_of_float32():
                 expected = eager(*planned.weights, *(tensor.to(own_device) for tensor in inputs))
             results = session.run([tensor.to(device) for tensor in inputs])
-            relative = max(_relative(a.cpu(), b.cpu()) for a, b in zip(results, expected, strict=True))
+            relative = max(relative_difference(a.cpu(), b.cpu()) for a, b in zip(results, expected, strict=True))
             measured.append(Deviation(sizes=sizes, relative=relative))
             dtypes.update(tensor.dtype for tensor in (*inputs, *results) if tensor.is_floating_point())
     except BackendError as error:
@@ -136,6 +136,7 @@ def _random_inputs(planned: PlannedGraph, graph: Graph, sizes: Mapping[str, int]
     return [*inputs, *(random(spec) for spec in graph.cache_inputs)]
 
 
-def _relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of any element, relative to the largest element that is expected."""
     difference = (result.double() - expected.double()).abs().max()
     return float(difference / expected.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tgate_compile._backends.element_types import ELEMENT_TYPES
 from tgate_compile._backends.onnx_session import open_session, session_options
 from tgate_compile._bundle.manifest import Graph
+from tgate_compile._bundle.onnx_session import failed
 from tgate_compile._bundle.session import inputs_of, output_shapes, outputs_of
 from tgate_compile._errors import BackendError
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 #: Bytes of weights of a piece, about. ONNX Runtime holds those of float16 as float32, too, on a CPU.
 PIECE = 256 << 20
-
-MSG_FAILED = "ONNX Runtime could not run the {graph} graph of the bundle ({problem})."
 
 
 class PiecewiseSession:
@@ -44,7 +43,7 @@ class PiecewiseSession:
             self._pieces = list(_pieces(model))
             self._taken = {value.name for piece in self._pieces for value in piece.graph.input}
         except Exception as error:  # ONNX Runtime has no common base class of its errors
-            raise BackendError(self._failed(error)) from error
+            raise BackendError(failed(self._path, error)) from error
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All outputs for all inputs, both in the order of the manifest, caches last.
@@ -62,7 +61,7 @@ class PiecewiseSession:
             for piece in self._pieces:
                 self._run_piece(piece, given, between, results)
         except Exception as error:  # ONNX Runtime has no common base class of its errors
-            raise BackendError(self._failed(error)) from error
+            raise BackendError(failed(self._path, error)) from error
         return list(results.values())
 
     def _run_piece(
@@ -103,10 +102,6 @@ class PiecewiseSession:
         folder = str(self._path.parent)
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         return settings
-
-    def _failed(self, error: Exception) -> str:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        return MSG_FAILED.format(graph=self._path.stem, problem=problem)
 
 
 def _bind(bind: Any, name: str, tensor: torch.Tensor) -> None:
