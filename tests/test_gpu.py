@@ -48,3 +48,38 @@ def test_the_graphs_add_no_copy_of_the_weights() -> None:
     torch.cuda.synchronize()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in pipe.unet.parameters())
     assert torch.cuda.memory_allocated() - before < weights / 4
+
+
+@pytest.mark.parametrize("schedule", [{}, {"sp_interval": 2}, {"deepcache_interval": 2}], ids=["v1", "v2", "deepcache"])
+def test_cuda_graphs_change_nothing(schedule: dict[str, int]) -> None:
+    pipe = tgate_compile.optimize(stable_diffusion().to("cuda"), 3, backend="inductor", **schedule)
+    compiled = run(pipe)
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, 3, backend="inductor", backend_options={"cuda_graphs": True}, **schedule)
+    first = run(pipe)
+    assert torch.equal(first, compiled)
+    assert torch.equal(run(pipe, prompt="a blue dog", seed=1), run(pipe, prompt="a blue dog", seed=1))
+    assert torch.equal(run(pipe), first)
+
+
+def test_cuda_graphs_see_weights_that_change_and_weights_that_move() -> None:
+    pipe = stable_diffusion().to("cuda")
+    tgate_compile.optimize(pipe, 3, backend="inductor", backend_options={"cuda_graphs": True})
+    before = run(pipe)
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(2)
+    changed = run(pipe)
+    assert not torch.equal(changed, before)
+    pipe.unet.conv_out.weight = torch.nn.Parameter(pipe.unet.conv_out.weight.detach() / 2)
+    assert difference(run(pipe), before) < 1e-5
+
+
+def test_cuda_graphs_add_no_copy_of_the_weights() -> None:
+    pipe = stable_diffusion().to("cuda")
+    tgate_compile.optimize(pipe, 3, backend="inductor", backend_options={"cuda_graphs": True})
+    run(pipe)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    run(pipe)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before  # nothing of a generation is left

@@ -13,7 +13,7 @@ import torch
 from torch.export import ShapesCollection
 from torch.utils import _pytree as pytree
 
-from tgate_compile._backends import Runner, make_backend
+from tgate_compile._backends import Backend, Runner, make_backend
 from tgate_compile._call import Call
 from tgate_compile._capture import capture, deep_layer
 from tgate_compile._config import Config
@@ -126,6 +126,7 @@ class VariantStore:
         self._captures: OrderedDict[Hashable, Captured] = OrderedDict()
         self._variants: dict[tuple[Hashable, Phase], tuple[Variant, Captured]] = {}
         self._compiled: dict[tuple[Hashable, Phase], CompiledVariant] = {}
+        self._backends: dict[torch.device, Backend] = {}
         self.compilations = 0
 
     @property
@@ -221,7 +222,10 @@ class VariantStore:
         variant, captured = self.variant(phase, call, forward)
         weights = _weights(variant, self._live_tensors())
         inputs = _inputs(variant, captured, call, caches)
-        backend = make_backend(self._config.backend, self._config.backend_options, inputs[0].device)
+        device = inputs[0].device
+        if device not in self._backends:
+            self._backends[device] = make_backend(self._config.backend, self._config.backend_options, device)
+        backend = self._backends[device]
         compiled = CompiledVariant(variant, captured, backend.compile(variant, inputs), weights)
         self._compiled[key, phase] = compiled
         self.compilations += 1
