@@ -17,9 +17,10 @@ from tgate_compile._benchmark.methods import methods_for
 from tgate_compile._benchmark.peers import PEERS, of_its_own_class
 from tgate_compile._benchmark.random_models import NAMES, random_pipeline
 from tgate_compile._benchmark.result import Benchmark, Row
-from tgate_compile._benchmark.run import Task, run_benchmark
+from tgate_compile._benchmark.run import CUDA_GRAPHS, Task, run_benchmark
 from tgate_compile._cli.app import app
 from tgate_compile._cli.bench import _backends
+from tgate_compile._cli.options import Backend
 
 run = CliRunner().invoke
 
@@ -150,8 +151,8 @@ def test_a_class_of_its_own() -> None:
 
 
 def test_random_models_are_known_by_name() -> None:
-    assert set(NAMES) == {"sd15", "sd21", "sdxl"}
-    with pytest.raises(ConfigurationError, match="sd15, sd21, sdxl"):
+    assert set(NAMES) == {"sd15", "sd21", "sdxl", "pixart_alpha"}
+    with pytest.raises(ConfigurationError, match="sd15, sd21, sdxl, pixart_alpha"):
         random_pipeline("sd3", torch.device("cpu"), torch.float32)
 
 
@@ -160,6 +161,9 @@ def test_random_models_have_the_real_size() -> None:
     assert sum(p.numel() for p in pipe.unet.parameters()) == 2_567_463_684
     assert call["prompt_embeds"].shape == (1, 77, 2048)
     assert call["height"] == 512
+    pipe, call = random_pipeline("pixart_alpha", torch.device("meta"), torch.float16)
+    assert sum(p.numel() for p in pipe.transformer.parameters()) == 611_349_152
+    assert call["prompt_embeds"].shape == (1, 120, 4096)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -185,5 +189,8 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_the_backends_that_are_there() -> None:
-    assert _backends(None, "cpu")[0] == "eager"
-    assert "tensorrt" not in _backends(None, "cpu")
+    assert _backends(None, "cpu", None)[0] == "eager"
+    assert not {"tensorrt", CUDA_GRAPHS} & set(_backends(None, "cpu", None))
+    assert _backends([Backend.inductor], "cpu", False) == ["inductor"]
+    with pytest.raises(ConfigurationError, match="--cuda-graphs are for GPUs"):
+        _backends([Backend.inductor], "cpu", True)

@@ -23,10 +23,12 @@ class Row:
         error: why there are no figures.
         first_seconds: of the first call: capture and compilation, too.
         seconds: of each later image.
+        steps: seconds of each denoiser call of each later image, with what belongs to it.
         early: of a step before the gate: the median of each image.
         late: of a step after it.
         macs: multiply-accumulates of an image in the denoiser's linear and convolution layers; None if not known.
         peak_bytes: of memory in an image of its own: torch's own on a GPU, on a CPU what comes on top of the process's.
+        cache_bytes: the most that is kept from one step to the next, of our own schedules.
         strip: one character a step, of our own schedules.
     """
 
@@ -37,10 +39,12 @@ class Row:
     error: str | None = None
     first_seconds: float | None = None
     seconds: list[float] = field(default_factory=list)
+    steps: list[list[float]] = field(default_factory=list)
     early: list[float] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
     macs: float | None = None
     peak_bytes: int | None = None
+    cache_bytes: int | None = None
     strip: str = ""
 
     @property
@@ -91,8 +95,9 @@ class Benchmark:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
         rows = [
-            asdict(row)
+            {name: value for name, value in asdict(row).items() if name != "steps"}
             | {
+                "step_seconds": [median(times) for times in zip(*row.steps, strict=True)],
                 "image_seconds": row.image,
                 "first_call_extra_seconds": row.extra,
                 "speedup": self.speedup(row),

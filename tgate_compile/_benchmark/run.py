@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -35,10 +37,14 @@ Progress = Callable[[int, int, str], None]
 PLAIN = "plain"
 COMPILED = "plain_compiled"
 
+#: The backend `inductor` with CUDA graphs.
+CUDA_GRAPHS = "inductor_cuda_graphs"
+
 #: A gate that no generation reaches: what a backend brings by itself.
 _NEVER = 100_000
 
 MSG_NOT_INSTALLED = "{package} is not installed"
+MSG_NO_TIME = "left out: the time for this benchmark was over"
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Contender:
 
     row: Row
     prepare: Callable[[Any], Ready]
+    method: Method | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Task:
         gate: the first gated step.
         repeat: images that are timed, after the first.
         seed: of the noise.
+        until: when no contender is begun any more, by `time.monotonic()`; None: all are.
     """
 
     call: Mapping[str, Any]
@@ -66,6 +74,7 @@ class Task:
     gate: int
     repeat: int = 5
     seed: int = 0
+    until: float | None = None
 
 
 @dataclass
@@ -79,12 +88,16 @@ def contenders_for(
     methods: Sequence[Method], backends: Sequence[str], peers: Sequence[Peer], *, gate: int
 ) -> list[Contender]:
     """The plain pipeline; each backend by itself; each schedule on each backend; the peers."""
-    contenders = [Contender(Row(PLAIN, "plain", "", PLAIN), _plain)]
+    contenders = [Contender(Row(PLAIN, "plain", "", PLAIN), Ready)]
     baselines = {"eager": PLAIN}
     for backend in backends:
         if backend == "inductor":
             baselines[backend] = COMPILED
             contenders.append(Contender(Row(COMPILED, "plain, torch.compile", "", PLAIN), _compiled))
+        elif backend == CUDA_GRAPHS:
+            baselines[backend] = f"{COMPILED}_cuda_graphs"
+            row = Row(baselines[backend], "plain, torch.compile, CUDA graphs", "", PLAIN)
+            contenders.append(Contender(row, partial(_compiled, mode="reduce-overhead")))
         elif backend != "eager":
             baselines[backend] = f"plain_{backend}"
             row = Row(baselines[backend], f"plain, {backend}", backend, PLAIN)
@@ -92,26 +105,26 @@ def contenders_for(
     for method in methods:
         for backend in backends if method.schedule is not None else ():
             assert method.schedule is not None
-            row = Row(f"{method.key}_{backend}", f"{method.title}, {backend}", backend, baselines[backend])
-            contenders.append(Contender(row, _optimized(method.schedule, backend)))
+            title = f"{method.title}, {backend.replace('_', ', ', 1).replace('cuda_graphs', 'CUDA graphs')}"
+            row = Row(f"{method.key}_{backend}", title, backend, baselines[backend])
+            contenders.append(Contender(row, _optimized(method.schedule, backend), method))
     for peer in peers:
         title = " ".join(peer.title.format(version=peer.version or "").split()).replace(" ,", ",")
         contenders.append(Contender(Row(peer.key, title, "", PLAIN), _changed_by(peer, gate)))
     return contenders
 
 
-def _plain(pipe: Any) -> Ready:
-    return Ready(pipe)
-
-
-def _compiled(pipe: Any) -> Ready:
+def _compiled(pipe: Any, mode: str | None = None) -> Ready:
     for name in denoiser_names(pipe):
-        setattr(pipe, name, torch.compile(getattr(pipe, name), fullgraph=True))
+        setattr(pipe, name, torch.compile(getattr(pipe, name), fullgraph=True, mode=mode))
     return Ready(pipe)
 
 
 def _optimized(schedule: Schedule, backend: str) -> Callable[[Any], Ready]:
-    return lambda pipe: Ready(optimize(pipe, schedule=schedule, backend=backend))
+    engine: dict[str, Any] = {"backend": backend}
+    if backend == CUDA_GRAPHS:
+        engine = {"backend": "inductor", "backend_options": {"cuda_graphs": True}}
+    return lambda pipe: Ready(optimize(pipe, schedule=schedule, **engine))
 
 
 def _changed_by(peer: Peer, gate: int) -> Callable[[Any], Ready]:
@@ -137,6 +150,12 @@ def run_benchmark(
     What cannot run is a row with its error.
     """
     return _Running(pipe, task, methods, backends, peers, progress).run()
+
+
+def to_channels_last(pipe: Any) -> None:
+    """Put the denoisers' convolutions into the layout that GPUs are fastest with."""
+    for name in denoiser_names(pipe):
+        torch.nn.Module.to(getattr(pipe, name), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class _Running:
@@ -171,7 +190,7 @@ class _Running:
                 runner.ready.undo()
         rows = tuple(contender.row for contender in self._contenders)
         for row in rows:
-            if row.key == COMPILED and row.error is None:
+            if row.key.startswith(COMPILED) and row.error is None:
                 row.macs = rows[0].macs  # the same operations
         return Benchmark(
             setting_of(self._pipe, self._denoisers), machine_of(self._pipe.device), task.steps, task.gate, rows
@@ -180,7 +199,7 @@ class _Running:
     def _prepare(self, contender: Contender) -> _Runner | None:
         """The contender after its first image, and one whose memory and operations were looked at; None if it fails."""
         row = contender.row
-        row.error = self._why_not(row)
+        row.error = self._why_not(contender.method)
         if row.error is not None:
             return None
         try:
@@ -197,8 +216,9 @@ class _Running:
             return None
         return runner
 
-    def _why_not(self, row: Row) -> str | None:
-        method = next((each for each in self._methods if row.key == f"{each.key}_{row.backend}"), None)
+    def _why_not(self, method: Method | None) -> str | None:
+        if self._task.until is not None and time.monotonic() > self._task.until:
+            return MSG_NO_TIME
         if method is None:
             return None
         return why_not(method, self._methods, self._denoisers, steps=self._task.steps, guided=self._guided)
@@ -210,8 +230,8 @@ class _Running:
             with peak_memory(self._pipe.device) as peak:
                 self._generate(runner, "memory")
             cost = cost_of_last(runner.pipe)
-            row.macs, row.strip = cost.macs, cost.strip
-        elif row.key == COMPILED:
+            row.macs, row.strip, row.cache_bytes = cost.macs, cost.strip, cost.cache_bytes
+        elif row.key.startswith(COMPILED):
             with peak_memory(self._pipe.device) as peak:
                 self._generate(runner, "memory")
         else:
@@ -225,9 +245,13 @@ class _Running:
         row = runner.contender.row
         timed = self._generate(runner, "image")
         row.seconds.append(timed.seconds)
-        calls, gate = len(timed.steps), self._task.gate
-        early = range(1, gate * calls // self._task.steps)  # the first step includes the text encoder
-        late = range(gate * calls // self._task.steps, calls)
+        row.steps.append(list(timed.steps))
+        calls, method = len(timed.steps), runner.contender.method
+        schedule = None if method is None else method.schedule
+        own = None if schedule is None or schedule.gate_step is None else schedule.gate(self._task.steps)
+        gate = (self._task.gate if own is None else own) * calls // self._task.steps
+        early = range(1, gate)  # the first step includes the text encoder
+        late = range(gate, calls)
         if early:
             row.early.append(median(timed.steps[call] for call in early))
         if late:

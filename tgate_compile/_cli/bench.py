@@ -17,7 +17,7 @@ from tgate_compile._benchmark.methods import FEWER_STEPS, PLAIN, methods_for
 from tgate_compile._benchmark.peers import PEERS
 from tgate_compile._benchmark.random_models import NAMES, random_pipeline
 from tgate_compile._benchmark.result import Benchmark, Row
-from tgate_compile._benchmark.run import Task, run_benchmark
+from tgate_compile._benchmark.run import CUDA_GRAPHS, Task, run_benchmark, to_channels_last
 from tgate_compile._cli import options
 from tgate_compile._cli.console import OUT, print_json
 from tgate_compile._cli.demo_prompts import demo_prompts
@@ -33,6 +33,7 @@ from tgate_compile._schedule import Schedule
 
 RANDOM_PREFIX = "random:"
 
+MSG_NO_GPU = "--cuda-graphs are for GPUs, and this runs on {device}."
 MSG_UNKNOWN = "--{option} must be one of {known}, but got {given!r}."
 
 _METHODS = tuple(method.key for method in methods_for(1) if method.key not in (PLAIN, FEWER_STEPS))
@@ -45,8 +46,8 @@ def bench(
         typer.Option(
             "--model",
             "-m",
-            help="A folder with a diffusers pipeline, a hub id, embedded:sd and the like, or random weights in a UNet "
-            f"of real size: {', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
+            help="A folder with a diffusers pipeline, a hub id, embedded:sd and the like, or random weights in a "
+            f"denoiser of real size: {', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
             show_default="embedded:sd",
         ),
     ] = None,
@@ -62,6 +63,17 @@ def bench(
         typer.Option(help=f"{', '.join(each.key for each in PEERS)}; several times.", show_default="all"),
     ] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other packages, and diffusers' own ways.")] = True,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="The backend inductor with CUDA graphs, too.",
+            show_default="on GPUs",
+        ),
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Weights in this layout, in all contenders: faster on most GPUs.")
+    ] = False,
     repeat: Annotated[int, typer.Option(min=1, help="Images that are timed, after the first; the median counts.")] = 5,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to show.", show_default="one")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
@@ -82,7 +94,7 @@ def bench(
     """Time schedules on backends, and other packages, beside the plain pipeline: in turns, in one process."""
     chosen_peers = _named(peer, {each.key: each for each in PEERS}, "peer") if peers else []
     chosen_methods = _named(method, dict.fromkeys(_METHODS), "method", keys=True)
-    backends = _backends(backend, device)
+    backends = _backends(backend, device, cuda_graphs)
     if out is not None:
         check_targets([out], force=force)
     with make_progress(shown=not json) as progress:
@@ -92,6 +104,8 @@ def bench(
             size={"height": height, "width": width}, device=device, dtype=dtype,
             others={"scheduler": scheduler, "unet": unet, "lora": lora},
         )  # fmt: skip
+        if channels_last:
+            to_channels_last(pipe)
         benchmark = run_benchmark(
             pipe,
             Task(call, num_steps, gate, repeat=repeat, seed=seed),
@@ -123,15 +137,20 @@ def _named(given: list[str] | None, known: dict[str, Any], option: str, *, keys:
     return [name if keys else value for name, value in known.items() if not given or name in given]
 
 
-def _backends(given: list[options.Backend] | None, device: str) -> list[str]:
+def _backends(given: list[options.Backend] | None, device: str, cuda_graphs: bool | None) -> list[str]:
+    on_gpu = choose_device(device).type == "cuda"
+    if cuda_graphs and not on_gpu:
+        raise ConfigurationError(MSG_NO_GPU.format(device=choose_device(device)))
     if given:
-        return list(dict.fromkeys(each.value for each in given))
-    # Engines are for GPUs.
-    usable = [name for name in BACKENDS if name != "tensorrt" or choose_device(device).type == "cuda"]
-    return sorted(
-        (name for name in usable if is_installed(*getattr(BACKENDS[name], "needs", ()))),
-        key=lambda name: name != "eager",
-    )
+        names = list(dict.fromkeys(each.value for each in given))
+    else:
+        # Engines are for GPUs.
+        usable = [name for name in BACKENDS if name != "tensorrt" or on_gpu]
+        installed = (name for name in usable if is_installed(*getattr(BACKENDS[name], "needs", ())))
+        names = sorted(installed, key=lambda name: name != "eager")
+    if "inductor" in names and (on_gpu if cuda_graphs is None else cuda_graphs):
+        names.insert(names.index("inductor") + 1, CUDA_GRAPHS)
+    return names
 
 
 def _load(
