@@ -94,7 +94,7 @@ class CudaGraph:
         # Outside of the graph's own memory, so that nothing else is ever put there.
         self._inputs = StaticInputs(inputs, self._cached)
         with torch.cuda.device(inputs[0].device):
-            aside = torch.cuda.Stream()
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(_WARM_UP):
