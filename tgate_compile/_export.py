@@ -14,6 +14,7 @@ from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile._free_sizes import SYMBOLS, FreeSize
 from tgate_compile._installed import check_installed
 from tgate_compile._optimized import preview, required_state_of
+from tgate_compile._quantization import read_quantization
 from tgate_compile._variants import VariantStore
 
 MSG_FORMAT = "format must be one of {known}, but got {given!r}."
@@ -47,6 +48,7 @@ def export(
     dynamic: bool | Collection[FreeSize] = True,
     format_options: Mapping[str, object] | None = None,
     components: Literal["denoiser", "all"] = "denoiser",
+    quantize: str | Mapping[str, object] | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -68,6 +70,9 @@ def export(
         format_options: see the format in `docs/exports.md`; `onnx` has none, `aoti` has `target`.
         components: `"all"` also writes the text encoders, the tokenizers and the VAE's decoder, so that
             `tgate_compile.runtime` makes images of prompts without PyTorch; for Stable Diffusion, SDXL and PixArt.
+        quantize: store the graphs' weights, or compute, in fewer bits: `"int8"` (weights alone), or a mapping with such
+            a `scheme` and more; `docs/edge.md` has the schemes, and what each costs. The text encoders and the VAE stay
+            as they are.
         overwrite: replace the bundle that is in `folder`.
         progress: called with a line at the beginning of each stage.
 
@@ -97,6 +102,7 @@ def export(
     if hook.config.schedule.guidance_similarity is not None:
         raise UnsupportedModelError(MSG_SIMILARITY)
     check_can_write(format)
+    quantization = read_quantization(quantize, format, FORMATS[format].schemes)
     options = dict(format_options or {})
     format_called(format).check_options(options)
     # pydantic is an extra.
@@ -128,6 +134,8 @@ def export(
         options=options,
         free=free,
         components=request,
+        quantization=quantization,
+        call=call,
         overwrite=overwrite,
         progress=say,
     )

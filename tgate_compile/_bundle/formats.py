@@ -12,10 +12,12 @@ import torch
 
 from tgate_compile._errors import BackendError
 from tgate_compile._installed import check_installed
+from tgate_compile._quantization import Scheme
 
 if TYPE_CHECKING:
     from tgate_compile._bundle.manifest import Graph, Manifest
     from tgate_compile._bundle.planned_graphs import PlannedGraph
+    from tgate_compile._bundle.quantizing import Quantizing
     from tgate_compile._bundle.session import Session
 
 #: Told what is being done, one line a stage.
@@ -41,6 +43,7 @@ class WrittenGraph:
         entry: what it is called in a file of several.
         checked_on: the device that runs it to compare it with PyTorch's graph; None: this machine has none.
         limits: the least and the most of each free size that it takes, if that is less than what the graph takes.
+        quantized: it is not as close to PyTorch's as rounding permits, and cannot be.
     """
 
     file: str
@@ -48,6 +51,7 @@ class WrittenGraph:
     entry: str | None = None
     checked_on: str | None = "cpu"
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    quantized: bool = False
 
 
 class GraphFormat(Protocol):
@@ -89,6 +93,25 @@ class GraphFormat(Protocol):
         ...
 
 
+class QuantizingFormat(GraphFormat, Protocol):
+    """A format whose row has schemes."""
+
+    def write_quantized(
+        self,
+        graphs: Sequence[PlannedGraph],
+        folder: Path,
+        options: Mapping[str, object],
+        quantizing: Quantizing,
+        progress: Progress,
+    ) -> dict[str, WrittenGraph]:
+        """What `write_graphs` does, for graphs of which those are `quantized` that `quantizing` says.
+
+        Raises:
+            BundleError: a graph cannot be converted.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Row:
     """What is said of a format before any of its packages is imported.
@@ -100,6 +123,7 @@ class Row:
         to_write: modules that `export` needs.
         to_load: modules that `load` needs.
         needs_gpu: its graphs run on NVIDIA's GPUs only.
+        schemes: of quantization, that it takes; with any, the module is a `QuantizingFormat`.
     """
 
     module: str
@@ -108,6 +132,7 @@ class Row:
     to_write: tuple[str, ...]
     to_load: tuple[str, ...]
     needs_gpu: bool = False
+    schemes: tuple[Scheme, ...] = ()
 
 
 FORMATS: Mapping[str, Row] = {
@@ -117,6 +142,7 @@ FORMATS: Mapping[str, Row] = {
         extra="onnx",
         to_write=("onnx", "onnxscript", "onnxruntime", "pydantic"),
         to_load=("onnx", "onnxruntime", "pydantic"),
+        schemes=("int8",),
     ),
     "tensorrt-rtx": Row(
         "tgate_compile._bundle.tensorrt_graphs:RTX",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tgate_compile._quantization import Scheme
 from tgate_compile._schedule import Half, Kind
 
 SCHEMA_VERSION = 1
@@ -87,12 +88,29 @@ class Deviation(_Strict):
 
 
 class Parity(_Strict):
-    """How far a runtime's outputs were from PyTorch's on random inputs."""
+    """How far a runtime's outputs were from PyTorch's on random inputs, or on those of a calibration."""
 
     relative: Measured = Field(description="The largest of those below.")
     tolerance: Measured
     provider: Name = Field(description="What ran it.")
     measured: list[Deviation]
+
+
+class Calibration(_Strict):
+    """What values were measured on."""
+
+    prompts: list[str] = Field(description="Of the generations; empty: those of the call that the bundle is made with.")
+    steps: dict[Name, list[Count]] = Field(description="For each quantized graph, the step of each call of it.")
+
+
+class Quantization(_Strict):
+    """What is stored, or computed, in fewer bits than in the denoiser."""
+
+    scheme: Scheme
+    graphs: list[Name] = Field(description="Those that are quantized.")
+    keep: list[str] = Field(description="Patterns of layers that are not.")
+    block: Count | None = Field(description="Weights that share a scale, in 4 bits; None: there are none.")
+    calibration: Calibration | None = Field(description="None: values are not quantized, or measured as they come.")
 
 
 class Facts(_Strict):
@@ -293,6 +311,7 @@ class Manifest(_Strict):
     method: Method
     scheduler: Scheduler
     graph_format: GraphFormat
+    quantization: Quantization | None = Field(default=None, description="None: all is in the denoiser's own dtype.")
     sizes: dict[Name, FreeSize] = Field(description="The names in shapes: b prompts, latents of so many h and w.")
     graphs: dict[Name, Graph] = Field(min_length=1)
     wiring: list[Wire]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,20 +46,25 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
-def _move_out(value: onnx_ir.Value, tensor: torch.Tensor, weights: WeightsFile) -> None:
+def external_tensor(
+    name: str, content: torch.Tensor, dtype: onnx_ir.DataType, shape: Sequence[int], weights: WeightsFile
+) -> onnx_ir.ExternalTensor:
+    """The bytes of `content`, which go to `weights`, as a tensor of this dtype and shape."""
     import onnx_ir
 
-    given = value.const_value
-    assert given is not None
-    assert isinstance(given.shape, onnx_ir.Shape)
-    offset, length = weights.add(tensor)
-    assert length == given.nbytes
-    location = Path(WEIGHTS_FILE).name
-    value.const_value = onnx_ir.ExternalTensor(
-        location,
+    offset, length = weights.add(content)
+    return onnx_ir.ExternalTensor(
+        Path(WEIGHTS_FILE).name,
         offset,
         length,
-        given.dtype,
-        shape=given.shape,
-        name=value.name,  # type: ignore[arg-type]
+        dtype,
+        shape=onnx_ir.Shape(shape),
+        name=name,
     )
+
+
+def _move_out(value: onnx_ir.Value, tensor: torch.Tensor, weights: WeightsFile) -> None:
+    given = value.const_value
+    assert given is not None
+    assert tensor.nbytes == given.nbytes
+    value.const_value = external_tensor(str(value.name), tensor, given.dtype, given.shape.numpy(), weights)

@@ -18,9 +18,12 @@ from tgate_compile._bundle.onnx_file import cause_of, check_model, save_model
 from tgate_compile._bundle.onnx_session import OnnxSession
 from tgate_compile._bundle.piecewise_session import PiecewiseSession
 from tgate_compile._bundle.planned_graphs import PlannedGraph
+from tgate_compile._bundle.quantized_weights import quantize_weights
+from tgate_compile._bundle.quantizing import Quantizing
 from tgate_compile._bundle.session import Session
 from tgate_compile._bundle.weights_file import WeightsFile
 from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile._quantization import Quantization
 from tgate_compile.exports.to_onnx import to_onnx
 from tgate_compile.passes.operands import outputs_of, shape_of
 
@@ -55,6 +58,27 @@ def write_graphs(
     Raises:
         BundleError: a graph cannot be converted, or ONNX's own checker refuses it.
     """
+    return _write(graphs, folder, None, progress)
+
+
+def write_quantized(
+    graphs: Sequence[PlannedGraph],
+    folder: Path,
+    options: Mapping[str, object],
+    quantizing: Quantizing,
+    progress: Progress,
+) -> dict[str, WrittenGraph]:
+    """Write `graphs` as `write_graphs` does, those that are to be quantized with weights in few bits.
+
+    Raises:
+        BundleError: as `write_graphs`.
+    """
+    return _write(graphs, folder, quantizing, progress)
+
+
+def _write(
+    graphs: Sequence[PlannedGraph], folder: Path, quantizing: Quantizing | None, progress: Progress
+) -> dict[str, WrittenGraph]:
     (folder / m.GRAPHS_FOLDER).mkdir()
     written = {}
     with (folder / m.WEIGHTS_FILE).open("xb") as file:
@@ -62,7 +86,10 @@ def write_graphs(
         for planned in graphs:
             progress(f"Converting the {planned.name} graph")
             path = f"{m.GRAPHS_FOLDER}/{planned.name}.onnx"
-            written[planned.name] = WrittenGraph(path, write_graph(planned, folder / path, weights))
+            quantized = quantizing is not None and quantizing.takes(planned)
+            quantization = quantizing.quantization if quantizing is not None and quantized else None
+            nodes = write_graph(planned, folder / path, weights, quantization)
+            written[planned.name] = WrittenGraph(path, nodes, quantized=quantized)
     for name, graph in written.items():
         check_model(name, folder / graph.file)
     return written
@@ -81,7 +108,9 @@ def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mappin
     return OnnxSession(graph, root / graph.file, device, options)
 
 
-def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile) -> int:
+def write_graph(
+    planned: PlannedGraph, path: Path, weights: WeightsFile, quantization: Quantization | None = None
+) -> int:
     """Write the graph to `path` and what is new of its weights to `weights`; tell the number of its operators.
 
     Raises:
@@ -100,7 +129,10 @@ def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile) -> int:
     model.graph.name = planned.name
     _name_sizes(model, planned)
     live = dict(zip(planned.variant.weights, planned.weights, strict=True))
-    save_model(model, path, {name: live[name] for name in graph.weights}, weights)
+    used = {name: live[name] for name in graph.weights}
+    if quantization is not None:
+        used = quantize_weights(model, used, quantization, weights)
+    save_model(model, path, used, weights)
     return sum(1 for _ in model.graph.all_nodes())
 
 

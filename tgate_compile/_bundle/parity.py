@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,9 @@ TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float8_e5m2: 0.26,
 }
 
+#: Of a quantized graph, whose differences are those of its few bits: beyond this it is another function.
+QUANTIZED_TOLERANCE = 0.5
+
 #: The weights are in memory already, and may be large.
 FRUGAL: Mapping[str, object] = {"prepacking": False, "frugal": True}
 
@@ -39,7 +42,7 @@ MSG_NOT_RUN = (
 )
 MSG_ON_CPU = " ONNX Runtime runs float32 and float16 there, and no bfloat16."
 MSG_TOO_FAR = (
-    "The {graph} graph in {provider} is {relative:.1e} from PyTorch's on random inputs, relative to the largest "
+    "The {graph} graph in {provider} is {relative:.1e} from PyTorch's on the same inputs, relative to the largest "
     "value, and {tolerance:.0e} is allowed for {dtype}. Nothing has been written. Please report this."
 )
 
@@ -51,10 +54,14 @@ def measure_parity(
     folder: Path,
     device: torch.device,
     limits: Mapping[str, tuple[int, int]],
+    *,
+    quantized: bool = False,
+    real: Sequence[Sequence[torch.Tensor]] | None = None,
 ) -> Parity:
     """Run the written graph, on `device`, and the variant on the same random inputs, at several of the free sizes.
 
-    These are within `limits`.
+    These are within `limits`. A `quantized` graph may differ by more, and one that is made for the ranges of `real`
+    inputs is compared on them, the first and the last, instead of random ones.
 
     Raises:
         BundleError: they differ by more than rounding, or the runtime does not take the file.
@@ -65,8 +72,7 @@ def measure_parity(
     dtypes: set[torch.dtype] = set()
     try:
         session = functions.open_graph(graph, folder, device, FRUGAL)
-        for sizes in _choices(example_sizes(planned), limits):
-            inputs = _random_inputs(planned, graph, sizes)
+        for sizes, inputs in _cases(planned, graph, limits, real if quantized else None):
             with torch.no_grad(), _all_of_float32():
                 expected = eager(*planned.weights, *(tensor.to(own_device) for tensor in inputs))
             results = session.run([tensor.to(device) for tensor in inputs])
@@ -77,7 +83,8 @@ def measure_parity(
         hint = MSG_ON_CPU if device.type == "cpu" else ""
         raise BundleError(MSG_NOT_RUN.format(graph=planned.name, device=device, problem=error, hint=hint)) from error
     coarsest = max(dtypes, key=lambda dtype: TOLERANCES[dtype])
-    tolerance, relative = TOLERANCES[coarsest], max(one.relative for one in measured)
+    tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[coarsest]
+    relative = max(one.relative for one in measured)
     if not all(one.relative <= tolerance for one in measured):  # NaN is not
         raise BundleError(
             MSG_TOO_FAR.format(
@@ -85,10 +92,23 @@ def measure_parity(
                 provider=session.provider,
                 relative=relative,
                 tolerance=tolerance,
-                dtype=dtype_name(coarsest),
+                dtype="quantized graphs" if quantized else dtype_name(coarsest),
             )
         )
     return Parity(relative=relative, tolerance=tolerance, provider=session.provider, measured=measured)
+
+
+def _cases(
+    planned: PlannedGraph,
+    graph: Graph,
+    limits: Mapping[str, tuple[int, int]],
+    real: Sequence[Sequence[torch.Tensor]] | None,
+) -> list[tuple[dict[str, int], list[torch.Tensor]]]:
+    """Sizes, and inputs of these sizes."""
+    example = example_sizes(planned)
+    if real is not None:
+        return [(dict(example), list(inputs)) for inputs in (real[0], real[-1])]
+    return [(sizes, _random_inputs(planned, graph, sizes)) for sizes in _choices(example, limits)]
 
 
 @contextmanager

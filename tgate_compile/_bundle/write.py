@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._bundle import manifest as m
+from tgate_compile._bundle.calibration import calibrate
 from tgate_compile._bundle.choose_sizes import choose_sizes, example_sizes
 from tgate_compile._bundle.component_recipes import check_arguments
 from tgate_compile._bundle.components import Request, write_components
 from tgate_compile._bundle.describe_graph import describe_graph
 from tgate_compile._bundle.files import file_of
 from tgate_compile._bundle.folder import written_folder
-from tgate_compile._bundle.formats import GraphFormat, Progress, WrittenGraph, format_called
+from tgate_compile._bundle.formats import GraphFormat, Progress, QuantizingFormat, WrittenGraph, format_called
 from tgate_compile._bundle.parity import measure_parity
 from tgate_compile._bundle.phases import phase_spec
 from tgate_compile._bundle.plain_data import plain_config
 from tgate_compile._bundle.planned_graphs import PlannedGraph
+from tgate_compile._bundle.quantizing import Quantizing
 from tgate_compile._bundle.returns import returns_of
 from tgate_compile._bundle.weights_digest import dtype_name, weights_digest
 from tgate_compile._bundle.wiring import wiring_of
@@ -29,6 +32,7 @@ from tgate_compile._errors import UnsupportedModelError
 from tgate_compile._free_sizes import LARGEST, SYMBOLS, FreeSize
 from tgate_compile._generation import Plan, strip_of
 from tgate_compile._hook import DenoiserHook
+from tgate_compile._quantization import Quantization
 from tgate_compile._schedule import Phase
 from tgate_compile._version import __version__
 
@@ -47,12 +51,15 @@ def write_bundle(
     options: Mapping[str, object],
     free: Collection[FreeSize] | None,
     components: Request | None,
+    quantization: Quantization | None,
+    call: Mapping[str, Any],
     overwrite: bool,
     progress: Progress,
 ) -> None:
     """Write the graphs of `plan` to `folder`; `hook` is that of the denoiser `component` of the optimized `pipe`.
 
-    `components`: what is to be written beyond the denoiser. The other arguments are those of `export`.
+    `components`: what is to be written beyond the denoiser. `call` is what `plan` was made for. The other arguments are
+    those of `export`.
 
     Raises:
         CaptureError: the denoiser's code depends on a size that is to be left free.
@@ -63,10 +70,11 @@ def write_bundle(
     denoiser = _denoiser(component, hook, next(iter(graphs.values())), progress)
     if components is not None:
         check_arguments(pipe, components.recipe, denoiser.arguments)
+    quantizing = _quantizing(pipe, hook, plan, call, quantization, progress)
     with written_folder(folder, overwrite=overwrite) as temporary:
         functions = format_called(graph_format)
-        written = functions.write_graphs(list(graphs.values()), temporary, options, progress)
-        described = _described(list(graphs.values()), written, temporary, functions, progress)
+        written = _written(list(graphs.values()), temporary, functions, options, quantizing, progress)
+        described = _described(list(graphs.values()), written, temporary, functions, quantizing, progress)
         names = {phase: planned.name for phase, planned in graphs.items()}
         others = None
         if components is not None:
@@ -90,6 +98,7 @@ def write_bundle(
                 class_name=type(pipe.scheduler).__name__, config=plain_config(dict(pipe.scheduler.config))
             ),
             graph_format=graph_format,  # type: ignore[arg-type]
+            quantization=_quantization(quantizing, graphs.values(), written),
             sizes=_sizes(next(iter(graphs.values())), written.values()),
             graphs=described,
             wiring=wiring_of(described),
@@ -106,11 +115,63 @@ def write_bundle(
         (temporary / m.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
+def _quantizing(
+    pipe: DiffusionPipeline,
+    hook: DenoiserHook,
+    plan: Plan,
+    call: Mapping[str, Any],
+    quantization: Quantization | None,
+    progress: Progress,
+) -> Quantizing | None:
+    """What a format is told, after the generations that it takes to know."""
+    if quantization is None:
+        return None
+    if not quantization.calibrated:
+        return Quantizing(quantization, None)
+    progress("Generating, to measure values")
+    prompts, most = quantization.calibration_prompts, quantization.calibration_steps
+    return Quantizing(quantization, calibrate(pipe, hook, plan, call, prompts, most))
+
+
+def _written(
+    graphs: list[PlannedGraph],
+    folder: Path,
+    functions: GraphFormat,
+    options: Mapping[str, object],
+    quantizing: Quantizing | None,
+    progress: Progress,
+) -> dict[str, WrittenGraph]:
+    if quantizing is None:
+        return functions.write_graphs(graphs, folder, options, progress)
+    return cast(QuantizingFormat, functions).write_quantized(graphs, folder, options, quantizing, progress)
+
+
+def _quantization(
+    quantizing: Quantizing | None, graphs: Collection[PlannedGraph], written: Mapping[str, WrittenGraph]
+) -> m.Quantization | None:
+    if quantizing is None:
+        return None
+    quantization, calibration = quantizing.quantization, quantizing.calibration
+    quantized = [planned for planned in graphs if written[planned.name].quantized]
+    measured = None
+    if calibration is not None:
+        steps = {planned.name: calibration.steps_of(planned) for planned in quantized}
+        measured = m.Calibration(prompts=list(calibration.prompts), steps=steps)
+    return m.Quantization(
+        scheme=quantization.scheme,
+        graphs=[planned.name for planned in quantized],
+        keep=list(quantization.keep),
+        block=quantization.block if quantization.scheme == "int4" else None,
+        calibration=measured,
+    )
+
+
 def _described(
     graphs: list[PlannedGraph],
     written: Mapping[str, WrittenGraph],
     folder: Path,
     functions: GraphFormat,
+    quantizing: Quantizing | None,
     progress: Progress,
 ) -> dict[str, m.Graph]:
     described = {}
@@ -119,7 +180,13 @@ def _described(
         graph = describe_graph(planned, its.file, its.entry, its.nodes)
         if its.checked_on is not None:
             progress(f"Checking the {planned.name} graph against PyTorch")
-            parity = measure_parity(planned, graph, functions, folder, torch.device(its.checked_on), its.limits)
+            real = None
+            if quantizing is not None and quantizing.calibration is not None:
+                real = quantizing.calibration.inputs_of(planned)
+            device = torch.device(its.checked_on)
+            parity = measure_parity(
+                planned, graph, functions, folder, device, its.limits, quantized=its.quantized, real=real
+            )
             graph = graph.model_copy(update={"parity": parity})
         described[planned.name] = graph
     return described

@@ -1,0 +1,195 @@
+"""Weights of an ONNX graph in 8 or 4 bits, which `DequantizeLinear` makes into floats again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from tgate_compile._backends.element_types import ELEMENT_TYPES
+from tgate_compile._bundle.onnx_file import external_tensor
+from tgate_compile._bundle.weights_file import WeightsFile
+from tgate_compile._quantization import Quantization
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+#: Symmetric: the least number of each width is not used.
+LARGEST = {8: 127, 4: 7}
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight in few bits: `values * scales`, each scale for a channel or a block of `block` rows.
+
+    Attributes:
+        values: int8, of the weight's shape, whatever the width is.
+        scales: of the weight's dtype.
+        bits: of a value.
+        axis: that of the channels, or, with a block, that along which a block lies.
+        block: rows that share a scale; None: all of a channel.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    bits: Literal[4, 8]
+    axis: int
+    block: int | None
+
+    def dequantized(self) -> torch.Tensor:
+        """What the weight is taken for."""
+        values = self.values.to(self.scales.dtype)
+        if self.block is not None:
+            return values * self.scales.repeat_interleave(self.block, dim=self.axis)
+        return values * self.scales.view(_along(self.axis, values.ndim))
+
+
+def quantized_by_channel(weight: torch.Tensor, axis: int) -> QuantizedTensor:
+    """`weight` in 8 bits, with a scale for each of the channels along `axis`."""
+    flat = weight.detach().movedim(axis, 0).flatten(1)  # [channels, all others]
+    scales = _scales(flat.abs().amax(1), weight.dtype, LARGEST[8])
+    values = _rounded(weight, scales.view(_along(axis, weight.ndim)), LARGEST[8])
+    return QuantizedTensor(values, scales, 8, axis, None)
+
+
+def quantized_by_block(weight: torch.Tensor, block: int) -> QuantizedTensor:
+    """`weight`, [inputs, outputs], in 4 bits, with a scale for each `block` of inputs of each output."""
+    inputs, outputs = weight.shape
+    blocks = weight.detach().reshape(inputs // block, block, outputs)
+    scales = _scales(blocks.abs().amax(1), weight.dtype, LARGEST[4])  # [inputs / block, outputs]
+    values = _rounded(blocks, scales[:, None], LARGEST[4]).reshape(inputs, outputs)
+    return QuantizedTensor(values, scales, 4, 0, block)
+
+
+def quantize_weights(
+    model: onnx_ir.Model, live: Mapping[str, torch.Tensor], quantization: Quantization, weights: WeightsFile
+) -> dict[str, torch.Tensor]:
+    """Put the weights `live` of `model`'s convolutions and linear layers into few bits, and these into `weights`.
+
+    Equal weights give equal bytes, in whatever graphs. Returns the weights that are left as they are: those that
+    `quantization` keeps, vectors, and those that something else takes.
+    """
+    left = {}
+    order = {node: at for at, node in enumerate(model.graph)}
+    for name, tensor in live.items():
+        uses = None if quantization.keeps(name) else _uses(model.graph.initializers[name])
+        if uses is None or not tensor.is_floating_point():
+            left[name] = tensor
+            continue
+        value = model.graph.initializers.pop(name)
+        for use in uses:
+            few = _quantized(tensor.detach().t() if use.transposed else tensor.detach(), use, quantization)
+            node = _dequantize(model, str(value.name), few, weights)
+            first = min((consumer for consumer, _ in use.value.uses()), key=order.__getitem__)
+            model.graph.insert_before(first, node)
+            use.value.replace_all_uses_with(node.outputs[0])
+        for consumer, _ in value.uses():
+            model.graph.remove(consumer, safe=True)  # a transposition that nothing takes any more
+    return left
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How layers take a weight.
+
+    Attributes:
+        value: the weight, or what it is after its transposition, which only layers take.
+        transposed: which of the two.
+        axis: that of the output channels.
+        linear: the layers are products of matrices, [inputs, outputs].
+    """
+
+    value: onnx_ir.Value
+    transposed: bool
+    axis: int
+    linear: bool
+
+
+def _uses(weight: onnx_ir.Value) -> list[_Use] | None:
+    """All uses of `weight`; None if there is one of another kind."""
+    found = []
+    direct = {_axis(node, index) for node, index in weight.uses() if node.op_type != "Transpose"}
+    if direct:
+        ((axis, linear),) = direct if len(direct) == 1 else [(None, False)]
+        if axis is None:
+            return None
+        found.append(_Use(weight, False, axis, linear))
+    for node, _ in weight.uses():
+        if node.op_type == "Transpose":
+            after = node.outputs[0]
+            if {_axis(*use) for use in after.uses()} != {(1, True)} or after.is_graph_output():
+                return None
+            found.append(_Use(after, True, 1, True))
+    return found or None
+
+
+def _axis(node: onnx_ir.Node, index: int) -> tuple[int | None, bool]:
+    """Along which axis the output channels of a weight are, as `node` takes it, and whether it is [inputs, outputs]."""
+    if index != 1 or node.domain:
+        return None, False
+    if node.op_type == "MatMul":
+        return 1, True
+    if node.op_type == "Gemm":
+        transposed = "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+        return (0, False) if transposed else (1, True)
+    return {"Conv": 0}.get(node.op_type), False
+
+
+def _quantized(weight: torch.Tensor, use: _Use, quantization: Quantization) -> QuantizedTensor:
+    if quantization.scheme == "int4" and use.linear and weight.shape[0] % quantization.block == 0:
+        return quantized_by_block(weight, quantization.block)
+    return quantized_by_channel(weight, use.axis)
+
+
+def _dequantize(model: onnx_ir.Model, name: str, few: QuantizedTensor, weights: WeightsFile) -> onnx_ir.Node:
+    """The operator whose output takes the place of the weight `name`."""
+    import onnx_ir
+
+    values, kind = (
+        (few.values, onnx_ir.DataType.INT8) if few.bits == 8 else (_packed(few.values), onnx_ir.DataType.INT4)
+    )
+    inputs = [
+        external_tensor(f"{name}.int{few.bits}", values, kind, tuple(few.values.shape), weights),
+        external_tensor(
+            f"{name}.scales",
+            few.scales,
+            onnx_ir.DataType(ELEMENT_TYPES[few.scales.dtype]),
+            tuple(few.scales.shape),
+            weights,
+        ),
+    ]
+    initializers = [
+        onnx_ir.Value(name=tensor.name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+        for tensor in inputs
+    ]
+    for initializer in initializers:
+        model.graph.register_initializer(initializer)
+    attributes = {"axis": few.axis} | ({} if few.block is None else {"block_size": few.block})
+    node = onnx_ir.node("DequantizeLinear", initializers, attributes)
+    node.outputs[0].name = f"{name}.dequantized"
+    return node
+
+
+def _packed(values: torch.Tensor) -> torch.Tensor:
+    """Two values in a byte, the first in its lower half, as ONNX has them."""
+    flat = values.reshape(-1).to(torch.uint8) & 15
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    pairs = flat.view(-1, 2)
+    return pairs[:, 0] | (pairs[:, 1] << 4)
+
+
+def _scales(largest: torch.Tensor, dtype: torch.dtype, most: int) -> torch.Tensor:
+    """Scales that carry `largest` to `most`, none of them 0."""
+    return (largest.double() / most).clamp_min(torch.finfo(dtype).smallest_normal).to(dtype).contiguous()
+
+
+def _rounded(weight: torch.Tensor, scales: torch.Tensor, most: int) -> torch.Tensor:
+    return (weight.detach().float() / scales.float()).round().clamp(-most, most).to(torch.int8).contiguous()
+
+
+def _along(axis: int, ndim: int) -> list[int]:
+    """The shape of a vector along `axis`."""
+    return [-1 if at == axis else 1 for at in range(ndim)]

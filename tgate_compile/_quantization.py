@@ -1,0 +1,120 @@
+"""What of a bundle's weights and values is put into fewer bits, as it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from tgate_compile._errors import ConfigurationError
+
+#: `int8`: weights in 8 bits for each output channel, which are made into floats again where they are used; `int4`: the
+#: same in 4 bits for blocks of the linear layers' weights (the others are in 8); `int8-dynamic`: linear layers that
+#: multiply integers, with values measured as they come; `int8-static`: values in 8 bits, too, with ranges that were
+#: measured on real generations when the bundle was written.
+Scheme = Literal["int8", "int4", "int8-dynamic", "int8-static"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+#: Those that need `Quantization.prompts`.
+CALIBRATED: tuple[Scheme, ...] = ("int8-static",)
+
+#: `pruned`: those that reuse values from earlier steps. The others make the values that these reuse.
+Graphs = Literal["all", "pruned"]
+
+#: Sizes of a block of weights that share a scale, which runtimes have kernels for.
+BLOCKS = (16, 32, 64, 128, 256)
+
+MSG_QUANTIZE = (
+    "quantize must be None, one of {known}, or a mapping with one of these as its `scheme`, but got {given!r}."
+)
+MSG_UNKNOWN = "quantize does not know {unknown}. It knows {known}."
+MSG_SCHEME = "The scheme of quantize must be one of {known}, but got {given!r}."
+MSG_GRAPHS = 'graphs of quantize must be "all" or "pruned", but got {given!r}.'
+MSG_KEEP = (
+    "keep of quantize must be a list of patterns of layers, such as ['conv_in', 'up_blocks.*'], but got {given!r}."
+)
+MSG_BLOCK = "block of quantize must be one of {known}, but got {given!r}."
+MSG_PROMPTS = "calibration_prompts of quantize must be a list of texts, but got {given!r}."
+MSG_STEPS = "calibration_steps of quantize must be a whole number from 1 on, but got {given!r}."
+MSG_NOT_CALIBRATED = 'calibration_prompts are for the schemes {calibrated}, and "{given}" measures no values.'
+MSG_FORMAT = 'format="{format}" takes {known}, but got quantize={given!r}.'
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How graphs are quantized.
+
+    Attributes:
+        scheme: see `Scheme`.
+        graphs: which graphs.
+        keep: patterns, as in a shell, of the layers whose weights stay as they are.
+        block: of `int4`: how many weights in a row share a scale.
+        calibration_prompts: of `int8-static`: what the generations show that values are measured on. Empty: the prompt
+            of the call that the bundle is made with.
+        calibration_steps: for each graph and prompt, at how many of its steps they are measured, spread over all.
+    """
+
+    scheme: Scheme
+    graphs: Graphs = "all"
+    keep: tuple[str, ...] = ()
+    block: int = 32
+    calibration_prompts: tuple[str, ...] = ()
+    calibration_steps: int = 6
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ConfigurationError(MSG_SCHEME.format(known=_listed(SCHEMES), given=self.scheme))
+        if self.graphs not in get_args(Graphs):
+            raise ConfigurationError(MSG_GRAPHS.format(given=self.graphs))
+        if not _are_texts(self.keep):
+            raise ConfigurationError(MSG_KEEP.format(given=self.keep))
+        if isinstance(self.block, bool) or self.block not in BLOCKS:
+            raise ConfigurationError(MSG_BLOCK.format(known=", ".join(map(str, BLOCKS)), given=self.block))
+        if not _are_texts(self.calibration_prompts):
+            raise ConfigurationError(MSG_PROMPTS.format(given=self.calibration_prompts))
+        steps = self.calibration_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigurationError(MSG_STEPS.format(given=steps))
+        if self.calibration_prompts and not self.calibrated:
+            raise ConfigurationError(MSG_NOT_CALIBRATED.format(calibrated=_listed(CALIBRATED), given=self.scheme))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs values of real generations."""
+        return self.scheme in CALIBRATED
+
+    def keeps(self, weight: str) -> bool:
+        """Whether the weight of this name, such as `conv_in.weight`, stays as it is."""
+        layer = weight.rpartition(".")[0]
+        return any(fnmatchcase(name, pattern) for pattern in self.keep for name in (layer, weight))
+
+
+def read_quantization(given: object, format: str, schemes: Sequence[str]) -> Quantization | None:
+    """What `export` is given as `quantize`, for a format that takes these schemes.
+
+    Raises:
+        ConfigurationError: it is none of what it may be.
+    """
+    if given is None:
+        return None
+    told = {"scheme": given} if isinstance(given, str) else given
+    if not isinstance(told, Mapping) or "scheme" not in told:
+        raise ConfigurationError(MSG_QUANTIZE.format(known=_listed(SCHEMES), given=given))
+    known = [field.name for field in fields(Quantization)]
+    unknown = [name for name in told if name not in known]
+    if unknown:
+        raise ConfigurationError(MSG_UNKNOWN.format(unknown=_listed(unknown), known=", ".join(known)))
+    chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    quantization = Quantization(**chosen)
+    if quantization.scheme not in schemes:
+        takes = f"quantize={' or '.join(map(repr, schemes))}" if schemes else "no quantize"
+        raise ConfigurationError(MSG_FORMAT.format(format=format, known=takes, given=quantization.scheme))
+    return quantization
+
+
+def _are_texts(given: object) -> bool:
+    return isinstance(given, tuple) and all(isinstance(text, str) and text for text in given)
+
+
+def _listed(names: Sequence[object]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
