@@ -25,6 +25,7 @@ COMMANDS = (
     "describe",
     "export",
     "inspect",
+    "web",
     "report",
     "strip",
     "tune",

@@ -9,7 +9,7 @@ import warnings
 
 #: What the command line needs beyond the library: the module, and the distribution if it is called otherwise.
 NEEDED = ("typer", "rich", "transformers", "PIL")
-#: The same for `run`, which does without torch.
+#: The same for `run`, and for `web` with a bundle, which do without torch.
 NEEDED_TO_RUN = ("typer", "rich", "PIL")
 
 MSG_MISSING = (
@@ -20,7 +20,7 @@ MSG_MISSING = (
 
 def main() -> None:
     """Run the command line with the process's arguments."""
-    needed = NEEDED_TO_RUN if _command() == "run" else NEEDED
+    needed = NEEDED_TO_RUN if _command() in ("run", "web") else NEEDED
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         sys.stderr.write(MSG_MISSING.format(missing=", ".join(missing)))

@@ -1,0 +1,123 @@
+/** The denoiser of a bundle: its graphs, chosen step by step, with the caches carried along. As `runtime/_denoiser.py`. */
+
+import { BundleError } from "./errors.js";
+import { graphPhase, keyOf } from "./schedule.js";
+import { tensor } from "./session.js";
+import { floats } from "./text.js";
+
+/** The denoiser of one generation of one image. Calls come in the order of the steps. */
+export class Denoiser {
+  #manifest;
+  #runtime;
+  #sessions;
+  #conditions;
+  #guided;
+  #graphs;
+  #caches = new Map();
+  #made = new Map();
+
+  /**
+   * `plan` has a phase for each step; `conditions` what is known besides latents and timesteps, by half of guidance and
+   * source, `{values, shape}`. Throws BundleError if the bundle has no graph for a step.
+   */
+  constructor(manifest, runtime, sessions, plan, conditions) {
+    this.#manifest = manifest;
+    this.#runtime = runtime;
+    this.#sessions = sessions;
+    this.#conditions = conditions;
+    this.#guided = "uncond" in conditions;
+    this.plan = plan;
+    this.#graphs = graphsOf(manifest, plan);
+  }
+
+  /** The name of the graph that serves `step`. */
+  graphName(step) {
+    return this.#graphs[step][0];
+  }
+
+  /** The graphs, as the manifest describes them, of the steps from `step` on. */
+  graphsFrom(step) {
+    return [...new Set(this.#graphs.slice(step).map(([, graph]) => graph))];
+  }
+
+  /** The graph of `step`. */
+  graph(step) {
+    return this.#graphs[step][1];
+  }
+
+  /**
+   * The prediction for `latents`, Float32Array of `shape` [1, channels, h, w], with guidance where the step has it. The
+   * step's graph is open.
+   */
+  async run(step, latents, shape, timestep, guidanceScale) {
+    const phase = this.plan[step], [, graph] = this.#graphs[step];
+    const feeds = {};
+    for (const spec of graph.inputs) feeds[spec.name] = this.#argument(spec, latents, shape, timestep, phase.guided);
+    for (const spec of graph.cache_inputs) feeds[spec.name] = this.#caches.get(`${spec.kind} ${spec.site}`);
+    const kept = graph.cache_outputs.filter((spec) => phase[spec.merged ? "merge" : "emit"].includes(spec.kind));
+    const [output] = graph.outputs;
+    const results = await this.#sessions.get(graph.file).run(feeds, [output.name, ...kept.map((spec) => spec.name)]);
+    for (const spec of kept) this.#keep(`${spec.kind} ${spec.site}`, results[spec.name]);
+    const prediction = floats(results[output.name]), size = latents.length;
+    if (!phase.guided) return prediction.subarray(0, size); // beyond the latents' channels is a learned variance
+    const half = prediction.length / 2, [first] = this.#manifest.family.order;
+    const at = first === "uncond" ? [0, half] : [half, 0];
+    return Float32Array.from({ length: size }, (_, i) => {
+      const uncond = prediction[at[0] + i], cond = prediction[at[1] + i];
+      return uncond + guidanceScale * (cond - uncond);
+    });
+  }
+
+  /** Let go of the caches, which may lie on the GPU. */
+  release() {
+    for (const value of this.#caches.values()) value.dispose();
+    this.#caches.clear();
+  }
+
+  #keep(key, value) {
+    this.#caches.get(key)?.dispose();
+    this.#caches.set(key, value);
+  }
+
+  #argument(spec, latents, shape, timestep, guided) {
+    const source = this.#manifest.components.arguments[spec.name], halves = this.#halves(guided), count = halves.length;
+    if (source === "latents") return tensor(this.#runtime, spec, repeated(latents, count), [count, ...shape.slice(1)]);
+    if (source === "timestep") {
+      const dims = spec.shape.map(() => count); // one number, or one for each row
+      return tensor(this.#runtime, spec, Array(dims.length ? count : 1).fill(timestep), dims);
+    }
+    const key = `${guided} ${spec.name}`;
+    if (!this.#made.has(key)) {
+      const parts = halves.map((half) => this.#conditions[half][source]);
+      const values = parts.flatMap(({ values }) => Array.from(values)), [, ...rest] = parts[0].shape;
+      this.#made.set(key, tensor(this.#runtime, spec, values, [count, ...rest]));
+    }
+    return this.#made.get(key);
+  }
+
+  #halves(guided) {
+    if (guided) return this.#manifest.family.order;
+    return this.#guided ? [this.#manifest.method.keep] : ["cond"];
+  }
+}
+
+/** The name and the description of the graph of each step of `plan`. Throws BundleError where there is none. */
+export function graphsOf(manifest, plan) {
+  const graphs = new Map(Object.entries(manifest.graphs).map((entry) => [keyOf(entry[1].phase), entry]));
+  return plan.map((phase) => {
+    const found = graphs.get(keyOf(graphPhase(manifest.method.schedule, phase)));
+    if (found === undefined) {
+      throw new BundleError(
+        `The bundle has no graph for what this call needs (${phase.reuse.join(" and ") || "nothing"} reused, ` +
+          `${phase.guided ? "with" : "without"} guidance). It has ${Object.keys(manifest.graphs).join(", ")}.`,
+      );
+    }
+    return found;
+  });
+}
+
+function repeated(values, count) {
+  const all = new Float32Array(count * values.length);
+  for (let i = 0; i < count; i++) all.set(values, i * values.length);
+  return all;
+}

@@ -1,0 +1,400 @@
+/** The page: what is asked for goes to a worker, and what it tells is shown. */
+
+import { chartOf, medianOf, milliseconds } from "./chart.js";
+import { graphsOf } from "./denoiser.js";
+import { Engine } from "./engine.js";
+import { fetched } from "./files.js";
+import { psnr } from "./images.js";
+import { cacheBytes, readManifest } from "./manifest.js";
+import { canUseThreads, defaultThreads } from "./runtime.js";
+import { gateOf, letterOf, planOf } from "./schedule.js";
+
+const WORDS = {
+  F: "all, with guidance", f: "all, without guidance",
+  S: "self-attention reused", s: "self-attention reused, no guidance",
+  D: "deep part reused", d: "deep part reused, no guidance",
+  P: "cross-attention reused", p: "cross-attention reused, no guidance",
+  Q: "cross- and self-attention reused", q: "cross- and self-attention reused, no guidance",
+  R: "cross-attention and deep part reused", r: "cross-attention and deep part reused, no guidance",
+};
+const NOT_ISOLATED =
+  "This server does not send the headers that let a page have threads (Cross-Origin-Opener-Policy and " +
+  "Cross-Origin-Embedder-Policy), so WebAssembly runs on one.";
+/** Images of at most this side are shown with hard pixels. */
+const SMALL = 256;
+
+/** The figures, and what they show, in the order of the calls. */
+const RUNS = ["plain", "gated"];
+
+const get = (id) => document.getElementById(id);
+const query = new URLSearchParams(location.search);
+let manifest = null, engine = null, running = null;
+/** What is shown: the steps that are over, by run, and the results. */
+let shown = { steps: 25, gate: 10, plain: [], gated: [] };
+let received = 0;
+/** How many tokens of a prompt that was too long were taken; null if all were. */
+let cut = null;
+
+start();
+
+async function start() {
+  setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
+  get("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme !== "dark"));
+  try {
+    manifest = await readManifest(new URL("bundle/manifest.json", document.baseURI));
+    graphsOf(manifest, currentPlan()); // the bundle's own call can be run
+  } catch (error) {
+    showError(error);
+    return;
+  }
+  fillForm();
+  showFacts();
+  get("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (running) engine?.close();
+    else running = run().finally(() => (running = null));
+  });
+  for (const id of ["gate", "steps", "guidance"]) get(id).addEventListener("input", showPlan);
+  new ResizeObserver(() => showChart()).observe(get("chart"));
+  get("go").disabled = false;
+  get("settings").addEventListener("toggle", offerGpu, { once: true });
+  const { prompts } = await fetch("site.json").then((response) => response.json()).catch(() => ({ prompts: [] }));
+  showIdeas(prompts);
+}
+
+// What is asked for.
+
+function fillForm() {
+  const { components, method } = manifest;
+  get("steps").value = components.num_inference_steps;
+  get("guidance").value = components.guidance_scale;
+  get("gate").max = components.num_inference_steps;
+  get("gate").value = gateOf(method.schedule, components.num_inference_steps);
+  get("method").textContent = method.schedule.gate_step === null ? "With the bundle\u2019s schedule" : "With T-GATE";
+  get("gate").hidden = get("gate-label").hidden = method.schedule.gate_step === null;
+  const most = canUseThreads() ? Math.min(8, navigator.hardwareConcurrency || 1) : 1;
+  for (let count = 1; count <= most; count++) get("threads").add(new Option(count, count, false, count === defaultThreads()));
+  get("threads").disabled = most === 1;
+  if (query.has("latents")) get("seed").disabled = true;
+  for (const frame of document.querySelectorAll(".frame")) frame.style.setProperty("--ratio", `${components.width} / ${components.height}`);
+  for (const canvas of document.querySelectorAll("canvas")) canvas.classList.add("empty");
+  showPlan();
+}
+
+/** Not before somebody looks for it: a browser may wake a GPU for the answer. */
+async function offerGpu() {
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  get("provider").options[1].disabled = !adapter;
+}
+
+function showIdeas(prompts) {
+  const ideas = prompts.map((prompt) => {
+    const item = document.createElement("li"), button = document.createElement("button");
+    button.type = "button";
+    button.textContent = prompt;
+    button.addEventListener("click", () => (get("prompt").value = prompt));
+    item.append(button);
+    return item;
+  });
+  get("ideas").replaceChildren(...ideas);
+  get("ideas").hidden = !ideas.length;
+  get("prompt").value ||= prompts[0] ?? "";
+}
+
+function asked() {
+  const number = (id) => get(id).valueAsNumber, { schedule } = manifest.method, steps = number("steps");
+  return {
+    prompt: get("prompt").value,
+    negativePrompt: get("negative").value || null,
+    steps,
+    guidanceScale: number("guidance"),
+    seed: number("seed"),
+    gateStep: schedule.gate_step === null ? undefined : Math.min(Math.max(number("gate"), 1), steps),
+  };
+}
+
+function settings() {
+  return {
+    bundle: "bundle/",
+    runtime: "runtime/",
+    provider: get("provider").value,
+    threads: Number(get("threads").value),
+    sequential: get("sequential").checked,
+  };
+}
+
+function currentPlan() {
+  const { components, method } = manifest;
+  const form = get("steps").value ? asked() : { steps: components.num_inference_steps, guidanceScale: components.guidance_scale };
+  const schedule = form.gateStep === undefined ? method.schedule : { ...method.schedule, gate_step: form.gateStep };
+  return planOf(schedule, form.steps, form.guidanceScale > 1);
+}
+
+function showPlan() {
+  if (!get("steps").validity.valid) return;
+  const { steps } = asked();
+  get("gate").max = steps;
+  if (get("gate").valueAsNumber < 1) get("gate").value = 1; // the scale begins at 0 to lie on the strip
+  get("gate-shown").textContent = get("gate").value;
+  get("steps-shown").textContent = steps;
+  const letters = currentPlan().map(letterOf).join("");
+  showStrip(get("plan"), letters);
+  if (!running && !shown.plain.length) showLegend(letters);
+}
+
+// A run.
+
+async function run() {
+  const call = asked(), chosen = settings();
+  showError(null);
+  setRunning(true);
+  try {
+    if (query.has("latents")) call.latents = new Float32Array((await fetched(new URL(query.get("latents"), document.baseURI))).buffer);
+    await opened(chosen);
+    cut = null;
+    shown = { steps: call.steps, gate: call.steps, plain: [], gated: [] };
+    showChart();
+    const calls = [{ ...call, gateStep: undefined, plain: true }, call].map((one) => ({ ...one, preview: !chosen.sequential }));
+    const [plain, gated] = await compared(calls, chosen.sequential);
+    shown.gate = gated.gate;
+    showResult("plain", plain);
+    showResult("gated", gated, plain);
+    showChart();
+    showNumbers();
+    await showMemory(gated);
+    get("status").textContent = doneText(plain, gated) + (cut === null ? "" : ` The prompt is longer than the ${cut} tokens that the model takes; its end was left out.`);
+  } catch (error) {
+    engine?.close();
+    engine = null;
+    if (error.name === "AbortError") get("status").textContent = "Stopped.";
+    else showError(error);
+  }
+  setRunning(false);
+}
+
+/** A worker for these settings: the one that is there, or a new one, since neither threads nor memory can be changed later. */
+async function opened(chosen) {
+  const key = JSON.stringify(chosen);
+  if (engine?.key === key) return;
+  engine?.close();
+  engine = Object.assign(new Engine(), { key });
+  received = 0;
+  get("status").textContent = "Loading ONNX Runtime";
+  await engine.open(chosen, { bytes: onBytes });
+}
+
+async function compared(calls, sequential) {
+  const figures = RUNS.map(get), { steps, guidanceScale } = calls[0];
+  const strips = [(guidanceScale > 1 ? "F" : "f").repeat(steps), currentPlan().map(letterOf).join("")];
+  figures.forEach((figure, turn) => {
+    figure.querySelector(".time").textContent = "\u2013";
+    figure.querySelector(".told").textContent = "";
+    showStrip(figure.querySelector(".strip"), strips[turn], 0);
+  });
+  const say = (text) => (get("status").textContent = text);
+  return engine.compare(calls, {
+    bytes: onBytes,
+    stage: (text) => say(`${text[0].toUpperCase()}${text.slice(1)}${received ? `, ${bytesText(received)} so far` : ""}`),
+    cut: (tokens) => (cut = tokens),
+    step: ({ turn, ...step }) => {
+      const done = shown[RUNS[turn]];
+      done.push(step);
+      figures[turn].querySelector(".time").textContent = secondsText(sumOf(done));
+      showStrip(figures[turn].querySelector(".strip"), strips[turn], done.length);
+      say(`Step ${done.length} of ${steps}${sequential ? `, ${turn ? "with T-GATE" : "in full"}` : ""}`);
+      get("progress").value = (shown.plain.length + shown.gated.length) / (2 * steps);
+      showChart();
+    },
+    preview: ({ turn, ...image }) => paint(figures[turn], image, "Not finished yet"),
+  });
+}
+
+function onBytes(count) {
+  received += count;
+}
+
+function setRunning(on) {
+  const go = get("go");
+  go.textContent = on ? "Stop" : "Generate";
+  go.classList.toggle("stop", on);
+  get("progress").hidden = !on;
+  get("progress").value = 0;
+  get("results").setAttribute("aria-busy", String(on));
+}
+
+// What is shown of it.
+
+function showResult(name, result, plain = null) {
+  const figure = get(name), time = figure.querySelector(".time");
+  paint(figure, result, `${get("prompt").value}, ${figure.querySelector("h2").textContent.toLowerCase()}`);
+  showStrip(figure.querySelector(".strip"), result.strip);
+  time.textContent = secondsText(result.seconds);
+  const told = [];
+  if (plain) {
+    const faster = document.createElement("small");
+    faster.textContent = fasterText(plain.seconds / result.seconds);
+    time.append(faster);
+    const likeness = psnr(result.pixels, plain.pixels);
+    told.push(likeness === Infinity ? "the same image" : `${likeness.toFixed(1)} dB PSNR to the other`);
+  }
+  if (result.openSeconds) told.push(`loading ${secondsText(result.openSeconds)}`);
+  if (result.warmUpSeconds) told.push(`warming up ${secondsText(result.warmUpSeconds)}`);
+  told.push(`prompt ${secondsText(result.encodeSeconds)}`, `decoding ${secondsText(result.decodeSeconds)}`);
+  figure.querySelector(".told").textContent = told.join(" \u00b7 ");
+}
+
+function paint(figure, { pixels, width, height }, words) {
+  const canvas = figure.querySelector("canvas");
+  Object.assign(canvas, { width, height });
+  canvas.getContext("2d").putImageData(new ImageData(pixels, width, height), 0, 0);
+  canvas.classList.toggle("hard", Math.max(width, height) <= SMALL);
+  canvas.classList.remove("empty");
+  canvas.setAttribute("aria-label", words);
+}
+
+/** A strip of `letters`; those from `done` on are still to come. */
+function showStrip(element, letters, done = letters.length) {
+  element.replaceChildren(
+    ...Array.from(letters, (letter, i) => {
+      const cell = document.createElement("i");
+      cell.className = `s-${letter.toLowerCase()}${letter === letter.toLowerCase() ? " half" : ""}${i < done ? "" : " todo"}`;
+      return cell;
+    }),
+  );
+  element.setAttribute("aria-label", `Steps: ${letters}`);
+}
+
+function showChart() {
+  const width = Math.round(get("chart").clientWidth);
+  if (!width) return;
+  const chart = chartOf({ ...shown, width }), words = chartWords();
+  chart.setAttribute("aria-label", `Time of each step. ${words}`);
+  get("chart").replaceChildren(chart);
+  get("chart-words").textContent = words;
+  if (shown.gated.length) showLegend(shown.gated.map(({ letter }) => letter).join(""));
+}
+
+function chartWords() {
+  if (!shown.plain.length) return "Bars will come here, two for each step.";
+  const medians = [`in full ${milliseconds(medianOf(shown.plain.map(({ seconds }) => seconds)))}`];
+  for (const graph of new Set(shown.gated.map((step) => step.graph))) {
+    const times = shown.gated.filter((step) => step.graph === graph).map(({ seconds }) => seconds);
+    medians.push(`${graph} ${milliseconds(medianOf(times))}`);
+  }
+  return `Medians: ${medians[0]}${medians.length > 1 ? `; with T-GATE ${medians.slice(1).join(", ")}` : ""}.`;
+}
+
+function showLegend(letters) {
+  const items = [["plain", "all steps in full"], ...[...new Set(letters)].map((letter) => [letter, WORDS[letter]])];
+  get("legend").replaceChildren(
+    ...items.map(([letter, words]) => {
+      const item = document.createElement("li"), strip = document.createElement("span"), cell = document.createElement("i");
+      strip.className = "strip";
+      cell.className = `s-${letter.toLowerCase()}${letter.length === 1 && letter === letter.toLowerCase() ? " half" : ""}`;
+      strip.append(cell);
+      item.append(strip, words);
+      return item;
+    }),
+  );
+}
+
+function showNumbers() {
+  const table = get("numbers").querySelector("table");
+  const rowOf = (kind, cells) => {
+    const row = document.createElement("tr");
+    cells.forEach((text, i) => {
+      const cell = document.createElement(i === 0 || kind === "th" ? "th" : "td");
+      if (i === 0 || kind === "th") cell.scope = kind === "th" ? "col" : "row";
+      cell.textContent = text;
+      row.append(cell);
+    });
+    return row;
+  };
+  table.tHead.replaceChildren(rowOf("th", ["step", "in full / ms", "with T-GATE / ms", "graph"]));
+  table.tBodies[0].replaceChildren(
+    ...shown.plain.map(({ seconds }, i) => {
+      const { seconds: other, graph } = shown.gated[i];
+      return rowOf("td", [String(i), (seconds * 1e3).toFixed(1), (other * 1e3).toFixed(1), graph]);
+    }),
+  );
+  get("numbers").hidden = false;
+}
+
+async function showMemory({ heapBytes }) {
+  const rows = [
+    ["fetched, ONNX Runtime included", received],
+    ["WebAssembly\u2019s memory, the most there was", heapBytes],
+    ["caches, kept from the gate on", cacheBytes(manifest)],
+  ];
+  if (performance.memory) rows.push(["JavaScript\u2019s heap of the page", performance.memory.usedJSHeapSize]);
+  const show = () =>
+    get("memory").replaceChildren(
+      ...rows.map(([name, bytes]) => {
+        const row = document.createElement("div"), term = document.createElement("dt"), value = document.createElement("dd");
+        term.textContent = name;
+        value.textContent = bytesText(bytes);
+        row.append(term, value);
+        return row;
+      }),
+    );
+  show();
+  // The browser answers when it next tidies up, which may be a while.
+  performance.measureUserAgentSpecificMemory?.().then(({ bytes }) => {
+    rows.push(["page and worker, as the browser counts", bytes]);
+    show();
+  }, () => {});
+}
+
+function showFacts() {
+  const { graphs, denoiser, pipeline, components, files, versions, scheduler } = manifest;
+  const size = Object.values(files).reduce((sum, file) => sum + file.size, 0);
+  const sizes = Object.entries(graphs).map(([name, { facts }]) => `${name} ${(facts.macs_total / 1e9).toFixed(2)} G multiply-accumulates a step, ${(facts.parameters / 1e6).toFixed(2)} M parameters`);
+  get("facts").textContent =
+    `${pipeline.class_name}, ${denoiser.class_name}, ${components.width} by ${components.height} pixels, ${scheduler.class_name}, ` +
+    `${bytesText(size)} in all: ${sizes.join("; ")}. Nothing is sent anywhere: the model comes to you.`;
+  get("machine").textContent =
+    `${navigator.hardwareConcurrency ?? "an unknown number of"} cores, ${browserName()}, tgate_compile ${versions.tgate_compile}.` +
+    (canUseThreads() ? "" : ` ${NOT_ISOLATED}`);
+}
+
+function showError(error) {
+  get("error").hidden = error === null;
+  get("error").textContent = error?.message ?? "";
+  if (error) get("status").textContent = "";
+}
+
+function setTheme(dark) {
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  get("theme").textContent = dark ? "Light" : "Dark";
+  get("theme").setAttribute("aria-pressed", String(dark));
+}
+
+// Words for numbers.
+
+function sumOf(steps) {
+  return steps.reduce((sum, { seconds }) => sum + seconds, 0);
+}
+
+function doneText(plain, gated) {
+  return `Done: ${secondsText(plain.seconds)} in full, ${secondsText(gated.seconds)} with T-GATE, ${fasterText(plain.seconds / gated.seconds)}, on ${gated.threads} ${gated.threads === 1 ? "thread" : "threads"}.`;
+}
+
+function fasterText(ratio) {
+  return ratio >= 1 ? `${ratio.toFixed(2)} times as fast` : `slower: ${ratio.toFixed(2)} times as fast`;
+}
+
+function secondsText(seconds) {
+  return seconds < 1 ? milliseconds(seconds) : `${seconds.toFixed(2)} s`;
+}
+
+function bytesText(bytes) {
+  if (bytes === null) return "unknown";
+  if (bytes < 1e6) return `${(bytes / 1e3).toFixed(0)} kB`;
+  return bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+}
+
+function browserName() {
+  const brand = navigator.userAgentData?.brands.find(({ brand: name }) => !/not.a.brand/i.test(name.replaceAll(/[^\w]/g, ".")));
+  const found = navigator.userAgent.match(/(Firefox|Edg|Chrome|Version)\/[\d.]+/);
+  return brand ? `${brand.brand} ${brand.version}` : (found?.[0].replace("Version", "Safari").replace("/", " ") ?? "an unknown browser");
+}

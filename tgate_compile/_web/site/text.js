@@ -1,0 +1,71 @@
+/** From a prompt to what a denoiser is told of it. As `runtime/_text.py`. */
+
+import { BundleError } from "./errors.js";
+import { fromFloat16 } from "./float16.js";
+import { tensor } from "./session.js";
+import { Tokenizer } from "./tokenizer.js";
+
+/** The text encoders of a bundle, with their tokenizers. */
+export class Prompts {
+  #components;
+  #files;
+  #sessions;
+  #runtime;
+  #tokenizers = new Map();
+
+  constructor(components, files, sessions, runtime) {
+    this.#components = components;
+    this.#files = files;
+    this.#sessions = sessions;
+    this.#runtime = runtime;
+  }
+
+  /** By source, `{values, shape}`: `hidden_states`, [1, tokens, dim], and, where there are, `attention_mask` and `pooled`. */
+  async encoded(text, onCut = () => {}) {
+    const parts = [];
+    for (const spec of this.#components.text_encoders) parts.push(await this.#encodedBy(spec, text, onCut));
+    const joined = Object.assign({}, ...parts);
+    joined.hidden_states = joinedLast(parts.map((part) => part.hidden_states));
+    return joined;
+  }
+
+  /** Those of a negative prompt; null: there is none, beside `prompt`. */
+  async negative(text, prompt) {
+    if (text !== null) return this.encoded(text);
+    if (this.#components.negative !== "zeros") return this.encoded("");
+    return Object.fromEntries(
+      Object.entries(prompt).map(([source, { values, shape }]) => [source, { values: new values.constructor(values.length), shape }]),
+    );
+  }
+
+  async #encodedBy(spec, text, onCut) {
+    const { file, length, lower_case: lower } = spec.tokenizer;
+    if (!this.#tokenizers.has(file)) this.#tokenizers.set(file, new Tokenizer(await this.#files.json(file)));
+    const { ids, mask, cut } = this.#tokenizers.get(file).encode(lower ? text.toLowerCase().trim() : text);
+    if (ids.length !== length) throw new BundleError(`${file} makes ${ids.length} tokens of a text, and the manifest says ${length}.`);
+    if (cut) onCut(length);
+    const tokens = { input_ids: ids, attention_mask: mask };
+    const feeds = Object.fromEntries(spec.inputs.map((one) => [one.name, tensor(this.#runtime, one, tokens[one.name], [1, length])]));
+    const outputs = await this.#sessions.get(spec.file).run(feeds, spec.outputs.map((one) => one.name));
+    const made = Object.fromEntries(Object.entries(outputs).map(([name, value]) => [name, { values: floats(value), shape: value.dims }]));
+    if ("attention_mask" in feeds) made.attention_mask = { values: mask, shape: [1, length] };
+    return made;
+  }
+}
+
+/** A tensor's numbers, Float32Array of their own. */
+export function floats(value) {
+  return value.type === "float16" ? fromFloat16(value.data) : Float32Array.from(value.data);
+}
+
+function joinedLast(parts) {
+  if (parts.length === 1) return parts[0];
+  const rows = parts[0].shape[1], width = parts.reduce((sum, part) => sum + part.shape[2], 0);
+  const values = new Float32Array(rows * width);
+  let from = 0;
+  for (const { values: given, shape } of parts) {
+    for (let row = 0; row < rows; row++) values.set(given.subarray(row * shape[2], (row + 1) * shape[2]), row * width + from);
+    from += shape[2];
+  }
+  return { values, shape: [1, rows, width] };
+}
