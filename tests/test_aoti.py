@@ -37,7 +37,10 @@ from tgate_compile.passes.flat_program import flat_program
 CLOSE = 1e-4
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,10 @@ ENTRY = "graphs/data/aotinductor/full.graph"
 #: Names and contents of what is in a package.
 Members = dict[str, bytes]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,7 @@ def run_script(script: str, *arguments: object) -> None:
     subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True, cwd=ROOT)
 
 
+@pytest.mark.heavy
 def test_at_the_stages_of_an_export(tmp_path: Path) -> None:
     run_script(KILLED_AT_STAGES, tmp_path, *STAGES)
     left = list(tmp_path.iterdir())

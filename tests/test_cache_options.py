@@ -113,6 +113,7 @@ def test_cache_dtype_must_be_known(sd: SimpleNamespace, dtype: Any) -> None:
     refused(sd.pipe, ConfigurationError, "cache_dtype", "float8_e4m3fn", cache_dtype=dtype)
 
 
+@pytest.mark.heavy
 def test_compiled_with_fp8_caches() -> None:
     pipe = stable_diffusion(layout="small")
     tgate_compile.optimize(pipe, GATE, cache_dtype=torch.float8_e4m3fn, backend="eager")

@@ -26,6 +26,7 @@ PARAMETERS_WITHIN = {"sd15": 3e-6, "sd21": 2e-4, "sdxl": 1.2e-3, "pixart_alpha":
 
 # Models whose captures are the same stand together.
 GROUPS = [("sd15",), ("sd21",), ("sdxl",), ("pixart_alpha", "lcm_pixart_alpha"), ("pixart_sigma",), ("lcm_sdxl",)]
+LARGE = GROUPS[2:]
 
 
 def test_no_row_is_left_out() -> None:
@@ -34,7 +35,10 @@ def test_no_row_is_left_out() -> None:
     assert {row["model"] for row in rows} == {name for group in GROUPS for name in group} == set(MODELS)
 
 
-@pytest.mark.parametrize("names", GROUPS, ids="+".join)
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(names, id="+".join(names), marks=[pytest.mark.heavy] if names in LARGE else []) for names in GROUPS],
+)
 def test_the_papers_rows(names: tuple[str, ...]) -> None:
     for row in [row for row in paper_tables()["rows"] if row["model"] in names]:
         schedule, _ = schedule_of(row)

@@ -20,6 +20,7 @@ from tests.tiny_pipelines import PROMPT, run
 EXAMPLE = Path(__file__).parent.parent / "examples" / "cpp"
 
 pytestmark = [
+    pytest.mark.heavy,
     pytest.mark.skipif(not (shutil.which("g++") and shutil.which("cmake")), reason="needs g++ and cmake"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="torch's CMake files want the CUDA toolkit"),
 ]

@@ -331,6 +331,7 @@ def test_inception_is_pytorch_fids(inception_weights: Path) -> None:
     assert found.norm().item() == pytest.approx(INCEPTION_NORM, rel=1e-4)
 
 
+@pytest.mark.heavy
 def test_fid_of_images_and_its_cache(inception_weights: Path, tmp_path: Path) -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     real = tmp_path / "real" / "deep"

@@ -55,7 +55,9 @@ def eager(pipe: Any, **call: Any) -> torch.Tensor:
 # What is served.
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 50.0), (torch.float16, 35.0)])
+@pytest.mark.parametrize(
+    ("dtype", "least"), [pytest.param(torch.float32, 50.0, marks=pytest.mark.heavy), (torch.float16, 35.0)]
+)
 def test_the_embedded_pipeline_from_a_bundle(dtype: torch.dtype, least: float, tmp_path: Path) -> None:
     pipe = tgate_compile.load_demo_pipeline(torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)

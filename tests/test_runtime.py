@@ -45,6 +45,7 @@ def made(pipe: BundlePipeline, *args: Any, **call: Any) -> Any:
     return pipe(*args, output="numpy", **call)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 50.0), (torch.float16, 35.0)])
 def test_the_embedded_pipeline(dtype: torch.dtype, least: float, tmp_path: Path) -> None:
     torch_pipe = tgate_compile.load_demo_pipeline(torch_dtype=dtype)
@@ -102,6 +103,7 @@ def test_without_guidance(unguided: BundlePipeline) -> None:
         unguided(PROMPT, guidance_scale=2.0)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["sdxl", "pixart"])
 def test_other_pipelines(name: str) -> None:
     """SDXL has zeros for a negative prompt that is not given."""
