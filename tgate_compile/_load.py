@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._attach import attach, denoiser_names, detach
-from tgate_compile._bundle.formats import FORMATS, check_can_run, format_called
+from tgate_compile._bundle.formats import FORMATS, GraphFormat, check_can_load, check_can_run, format_called, openers
 from tgate_compile._errors import BundleError, ConfigurationError
 from tgate_compile._installed import check_installed
 from tgate_compile._optimized import Optimized, required_state_of
@@ -23,7 +23,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 MSG_BACKEND = "load() takes the backend {known}, or None for the one that the bundle is made for, but got {given!r}."
 MSG_OTHER_BACKEND = (
-    'The bundle {folder} has graphs of the format "{format}", which the backend "{backend}" runs, not "{given}". Leave '
+    'The bundle {folder} has graphs of the format "{format}", which the backend {backends} runs, not "{given}". Leave '
     "backend out, or export a bundle of another format."
 )
 MSG_FOLDER = "load() needs the folder of a bundle, a str or a Path, but got {given!r}."
@@ -53,10 +53,10 @@ def load(
     Args:
         pipe: a pipeline of the class and with the weights that the bundle was made from. It is changed, and returned.
         folder: of the bundle.
-        backend: what runs the bundle's graphs: `"onnxruntime"` for the format `onnx`, otherwise what the format is
-            called. None: what they are made for.
-        backend_options: of ONNX Runtime: those of `optimize(pipe, backend="onnxruntime")`, `providers`, `threads`,
-            `prepacking`. Of engines: see `docs/exports.md`.
+        backend: what runs the bundle's graphs: `"onnxruntime"` or `"openvino"` for the format `onnx`, otherwise what
+            the format is called. None: what they are made for.
+        backend_options: those of `optimize` with the same backend: of ONNX Runtime `providers`, `threads`,
+            `prepacking`; of OpenVINO `device`, `precision`, `threads`, `cache`. Of engines: see `docs/exports.md`.
 
     Returns:
         `pipe` itself.
@@ -78,34 +78,38 @@ def load(
     names = denoiser_names(pipe)
     bundle = read_bundle(os.path.abspath(folder))
     made_from, method = bundle.manifest.pipeline.class_name, bundle.manifest.method
-    row = FORMATS[bundle.manifest.graph_format]
-    if backend not in (row.backend, None):
-        told = {"format": bundle.manifest.graph_format, "backend": row.backend, "given": backend}
+    backends = openers(bundle.manifest.graph_format)
+    chosen = next(iter(backends)) if backend is None else backend
+    if chosen not in backends:
+        runs = " or ".join(f'"{name}"' for name in backends)
+        told = {"format": bundle.manifest.graph_format, "backends": runs, "given": backend}
         raise ConfigurationError(MSG_OTHER_BACKEND.format(folder=bundle.folder, **told))
     if type(pipe).__name__ != made_from:
         given = type(pipe).__name__
         raise BundleError(MSG_OTHER_PIPELINE.format(folder=bundle.folder, expected=made_from, given=given))
     options = dict(backend_options or {})
-    format_called(bundle.manifest.graph_format).check_load_options(options)
+    check_can_load(backends[chosen])
+    functions = format_called(backends[chosen])
+    functions.check_load_options(options)
     check_can_run(bundle.manifest.graph_format, pipe._execution_device)
     attach(
         pipe,
         dict.fromkeys(names, read_schedule(method.schedule)),
         sites=method.sites,
         cache_dtype=None if method.cache_dtype is None else getattr(torch, method.cache_dtype),
-        backend=row.backend,
+        backend=chosen,
         backend_options=options,
         from_bundle=True,
     )
     try:
-        _serve(required_state_of(pipe), bundle, options)
+        _serve(required_state_of(pipe), bundle, functions, options)
     except BaseException:
         detach(pipe)
         raise
     return pipe
 
 
-def _serve(state: Optimized, bundle: Bundle, options: Mapping[str, Any]) -> None:
+def _serve(state: Optimized, bundle: Bundle, functions: GraphFormat, options: Mapping[str, Any]) -> None:
     from tgate_compile._bundle.store import BundleStore
     from tgate_compile._bundle.weights_digest import weights_digest
 
@@ -117,4 +121,4 @@ def _serve(state: Optimized, bundle: Bundle, options: Mapping[str, Any]) -> None
         raise BundleError(MSG_OTHER_MODEL.format(**told, expected=made_from.class_name, given=model))
     if weights_digest(hook.denoiser) != made_from.weights_digest:
         raise BundleError(MSG_OTHER_WEIGHTS.format(**told))
-    hook.store = BundleStore(hook.denoiser, bundle, hook.config.schedule.anchor_weight, options)
+    hook.store = BundleStore(hook.denoiser, bundle, functions, hook.config.schedule.anchor_weight, options)

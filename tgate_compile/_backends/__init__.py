@@ -10,6 +10,7 @@ from tgate_compile._backends._interface import Backend, Runner
 from tgate_compile._backends.eager import EagerBackend
 from tgate_compile._backends.inductor import InductorBackend
 from tgate_compile._backends.onnx_runtime import OnnxRuntimeBackend
+from tgate_compile._backends.open_vino import OpenVinoBackend
 from tgate_compile._backends.torch_tensorrt_compiler import TensorRTBackend
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._installed import is_installed
@@ -19,6 +20,7 @@ __all__ = ["BACKENDS", "Backend", "Runner", "check_backend", "make_backend"]
 BACKENDS: Mapping[str, type[Backend]] = {
     "inductor": InductorBackend,
     "onnxruntime": OnnxRuntimeBackend,
+    "openvino": OpenVinoBackend,
     "tensorrt": TensorRTBackend,
     "eager": EagerBackend,
 }

@@ -12,7 +12,7 @@ import torch
 from tgate_compile._backends._interface import Runner
 from tgate_compile._backends.element_types import ELEMENT_TYPES
 from tgate_compile._backends.onnx_session import best_providers, open_session, run_bound, session_options
-from tgate_compile._backends.weight_samples import weight_sample
+from tgate_compile._backends.weight_samples import MadeOfWeights
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
@@ -105,29 +105,16 @@ class _Session:
             for value, node in zip(graph.model.graph.outputs, variant.program.graph.output_node().args[0], strict=True)
         ]
         self._positions = [variant.weights.index(name) for name in graph.weights]
-        self._seen: Sequence[torch.Tensor] | None = None
-        self._digest: tuple[tuple[int, int], ...] = ()
-        self._session: onnxruntime.InferenceSession | None = None
+        self._session = MadeOfWeights(self._open)
         self._held: list[Any] = []
 
     def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        session = self._session_for(weights)
+        session = self._session.of(weights, self._positions)
         named = dict(zip(self._input_names, inputs, strict=True))
         try:
             return run_bound(session, named, self._outputs, self._device)
         except RuntimeError as error:
             raise BackendError(_failed(self._variant, error)) from error
-
-    def _session_for(self, weights: Sequence[torch.Tensor]) -> onnxruntime.InferenceSession:
-        # The library hands over a new list at the start of each generation: only then can anything have changed.
-        if self._session is None or weights is not self._seen:
-            used = [weights[position] for position in self._positions]
-            digest = tuple(weight_sample(tensor) for tensor in used)
-            if self._session is None or digest != self._digest:
-                self._session = self._open(used)
-                self._digest = digest
-            self._seen = weights
-        return self._session
 
     def _open(self, weights: Sequence[torch.Tensor]) -> onnxruntime.InferenceSession:
         began = time.perf_counter()

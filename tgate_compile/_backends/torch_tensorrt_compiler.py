@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from tgate_compile._backends._interface import Runner
-from tgate_compile._backends.weight_samples import weight_sample
+from tgate_compile._backends.weight_samples import MadeOfWeights
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
@@ -71,19 +71,10 @@ class _Compiled:
         self._variant = variant
         self._examples = examples
         self._options = options
-        self._seen: Sequence[torch.Tensor] | None = None
-        self._samples: list[tuple[int, int]] = []
-        self._module: Any = None
+        self._module = MadeOfWeights(self._compile)
 
     def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        # The library hands over a new list at the start of each generation: only then can anything have changed.
-        if weights is not self._seen:
-            samples = [weight_sample(tensor) for tensor in weights]
-            if self._module is None or samples != self._samples:
-                self._module = self._compile(weights)
-                self._samples = samples
-            self._seen = weights
-        outputs: Sequence[torch.Tensor] = self._module(*(tensor.contiguous() for tensor in inputs))
+        outputs: Sequence[torch.Tensor] = self._module.of(weights)(*(tensor.contiguous() for tensor in inputs))
         return outputs
 
     def _compile(self, weights: Sequence[torch.Tensor]) -> Any:

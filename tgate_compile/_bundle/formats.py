@@ -123,6 +123,7 @@ class Row:
         to_write: modules that `export` needs.
         to_load: modules that `load` needs.
         needs_gpu: its graphs run on NVIDIA's GPUs only.
+        also: other backends that `load` may be told, with the format whose functions open its graphs in them.
         schemes: of quantization, that it takes; with any, the module is a `QuantizingFormat`.
     """
 
@@ -132,6 +133,7 @@ class Row:
     to_write: tuple[str, ...]
     to_load: tuple[str, ...]
     needs_gpu: bool = False
+    also: Mapping[str, str] = field(default_factory=dict)
     schemes: tuple[Scheme, ...] = ()
 
 
@@ -141,7 +143,8 @@ FORMATS: Mapping[str, Row] = {
         backend="onnxruntime",
         extra="onnx",
         to_write=("onnx", "onnxscript", "onnxruntime", "pydantic"),
-        to_load=("onnx", "onnxruntime", "pydantic"),
+        to_load=("onnx", "pydantic"),
+        also={"openvino": "openvino"},
         schemes=("int8",),
     ),
     "tensorrt-rtx": Row(
@@ -160,6 +163,14 @@ FORMATS: Mapping[str, Row] = {
         to_load=("onnx", "tensorrt", "pydantic"),
         needs_gpu=True,
     ),
+    "openvino": Row(
+        "tgate_compile._bundle.openvino_graphs",
+        backend="openvino",
+        extra="openvino",
+        to_write=("onnx", "onnxscript", "openvino", "pydantic"),
+        to_load=("openvino", "pydantic"),
+        schemes=("int8",),
+    ),
     "aoti": Row(
         "tgate_compile._bundle.aoti_graphs",
         backend="aoti",
@@ -176,6 +187,12 @@ def format_called(name: str) -> GraphFormat:
     found = importlib.import_module(module)
     functions: GraphFormat = getattr(found, attribute) if attribute else found
     return functions
+
+
+def openers(name: str) -> dict[str, str]:
+    """The backends that run graphs of the format `name`, its own first, with the format whose functions open them."""
+    row = FORMATS[name]
+    return {row.backend: name, **row.also}
 
 
 def check_can_write(name: str) -> None:

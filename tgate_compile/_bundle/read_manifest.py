@@ -95,7 +95,9 @@ def _manifest(root: Path) -> Manifest:
     for used in (manifest.weights, *(graph.file for graph in manifest.graphs.values()), *_component_files(manifest)):
         if used is not None and used not in manifest.files:
             raise BundleError(MSG_UNLISTED.format(path=path, given=used))
-    if manifest.weights not in (WEIGHTS_FILE, None) or (manifest.graph_format == "onnx" and manifest.weights is None):
+    if manifest.weights not in (WEIGHTS_FILE, None) or (
+        manifest.graph_format in ("onnx", "openvino") and manifest.weights is None
+    ):
         raise BundleError(MSG_INVALID.format(path=path, where="weights", problem=f"expected {WEIGHTS_FILE!r}"))
     returns = manifest.denoiser.returns
     if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in manifest.graphs.values()):

@@ -10,7 +10,7 @@ import torch
 
 from tgate_compile._bundle.argument_names import argument_names
 from tgate_compile._bundle.bundle import Bundle
-from tgate_compile._bundle.formats import format_called
+from tgate_compile._bundle.formats import GraphFormat
 from tgate_compile._bundle.manifest import CacheOutput, Graph, TensorSpec
 from tgate_compile._bundle.phases import phase_of
 from tgate_compile._bundle.returns import unflatten_as
@@ -68,9 +68,16 @@ class BundledGraph:
 
 
 class BundleStore:
-    """The graphs of `bundle` for `denoiser`, each opened when it is first needed."""
+    """The graphs of `bundle` for `denoiser`, each opened by `functions` when it is first needed."""
 
-    def __init__(self, denoiser: torch.nn.Module, bundle: Bundle, anchor: float, options: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        denoiser: torch.nn.Module,
+        bundle: Bundle,
+        functions: GraphFormat,
+        anchor: float,
+        options: Mapping[str, object],
+    ) -> None:
         self.denoiser = denoiser
         self._bundle = bundle
         self._anchor = anchor
@@ -79,7 +86,7 @@ class BundleStore:
         self._sessions: dict[tuple[Phase, torch.device], Session] = {}
         self._opened: dict[tuple[Hashable, Phase], BundledGraph] = {}
         manifest = bundle.manifest
-        self._functions = format_called(manifest.graph_format)
+        self._functions = functions
         self._put = unflatten_as(manifest.denoiser.returns, denoiser, manifest.pipeline.diffusers)
         self._modules = fingerprint(denoiser)
         self._loaded = self._weights = bit_sums(denoiser)

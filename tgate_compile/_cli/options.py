@@ -28,6 +28,7 @@ class Backend(str, Enum):
     eager = "eager"
     inductor = "inductor"
     onnxruntime = "onnxruntime"
+    openvino = "openvino"
     tensorrt = "tensorrt"
     auto = "auto"
 
