@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from tgate_compile._graphs import Emission
 from tgate_compile.passes._result import PassResult
+from tgate_compile.passes.add_call import add_call
 from tgate_compile.passes.operands import outputs_of
 
 aten = torch.ops.aten
@@ -38,14 +39,14 @@ def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
     # Not chunk(2): on a dynamic batch it exports as a sequence, which ONNX optimizers trip over.
     dtype = value.meta["val"].dtype
     accumulated = torch.promote_types(dtype, torch.float32)
-    halves = _call(graph, aten.unflatten.int, value, 0, [2, -1])
+    halves = add_call(graph, aten.unflatten.int, value, 0, [2, -1])
     if anchor == 0.5:
-        mean = _call(graph, aten.mean.dim, halves, [0], False, dtype=accumulated)
+        mean = add_call(graph, aten.mean.dim, halves, [0], False, dtype=accumulated)
     else:
-        exact = halves if dtype == accumulated else _call(graph, aten.to.dtype, halves, accumulated)
-        uncond, cond = (_call(graph, aten.select.int, exact, 0, half) for half in (0, 1))
-        weighted = _call(graph, aten.mul.Tensor, uncond, 1.0 - anchor)
-        mean = _call(graph, aten.add.Tensor, weighted, cond, alpha=anchor)
+        exact = halves if dtype == accumulated else add_call(graph, aten.to.dtype, halves, accumulated)
+        uncond, cond = (add_call(graph, aten.select.int, exact, 0, half) for half in (0, 1))
+        weighted = add_call(graph, aten.mul.Tensor, uncond, 1.0 - anchor)
+        mean = add_call(graph, aten.add.Tensor, weighted, cond, alpha=anchor)
     return mean
 
 
@@ -56,13 +57,5 @@ def _cast(graph: torch.fx.Graph, value: Node, emission: Emission) -> Node:
     within = emission.anchor is None or 0.0 <= emission.anchor <= 1.0
     if not within or limit < torch.finfo(emission.site.dtype).max:
         # fp8 and fp16 are narrow: what lies beyond becomes the largest number, not infinity.
-        value = _call(graph, aten.clamp.default, value, -limit, limit)
-    return _call(graph, aten.to.dtype, value, target)
-
-
-def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, source: Node, *args: object, **kwargs: object) -> Node:
-    node = graph.call_function(target, (source, *args), kwargs)  # type: ignore[arg-type]
-    fake = source.meta["val"]
-    with fake.fake_mode:
-        node.meta["val"] = target(fake, *(a.meta["val"] if isinstance(a, Node) else a for a in args), **kwargs)
-    return node
+        value = add_call(graph, aten.clamp.default, value, -limit, limit)
+    return add_call(graph, aten.to.dtype, value, target)

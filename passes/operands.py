@@ -13,6 +13,11 @@ def operand(node: Node, position: int) -> Node:
     return value
 
 
+def argument(node: Node, position: int, name: str, default: object = None) -> object:
+    """What `node` is given as argument `name`, by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
 def outputs_of(graph: torch.fx.Graph) -> tuple[Node, ...]:
     """The values that `graph` returns: one flat tuple."""
     values = graph.output_node().args[0]

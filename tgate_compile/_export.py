@@ -22,6 +22,9 @@ MSG_DYNAMIC = (
     'dynamic must be True (whatever the denoiser permits), False, or names of "batch", "height" and "width", but got '
     "{given!r}."
 )
+MSG_FIXED = (
+    'format="{format}" has graphs of fixed sizes only, but got dynamic={given!r}. Leave it out; `call` says the sizes.'
+)
 MSG_COMPONENTS = "components must be {known}, but got {given!r}."
 MSG_FOLDER = "export() needs a folder, a str or a Path, but got {given!r}."
 MSG_LOADED = (
@@ -61,12 +64,12 @@ def export(
         pipe: what `optimize` has returned.
         folder: a new folder, in one that exists.
         format: `"onnx"`, or `"aoti"`: native code, compiled here for machines like this one; or engines for NVIDIA's
-            GPUs: `"tensorrt-rtx"`, built without one, and `"tensorrt"`.
+            GPUs: `"tensorrt-rtx"`, built without one, and `"tensorrt"`; or for devices: `"executorch"`.
         call: arguments of the pipeline's call, which fix the shapes that are not dynamic. Its steps are the manifest's
             example. The default is an empty prompt and the pipeline's own defaults.
         dynamic: which of `"batch"` (prompts and images at a time), `"height"` and `"width"` each call may choose. True
             is as many as the denoiser permits: all three, or the batch alone (transformers that compute tables from
-            the size), or none. False is none.
+            the size), or none. False is none, and so is True where the format's graphs have fixed sizes: `executorch`.
         format_options: see the format in `docs/exports.md`; `onnx` has none, `aoti` has `target`.
         components: `"all"` also writes the text encoders, the tokenizers and the VAE's decoder, so that
             `tgate_compile.runtime` makes images of prompts without PyTorch; for Stable Diffusion, SDXL and PixArt.
@@ -89,7 +92,7 @@ def export(
         raise ConfigurationError(MSG_FORMAT.format(known=", ".join(f'"{known}"' for known in FORMATS), given=format))
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise ConfigurationError(MSG_FOLDER.format(given=folder))
-    free = _free(dynamic)
+    free = _free(dynamic, format)
     if components not in COMPONENTS:
         raise ConfigurationError(MSG_COMPONENTS.format(known=" or ".join(map(repr, COMPONENTS)), given=components))
     state = required_state_of(pipe)
@@ -142,11 +145,14 @@ def export(
     return target
 
 
-def _free(dynamic: object) -> Collection[FreeSize] | None:
+def _free(dynamic: object, format: str) -> Collection[FreeSize] | None:
+    fixed = FORMATS[format].fixed_sizes
     if dynamic is True:
-        return None
+        return () if fixed else None
     if dynamic is False:
         return ()
     if isinstance(dynamic, str) or not isinstance(dynamic, Collection) or not set(dynamic) <= set(SYMBOLS):
         raise ConfigurationError(MSG_DYNAMIC.format(given=dynamic))
+    if fixed and dynamic:
+        raise ConfigurationError(MSG_FIXED.format(format=format, given=dynamic))
     return tuple(dynamic)

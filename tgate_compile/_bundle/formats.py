@@ -123,6 +123,7 @@ class Row:
         to_write: modules that `export` needs.
         to_load: modules that `load` needs.
         needs_gpu: its graphs run on NVIDIA's GPUs only.
+        fixed_sizes: its graphs leave no size to each call.
         also: other backends that `load` may be told, with the format whose functions open its graphs in them.
         schemes: of quantization, that it takes; with any, the module is a `QuantizingFormat`.
     """
@@ -133,6 +134,7 @@ class Row:
     to_write: tuple[str, ...]
     to_load: tuple[str, ...]
     needs_gpu: bool = False
+    fixed_sizes: bool = False
     also: Mapping[str, str] = field(default_factory=dict)
     schemes: tuple[Scheme, ...] = ()
 
@@ -177,6 +179,14 @@ FORMATS: Mapping[str, Row] = {
         extra="aoti",
         to_write=("pydantic",),
         to_load=("pydantic",),
+    ),
+    "executorch": Row(
+        "tgate_compile._bundle.executorch_graphs",
+        backend="executorch",
+        extra="executorch",
+        to_write=("executorch", "pydantic"),
+        to_load=("executorch", "pydantic"),
+        fixed_sizes=True,
     ),
 }
 
