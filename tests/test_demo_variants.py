@@ -34,10 +34,10 @@ CAPTIONS = [
     "a white star above a green triangle on a purple background",
 ]
 
-# Well below what was measured on hundreds of captions. The transformer knows no shapes yet: see its model card.
+# Well below what was measured on hundreds of captions.
 LEAST = {
     "sdxl": {"all": 4 / 6},
-    "pixart": {"objects": 5 / 6, "background": 5 / 6, "colour": 5 / 8},
+    "pixart": {"all": 4 / 6},
     "lcm": {"all": 4 / 6},
 }
 
