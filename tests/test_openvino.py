@@ -24,6 +24,7 @@ from tests.tiny_pipelines import (
     sdxl,
     stable_diffusion,
 )
+from tests.tiny_video import wan, wan_call
 from tgate_compile import BackendError, ConfigurationError
 from tgate_compile._backends.openvino_model import check_device
 
@@ -56,6 +57,7 @@ CASES: dict[str, Any] = {
     "sdxl": (sdxl, {}, {"gate_step": 3, "keep": "cond"}),
     "pixart": (pixart, pixart_prompt(), {"gate_step": 2}),
     "lcm": (latent_consistency, {"steps": 4, "guidance_scale": 6.0}, {"gate_step": 1}),
+    "wan": (wan, wan_call(), {"gate_step": 3}),
     "v2": (
         lambda: stable_diffusion(layout="small"),
         {"steps": 9},

@@ -107,7 +107,7 @@ def test_backends_and_options(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ('names="sample"', 'names="other"', "has other .* says sample"),
+        ('names="sample"', 'names="other"', "has other"),
         ('shape="?,4,?,?"', 'shape="?,3,?,?"', "says sample .*4"),
         ('output_names="out_sample"', 'output_names="out"', "says out_sample"),
         ('offset="', 'offset="99999999', "weights file that has"),

@@ -58,6 +58,7 @@ class _Compiled:
         self._variant = variant
         self._options = options
         self._names = graph.weights
+        self._inputs = [str(value.name) for value in graph.model.graph.inputs]
         self._positions = [variant.weights.index(name) for name in graph.weights]
         self._outputs = [
             (tuple(node.meta["val"].shape), node.meta["val"].dtype)
@@ -85,7 +86,7 @@ class _Compiled:
                 inputs[name].output(0).replace(constant.output(0))
                 model.remove_parameter(inputs[name])
             model.validate_nodes_and_infer_types()
-            compiled = CompiledModel(model, self._options)
+            compiled = CompiledModel(model, self._inputs, self._options)
         except Exception as error:  # openvino's errors are RuntimeErrors, or of classes of their own
             raise BackendError(_failed(self._variant, error)) from error
         logger.info(

@@ -75,13 +75,13 @@ def check_device(device: torch.device) -> None:
 
 
 class CompiledModel:
-    """An `openvino.Model`, compiled for a device.
+    """An `openvino.Model`, compiled for a device, which is given inputs of these names.
 
     Raises:
         Exception: openvino's, of any class, if it does not take the model.
     """
 
-    def __init__(self, model: Any, options: Mapping[str, object]) -> None:
+    def __init__(self, model: Any, inputs: Sequence[str], options: Mapping[str, object]) -> None:
         device = str(options.get("device", "CPU"))
         settings: dict[str, object] = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[str(options.get("precision", "float32"))],
@@ -92,20 +92,24 @@ class CompiledModel:
         if "cache" in options:
             settings["CACHE_DIR"] = options["cache"]
         self.device = device
+        taken = {name: position for position, port in enumerate(model.inputs) for name in port.get_names()}
+        # It drops an input of which only the shape is used.
+        self._positions = [taken.get(name) for name in inputs]
         self._request: Any = core().compile_model(model, device, settings).create_infer_request()
 
     def run(
         self, inputs: Sequence[torch.Tensor], outputs: Sequence[tuple[Sequence[int], torch.dtype]]
     ) -> list[torch.Tensor]:
-        """New tensors of the shapes and dtypes of `outputs`, for inputs in the model's order.
+        """New tensors of the shapes and dtypes of `outputs`, for all inputs.
 
         Raises:
             RuntimeError: openvino's, if it fails.
         """
         held = [tensor.contiguous() for tensor in inputs]  # which live until the run is over
         results = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in outputs]
-        for position, tensor in enumerate(held):
-            self._request.set_input_tensor(position, shared(tensor))
+        for position, tensor in zip(self._positions, held, strict=True):
+            if position is not None:
+                self._request.set_input_tensor(position, shared(tensor))
         for position, tensor in enumerate(results):
             self._request.set_output_tensor(position, shared(tensor))
         self._request.infer()

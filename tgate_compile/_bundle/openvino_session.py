@@ -19,7 +19,7 @@ from tgate_compile._errors import BackendError
 logger = logging.getLogger(__name__)
 
 MSG_FAILED = "OpenVINO could not run the {graph} graph of the bundle ({problem})."
-MSG_DIFFERS = "The {graph} graph has the inputs and outputs {given} in OpenVINO, and the manifest says {expected}."
+MSG_DIFFERS = "The {graph} graph has the outputs {given} in OpenVINO, and the manifest says {expected}."
 
 
 class OpenVinoSession:
@@ -39,7 +39,7 @@ class OpenVinoSession:
             )  # an ONNX file says itself where they are
             model = core().read_model(path, *weights)
             self._check(model)
-            self._compiled = CompiledModel(model, options)
+            self._compiled = CompiledModel(model, [spec.name for spec in inputs_of(graph)], options)
         except BackendError:
             raise
         except Exception as error:  # openvino's errors are RuntimeErrors, or of classes of their own
@@ -63,9 +63,9 @@ class OpenVinoSession:
             raise BackendError(self._failed(error)) from error
 
     def _check(self, model: Any) -> None:
-        """Raise BackendError unless inputs and outputs are in the manifest's order, in which they are bound."""
-        expected = [spec.name for spec in (*inputs_of(self._graph), *outputs_of(self._graph))]
-        given = [port.get_names() for port in (*model.inputs, *model.outputs)]
+        """Raise BackendError unless outputs are in the manifest's order, in which they are bound."""
+        expected = [spec.name for spec in outputs_of(self._graph)]
+        given = [port.get_names() for port in model.outputs]
         if len(given) != len(expected) or not all(name in names for name, names in zip(expected, given, strict=True)):
             told = ", ".join("/".join(sorted(names)) for names in given)
             raise BackendError(
