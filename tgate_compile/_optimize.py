@@ -93,7 +93,7 @@ def optimize(
             `torch.float8_e4m3fn`. None keeps the model's own.
         backend: `"inductor"` (compiled), `"onnxruntime"`, `"tensorrt"` (on NVIDIA's GPUs), `"eager"` (the rewritten
             graphs, uncompiled: no compile time), or `"auto"` (the fastest for the device, as measured).
-        backend_options: options for the backend, e.g. Inductor's configuration.
+        backend_options: options for the backend: Inductor's configuration, and `cuda_graphs=True` for it on a GPU.
 
     Returns:
         `pipe` itself.
