@@ -70,6 +70,7 @@ export class Sessions {
     try {
       inner = await ort.InferenceSession.create(await this.#files.bytes(graph.file), {
         executionProviders: [provider],
+        logSeverityLevel: 3, // its warnings are about its own placement of operators
         externalData: [{ path: weights.split("/").pop(), data }],
         // What one step hands to the next stays where it is.
         preferredOutputLocation: provider === "webgpu" && caches.length ? Object.fromEntries(caches) : undefined,

@@ -1,0 +1,273 @@
+"""The page's modules in Node.js, against what they are written after: diffusers, transformers, and the schedules here."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from tests.javascript import SITE, run_in_node
+from tests.programs import program
+from tests.test_runtime_schedulers import BETAS, LATENT_DIFFUSION, OPTIONS
+from tgate_compile import load_demo_pipeline
+from tgate_compile._bundle.plain_data import plain_config
+from tgate_compile._bundle.sizes import shape_at
+from tgate_compile._schedule import Phase, Schedule
+
+SHAPE = (1, 4, 4, 4)
+STEPS = (1, 7, 15, 25)
+TEXTS = [
+    "",
+    "a large red circle on a blue background",
+    "A small GREEN star,  at the right\tof a white background!",
+    "a red square left of a yellow star on a white background " * 3,
+    "the cat's toys, it's 3.14 & emoji 🙂; don't (prompt:1.2) a_b-c",
+    "An Ünusual, with 日本語, <b>tags</b>, e\u0301 café ﬁ Ⅷ ², İstanbul ΣΑΣ\u0085x\ufeffy \u200d",
+    "<|endoftext|> in the middle <|startoftext|>",
+]
+RUN_SCHEDULERS = """
+const { makeScheduler } = await import("./schedulers.js");
+return given.map(({ spec, steps, noise, predictions }) => {
+  const scheduler = makeScheduler(spec, steps);
+  let latents = Float32Array.from(noise, (value) => value * scheduler.initialSigma);
+  const seen = predictions.map((prediction, step) => {
+    const input = Array.from(scheduler.modelInput(latents, step));
+    latents = scheduler.step(Float32Array.from(prediction), step, latents);
+    return input;
+  });
+  return { timesteps: scheduler.timesteps, seen, latents: Array.from(latents) };
+});
+"""
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_schedulers_as_in_diffusers(name: str) -> None:
+    """Each option, each schedule of betas and each kind of prediction, with the spacings in turn."""
+    rng = np.random.default_rng(0)
+    cases, expected = [], []
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    configs = [{**LATENT_DIFFUSION, **zero_snr}]
+    for number, (betas, options) in enumerate((betas, options) for betas in BETAS for options in OPTIONS[name]):
+        for kind in ("epsilon", "sample", "v_prediction"):
+            spacing = ("leading", "trailing", "linspace")[(number + len(kind)) % 3]
+            more = {"timestep_spacing": spacing, "prediction_type": kind, "steps_offset": number % 2}
+            configs.append({**betas, **options, **more})
+    for config in configs:
+        for steps in STEPS:
+            reference = getattr(diffusers, name)(**config)
+            reference.set_timesteps(steps)
+            if hasattr(reference, "set_begin_index"):
+                reference.set_begin_index(0)
+            noise, predictions = (rng.standard_normal((count, *SHAPE), dtype=np.float32) for count in (1, steps))
+            latents = torch.from_numpy(noise[0]) * reference.init_noise_sigma
+            seen = []
+            for timestep, prediction in zip(reference.timesteps, predictions, strict=True):
+                seen.append(reference.scale_model_input(latents, timestep).numpy())
+                latents = reference.step(torch.from_numpy(prediction), timestep, latents).prev_sample
+            spec = {"class_name": name, "config": plain_config(dict(reference.config))}
+            flat = [array.reshape(len(array), -1).tolist() for array in (noise, predictions)]
+            cases.append({"spec": spec, "steps": steps, "noise": flat[0][0], "predictions": flat[1]})
+            # diffusers' own rounding, in float32: that of the first latents, which are that large, stays to the end.
+            rounding = 1e-6 * float(reference.init_noise_sigma)
+            expected.append((config, rounding, reference.timesteps.numpy(), np.stack(seen), latents.numpy()))
+    for (config, rounding, timesteps, seen, latents), made in zip(
+        expected, run_in_node(RUN_SCHEDULERS, cases), strict=True
+    ):
+        # With zero terminal SNR sigmas are up to 4096, and diffusers' own rounding that much larger.
+        tolerance = 1e-3 if "rescale_betas_zero_snr" in config else 2e-5
+        np.testing.assert_allclose(made["timesteps"], timesteps, rtol=0, atol=1e-3, err_msg=str(config))
+        for ours, theirs in ((made["seen"], seen), (made["latents"], latents)):
+            difference = np.abs(np.reshape(ours, theirs.shape) - theirs).max()
+            assert difference < tolerance * np.abs(theirs).max() + rounding, config
+
+
+def test_tokens_as_in_transformers() -> None:
+    """CLIP's byte pairs, and PixArt's whole words; `component_tokenizer` writes such files into bundles."""
+    given, expected = [], []
+    for name in ("sd", "pixart"):
+        tokenizer = load_demo_pipeline(name).tokenizer
+        length = 16
+        settings = {
+            "truncation": {"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": 0},
+            "padding": {"strategy": {"Fixed": length}, "direction": "Right", "pad_id": tokenizer.pad_token_id},
+        }
+        given.append(json.loads(tokenizer.backend_tokenizer.to_str()) | settings)
+        of_all = tokenizer(TEXTS, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
+        whole = tokenizer(TEXTS)["input_ids"]
+        expected.append(
+            [
+                {"ids": ids, "mask": mask, "cut": len(all_ids) > length}
+                for ids, mask, all_ids in zip(of_all["input_ids"], of_all["attention_mask"], whole, strict=True)
+            ]
+        )
+    script = """
+    const { Tokenizer } = await import("./tokenizer.js");
+    return given.files.map((file) => { const made = new Tokenizer(file); return given.texts.map((text) => made.encode(text)); });
+    """
+    assert run_in_node(script, {"files": given, "texts": TEXTS}) == expected
+
+
+SCHEDULES = [
+    Schedule(4),
+    Schedule(0.4),
+    Schedule(99),
+    Schedule(9, sp_interval=5, fi_interval=2),
+    Schedule(6, sp_interval=3, fi_interval=3, warm_up=1),
+    Schedule(6, deepcache_interval=3),
+    Schedule(None, deepcache_interval=3),
+    Schedule(None, guidance_step=5),
+    Schedule(None, guidance_step=0.5, deepcache_interval=2),
+]
+
+
+def _plain(phase: Phase) -> dict[str, Any]:
+    kinds = {name: sorted(getattr(phase, name)) for name in ("emit", "merge", "reuse")}
+    return {"guided": phase.guided, **kinds}
+
+
+def test_schedules_as_here() -> None:
+    cases, expected = [], []
+    for schedule in SCHEDULES:
+        for guided in (True, False):
+            for steps in (1, 5, 12, 25):
+                plan = schedule.plan(steps, guided=guided)
+                cases.append({"schedule": vars(schedule), "steps": steps, "guided": guided})
+                graphs = [_plain(schedule.graph(phase)) for phase in plan]
+                strip = schedule.strip(steps, guided=guided)
+                expected.append({"plan": [_plain(phase) for phase in plan], "graphs": graphs, "strip": strip})
+    script = """
+    const { graphPhase, letterOf, planOf } = await import("./schedule.js");
+    return given.map(({ schedule, steps, guided }) => {
+      const plan = planOf(schedule, steps, guided);
+      return { plan, graphs: plan.map((phase) => graphPhase(schedule, phase)), strip: plan.map(letterOf).join("") };
+    });
+    """
+    assert run_in_node(script, cases) == expected
+
+
+def manifest() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((program() / "manifest.json").read_text())
+    return data
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (["format"], "other", "no bundle of tgate_compile"),
+        (["schema_version"], 2, "schema version 2, and this page reads versions up to 1"),
+        (["schema_version"], None, "schema version null"),
+        (["graph_format"], "aoti", 'format "aoti", and browsers run "onnx"'),
+        (["components"], None, "--components all"),
+        (["family", "calls"], ["cond", "uncond"], "calls of their own"),
+        (["method", "schedule", "guidance_similarity"], 0.9, "guidance_similarity"),
+        (["components", "arguments", "sample"], "magic", 'asks for "magic"'),
+        (["graphs", "pruned", "cache_inputs", 0, "dtype"], "float8_e5m2", "float8_e5m2, which browsers do not run"),
+        (["graphs", "full", "inputs", 0, "shape", 0], 4, "several images at a time"),
+        (["graphs", "full", "file"], "graphs/other.onnx", "does not name it among its files"),
+        (["scheduler", "class_name"], "LCMScheduler", "LCMScheduler, which is not on this page. It has DDIMScheduler"),
+        (["scheduler", "config", "use_beta_sigmas"], True, "use_beta_sigmas=true is not on this page, which has false"),
+    ],
+)
+def test_what_the_page_refuses(where: list[Any], value: Any, said: str) -> None:
+    data = manifest()
+    inner = data
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    assert said in (refusal(data) or "")
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "https://elsewhere/x", "a/../../b", "a\\b", "a?b", "%2e%2e/x"]
+)
+def test_files_lie_in_the_bundle(name: str) -> None:
+    data = manifest()
+    data["files"][name] = data["files"]["graphs/full.onnx"]
+    assert "no plain path in its folder" in (refusal(data) or "")
+
+
+def refusal(data: dict[str, Any]) -> str | None:
+    """What the page says of a manifest; None: nothing."""
+    script = """
+    const { checkManifest } = await import("./manifest.js");
+    try { checkManifest(given); return null; } catch (error) { return error.name === "BundleError" ? error.message : String(error.stack); }
+    """
+    said: str | None = run_in_node(script, data)
+    return said
+
+
+def test_a_good_manifest_and_its_caches() -> None:
+    data = manifest()
+    assert refusal(data) is None
+    sizes = {name: size["example"] for name, size in data["sizes"].items()}
+    specs = data["graphs"]["pruned"]["cache_inputs"]
+    expected = sum(4 * int(np.prod(shape_at(spec["shape"], sizes))) for spec in specs)
+    script = 'return (await import("./manifest.js")).cacheBytes(given);'
+    assert run_in_node(script, data) == expected > 0
+    halved = copy.deepcopy(data)
+    for spec in halved["graphs"]["pruned"]["cache_inputs"]:
+        spec["dtype"] = "float16"
+    assert run_in_node(script, halved) == expected / 2
+
+
+def test_other_tokenizers_are_refused_by_name() -> None:
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": None}
+    base = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None, "model": model}
+    cases = {
+        "Unigram": base | {"model": {"type": "Unigram", "vocab": []}},
+        "Metaspace": base | {"pre_tokenizer": {"type": "Metaspace"}},
+        "Precompiled": base | {"normalizer": {"type": "Precompiled"}},
+        "BertProcessing": base | {"post_processor": {"type": "BertProcessing"}},
+    }
+    script = """
+    const { Tokenizer } = await import("./tokenizer.js");
+    return given.map((file) => { try { new Tokenizer(file); return null; } catch (error) { return `${error.name}: ${error.message}`; } });
+    """
+    for name, said in zip(cases, run_in_node(script, list(cases.values())), strict=True):
+        assert said.startswith("BundleError: ")
+        assert name in said
+        assert "tgate-compile run" in said
+
+
+def test_half_precision() -> None:
+    """Where a browser has no Float16Array, bits are made by hand."""
+    values = np.concatenate(
+        [np.random.default_rng(0).standard_normal(500), 10.0 ** np.linspace(-9, 5, 200), [0, -0.0, 65519, 65520, 1e-8]]
+    ).astype(np.float32)
+    script = """
+    const { fromFloat16, toFloat16 } = await import("./float16.js");
+    const halves = toFloat16(Float32Array.from(given));
+    return [Array.from(halves), Array.from(fromFloat16(halves), (value) => (Number.isFinite(value) ? value : "inf"))];
+    """
+    bits, back = run_in_node("delete globalThis.Float16Array;" + script, values.tolist())
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    assert bits == expected.view(np.uint16).tolist()
+    assert [float(value) for value in back] == expected.astype(float).tolist()
+
+
+def test_noise_is_normal_and_the_seeds_own() -> None:
+    script = """
+    const { normalNoise } = await import("./noise.js");
+    return [0, 0, 1, 4294967295].map((seed) => Array.from(normalNoise(seed, 20001)));
+    """
+    first, again, second, last = (np.array(one) for one in run_in_node(script, None))
+    assert (first == again).all()
+    for noise in (first, second, last):
+        assert abs(noise.mean()) < 0.03
+        assert abs(noise.std() - 1) < 0.02
+        assert abs((np.abs(noise) < 1).mean() - 0.6827) < 0.015
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
+
+
+def test_the_pages_files_are_plain() -> None:
+    """No framework, nothing from elsewhere."""
+    for path in SITE.iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert "http://" not in text.replace("http://www.w3.org/2000/svg", ""), path
+        assert "https://" not in text, path
