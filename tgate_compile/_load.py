@@ -27,6 +27,7 @@ MSG_OTHER_BACKEND = (
     "backend out, or export a bundle of another format."
 )
 MSG_FOLDER = "load() needs the folder of a bundle, a str or a Path, but got {given!r}."
+MSG_SEQUENTIAL = "sequential must be True or False, but got {given!r}."
 MSG_OTHER_PIPELINE = (
     "The bundle {folder} is made from a {expected}, and this is a {given}. Load it into a pipeline of that class."
 )
@@ -43,6 +44,7 @@ def load(
     *,
     backend: str | None = None,
     backend_options: Mapping[str, object] | None = None,
+    sequential: bool = False,
 ) -> Pipeline:
     """Serve `pipe`, a plain pipeline, from the bundle in `folder`, which `export` has written from one like it.
 
@@ -57,6 +59,8 @@ def load(
             the format is called. None: what they are made for.
         backend_options: those of `optimize` with the same backend: of ONNX Runtime `providers`, `threads`,
             `prepacking`; of OpenVINO `device`, `precision`, `threads`, `cache`. Of engines: see `docs/exports.md`.
+        sequential: have one graph open at a time: less memory, and a graph is opened whenever the schedule changes to
+            it, which is twice per generation with T-GATE, and often with others (a warning says how often).
 
     Returns:
         `pipe` itself.
@@ -69,6 +73,8 @@ def load(
     known = list(dict.fromkeys(row.backend for row in FORMATS.values()))
     if backend is not None and backend not in known:
         raise ConfigurationError(MSG_BACKEND.format(known=", ".join(f'"{name}"' for name in known), given=backend))
+    if not isinstance(sequential, bool):
+        raise ConfigurationError(MSG_SEQUENTIAL.format(given=sequential))
     if not isinstance(folder, (str, os.PathLike)):
         raise ConfigurationError(MSG_FOLDER.format(given=folder))
     check_installed("pydantic", what="load()")
@@ -102,14 +108,17 @@ def load(
         from_bundle=True,
     )
     try:
-        _serve(required_state_of(pipe), bundle, functions, options)
+        _serve(required_state_of(pipe), bundle, functions, options, sequential=sequential)
     except BaseException:
         detach(pipe)
         raise
     return pipe
 
 
-def _serve(state: Optimized, bundle: Bundle, functions: GraphFormat, options: Mapping[str, Any]) -> None:
+def _serve(
+    state: Optimized, bundle: Bundle, functions: GraphFormat, options: Mapping[str, Any], *, sequential: bool
+) -> None:
+    from tgate_compile._bundle.alternation import warn_of_alternation
     from tgate_compile._bundle.store import BundleStore
     from tgate_compile._bundle.weights_digest import weights_digest
 
@@ -121,4 +130,7 @@ def _serve(state: Optimized, bundle: Bundle, functions: GraphFormat, options: Ma
         raise BundleError(MSG_OTHER_MODEL.format(**told, expected=made_from.class_name, given=model))
     if weights_digest(hook.denoiser) != made_from.weights_digest:
         raise BundleError(MSG_OTHER_WEIGHTS.format(**told))
-    hook.store = BundleStore(hook.denoiser, bundle, functions, hook.config.schedule.anchor_weight, options)
+    if sequential:
+        warn_of_alternation(bundle.manifest)
+    anchor = hook.config.schedule.anchor_weight
+    hook.store = BundleStore(hook.denoiser, bundle, functions, anchor, options, sequential=sequential)

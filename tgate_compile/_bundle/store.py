@@ -11,6 +11,7 @@ import torch
 from tgate_compile._bundle.argument_names import argument_names
 from tgate_compile._bundle.bundle import Bundle
 from tgate_compile._bundle.formats import GraphFormat
+from tgate_compile._bundle.freed_memory import return_freed_memory
 from tgate_compile._bundle.manifest import CacheOutput, Graph, TensorSpec
 from tgate_compile._bundle.phases import phase_of
 from tgate_compile._bundle.returns import unflatten_as
@@ -68,7 +69,10 @@ class BundledGraph:
 
 
 class BundleStore:
-    """The graphs of `bundle` for `denoiser`, each opened by `functions` when it is first needed."""
+    """The graphs of `bundle` for `denoiser`, each opened by `functions` when it is first needed.
+
+    They stay open; if they are `sequential`, until another one is needed.
+    """
 
     def __init__(
         self,
@@ -77,8 +81,11 @@ class BundleStore:
         functions: GraphFormat,
         anchor: float,
         options: Mapping[str, object],
+        *,
+        sequential: bool = False,
     ) -> None:
         self.denoiser = denoiser
+        self._sequential = sequential
         self._bundle = bundle
         self._anchor = anchor
         self._options = options
@@ -95,6 +102,11 @@ class BundleStore:
     def folder(self) -> str:
         """The bundle's."""
         return str(self._bundle.folder)
+
+    @property
+    def open_graphs(self) -> tuple[str, ...]:
+        """The names of the graphs that are open now."""
+        return tuple(self._graphs[phase][0] for phase, _ in self._sessions)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -149,6 +161,10 @@ class BundleStore:
     def _session(self, phase: Phase, device: torch.device) -> Session:
         key = (phase, device)
         if key not in self._sessions:
+            if self._sequential:
+                self._opened.clear()
+                self._sessions.clear()
+                return_freed_memory()
             session = self._functions.open_graph(self._graph(phase), self._bundle.folder, device, self._options)
             if self._weights != self._loaded:
                 self._refit(session)

@@ -44,6 +44,9 @@ def run(
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler or dpm++.", show_default="the bundle's")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="That work on one operator.", show_default="all")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare all files' hashes first.")] = True,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Have one graph in memory at a time, which takes less of it.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -56,7 +59,7 @@ def run(
     from tgate_compile.runtime import BundlePipeline
 
     with ERR.status("Verifying the bundle"):
-        pipe = BundlePipeline(bundle, threads=threads, verify=verify)
+        pipe = BundlePipeline(bundle, threads=threads, verify=verify, sequential=sequential)
     call: dict[str, Any] = {
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tgate_compile._bundle.freed_memory import return_freed_memory
 from tgate_compile._bundle.manifest import Graph, Manifest, Source, TensorSpec
 from tgate_compile._bundle.phases import phase_of
 from tgate_compile._bundle.sizes import solve
@@ -34,22 +35,35 @@ Conditions = Mapping[Half, Mapping[Source, Array]]
 
 
 class Graphs:
-    """The graphs of a bundle, each opened when it is first needed."""
+    """The graphs of a bundle, each opened when it is first needed; if they are `sequential`, one at a time."""
 
-    def __init__(self, manifest: Manifest, folder: Path, settings: Settings) -> None:
+    def __init__(self, manifest: Manifest, folder: Path, settings: Settings, *, sequential: bool = False) -> None:
         self._manifest = manifest
         self._folder = folder
         self._settings = settings
         self._graphs = {phase_of(graph.phase): (name, graph) for name, graph in manifest.graphs.items()}
         self._sessions: dict[Phase, Session] = {}
+        self._sequential = sequential
 
-    def get(self, phase: Phase) -> tuple[str, Graph, Session]:
-        """The graph that serves exactly `phase`, with its name.
+    @property
+    def open(self) -> tuple[str, ...]:
+        """The names of the graphs that are open now."""
+        return tuple(self._graphs[phase][0] for phase in self._sessions)
 
-        Raises:
-            BundleError: there is none.
-            BackendError: ONNX Runtime does not take it.
-        """
+    def close(self) -> None:
+        """Close all."""
+        self._sessions.clear()
+        return_freed_memory()
+
+    def prepare(self, phases: Collection[Phase]) -> None:
+        """Open those that serve `phases`, as long as they may be open together; raises what `get` and `session` do."""
+        for phase in phases:
+            self.get(phase)
+            if not self._sequential:
+                self.session(phase)
+
+    def get(self, phase: Phase) -> tuple[str, Graph]:
+        """The graph that serves exactly `phase`, and its name; raises BundleError if there is none."""
         if phase not in self._graphs:
             raise BundleError(
                 MSG_NO_GRAPH.format(
@@ -59,10 +73,21 @@ class Graphs:
                     graphs=", ".join(name for name, _ in self._graphs.values()),
                 )
             )
-        name, graph = self._graphs[phase]
+        return self._graphs[phase]
+
+    def session(self, phase: Phase) -> Session:
+        """The graph that serves exactly `phase`, open.
+
+        Raises:
+            BundleError: there is none.
+            BackendError: ONNX Runtime does not take it.
+        """
+        _, graph = self.get(phase)
         if phase not in self._sessions:
+            if self._sequential:
+                self.close()
             self._sessions[phase] = Session(self._folder / graph.file, *_specs(graph), self._settings)
-        return name, graph, self._sessions[phase]
+        return self._sessions[phase]
 
 
 class Denoiser:
@@ -97,9 +122,8 @@ class Denoiser:
         return self._plan
 
     def open_graphs(self) -> None:
-        """Open all that the plan needs; raises what `Graphs.get` does."""
-        for phase in self._plan:
-            self._graphs.get(self._schedule.graph(phase))
+        """Open all that the plan needs and that may be open together; raises what `Graphs.prepare` does."""
+        self._graphs.prepare({self._schedule.graph(phase) for phase in self._plan})
 
     def graph_name(self, step: int) -> str:
         """Of the graph that serves `step`."""
@@ -114,13 +138,13 @@ class Denoiser:
         """
         phase = self._plan[step]
         served = self._schedule.graph(phase)
-        _, graph, session = self._graphs.get(served)
+        _, graph = self._graphs.get(served)
         inputs = {spec.name: self._argument(spec, latents, timestep, guided=phase.guided) for spec in graph.inputs}
         inputs |= {spec.name: self._caches[spec.kind, spec.site] for spec in graph.cache_inputs}
         if served not in self._checked:
             self._check_shapes(graph, inputs)
             self._checked.add(served)
-        outputs = session.run(inputs, kept=len(graph.cache_outputs))
+        outputs = self._graphs.session(served).run(inputs, kept=len(graph.cache_outputs))
         count = len(graph.outputs)
         for spec, value in zip(graph.cache_outputs, outputs[count:], strict=True):
             if spec.kind in (phase.merge if spec.merged else phase.emit):

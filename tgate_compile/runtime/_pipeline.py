@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tgate_compile._bundle.alternation import warn_of_alternation
 from tgate_compile._bundle.manifest import Components, Manifest, Source
 from tgate_compile._bundle.read_manifest import read_manifest
 from tgate_compile._errors import BundleError, ConfigurationError
@@ -21,7 +24,7 @@ from tgate_compile._schedule_file import read_schedule
 from tgate_compile.runtime._denoiser import Conditions, Denoiser, Graphs
 from tgate_compile.runtime._images import Decoder, pil_images
 from tgate_compile.runtime._noise_levels import Array
-from tgate_compile.runtime._schedulers import make_scheduler
+from tgate_compile.runtime._schedulers import Scheduler, make_scheduler
 from tgate_compile.runtime._session import Settings
 from tgate_compile.runtime._text import Encoded, Prompts
 
@@ -72,7 +75,8 @@ class BundlePipeline:
 
     It needs numpy, ONNX Runtime, pydantic and tokenizers, and Pillow for pictures; neither PyTorch nor diffusers.
     Sessions are opened when they are first needed, and stay. Calls share nothing else: threads may make them at the
-    same time.
+    same time. If it is `sequential`, the text encoders, each graph, and the decoder are closed before the next is
+    opened, and calls come one after the other.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class BundlePipeline:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         verify: bool = True,
+        sequential: bool = False,
     ) -> None:
         """Open the bundle in `folder`, which must go on lying there.
 
@@ -91,6 +96,7 @@ class BundlePipeline:
             threads: how many work on one operator; None: as many as there are cores.
             verify: compare the hashes of all files with the manifest. Without, only paths and sizes are looked at, and
                 nothing large is read.
+            sequential: less memory, for the time that it takes to open each graph anew for each call.
 
         Raises:
             BundleError: it is damaged, has the denoiser alone, or other graphs than ONNX.
@@ -108,7 +114,11 @@ class BundlePipeline:
         if self._manifest.components is None:
             raise BundleError(MSG_NO_COMPONENTS.format(folder=self._folder))
         self._components: Components = self._manifest.components
-        self._graphs = Graphs(self._manifest, self._folder, self._settings)
+        self._sequential = sequential
+        self._call = threading.Lock() if sequential else nullcontext()
+        if sequential:
+            warn_of_alternation(self._manifest)
+        self._graphs = Graphs(self._manifest, self._folder, self._settings, sequential=sequential)
         self._prompts: Prompts | None = None
         self._decoder: Decoder | None = None
 
@@ -172,9 +182,30 @@ class BundlePipeline:
         schedule = self.schedule if gate_step is None else dataclasses.replace(self.schedule, gate_step=gate_step)
         scale = _number(self._components.guidance_scale if guidance_scale is None else guidance_scale)
         noise = self._noise(len(prompts), height, width, seed, latents)
-        conditions = self._conditions(prompts, negative_prompt, noise.shape, guided=scale > 1)
-        denoiser = Denoiser(self._graphs, self._manifest, self._folder, schedule, steps, conditions)
+        with self._call:
+            conditions = self._conditions(prompts, negative_prompt, noise.shape, guided=scale > 1)
+            denoiser = Denoiser(self._graphs, self._manifest, self._folder, schedule, steps, conditions)
+            images = self._decoded(self._denoised(denoiser, noise, noise_scheduler, scale, callback))
+        if output == "numpy":
+            return images[0] if isinstance(prompt, str) else images
+        pictures = pil_images(images)
+        return pictures[0] if isinstance(prompt, str) else pictures
+
+    @property
+    def open_graphs(self) -> tuple[str, ...]:
+        """The names of the denoiser's graphs that are open now."""
+        return self._graphs.open
+
+    def _denoised(
+        self,
+        denoiser: Denoiser,
+        noise: Array,
+        noise_scheduler: Scheduler,
+        scale: float,
+        callback: Callable[[Step], None] | None,
+    ) -> Array:
         denoiser.open_graphs()
+        steps = len(noise_scheduler.timesteps)
         current = noise * np.float32(noise_scheduler.initial_sigma)
         for step, timestep in enumerate(noise_scheduler.timesteps):
             began = time.perf_counter()
@@ -183,11 +214,9 @@ class BundlePipeline:
             if callback is not None:
                 seconds, letter = time.perf_counter() - began, denoiser.plan[step].character
                 callback(Step(step, steps, denoiser.graph_name(step), letter, seconds, current))
-        images = self._decoded(current)
-        if output == "numpy":
-            return images[0] if isinstance(prompt, str) else images
-        pictures = pil_images(images)
-        return pictures[0] if isinstance(prompt, str) else pictures
+        if self._sequential:
+            self._graphs.close()
+        return current
 
     def _noise(self, count: int, height: int | None, width: int | None, seed: int | None, given: Array | None) -> Array:
         decoder = self._components.vae_decoder
@@ -218,6 +247,8 @@ class BundlePipeline:
         halves: dict[Half, Encoded] = {"cond": cond}
         if guided:
             halves = {"uncond": self._prompts.negative(negatives, cond), "cond": cond}
+        if self._sequential:
+            self._prompts = None
         sizes = self._sizes(len(prompts), latents)
         return {half: {**encoded, **sizes} for half, encoded in halves.items()}
 
@@ -237,7 +268,10 @@ class BundlePipeline:
     def _decoded(self, latents: Array) -> Array:
         if self._decoder is None:
             self._decoder = Decoder(self._components.vae_decoder, self._folder, self._settings)
-        return self._decoder(latents)
+        images = self._decoder(latents)
+        if self._sequential:
+            self._decoder = None
+        return images
 
 
 def _texts(prompt: object) -> list[str]:
