@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile._free_sizes import SYMBOLS, FreeSize
 from tgate_compile._installed import check_installed
 from tgate_compile._optimized import preview, required_state_of
+from tgate_compile._prompts import AUTO_PROMPTS
 from tgate_compile._quantization import read_quantization
 from tgate_compile._variants import VariantStore
 
@@ -113,6 +115,10 @@ def export(
     from tgate_compile._bundle.write import write_bundle
 
     call = {"prompt": ""} if call is None else call
+    says_nothing = not call.get("prompt") and call.get("prompt_embeds") is None
+    if says_nothing and quantization is not None and quantization.calibrated:
+        prompts = quantization.calibration_prompts or AUTO_PROMPTS
+        quantization = dataclasses.replace(quantization, calibration_prompts=prompts)
     request = None
     if components == "all":
         check_can_write("onnx")  # which they are written as, whatever the denoiser's graphs are

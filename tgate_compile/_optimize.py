@@ -14,19 +14,12 @@ from diffusers import DiffusionPipeline
 from tgate_compile._attach import attach, denoiser_names, detach
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._optimized import GateStep, split_gate_step
+from tgate_compile._prompts import AUTO_PROMPTS
 from tgate_compile._schedule import Half, Schedule
 from tgate_compile._schedule_file import load_schedule
 from tgate_compile._tune import tune
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
-
-#: What `gate_step="auto"` runs if no prompts are given.
-AUTO_PROMPTS = (
-    "a red fox in the snow",
-    "a portrait of an old fisherman",
-    "a street at night in the rain",
-    "a bowl of fruit on a wooden table",
-)
 
 MSG_SCHEDULE = "schedule must be a tgate_compile.Schedule or the path of a schedule file, but got {given!r}."
 MSG_SCHEDULE_AND_MORE = "A schedule says all about the steps, but {given} is given as well. Give one or the other."

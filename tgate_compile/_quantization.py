@@ -24,6 +24,9 @@ Graphs = Literal["all", "pruned"]
 #: Sizes of a block of weights that share a scale, which runtimes have kernels for.
 BLOCKS = (16, 32, 64, 128, 256)
 
+#: Little of the size, and of the pruned graph's error half: the first and the last layer, and what is told of the time.
+KEPT = ("conv_in", "conv_out", "time_embedding.*", "pos_embed.*", "proj_out")
+
 MSG_QUANTIZE = (
     "quantize must be None, one of {known}, or a mapping with one of these as its `scheme`, but got {given!r}."
 )
@@ -56,7 +59,7 @@ class Quantization:
 
     scheme: Scheme
     graphs: Graphs = "all"
-    keep: tuple[str, ...] = ()
+    keep: tuple[str, ...] = KEPT
     block: int = 32
     calibration_prompts: tuple[str, ...] = ()
     calibration_steps: int = 6

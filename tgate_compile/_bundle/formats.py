@@ -147,7 +147,7 @@ FORMATS: Mapping[str, Row] = {
         to_write=("onnx", "onnxscript", "onnxruntime", "pydantic"),
         to_load=("onnx", "pydantic"),
         also={"openvino": "openvino"},
-        schemes=("int8",),
+        schemes=("int8", "int4", "int8-dynamic", "int8-static"),
     ),
     "tensorrt-rtx": Row(
         "tgate_compile._bundle.tensorrt_graphs:RTX",

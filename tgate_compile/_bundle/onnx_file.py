@@ -18,14 +18,20 @@ if TYPE_CHECKING:
 MSG_INVALID = "The {graph} graph is no valid ONNX model ({problem}). Nothing has been written. Please report this."
 
 
-def save_model(model: onnx_ir.Model, path: Path, live: Mapping[str, torch.Tensor], weights: WeightsFile) -> None:
-    """Write `model` to `path`, with the tensors `live` for those of its initializers, which go to `weights`."""
+def save_model(
+    model: onnx_ir.Model, path: Path, live: Mapping[str, torch.Tensor], weights: WeightsFile, *, typed: bool = False
+) -> None:
+    """Write `model` to `path`, with the tensors `live` for those of its initializers, which go to `weights`.
+
+    `typed`: with what is known of values inside of the graph.
+    """
     import onnx_ir
 
     for name, tensor in live.items():
         _move_out(model.graph.initializers[name], tensor, weights)
     proto = onnx_ir.to_proto(model)
-    proto.graph.ClearField("value_info")  # shapes inside of the graph follow from those of its inputs
+    if not typed:
+        proto.graph.ClearField("value_info")  # shapes inside of the graph follow from those of its inputs
     path.write_bytes(proto.SerializeToString())
 
 

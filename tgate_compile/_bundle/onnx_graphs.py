@@ -21,15 +21,24 @@ from tgate_compile._bundle.planned_graphs import PlannedGraph
 from tgate_compile._bundle.quantized_weights import quantize_weights
 from tgate_compile._bundle.quantizing import Quantizing
 from tgate_compile._bundle.session import Session
+from tgate_compile._bundle.static_onnx import save_static
+from tgate_compile._bundle.weights_digest import dtype_name
 from tgate_compile._bundle.weights_file import WeightsFile
-from tgate_compile._errors import BundleError, ConfigurationError
-from tgate_compile._quantization import Quantization
+from tgate_compile._errors import BundleError, ConfigurationError, UnsupportedModelError
+from tgate_compile._quantization import Scheme
 from tgate_compile.exports.to_onnx import to_onnx
 from tgate_compile.passes.operands import outputs_of, shape_of
 
 if TYPE_CHECKING:
     import onnx_ir
 
+#: Schemes whose operators take float32 alone.
+FLOAT32_ONLY: tuple[Scheme, ...] = ("int8-dynamic", "int8-static")
+
+MSG_FLOAT32_ONLY = (
+    'quantize="{scheme}" computes in integers, for which ONNX has operators beside float32 alone, and this denoiser is '
+    'in {given}. Export it in float32, or with quantize="int8".'
+)
 MSG_NO_OPTIONS = 'format="onnx" has no options, but got {given}.'
 MSG_NOT_CONVERTED = "The {graph} graph cannot be converted to ONNX: {problem}."
 
@@ -72,7 +81,13 @@ def write_quantized(
 
     Raises:
         BundleError: as `write_graphs`.
+        UnsupportedModelError: there are no such operators for the denoiser's dtype.
     """
+    dtypes = {value.dtype for planned in graphs for value in planned.example_inputs if value.is_floating_point()}
+    scheme = quantizing.quantization.scheme
+    if scheme in FLOAT32_ONLY and dtypes != {torch.float32}:
+        given = ", ".join(sorted(map(dtype_name, dtypes)))
+        raise UnsupportedModelError(MSG_FLOAT32_ONLY.format(scheme=scheme, given=given))
     return _write(graphs, folder, quantizing, progress)
 
 
@@ -87,8 +102,7 @@ def _write(
             progress(f"Converting the {planned.name} graph")
             path = f"{m.GRAPHS_FOLDER}/{planned.name}.onnx"
             quantized = quantizing is not None and quantizing.takes(planned)
-            quantization = quantizing.quantization if quantizing is not None and quantized else None
-            nodes = write_graph(planned, folder / path, weights, quantization)
+            nodes = write_graph(planned, folder / path, weights, quantizing if quantized else None)
             written[planned.name] = WrittenGraph(path, nodes, quantized=quantized)
     for name, graph in written.items():
         check_model(name, folder / graph.file)
@@ -108,9 +122,7 @@ def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mappin
     return OnnxSession(graph, root / graph.file, device, options)
 
 
-def write_graph(
-    planned: PlannedGraph, path: Path, weights: WeightsFile, quantization: Quantization | None = None
-) -> int:
+def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile, quantizing: Quantizing | None = None) -> int:
     """Write the graph to `path` and what is new of its weights to `weights`; tell the number of its operators.
 
     Raises:
@@ -130,9 +142,13 @@ def write_graph(
     _name_sizes(model, planned)
     live = dict(zip(planned.variant.weights, planned.weights, strict=True))
     used = {name: live[name] for name in graph.weights}
-    if quantization is not None:
-        used = quantize_weights(model, used, quantization, weights)
-    save_model(model, path, used, weights)
+    if quantizing is None:
+        save_model(model, path, used, weights)
+    elif quantizing.calibration is None:
+        save_model(model, path, quantize_weights(model, used, quantizing.quantization, weights), weights)
+    else:
+        inputs = quantizing.calibration.inputs_of(planned)
+        return save_static(model, used, inputs, quantizing.quantization, path, weights)
     return sum(1 for _ in model.graph.all_nodes())
 
 

@@ -10,6 +10,7 @@ import torch
 
 from tgate_compile._backends.element_types import ELEMENT_TYPES
 from tgate_compile._bundle.onnx_file import external_tensor
+from tgate_compile._bundle.onnx_integers import multiply_integers
 from tgate_compile._bundle.weights_file import WeightsFile
 from tgate_compile._quantization import Quantization
 
@@ -74,24 +75,29 @@ def quantize_weights(
     left = {}
     order = {node: at for at, node in enumerate(model.graph)}
     for name, tensor in live.items():
-        uses = None if quantization.keeps(name) else _uses(model.graph.initializers[name])
+        uses = None if quantization.keeps(name) else uses_of(model.graph.initializers[name])
         if uses is None or not tensor.is_floating_point():
             left[name] = tensor
             continue
         value = model.graph.initializers.pop(name)
         for use in uses:
             few = _quantized(tensor.detach().t() if use.transposed else tensor.detach(), use, quantization)
-            node = _dequantize(model, str(value.name), few, weights)
-            first = min((consumer for consumer, _ in use.value.uses()), key=order.__getitem__)
-            model.graph.insert_before(first, node)
+            layers = sorted((layer for layer, _ in use.value.uses()), key=order.__getitem__)
+            values, scales = _stored(model, name, few, weights)
+            if quantization.scheme == "int8-dynamic" and use.linear:
+                for layer in layers:
+                    multiply_integers(model, layer, values, scales)
+                continue
+            node = _dequantize(name, few, values, scales)
+            model.graph.insert_before(layers[0], node)
             use.value.replace_all_uses_with(node.outputs[0])
-        for consumer, _ in value.uses():
-            model.graph.remove(consumer, safe=True)  # a transposition that nothing takes any more
+        for transposition, _ in value.uses():
+            model.graph.remove(transposition, safe=True)
     return left
 
 
 @dataclass(frozen=True)
-class _Use:
+class Use:
     """How layers take a weight.
 
     Attributes:
@@ -107,7 +113,7 @@ class _Use:
     linear: bool
 
 
-def _uses(weight: onnx_ir.Value) -> list[_Use] | None:
+def uses_of(weight: onnx_ir.Value) -> list[Use] | None:
     """All uses of `weight`; None if there is one of another kind."""
     found = []
     direct = {_axis(node, index) for node, index in weight.uses() if node.op_type != "Transpose"}
@@ -115,13 +121,13 @@ def _uses(weight: onnx_ir.Value) -> list[_Use] | None:
         ((axis, linear),) = direct if len(direct) == 1 else [(None, False)]
         if axis is None:
             return None
-        found.append(_Use(weight, False, axis, linear))
+        found.append(Use(weight, False, axis, linear))
     for node, _ in weight.uses():
         if node.op_type == "Transpose":
             after = node.outputs[0]
             if {_axis(*use) for use in after.uses()} != {(1, True)} or after.is_graph_output():
                 return None
-            found.append(_Use(after, True, 1, True))
+            found.append(Use(after, True, 1, True))
     return found or None
 
 
@@ -137,37 +143,40 @@ def _axis(node: onnx_ir.Node, index: int) -> tuple[int | None, bool]:
     return {"Conv": 0}.get(node.op_type), False
 
 
-def _quantized(weight: torch.Tensor, use: _Use, quantization: Quantization) -> QuantizedTensor:
+def _quantized(weight: torch.Tensor, use: Use, quantization: Quantization) -> QuantizedTensor:
     if quantization.scheme == "int4" and use.linear and weight.shape[0] % quantization.block == 0:
         return quantized_by_block(weight, quantization.block)
     return quantized_by_channel(weight, use.axis)
 
 
-def _dequantize(model: onnx_ir.Model, name: str, few: QuantizedTensor, weights: WeightsFile) -> onnx_ir.Node:
+def _stored(
+    model: onnx_ir.Model, name: str, few: QuantizedTensor, weights: WeightsFile
+) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+    """The values and scales of the weight `name`, as initializers."""
+    import onnx_ir
+
+    wide = few.bits == 8
+    values = few.values if wide else _packed(few.values)
+    dtype = onnx_ir.DataType.INT8 if wide else onnx_ir.DataType.INT4
+    scale_dtype = onnx_ir.DataType(ELEMENT_TYPES[few.scales.dtype])
+    stored = []
+    for tensor in (
+        external_tensor(f"{name}.int{few.bits}", values, dtype, tuple(few.values.shape), weights),
+        external_tensor(f"{name}.scales", few.scales, scale_dtype, tuple(few.scales.shape), weights),
+    ):
+        kind = onnx_ir.TensorType(tensor.dtype)
+        stored.append(onnx_ir.Value(name=tensor.name, shape=tensor.shape, type=kind, const_value=tensor))
+        model.graph.register_initializer(stored[-1])
+    values_of, scales_of = stored
+    return values_of, scales_of
+
+
+def _dequantize(name: str, few: QuantizedTensor, values: onnx_ir.Value, scales: onnx_ir.Value) -> onnx_ir.Node:
     """The operator whose output takes the place of the weight `name`."""
     import onnx_ir
 
-    values, kind = (
-        (few.values, onnx_ir.DataType.INT8) if few.bits == 8 else (_packed(few.values), onnx_ir.DataType.INT4)
-    )
-    inputs = [
-        external_tensor(f"{name}.int{few.bits}", values, kind, tuple(few.values.shape), weights),
-        external_tensor(
-            f"{name}.scales",
-            few.scales,
-            onnx_ir.DataType(ELEMENT_TYPES[few.scales.dtype]),
-            tuple(few.scales.shape),
-            weights,
-        ),
-    ]
-    initializers = [
-        onnx_ir.Value(name=tensor.name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
-        for tensor in inputs
-    ]
-    for initializer in initializers:
-        model.graph.register_initializer(initializer)
     attributes = {"axis": few.axis} | ({} if few.block is None else {"block_size": few.block})
-    node = onnx_ir.node("DequantizeLinear", initializers, attributes)
+    node = onnx_ir.node("DequantizeLinear", [values, scales], attributes)
     node.outputs[0].name = f"{name}.dequantized"
     return node
 

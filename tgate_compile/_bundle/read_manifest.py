@@ -102,6 +102,9 @@ def _manifest(root: Path) -> Manifest:
     returns = manifest.denoiser.returns
     if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in manifest.graphs.values()):
         raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem="not one field an output"))
+    quantized = [] if manifest.quantization is None else manifest.quantization.graphs
+    if not set(quantized) <= set(manifest.graphs):
+        raise BundleError(MSG_INVALID.format(path=path, where="quantization.graphs", problem=f"{quantized}"[:200]))
     _check_sizes(manifest, path)
     _check_components(manifest, path)
     check_wiring(manifest, path)

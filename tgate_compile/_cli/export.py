@@ -15,14 +15,18 @@ import tgate_compile
 from tgate_compile._bundle.formats import FORMATS, check_can_write
 from tgate_compile._cli import options, schedule_options
 from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.demo_prompts import demo_prompts
 from tgate_compile._cli.loading import load
 from tgate_compile._cli.settings import settings_for
 from tgate_compile._errors import ConfigurationError
+from tgate_compile._quantization import CALIBRATED, SCHEMES, read_quantization
 from tgate_compile._schedule import Schedule
 
 #: The formats of `tgate_compile.export`.
 Format = Enum("Format", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]
 ONNX = Format("onnx")
+#: The schemes of `tgate_compile.export(..., quantize=)`.
+Scheme = Enum("Scheme", {name: name for name in SCHEMES}, type=str)  # type: ignore[misc]
 
 
 class Components(str, Enum):
@@ -32,11 +36,14 @@ class Components(str, Enum):
     all = "all"
 
 
+#: Of the embedded pipelines' own kind, for schemes that are calibrated.
+CALIBRATION_PROMPTS = 4
 #: What writing and checking ONNX graphs takes after their capture, as a multiple of its time: between 2.3 (the embedded
 #: model) and 3.8 (SDXL, docs/exports.md).
 AFTER_CAPTURE = 3.5
 
-MSG_OPTION = "--format-option takes NAME=VALUE, with a value in JSON or a plain text, but got {given!r}."
+MSG_NO_SCHEME = "--quantize-option is for --quantize, which is not given."
+MSG_OPTION = "{option} takes NAME=VALUE, with a value in JSON or a plain text, but got {given!r}."
 
 
 def export(
@@ -50,6 +57,12 @@ def export(
     components: Annotated[
         Components, typer.Option("--components", help="all: with text encoders, tokenizers and VAE, for `run`.")
     ] = Components.denoiser,
+    quantize: Annotated[
+        Scheme | None, typer.Option("--quantize", help="Store or compute in fewer bits; docs/edge.md has the schemes.")
+    ] = None,
+    quantize_option: Annotated[
+        list[str] | None, typer.Option("--quantize-option", help="NAME=VALUE for --quantize, such as keep or block.")
+    ] = None,
     gate_step: options.GateStep = None,
     sp_interval: schedule_options.SpInterval = None,
     fi_interval: schedule_options.FiInterval = None,
@@ -74,7 +87,9 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Write a model's graphs with a schedule into a folder, for another runtime."""
-    format_options = _parsed(format_option or [])
+    format_options = _parsed("--format-option", format_option or [])
+    quantization = _quantization(quantize, quantize_option or [])
+    read_quantization(quantization, format.value, FORMATS[format.value].schemes)
     given = schedule_options.given_options(
         sp_interval=sp_interval,
         fi_interval=fi_interval,
@@ -99,6 +114,8 @@ def export(
     # Methods of their own run alone, unless a gate is asked for.
     alone = gate_step is None and not {"guidance_step", "deepcache_interval"}.isdisjoint(given)
     chosen = from_file or Schedule(**{"gate_step": None if alone else settings.gate_step, **given})
+    if loaded.is_embedded and quantization is not None and quantization["scheme"] in CALIBRATED:
+        quantization = {"calibration_prompts": demo_prompts(CALIBRATION_PROMPTS), **quantization}
     tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
     loaded.pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"height": height, "width": width}
@@ -114,6 +131,7 @@ def export(
         dynamic=not static,
         format_options=format_options,
         components=components.value,
+        quantize=quantization,
         overwrite=force,
         progress=progress,
     )
@@ -146,12 +164,21 @@ def _progress(began: float, *, shown: bool) -> Callable[[str], None]:
     return say
 
 
-def _parsed(given: list[str]) -> dict[str, object]:
+def _quantization(scheme: Scheme | None, options: list[str]) -> dict[str, object] | None:
+    """What the library is told."""
+    if scheme is None:
+        if options:
+            raise ConfigurationError(MSG_NO_SCHEME)
+        return None
+    return {"scheme": scheme.value, **_parsed("--quantize-option", options)}
+
+
+def _parsed(option: str, given: list[str]) -> dict[str, object]:
     parsed: dict[str, object] = {}
     for one in given:
         name, equals, value = one.partition("=")
         if not name or not equals:
-            raise ConfigurationError(MSG_OPTION.format(given=one))
+            raise ConfigurationError(MSG_OPTION.format(option=option, given=one))
         try:
             parsed[name] = jsonlib.loads(value)
         except ValueError:

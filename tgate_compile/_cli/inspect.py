@@ -46,6 +46,12 @@ def _print_bundle(bundle: Bundle) -> None:
         f"{schedule}, keeps {manifest.method.keep}; {manifest.scheduler.class_name}",
         f"for example {manifest.example.strip}",
     ]
+    if manifest.quantization is not None:
+        quantization = manifest.quantization
+        kept = f", but for {', '.join(quantization.keep)}" if quantization.keep else ""
+        lines.append(f"quantized: {quantization.scheme} in {', '.join(quantization.graphs)}{kept}")
+        if quantization.calibration is not None:
+            lines.append(f"measured on {', '.join(map(repr, quantization.calibration.prompts)) or 'its own call'}")
     for line in lines:
         OUT.print(escape(line), soft_wrap=True)
     table = Table("graph", "inputs", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
