@@ -1,4 +1,4 @@
-"""The page's modules in Node.js, against what they are written after: diffusers, transformers, and the schedules here."""
+"""The page's modules in Node.js, against what they are written after: diffusers, transformers, and our schedules."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def test_tokens_as_in_transformers() -> None:
         )
     script = """
     const { Tokenizer } = await import("./tokenizer.js");
-    return given.files.map((file) => { const made = new Tokenizer(file); return given.texts.map((text) => made.encode(text)); });
+    const encoded = (tokenizer) => given.texts.map((text) => tokenizer.encode(text));
+    return given.files.map((file) => encoded(new Tokenizer(file)));
     """
     assert run_in_node(script, {"files": given, "texts": TEXTS}) == expected
 
@@ -195,7 +196,12 @@ def refusal(data: dict[str, Any]) -> str | None:
     """What the page says of a manifest; None: nothing."""
     script = """
     const { checkManifest } = await import("./manifest.js");
-    try { checkManifest(given); return null; } catch (error) { return error.name === "BundleError" ? error.message : String(error.stack); }
+    try {
+      checkManifest(given);
+      return null;
+    } catch (error) {
+      return error.name === "BundleError" ? error.message : String(error.stack);
+    }
     """
     said: str | None = run_in_node(script, data)
     return said
@@ -226,7 +232,15 @@ def test_other_tokenizers_are_refused_by_name() -> None:
     }
     script = """
     const { Tokenizer } = await import("./tokenizer.js");
-    return given.map((file) => { try { new Tokenizer(file); return null; } catch (error) { return `${error.name}: ${error.message}`; } });
+    const refused = (file) => {
+      try {
+        new Tokenizer(file);
+        return null;
+      } catch (error) {
+        return `${error.name}: ${error.message}`;
+      }
+    };
+    return given.map(refused);
     """
     for name, said in zip(cases, run_in_node(script, list(cases.values())), strict=True):
         assert said.startswith("BundleError: ")

@@ -1,0 +1,70 @@
+"""A real browser for tests of pages."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tgate_compile._web.server import address_of, server_for
+
+_FLAGS = (
+    "headless=new",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-dev-shm-usage",
+    "no-first-run",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+    "force-prefers-reduced-motion",
+)
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Headless Chromium, with what is written to its console; a skip where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: no browser to look with")
+    from selenium.webdriver.chrome.service import Service
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary = next((path for name in names if (path := shutil.which(name))), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("there is no Chromium with its chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in _FLAGS:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=Service(driver))
+    started.set_script_timeout(300)
+    try:
+        yield started
+    finally:
+        started.quit()
+
+
+@contextmanager
+def served(folder: Path, *, isolated: bool = True) -> Iterator[str]:
+    """The address of `folder`, served as `tgate-compile web --serve` does it."""
+    server = server_for(folder, isolated=isolated)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield address_of(server)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def show_at(browser: Any, width: int, height: int) -> None:
+    """The size of its window; below 600 pixels it is a phone."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
