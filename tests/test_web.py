@@ -304,3 +304,11 @@ def test_what_the_page_says_of_a_bundle_that_it_cannot_run(tiny: Path, browser: 
         path.unlink()
         opened(browser, address)
         assert "There is no bundle at" in text_of(browser, "error")
+
+
+def test_the_minimal_example(tiny: Path, browser: Any) -> None:
+    shutil.copy(Path(__file__).parent.parent / "examples" / "web" / "minimal.html", tiny)
+    with served(tiny) as address:
+        browser.get(address + "minimal.html")
+        wait_for(browser, "document.getElementById('status').textContent === 'FFFFFp'")
+    assert complaints(browser) == []
