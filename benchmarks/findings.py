@@ -70,7 +70,7 @@ def call_of(setting: Setting) -> dict[str, Any]:
 def model_of(setting: Setting) -> dict[str, Any]:
     """Parameters and multiply-accumulates of the model's graphs: of a step of one image, in linear and convolution
     layers."""
-    pipe = pipeline(setting)
+    pipe = pipeline(Setting(setting.model, setting.steps))
     tgate_compile.optimize(pipe, gate_step=1, backend="eager")
     pipe(captions()[0], num_inference_steps=2, output_type="latent", **call_of(setting))
     by_name = {variant.name: variant for variant in tgate_compile.describe(pipe).variants}

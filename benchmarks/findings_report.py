@@ -72,7 +72,8 @@ def _gates(results: Results) -> str:
     for model in _MODELS:
         for name, setting in results["settings"].items():
             if setting["model"] == model and name in (f"{model}, 25 steps", f"{model}, 4 steps"):
-                found += [(f"`{model}`", setting, label) for label in setting["rows"] if _is_gate(label)]
+                gates = sorted(filter(_is_gate, setting["rows"]), key=lambda label: int(label.partition(" ")[2] or 0))
+                found += [(f"`{model}`", setting, label) for label in gates]
     return _measures(("model", ""), [((model, _title(label)), s, label) for model, s, label in found], results)
 
 

@@ -16,7 +16,8 @@ a column of several figures has as many, with commas, and one that is not checke
 
 which is about the last figures before it, as many as there are expressions; `None` is not checked, and a starred
 expression is about several. A measurement whose results nobody kept says so, `<!-- figures: not kept -->`, and what a
-program writes names it: `<!-- figures: by benchmarks/findings_report.py -->`.
+program writes names it: `<!-- figures: by tgate-compile report --paper -->`. So do the places in `docs/findings.md`,
+`<!-- findings: gates -->`, which `tests/test_findings.py` compares.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 NOT_KEPT = "not kept"
-BY_PROGRAM = "by "
+BY_PROGRAM = ("by ", "findings: ")
 MINUS = "\u2212"
 
-_COMMENT = re.compile(r"<!-- figures: (.*?)\s*-->", re.DOTALL)
+_COMMENT = re.compile(r"<!-- (?:figures: |(?=findings: ))(.*?)\s*-->", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.])[\u2212+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d+)?")
 _TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 _MEASURED_CELL = re.compile(r"[\u2212+]?[\d,]*\d\.\d")
