@@ -3,6 +3,7 @@
     python benchmarks/exports.py --formats aoti --out benchmarks/results/exports_aoti.json
     python benchmarks/exports.py --formats aoti onnx --keep bundles
     python benchmarks/exports.py --formats aoti onnx --keep bundles --again --threads 1
+    python benchmarks/exports.py --formats executorch onnx --without-inductor
 
 Exports a bundle of each format, and measures: the time of `export` and `load`, sizes on disk, resident memory of a new
 process before it opens the graphs, with one, and with both (Linux), and the time of a step of each graph, all runners
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=["aoti"])
     parser.add_argument("--repeat", type=int, default=30, help="times that each graph is run by each runner")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--without-inductor", action="store_true", help="which compiles for minutes")
     parser.add_argument("--keep", type=Path, help="a folder to leave the bundles in")
     parser.add_argument("--again", action="store_true", help="measure those that are in --keep, and export nothing")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
@@ -80,7 +82,7 @@ def main() -> None:
             export_s = None if options.again else export(name, bundles[name])
             found[name] = measured(bundles[name], export_s, options.threads)
         print("timing steps", flush=True)
-        steps = step_times(bundles, options.repeat)
+        steps = step_times(bundles, options.repeat, inductor=not options.without_inductor)
     results = {
         "command": "python benchmarks/exports.py " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -143,11 +145,11 @@ def random_inputs(graph: Graph, manifest: Manifest) -> list[torch.Tensor]:
     return [torch.randn(shape_at(spec.shape, sizes)).to(getattr(torch, spec.dtype)) for spec in specs_of(graph)]
 
 
-def step_times(bundles: Mapping[str, Path], repeat: int) -> dict[str, dict[str, dict[str, float]]]:
+def step_times(bundles: Mapping[str, Path], repeat: int, *, inductor: bool) -> dict[str, dict[str, dict[str, float]]]:
     """For each graph and runner, the least and the median of its times in milliseconds."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for planned in static_graphs():
-        runners = runners_of(planned, bundles)
+        runners = runners_of(planned, bundles, inductor=inductor)
         times: dict[str, list[float]] = {name: [] for name in runners}
         with torch.no_grad():
             for run in runners.values():
@@ -167,12 +169,13 @@ def static_graphs() -> list[PlannedGraph]:
     return list(planned_graphs(hook, preview(pipe, CALL)[component], ()).values())
 
 
-def runners_of(planned: PlannedGraph, bundles: Mapping[str, Path]) -> dict[str, Callable[[], Any]]:
+def runners_of(planned: PlannedGraph, bundles: Mapping[str, Path], *, inductor: bool) -> dict[str, Callable[[], Any]]:
     """Eager and Inductor on graphs of fixed shapes, as `optimize` makes them; each bundle's graph; the same inputs."""
     shapes = [node.meta["val"] for node in inputs_of(planned)]
     inputs = [torch.randn(fake.shape).to(fake.dtype) for fake in shapes]
     runners: dict[str, Callable[[], Any]] = {}
-    for name, backend in (("eager", EagerBackend({})), ("inductor", InductorBackend({}))):
+    compilers = {"eager": EagerBackend({}), **({"inductor": InductorBackend({})} if inductor else {})}
+    for name, backend in compilers.items():
         compiled = backend.compile(planned.variant, inputs)
         runners[name] = lambda compiled=compiled: compiled(planned.weights, inputs)
     for name, folder in bundles.items():
