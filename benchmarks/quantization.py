@@ -1,0 +1,239 @@
+"""What quantization costs and brings: size, time of a step, likeness, and whether images show what they should.
+
+    python benchmarks/quantization.py --out benchmarks/results/quantization.json
+    python benchmarks/quantization.py --formats onnx --keep bundles          # bundles that are there are used again
+
+The embedded pipeline is exported in each format that takes a scheme, in floats and with each of its schemes, and loaded
+again. All of them draw the same held-out captions from the same noise, batch after batch in turn, so that what else the
+machine does meets all alike. PSNR is against the images of the float graphs in PyTorch; the attribute reader that comes
+with the package judges whether an image shows all that its caption says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+import tgate_compile
+from tgate_compile._benchmark.machine import machine_of
+from tgate_compile._bundle.formats import FORMATS, openers
+from tgate_compile._demo.attribute_reader import AttributeReader
+from tgate_compile._demo.captions import held_out_captions
+from tgate_compile._evaluation.attributes import log_likelihood, right
+from tgate_compile._optimized import required_state_of
+from tgate_compile._quantization import CALIBRATED
+
+STEPS = 25
+GATE = 10
+CAPTION_SEED = 2026
+#: For schemes that are calibrated; other captions than those that are drawn.
+CALIBRATION_SEED = 7
+CALIBRATION_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A bundle and what runs it; without a format, the graphs in PyTorch."""
+
+    format: str | None
+    scheme: str | None = None
+    backend: str | None = None
+    graphs: str = "all"
+
+    @property
+    def bundle(self) -> str:
+        return f"{self.format}-{self.scheme or 'float'}" + ("" if self.graphs == "all" else f"-{self.graphs}")
+
+    @property
+    def name(self) -> str:
+        if self.format is None:
+            return "PyTorch, eager"
+        only = "" if self.graphs == "all" else f", {self.graphs} graph alone"
+        return f"{self.format} in {self.backend}, {self.scheme or 'float32'}{only}"
+
+
+@dataclass
+class Drawn:
+    """What a contender has drawn, and how long its steps took, by graph."""
+
+    images: list[np.ndarray] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+def contenders(formats: list[str], backends: list[str] | None, schemes: list[str] | None) -> list[Contender]:
+    chosen = [Contender(None)]
+    for format in formats:
+        taken = [scheme for scheme in FORMATS[format].schemes if schemes is None or scheme in schemes]
+        for backend in [name for name in openers(format) if backends is None or name in backends]:
+            chosen += [Contender(format, scheme, backend) for scheme in (None, *taken)]
+        if format == "onnx" and backends is None and schemes is None:
+            chosen.append(Contender(format, "int8", "onnxruntime", "pruned"))
+    return chosen
+
+
+def exported(contender: Contender, home: Path, dynamic: bool) -> tuple[Path, float | None]:
+    """The bundle, and how long it took to make; None if it was there."""
+    folder = home / contender.bundle
+    if folder.exists():
+        return folder, None
+    quantize: dict[str, Any] | None = None
+    if contender.scheme is not None:
+        quantize = {"scheme": contender.scheme, "graphs": contender.graphs}
+        if contender.scheme in CALIBRATED:
+            quantize["calibration_prompts"] = held_out_captions(CALIBRATION_PROMPTS, CALIBRATION_SEED, objects=2)
+    pipe = plain()
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    assert contender.format is not None
+    began = time.perf_counter()
+    call = {"prompt": "", "num_inference_steps": STEPS}
+    free = ("batch",) if dynamic else False
+    tgate_compile.export(pipe, folder, contender.format, call=call, dynamic=free, quantize=quantize)
+    return folder, time.perf_counter() - began
+
+
+def plain() -> Any:
+    pipe = tgate_compile.load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, prompts: list[str], latents: torch.Tensor, drawn: Drawn) -> None:
+    ends: list[float] = []
+
+    def after(own: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        ends.append(time.perf_counter())
+        return values
+
+    call = {"num_inference_steps": STEPS, "output_type": "np", "callback_on_step_end": after}
+    drawn.images.append(pipe(prompts, latents=latents, **call).images)
+    for step in range(1, STEPS):
+        if step != GATE:  # which, like the first one, may open a graph
+            drawn.seconds["full" if step < GATE else "pruned"].append(ends[step] - ends[step - 1])
+
+
+def psnr(images: np.ndarray, others: np.ndarray) -> list[float]:
+    errors = ((images.astype(np.float64) - others) ** 2).mean((1, 2, 3))
+    return [200.0 if error == 0 else -10 * math.log10(error) for error in errors]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=[name for name, row in FORMATS.items() if row.schemes])
+    parser.add_argument("--backends", nargs="+", help="default: all that run these formats")
+    parser.add_argument("--schemes", nargs="+", help="default: all that these formats take")
+    parser.add_argument("--captions", type=int, default=64, help="half of them with two objects")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--static", action="store_true", help="fix the batch, for formats that cannot leave it free")
+    parser.add_argument("--keep", type=Path, help="keep the bundles there")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.keep is not None:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        result = measured(arguments, arguments.keep or Path(temporary))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def measured(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
+    half = arguments.captions // 2
+    captions = [
+        *held_out_captions(arguments.captions - half, CAPTION_SEED, objects=1),
+        *held_out_captions(half, CAPTION_SEED, objects=2),
+    ]
+    rows: list[dict[str, Any]] = []
+    pipes: list[Any] = []
+    chosen = contenders(arguments.formats, arguments.backends, arguments.schemes)
+    for contender in chosen:
+        print(contender.name, file=sys.stderr, flush=True)
+        pipe = plain()
+        if contender.format is None:
+            tgate_compile.optimize(pipe, GATE, backend="eager")
+            rows.append({"name": contender.name})
+        else:
+            folder, seconds = exported(contender, home, not arguments.static)
+            own: Any = {"threads": arguments.threads} if contender.format == "onnx" else None
+            tgate_compile.load(pipe, folder, backend=contender.backend, backend_options=own)
+            rows.append({"name": contender.name, "export_s": seconds, **_about(folder)})
+        pipes.append(pipe)
+    size = pipes[0].unet.config.sample_size
+    latents = torch.randn((len(captions), 4, size, size), generator=torch.Generator().manual_seed(0))
+    drawn = [Drawn() for _ in pipes]
+    for at in range(0, len(captions), arguments.batch):
+        print(f"{at} of {len(captions)} captions", file=sys.stderr, flush=True)
+        for pipe, its in zip(pipes, drawn, strict=True):
+            draw(pipe, captions[at : at + arguments.batch], latents[at : at + arguments.batch], its)
+    reader = AttributeReader.load()
+    expected = np.concatenate(drawn[0].images)
+    for row, pipe, its in zip(rows, pipes, drawn, strict=True):
+        images = np.concatenate(its.images)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous()
+        judged = right(reader, pixels, captions)
+        each = psnr(images, expected)
+        row |= {
+            "psnr_mean": sum(each) / len(each),
+            "psnr_least": min(each),
+            "right": judged.mean().item(),
+            "log_likelihood": log_likelihood(reader, pixels, captions).mean().item(),
+            "step_ms": {
+                graph: {"least": 1e3 * min(some), "median": 1e3 * median(some)} for graph, some in its.seconds.items()
+            },
+            "runs": type(required_state_of(pipe).hook.store).__name__,
+        }
+    return {
+        "command": " ".join(["python", "benchmarks/quantization.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_of(torch.device("cpu")),
+        "captions": len(captions),
+        "batch": arguments.batch,
+        "steps": STEPS,
+        "gate": GATE,
+        "rows": rows,
+    }
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return {
+        "bytes": sum(file["size"] for file in manifest["files"].values()),
+        "weights_bytes": manifest["files"].get("graphs/weights.bin", {}).get("size"),
+        "parity": {name: graph["parity"] and graph["parity"]["relative"] for name, graph in manifest["graphs"].items()},
+        "runtime": manifest["versions"]["runtime"],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| | bundle / MB | full / ms | pruned / ms | PSNR / dB | least | right / % | likelihood |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        size = f"{row['bytes'] / 1e6:.2f}" if "bytes" in row else ""
+        full, pruned = (row["step_ms"][graph]["least"] for graph in ("full", "pruned"))
+        same = row["psnr_mean"] == 200
+        likeness = "| |" if same else f"| {row['psnr_mean']:.1f} | {row['psnr_least']:.1f}"
+        lines.append(
+            f"| {row['name']} | {size} | {full:.1f} | {pruned:.1f} {likeness} | {100 * row['right']:.1f} "
+            f"| {row['log_likelihood']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

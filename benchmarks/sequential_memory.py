@@ -1,0 +1,235 @@
+"""The memory that a bundle takes: the plain model, both graphs, and one graph at a time.
+
+    python benchmarks/sequential_memory.py --out benchmarks/results/sequential_memory.json
+    python benchmarks/sequential_memory.py --only embedded
+
+Each figure is that of a process of its own, the kernel's `VmHWM` from its start: interpreter, libraries, weights,
+mapped files and all. Beside it is what of it is the process's own (`RssAnon` at its largest, looked at every 5 ms),
+without the pages of files, which the system may drop. Linux only.
+
+The embedded pipeline runs as a program, without PyTorch: text encoder, both graphs, decoder. The UNet of SD-1.5's size
+has random weights and runs alone, in ONNX Runtime, step after step, as the schedule says. "Plain" is the full graph at
+every step, which is what the ungated model costs on the same runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+STEPS = 6
+GATE = 2
+#: How each process runs a bundle.
+MODES = ("plain", "both", "sequential")
+
+
+class Watch:
+    """The most memory of its own that this process has, until it is stopped."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.005):
+            self.most = max(self.most, status("RssAnon"))
+
+    def stop(self) -> int:
+        self._over.set()
+        self._thread.join()
+        return self.most
+
+
+def status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def run_program(folder: Path, mode: str, times: int) -> list[float]:
+    """Images of the embedded pipeline; how long each took."""
+    from tgate_compile.runtime import BundlePipeline
+
+    pipe = BundlePipeline(folder, threads=1, verify=False, sequential=mode == "sequential")
+    gate = pipe.manifest.components.num_inference_steps if mode == "plain" else None
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        pipe("a large red circle on a blue background", seed=0, gate_step=gate)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def run_graphs(folder: Path, mode: str, times: int) -> list[float]:
+    """The denoiser's steps of a generation; how long each generation took."""
+    import numpy as np
+    import onnxruntime
+
+    from tgate_compile._bundle.phases import phase_of
+    from tgate_compile._bundle.read_manifest import read_manifest
+    from tgate_compile._bundle.sizes import shape_at
+    from tgate_compile.runtime._denoiser import Graphs
+    from tgate_compile.runtime._session import Settings
+
+    manifest = read_manifest(folder, hashes=False)
+    graphs = Graphs(manifest, folder, Settings(threads=1), sequential=mode == "sequential")
+    sizes = {name: size.example for name, size in manifest.sizes.items()}
+    rng = np.random.default_rng(0)
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        caches: dict[str, Any] = {}
+        for step in range(STEPS):
+            graph = manifest.graphs["full" if mode == "plain" or step < GATE else "pruned"]
+            inputs = {
+                spec.name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                    np.asarray(rng.standard_normal(shape_at(spec.shape, sizes)), dtype=spec.dtype)
+                )
+                for spec in graph.inputs
+            }
+            inputs |= {spec.name: caches[spec.name] for spec in graph.cache_inputs}
+            outputs = graphs.session(phase_of(graph.phase)).run(inputs, kept=len(graph.cache_outputs))
+            values = zip(graph.cache_outputs, outputs[len(graph.outputs) :], strict=True)
+            caches |= {spec.name: value for spec, value in values}
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def export_embedded(folder: Path, quantize: str | None) -> None:
+    import tgate_compile
+
+    pipe = tgate_compile.load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    tgate_compile.optimize(pipe, 10, backend="eager")
+    call = {"prompt": "", "num_inference_steps": 25}
+    tgate_compile.export(pipe, folder, call=call, dynamic=False, components="all", quantize=quantize)
+
+
+def export_sd15(folder: Path, quantize: str | None) -> None:
+    """In float16: weights of 1.7 GB, which quantization makes int8 of."""
+    import torch
+
+    import tgate_compile
+    from tgate_compile._benchmark.random_models import random_pipeline
+
+    pipe, call = random_pipeline("sd15", torch.device("cpu"), torch.float16, size=256)
+    pipe.set_progress_bar_config(disable=True)
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    tgate_compile.export(
+        pipe, folder, call={**call, "num_inference_steps": STEPS}, dynamic=False, quantize=quantize, progress=print
+    )
+
+
+EXPORTS = {"embedded": export_embedded, "sd15": export_sd15}
+#: A name, what is exported, how it is quantized, and how many generations a process makes.
+CASES = (
+    ("embedded, float32", "embedded", None, 3),
+    ("embedded, int8", "embedded", "int8", 3),
+    ("SD-1.5 size, float16", "sd15", None, 1),
+    ("SD-1.5 size, int8", "sd15", "int8", 1),
+)
+
+
+def in_a_process(*arguments: str) -> dict[str, Any]:
+    """What this program, with these arguments, tells in its last line."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def child(task: str, what: str, folder: Path, mode: str, times: int) -> None:
+    began = time.perf_counter()
+    watch = Watch()
+    if task == "export":
+        EXPORTS[what](folder, None if mode == "float" else mode)
+        print(json.dumps({"seconds": time.perf_counter() - began, "peak_bytes": status("VmHWM"), "own": watch.stop()}))
+        return
+    before = status("VmRSS")
+    seconds = run_program(folder, mode, times) if what == "embedded" else run_graphs(folder, mode, times)
+    print(
+        json.dumps(
+            {
+                "mode": mode,
+                "peak_bytes": status("VmHWM"),
+                "peak_own_bytes": watch.stop(),
+                "resident_at_the_end_bytes": status("VmRSS"),
+                "resident_before_bytes": before,
+                "seconds": seconds,
+            }
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(EXPORTS))
+    parser.add_argument("--keep", type=Path, help="keep the bundles there, and use those that are there")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        task, what, folder, mode, times = arguments.child
+        child(task, what, Path(folder), mode, int(times))
+        return
+    home = arguments.keep or Path(tempfile.mkdtemp())
+    home.mkdir(exist_ok=True)
+    rows = []
+    for name, what, quantize, times in CASES:
+        if arguments.only not in (what, None):
+            continue
+        folder = home / f"{what}-{quantize or 'float'}"
+        export = None
+        if not folder.exists():
+            print(f"exporting {name}", file=sys.stderr, flush=True)
+            export = in_a_process("--child", "export", what, str(folder), quantize or "float", "1")
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        row: dict[str, Any] = {"name": name, "bundle_bytes": size, "export": export, "generations": times, "modes": []}
+        for mode in MODES:
+            print(f"{name}, {mode}", file=sys.stderr, flush=True)
+            row["modes"].append(in_a_process("--child", "run", what, str(folder), mode, str(times)))
+        rows.append(row)
+    if arguments.keep is None:
+        shutil.rmtree(home)
+    import torch
+
+    from tgate_compile._benchmark.machine import machine_of
+
+    torch.set_num_threads(1)
+    result = {
+        "command": " ".join(["python", "benchmarks/sequential_memory.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_of(torch.device("cpu")),
+        "rows": rows,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| | bundle / MB | | peak / MB | of its own | last generation / s |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        for at, mode in enumerate(row["modes"]):
+            name, size = (row["name"], f"{row['bundle_bytes'] / 1e6:.1f}") if at == 0 else ("", "")
+            peak, own = (f"{mode[key] / 1e6:.0f}" for key in ("peak_bytes", "peak_own_bytes"))
+            lines.append(f"| {name} | {size} | {mode['mode']} | {peak} | {own} | {mode['seconds'][-1]:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
