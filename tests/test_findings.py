@@ -32,7 +32,7 @@ def benchmarks() -> Any:
         import findings_report
 
         settings = (
-            findings_plan.Setting("lcm", 3, contenders={"T-GATE 1": Schedule(1), "2 steps": 2}),
+            findings_plan.Setting("sd", 3, contenders={"T-GATE 1": Schedule(1), "2 steps": 2}),
             findings_plan.Setting("sd", 3, "Euler", {"T-GATE 2": Schedule(2)}),
         )
         for name, value in {"SETTINGS": settings, "SINGLES": 1, "PAIRS": 2, "SEEDS": (0, 1), "BATCH": 3}.items():
@@ -49,15 +49,15 @@ def measured(benchmarks: tuple[ModuleType, ModuleType], tmp_path_factory: pytest
 
 def test_each_setting_has_cost_and_quality_of_each_seed(measured: Path) -> None:
     results = json.loads((measured / "results.json").read_text())
-    assert list(results["settings"]) == ["lcm, 3 steps", "sd, 3 steps, Euler"]
-    lcm, sd = results["settings"].values()
-    assert list(lcm["rows"]) == ["plain", "T-GATE 1", "2 steps"]
+    assert list(results["settings"]) == ["sd, 3 steps", "sd, 3 steps, Euler"]
+    own, sd = results["settings"].values()
+    assert list(own["rows"]) == ["plain", "T-GATE 1", "2 steps"]
     assert sd["scheduler"] == "EulerDiscreteScheduler"
-    assert lcm["rows"]["plain"]["cost"] == 1
-    assert lcm["rows"]["2 steps"]["cost"] == pytest.approx(2 / 3, abs=1e-4)
+    assert own["rows"]["plain"]["cost"] == 1
+    assert own["rows"]["2 steps"]["cost"] == pytest.approx(2 / 3, abs=1e-4)
     assert 0.55 < sd["rows"]["T-GATE 2"]["cost"] < 2.5 / 3
     assert results["images"]["total"] == 6
-    for row in (*lcm["rows"].values(), *sd["rows"].values()):
+    for row in (*own["rows"].values(), *sd["rows"].values()):
         for name in ("pairs", "singles", "frechet"):
             assert len(row[name]["seeds"]) == 2
             assert row[name]["mean"] == pytest.approx(sum(row[name]["seeds"]) / 2, abs=1e-3)
@@ -72,7 +72,7 @@ def test_each_setting_has_cost_and_quality_of_each_seed(measured: Path) -> None:
 
 def test_what_is_missing_is_made_again(benchmarks: tuple[ModuleType, ModuleType], measured: Path) -> None:
     before = json.loads((measured / "results.json").read_text())
-    images = sorted((measured / "images" / "lcm-3-steps" / "images" / "t-gate-1").glob("*.png"))
+    images = sorted((measured / "images" / "sd-3-steps" / "images" / "t-gate-1").glob("*.png"))
     assert len(images) == 6
     times = {path: path.stat().st_mtime_ns for path in images}
     os.remove(images[0])
