@@ -27,7 +27,7 @@ BACKENDS: Mapping[str, type[Backend]] = {
 
 
 #: What runs graphs that `export` has built, by the format, and nothing else.
-FOR_BUNDLES = ("aoti", "tensorrt-rtx", "executorch")
+FOR_BUNDLES = ("aoti", "tensorrt-rtx", "executorch", "coreml")
 
 MSG_FOR_BUNDLES = (
     'backend="{name}" runs graphs that are built beforehand: export(pipe, folder, format="{name}") of a pipeline that '

@@ -188,6 +188,14 @@ FORMATS: Mapping[str, Row] = {
         to_load=("executorch", "pydantic"),
         fixed_sizes=True,
     ),
+    "coreml": Row(
+        "tgate_compile._bundle.coreml_graphs",
+        backend="coreml",
+        extra="coreml",
+        to_write=("coremltools", "pydantic"),
+        to_load=("coremltools", "pydantic"),
+        fixed_sizes=True,
+    ),
 }
 
 

@@ -93,7 +93,9 @@ def _manifest(root: Path) -> Manifest:
     except ConfigurationError as error:
         raise BundleError(str(error)) from error
     for used in (manifest.weights, *(graph.file for graph in manifest.graphs.values()), *_component_files(manifest)):
-        if used is not None and used not in manifest.files:
+        # A Core ML package is a folder, whose files are named.
+        is_folder = manifest.graph_format == "coreml" and any(name.startswith(f"{used}/") for name in manifest.files)
+        if used is not None and used not in manifest.files and not is_folder:
             raise BundleError(MSG_UNLISTED.format(path=path, given=used))
     if manifest.weights not in (WEIGHTS_FILE, None) or (
         manifest.graph_format in ("onnx", "openvino") and manifest.weights is None

@@ -1,0 +1,92 @@
+// The denoiser of one generation, from a bundle of format "coreml": it loads the package's functions by name, keeps the
+// caches from step to step, and follows the manifest (docs/bundle.md).
+//
+// This file has never been compiled: there was no Mac at hand when it was written. It has one call with both guidance
+// halves, as most pipelines make it, and drops the full function once it is no longer needed.
+//
+// iOS 18 or macOS 15, and later. In an app, compile the package beforehand: xcrun coremlcompiler compile.
+
+import CoreML
+import Foundation
+
+struct Manifest: Decodable {
+    struct Spec: Decodable { let name: String }
+    struct CacheInput: Decodable { let name: String, kind: String, site: String }
+    struct CacheOutput: Decodable { let name: String, kind: String, site: String, merged: Bool }
+    struct Phase: Decodable { let guided: Bool, emit: [String], merge: [String] }
+    struct Graph: Decodable {
+        let file: String, entry: String
+        let inputs: [Spec], cache_inputs: [CacheInput], outputs: [Spec], cache_outputs: [CacheOutput]
+    }
+    struct Step: Decodable { let graph: String, phase: Phase }
+    struct Example: Decodable { let guided: Bool, steps: [Step] }
+    struct Family: Decodable { let order: [String] }
+    struct Method: Decodable { let keep: String }
+
+    let graphs: [String: Graph], example: Example, family: Family, method: Method
+}
+
+/// What Core ML calls an input, an output or a function that the manifest calls `name`.
+func featureName(_ name: String) -> String {
+    String(name.map { $0.isASCII && ($0.isLetter || $0.isNumber) ? $0 : "_" })
+}
+
+final class Denoiser {
+    let manifest: Manifest
+    private let package: URL  // compiled
+    private var loaded: (name: String, model: MLModel)?
+    private var caches: [String: (value: MLMultiArray, hasHalves: Bool)] = [:]
+
+    init(bundle: URL, compiledPackage: URL) throws {
+        let json = try Data(contentsOf: bundle.appendingPathComponent("manifest.json"))
+        manifest = try JSONDecoder().decode(Manifest.self, from: json)
+        package = compiledPackage
+    }
+
+    /// The prediction of a step. `arguments` have both halves, by the names of the manifest; a timestep has shape [1].
+    /// Once guidance has stopped, what comes back is one half, which stands for both.
+    func callAsFunction(step number: Int, arguments: [String: MLMultiArray]) throws -> MLMultiArray {
+        let step = manifest.example.steps[number]
+        let graph = manifest.graphs[step.graph]!
+        let halved = manifest.example.guided && !step.phase.guided
+        var features: [String: Any] = [:]
+        for spec in graph.inputs {
+            let value = arguments[spec.name]!
+            // Only a timestep has no rows for each half here; the family's exceptions are in docs/bundle.md.
+            features[featureName(spec.name)] = halved && value.shape.count > 1 ? try half(value) : value
+        }
+        for spec in graph.cache_inputs {
+            let cache = caches[spec.kind + " " + spec.site]!
+            features[featureName(spec.name)] = halved && cache.hasHalves ? try half(cache.value) : cache.value
+        }
+        let given = try MLDictionaryFeatureProvider(dictionary: features)
+        let results = try model(step.graph, graph).prediction(from: given)
+        for spec in graph.cache_outputs {
+            guard (spec.merged ? step.phase.merge : step.phase.emit).contains(spec.kind) else { continue }
+            let value = results.featureValue(for: featureName(spec.name))!.multiArrayValue!
+            caches[spec.kind + " " + spec.site] = (value, step.phase.guided && !spec.merged)
+        }
+        return results.featureValue(for: featureName(graph.outputs[0].name))!.multiArrayValue!
+    }
+
+    /// One function at a time is in memory: T-GATE changes it once per image.
+    private func model(_ name: String, _ graph: Manifest.Graph) throws -> MLModel {
+        if let loaded, loaded.name == name { return loaded.model }
+        loaded = nil
+        let configuration = MLModelConfiguration()
+        configuration.functionName = graph.entry
+        configuration.computeUnits = .all
+        let model = try MLModel(contentsOf: package, configuration: configuration)
+        loaded = (name, model)
+        return model
+    }
+
+    /// The rows of the half that goes on. The halves are one after the other, in the order of the family.
+    private func half(_ value: MLMultiArray) throws -> MLMultiArray {
+        let position = manifest.family.order.firstIndex(of: manifest.method.keep)!
+        var shape = value.shape.map(\.intValue)
+        shape[0] /= 2
+        let rows = MLShapedArray<Float>(value)[(position * shape[0])..<((position + 1) * shape[0])]
+        return MLMultiArray(MLShapedArray<Float>(scalars: rows.scalars, shape: shape))
+    }
+}

@@ -1,0 +1,101 @@
+"""`format="coreml"`: converted and looked at here; Core ML itself runs on Apple's devices only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_compile
+from tests.exported import GATE, STEPS, plain
+from tgate_compile import BackendError, BundleError, ConfigurationError
+from tgate_compile._bundle.coreml_graphs import PACKAGE, check_graph, feature_name
+from tgate_compile._bundle.manifest import Manifest
+from tgate_compile._bundle.read import read_bundle
+
+pytest.importorskip("coremltools", reason="coremltools has no packages for some machines")
+
+CALL = {"prompt": "", "num_inference_steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Any:
+    return tgate_compile.optimize(plain(), GATE, backend="eager")
+
+
+@pytest.fixture(scope="module")
+def bundle(optimized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tgate_compile.export(optimized, tmp_path_factory.mktemp("coreml") / "bundle", "coreml", call=CALL)
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    """Which checks names, dtypes and shapes of each function."""
+    return read_bundle(bundle).manifest
+
+
+def test_functions_share_their_weights(bundle: Path, manifest: Manifest) -> None:
+    assert {graph.file for graph in manifest.graphs.values()} == {PACKAGE}
+    assert {name: graph.entry for name, graph in manifest.graphs.items()} == {"full": "full", "pruned": "pruned"}
+    assert all(graph.parity is None for graph in manifest.graphs.values())
+    assert manifest.weights is None
+    assert manifest.sizes == {}
+    (weights,) = [file.size for name, file in manifest.files.items() if name.endswith("weight.bin")]
+    in_halves = sum(tensor.numel() * 2 for tensor in plain().unet.state_dict().values())
+    assert weights < 1.1 * in_halves
+    assert sorted(path.name for path in (bundle / "graphs").iterdir()) == ["graphs.mlpackage"]
+
+
+def test_what_functions_take(bundle: Path, manifest: Manifest) -> None:
+    from coremltools.proto import Model_pb2
+
+    model = Model_pb2.Model()
+    model.ParseFromString((bundle / PACKAGE / "Data/com.apple.CoreML/model.mlmodel").read_bytes())
+    full, pruned = model.description.functions
+    assert model.description.defaultFunctionName == full.name == "full"
+    assert [each.name for each in full.input] == ["sample", "timestep", "encoder_hidden_states"]
+    caches = [feature_name(spec.name) for spec in manifest.graphs["full"].cache_outputs]
+    assert [each.name for each in full.output] == ["out_sample", *caches]
+    assert [each.name for each in pruned.input] == ["sample", "timestep", *caches]
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"entry": "other"}, "no Core ML package of a function other"),
+        ({"file": "graphs/other.mlpackage"}, "is not there"),
+        ({"outputs": []}, "the manifest says"),
+    ],
+)
+def test_other_functions(bundle: Path, manifest: Manifest, changed: dict[str, Any], problem: str) -> None:
+    graph = manifest.graphs["full"].model_copy(update=changed)
+    with pytest.raises(BundleError, match=problem):
+        check_graph(graph, bundle, manifest)
+
+
+def test_it_does_not_run_here(bundle: Path) -> None:
+    with pytest.raises(BackendError, match="Apple's devices"):
+        tgate_compile.load(plain(), bundle)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"fast": 1}, ("'fast'", "minimum_deployment_target, precision")),
+        ({"minimum_deployment_target": "iOS17"}, ('"iOS18"', "'iOS17'")),
+        ({"precision": "int8"}, ('"float16" or "float32"', "'int8'")),
+    ],
+)
+def test_options(optimized: Any, tmp_path: Path, options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        tgate_compile.export(optimized, tmp_path / "bundle", "coreml", format_options=options)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_float16(tmp_path: Path) -> None:
+    pipe = tgate_compile.optimize(plain().to(torch.float16), GATE, backend="eager")
+    with pytest.raises(BundleError, match=r"sample in float16.*Export the float32 model"):
+        tgate_compile.export(pipe, tmp_path / "bundle", "coreml", call=CALL)
+    assert list(tmp_path.iterdir()) == []
