@@ -13,7 +13,7 @@ const COMMAND = "`tgate-compile web --out DIR` writes one that this page runs.";
 export async function readManifest(url) {
   let manifest;
   try {
-    const response = await fetch(url);
+    const response = await fetch(url, { cache: "no-store" });
     if (!response.ok) throw new Error(`${response.status} ${response.statusText}`.trim());
     manifest = await response.json();
   } catch (error) {
