@@ -66,12 +66,14 @@ def export(
         pipe: what `optimize` has returned.
         folder: a new folder, in one that exists.
         format: `"onnx"`, or `"aoti"`: native code, compiled here for machines like this one; or engines for NVIDIA's
-            GPUs: `"tensorrt-rtx"`, built without one, and `"tensorrt"`; or for devices: `"executorch"`.
+            GPUs: `"tensorrt-rtx"`, built without one, and `"tensorrt"`; or for devices: `"executorch"`, `"openvino"`,
+            `"coreml"`.
         call: arguments of the pipeline's call, which fix the shapes that are not dynamic. Its steps are the manifest's
             example. The default is an empty prompt and the pipeline's own defaults.
         dynamic: which of `"batch"` (prompts and images at a time), `"height"` and `"width"` each call may choose. True
             is as many as the denoiser permits: all three, or the batch alone (transformers that compute tables from
-            the size), or none. False is none, and so is True where the format's graphs have fixed sizes: `executorch`.
+            the size), or none. False is none, and so is True where the format's graphs have fixed sizes: `executorch`
+            and `coreml`.
         format_options: see the format in `docs/exports.md`; `onnx` has none, `aoti` has `target`.
         components: `"all"` also writes the text encoders, the tokenizers and the VAE's decoder, so that
             `tgate_compile.runtime` makes images of prompts without PyTorch; for Stable Diffusion, SDXL and PixArt.

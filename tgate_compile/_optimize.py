@@ -84,8 +84,8 @@ def optimize(
         sites: cache only the attentions whose names match one of these patterns, as in a shell: `["up_blocks.*"]`.
         cache_dtype: keep the caches in this dtype: half of fp32's memory with `torch.bfloat16`, a quarter with
             `torch.float8_e4m3fn`. None keeps the model's own.
-        backend: `"inductor"` (compiled), `"onnxruntime"`, `"tensorrt"` (on NVIDIA's GPUs), `"eager"` (the rewritten
-            graphs, uncompiled: no compile time), or `"auto"` (the fastest for the device, as measured).
+        backend: `"inductor"` (compiled), `"onnxruntime"`, `"openvino"`, `"tensorrt"` (on NVIDIA's GPUs), `"eager"` (the
+            rewritten graphs, uncompiled: no compile time), or `"auto"` (the fastest for the device, as measured).
         backend_options: options for the backend: Inductor's configuration, and `cuda_graphs=True` for it on a GPU.
 
     Returns:
