@@ -94,6 +94,9 @@ def _prepared(variant: Variant, delegate: str) -> torch.export.ExportedProgram:
     program: torch.export.ExportedProgram = constant_prop_pass(
         flat_program(variant.program, graph_module), custom_skip_targets=set()
     )
+    for name, constant in program.constants.items():
+        if isinstance(constant, torch.Tensor):  # ExecuTorch takes no strides of 0, which a folded `expand` has
+            program.constants[name] = constant.contiguous()
     return program
 
 

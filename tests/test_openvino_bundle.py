@@ -83,7 +83,7 @@ def test_weights_in_8_bits(tmp_path: Path) -> None:
     folder = tgate_compile.export(pipe, tmp_path / "bundle", "openvino", call=CALL, quantize="int8")
     manifest = read_bundle(folder).manifest
     weights = sum(tensor.nbytes for tensor in pipe.unet.state_dict().values())
-    assert manifest.files["graphs/weights.bin"].size < 0.35 * weights
+    assert manifest.files["graphs/weights.bin"].size < 0.4 * weights  # two layers stay in floats
     assert 'type="Const" version="opset1"><data element_type="i8"' in _without_space(folder / "graphs/full.xml")
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, folder)
