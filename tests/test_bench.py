@@ -18,6 +18,7 @@ from tgate_compile._benchmark.peers import PEERS, of_its_own_class
 from tgate_compile._benchmark.random_models import NAMES, random_pipeline
 from tgate_compile._benchmark.result import Benchmark, Row
 from tgate_compile._benchmark.run import CUDA_GRAPHS, Task, run_benchmark
+from tgate_compile._benchmark.timed import timed_generation
 from tgate_compile._cli.app import app
 from tgate_compile._cli.bench import _backends
 from tgate_compile._cli.options import Backend
@@ -93,6 +94,14 @@ def test_the_pipeline_and_its_class_stay_as_they_were(measured: tuple[Any, Bench
     assert not pipe.unet._forward_hooks
     assert not pipe.unet._forward_pre_hooks
     assert "step" not in vars(pipe.scheduler)
+
+
+def test_schedulers_that_draw_noise_draw_from_the_seed() -> None:
+    pipe = tiny_pipelines.latent_consistency()
+    call = {"prompt": "red cat", "num_inference_steps": 3}
+    first, second = (timed_generation(pipe, call, seed=3).latents for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first, pipe(**call, generator=torch.Generator().manual_seed(3), output_type="latent").images)
 
 
 def test_efficiency_is_speedup_over_saved_operations() -> None:

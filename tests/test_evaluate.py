@@ -241,6 +241,13 @@ def test_more_schedules_join_those_that_are_there(tmp_path: Path) -> None:
     assert not (tmp_path / "latents").exists()
 
 
+def test_schedulers_that_draw_noise_draw_the_images_own(tmp_path: Path) -> None:
+    pipe = tiny_pipelines.latent_consistency()
+    evaluate(pipe, [Schedule(2)], PROMPTS[:1], tmp_path, num_inference_steps=STEPS, call=GUIDANCE)
+    with Image.open(tmp_path / "images" / "plain" / "00000-0.png") as image:
+        assert np.array_equal(np.asarray(image), np.asarray(drawn(pipe, 0)))
+
+
 def test_batches_draw_the_same_images(tmp_path: Path) -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     prompts = ["red cat", "blue dog", "old tree"]

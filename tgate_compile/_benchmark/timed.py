@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def timed_generation(
     scheduler = pipe.scheduler
     step = scheduler.step
 
+    @functools.wraps(step)  # pipelines ask its signature whether it takes their generator
     def marked(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         _synchronize(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -158,6 +159,7 @@ def final_latents_of(pipe: DiffusionPipeline) -> Iterator[list[torch.Tensor]]:
     scheduler = pipe.scheduler
     step = scheduler.step
 
+    @functools.wraps(step)  # pipelines ask its signature whether it takes their generator
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         latents[:] = [result[0]]
