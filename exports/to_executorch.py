@@ -15,10 +15,12 @@ import torch
 
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
+from tgate_compile.passes.contiguous_inputs import contiguous_inputs
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.flat_program import flat_program
 from tgate_compile.passes.remove_dead import remove_dead
 from tgate_compile.passes.unfuse_attention import unfuse_attention
+from tgate_compile.passes.unfuse_gelu import unfuse_gelu
 from tgate_compile.passes.unfuse_halves import unfuse_halves
 from tgate_compile.passes.unfuse_norms import unfuse_norms
 
@@ -83,9 +85,11 @@ def _prepared(variant: Variant, delegate: str) -> torch.export.ExportedProgram:
     from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
     graph_module = copy_graph(variant.program.graph_module)
+    contiguous_inputs(graph_module, variant.program.graph_signature.user_inputs)
     if delegate == "xnnpack":
         # XNNPACK takes products and arithmetic. Each norm that is left to other kernels cuts a graph into two pieces.
         unfuse_attention(graph_module)
+        unfuse_gelu(graph_module)
         unfuse_norms(graph_module)
         unfuse_halves(graph_module)
     remove_dead(graph_module)
@@ -94,9 +98,6 @@ def _prepared(variant: Variant, delegate: str) -> torch.export.ExportedProgram:
     program: torch.export.ExportedProgram = constant_prop_pass(
         flat_program(variant.program, graph_module), custom_skip_targets=set()
     )
-    for name, constant in program.constants.items():
-        if isinstance(constant, torch.Tensor):  # ExecuTorch takes no strides of 0, which a folded `expand` has
-            program.constants[name] = constant.contiguous()
     return program
 
 

@@ -17,7 +17,7 @@ import tgate_compile
 from tests.comparing import difference
 from tests.exported import plain
 from tests.exported_executorch import GATE, STEPS, exported_executorch
-from tests.tiny_pipelines import run
+from tests.tiny_pipelines import pixart, pixart_prompt, run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._bundle import executorch_graphs
 from tgate_compile._bundle.executorch_session import ExecuTorchSession
@@ -81,6 +81,20 @@ def test_other_schedules(method: dict[str, Any], call: dict[str, Any], names: se
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, folder, backend="executorch")
     assert difference(run(pipe, steps=STEPS, **call), expected) < CLOSE
+
+
+def test_a_transformer(tmp_path: Path) -> None:
+    """Whose timestep is expanded, and whose GELUs are approximated, which XNNPACK would take for exact ones."""
+    pipe = pixart()
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    expected = run(pipe, steps=STEPS, **pixart_prompt())
+    call = {**pixart_prompt(), "num_inference_steps": STEPS}
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", "executorch", call=call)
+    parities = [graph.parity for graph in read_bundle(folder).manifest.graphs.values()]
+    assert all(parity is not None and parity.relative < 1e-5 for parity in parities)
+    tgate_compile.restore(pipe)
+    tgate_compile.load(pipe, folder)
+    assert difference(run(pipe, steps=STEPS, **pixart_prompt()), expected) < CLOSE
 
 
 def test_what_a_bundle_says(bundle: Path) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from tests.comparing import difference
 from tgate_compile.passes._result import PassResult
 from tgate_compile.passes.unfuse_attention import unfuse_attention
+from tgate_compile.passes.unfuse_gelu import unfuse_gelu
 from tgate_compile.passes.unfuse_halves import unfuse_halves
 from tgate_compile.passes.unfuse_norms import unfuse_norms
 
@@ -76,6 +77,13 @@ def test_attention_that_is_left_alone() -> None:
         random(2, 1, 6, 4),
         random(2, 1, 6, 7),
     )
+
+
+def test_gelu() -> None:
+    left = rewritten(unfuse_gelu, lambda given: functional.gelu(given, approximate="tanh"), 5 * random(3, 40))
+    assert aten.gelu.default not in left
+    untouched(unfuse_gelu, functional.gelu, random(3, 4))
+    untouched(unfuse_gelu, lambda given: functional.gelu(given, approximate="tanh"), random(3, 4).half())
 
 
 def test_group_norm() -> None:
