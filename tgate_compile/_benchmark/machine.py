@@ -16,7 +16,7 @@ def machine_of(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         hardware = f"cuda ({torch.cuda.get_device_name(device)})"
     else:
-        hardware = f"{device.type} ({_processor()}, {torch.get_num_threads()} threads)"
+        hardware = f"{device.type} ({processor()}, {torch.get_num_threads()} threads)"
     return {
         "device": hardware,
         "platform": f"{platform.system()} {platform.machine()}",
@@ -27,7 +27,8 @@ def machine_of(device: torch.device) -> dict[str, str]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as well as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux

@@ -1,0 +1,234 @@
+"""How long steps take in a browser, and what the page fetches and keeps: the site of `tgate-compile web` in Chromium.
+
+    python benchmarks/web.py --out benchmarks/results/web.json
+    python benchmarks/web.py --site my-site --threads 1 --pairs 2
+
+A pair is an image in full and one with T-GATE, from the same noise, step by step in turns, by the page's own modules
+in a worker. Workers with 1 and 2 threads take turns, too, pair by pair, so that what else the machine does meets all.
+The first pairs warm up: they are in the results, and in none of the summaries. Needs Chromium with its chromedriver,
+selenium, and what `tgate-compile web` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tgate_compile._benchmark.machine import processor
+from tgate_compile._web.onnxruntime_web import VERSION
+from tgate_compile._web.server import address_of, server_for
+
+PROMPT = "a small green star on a white background"
+#: What a script may take, in seconds.
+PATIENCE = 600
+#: Of times in the results, after the point.
+DIGITS = 3
+
+MSG_NO_BROWSER = "This needs Chromium and its chromedriver on the PATH; {missing} is not there."
+MSG_NOT_ISOLATED = "The worker was asked for {asked} threads and has {had}."
+
+#: Each is the body of an async function of `given`. Workers stay on the page by name.
+OPEN = """
+const { Engine } = await import(new URL("engine.js", document.baseURI));
+const engine = new Engine();
+let fetched = 0;
+const { threads } = await engine.open(
+  { bundle: "bundle/", runtime: "runtime/", ...given.settings }, { bytes: (count) => (fetched += count) });
+(window.engines ??= {})[given.name] = engine;
+return { threads, fetched };
+"""
+PAIR = """
+let fetched = 0;
+const call = { prompt: given.prompt };
+const results = await window.engines[given.name].compare(
+  [{ ...call, plain: true }, call], { bytes: (count) => (fetched += count) });
+return { fetched, results: results.map(({ pixels, ...told }) => told) };
+"""
+CLOSE = "window.engines[given.name].close();"
+CACHES = """
+const { cacheBytes, readManifest } = await import(new URL("manifest.js", document.baseURI));
+return cacheBytes(await readManifest(new URL("bundle/manifest.json", document.baseURI)));
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--site", type=Path, help="one that is there, in the place of the embedded model's")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--pairs", type=int, default=6, help="with each number of threads")
+    parser.add_argument("--warm-up", type=int, default=2, help="pairs before these")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        site = options.site or written(Path(temporary, "site"))
+        with served(site) as address, chromium() as browser:
+            browser.get(address)
+            rows = measured(browser, options.threads, options.warm_up, options.pairs)
+            results = {
+                "command": " ".join(
+                    ["python", "benchmarks/web.py", *(sys.argv[1:] if arguments is None else arguments)]
+                ),
+                "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+                "machine": {
+                    "processor": processor(),
+                    "cores": os.cpu_count(),
+                    "platform": f"{platform.system()} {platform.machine()}",
+                },
+                "browser": " ".join(browser.capabilities[key] for key in ("browserName", "browserVersion")),
+                "onnxruntime_web": VERSION,
+                "prompt": PROMPT,
+                "warm_up": options.warm_up,
+                "cache_bytes": told(browser, CACHES),
+                "rows": rows,
+                "low_memory": low_memory(browser),
+            }
+    report(results)
+    if options.out is not None:
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def written(folder: Path) -> Path:
+    """The embedded model's site, as the command line writes it."""
+    subprocess.run([sys.executable, "-m", "tgate_compile", "web", "--out", str(folder)], check=True)
+    return folder
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Its address, with the headers that let it have threads."""
+    server = server_for(folder)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield address_of(server)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless one, new, with nothing in its cache."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        raise SystemExit(MSG_NO_BROWSER.format(missing=" and ".join(missing)))
+    options = webdriver.ChromeOptions()
+    options.binary_location = found["chromium"]
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking"):
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(options=options, service=Service(found["chromedriver"]))
+    browser.set_script_timeout(PATIENCE)
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+def told(browser: Any, body: str, **given: Any) -> Any:
+    """What an async function on the page returns.
+
+    Raises:
+        RuntimeError: it has thrown.
+    """
+    script = f"""
+    const [given, done] = arguments;
+    (async () => {{ {body} }})().then((told) => done({{ told }}), (error) => done({{ error: String(error) }}));
+    """
+    answer = browser.execute_async_script(script, given)
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["told"]
+
+
+def measured(browser: Any, threads: Sequence[int], warm_up: int, pairs: int) -> list[dict[str, Any]]:
+    """A row for each number of threads."""
+    rows = {}
+    for count in threads:
+        opened = told(browser, OPEN, name=str(count), settings={"threads": count})
+        if opened["threads"] != count:
+            raise RuntimeError(MSG_NOT_ISOLATED.format(asked=count, had=opened["threads"]))
+        rows[count] = {"threads": count, "fetched": {"runtime": opened["fetched"], "bundle": 0}, "pairs": []}
+    for number in range(warm_up + pairs):
+        for count, row in rows.items():
+            made = told(browser, PAIR, name=str(count), prompt=PROMPT)
+            row["fetched"]["bundle"] += made["fetched"]
+            row["heap_bytes"] = made["results"][0]["heapBytes"]
+            row["pairs"].append(dict(zip(("plain", "tgate"), map(run_of, made["results"]), strict=True)))
+            print(f"pair {number}, {count} threads: {_seconds(row['pairs'][-1])}", flush=True)
+    for count in threads:
+        told(browser, CLOSE, name=str(count))
+    return [row | summary(row["pairs"][warm_up:]) for row in rows.values()]
+
+
+def run_of(result: dict[str, Any]) -> dict[str, Any]:
+    """A generation; times of the steps in milliseconds, each with the name of its graph, others in seconds."""
+    return {
+        "strip": result["strip"],
+        "ms": [round(1e3 * step["seconds"], DIGITS) for step in result["done"]],
+        "graphs": [step["graph"] for step in result["done"]],
+        **{f"{key}_s": round(result[f"{key}Seconds"], DIGITS) for key in ("open", "encode", "decode")},
+        "warm_up_s": round(result["warmUpSeconds"], DIGITS),
+    }
+
+
+def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of each graph's steps in both runs; of the images, all their steps together."""
+    steps: dict[str, list[float]] = {}
+    for run in (run for pair in pairs for run in pair.values()):
+        for graph, ms in zip(run["graphs"], run["ms"], strict=True):
+            steps.setdefault(graph, []).append(ms)
+    images = {name: [sum(pair[name]["ms"]) / 1e3 for pair in pairs] for name in ("plain", "tgate")}
+    speedups = [plain / tgate for plain, tgate in zip(*images.values(), strict=True)]
+    return {
+        "step_ms": {graph: {"median": median(ms), "least": min(ms)} for graph, ms in steps.items()},
+        "image_s": {name: {"median": median(seconds), "least": min(seconds)} for name, seconds in images.items()},
+        "speedup": {"least": min(speedups), "median": median(speedups), "most": max(speedups)},
+    }
+
+
+def low_memory(browser: Any) -> dict[str, Any]:
+    """The page's setting of that name: each graph is loaded when it is needed. One pair."""
+    opened = told(browser, OPEN, name="low", settings={"threads": 1, "sequential": True})
+    made = told(browser, PAIR, name="low", prompt=PROMPT)
+    told(browser, CLOSE, name="low")
+    return {
+        "fetched": {"runtime": opened["fetched"], "bundle": made["fetched"]},
+        "heap_bytes": made["results"][-1]["heapBytes"],
+    }
+
+
+def report(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        steps = ", ".join(f"{graph} {ms['median']:.0f} ({ms['least']:.0f})" for graph, ms in row["step_ms"].items())
+        print(
+            f"{row['threads']} threads, ms of a step, median (least): {steps}; speedup {row['speedup']['median']:.2f}"
+        )
+        print(f"  fetched {row['fetched']}, WebAssembly's memory {row['heap_bytes'] / 1e6:.1f} MB")
+    low = results["low_memory"]
+    print(f"low memory: fetched {low['fetched']}, WebAssembly's memory {low['heap_bytes'] / 1e6:.1f} MB")
+
+
+def _seconds(pair: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {sum(run['ms']) / 1e3:.2f} s" for name, run in pair.items())
+
+
+if __name__ == "__main__":
+    main()
