@@ -14,10 +14,10 @@ a column of several figures has as many, with commas, and one that is not checke
 
     exported in 1.43 times<!-- figures: benchmarks/results/export_sdxl.json: peak_over_weights --> its weights
 
-which is about the last figures before it, as many as there are expressions; `None` is not checked, and a starred
-expression is about several. A measurement whose results nobody kept says so, `<!-- figures: not kept -->`, and what a
-program writes names it: `<!-- figures: by tgate-compile report --paper -->`. So do the places in `docs/findings.md`,
-`<!-- findings: gates -->`, which `tests/test_findings.py` compares.
+which is about the last figures before it, as many as there are expressions, with bars in between; `None` is not
+checked, and a starred expression is about several. A measurement whose results nobody kept says so,
+`<!-- figures: not kept -->`, and what a program writes names it: `<!-- figures: by tgate-compile report --paper -->`. So
+do the places in `docs/findings.md`, `<!-- findings: gates -->`, which `tests/test_findings.py` compares.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def figures(comment: Figures) -> Iterator[Figure]:
         ValueError: there are other numbers of rows or figures than it says.
     """
     path, _, rest = comment.about.partition("\n")
-    if rest:
+    if ": " not in path:  # nothing is said of figures in the text before
         content = read(path.strip())
         fields = dict(re.findall(r"^(rows|columns|cells): (.*?)(?=\n\w+: |\Z)", rest, re.MULTILINE | re.DOTALL))
         if "cells" in fields:
