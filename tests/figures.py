@@ -16,8 +16,8 @@ a column of several figures has as many, with commas, and one that is not checke
 
 which is about the last figures before it, as many as there are expressions, with bars in between; `None` is not
 checked, and a starred expression is about several. A measurement whose results nobody kept says so,
-`<!-- figures: not kept -->`, and what a program writes names it: `<!-- figures: by tgate-compile report --paper -->`. So
-do the places in `docs/findings.md`, `<!-- findings: gates -->`, which `tests/test_findings.py` compares.
+`<!-- figures: not kept -->`, and what a program writes names it, `<!-- figures: by tgate-compile report --paper -->`.
+So do the places in `docs/findings.md`, `<!-- findings: gates -->`, which `tests/test_findings.py` compares.
 """
 
 from __future__ import annotations
