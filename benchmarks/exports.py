@@ -4,10 +4,11 @@
     python benchmarks/exports.py --formats aoti onnx --keep bundles
     python benchmarks/exports.py --formats aoti onnx --keep bundles --again --threads 1
     python benchmarks/exports.py --formats executorch onnx --without-inductor
+    python benchmarks/exports.py --formats coreml --sizes-only
 
-Exports a bundle of each format, and measures: the time of `export` and `load`, sizes on disk, resident memory of a new
-process before it opens the graphs, with one, and with both (Linux), and the time of a step of each graph, all runners
-in turn, so that whatever else the machine does meets them all.
+Exports a bundle of each format, and measures: the time of `export` and `load`, sizes on disk, likeness to the eager
+graphs' image, resident memory of a new process before it opens the graphs, with one, and with both (Linux), and the
+time of a step of each graph, all runners in turn, so that whatever else the machine does meets them all.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import tgate_compile
@@ -48,14 +50,15 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Exported:
-    """What was found of a bundle but for its steps' times."""
+    """What was found of a bundle but for its steps' times; all but its sizes only where it runs."""
 
     export_s: float | None
-    load_s: float
-    first_image_s: float
-    image_s: float
     bytes: dict[str, int]
-    resident_mb: dict[str, float]
+    load_s: float | None = None
+    first_image_s: float | None = None
+    image_s: float | None = None
+    psnr: float | None = None
+    resident_mb: dict[str, float] | None = None
 
 
 def main() -> None:
@@ -63,6 +66,9 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=["aoti"])
     parser.add_argument("--repeat", type=int, default=30, help="times that each graph is run by each runner")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
+    parser.add_argument("--static", action="store_true", help="leave no size free")
+    parser.add_argument("--sizes-only", action="store_true", help="of formats that do not run on this machine")
     parser.add_argument("--without-inductor", action="store_true", help="which compiles for minutes")
     parser.add_argument("--keep", type=Path, help="a folder to leave the bundles in")
     parser.add_argument("--again", action="store_true", help="measure those that are in --keep, and export nothing")
@@ -76,18 +82,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         home = options.keep or Path(temporary)
         home.mkdir(parents=True, exist_ok=True)
-        bundles, found = {}, {}
+        bundles, found, steps = {}, {}, {}
+        dtype = getattr(torch, options.dtype)
         for name in options.formats:
             bundles[name] = home / name
-            export_s = None if options.again else export(name, bundles[name])
-            found[name] = measured(bundles[name], export_s, options.threads)
-        print("timing steps", flush=True)
-        steps = step_times(bundles, options.repeat, inductor=not options.without_inductor)
+            export_s = None if options.again else export(name, bundles[name], dtype, dynamic=not options.static)
+            found[name] = Exported(export_s, sizes(bundles[name]))
+            if not options.sizes_only:
+                measure(found[name], bundles[name], options.threads, dtype)
+        if not options.sizes_only:
+            print("timing steps", flush=True)
+            steps = step_times(bundles, options.repeat, dtype, inductor=not options.without_inductor)
     results = {
         "command": "python benchmarks/exports.py " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": f"{platform.machine()} CPU, {options.threads} threads",
         "torch": torch.__version__,
+        "dtype": options.dtype,
         "gate": GATE,
         "steps": STEPS,
         "formats": {name: vars(one) for name, one in found.items()},
@@ -98,26 +109,41 @@ def main() -> None:
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def demo() -> Any:
-    pipe = tgate_compile.load_demo_pipeline()
+def demo(dtype: torch.dtype) -> Any:
+    pipe = tgate_compile.load_demo_pipeline(torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def export(name: str, folder: Path) -> float:
+def export(name: str, folder: Path, dtype: torch.dtype, *, dynamic: bool) -> float:
     print(f"exporting {name}", flush=True)
-    pipe = tgate_compile.optimize(demo(), GATE, backend="eager")
-    return timed(lambda: tgate_compile.export(pipe, folder, name, call=CALL, overwrite=True))
+    pipe = tgate_compile.optimize(demo(dtype), GATE, backend="eager")
+    return timed(lambda: tgate_compile.export(pipe, folder, name, call=CALL, dynamic=dynamic, overwrite=True))
 
 
-def measured(folder: Path, export_s: float | None, threads: int) -> Exported:
-    pipe = demo()
-    load_s = timed(lambda: tgate_compile.load(pipe, folder))
-    first_image_s, image_s = timed(lambda: pipe(**CALL)), timed(lambda: pipe(**CALL))
+def sizes(folder: Path) -> dict[str, int]:
+    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+
+
+def measure(found: Exported, folder: Path, threads: int, dtype: torch.dtype) -> None:
+    """Run the bundle, here and in a process of its own."""
+    pipe = demo(dtype)
+    found.load_s = timed(lambda: tgate_compile.load(pipe, folder))
+    found.first_image_s, found.image_s = timed(lambda: pipe(**CALL)), timed(lambda: pipe(**CALL))
+    eager = tgate_compile.optimize(demo(dtype), GATE, backend="eager")
+    found.psnr = psnr(image_of(pipe), image_of(eager))
     command = [sys.executable, __file__, "--resident", str(folder), "--threads", str(threads)]
     told = subprocess.run(command, capture_output=True, text=True, check=True)
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    return Exported(export_s, load_s, first_image_s, image_s, sizes, json.loads(told.stdout.splitlines()[-1]))
+    found.resident_mb = json.loads(told.stdout.splitlines()[-1])
+
+
+def image_of(pipe: Any) -> np.ndarray[Any, Any]:
+    images = pipe(**CALL, generator=torch.Generator().manual_seed(0), output_type="np").images
+    return np.asarray(images, np.float64)
+
+
+def psnr(images: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    return -10 * math.log10(max(float(np.square(images - expected).mean()), 1e-20))
 
 
 def resident(folder: Path) -> dict[str, float]:
@@ -145,10 +171,12 @@ def random_inputs(graph: Graph, manifest: Manifest) -> list[torch.Tensor]:
     return [torch.randn(shape_at(spec.shape, sizes)).to(getattr(torch, spec.dtype)) for spec in specs_of(graph)]
 
 
-def step_times(bundles: Mapping[str, Path], repeat: int, *, inductor: bool) -> dict[str, dict[str, dict[str, float]]]:
+def step_times(
+    bundles: Mapping[str, Path], repeat: int, dtype: torch.dtype, *, inductor: bool
+) -> dict[str, dict[str, dict[str, float]]]:
     """For each graph and runner, the least and the median of its times in milliseconds."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for planned in static_graphs():
+    for planned in static_graphs(dtype):
         runners = runners_of(planned, bundles, inductor=inductor)
         times: dict[str, list[float]] = {name: [] for name in runners}
         with torch.no_grad():
@@ -163,8 +191,8 @@ def step_times(bundles: Mapping[str, Path], repeat: int, *, inductor: bool) -> d
     return found
 
 
-def static_graphs() -> list[PlannedGraph]:
-    pipe = tgate_compile.optimize(demo(), GATE, backend="eager")
+def static_graphs(dtype: torch.dtype) -> list[PlannedGraph]:
+    pipe = tgate_compile.optimize(demo(dtype), GATE, backend="eager")
     ((component, hook),) = required_state_of(pipe).hooks.items()
     return list(planned_graphs(hook, preview(pipe, CALL)[component], ()).values())
 
@@ -193,9 +221,12 @@ def timed(run: Callable[[], Any]) -> float:
 
 def report(results: Mapping[str, Any]) -> None:
     for name, one in results["formats"].items():
-        print(f"{name}: export {one['export_s'] or math.nan:.1f} s, load {one['load_s']:.2f} s, ", end="")
-        print(f"images {one['first_image_s']:.2f} and {one['image_s']:.2f} s")
+        print(f"{name}: export {one['export_s'] or math.nan:.1f} s")
         print("  MB:", ", ".join(f"{file} {size / 1e6:.3f}" for file, size in one["bytes"].items()))
+        if one["load_s"] is None:
+            continue
+        print(f"  load {one['load_s']:.2f} s, images {one['first_image_s']:.2f} and {one['image_s']:.2f} s, ", end="")
+        print(f"PSNR {one['psnr']:.1f} dB")
         print("  resident MB:", ", ".join(f"{when} {mb:.0f}" for when, mb in one["resident_mb"].items()))
     for graph, runners in results["step_ms"].items():
         print(f"{graph}, ms (least, median):")

@@ -165,19 +165,18 @@ def figures(comment: Figures) -> Iterator[Figure]:
     Raises:
         ValueError: there are other numbers of rows or figures than it says.
     """
-    path, _, rest = comment.about.partition("\n")
-    if ": " not in path:  # nothing is said of figures in the text before
-        content = read(path.strip())
-        fields = dict(re.findall(r"^(rows|columns|cells): (.*?)(?=\n\w+: |\Z)", rest, re.MULTILINE | re.DOTALL))
-        if "cells" in fields:
-            printed = [number for row in _cells(comment.table) for cell in row for number in _NUMBER.findall(cell)]
-            yield from _paired(printed, _values(fields["cells"], content), "cells")
-        else:
-            yield from _of_rows(comment.table, content, fields)
+    path, of_text, rest = re.fullmatch(r"(\S+?)(:?)\s+(.*)", comment.about, re.DOTALL).groups()
+    content = read(path)
+    if of_text:
+        values = _values(rest, content)
+        yield from _paired(_NUMBER.findall(comment.text)[-len(values) :], values, comment.text.strip()[-40:])
         return
-    path, _, rest = comment.about.partition(": ")
-    values = _values(rest, read(path))
-    yield from _paired(_NUMBER.findall(comment.text)[-len(values) :], values, comment.text.strip()[-40:])
+    fields = dict(re.findall(r"^(rows|columns|cells): (.*?)(?=\n\w+: |\Z)", rest, re.MULTILINE | re.DOTALL))
+    if "cells" in fields:
+        printed = [number for row in _cells(comment.table) for cell in row for number in _NUMBER.findall(cell)]
+        yield from _paired(printed, _values(fields["cells"], content), "cells")
+    else:
+        yield from _of_rows(comment.table, content, fields)
 
 
 def _of_rows(table: str, content: Record, fields: dict[str, str]) -> Iterator[Figure]:
