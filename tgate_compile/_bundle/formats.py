@@ -171,7 +171,7 @@ FORMATS: Mapping[str, Row] = {
         extra="openvino",
         to_write=("onnx", "onnxscript", "openvino", "pydantic"),
         to_load=("openvino", "pydantic"),
-        schemes=("int8",),
+        schemes=("int8", "int4", "int8-dynamic", "int8-static"),
     ),
     "aoti": Row(
         "tgate_compile._bundle.aoti_graphs",
