@@ -16,7 +16,7 @@ a column of several figures has as many, with commas, and one that is not checke
 
 which is about the last figures before it, as many as there are expressions, with bars in between; `None` is not
 checked, and a starred expression is about several. A measurement whose results nobody kept says so,
-`<!-- figures: not kept -->`, and what a program writes names it, `<!-- figures: by tgate-compile report --paper -->`.
+`<!-- figures: not kept -->`, and figures that a test has in itself name it, `<!-- figures: by tests/test_cost.py -->`.
 So do the places in `docs/findings.md`, `<!-- findings: gates -->`, which `tests/test_findings.py` compares.
 """
 
@@ -116,9 +116,9 @@ def _row(rows: Record | list[Any], name: str) -> Any:
 
 
 @cache
-def read(path: str) -> Record:
-    """Another file's content."""
-    return Record(json.loads((ROOT / path).read_text(encoding="utf-8")))
+def read(path: str) -> Any:
+    """A file's content, an object or a list."""
+    return _wrapped(json.loads((ROOT / path).read_text(encoding="utf-8")))
 
 
 def gain(before: str, after: str, *files: Any) -> tuple[float, float, int, int]:
@@ -189,7 +189,7 @@ def figures(comment: Figures) -> Iterator[Figure]:
         yield from _of_rows(comment.table, content, fields)
 
 
-def _of_rows(table: str, content: Record, fields: dict[str, str]) -> Iterator[Figure]:
+def _of_rows(table: str, content: Any, fields: dict[str, str]) -> Iterator[Figure]:
     records = _value(" ".join(fields["rows"].split()), content, file=content)
     columns = _split(fields["columns"])
     rows = _cells(table)
@@ -215,7 +215,7 @@ def _paired(printed: Iterable[str], values: Iterable[Any], what: str) -> Iterato
         yield Figure(number, value, what)
 
 
-def _values(expressions: str, content: Record) -> list[Any]:
+def _values(expressions: str, content: Any) -> list[Any]:
     """Of expressions with bars in between; a starred one has several."""
     found: list[Any] = []
     for expression in _split(expressions):

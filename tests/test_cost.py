@@ -5,7 +5,9 @@ One test per model, which checks all that needs its captures: they take seconds,
 
 from __future__ import annotations
 
+import json
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,15 @@ from tgate_compile._schedule import Phase, Schedule
 PARAMETERS = paper_tables()["params_millions"]
 PARAMETERS_WITHIN = {"sd15": 3e-6, "sd21": 2e-4, "sdxl": 1.2e-3, "pixart_alpha": 3e-6}
 
+# What docs/costs.md shows, by `tgate-compile report --paper --json`, and its units.
+KEPT = json.loads((Path(__file__).parents[1] / "docs" / "results" / "costs.json").read_text(encoding="utf-8"))
+COUNTED = (
+    ("ours_macs_t", 1e12),
+    ("ours_macs_with_attention_t", 1e12),
+    ("ours_params_m", 1e6),
+    ("ours_params_at_end_m", 1e6),
+)
+
 # Models whose captures are the same stand together.
 GROUPS = [("sd15",), ("sd21",), ("sdxl",), ("pixart_alpha", "lcm_pixart_alpha"), ("pixart_sigma",), ("lcm_sdxl",)]
 LARGE = GROUPS[2:]
@@ -40,11 +51,15 @@ def test_no_row_is_left_out() -> None:
     [pytest.param(names, id="+".join(names), marks=[pytest.mark.heavy] if names in LARGE else []) for names in GROUPS],
 )
 def test_the_papers_rows(names: tuple[str, ...]) -> None:
-    for row in [row for row in paper_tables()["rows"] if row["model"] in names]:
+    for row, kept in zip(paper_tables()["rows"], KEPT, strict=True):
+        if row["model"] not in names:
+            continue
         schedule, _ = schedule_of(row)
         cost = image_cost(MODELS[row["model"]], schedule, steps=row.get("steps"))
         assert cost.macs / 1e12 == pytest.approx(row["macs_t"], rel=1e-3), row
         assert cost.macs_with_attention > cost.macs
+        counted = (cost.macs, cost.macs_with_attention, cost.parameters, cost.parameters_at_end)
+        assert [kept["model"], *counted] == [row["model"], *(pytest.approx(kept[key] * unit) for key, unit in COUNTED)]
         if row["model"] in PARAMETERS:
             expected = PARAMETERS[row["model"]]["pruned" if "tgate" in row["method"] else "full"]
             assert cost.parameters / 1e6 == pytest.approx(expected, rel=PARAMETERS_WITHIN[row["model"]]), row
