@@ -84,22 +84,24 @@ def contenders(formats: list[str], backends: list[str] | None, schemes: list[str
     return chosen
 
 
-def exported(contender: Contender, home: Path, dynamic: bool) -> tuple[Path, float | None]:
-    """The bundle, and how long it took to make; None if it was there."""
-    folder = home / contender.bundle
+def exported(contender: Contender, home: Path, batch: int | None) -> tuple[Path, float | None]:
+    """The bundle, whose batch is free or `batch`, and how long it took to make; None if it was there."""
+    folder = home / (contender.bundle if batch is None else f"{contender.bundle}-{batch}")
     if folder.exists():
         return folder, None
+    assert contender.format is not None
     quantize: dict[str, Any] | None = None
     if contender.scheme is not None:
         quantize = {"scheme": contender.scheme, "graphs": contender.graphs}
-        if contender.scheme in CALIBRATED:
-            quantize["calibration_prompts"] = held_out_captions(CALIBRATION_PROMPTS, CALIBRATION_SEED, objects=2)
+    call: dict[str, Any] = {"prompt": "", "num_inference_steps": STEPS}
+    if batch is not None:  # and values are measured on these prompts
+        call["prompt"] = held_out_captions(batch, CALIBRATION_SEED, objects=2)
+    elif quantize is not None and contender.scheme in CALIBRATED:
+        quantize["calibration_prompts"] = held_out_captions(CALIBRATION_PROMPTS, CALIBRATION_SEED, objects=2)
     pipe = plain()
     tgate_compile.optimize(pipe, GATE, backend="eager")
-    assert contender.format is not None
     began = time.perf_counter()
-    call = {"prompt": "", "num_inference_steps": STEPS}
-    free = ("batch",) if dynamic else False
+    free = ("batch",) if batch is None else False
     tgate_compile.export(pipe, folder, contender.format, call=call, dynamic=free, quantize=quantize)
     return folder, time.perf_counter() - began
 
@@ -137,11 +139,18 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=64, help="half of them with two objects")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--static", action="store_true", help="fix the batch, for formats that cannot leave it free")
+    parser.add_argument("--static", action="store_true", help="fix the batch, also of formats that leave it free")
     parser.add_argument("--keep", type=Path, help="keep the bundles there")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    fixed = arguments.static or any(FORMATS[name].fixed_sizes for name in arguments.formats)
+    if fixed and arguments.captions % arguments.batch:
+        parser.error("--captions must be a multiple of --batch, which is fixed")
     torch.set_num_threads(arguments.threads)
+    if "executorch" in arguments.formats:  # which else takes all cores
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+        _unsafe_reset_threadpool(arguments.threads)
     if arguments.keep is not None:
         arguments.keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -167,8 +176,9 @@ def measured(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
             tgate_compile.optimize(pipe, GATE, backend="eager")
             rows.append({"name": contender.name})
         else:
-            folder, seconds = exported(contender, home, not arguments.static)
-            own: Any = {"threads": arguments.threads} if contender.format == "onnx" else None
+            fixed = arguments.static or FORMATS[contender.format].fixed_sizes
+            folder, seconds = exported(contender, home, arguments.batch if fixed else None)
+            own: Any = {"threads": arguments.threads} if contender.format in ("onnx", "openvino") else None
             tgate_compile.load(pipe, folder, backend=contender.backend, backend_options=own)
             rows.append({"name": contender.name, "export_s": seconds, **_about(folder)})
         pipes.append(pipe)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,8 @@ import torch
 
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
+from tgate_compile.exports.quiet_executorch import quiet_executorch
+from tgate_compile.exports.xnnpack_integers import Integers, kept_operators, xnnpack_integers
 from tgate_compile.passes.contiguous_inputs import contiguous_inputs
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.flat_program import flat_program
@@ -52,10 +52,13 @@ class ExecuTorchProgram:
         return self.operators[method].total()
 
 
-def to_executorch(variants: Mapping[str, Variant], delegate: str) -> ExecuTorchProgram:
+def to_executorch(
+    variants: Mapping[str, Variant], delegate: str, integers: Mapping[str, Integers] | None = None
+) -> ExecuTorchProgram:
     """`variants` as methods called by their names, for the delegate `"xnnpack"`, or `"portable"`: for none.
 
-    A method takes its variant's inputs and then its caches, and returns its outputs, all of fixed shapes.
+    A method takes its variant's inputs and then its caches, and returns its outputs, all of fixed shapes. Those
+    that are among `integers` are quantized, for XNNPACK alone.
 
     Raises:
         ConfigurationError: executorch is not installed.
@@ -63,10 +66,11 @@ def to_executorch(variants: Mapping[str, Variant], delegate: str) -> ExecuTorchP
     """
     check_installed("executorch")
     began = time.perf_counter()
-    with _quiet_exporter(), torch.no_grad():
+    with quiet_executorch(), torch.no_grad():
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-        programs = {name: _prepared(variant, delegate) for name, variant in variants.items()}
+        few_bits = integers or {}
+        programs = {name: _prepared(variant, delegate, few_bits.get(name)) for name, variant in variants.items()}
         lowered = to_edge_transform_and_lower(
             programs,
             partitioner={name: [_xnnpack()] for name in programs} if delegate == "xnnpack" else None,
@@ -81,7 +85,7 @@ def to_executorch(variants: Mapping[str, Variant], delegate: str) -> ExecuTorchP
     return ExecuTorchProgram(manager, operators)
 
 
-def _prepared(variant: Variant, delegate: str) -> torch.export.ExportedProgram:
+def _prepared(variant: Variant, delegate: str, integers: Integers | None) -> torch.export.ExportedProgram:
     from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
     graph_module = copy_graph(variant.program.graph_module)
@@ -94,11 +98,13 @@ def _prepared(variant: Variant, delegate: str) -> torch.export.ExportedProgram:
         unfuse_halves(graph_module)
     remove_dead(graph_module)
     graph_module.recompile()
+    program = flat_program(variant.program, graph_module)
+    kept: set[object] = set()
+    if integers is not None:
+        program, kept = xnnpack_integers(program, integers), kept_operators()
     # Even constants of a single number, which ExecuTorch would leave to be filled in at each call.
-    program: torch.export.ExportedProgram = constant_prop_pass(
-        flat_program(variant.program, graph_module), custom_skip_targets=set()
-    )
-    return program
+    folded: torch.export.ExportedProgram = constant_prop_pass(program, custom_skip_targets=kept)
+    return folded
 
 
 def _xnnpack() -> Any:
@@ -111,11 +117,3 @@ def _operators(graph: torch.fx.Graph) -> Counter[str]:
     calls = (node.target for node in graph.nodes if node.op == "call_function")
     names = (getattr(target, "__name__", str(target)) for target in calls)
     return Counter(name for name in names if name != _NO_OPERATOR)
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Without what torch and ExecuTorch say of themselves: deprecations, and that an interface may change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

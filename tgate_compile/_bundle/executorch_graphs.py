@@ -12,10 +12,12 @@ from tgate_compile._bundle import manifest as m
 from tgate_compile._bundle.executorch_session import ExecuTorchSession, open_program
 from tgate_compile._bundle.formats import Progress, WrittenGraph
 from tgate_compile._bundle.planned_graphs import PlannedGraph
+from tgate_compile._bundle.quantizing import Quantizing
 from tgate_compile._bundle.session import inputs_of, outputs_of
 from tgate_compile._bundle.weights_digest import dtype_name
-from tgate_compile._errors import BackendError, BundleError, ConfigurationError
+from tgate_compile._errors import BackendError, BundleError, ConfigurationError, UnsupportedModelError
 from tgate_compile.exports.to_executorch import to_executorch
+from tgate_compile.exports.xnnpack_integers import Integers
 
 PROGRAM_FILE = "graphs/graphs.pte"
 
@@ -44,6 +46,14 @@ MSG_NO_LOAD_OPTIONS = (
 MSG_ON_CPU = (
     'format="executorch" is written from a pipeline on the CPU, and the denoiser is on "{device}". Call pipe.to("cpu") '
     "first."
+)
+MSG_XNNPACK_ALONE = (
+    'quantize="{scheme}" has XNNPACK multiply integers, and format_options["delegate"] is "portable". Leave out one of '
+    "them."
+)
+MSG_FLOAT32_ONLY = (
+    'quantize="{scheme}" has XNNPACK multiply integers, beside which ExecuTorch has operators for float32 alone, and '
+    "this denoiser is in {given}. Export it in float32."
 )
 MSG_NOT_CONVERTED = "The graphs {graphs} cannot be converted to ExecuTorch: {problem}. Nothing has been written."
 MSG_NOT_WRITTEN = "The program {path} cannot be written: {problem}."
@@ -85,6 +95,45 @@ def write_graphs(
         ConfigurationError: they are not on the CPU.
         BundleError: a graph cannot be converted.
     """
+    return _write(graphs, folder, options, {}, progress)
+
+
+def write_quantized(
+    graphs: Sequence[PlannedGraph],
+    folder: Path,
+    options: Mapping[str, object],
+    quantizing: Quantizing,
+    progress: Progress,
+) -> dict[str, WrittenGraph]:
+    """Write `graphs` as `write_graphs` does, those that are to be quantized with layers that multiply integers.
+
+    Raises:
+        ConfigurationError: as `write_graphs`, or there is no XNNPACK to do it.
+        UnsupportedModelError: it does not for the denoiser's dtype.
+        BundleError: as `write_graphs`.
+    """
+    if options.get("delegate", DELEGATES[0]) != DELEGATES[0]:
+        raise ConfigurationError(MSG_XNNPACK_ALONE.format(scheme=quantizing.quantization.scheme))
+    dtypes = {value.dtype for planned in graphs for value in planned.example_inputs if value.is_floating_point()}
+    if dtypes != {torch.float32}:
+        given = ", ".join(sorted(map(dtype_name, dtypes)))
+        raise UnsupportedModelError(MSG_FLOAT32_ONLY.format(scheme=quantizing.quantization.scheme, given=given))
+    calibration = quantizing.calibration
+    integers = {
+        planned.name: Integers(quantizing.quantization, calibration.inputs_of(planned) if calibration else ())
+        for planned in graphs
+        if quantizing.takes(planned)
+    }
+    return _write(graphs, folder, options, integers, progress)
+
+
+def _write(
+    graphs: Sequence[PlannedGraph],
+    folder: Path,
+    options: Mapping[str, object],
+    integers: Mapping[str, Integers],
+    progress: Progress,
+) -> dict[str, WrittenGraph]:
     device = graphs[0].example_inputs[0].device
     if device.type != "cpu":
         raise ConfigurationError(MSG_ON_CPU.format(device=device))
@@ -93,13 +142,16 @@ def write_graphs(
     progress(f"Converting the graphs {names}")
     try:
         delegate = str(options.get("delegate", DELEGATES[0]))
-        program = to_executorch({planned.name: planned.variant for planned in graphs}, delegate)
+        program = to_executorch({planned.name: planned.variant for planned in graphs}, delegate, integers)
     except Exception as error:  # ExecuTorch raises whatever its passes raise
         problem = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         raise BundleError(MSG_NOT_CONVERTED.format(graphs=names, problem=problem)) from error
     with (folder / PROGRAM_FILE).open("xb") as file:
         program.manager.write_to_file(file)
-    return {name: WrittenGraph(PROGRAM_FILE, program.count(name), entry=name) for name in program.operators}
+    return {
+        name: WrittenGraph(PROGRAM_FILE, program.count(name), entry=name, quantized=name in integers)
+        for name in program.operators
+    }
 
 
 def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:

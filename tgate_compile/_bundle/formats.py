@@ -187,6 +187,7 @@ FORMATS: Mapping[str, Row] = {
         to_write=("executorch", "pydantic"),
         to_load=("executorch", "pydantic"),
         fixed_sizes=True,
+        schemes=("int8-dynamic", "int8-static"),
     ),
     "coreml": Row(
         "tgate_compile._bundle.coreml_graphs",
