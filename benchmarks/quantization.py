@@ -1,9 +1,10 @@
 """What quantization costs and brings: size, time of a step, likeness, and whether images show what they should.
 
     python benchmarks/quantization.py --out benchmarks/results/quantization.json
+    python benchmarks/quantization.py --model pixart
     python benchmarks/quantization.py --formats onnx --keep bundles          # bundles that are there are used again
 
-The embedded pipeline is exported in each format that takes a scheme, in floats and with each of its schemes, and loaded
+An embedded pipeline is exported in each format that takes a scheme, in floats and with each of its schemes, and loaded
 again. All of them draw the same held-out captions from the same noise, batch after batch in turn, so that what else the
 machine does meets all alike. PSNR is against the images of the float graphs in PyTorch; the attribute reader that comes
 with the package judges whether an image shows all that its caption says.
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -29,15 +31,16 @@ import torch
 
 import tgate_compile
 from tgate_compile._benchmark.machine import machine_of
-from tgate_compile._bundle.formats import FORMATS, openers
+from tgate_compile._benchmark.timed import timed_generation
+from tgate_compile._bundle.formats import FORMATS
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
+from tgate_compile._demo.variants import demo_variant
 from tgate_compile._evaluation.attributes import log_likelihood, right
 from tgate_compile._optimized import required_state_of
 from tgate_compile._quantization import CALIBRATED
 
-STEPS = 25
-GATE = 10
+GATES = {"sd": 10, "sdxl": 10, "pixart": 8, "lcm": 2}
 CAPTION_SEED = 2026
 #: For schemes that are calibrated; other captions than those that are drawn.
 CALIBRATION_SEED = 7
@@ -46,11 +49,10 @@ CALIBRATION_PROMPTS = 4
 
 @dataclass(frozen=True)
 class Contender:
-    """A bundle and what runs it; without a format, the graphs in PyTorch."""
+    """A bundle; without a format, the graphs in PyTorch."""
 
     format: str | None
     scheme: str | None = None
-    backend: str | None = None
     graphs: str = "all"
 
     @property
@@ -62,7 +64,7 @@ class Contender:
         if self.format is None:
             return "PyTorch, eager"
         only = "" if self.graphs == "all" else f", {self.graphs} graph alone"
-        return f"{self.format} in {self.backend}, {self.scheme or 'float32'}{only}"
+        return f"{self.format}, {self.scheme or 'float32'}{only}"
 
 
 @dataclass
@@ -73,57 +75,66 @@ class Drawn:
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
-def contenders(formats: list[str], backends: list[str] | None, schemes: list[str] | None) -> list[Contender]:
+@dataclass(frozen=True)
+class Model:
+    """An embedded pipeline, and how its images are made."""
+
+    name: str
+
+    @property
+    def gate(self) -> int:
+        return GATES[self.name]
+
+    @property
+    def call(self) -> Mapping[str, Any]:
+        variant = demo_variant(self.name)
+        return {"num_inference_steps": variant.steps, "guidance_scale": variant.guidance, **variant.call}
+
+    def plain(self) -> Any:
+        pipe: Any = tgate_compile.load_demo_pipeline(self.name)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def contenders(formats: list[str], schemes: list[str] | None) -> list[Contender]:
     chosen = [Contender(None)]
     for format in formats:
         taken = [scheme for scheme in FORMATS[format].schemes if schemes is None or scheme in schemes]
-        for backend in [name for name in openers(format) if backends is None or name in backends]:
-            chosen += [Contender(format, scheme, backend) for scheme in (None, *taken)]
-        if format == "onnx" and backends is None and schemes is None:
-            chosen.append(Contender(format, "int8", "onnxruntime", "pruned"))
+        chosen += [Contender(format, scheme) for scheme in (None, *taken)]
+        if format == "onnx" and schemes is None:
+            chosen.append(Contender(format, "int8", "pruned"))
     return chosen
 
 
-def exported(contender: Contender, home: Path, batch: int | None) -> tuple[Path, float | None]:
+def exported(contender: Contender, model: Model, home: Path, batch: int | None) -> tuple[Path, float | None]:
     """The bundle, whose batch is free or `batch`, and how long it took to make; None if it was there."""
-    folder = home / (contender.bundle if batch is None else f"{contender.bundle}-{batch}")
+    folder = home / "-".join([model.name, contender.bundle, *([] if batch is None else [str(batch)])])
     if folder.exists():
         return folder, None
     assert contender.format is not None
     quantize: dict[str, Any] | None = None
     if contender.scheme is not None:
         quantize = {"scheme": contender.scheme, "graphs": contender.graphs}
-    call: dict[str, Any] = {"prompt": "", "num_inference_steps": STEPS}
+    call: dict[str, Any] = {"prompt": "", **model.call}
     if batch is not None:  # and values are measured on these prompts
         call["prompt"] = held_out_captions(batch, CALIBRATION_SEED, objects=2)
     elif quantize is not None and contender.scheme in CALIBRATED:
         quantize["calibration_prompts"] = held_out_captions(CALIBRATION_PROMPTS, CALIBRATION_SEED, objects=2)
-    pipe = plain()
-    tgate_compile.optimize(pipe, GATE, backend="eager")
+    pipe = model.plain()
+    tgate_compile.optimize(pipe, model.gate, backend="eager")
     began = time.perf_counter()
     free = ("batch",) if batch is None else False
     tgate_compile.export(pipe, folder, contender.format, call=call, dynamic=free, quantize=quantize)
     return folder, time.perf_counter() - began
 
 
-def plain() -> Any:
-    pipe = tgate_compile.load_demo_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(pipe: Any, prompts: list[str], latents: torch.Tensor, drawn: Drawn) -> None:
-    ends: list[float] = []
-
-    def after(own: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        ends.append(time.perf_counter())
-        return values
-
-    call = {"num_inference_steps": STEPS, "output_type": "np", "callback_on_step_end": after}
-    drawn.images.append(pipe(prompts, latents=latents, **call).images)
-    for step in range(1, STEPS):
-        if step != GATE:  # which, like the first one, may open a graph
-            drawn.seconds["full" if step < GATE else "pruned"].append(ends[step] - ends[step - 1])
+def draw(pipe: Any, model: Model, prompts: list[str], latents: torch.Tensor, drawn: Drawn) -> None:
+    call = {**model.call, "prompt": prompts, "latents": latents.clone(), "output_type": "np"}
+    timed = timed_generation(pipe, call, seed=0)
+    drawn.images.append(timed.output)
+    for step, seconds in enumerate(timed.steps):
+        if step not in (0, model.gate):  # which may open a graph
+            drawn.seconds["full" if step < model.gate else "pruned"].append(seconds)
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> list[float]:
@@ -133,8 +144,8 @@ def psnr(images: np.ndarray, others: np.ndarray) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(GATES), default="sd")
     parser.add_argument("--formats", nargs="+", default=[name for name, row in FORMATS.items() if row.schemes])
-    parser.add_argument("--backends", nargs="+", help="default: all that run these formats")
     parser.add_argument("--schemes", nargs="+", help="default: all that these formats take")
     parser.add_argument("--captions", type=int, default=64, help="half of them with two objects")
     parser.add_argument("--batch", type=int, default=4)
@@ -168,27 +179,27 @@ def measured(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
     ]
     rows: list[dict[str, Any]] = []
     pipes: list[Any] = []
-    chosen = contenders(arguments.formats, arguments.backends, arguments.schemes)
-    for contender in chosen:
+    model = Model(arguments.model)
+    for contender in contenders(arguments.formats, arguments.schemes):
         print(contender.name, file=sys.stderr, flush=True)
-        pipe = plain()
+        pipe = model.plain()
         if contender.format is None:
-            tgate_compile.optimize(pipe, GATE, backend="eager")
+            tgate_compile.optimize(pipe, model.gate, backend="eager")
             rows.append({"name": contender.name})
         else:
             fixed = arguments.static or FORMATS[contender.format].fixed_sizes
-            folder, seconds = exported(contender, home, arguments.batch if fixed else None)
+            folder, seconds = exported(contender, model, home, arguments.batch if fixed else None)
             own: Any = {"threads": arguments.threads} if contender.format in ("onnx", "openvino") else None
-            tgate_compile.load(pipe, folder, backend=contender.backend, backend_options=own)
+            tgate_compile.load(pipe, folder, backend_options=own)
             rows.append({"name": contender.name, "export_s": seconds, **_about(folder)})
         pipes.append(pipe)
-    size = pipes[0].unet.config.sample_size
+    size = (pipes[0].transformer if model.name == "pixart" else pipes[0].unet).config.sample_size
     latents = torch.randn((len(captions), 4, size, size), generator=torch.Generator().manual_seed(0))
     drawn = [Drawn() for _ in pipes]
     for at in range(0, len(captions), arguments.batch):
         print(f"{at} of {len(captions)} captions", file=sys.stderr, flush=True)
         for pipe, its in zip(pipes, drawn, strict=True):
-            draw(pipe, captions[at : at + arguments.batch], latents[at : at + arguments.batch], its)
+            draw(pipe, model, captions[at : at + arguments.batch], latents[at : at + arguments.batch], its)
     reader = AttributeReader.load()
     expected = np.concatenate(drawn[0].images)
     for row, pipe, its in zip(rows, pipes, drawn, strict=True):
@@ -212,8 +223,9 @@ def measured(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
         "machine": machine_of(torch.device("cpu")),
         "captions": len(captions),
         "batch": arguments.batch,
-        "steps": STEPS,
-        "gate": GATE,
+        "model": model.name,
+        "steps": model.call["num_inference_steps"],
+        "gate": model.gate,
         "rows": rows,
     }
 
