@@ -6,9 +6,9 @@
     python benchmarks/exports.py --formats executorch onnx --without-inductor
     python benchmarks/exports.py --formats coreml --sizes-only
 
-Exports a bundle of each format, and measures: the time of `export` and `load`, sizes on disk, likeness to the eager
-graphs' image, resident memory of a new process before it opens the graphs, with one, and with both (Linux), and the
-time of a step of each graph, all runners in turn, so that whatever else the machine does meets them all.
+Exports a bundle of each format, and measures: the time of `export` and `load`, operators, sizes on disk, likeness to
+the eager graphs' image, resident memory of a new process before it opens the graphs, with one, and with both (Linux),
+and the time of a step of each graph, all runners in turn, so that whatever else the machine does meets them all.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Exported:
 
     export_s: float | None
     bytes: dict[str, int]
+    operators: dict[str, int]
     load_s: float | None = None
     first_image_s: float | None = None
     image_s: float | None = None
@@ -76,6 +77,10 @@ def main() -> None:
     parser.add_argument("--resident", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if "executorch" in options.formats:  # which else takes all cores
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+        _unsafe_reset_threadpool(options.threads)
     if options.resident is not None:
         print(json.dumps(resident(options.resident)))
         return
@@ -87,7 +92,7 @@ def main() -> None:
         for name in options.formats:
             bundles[name] = home / name
             export_s = None if options.again else export(name, bundles[name], dtype, dynamic=not options.static)
-            found[name] = Exported(export_s, sizes(bundles[name]))
+            found[name] = Exported(export_s, sizes(bundles[name]), operators(bundles[name]))
             if not options.sizes_only:
                 measure(found[name], bundles[name], options.threads, dtype)
         if not options.sizes_only:
@@ -123,6 +128,11 @@ def export(name: str, folder: Path, dtype: torch.dtype, *, dynamic: bool) -> flo
 
 def sizes(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+
+
+def operators(folder: Path) -> dict[str, int]:
+    """Of each graph, as the manifest counts them."""
+    return {name: graph.facts.nodes for name, graph in read_manifest(folder).graphs.items()}
 
 
 def measure(found: Exported, folder: Path, threads: int, dtype: torch.dtype) -> None:
@@ -222,6 +232,7 @@ def timed(run: Callable[[], Any]) -> float:
 def report(results: Mapping[str, Any]) -> None:
     for name, one in results["formats"].items():
         print(f"{name}: export {one['export_s'] or math.nan:.1f} s")
+        print("  operators:", ", ".join(f"{graph} {count}" for graph, count in one["operators"].items()))
         print("  MB:", ", ".join(f"{file} {size / 1e6:.3f}" for file, size in one["bytes"].items()))
         if one["load_s"] is None:
             continue
