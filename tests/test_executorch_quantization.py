@@ -118,6 +118,7 @@ def check_quantized(manifest: Manifest, names: set[str]) -> None:
         assert manifest.graphs[name].facts.nodes < 20  # still XNNPACK's
 
 
+@pytest.mark.heavy
 def test_a_transformer_in_int8(tmp_path: Path) -> None:
     pipe = pixart()
     tgate_compile.optimize(pipe, GATE, backend="eager")
