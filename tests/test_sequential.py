@@ -83,6 +83,22 @@ def test_a_program_has_one_graph_open() -> None:
         assert pipe._decoder is None
 
 
+def test_a_program_frees_the_graph_that_is_left() -> None:
+    """ONNX Runtime's values keep the session that they come from, and caches are such values."""
+    pipe = BundlePipeline(program(dynamic=True), threads=1, sequential=True)
+    seen: list[weakref.ref[Any]] = []
+
+    def after(step: Any) -> None:
+        gc.collect()
+        assert [session() for session in seen if pipe.open_graphs == ("pruned",)] in ([], [None])
+        if pipe.open_graphs == ("full",) and not seen:
+            (session,) = pipe._graphs._sessions.values()
+            seen.append(weakref.ref(session._session._sess))
+
+    pipe(PROMPT, latents=noise(), output="numpy", callback=after)
+    assert len(seen) == 1
+
+
 def test_schedules_that_alternate(caplog: pytest.LogCaptureFixture) -> None:
     schedule: dict[str, Any] = {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}
     folder = program(dynamic=False, **schedule)

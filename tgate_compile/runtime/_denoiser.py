@@ -15,7 +15,7 @@ from tgate_compile._bundle.sizes import solve
 from tgate_compile._errors import BundleError
 from tgate_compile._schedule import Half, Kind, Phase, Schedule
 from tgate_compile.runtime._noise_levels import Array
-from tgate_compile.runtime._session import Session, Settings, ort_value
+from tgate_compile.runtime._session import Session, Settings, detached, ort_value
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -89,6 +89,10 @@ class Graphs:
             self._sessions[phase] = Session(self._folder / graph.file, *_specs(graph), self._settings)
         return self._sessions[phase]
 
+    def kept(self, value: OrtValue) -> OrtValue:
+        """`value`, which a graph has returned, so that it may be held when that graph is closed."""
+        return detached(value) if self._sequential else value
+
 
 class Denoiser:
     """The denoiser of one generation. Calls come in the order of the steps."""
@@ -148,7 +152,7 @@ class Denoiser:
         count = len(graph.outputs)
         for spec, value in zip(graph.cache_outputs, outputs[count:], strict=True):
             if spec.kind in (phase.merge if spec.merged else phase.emit):
-                self._caches[spec.kind, spec.site] = value
+                self._caches[spec.kind, spec.site] = self._graphs.kept(value)
         prediction: Array = outputs[0].numpy().astype(np.float32)
         if phase.guided:
             halves = dict(zip(self._manifest.family.order, np.split(prediction, 2), strict=True))

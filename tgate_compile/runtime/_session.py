@@ -100,5 +100,12 @@ def ort_value(array: Array, spec: TensorSpec) -> OrtValue:
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, dtype=spec.dtype, order="C"))
 
 
+def detached(value: OrtValue) -> OrtValue:
+    """A copy of what a session has returned, which else keeps that session, and all its weights, in memory."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy(), value.device_name())
+
+
 def _failed(verb: str, path: Path, error: Exception) -> str:
     return MSG_FAILED.format(verb=verb, path=path, problem=f"{type(error).__name__}: {error}".splitlines()[0])
