@@ -66,10 +66,11 @@ def test_the_graph_that_is_left_is_freed() -> None:
     assert session() is None
 
 
-def test_a_program_has_one_graph_open() -> None:
+@pytest.mark.parametrize("schedule", [{"dynamic": True}, {"cache_dtype": torch.float8_e4m3fn}], ids=["fp32", "fp8"])
+def test_a_program_has_one_graph_open(schedule: dict[str, Any]) -> None:
     latents = noise()
-    expected = BundlePipeline(program(dynamic=True), threads=1)(PROMPT, latents=latents, output="numpy")
-    pipe = BundlePipeline(program(dynamic=True), threads=1, sequential=True)
+    expected = BundlePipeline(program(**schedule), threads=1)(PROMPT, latents=latents, output="numpy")
+    pipe = BundlePipeline(program(**schedule), threads=1, sequential=True)
     seen = []
     for _ in range(2):
         seen.clear()

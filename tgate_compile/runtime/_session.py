@@ -104,7 +104,10 @@ def detached(value: OrtValue) -> OrtValue:
     """A copy of what a session has returned, which else keeps that session, and all its weights, in memory."""
     import onnxruntime
 
-    return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy(), value.device_name())
+    array, device = value.numpy(), value.device_name()
+    if device == "cpu":  # numpy has fp8 as bytes, which only this one makes fp8 again
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, value.element_type())
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device)
 
 
 def _failed(verb: str, path: Path, error: Exception) -> str:
