@@ -165,8 +165,8 @@ def test_a_method_that_fails_is_told_of() -> None:
     model, pictures = compare_model("lcm", pipe, task, judged=False)
     assert set(pictures) == {"plain"}
     assert method_of(model, "tgate").why_not == (
-        'ConfigurationError: backend must be one of "inductor", "onnxruntime", "openvino", "tensorrt", "eager" or "auto", '
-        "but got 'abacus'."
+        'ConfigurationError: backend must be one of "inductor", "onnxruntime", "openvino", "tensorrt", "eager" or '
+        "\"auto\", but got 'abacus'."
     )
     assert "not known" in str(method_of(model, "fewer_steps").why_not)
     page = page_of(Comparison("command", {"device": "cpu"}, (model,), {"lcm": pictures}))
