@@ -114,6 +114,16 @@ def test_calibration_sees_both_sides_of_the_gate() -> None:
     }
 
 
+def test_calibration_has_the_calls_batch(tmp_path: Path) -> None:
+    pipe = plain()
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    call = {"prompt": ["", ""], "num_inference_steps": STEPS}
+    quantize = {"scheme": "int8-static", "calibration_prompts": [PROMPTS[0]], "calibration_steps": 1}
+    folder = tgate_compile.export(pipe, tmp_path / "b", call=call, dynamic=False, quantize=quantize)
+    (latents,) = (spec for spec in manifest_of(folder).graphs["pruned"].inputs if len(spec.shape) == 4)
+    assert latents.shape[0] == 2
+
+
 def test_the_pruned_graph_alone(tmp_path: Path) -> None:
     pipe = plain()
     tgate_compile.optimize(pipe, GATE, backend="eager")

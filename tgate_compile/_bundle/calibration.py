@@ -71,9 +71,12 @@ def calibrate(
     assert isinstance(own, VariantStore)
     recorder = _Recorder(own, _wanted(hook, plan, getattr(pipe.scheduler, "order", 1), most))
     hook.store = recorder
+    own_prompt = call.get("prompt")
     try:
         for prompt in prompts:
-            pipe(**{**call, "prompt": prompt, "output_type": "latent"})
+            # As many as the call has: graphs may be made for that batch alone.
+            shown = [prompt] * len(own_prompt) if isinstance(own_prompt, list) else prompt
+            pipe(**{**call, "prompt": shown, "output_type": "latent"})
             recorder.count.clear()
         if not prompts:
             pipe(**{**call, "output_type": "latent"})
