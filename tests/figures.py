@@ -15,9 +15,9 @@ a column of several figures has as many, with commas, and one that is not checke
     exported in 1.43 times<!-- figures: benchmarks/results/export_sdxl.json: peak_over_weights --> its weights
 
 which is about the last figures before it, as many as there are expressions, with bars in between; `None` is not
-checked, and a starred expression is about several. A measurement whose results nobody kept says so,
-`<!-- figures: not kept -->`, and figures that a test has in itself name it, `<!-- figures: by tests/test_cost.py -->`.
-So do the places in `docs/findings.md`, `<!-- findings: gates -->`, which `tests/test_findings.py` compares.
+checked, and a starred expression is about several. Figures that a test has in itself name it,
+`<!-- figures: by tests/test_cost.py -->`, and so do the places in `docs/findings.md`, `<!-- findings: gates -->`, which
+`tests/test_findings.py` compares.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from statistics import mean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-NOT_KEPT = "not kept"
 BY_PROGRAM = ("by ", "findings: ")
 MINUS = "\u2212"
 
@@ -173,9 +172,12 @@ def figures(comment: Figures) -> Iterator[Figure]:
     """All that a comment says; of one with a file.
 
     Raises:
-        ValueError: there are other numbers of rows or figures than it says.
+        ValueError: it names no file, or there are other numbers of rows or figures than it says.
     """
-    path, of_text, rest = re.fullmatch(r"(\S+?)(:?)\s+(.*)", comment.about, re.DOTALL).groups()
+    said = re.fullmatch(r"(\S+\.json)(:?)\s+(.*)", comment.about, re.DOTALL)
+    if said is None:
+        raise ValueError(f"this names no result file: {comment.about}")
+    path, of_text, rest = said.groups()
     content = read(path)
     if of_text:
         values = _values(rest, content)

@@ -22,6 +22,7 @@ from tests.tiny_pipelines import (
     stable_diffusion,
 )
 from tgate_compile import ConfigurationError
+from tgate_compile._backends import make_backend
 from tgate_compile.exports.to_onnx import to_onnx
 
 #: ONNX Runtime orders sums in its own way.
@@ -121,12 +122,14 @@ def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'tgate_compile[onnx]'" in message
 
 
-def test_automatic_choice_on_a_cpu() -> None:
-    pipe = stable_diffusion(layout="small")
-    tgate_compile.optimize(pipe, 3, backend="auto")
-    run(pipe)
-    (runner, *_) = [compiled.runner for compiled in pipe._tgate_compile.hook.store.compiled]
-    assert type(runner).__module__ == "tgate_compile._backends.onnx_runtime"
+@pytest.mark.parametrize(
+    ("missing", "name"),
+    [((), "openvino"), (("openvino",), "onnxruntime"), (("openvino", "onnxruntime"), "eager")],
+)
+def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], name: str) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module in missing else real(module))
+    assert make_backend("auto", {}, torch.device("cpu")).name == name
 
 
 def test_the_models_are_valid_and_hold_no_weight_twice() -> None:

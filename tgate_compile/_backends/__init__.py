@@ -52,8 +52,16 @@ def check_backend(name: object, options: Mapping[str, object]) -> None:
 def make_backend(name: str, options: Mapping[str, object], device: torch.device) -> Backend:
     """The backend called `name`; `auto` takes the one that was measured to be the fastest on `device`'s type."""
     if name == "auto":
-        # benchmarks/README.md has the figures: on a CPU Inductor compiles for minutes and ends up beside eager, and
-        # ONNX Runtime is faster than both.
-        on_cpu = "onnxruntime" if is_installed(*OnnxRuntimeBackend.needs) else "eager"
-        name = on_cpu if device.type == "cpu" else "inductor"
+        name = _best_on_cpu() if device.type == "cpu" else "inductor"
     return BACKENDS[name](options)
+
+
+def _best_on_cpu() -> str:
+    """Of what is installed. benchmarks/README.md has the figures.
+
+    Inductor compiles for minutes there, and ends up beside eager.
+    """
+    for backend in (OpenVinoBackend, OnnxRuntimeBackend):
+        if is_installed(*backend.needs):
+            return backend.name
+    return "eager"
