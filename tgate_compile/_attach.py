@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._backends import check_backend
-from tgate_compile._capture import MSG_NO_SITES, check_patterns, denies_cross_attention
+from tgate_compile._capture import MSG_NO_SITES, check_patterns, deep_layer, denies_cross_attention
 from tgate_compile._config import Config
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
 from tgate_compile._generation import MSG_CONCURRENT
-from tgate_compile._offload import HOOK_NAME, check_weights_stay
+from tgate_compile._loop import OnUnsupported
+from tgate_compile._offload import check_weights_stay
 from tgate_compile._optimized import Optimized, boundary_of, required_state_of, state_of
+from tgate_compile._purity import check_python
 from tgate_compile._schedule import Schedule
 
 MSG_NO_PIPELINE = (
@@ -26,10 +29,7 @@ MSG_NO_DENOISER = "{pipeline} has no denoiser: none of its components {names} is
 MSG_ALREADY = (
     "This {pipeline} is already optimized. Call tgate_compile.restore(pipe) first to optimize it in another way."
 )
-MSG_DENOISER_TAKEN = (
-    "The denoiser of this {pipeline} is already optimized through another pipeline. "
-    "Call tgate_compile.restore() on that one first, or give this pipeline a denoiser of its own."
-)
+MSG_ON_UNSUPPORTED = 'on_unsupported must be "error" or "plain", but got {given!r}.'
 MSG_REFUSED = "{pipeline} cannot be gated: {reason}."
 MSG_COMPILED = (
     "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
@@ -49,6 +49,8 @@ def attach(
     cache_dtype: torch.dtype | None = None,
     backend: str = "inductor",
     backend_options: Mapping[str, object] | None = None,
+    on_unsupported: OnUnsupported = "error",
+    graph_memory: int | None = None,
     from_bundle: bool = False,
 ) -> None:
     """Let the denoisers of `pipe` run by `schedules`, which has one for each of `denoiser_names(pipe)`.
@@ -60,6 +62,8 @@ def attach(
         UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is as it was.
     """
     options = {} if backend_options is None else backend_options
+    if on_unsupported not in get_args(OnUnsupported):
+        raise ConfigurationError(MSG_ON_UNSUPPORTED.format(given=on_unsupported))
     configs = {
         name: Config(
             _with_possible_half(pipe, schedule),
@@ -68,6 +72,7 @@ def attach(
             cache_dtype=cache_dtype,
             backend=backend,
             backend_options=options,
+            graph_memory=graph_memory,
         )
         for name, schedule in schedules.items()
     }
@@ -75,9 +80,15 @@ def attach(
         check_backend(backend, options)
     if state_of(pipe) is not None:
         raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
-    for name, config in configs.items():
-        _check_supported(pipe, getattr(pipe, name), config)
-    Optimized(pipe, configs).attach(pipe)
+    plain_because: UnsupportedModelError | None = None
+    try:
+        for name, config in configs.items():
+            _check_supported(pipe, getattr(pipe, name), config)
+    except UnsupportedModelError as error:
+        if on_unsupported == "error":
+            raise
+        plain_because = error
+    Optimized(pipe, configs, on_unsupported=on_unsupported, plain_because=plain_because).attach(pipe)
 
 
 def detach(pipe: DiffusionPipeline) -> None:
@@ -130,8 +141,8 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     no_cross = type(denoiser).__name__ in JOINT_ATTENTION or denies_cross_attention(denoiser)
     if "cross" in config.schedule.kinds and no_cross:
         raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
+    if "deep" in config.schedule.kinds:
+        deep_layer(denoiser, config.schedule.deepcache_branch)
     check_patterns(denoiser, config.sites or ())
-    registry = getattr(denoiser, "_diffusers_hook", None)
-    if registry is not None and registry.get_hook(HOOK_NAME) is not None:
-        raise ConfigurationError(MSG_DENOISER_TAKEN.format(pipeline=pipeline))
     check_weights_stay(denoiser)
+    check_python(denoiser)

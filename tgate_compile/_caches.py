@@ -37,6 +37,18 @@ class Caches:
         self._values[half, key] = value
         self._layouts[key[0]] = layout
 
+    def merge_halves(self, anchor: float) -> None:
+        """Take the values of a call whose batch, as it turns out, has both halves: merge those of cross-attentions."""
+        for kind, layout in list(self._layouts.items()):
+            if layout != "one":
+                continue
+            self._layouts[kind] = "both"
+            if kind == "cross":
+                for _, key in [address for address in self._values if address[1][0] == kind]:
+                    first, second = self._values.pop((None, key)).chunk(2)
+                    self._values.update({("uncond", key): first, ("cond", key): second})
+                    self.merge(key, anchor)
+
     def merge(self, key: Key, anchor: float) -> None:
         """Make one value of the halves' own: their weighted mean, accumulated in fp32 at least."""
         uncond, cond = (self._values.pop((half, key)) for half in ("uncond", "cond"))

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -205,14 +206,17 @@ def _check_sites(denoiser: torch.nn.Module, sites: tuple[Site, ...]) -> None:
 
 @contextmanager
 def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Put `forward` in place of the hooked one while the module is traced, so that names have no prefix."""
-    missing = object()
-    hooked = module.__dict__.get("forward", missing)
-    module.__dict__["forward"] = forward
+    """Put `forward` in place of the hooked one while the module is traced, so that names have no prefix.
+
+    The module's own torch hooks stay out of the graph: they run around it, in each call.
+    """
+    replaced = {"forward": forward, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    before = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
+    module.__dict__.update(replaced)
     try:
         yield
     finally:
-        if hooked is missing:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = hooked
+        for name in replaced:
+            if name not in before:
+                del module.__dict__[name]
+        module.__dict__.update(before)

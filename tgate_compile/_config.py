@@ -15,6 +15,9 @@ from tgate_compile._schedule import Schedule
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 MSG_SITES = 'sites must be patterns of module names, such as ["up_blocks.*"], or None for all, but got {given!r}.'
+MSG_GRAPH_MEMORY = (
+    "graph_memory must be a number of bytes above 0, or None for a quarter of the machine's memory, but got {given!r}."
+)
 MSG_CACHE_DTYPE = "cache_dtype must be one of {expected}, or None for the model's own, but got {given!r}."
 
 
@@ -29,6 +32,7 @@ class Config:
         cache_dtype: what they are cached in; None means their own dtype.
         backend: the name of a backend, or `auto`.
         backend_options: options for the backend's compiler, e.g. Inductor's configuration.
+        graph_memory: bytes that the graphs may take, by estimate; None is a quarter of the machine's memory.
     """
 
     schedule: Schedule
@@ -37,6 +41,7 @@ class Config:
     cache_dtype: torch.dtype | None = None
     backend: str = "inductor"
     backend_options: Mapping[str, object] = field(default_factory=dict)
+    graph_memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.sites is not None:
@@ -44,6 +49,9 @@ class Config:
             if not (isinstance(given, Sequence) and given and all(isinstance(pattern, str) for pattern in given)):
                 raise ConfigurationError(MSG_SITES.format(given=self.sites))
             object.__setattr__(self, "sites", tuple(given))
+        memory = self.graph_memory
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0):
+            raise ConfigurationError(MSG_GRAPH_MEMORY.format(given=memory))
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
             expected = ", ".join(map(str, CACHE_DTYPES))
             raise ConfigurationError(MSG_CACHE_DTYPE.format(expected=expected, given=self.cache_dtype))

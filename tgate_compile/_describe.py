@@ -10,7 +10,7 @@ from torch.export.graph_signature import InputKind
 
 from tgate_compile._generation import strip_of
 from tgate_compile._graphs import Variant
-from tgate_compile._hook import DenoiserHook
+from tgate_compile._hook import GatedDenoiser
 from tgate_compile._optimized import preview, required_state_of
 from tgate_compile._schedule import Phase
 from tgate_compile.passes.count_macs import count_macs
@@ -152,11 +152,11 @@ def describe(pipe: DiffusionPipeline, **call: Any) -> Description:
     )
 
 
-def _last_steps(hook: DenoiserHook) -> list[tuple[int, Phase]]:
+def _last_steps(hook: GatedDenoiser) -> list[tuple[int, Phase]]:
     return hook.last.steps if hook.last is not None else []
 
 
-def _sites(hook: DenoiserHook, prefix: str) -> list[str]:
+def _sites(hook: GatedDenoiser, prefix: str) -> list[str]:
     return [prefix + name for name in hook.store.site_names]
 
 

@@ -1,5 +1,8 @@
 """Every error that tgate_compile raises on purpose; catch `TGateError` for all of them."""
 
+#: The last sentence of messages about what cannot be gated.
+INSTEAD = 'What works instead: the pipeline without tgate_compile, or optimize(..., on_unsupported="plain").'
+
 
 class TGateError(Exception):
     """Base class of the library's own errors."""

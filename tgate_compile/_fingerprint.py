@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
+from tgate_compile._purity import foreign_code, is_trusted, settings_of
+
 # Bookkeeping of torch and of the hook mechanism, which no graph depends on.
 _IGNORED = frozenset(vars(torch.nn.Module())) - {"training", "_forward_hooks", "_forward_pre_hooks"} | {
     "_diffusers_hook",
     "_internal_dict",  # diffusers' configuration: what the module was made from, not what it does
     "forward",
 }
-# What diffusers notes on the whole denoiser when it has fused LoRAs into its weights, and then unloaded them.
-_NOTES = _IGNORED | {"_hf_peft_config_loaded", "_safe_fusing", "lora_scale"}
+# On the whole denoiser: what diffusers notes when it has fused LoRAs into its weights, and then unloaded them; and its
+# hooks, which stay outside of the graph.
+_NOTES = _IGNORED | {"_hf_peft_config_loaded", "_safe_fusing", "lora_scale", "_forward_hooks", "_forward_pre_hooks"}
 _SCALARS = frozenset({bool, int, float, str, type(None)})
 
 
@@ -23,8 +26,9 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
     """What a captured graph bakes in: equal fingerprints mean that graph and compiled code still hold.
 
     Covered: the modules and their plain attributes (LoRA scales and active adapters, FreeU's factors, attention
-    processors with theirs), hooks, and each parameter's shape, strides, dtype and device. The parameters' *values*
-    are not: graphs read them live, so changing weights in place needs no new capture.
+    processors with theirs), hooks inside of it, plain values that code of others reads, and each parameter's shape,
+    strides, dtype and device. The parameters' *values* are not: graphs read them live, so changing weights in place
+    needs no new capture.
     """
     modules = tuple(
         (
@@ -40,7 +44,10 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
         for named in (denoiser.named_parameters(), denoiser.named_buffers())
         for name, tensor in named
     )
-    return modules, tensors
+    foreign = tuple((code.path, code.kind, settings_of(code.code)) for code in foreign_code(denoiser))
+    classes = dict.fromkeys(type(module) for module in denoiser.modules())
+    settings = tuple((kind, settings_of(kind.forward)) for kind in classes if not is_trusted(kind.__module__))
+    return modules, tensors, foreign, settings
 
 
 def _attributes(module: torch.nn.Module, ignored: frozenset[str]) -> Hashable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import threading
@@ -13,10 +14,18 @@ import torch
 
 from tgate_compile._caches import Caches, Layout
 from tgate_compile._call import Call
-from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
+from tgate_compile._errors import (
+    INSTEAD,
+    CaptureError,
+    ConcurrentGenerationError,
+    ConfigurationError,
+    UnsupportedModelError,
+)
 from tgate_compile._families import Family
 from tgate_compile._graphs import Emission
-from tgate_compile._halves import check_halves, one_half, similarity
+from tgate_compile._halves import MSG_NOT_TWO_HALVES, are_halves, are_two_of_each, first_is_cond, one_half, similarity
+from tgate_compile._loop import Loop
+from tgate_compile._progress import Progress
 from tgate_compile._schedule import Half, Kind, Phase, Schedule
 from tgate_compile._steps import StepCounter
 from tgate_compile._variants import Runnable, Store
@@ -32,13 +41,26 @@ MSG_AUTOCAST = (
     "pipeline into the dtype instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
 )
 MSG_TWO_CALLS = (
-    "The denoiser was called twice for one timestep although {scheduler} has one call per step: this pipeline "
-    "evaluates its guidance halves in separate calls, and in which order is not known. "
-    "What works instead: the pipeline without tgate_compile."
+    "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline evaluates its guidance "
+    "halves in separate calls, and in which order is not known, or its guidance needs further predictions. " + INSTEAD
 )
 MSG_NO_PAIR = (
     "Guidance is on, and this pipeline's guidance halves come in separate calls, {first} then {second}, but the second "
-    "call is for another timestep or for other shapes than the first."
+    "call is for another timestep or has other shapes than the first. " + INSTEAD
+)
+MSG_PREDICTIONS = (
+    "The denoiser's batch of {rows} is {ratio} times the {latents} latents that {scheduler} steps, but {expected}. "
+    "Guidance by more than two predictions (several prompts composed, edits, perturbed attention) cannot be gated. "
+    + INSTEAD
+)
+MSG_ORDER_AND_ANCHOR = (
+    "This pipeline's batch has the prompt's half first, which is known only after the first step, and anchor_weight "
+    "depends on it. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
+)
+MSG_NO_STEP = (
+    "The denoiser's batch of {rows} may be the two halves of guidance or {rows} images, and this pipeline does not "
+    "call its scheduler's step(), which would tell. If this is a loop of your own, run it in "
+    "tgate_compile.generation(pipe, guidance=...). " + INSTEAD
 )
 
 
@@ -81,6 +103,9 @@ class _FirstCall:
 class Generation:
     """The state of one generation of one denoiser, made when it begins and thrown away when it ends.
 
+    A pipeline's call may go over the timesteps several times (FreeInit; one image or ensemble member after the other).
+    Each such pass begins anew, with steps counted from 0 and without caches.
+
     Args:
         store: the variants of the denoiser.
         forward: the denoiser's original forward.
@@ -90,6 +115,7 @@ class Generation:
         scheduler: called at the first denoiser call, when the timesteps are set, and after it.
         num_calls: called likewise: for how many of the timesteps this denoiser is called; None for all.
         watch: look for changes of the denoiser at every call, not only at the first one.
+        loop: what the denoisers of the call have in common.
         preview: raise `Previewed` at the first call.
         before: the generation of the denoiser whose steps come before this one's, if there are two.
     """
@@ -105,39 +131,50 @@ class Generation:
         scheduler: Callable[[], Any],
         num_calls: Callable[[], int | None],
         watch: bool,
+        loop: Loop,
         preview: bool = False,
         before: Generation | None = None,
     ) -> None:
         self._store = store
         self._forward = forward
-        self._schedule = schedule
+        self.schedule = schedule
         self._family = family
         self._guided = guided
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._num_calls = num_calls
         self._watch = watch
+        self._loop = loop
         self._preview = preview
         self._before = before
         self._thread = threading.get_ident()
-        self._counter: StepCounter | None = None
         self._signature = inspect.signature(forward)
         self._caches = Caches()
-        self._first_timestep: Any = None
         self._first_call: _FirstCall | None = None
         self._guidance_over = False
-        self._timesteps = 0  # that are done
+        # What the first step of a pass shows about its batches, where the pipeline's own word is not enough:
+        self._undecided = False  # guidance is said to be on, but the batch is not two halves of the same latents
+        self._has_halves: bool | None = None  # the denoiser's batch is twice the scheduler's; None: not seen yet
+        self._batch: tuple[torch.Size, bool] = (torch.Size(), False)  # of the last call, and whether guidance is on
+        self._first_latents: torch.Tensor | None = None  # of the pass, until the scheduler has stepped
+        self._predictions: torch.Tensor | None = None  # of the first guided step, likewise
+        self._merged = False  # a cache of this pass is a mean of halves
         self._finished = False
-        self.steps: list[tuple[int, Phase]] = []
+        self.progress = Progress()
+        self.steps: list[tuple[int, Phase]] = []  # of all passes, numbered through
         self.cache_bytes = 0  # the most that has been kept from one timestep to the next
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of a pass; 0 before the first one."""
+        return 0 if self.progress.counter is None else self.progress.counter.num_steps
+
     def finish(self) -> None:
-        """Free the caches; what ran is still told by `steps`. May be called again."""
+        """Free the caches; `steps` goes on saying what ran. May be called again."""
         if self._finished:
             return
         self._finished = True
         self._caches.clear()
-        self._first_timestep = None
-        self._first_call = None
+        self._predictions = self._first_latents = self._first_call = None
         if self.steps:
             logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
 
@@ -146,28 +183,55 @@ class Generation:
         """Stand in for the denoiser's forward."""
         if threading.get_ident() != self._thread:
             raise ConcurrentGenerationError(MSG_CONCURRENT)
-        guided = self._guided()
+        if self._loop.paused or self._loop.plain:
+            return self._forward(*args, **kwargs)
         if self._preview:
-            raise Previewed(args, kwargs, guided)
+            raise Previewed(args, kwargs, self._guided())
+        try:
+            return self._denoise(args, kwargs)
+        except (UnsupportedModelError, CaptureError) as error:
+            self._loop.run_plain(error)
+        self._caches.clear()
+        return self._forward(*args, **kwargs)
+
+    def _denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        guided = self._guided()
         arguments = self._signature.bind(*args, **kwargs).arguments
-        if self._counter is None:
+        event = self.progress.event(self.scheduler(), arguments)
+        self._loop.current = self
+        if event == "new pass":
             self._begin(arguments, guided)
-        else:
-            self._go_on(arguments)
+        elif self._watch:
+            self._store.refresh()
         call = Call.of(args, kwargs)
+        latents = _latents(arguments)
+        self._batch = (latents.shape, guided)
         if self._separate(guided):
+            if (event == "again") != (self._first_call is not None):
+                first, second = self._family.calls
+                raise UnsupportedModelError(MSG_NO_PAIR.format(first=first, second=second))
             return self._in_two_calls(call, arguments)
-        return self._in_one_call(call, _latents(arguments).shape, guided)
+        if event == "again":
+            raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(self.scheduler()).__name__))
+        if event == "next" and self._has_halves is None:
+            self._check_unseen()
+        if self._has_halves is None:
+            guided = guided and not self._undecided
+        elif guided or not self._loop.says_guidance:
+            guided = self._has_halves
+        return self._in_one_call(call, latents.shape, guided)
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> Plan:
         """Make the variants for a generation that begins with this denoiser call, without running any."""
         arguments = self._signature.bind(*args, **kwargs).arguments
+        self.progress.event(self.scheduler(), arguments)
         counter = self._begin(arguments, guided)
+        guided = guided and not self._undecided
         call, batch = Call.of(args, kwargs), _latents(arguments).shape[0]
         sizes: dict[Kind, int] = {}
         most = 0
         graphs = []
-        steps = list(enumerate(self._schedule.plan(counter.num_steps, guided=guided)))
+        steps = list(enumerate(self.schedule.plan(counter.num_steps, guided=guided)))
         for _, phase in steps:
             half = self._family.calls[0] if self._separate(guided) and phase.guided else None
             inputs = self._kept(call, batch) if guided and not phase.guided and not self._separate(guided) else call
@@ -180,26 +244,82 @@ class Generation:
             most = max(most, sum(sizes.values()))
         return Plan(steps, graphs, most)
 
+    def check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        """Compare the last denoiser call's batch with what the scheduler steps: as many latents, or half as many.
+
+        Raises:
+            UnsupportedModelError: neither, or not what the pipeline says about guidance.
+        """
+        try:
+            self._check_step(prediction, sample)
+        except UnsupportedModelError as error:
+            self._loop.run_plain(error)
+
+    def _check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        if self._separate(self._batch[1]):
+            return
+        shape, guided = self._batch
+        latents, self._first_latents = self._first_latents, None
+        predictions, self._predictions = self._predictions, None
+        ratio = _ratio(shape, sample.shape)
+        if ratio == 2 and (guided or not self._loop.says_guidance):
+            if latents is not None:
+                self._learn_halves(latents, predictions, prediction)
+        elif ratio == 1:
+            # The scale is given to the denoiser as a number, or there is no guidance at all.
+            if self._merged and guided:
+                raise UnsupportedModelError(self._wrong_batch(sample, "two halves were expected"))
+            self._has_halves = False
+        else:
+            expected = "twice as many were expected" if guided else "as many were expected, since guidance is off"
+            raise UnsupportedModelError(self._wrong_batch(sample, expected))
+
+    def _learn_halves(self, latents: torch.Tensor, predictions: torch.Tensor | None, prediction: torch.Tensor) -> None:
+        """After the first step of a pass whose batch turns out to be two halves."""
+        if not are_halves(latents, same=self._family.only is None):
+            raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+        self._has_halves = True
+        if not self._loop.knows_order and predictions is not None and first_is_cond(predictions, prediction):
+            if self.schedule.anchor_weight != 0.5 and "cross" in self.schedule.kinds:
+                raise UnsupportedModelError(MSG_ORDER_AND_ANCHOR)
+            self._family = dataclasses.replace(self._family, order=("cond", "uncond"))
+        if not self._batch[1]:
+            self._caches.merge_halves(self.schedule.anchor_weight)
+
+    def _wrong_batch(self, sample: torch.Tensor, expected: str) -> str:
+        rows, latents = self._batch[0][0], sample.shape[0]
+        return MSG_PREDICTIONS.format(
+            rows=rows,
+            ratio=f"{rows / latents:g}",
+            latents=latents,
+            scheduler=type(self.scheduler()).__name__,
+            expected=expected,
+        )
+
+    def _check_unseen(self) -> None:
+        """After the first step of a loop that has not stepped its scheduler, so that only the latents can tell."""
+        latents, self._first_latents = self._first_latents, None
+        if self._loop.is_pipeline and latents is not None and self._batch[1] and not are_two_of_each(latents):
+            raise UnsupportedModelError(MSG_NO_STEP.format(rows=latents.shape[0]))
+
     def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
-        """At the first denoiser call: count the steps, check the inputs, look at the denoiser."""
+        """At the first denoiser call of a pass: count the steps, check the inputs, look at the denoiser."""
         latents = _latents(arguments)
         if torch.is_autocast_enabled(latents.device.type):
             raise ConfigurationError(MSG_AUTOCAST)
-        self._counter = StepCounter.of(self._scheduler(), self._num_calls())
-        self._first_timestep = arguments.get("timestep")
-        if guided and not self._family.calls:
-            check_halves(latents, same=self._family.only is None)
+        self._caches.clear()
+        self._first_call = self._has_halves = None
+        self._guidance_over = self._undecided = self._merged = False
+        self._first_latents = None if self._separate(guided) else latents
+        counter = self.progress.begin(self._num_calls())
+        if guided and not self._family.calls and not are_halves(latents, same=self._family.only is None):
+            if not (self._loop.is_pipeline and self._loop.observable):
+                raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+            self._undecided = True
         if self._before is not None:
             self._before.finish()  # so that the caches of both are never there at a time
         self._store.refresh()
-        return self._counter
-
-    def _go_on(self, arguments: dict[str, Any]) -> None:
-        """At every further call."""
-        if self._timesteps == 1 and not self._family.calls:
-            self._check_one_call_per_step(arguments.get("timestep"))
-        if self._watch:
-            self._store.refresh()
+        return counter
 
     def _separate(self, guided: bool) -> bool:
         return guided and bool(self._family.calls)
@@ -210,6 +330,10 @@ class Generation:
         if guided and not phase.guided:
             call = self._kept(call, latents[0])
         compiled, outputs = self._run(step, phase, call, None)
+        self._loop.gated = self._loop.gated or (guided and not phase.guided)
+        self._merged = self._merged or bool(phase.merge)
+        if not self.progress.done and not self._loop.knows_order:
+            self._predictions = outputs[0]
         if phase.guided:
             self._after_guided_step(outputs, latents)
         elif guided:
@@ -228,17 +352,18 @@ class Generation:
         if self._first_call is None:
             step, phase = self._next_step(True)
             compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
+            self._loop.gated = self._loop.gated or not phase.guided
             halves = {first: outputs} if phase.guided else {first: outputs, second: outputs}
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
-        _check_pair(made.arguments, arguments, self._family.calls, values=self._timesteps == 0)
+        _check_pair(made.arguments, arguments, self._family.calls, values=self.progress.done == 0)
         halves = dict(made.outputs)
         if made.phase.guided:
             compiled, halves[second] = self._run(made.step, made.phase, call, second)
             for emission in compiled.emitted:
                 if emission.site.kind in made.phase.merge:
-                    self._caches.merge((emission.site.kind, emission.site.name), self._schedule.anchor_weight)
+                    self._caches.merge((emission.site.kind, emission.site.name), self.schedule.anchor_weight)
             both = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
             self._after_guided_step(both, _latents(arguments).shape)
         self._end_timestep()
@@ -246,25 +371,25 @@ class Generation:
 
     def _next_step(self, guided: bool) -> tuple[int, Phase]:
         """The step, and what it does; `guided` is what the pipeline says now, since a callback may change it."""
-        assert self._counter is not None
-        step = self._counter.step(self._timesteps)
-        plan = self._schedule.plan(self._counter.num_steps, guided=guided and not self._guidance_over)
-        phase = plan[min(step, self._counter.num_steps - 1)]
+        assert self.progress.counter is not None
+        step = self.progress.step()
+        plan = self.schedule.plan(self.progress.counter.num_steps, guided=guided and not self._guidance_over)
+        phase = plan[step]
         for kind in phase.reuse:
             # A callback that switches guidance off keeps the prompt's half, as diffusers' own do.
-            keep = self._schedule.kept if guided else "cond"
+            keep = self.schedule.kept if guided else "cond"
             self._caches.fit(kind, guided=phase.guided, keep=keep, order=self._family.order)
         return step, phase
 
     def _end_timestep(self) -> None:
-        self._timesteps += 1
+        self.progress.done += 1
         self.cache_bytes = max(self.cache_bytes, self._caches.nbytes)
 
     def _graph(self, phase: Phase, half: Half | None) -> Phase:
         """The phase whose graph serves `phase`, or the call of one `half` in it."""
         if half is not None:
             phase = Phase(False, emit=phase.emit | phase.merge, reuse=phase.reuse)
-        return self._schedule.graph(phase)
+        return self.schedule.graph(phase)
 
     def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
         """Run the variant of `phase` for one half, or (None) for both or without guidance; keep what it emits."""
@@ -276,31 +401,32 @@ class Generation:
             wanted = phase.merge if emission.merged else phase.emit
             if kind in (wanted if half is None else phase.emit | phase.merge):
                 self._caches.put((kind, emission.site.name), value, _layout(phase, emission, half), half)
-        self.steps.append((step, phase))
+        self.steps.append((self.progress.steps_before + step, phase))
+        self._loop.gated = self._loop.gated or bool(phase.reuse)
         return compiled, outputs
 
     def _after_guided_step(self, predictions: list[torch.Tensor], latents: torch.Size) -> None:
         """See from the `predictions` of both halves whether guidance has done its work."""
-        threshold = self._schedule.guidance_similarity
+        threshold = self.schedule.guidance_similarity
         if threshold is not None:
             self._guidance_over = similarity(predictions[0], channels=latents[1]) >= threshold
 
     def _kept(self, call: Call, batch: int) -> Call:
-        return one_half(call, batch, self._schedule.kept, self._family)
-
-    def _check_one_call_per_step(self, timestep: Any) -> None:
-        scheduler = self._scheduler()
-        values = torch.as_tensor(scheduler.timesteps).tolist()
-        if len(set(values)) < len(values) or self._first_timestep is None:
-            return  # second-order schedulers repeat timesteps themselves
-        if torch.equal(torch.as_tensor(self._first_timestep), torch.as_tensor(timestep)):
-            raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(scheduler).__name__))
+        return one_half(call, batch, self.schedule.kept, self._family)
 
 
 def _layout(phase: Phase, emission: Emission, half: Half | None) -> Layout:
     if half is not None:
         return "separate"
     return "both" if phase.guided and not emission.merged else "one"
+
+
+def _ratio(batch: torch.Size, sample: torch.Size) -> float:
+    """How many latents the denoiser sees, of shape `batch`, for each one that the scheduler steps, of shape `sample`."""
+    ratio = batch[0] / max(sample[0], 1)
+    if ratio not in (1, 2) and len(batch) != len(sample):  # a video whose frames are steps of their own
+        return batch.numel() / max(sample.numel(), 1)
+    return ratio
 
 
 def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:

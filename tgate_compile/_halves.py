@@ -8,16 +8,17 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tgate_compile._call import Call
-from tgate_compile._errors import UnsupportedModelError
+from tgate_compile._errors import INSTEAD, UnsupportedModelError
 from tgate_compile._families import Family
 from tgate_compile._schedule import Half
 
 MSG_NOT_TWO_HALVES = (
     "Guidance is on, but the denoiser's batch {shape} is not [uncond; cond] over the same latents, so its halves "
-    "cannot be merged at the gate. Three-way guidance (InstructPix2Pix) and perturbed guidance (PAG) are not "
-    "supported. "
-    "What works instead: the pipeline without tgate_compile, or with guidance off."
+    "cannot be merged at the gate. " + INSTEAD
 )
+
+#: SDXL's sizes and crops, whose halves some pipelines concatenate before they repeat them for the images.
+_TIME_IDS = ("added_cond_kwargs", "time_ids")
 
 
 def check_halves(latents: torch.Tensor, *, same: bool) -> None:
@@ -26,17 +27,61 @@ def check_halves(latents: torch.Tensor, *, same: bool) -> None:
     Raises:
         UnsupportedModelError: they are not.
     """
-    batch = latents.shape[0]
-    if batch % 2 or (same and not torch.equal(latents[: batch // 2], latents[batch // 2 :])):
+    if not are_halves(latents, same=same):
         raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+
+
+def are_halves(latents: torch.Tensor, *, same: bool) -> bool:
+    """Whether `latents`, [2B, ...], can be two halves; with `same`, of the same latents."""
+    batch = latents.shape[0]
+    return batch % 2 == 0 and (not same or torch.equal(latents[: batch // 2], latents[batch // 2 :]))
+
+
+def are_two_of_each(latents: torch.Tensor) -> bool:
+    """Whether `latents` are two equal blocks, and these no blocks again: two predictions of each of B latents."""
+    return are_halves(latents, same=True) and not are_halves(latents[: latents.shape[0] // 2], same=True)
+
+
+def first_is_cond(halves: torch.Tensor, prediction: torch.Tensor) -> bool:
+    """Whether the first of `halves`, [2B, ...], is the prompt's, judging by the `prediction`, [B, ...], made of them.
+
+    Guidance goes from the negative prompt's prediction to the prompt's and beyond. So the prediction is on the far side
+    of one of them, seen from the other, and that one is the prompt's. Guidance rescale does not change the side.
+    """
+    first, second = halves.float().chunk(2)
+    if first.shape != prediction.shape:
+        if first.ndim != prediction.ndim or first.shape[0] != prediction.shape[0]:
+            return False
+        first, second = first[:, : prediction.shape[1]], second[:, : prediction.shape[1]]  # without a learned variance
+        if first.shape != prediction.shape:
+            return False
+    difference = second - first
+    along = ((prediction.float() - first) * difference).sum() / difference.square().sum()
+    return bool(along < 0)
+
+
+def alternating(call: Call, batch: int, family: Family) -> frozenset[int]:
+    """The ids of the tensors of `call` whose rows alternate between the halves, [uncond, cond, uncond, cond, ...].
+
+    Sizes and crops are the same for all images of a call, so that their rows tell how they are laid out. Other inputs
+    are those that the `family` names.
+    """
+    ids = {id(leaf) for path in family.interleaved for leaf in leaves_at(call, path)}
+    for leaf in leaves_at(call, _TIME_IDS):
+        if torch.is_tensor(leaf) and leaf.ndim > 0 and leaf.shape[0] == batch and batch > 2:
+            halves, pairs = leaf.unflatten(0, (2, -1)), leaf.unflatten(0, (-1, 2)).transpose(0, 1)
+            in_halves, in_turn = (bool((rows == rows[:, :1]).all()) for rows in (halves, pairs))
+            if in_halves != in_turn:  # else all rows are equal, or neither explains them
+                ids = ids | {id(leaf)} if in_turn else ids - {id(leaf)}
+    return frozenset(ids)
 
 
 def one_half(call: Call, batch: int, keep: Half, family: Family) -> Call:
     """`call`, whose latents have a batch of `batch` = 2B, for its half `keep` alone."""
     position = family.order.index(keep)
-    interleaved, repeated, shared = (
-        {id(leaf) for path in paths for leaf in leaves_at(call, path)}
-        for paths in (family.interleaved, family.repeated, family.shared)
+    interleaved = alternating(call, batch, family)
+    repeated, shared = (
+        {id(leaf) for path in paths for leaf in leaves_at(call, path)} for paths in (family.repeated, family.shared)
     )
 
     def half(leaf: torch.Tensor) -> torch.Tensor:

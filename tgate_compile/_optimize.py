@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._attach import attach, denoiser_names, detach
 from tgate_compile._errors import ConfigurationError
+from tgate_compile._loop import OnUnsupported
 from tgate_compile._optimized import GateStep, split_gate_step
 from tgate_compile._prompts import AUTO_PROMPTS
 from tgate_compile._schedule import Half, Schedule
@@ -46,6 +47,8 @@ def optimize(
     cache_dtype: torch.dtype | None = None,
     backend: str = "inductor",
     backend_options: Mapping[str, object] | None = None,
+    on_unsupported: OnUnsupported = "error",
+    graph_memory: int | None = None,
 ) -> Pipeline:
     """Make the pipeline's ordinary call skip what no longer matters: T-GATE, DeepCache, or guidance that ends early.
 
@@ -87,6 +90,11 @@ def optimize(
         backend: `"inductor"` (compiled), `"onnxruntime"`, `"openvino"`, `"tensorrt"` (on NVIDIA's GPUs), `"eager"` (the
             rewritten graphs, uncompiled: no compile time), or `"auto"` (the fastest for the device, as measured).
         backend_options: options for the backend: Inductor's configuration, and `cuda_graphs=True` for it on a GPU.
+        on_unsupported: what to do with a pipeline, or a call, that cannot be gated: `"error"` refuses it; `"plain"`
+            runs it in full, as the plain pipeline does, and logs a warning once per cause. If gated steps have run
+            before the cause is found, the whole call is repeated, callbacks included.
+        graph_memory: bytes that the graphs may take, by estimate. Beyond that, the least recently used ones are
+            dropped. None is a quarter of the machine's memory.
 
     Returns:
         `pipe` itself.
@@ -117,7 +125,16 @@ def optimize(
         schedules = dict.fromkeys(names, _given(schedule))
     else:
         schedules = {name: Schedule(gate, **choices) for name, gate in split_gate_step(gate_step, names).items()}
-    attach(pipe, schedules, sites=sites, cache_dtype=cache_dtype, backend=backend, backend_options=backend_options)
+    attach(
+        pipe,
+        schedules,
+        sites=sites,
+        cache_dtype=cache_dtype,
+        backend=backend,
+        backend_options=backend_options,
+        on_unsupported=on_unsupported,
+        graph_memory=graph_memory,
+    )
     return pipe
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,8 +16,14 @@ from tgate_compile._config import Config
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._families import Family, family_of
 from tgate_compile._generation import Generation, Plan, Previewed
-from tgate_compile._hook import DenoiserHook
+from tgate_compile._hook import MSG_NO_COPY, GatedDenoiser
+from tgate_compile._loop import Loop, OnUnsupported, StartOver
+from tgate_compile._random_state import random_state
 from tgate_compile._schedule import Schedule
+from tgate_compile._scheduler_watch import observed
+from tgate_compile._traffic import running
+
+logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_tgate_compile"
 
@@ -37,6 +44,11 @@ MSG_REPLACED = (
     "The {name} of this {pipeline} has been replaced since it was optimized. "
     "Call tgate_compile.restore(pipe), then optimize(pipe, ...) again."
 )
+MSG_COMPILED_SINCE = (
+    "The {name} of this {pipeline} has been compiled with torch.compile since it was optimized, which would compile "
+    "tgate_compile's hook instead of its graphs. Undo that (pipe.{name}._compiled_call_impl = None): the optimized "
+    "denoiser runs compiled graphs of its own."
+)
 MSG_PAIR = (
     "gate_step={given}: several gate steps are for a pipeline with as many denoisers, and this one has {names}. "
     "Give one number, or one for each."
@@ -44,16 +56,47 @@ MSG_PAIR = (
 
 
 class Optimized:
-    """The hooks on a pipeline's denoisers, by the component's name."""
+    """What `optimize` knows of a pipeline: its gated denoisers, by the component's name.
 
-    def __init__(self, pipe: DiffusionPipeline, configs: Mapping[str, Config]) -> None:
+    Args:
+        pipe: the pipeline.
+        configs: what was asked for, for each denoiser.
+        on_unsupported: what to do with calls that cannot be gated.
+        plain_because: why no call can be gated; None if calls can.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        configs: Mapping[str, Config],
+        *,
+        on_unsupported: OnUnsupported = "error",
+        plain_because: Exception | None = None,
+    ) -> None:
         self.pipeline_class = type(pipe)
         self.family = family_of(self.pipeline_class)
-        self.hooks = {name: DenoiserHook(getattr(pipe, name), config) for name, config in configs.items()}
+        self.hooks = {name: GatedDenoiser(getattr(pipe, name), config) for name, config in configs.items()}
+        self.on_unsupported = on_unsupported
+        self.plain_because = plain_because
         self.previewing = False
+        self._said: set[str] = set()
+
+    def say_once(self, message: str, *, about: str) -> None:
+        """Log a warning, unless there was one `about` this already."""
+        if about not in self._said:
+            self._said.add(about)
+            logger.warning("%s", message)
+
+    def report_plain(self, cause: Exception) -> None:
+        """Say, once per cause, that a call runs without tgate_compile."""
+        name = self.pipeline_class.__name__
+        self.say_once(
+            f"This call of {name} runs in full, since it cannot be gated. {cause}",
+            about=type(cause).__name__ + str(cause),
+        )
 
     @property
-    def hook(self) -> DenoiserHook:
+    def hook(self) -> GatedDenoiser:
         """That of the first denoiser, which most pipelines have alone."""
         return next(iter(self.hooks.values()))
 
@@ -111,7 +154,8 @@ def generation(
         ConcurrentGenerationError: another generation is running on this denoiser.
     """
     state = required_state_of(pipe)
-    with _generation(state, pipe, gate_step, lambda: guidance, lambda: num_timesteps, watch=True):
+    loop = Loop(on_unsupported=state.on_unsupported, report=state.report_plain)
+    with _generation(state, pipe, gate_step, lambda: guidance, lambda: num_timesteps, watch=True, loop=loop):
         yield
 
 
@@ -157,13 +201,17 @@ def _generation(
     num_timesteps: Callable[[], int | None],
     *,
     watch: bool,
+    loop: Loop,
 ) -> Iterator[None]:
     gates = split_gate_step(gate_step, tuple(state.hooks))
+    pipeline = state.pipeline_class.__name__
     begun: Generation | None = None
     with ExitStack() as stack:
         for name, hook in state.hooks.items():
             if getattr(pipe, name) is not hook.denoiser:
-                raise ConfigurationError(MSG_REPLACED.format(name=name, pipeline=state.pipeline_class.__name__))
+                raise ConfigurationError(MSG_REPLACED.format(name=name, pipeline=pipeline))
+            if hook.denoiser._compiled_call_impl is not None:
+                raise ConfigurationError(MSG_COMPILED_SINCE.format(name=name, pipeline=pipeline))
             begun = Generation(
                 hook.store,
                 hook.own_forward,
@@ -173,10 +221,15 @@ def _generation(
                 scheduler=lambda: pipe.scheduler,
                 num_calls=functools.partial(_num_calls, pipe, state.family, name, num_timesteps),
                 watch=watch,
+                loop=loop,
                 preview=state.previewing,
                 before=begun,
             )
+            loop.generations.append(begun)
             stack.enter_context(hook.generation(begun))
+        if state.plain_because is not None:
+            loop.run_plain(state.plain_because)
+        loop.observable = stack.enter_context(observed(getattr(pipe, "scheduler", None), loop))
         yield
 
 
@@ -219,21 +272,80 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
     def call(self: DiffusionPipeline, *args: Any, gate_step: GateStep | None = None, **kwargs: Any) -> Any:
         state = required_state_of(self)
         bound = signature.bind(self, *args, **kwargs)
+        given = dict(bound.arguments)
         bound.apply_defaults()
         watch = any(bound.arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
         guided = guidance_of(self, bound.arguments)
-        with _generation(state, self, gate_step, guided, lambda: getattr(self, "_num_timesteps", None), watch=watch):
-            result = original(self, *args, **kwargs)
-        ran = any(hook.last is not None and hook.last.steps for hook in state.hooks.values())
-        if not ran and not getattr(self, "_interrupt", False):
-            raise ConfigurationError(_bypassed(state))
+        with random_state(given.values(), keep=state.on_unsupported == "plain") as rewind:
+            for attempt in range(2):
+                loop = Loop(
+                    on_unsupported=state.on_unsupported,
+                    can_start_over=True,
+                    report=state.report_plain,
+                    is_pipeline=True,
+                    says_guidance=says_guidance(self, bound.arguments),
+                    knows_order=_is_of_diffusers(pipeline_class),
+                )
+                loop.plain = attempt > 0
+                try:
+                    with (
+                        running(),
+                        _generation(
+                            state,
+                            self,
+                            gate_step,
+                            guided,
+                            lambda: getattr(self, "_num_timesteps", None),
+                            watch=watch,
+                            loop=loop,
+                        ),
+                    ):
+                        callbacks_apart = {name: loop.outside(name, value) for name, value in kwargs.items()}
+                        names = (parameter.name for parameter in parameters[1:])
+                        in_order = (loop.outside(*pair) for pair in zip(names, args, strict=False))
+                        result = original(self, *in_order, **callbacks_apart)
+                    break
+                except StartOver:
+                    rewind()
+        _check_what_ran(state, self, loop, gate_step)
         return result
 
+    def refuse_copies(self: DiffusionPipeline, protocol: Any) -> Any:
+        raise ConfigurationError(MSG_NO_COPY)
+
     call.__signature__ = signature.replace(parameters=[*parameters[:at], own, *parameters[at:]])  # type: ignore[attr-defined]
-    namespace = {"__call__": call, "__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__}
+    namespace = {
+        "__call__": call,
+        "__reduce_ex__": refuse_copies,
+        "__module__": pipeline_class.__module__,
+        "__doc__": pipeline_class.__doc__,
+    }
     gated = type(pipeline_class.__name__, (pipeline_class,), namespace)
     gated.__qualname__ = pipeline_class.__qualname__
     return gated
+
+
+def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop, gate_step: GateStep | None) -> None:
+    """After a call: whether the denoiser went through our hook at all, and whether the gate had a step to act on."""
+    ran = [hook.last for hook in state.hooks.values() if hook.last is not None and hook.last.steps]
+    if loop.plain or loop.gated:
+        return
+    if not ran:
+        # Without a step of the scheduler there was nothing to do: an image-to-image call of no steps, say.
+        if (loop.stepped or not loop.observable) and not getattr(pipe, "_interrupt", False):
+            raise ConfigurationError(_bypassed(state))
+        return
+    gates = {generation.schedule.gate_step for generation in ran} - {None}
+    steps = max(generation.num_steps for generation in ran)
+    if gates and not getattr(pipe, "_interrupt", False):
+        acting = (
+            f"A gate_step of at most {steps - 1} acts here" if steps > 1 else "A single step leaves nothing to gate"
+        )
+        state.say_once(
+            f"The gate did not act in this call of {state.pipeline_class.__name__}: it ran {steps} steps, and "
+            f"gate_step is {max(gates)}. {acting}; a fraction such as gate_step=0.4 follows the number of steps.",
+            about="gate",
+        )
 
 
 def _bypassed(state: Optimized) -> str:
@@ -246,3 +358,14 @@ def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callab
         return lambda: bool(pipe.do_classifier_free_guidance)
     scale = arguments.get("guidance_scale")
     return lambda: scale is not None and scale > 1.0
+
+
+def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
+    """Whether there is such a word of the pipeline's."""
+    return hasattr(type(pipe), "do_classifier_free_guidance") or arguments.get("guidance_scale") is not None
+
+
+def _is_of_diffusers(pipeline_class: type) -> bool:
+    """Whether the pipeline's call is diffusers' own code, whose batches begin with the half that the family says."""
+    author = next((base for base in pipeline_class.__mro__ if "__call__" in vars(base)), pipeline_class)
+    return author.__module__.partition(".")[0] == "diffusers"

@@ -20,11 +20,13 @@ class StepCounter:
     Attributes:
         warmup_calls: calls at the start that belong to step 0 and are no steps of their own.
         calls_per_step: the scheduler's order.
-        num_steps: steps of the whole generation.
+        num_calls: timesteps that the denoiser is called for.
+        num_steps: steps of the whole pass.
     """
 
     warmup_calls: int
     calls_per_step: int
+    num_calls: int
     num_steps: int
 
     @classmethod
@@ -44,7 +46,7 @@ class StepCounter:
         # The pipelines' own rule (`num_warmup_steps`): calls beyond steps x order come first and are no steps.
         warmup = max(len(timesteps) - requested * order, 0)
         calls = len(timesteps) if num_calls is None else num_calls
-        return cls(warmup, order, max(-(-(calls - warmup) // order), 1))
+        return cls(warmup, order, calls, max(-(-(calls - warmup) // order), 1))
 
     def step(self, call: int) -> int:
         """The step, from 0, of denoiser call `call`, from 0."""

@@ -18,6 +18,8 @@ class Backend(Protocol):
     """Makes runners."""
 
     name: ClassVar[str]
+    #: Whether each graph has its own copy of the weights, in the order that its runtime wants.
+    packs_weights: ClassVar[bool] = False
 
     def __init__(self, options: Mapping[str, object]) -> None: ...
 

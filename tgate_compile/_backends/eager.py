@@ -16,6 +16,7 @@ class EagerBackend:
     """Runs the graph's ATen operators one by one: no compile time, the plain pipeline's numbers to the bit."""
 
     name: ClassVar[str] = "eager"
+    packs_weights: ClassVar[bool] = False
 
     def __init__(self, options: Mapping[str, object]) -> None:
         del options  # there are none

@@ -50,6 +50,7 @@ class InductorBackend:
     """
 
     name: ClassVar[str] = "inductor"
+    packs_weights: ClassVar[bool] = False
 
     def __init__(self, options: Mapping[str, object]) -> None:
         self._options = {name: value for name, value in options.items() if name != CUDA_GRAPHS}

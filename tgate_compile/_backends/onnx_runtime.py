@@ -46,6 +46,7 @@ class OnnxRuntimeBackend:
     """Converts a graph to ONNX once, and runs it in an ONNX Runtime session on the live weights' memory."""
 
     name: ClassVar[str] = "onnxruntime"
+    packs_weights: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
 
     def __init__(self, options: Mapping[str, object]) -> None:

@@ -30,6 +30,7 @@ class OpenVinoBackend:
     """Converts a graph to ONNX once, and compiles it with the live weights in OpenVINO, anew when they have changed."""
 
     name: ClassVar[str] = "openvino"
+    packs_weights: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "openvino")
 
     def __init__(self, options: Mapping[str, object]) -> None:

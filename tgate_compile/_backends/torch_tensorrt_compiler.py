@@ -43,6 +43,7 @@ class TensorRTBackend:
     """
 
     name: ClassVar[str] = "tensorrt"
+    packs_weights: ClassVar[bool] = True
 
     def __init__(self, options: Mapping[str, object]) -> None:
         self._options = options

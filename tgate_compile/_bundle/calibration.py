@@ -17,7 +17,7 @@ from tgate_compile._bundle.weights_digest import weights_of
 from tgate_compile._call import Call
 from tgate_compile._generation import Plan
 from tgate_compile._graphs import Captured, Emission, Variant
-from tgate_compile._hook import DenoiserHook
+from tgate_compile._hook import GatedDenoiser
 from tgate_compile._schedule import Kind, Phase
 from tgate_compile._variants import CompiledVariant, VariantStore
 
@@ -56,7 +56,7 @@ class Calibration:
 
 def calibrate(
     pipe: DiffusionPipeline,
-    hook: DenoiserHook,
+    hook: GatedDenoiser,
     plan: Plan,
     call: Mapping[str, Any],
     prompts: Sequence[str],
@@ -85,7 +85,7 @@ def calibrate(
     return Calibration(tuple(prompts), dict(recorder.calls))
 
 
-def _wanted(hook: DenoiserHook, plan: Plan, order: int, most: int) -> dict[Phase, dict[int, int]]:
+def _wanted(hook: GatedDenoiser, plan: Plan, order: int, most: int) -> dict[Phase, dict[int, int]]:
     """For each graph, by its phase: which of its runs, from 0, are kept, and the step of each. First and last are."""
     calls = max(1, len(hook.config.family.calls))
     runs: dict[Phase, list[int]] = defaultdict(list)

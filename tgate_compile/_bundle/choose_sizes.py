@@ -15,7 +15,7 @@ from tgate_compile._bundle.sizes import shape_at
 from tgate_compile._errors import CaptureError
 from tgate_compile._free_sizes import SYMBOLS, FreeSize
 from tgate_compile._generation import Plan
-from tgate_compile._hook import DenoiserHook
+from tgate_compile._hook import GatedDenoiser
 from tgate_compile._schedule import Phase
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ MSG_NOT_FREE = (
 )
 
 
-def choose_sizes(hook: DenoiserHook, plan: Plan, free: Collection[FreeSize] | None) -> dict[Phase, PlannedGraph]:
+def choose_sizes(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize] | None) -> dict[Phase, PlannedGraph]:
     """The graphs of `plan` with the sizes `free`, seen to work at other sizes than the call's.
 
     None leaves free what the denoiser's code permits: batch, height and width, or the batch alone, or nothing.
@@ -63,7 +63,7 @@ def other_sizes(example: Mapping[str, int]) -> dict[str, int]:
     return other
 
 
-def _checked(hook: DenoiserHook, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
+def _checked(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
     graphs = planned_graphs(hook, plan, free)
     for planned in graphs.values():
         if planned.units:

@@ -13,7 +13,7 @@ from tgate_compile._call import Call
 from tgate_compile._free_sizes import FreeSize, free_shapes
 from tgate_compile._generation import Plan
 from tgate_compile._graphs import Captured, Emission, Site, Variant
-from tgate_compile._hook import DenoiserHook
+from tgate_compile._hook import GatedDenoiser
 from tgate_compile._schedule import Kind, Phase
 from tgate_compile._variants import VariantStore
 
@@ -70,7 +70,7 @@ class PlannedGraph:
         return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def planned_graphs(hook: DenoiserHook, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
+def planned_graphs(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
     """The graphs of `plan`, by the phase that each serves, with the sizes `free`.
 
     Raises:

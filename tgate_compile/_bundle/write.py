@@ -31,7 +31,7 @@ from tgate_compile._bundle.wiring import wiring_of
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile._free_sizes import LARGEST, SYMBOLS, FreeSize
 from tgate_compile._generation import Plan, strip_of
-from tgate_compile._hook import DenoiserHook
+from tgate_compile._hook import GatedDenoiser
 from tgate_compile._quantization import Quantization
 from tgate_compile._schedule import Phase
 from tgate_compile._version import __version__
@@ -43,7 +43,7 @@ MSG_CONSTANT = "The denoiser {model} is called with {name}={given!r}, which a ma
 def write_bundle(
     pipe: DiffusionPipeline,
     component: str,
-    hook: DenoiserHook,
+    hook: GatedDenoiser,
     plan: Plan,
     folder: Path,
     *,
@@ -117,7 +117,7 @@ def write_bundle(
 
 def _quantizing(
     pipe: DiffusionPipeline,
-    hook: DenoiserHook,
+    hook: GatedDenoiser,
     plan: Plan,
     call: Mapping[str, Any],
     quantization: Quantization | None,
@@ -203,7 +203,7 @@ def _sizes(planned: PlannedGraph, written: Collection[WrittenGraph]) -> dict[str
     return sizes
 
 
-def _denoiser(component: str, hook: DenoiserHook, planned: PlannedGraph, progress: Progress) -> m.Denoiser:
+def _denoiser(component: str, hook: GatedDenoiser, planned: PlannedGraph, progress: Progress) -> m.Denoiser:
     model = type(hook.denoiser).__name__
     returns = returns_of(planned.captured.out_spec)
     if returns is None:
@@ -225,7 +225,7 @@ def _denoiser(component: str, hook: DenoiserHook, planned: PlannedGraph, progres
     )
 
 
-def _family(hook: DenoiserHook) -> m.Family:
+def _family(hook: GatedDenoiser) -> m.Family:
     family = hook.config.family
 
     def lists(paths: tuple[tuple[str, ...], ...]) -> list[list[str]]:
@@ -241,7 +241,7 @@ def _family(hook: DenoiserHook) -> m.Family:
     )
 
 
-def _method(hook: DenoiserHook) -> m.Method:
+def _method(hook: GatedDenoiser) -> m.Method:
     config = hook.config
     return m.Method(
         schedule=asdict(config.schedule),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tgate_compile._hook import DenoiserHook
+from tgate_compile._hook import GatedDenoiser
 from tgate_compile._schedule import Phase
 from tgate_compile.passes.count_macs import count_macs
 
@@ -25,7 +25,7 @@ class GraphCosts:
     unguided: int
 
     @classmethod
-    def of(cls, hook: DenoiserHook) -> GraphCosts:
+    def of(cls, hook: GatedDenoiser) -> GraphCosts:
         """Of the graphs made so far, all for images of one shape."""
         per_row: dict[str, float] = {}
         batches = set()

@@ -1,0 +1,132 @@
+"""What the denoisers of one pipeline call have in common: the scheduler, callbacks, and what to do if gating fails."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+if TYPE_CHECKING:
+    from tgate_compile._generation import Generation
+
+#: What becomes of a pipeline or a call that cannot be gated.
+OnUnsupported = Literal["error", "plain"]
+
+
+#: The types of functions that can be wrapped without losing anything.
+FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+
+
+class StartOver(Exception):  # noqa: N818 (it is not an error)
+    """Leaves a pipeline call that turned out not to be gateable after gated steps had run; it is run again, in full."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class Loop:
+    """One run of a pipeline's call, or of a denoising loop of one's own.
+
+    Args:
+        on_unsupported: what to do if it cannot be gated.
+        can_start_over: whether the whole call can be repeated.
+        report: told the reason when the rest of the loop runs plain.
+        is_pipeline: whether it is a pipeline's own call, of which no one has said what its batches are.
+        says_guidance: whether the pipeline says by itself if guidance is on.
+        knows_order: whether it is known which half of a batch is the prompt's.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_unsupported: OnUnsupported = "error",
+        can_start_over: bool = False,
+        report: Callable[[Exception], None] = lambda cause: None,
+        is_pipeline: bool = False,
+        says_guidance: bool = True,
+        knows_order: bool = True,
+    ) -> None:
+        self.on_unsupported = on_unsupported
+        self.can_start_over = can_start_over
+        self.is_pipeline = is_pipeline
+        self.says_guidance = says_guidance
+        self.knows_order = knows_order
+        self.observable = False  # whether the scheduler's calls are seen
+        self.paused = 0  # inside this many callbacks
+        self.plain = False
+        self.gated = False  # whether a step has been different from the plain pipeline's
+        self.stepped = 0  # calls of the scheduler's step
+        self.generations: list[Generation] = []
+        self.current: Generation | None = None  # that made the last denoiser call
+        self._report = report
+
+    def run_plain(self, cause: Exception) -> None:
+        """Run the rest of the loop in full, since it cannot be gated; or raise `cause`.
+
+        Raises:
+            StartOver: steps have been gated already, so that the call must be repeated.
+        """
+        if self.on_unsupported == "error" or (self.gated and not self.can_start_over):
+            raise cause
+        self._report(cause)
+        if self.gated:
+            raise StartOver(cause) from cause
+        self.plain = True
+
+    def on_set_timesteps(self) -> None:
+        """The scheduler's timesteps are set anew."""
+        for generation in self.generations:
+            generation.progress.on_set_timesteps()
+
+    def on_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        """The scheduler steps from the latents `sample`, by `prediction`."""
+        self.stepped += 1
+        if self.paused or self.plain:
+            return
+        first_since_call = self.current is not None and not self.current.progress.stepped
+        for generation in self.generations:
+            generation.progress.on_step()
+        if first_since_call and self.current is not None:
+            self.current.check_step(prediction, sample)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Denoiser calls inside the context are not part of the loop."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+
+    def outside(self, name: str, value: Any) -> Any:
+        """The argument `name` of the pipeline's call; if it is a callback, its denoiser calls are not the loop's."""
+        if isinstance(value, (PipelineCallback, MultiPipelineCallbacks)):
+            return _PausingCallbacks(self, value)
+        # Other callable objects (tokenizers, modules) have attributes that the pipeline may need.
+        if not isinstance(value, FUNCTIONS) and not (callable(value) and "callback" in name):
+            return value
+
+        @functools.wraps(value)
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            with self.pause():
+                return value(*args, **kwargs)
+
+        return paused
+
+
+class _PausingCallbacks(MultiPipelineCallbacks):  # type: ignore[misc]
+    """diffusers' own callbacks, which a pipeline recognizes by their class."""
+
+    def __init__(self, loop: Loop, callback: Any) -> None:
+        super().__init__([callback])
+        self._loop = loop
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._loop.pause():
+            return super().__call__(*args, **kwargs)

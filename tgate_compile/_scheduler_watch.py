@@ -1,0 +1,110 @@
+"""Observe a scheduler during a generation: when its timesteps are set, and what it is stepped with.
+
+The pipeline's own call of `scheduler.step(prediction, timestep, sample)` is the most reliable thing that there is to
+know about a denoising loop: it says that a step is over, how many latents there are, and how the two predictions of
+guidance were combined.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+
+class SchedulerObserver(Protocol):
+    """Hears about one scheduler."""
+
+    def on_set_timesteps(self) -> None:
+        """The timesteps are about to be set."""
+        ...
+
+    def on_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        """The scheduler is about to step: `prediction` of the denoiser, after guidance, and the latents `sample`."""
+        ...
+
+
+_observers: dict[int, list[SchedulerObserver]] = {}
+_lock = threading.Lock()
+
+
+@contextmanager
+def observed(scheduler: Any, observer: SchedulerObserver) -> Iterator[bool]:
+    """Report the calls of `scheduler` to `observer` inside the context; False if this object cannot be observed.
+
+    The object gets a subclass of its own class with the same name, and its class back at the end. Copies that are made
+    of it meanwhile are not observed.
+    """
+    own_class = type(scheduler)
+    with _lock:
+        watched = _observers.get(id(scheduler))
+        if watched is None:
+            try:
+                scheduler.__class__ = _observed_class(own_class)
+            except TypeError:  # a class with slots, or none at all
+                observable = False
+            else:
+                watched = _observers[id(scheduler)] = []
+        observable = watched is not None
+        if watched is not None:
+            watched.append(observer)
+    try:
+        yield observable
+    finally:
+        if watched is not None:
+            with _lock:
+                watched.remove(observer)
+                if not watched:
+                    del _observers[id(scheduler)]
+                    scheduler.__class__ = type(scheduler).__mro__[1]
+
+
+@functools.cache
+def _observed_class(scheduler_class: type) -> type:
+    namespace: dict[str, Any] = {
+        "__module__": scheduler_class.__module__,
+        "__qualname__": scheduler_class.__qualname__,
+        "__doc__": scheduler_class.__doc__,
+    }
+    if hasattr(scheduler_class, "set_timesteps"):
+        namespace["set_timesteps"] = _reporting(scheduler_class.set_timesteps, _report_timesteps)
+    if hasattr(scheduler_class, "step"):
+        namespace["step"] = _reporting(scheduler_class.step, _reporter_of_steps(scheduler_class.step))
+    return type(scheduler_class.__name__, (scheduler_class,), namespace)
+
+
+def _reporting(original: Callable[..., Any], report: Callable[..., None]) -> Callable[..., Any]:
+    # `wraps`, since pipelines look at the signature of `step` to see whether it takes `eta` and `generator`.
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for observer in tuple(_observers.get(id(self), ())):
+            report(observer, self, args, kwargs)
+        return original(self, *args, **kwargs)
+
+    return call
+
+
+def _report_timesteps(
+    observer: SchedulerObserver, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    observer.on_set_timesteps()
+
+
+def _reporter_of_steps(step: Callable[..., Any]) -> Callable[..., None]:
+    signature = inspect.signature(step)
+
+    def report(observer: SchedulerObserver, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            given = signature.bind(scheduler, *args, **kwargs).arguments
+        except TypeError:
+            return  # the call itself is about to fail, with a better message
+        prediction, sample = given.get("model_output"), given.get("sample")
+        if torch.is_tensor(prediction) and torch.is_tensor(sample):
+            observer.on_step(prediction, sample)
+
+    return report
