@@ -106,23 +106,62 @@ def test_old_weights_are_let_go() -> None:
     pipe.to(torch.float64)
     run(pipe)
     store = pipe._tgate_compile.hook.store
+    assert_no_old_tensors(pipe)
+    assert len(store.compiled) == 4
+    # The same parameters with other contents: both dtypes' graphs are still good.
+    pipe.to(torch.float32)
+    run(pipe)
+    assert store.compilations == 4
+    # Other parameters: the graphs of the present state take them, those of the other one are dropped.
+    other = stable_diffusion(layout="small")
+    pipe.unet.load_state_dict(other.unet.state_dict(), assign=True)
+    run(pipe)
+    assert store.compilations == 4
     assert len(store.compiled) == 2
-    known = storages(pipe.unet.parameters())
-    assert all(tensor.untyped_storage().data_ptr() in known for c in store.compiled for tensor in c.weights)
+    assert_no_old_tensors(pipe)
 
 
-def test_captures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = 2
-    monkeypatch.setattr("tgate_compile._variants.MAX_CAPTURES", limit)
-    pipe = tgate_compile.optimize(pixart(), 1000, backend="eager")
-    call = pixart_prompt()
+def assert_no_old_tensors(pipe: Any) -> None:
     store = pipe._tgate_compile.hook.store
-    for index in range(limit + 1):
-        run(pipe, **{**call, "height": 8 * (index + 1), "width": 8}, steps=2)
-        assert len(store.compiled) == min(index + 1, limit)
-    assert store.compilations == limit + 1
-    # The oldest went: the newest is still there, the first is made again.
-    run(pipe, **{**call, "height": 8 * (limit + 1), "width": 8}, steps=2)
-    assert store.compilations == limit + 1
-    run(pipe, **{**call, "height": 8, "width": 8}, steps=2)
-    assert store.compilations == limit + 2
+    known = storages([*pipe.unet.parameters(), *pipe.unet.buffers()])
+    for compiled in store.compiled:
+        for tensor in (*compiled.weights, *compiled.variant.program.state_dict.values()):
+            assert tensor.untyped_storage().data_ptr() in known
+
+
+def test_captures_do_not_pile_up(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = tgate_compile.optimize(pixart(), 1000, backend="eager")
+    store = pipe._tgate_compile.hook.store
+
+    def make(size: int) -> None:
+        run(pipe, **{**pixart_prompt(), "height": 8 * size, "width": 8}, steps=2)
+
+    make(1)
+    one = sum(held.nbytes for held in store._captures.values())
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, 1000, backend="eager", graph_memory=int(2.5 * one))
+    store = pipe._tgate_compile.hook.store
+    with caplog.at_level("WARNING", "tgate_compile"):
+        for size in (1, 2, 3):
+            make(size)
+            assert len(store.compiled) == min(size, 2)
+        # The oldest went: the newest is still there, the first is made again.
+        make(3)
+        assert store.compilations == 3
+        make(1)
+        assert store.compilations == 4
+    told = [record.getMessage() for record in caplog.records if "graph_memory" in record.getMessage()]
+    assert len(told) == 1
+
+
+def test_graphs_of_a_generation_are_not_dropped_while_it_runs() -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="eager", graph_memory=1)
+    for _ in range(2):
+        run(pipe)
+        assert pipe._tgate_compile.hook.store.compilations == 2
+
+
+@pytest.mark.parametrize("given", [0, -1, True, 1.5, "2 GB"])
+def test_graph_memory_is_checked(given: Any) -> None:
+    with pytest.raises(tgate_compile.ConfigurationError, match="graph_memory"):
+        tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="eager", graph_memory=given)

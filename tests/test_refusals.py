@@ -203,15 +203,6 @@ def test_already_optimized() -> None:
     assert torch.equal(run(pipe), first)
 
 
-def test_denoiser_of_another_optimized_pipeline(shared: SimpleNamespace) -> None:
-    other = diffusers.StableDiffusionImg2ImgPipeline(**shared.pipe.components, requires_safety_checker=False)
-    tgate_compile.optimize(shared.pipe, 3, backend="eager")
-    refused(other, ConfigurationError, "another pipeline", "restore", "StableDiffusionImg2ImgPipeline")
-    tgate_compile.restore(shared.pipe)
-    tgate_compile.optimize(other, 3, backend="eager")
-    tgate_compile.restore(other)
-
-
 def test_no_denoiser() -> None:
     pipe = stable_diffusion(layout="small")
     pipe.unet = None

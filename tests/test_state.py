@@ -124,7 +124,7 @@ def test_call_after_an_interrupt(sd: SimpleNamespace) -> None:
 def test_caches_are_freed_after_the_call(sd: SimpleNamespace) -> None:
     run(sd.gated)
     assert sd.gated._tgate_compile.hook.last._caches.nbytes == 0
-    assert sd.gated._tgate_compile.hook._active is None
+    assert sd.gated._tgate_compile.hook._hook._active is None
 
 
 # Calls that are unlike the last one.

@@ -422,7 +422,7 @@ def _layout(phase: Phase, emission: Emission, half: Half | None) -> Layout:
 
 
 def _ratio(batch: torch.Size, sample: torch.Size) -> float:
-    """How many latents the denoiser sees, of shape `batch`, for each one that the scheduler steps, of shape `sample`."""
+    """How many latents the denoiser sees, of shape `batch`, for each that the scheduler steps, of shape `sample`."""
     ratio = batch[0] / max(sample[0], 1)
     if ratio not in (1, 2) and len(batch) != len(sample):  # a video whose frames are steps of their own
         return batch.numel() / max(sample.numel(), 1)

@@ -69,7 +69,8 @@ def alternating(call: Call, batch: int, family: Family) -> frozenset[int]:
     ids = {id(leaf) for path in family.interleaved for leaf in leaves_at(call, path)}
     for leaf in leaves_at(call, _TIME_IDS):
         if torch.is_tensor(leaf) and leaf.ndim > 0 and leaf.shape[0] == batch and batch > 2:
-            halves, pairs = leaf.unflatten(0, (2, -1)), leaf.unflatten(0, (-1, 2)).transpose(0, 1)
+            halves = torch.stack(leaf.chunk(2))  # [2, B, ...]
+            pairs = torch.stack([leaf[0::2], leaf[1::2]])
             in_halves, in_turn = (bool((rows == rows[:, :1]).all()) for rows in (halves, pairs))
             if in_halves != in_turn:  # else all rows are equal, or neither explains them
                 ids = ids | {id(leaf)} if in_turn else ids - {id(leaf)}

@@ -6,13 +6,12 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-if TYPE_CHECKING:
-    from tgate_compile._generation import Generation
+from tgate_compile._progress import Progress
 
 #: What becomes of a pipeline or a call that cannot be gated.
 OnUnsupported = Literal["error", "plain"]
@@ -20,6 +19,16 @@ OnUnsupported = Literal["error", "plain"]
 
 #: The types of functions that can be wrapped without losing anything.
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+
+
+class Denoising(Protocol):
+    """What a loop knows of each of its denoisers: a generation."""
+
+    progress: Progress
+
+    def check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        """Hear of the first step of the scheduler after a call of this denoiser."""
+        ...
 
 
 class StartOver(Exception):  # noqa: N818 (it is not an error)
@@ -62,8 +71,8 @@ class Loop:
         self.plain = False
         self.gated = False  # whether a step has been different from the plain pipeline's
         self.stepped = 0  # calls of the scheduler's step
-        self.generations: list[Generation] = []
-        self.current: Generation | None = None  # that made the last denoiser call
+        self.generations: list[Denoising] = []
+        self.current: Denoising | None = None  # that made the last denoiser call
         self._report = report
 
     def run_plain(self, cause: Exception) -> None:

@@ -335,7 +335,7 @@ def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop, gate_
         if (loop.stepped or not loop.observable) and not getattr(pipe, "_interrupt", False):
             raise ConfigurationError(_bypassed(state))
         return
-    gates = {generation.schedule.gate_step for generation in ran} - {None}
+    gates = [g.schedule.gate_step for g in ran if g.schedule.gate_step is not None]
     steps = max(generation.num_steps for generation in ran)
     if gates and not getattr(pipe, "_interrupt", False):
         acting = (

@@ -176,6 +176,6 @@ def _place(timestep: Any, timesteps: Any) -> int | None:
         return None
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None
-    offset = timestep.storage_offset() - timesteps.storage_offset()
+    offset = int(timestep.storage_offset() - timesteps.storage_offset())
     place, rest = divmod(offset, timesteps.stride(0) or 1)
     return place if not rest and 0 <= place < len(timesteps) else None

@@ -3,8 +3,8 @@
 A graph holds what the code did while it was captured. Code that counts its calls, stores what it sees, or reads
 something that others change does different things later on, and a graph would not. So forward hooks, attention
 processors and replaced forwards from outside the known libraries are read before they are captured. Code that is seen
-to depend on nothing but its arguments and its own plain settings is accepted; the rest is refused, unless its author says
-that it is `pure`.
+to depend on nothing but its arguments and its own plain settings is accepted; the rest is refused, unless its author
+says that it is `pure`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _PURE_MODULES = frozenset(
 )
 
 MSG_IMPURE = (
-    "{what} {where} cannot be part of a graph: {reason}. A graph would go on repeating what it did once. Remove it, or, "
-    "if its result depends on its arguments alone, say so: tgate_compile.pure({name}). " + INSTEAD
+    "{what} {where} cannot be part of a graph: {reason}. A graph would go on repeating what it did once. Remove it, "
+    "or, if its result depends on its arguments alone, say so: tgate_compile.pure({name}). " + INSTEAD
 )
 MSG_STATEFUL = "{model} keeps state from call to call, which a graph cannot: running it changes {changes}. " + INSTEAD
 MSG_GLOBAL_HOOKS = (
@@ -160,11 +160,12 @@ class _Reader:
             of_denoiser = isinstance(owner, (torch.nn.Module, type))
             return self.impurity(code.__func__) or (None if of_denoiser else self._attributes(owner))
         if isinstance(code, types.FunctionType):
-            known = is_trusted(code.__module__) and not code.__closure__
-            return None if known else self._function(code)
+            # Not by `__module__`, which `functools.wraps` takes over from the function that is wrapped.
+            known = is_trusted(code.__globals__.get("__name__"))
+            return self._first(_wrapped_functions(code)) if known else self._function(code)
         if isinstance(code, (type, *_BUILTIN)) or is_trusted(type(code).__module__):
             return None
-        call = type(code).forward if isinstance(code, torch.nn.Module) else type(code).__call__  # type: ignore[operator]
+        call = type(code).forward if isinstance(code, torch.nn.Module) else type(code).__call__
         return self._attributes(code) or self.impurity(call)
 
     def _function(self, function: types.FunctionType) -> str | None:
@@ -217,6 +218,14 @@ _BUILTIN = (types.BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverl
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 #: Functions that change or read something without showing it in the code.
 _OPAQUE = frozenset({"setattr", "delattr", "exec", "eval", "globals", "vars", "next", "open", "input"})
+
+
+def _wrapped_functions(function: types.FunctionType) -> Iterator[tuple[object, str]]:
+    """The functions that a decorator of a known library has around it: `torch.no_grad()` on one of the user's."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            if isinstance(cell.cell_contents, (types.FunctionType, types.MethodType, functools.partial)):
+                yield cell.cell_contents, "a function"
 
 
 @functools.cache

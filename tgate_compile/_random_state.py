@@ -22,7 +22,7 @@ def random_state(arguments: Iterable[Any], *, keep: bool) -> Iterator[Callable[[
     generators = [leaf for leaf in pytree.tree_leaves(list(arguments)) if isinstance(leaf, torch.Generator)]
     own = [(generator, generator.get_state()) for generator in generators]
     cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
     def rewind() -> None:
         torch.set_rng_state(cpu)

@@ -45,7 +45,7 @@ def observed(scheduler: Any, observer: SchedulerObserver) -> Iterator[bool]:
         watched = _observers.get(id(scheduler))
         if watched is None:
             try:
-                scheduler.__class__ = _observed_class(own_class)
+                scheduler.__class__ = _observed_class(own_class)  # type: ignore[arg-type]
             except TypeError:  # a class with slots, or none at all
                 observable = False
             else:

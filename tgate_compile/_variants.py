@@ -216,12 +216,29 @@ class VariantStore:
             model = self._models[current] = len(self._models)
             if self._captures:
                 logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
-        self._model = model
         live = self._live_tensors()
+        self._let_go_of_old_tensors(model, live)
+        self._model = model
         for key, compiled in self._compiled.items():
             # The graphs of other states let go of the tensors, which may have been replaced.
             weights = _weights(compiled.variant, live) if key[0].model == model else []
             self._compiled[key] = dataclasses.replace(compiled, weights=weights)
+
+    def _let_go_of_old_tensors(self, model: int, live: Mapping[str, torch.Tensor]) -> None:
+        """Programs hold parameters, some of which may have been replaced: take the new ones, or drop the program."""
+        for address, held in list(self._captures.items()):
+            programs = [held.captured.program, *(v.program for key, v in self._variants.items() if key[0] == address)]
+            old = [
+                (program.state_dict, name)
+                for program in programs
+                for name, tensor in program.state_dict.items()
+                if live.get(name) is not tensor
+            ]
+            if old and address.model != model:
+                self._drop(address)
+                continue
+            for tensors, name in old:
+                tensors[name] = live[name]
 
     def variant(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Variant, Captured]:
         """The variant of `phase` for inputs like those of `call`, not compiled yet, and what it is made of."""
@@ -265,11 +282,11 @@ class VariantStore:
         # As torch.compile does: a size is taken for fixed until it has been another one.
         free = next((dims for address, _ in mine if (dims := differing_dims(call.key, address.key))), {})
         with exclusive():
-            held = self._free_capture(call, forward, free) if free else None
-            if held is None:
-                held = self._held(self._capture(call, forward), {})
-        held.checked.add(call.key)
-        self._captures[own] = held
+            made = self._free_capture(call, forward, free) if free else None
+            if made is None:
+                made = self._held(self._capture(call, forward), {})
+                made.checked.add(call.key)
+        self._captures[own] = made
         self._make_room()
         return own
 
@@ -443,8 +460,8 @@ class VariantStore:
         if not self._said_full:
             self._said_full = True
             logger.warning(
-                "The graphs of %s take more than %.1f GB (%d compiled so far), so the least recently used are dropped, and "
-                "made again when they are needed. optimize(..., graph_memory=<bytes>) raises the limit.",
+                "The graphs of %s take more than %.1f GB (%d compiled so far), so the least recently used are dropped, "
+                "and made again when they are needed. optimize(..., graph_memory=<bytes>) raises the limit.",
                 type(self.denoiser).__name__, limit / 1e9, self.compilations,
             )  # fmt: skip
 
