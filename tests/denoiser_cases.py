@@ -245,6 +245,15 @@ SIBLINGS = {
         _BLOCKS,
         halved=(*CASES["HunyuanDiTPipeline"].halved, "controlnet_block_samples"),
     ),
+    "AllegroPipeline": Case(
+        tiny_siblings.allegro,
+        tiny_siblings.allegro_call,
+        _TRANSFORMER_BLOCKS,
+        halved=(*_LATENTS_TIME_TEXT, "encoder_attention_mask"),
+    ),
+    "AnyFlowPipeline": Case(
+        tiny_siblings.anyflow, tiny_siblings.anyflow_call, _BLOCKS, halved=(*_LATENTS_TIME_TEXT, "r_timestep")
+    ),
     "WanVideoToVideoPipeline": Case(tiny_siblings.wan_video_to_video, tiny_siblings.wan_video_to_video_call, _BLOCKS),
     "WanVACEPipeline": Case(
         tiny_siblings.wan_vace,

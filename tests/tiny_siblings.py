@@ -7,11 +7,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
+    AllegroTransformer3DModel,
     AutoencoderKLLTXVideo,
     ControlNetModel,
     ControlNetUnionModel,
     DDIMScheduler,
     DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanDiT2DControlNetModel,
     Kandinsky5Transformer3DModel,
@@ -244,6 +246,48 @@ def wan_vace() -> Any:
     transformer = seeded(lambda: WanVACETransformer3DModel(**tiny_video.WAN, vace_layers=[0], vace_in_channels=72))
     source = tiny_video.wan_image_to_video()
     return _with("WanVACEPipeline", source, transformer=transformer)
+
+
+def allegro() -> Any:
+    """Its tables of positions come with the call, and here have as many rows as the batch."""
+    transformer = seeded(
+        lambda: AllegroTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=2,
+            cross_attention_dim=24,
+            caption_channels=TEXT_DIM,
+            sample_height=LATENT_SIZE,
+            sample_width=LATENT_SIZE,
+            sample_frames=tiny_video.FRAMES,
+        )
+    )
+    scheduler = EulerAncestralDiscreteScheduler(**VELOCITY)
+    pipe = diffusers.AllegroPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler
+    )
+    return silent(pipe)
+
+
+def allegro_call(batch: int = 1) -> dict[str, Any]:
+    size = {"num_frames": tiny_video.FRAMES, "height": 8 * LATENT_SIZE, "width": 8 * LATENT_SIZE}
+    return {**embedded_prompts(batch, masks=True), "negative_prompt": None, **size}
+
+
+def anyflow() -> Any:
+    """Wan's blocks, with both guidance halves in one call, and a second timestep, the one to arrive at."""
+    pipe = diffusers.AnyFlowPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=seeded(lambda: diffusers.AnyFlowTransformer3DModel(**tiny_video.WAN)),
+        scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
+    )
+    return silent(pipe)
+
+
+def anyflow_call(batch: int = 1) -> dict[str, Any]:
+    return {**tiny_video.wan_call(batch), "guidance_scale": 3.0}
 
 
 def wan_video_to_video() -> Any:

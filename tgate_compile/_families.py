@@ -82,7 +82,6 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
     (
         _ONE_CALL,
         (
-            "AllegroPipeline",
             "AltDiffusionImg2ImgPipeline",
             "AltDiffusionPipeline",
             "AnyFlowPipeline",
@@ -152,7 +151,7 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
         ),
     ),
     (replace(_SIZES_ALTERNATE, repeated=_TEXT_PER_FRAME.repeated), ("AnimateDiffSDXLPipeline",)),
-    (_SHARED_POSITIONS, ("HunyuanDiTControlNetPipeline", "HunyuanDiTPipeline")),
+    (_SHARED_POSITIONS, ("AllegroPipeline", "HunyuanDiTControlNetPipeline", "HunyuanDiTPipeline")),
     (Family(shared=(("rotary_embedding",),)), ("StableAudioPipeline",)),
     # "LuminaText2ImgPipeline" is the name that `LuminaPipeline` had in older versions of diffusers.
     (_PROMPT_FIRST, ("LuminaPipeline", "LuminaText2ImgPipeline")),
@@ -188,8 +187,6 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
             "MarigoldDepthPipeline",
             "MarigoldIntrinsicsPipeline",
             "MarigoldNormalsPipeline",
-            "SanaSprintImg2ImgPipeline",
-            "SanaSprintPipeline",
             "StableAudio3AudioToAudioPipeline",
             "StableAudio3InpaintPipeline",
         ),
@@ -233,6 +230,10 @@ _PIECES = (
 _FRAMES_CHANGE = (
     "it can drop frames in the middle of a call (`enable_temporal_reasoning`), and what has been cached has all of "
     f"them. {_PLAIN}, or with fewer steps"
+)
+_LAST_TIMESTEP = (
+    "its scheduler has a timestep more than there are steps, like one that begins with a warm-up call, so that steps "
+    f"would be counted from the wrong one. {_PLAIN}; it makes few steps anyway"
 )
 _ATTENTION_MAPS = (
     f"it reads or changes the attention maps while it runs, and a compiled graph has none to read. {_PLAIN}"
@@ -310,6 +311,7 @@ _REFUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (_FRAMES_CHANGE, ("ChronoEditPipeline",)),
+    (_LAST_TIMESTEP, ("SanaSprintImg2ImgPipeline", "SanaSprintPipeline")),
     (
         _ATTENTION_MAPS,
         (
