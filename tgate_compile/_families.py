@@ -201,7 +201,7 @@ _THREE_WAY = (
     f"its guidance has three halves, [text; image; uncond], and the gate merges two. {_PLAIN}, or with fewer steps"
 )
 _MORE_CONCEPTS = (
-    "its guidance has a prediction more for each concept that it removes or edits, and the gate merges two. "
+    "its guidance makes one more prediction for each concept that it removes or edits, and the gate merges two. "
     f"{_PLAIN}, or the same checkpoint in its ordinary pipeline (`from_pipe`)"
 )
 _TWO_IMAGES = (
@@ -209,8 +209,8 @@ _TWO_IMAGES = (
     f"{_PLAIN}, or with fewer steps"
 )
 _MOMENTUM = (
-    "its guidance has a momentum, which goes on pushing after guidance has ended, so that ending it early gives "
-    f"neither half. {_PLAIN}, or with fewer steps"
+    "its guidance has momentum, which still acts after guidance has ended, so that the image would follow neither "
+    f"half alone. {_PLAIN}, or with fewer steps"
 )
 _PERTURBED = (
     "perturbed guidance needs a second, differently computed prediction in every step, which the pruned graph does "
@@ -221,19 +221,20 @@ _SEVERAL_CALLS = (
     f"{_PLAIN}"
 )
 _SEVERAL_TIMESTEPS = (
-    f"one call of its denoiser is for several timesteps, on both sides of the gate. {_PLAIN}, or with fewer steps"
+    "each call of its denoiser computes several timesteps, which can lie on both sides of the gate. "
+    f"{_PLAIN}, or with fewer steps"
 )
 _PIECES = (
-    "it makes a video piece by piece, with a loop over the timesteps for each and the pieces before as a further "
-    f"input, so that steps cannot be counted and caches do not fit the next piece. {_PLAIN}, or with fewer steps"
+    "it makes a video in pieces, with a loop over the timesteps for each and earlier pieces as further inputs, so that "
+    f"steps cannot be counted and what is cached for one piece is wrong for the next. {_PLAIN}, or with fewer steps"
 )
 _FRAMES_CHANGE = (
-    "it can drop frames in the middle of a call (`enable_temporal_reasoning`), and what has been cached has all of "
-    f"them. {_PLAIN}, or with fewer steps"
+    "it can drop frames in the middle of a call (`enable_temporal_reasoning`), and the caches then no longer fit. "
+    f"{_PLAIN}, or with fewer steps"
 )
 _LAST_TIMESTEP = (
-    "its scheduler has a timestep more than there are steps, like one that begins with a warm-up call, so that steps "
-    f"would be counted from the wrong one. {_PLAIN}; it makes few steps anyway"
+    "its scheduler has one more timestep than there are steps, as if the first call were a warm-up, so that steps "
+    f"would be counted wrongly. {_PLAIN}; it needs few steps anyway"
 )
 _ATTENTION_MAPS = (
     f"it reads or changes the attention maps while it runs, and a compiled graph has none to read. {_PLAIN}"
@@ -247,12 +248,12 @@ _CROSS_FRAME = (
     f"timesteps for one frame and for all frames in turn. {_PLAIN}"
 )
 _ADDED_KEYS = (
-    "its attentions have the keys of the prompt and of the latents side by side in one sequence, so that there is no "
-    f"cross-attention to cache. {_PLAIN}, or with fewer steps"
+    "its attentions append the keys of the prompt to those of the latents, so that there is no cross-attention to "
+    f"cache. {_PLAIN}, or with fewer steps"
 )
 _SOUND_AND_VIDEO = (
-    "its denoiser makes sound and video at a time, which attend to each other, and only attention to what stays the "
-    f"same in all steps can be cached. {_PLAIN}, or with fewer steps"
+    "its denoiser makes sound and video at the same time, which attend to each other, and only attention to inputs "
+    f"that stay the same in all steps can be cached. {_PLAIN}, or with fewer steps"
 )
 _TEXT_IN_CHANNELS = (
     "its denoiser reads the text from channels beside the latents' own, so that there is no cross-attention to cache. "
@@ -263,16 +264,16 @@ _ONE_ATTENTION_CLASS = (
     f"checked against the model's. {_PLAIN}, or with fewer steps"
 )
 _RECURRENT = (
-    "its denoiser's attentions are recurrences over the frames that no test has compared with the rule yet. "
+    "its denoiser computes attention as a recurrence over the frames, and gating has not been verified for that. "
     f"{_PLAIN}, or with fewer steps"
 )
 _TOKENS = (
-    "it predicts tokens, not noise, and masks the unlikely ones again, so that the paper's rule says nothing about "
-    f"it. {_PLAIN}, or with fewer steps"
+    "it predicts discrete tokens instead of noise, which is not the kind of denoising that T-GATE is about. "
+    f"{_PLAIN}, or with fewer steps"
 )
 _TWO_DENOISERS = (
-    "its denoiser is not a component of its own, `unet` or `transformer`, but put together from two in the call. "
-    f"{_PLAIN}, or another checkpoint"
+    "its denoiser is not the component `unet` or `transformer`, but is assembled from the blocks of two UNets. "
+    f"{_PLAIN}"
 )
 _ONNX = (
     "its models are ONNX graphs already, and only PyTorch modules can be captured. What works instead: the same "
@@ -459,11 +460,11 @@ REFUSED_DENOISERS: Mapping[str, str] = {
     "WanAnimateTransformer3DModel": _PIECES,
 }
 
-_NO_TEXT = "there is no text to attend to: it is unconditional, or told a class, an image or a structure"
-_POOLED_TEXT = "its UNet is told the text as one vector, added to the time embedding, and has no cross-attention"
-_PRIOR = "it makes an embedding for another pipeline, or a three-dimensional shape, not an image from latents"
-_ONE_PASS = "it decodes, enlarges or converts what another pipeline has made, and does not denoise latents"
-_LANGUAGE = "it is a language model, which fills in masked tokens"
+_NO_TEXT = "no text to attend to: unconditional, or conditioned on a class, an image or a structure"
+_POOLED_TEXT = "no cross-attention: the text is one vector, added to the time embedding"
+_PRIOR = "makes an embedding for another pipeline, or a three-dimensional shape"
+_ONE_PASS = "decodes, enlarges or converts what another pipeline has made"
+_LANGUAGE = "a language model, which fills in masked tokens"
 
 _NOT_DENOISING_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
