@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests import tiny_transformers, tiny_video
+from tests import tiny_siblings, tiny_transformers, tiny_video
 from tests.denoiser_reference import OneCall, TwoCalls, played
 
 
@@ -159,6 +159,119 @@ CASES = {
     "Cosmos2TextToImagePipeline": Case(tiny_video.cosmos_2, tiny_video.cosmos_2_call, _TRANSFORMER_BLOCKS),
 }
 
+_UNET_XL = tuple(
+    f"{place}.transformer_blocks.{block}.attn2"
+    for place in ("down_blocks.1.attentions.0", "mid_block.attentions.0")
+    for block in (0, 1)
+)
+_SAMPLE_TEXT = ("sample", "encoder_hidden_states")
+_RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
+
+#: Pipelines with the denoiser of one that is tested at length, and other inputs, or another layout of them.
+SIBLINGS = {
+    "StableDiffusionControlNetImg2ImgPipeline": Case(
+        lambda: tiny_siblings.controlnet("StableDiffusionControlNetImg2ImgPipeline"),
+        tiny_siblings.controlnet_img2img_call,
+        _UNET,
+        halved=(*_SAMPLE_TEXT, *_RESIDUALS),
+        denoisers=("unet",),
+    ),
+    "StableDiffusionControlNetInpaintPipeline": Case(
+        lambda: tiny_siblings.controlnet("StableDiffusionControlNetInpaintPipeline"),
+        tiny_siblings.controlnet_inpaint_call,
+        _UNET,
+        halved=(*_SAMPLE_TEXT, *_RESIDUALS),
+        denoisers=("unet",),
+    ),
+    "StableDiffusionXLControlNetPipeline": Case(
+        lambda: tiny_siblings.controlnet_xl("StableDiffusionXLControlNetPipeline"),
+        tiny_siblings.controlnet_xl_call,
+        _UNET_XL,
+        halved=(*_SAMPLE_TEXT, *_RESIDUALS, "added_cond_kwargs"),
+        alternating=("time_ids",),
+        denoisers=("unet",),
+    ),
+    "StableDiffusionXLControlNetImg2ImgPipeline": Case(
+        lambda: tiny_siblings.controlnet_xl("StableDiffusionXLControlNetImg2ImgPipeline"),
+        lambda batch: {**tiny_siblings.controlnet_img2img_call(batch), **tiny_siblings.SIZES},
+        _UNET_XL,
+        halved=(*_SAMPLE_TEXT, *_RESIDUALS, "added_cond_kwargs"),
+        denoisers=("unet",),
+    ),
+    "StableDiffusionXLControlNetUnionPipeline": Case(
+        tiny_siblings.controlnet_union_xl,
+        tiny_siblings.controlnet_union_xl_call,
+        _UNET_XL,
+        halved=(*_SAMPLE_TEXT, *_RESIDUALS, "added_cond_kwargs"),
+        alternating=("time_ids",),
+        denoisers=("unet",),
+    ),
+    "StableDiffusionUpscalePipeline": Case(
+        tiny_siblings.upscale,
+        tiny_siblings.upscale_call,
+        _UNET,
+        halved=(*_SAMPLE_TEXT, "class_labels"),
+        denoisers=("unet",),
+    ),
+    "AnimateDiffControlNetPipeline": Case(
+        tiny_siblings.animatediff_controlnet,
+        tiny_siblings.animatediff_controlnet_call,
+        _UNET,
+        halved=(*_SAMPLE_TEXT, *_RESIDUALS),
+        denoisers=("unet",),
+    ),
+    "TextToVideoSDPipeline": Case(
+        tiny_siblings.text_to_video,
+        tiny_siblings.text_to_video_call,
+        _UNET,
+        halved=_SAMPLE_TEXT,
+        denoisers=("unet",),
+    ),
+    "LTXImageToVideoPipeline": Case(
+        tiny_siblings.ltx_image_to_video,
+        tiny_siblings.ltx_image_to_video_call,
+        _TRANSFORMER_BLOCKS,
+        halved=(*_LATENTS_TIME_TEXT, "encoder_attention_mask"),
+    ),
+    "SanaVideoPipeline": Case(
+        tiny_siblings.sana_video,
+        tiny_siblings.sana_video_call,
+        _TRANSFORMER_BLOCKS,
+        halved=(*_LATENTS_TIME_TEXT, "encoder_attention_mask"),
+    ),
+    "HunyuanDiTControlNetPipeline": Case(
+        tiny_siblings.hunyuan_dit_controlnet,
+        tiny_siblings.hunyuan_dit_controlnet_call,
+        _BLOCKS,
+        halved=(*CASES["HunyuanDiTPipeline"].halved, "controlnet_block_samples"),
+    ),
+    "AllegroPipeline": Case(
+        tiny_siblings.allegro,
+        tiny_siblings.allegro_call,
+        _TRANSFORMER_BLOCKS,
+        halved=(*_LATENTS_TIME_TEXT, "encoder_attention_mask"),
+    ),
+    "AnyFlowPipeline": Case(
+        tiny_siblings.anyflow, tiny_siblings.anyflow_call, _BLOCKS, halved=(*_LATENTS_TIME_TEXT, "r_timestep")
+    ),
+    "WanVideoToVideoPipeline": Case(tiny_siblings.wan_video_to_video, tiny_siblings.wan_video_to_video_call, _BLOCKS),
+    "WanVACEPipeline": Case(
+        tiny_siblings.wan_vace,
+        tiny_video.wan_call,
+        (*_BLOCKS, "vace_blocks.0.attn2"),
+    ),
+    "Cosmos2VideoToWorldPipeline": Case(
+        tiny_siblings.cosmos_2_video, tiny_siblings.cosmos_2_video_call, _TRANSFORMER_BLOCKS
+    ),
+    "Kandinsky5T2VPipeline": Case(
+        tiny_siblings.kandinsky_5,
+        tiny_siblings.kandinsky_5_call,
+        tuple(f"visual_transformer_blocks.{block}.cross_attention" for block in (0, 1)),
+    ),
+}
+#: Those that diffusers itself cannot call with two prompts.
+ONE_PROMPT = ("AnimateDiffControlNetPipeline", "WanVACEPipeline")
+
 
 def run(pipe: Any, **call: Any) -> torch.Tensor:
     """Call `pipe` with a seeded generator, for latents."""
@@ -191,6 +304,13 @@ def expected_of(
                     kept=case.kept if kept is None else kept,
                 )
             else:
-                reference = TwoCalls(denoiser, gate, guided=lambda: guided and pipe.do_classifier_free_guidance)
+                reference = TwoCalls(
+                    denoiser, gate, guided=lambda: guided and getattr(pipe, "do_classifier_free_guidance", True)
+                )
             stack.enter_context(played(reference, denoiser, case.sites if cached else ()))
         return run(pipe, **call)
+
+
+def _is_guided(pipe: Any) -> bool:
+    """Whether `pipe` makes the second of two calls now. Some have no property for it; they are called with guidance."""
+    return bool(getattr(pipe, "do_classifier_free_guidance", True))

@@ -71,6 +71,8 @@ class OneCall:
     def _half(self, name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: self._half(key, item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._half(name, item) for item in value)
         if name in self.alternating:
             return value[self.kept :: 2]
         return value.chunk(2)[self.kept]

@@ -10,7 +10,8 @@ import torch
 
 import tgate_compile
 from tests.comparing import assert_differ, assert_same
-from tests.denoiser_cases import CASES, STEPS, Case, expected_of, run
+from tests.denoiser_cases import CASES, ONE_PROMPT, SIBLINGS, STEPS, Case, expected_of, run
+from tgate_compile._errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,25 @@ def test_restore(pair: Pair) -> None:
         assert torch.equal(run(pipe, **call), plain)
     finally:
         optimized(pair.case, pipe)
+
+
+#: Attentions whose projections are not called `to_k` are taken for none: see `denies_cross_attention`.
+_DENIED = pytest.mark.xfail(strict=True, raises=UnsupportedModelError, reason="its attentions are not recognized yet")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=_DENIED if name == "Kandinsky5T2VPipeline" else ()) for name in SIBLINGS]
+)
+def test_sibling(name: str) -> None:
+    """Gated, ungated, and the sites: what can differ where the denoiser is that of a pipeline above."""
+    case = SIBLINGS[name]
+    call = case.call(1 if name in ONE_PROMPT else 2)
+    pipe = case.build()
+    plain = run(pipe, **call)
+    expected = expected_of(case, pipe, call)
+    assert_differ(expected, plain)
+    optimized(case, pipe)
+    assert_same(run(pipe, **call), expected)
+    description = tgate_compile.describe(pipe)
+    assert (description.strip, sorted(description.sites)) == (case.strip, sorted(case.sites))
+    assert torch.equal(run(pipe, gate_step=1000, **call), plain)

@@ -208,7 +208,7 @@ def ltx_call(batch: int = 1) -> dict[str, Any]:
     return {**embedded_prompts(batch, masks=True), "height": 32 * 2, "width": 32 * 2, "num_frames": 9}
 
 
-_WAN: dict[str, Any] = {
+WAN: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
     "in_channels": 4,
@@ -221,8 +221,8 @@ _WAN: dict[str, Any] = {
 }
 
 
-def _wan_transformer(seed: int = 0, **changed: Any) -> WanTransformer3DModel:
-    return seeded(lambda: WanTransformer3DModel(**{**_WAN, **changed}), seed)
+def wan_transformer(seed: int = 0, **changed: Any) -> WanTransformer3DModel:
+    return seeded(lambda: WanTransformer3DModel(**{**WAN, **changed}), seed)
 
 
 def wan(*, boundary_ratio: float | None = None, expand_timesteps: bool = False, **changed: Any) -> Any:
@@ -236,8 +236,8 @@ def wan(*, boundary_ratio: float | None = None, expand_timesteps: bool = False, 
         text_encoder=None,
         vae=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=_wan_transformer(**changed),
-        transformer_2=None if boundary_ratio is None else _wan_transformer(1, **changed),
+        transformer=wan_transformer(**changed),
+        transformer_2=None if boundary_ratio is None else wan_transformer(1, **changed),
         boundary_ratio=boundary_ratio,
         expand_timesteps=expand_timesteps,
     )
@@ -268,7 +268,7 @@ def wan_image_to_video() -> Any:
         text_encoder=None,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=_wan_transformer(in_channels=in_channels, image_dim=TEXT_DIM, added_kv_proj_dim=24),
+        transformer=wan_transformer(in_channels=in_channels, image_dim=TEXT_DIM, added_kv_proj_dim=24),
         image_encoder=seeded(lambda: CLIPVisionModel(_VISION), 2),
         image_processor=CLIPImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False),
     )
@@ -293,7 +293,7 @@ def skyreels() -> Any:
         text_encoder=None,
         vae=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=seeded(lambda: SkyReelsV2Transformer3DModel(**_WAN)),
+        transformer=seeded(lambda: SkyReelsV2Transformer3DModel(**WAN)),
     )
     return silent(pipe)
 
@@ -311,10 +311,10 @@ class PassingSafetyChecker(ModelMixin, ConfigMixin):
         return True
 
 
-def _cosmos_transformer() -> CosmosTransformer3DModel:
+def cosmos_transformer(in_channels: int = 4) -> CosmosTransformer3DModel:
     return seeded(
         lambda: CosmosTransformer3DModel(
-            in_channels=4,
+            in_channels=in_channels,
             out_channels=4,
             num_attention_heads=2,
             attention_head_dim=16,
@@ -335,7 +335,7 @@ def cosmos() -> Any:
     pipe = CosmosTextToWorldPipeline(
         text_encoder=None,
         tokenizer=None,
-        transformer=_cosmos_transformer(),
+        transformer=cosmos_transformer(),
         vae=None,
         scheduler=EDMEulerScheduler(
             sigma_min=0.002, sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min", prediction_type="epsilon"
@@ -354,7 +354,7 @@ def cosmos_2() -> Any:
     pipe = Cosmos2TextToImagePipeline(
         text_encoder=None,
         tokenizer=None,
-        transformer=_cosmos_transformer(),
+        transformer=cosmos_transformer(),
         vae=None,
         scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
         safety_checker=PassingSafetyChecker(),
