@@ -13,7 +13,7 @@ from tgate_compile._backends import check_backend
 from tgate_compile._capture import MSG_NO_SITES, check_patterns, deep_layer, denies_cross_attention
 from tgate_compile._config import Config
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
-from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
+from tgate_compile._families import DENOISER_NAMES, family_of, has_joint_attention, refusal
 from tgate_compile._generation import MSG_CONCURRENT
 from tgate_compile._loop import OnUnsupported
 from tgate_compile._offload import check_weights_stay
@@ -135,10 +135,10 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     pipeline = type(pipe).__name__
     if isinstance(denoiser, torch._dynamo.OptimizedModule) or denoiser._compiled_call_impl is not None:
         raise ConfigurationError(MSG_COMPILED.format(pipeline=pipeline))
-    reason = refusal(type(pipe))
+    reason = refusal(type(pipe), type(denoiser))
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
-    no_cross = type(denoiser).__name__ in JOINT_ATTENTION or denies_cross_attention(denoiser)
+    no_cross = has_joint_attention(type(denoiser)) or denies_cross_attention(denoiser)
     if "cross" in config.schedule.kinds and no_cross:
         raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
     if "deep" in config.schedule.kinds:

@@ -89,7 +89,7 @@ def one_half(call: Call, batch: int, keep: Half, family: Family) -> Call:
         has_halves = leaf.ndim > 0 and leaf.shape[0] == batch and id(leaf) not in shared
         if not has_halves and id(leaf) not in repeated:
             return leaf  # both halves' alike: a timestep, a mask
-        return leaf[position::2] if id(leaf) in interleaved else leaf.chunk(2)[position]
+        return leaf[position::2].contiguous() if id(leaf) in interleaved else leaf.chunk(2)[position]
 
     return call.map_tensors(half)
 

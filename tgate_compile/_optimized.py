@@ -354,6 +354,8 @@ def _bypassed(state: Optimized) -> str:
 
 def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:
     """Whether guidance is on, now: the pipeline's own word if it has one, which a callback may change in mid-loop."""
+    if family_of(type(pipe)).unguided:
+        return lambda: False
     if hasattr(type(pipe), "do_classifier_free_guidance"):
         return lambda: bool(pipe.do_classifier_free_guidance)
     scale = arguments.get("guidance_scale")
@@ -362,7 +364,7 @@ def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callab
 
 def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
     """Whether there is such a word of the pipeline's."""
-    return hasattr(type(pipe), "do_classifier_free_guidance") or arguments.get("guidance_scale") is not None
+    return family_of(type(pipe)).unguided or hasattr(type(pipe), "do_classifier_free_guidance") or arguments.get("guidance_scale") is not None
 
 
 def _is_of_diffusers(pipeline_class: type) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tgate_compile._errors import ConfigurationError
 
 MSG_NO_TIMESTEPS = (
@@ -43,8 +45,10 @@ class StepCounter:
             raise ConfigurationError(MSG_NO_TIMESTEPS.format(scheduler=type(scheduler).__name__))
         order = int(getattr(scheduler, "order", 1))
         requested = getattr(scheduler, "num_inference_steps", None) or -(-len(timesteps) // order)
-        # The pipelines' own rule (`num_warmup_steps`): calls beyond steps x order come first and are no steps.
-        warmup = max(len(timesteps) - requested * order, 0)
+        # The pipelines' own rule (`num_warmup_steps`): calls beyond steps x order come first and are no steps. They are
+        # for timesteps that come again (PNDM); SCM's one more timestep is where the last step ends.
+        values = torch.as_tensor(timesteps).tolist()
+        warmup = max(len(timesteps) - requested * order, 0) if len(set(values)) < len(values) else 0
         calls = len(timesteps) if num_calls is None else num_calls
         return cls(warmup, order, calls, max(-(-(calls - warmup) // order), 1))
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._capture import denies_cross_attention
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
-from tgate_compile._families import JOINT_ATTENTION
+from tgate_compile._families import has_joint_attention
 from tgate_compile._optimized import required_state_of
 from tgate_compile._schedule import Schedule
 from tgate_compile._tuning.candidates import (
@@ -136,7 +136,7 @@ class _Search:
 
     def _measure_families(self, plain: Plain) -> None:
         no_cross = any(
-            type(denoiser).__name__ in JOINT_ATTENTION or denies_cross_attention(denoiser)
+            has_joint_attention(type(denoiser)) or denies_cross_attention(denoiser)
             for denoiser in self._denoisers.values()
         )
         grid = grid_of(plain.num_steps)
