@@ -10,6 +10,10 @@ from tgate_compile._errors import ConfigurationError
 
 HOOK_NAME = "tgate_compile"
 
+#: Hooks of accelerate's kind that move the module as a whole before it runs: those of `enable_model_cpu_offload()`, and
+#: of a `ComponentsManager` with `enable_auto_cpu_offload()`.
+_WHOLE = frozenset({"CpuOffload", "CustomOffloadHook"})
+
 MSG_OFFLOADED = (
     "{denoiser} is under {hook}, which moves or casts its weights layer by layer while it runs, so that no graph can "
     "hold them. Remove it (for offloading: pipe.remove_all_hooks(), then pipe.to(device)). "
@@ -42,7 +46,7 @@ def after_offload_hook(
 def _moving_hook(module: torch.nn.Module, *, is_root: bool) -> str | None:
     """The name of a hook that moves or casts weights while the denoiser runs, None if there is none."""
     offload = getattr(module, "_hf_hook", None)
-    if offload is not None and not (is_root and type(offload).__name__ == "CpuOffload"):
+    if offload is not None and not (is_root and type(offload).__name__ in _WHOLE):
         return f"accelerate's {type(offload).__name__}"
     registry = getattr(module, "_diffusers_hook", None)
     others = [name for name in registry.hooks if name != HOOK_NAME] if registry is not None else []
