@@ -36,14 +36,21 @@ MSG_TWO_CALLS = (
     "evaluates its guidance halves in separate calls, and in which order is not known. "
     "What works instead: the pipeline without tgate_compile."
 )
+MSG_NEVER_GUIDED = (
+    "Guidance begins at step {step}, where the schedule ({schedule}) has ended it already, so that it would never act. "
+    "Let guidance begin earlier, or end later."
+)
 MSG_NO_PAIR = (
     "Guidance is on, and this pipeline's guidance halves come in separate calls, {first} then {second}, but the second "
     "call is for another timestep or for other shapes than the first."
 )
 
 
-class Previewed(Exception):  # noqa: N818 (it is no error)
-    """Leaves a pipeline's call at its first denoiser call, and tells what that was."""
+class Previewed(BaseException):
+    """Leaves a pipeline's call at its first denoiser call, and tells what that was.
+
+    It is no error, and no `except Exception` in a pipeline or its blocks may log or stop it.
+    """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> None:
         super().__init__()
@@ -91,6 +98,7 @@ class Generation:
         num_calls: called likewise: for how many of the timesteps this denoiser is called; None for all.
         watch: look for changes of the denoiser at every call, not only at the first one.
         preview: raise `Previewed` at the first call.
+        guided_at: whether guidance will be on at a timestep, by its index; None where it stays as it begins.
         before: the generation of the denoiser whose steps come before this one's, if there are two.
     """
 
@@ -106,6 +114,7 @@ class Generation:
         num_calls: Callable[[], int | None],
         watch: bool,
         preview: bool = False,
+        guided_at: Callable[[int], bool] | None = None,
         before: Generation | None = None,
     ) -> None:
         self._store = store
@@ -117,6 +126,7 @@ class Generation:
         self._num_calls = num_calls
         self._watch = watch
         self._preview = preview
+        self._guided_at = guided_at
         self._before = before
         self._thread = threading.get_ident()
         self._counter: StepCounter | None = None
@@ -124,6 +134,7 @@ class Generation:
         self._caches = Caches()
         self._first_timestep: Any = None
         self._first_call: _FirstCall | None = None
+        self._was_guided = False
         self._guidance_over = False
         self._timesteps = 0  # that are done
         self._finished = False
@@ -167,8 +178,12 @@ class Generation:
         sizes: dict[Kind, int] = {}
         most = 0
         graphs = []
-        steps = list(enumerate(self._schedule.plan(counter.num_steps, guided=guided)))
-        for _, phase in steps:
+        steps = []
+        for step in range(counter.num_steps):
+            if self._guided_at is not None:
+                guided = self._guided_at(counter.warmup_calls + step * counter.calls_per_step)
+            phase = self._schedule.plan(counter.num_steps, guided=guided)[step]
+            steps.append((step, phase))
             half = self._family.calls[0] if self._separate(guided) and phase.guided else None
             inputs = self._kept(call, batch) if guided and not phase.guided and not self._separate(guided) else call
             graphs.append((self._graph(phase, half), inputs))
@@ -250,6 +265,9 @@ class Generation:
         step = self._counter.step(self._timesteps)
         plan = self._schedule.plan(self._counter.num_steps, guided=guided and not self._guidance_over)
         phase = plan[min(step, self._counter.num_steps - 1)]
+        if guided and not phase.guided and not self._was_guided:
+            raise ConfigurationError(MSG_NEVER_GUIDED.format(step=step, schedule=self._schedule))
+        self._was_guided |= guided
         for kind in phase.reuse:
             # A callback that switches guidance off keeps the prompt's half, as diffusers' own do.
             keep = self._schedule.kept if guided else "cond"

@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._config import Config
 from tgate_compile._errors import ConfigurationError
-from tgate_compile._families import Family, family_of
+from tgate_compile._families import Family
 from tgate_compile._generation import Generation, Plan, Previewed
 from tgate_compile._hook import DenoiserHook
+from tgate_compile._modular import Guidance, family_of_pipeline, has_own_blocks, is_modular
 from tgate_compile._schedule import Schedule
 
 _ATTRIBUTE = "_tgate_compile"
@@ -48,7 +49,7 @@ class Optimized:
 
     def __init__(self, pipe: DiffusionPipeline, configs: Mapping[str, Config]) -> None:
         self.pipeline_class = type(pipe)
-        self.family = family_of(self.pipeline_class)
+        self.family = family_of_pipeline(pipe)
         self.hooks = {name: DenoiserHook(getattr(pipe, name), config) for name, config in configs.items()}
         self.previewing = False
 
@@ -111,7 +112,7 @@ def generation(
         ConcurrentGenerationError: another generation is running on this denoiser.
     """
     state = required_state_of(pipe)
-    with _generation(state, pipe, gate_step, lambda: guidance, lambda: num_timesteps, watch=True):
+    with _generation(state, pipe, gate_step, lambda name: guidance, lambda: num_timesteps, watch=True):
         yield
 
 
@@ -128,7 +129,8 @@ def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]
         args, kwargs = first.denoiser_args, first.denoiser_kwargs
         generations = {name: hook.last for name, hook in state.hooks.items()}
         plans = {name: g.plan(args, kwargs, first.guided) for name, g in generations.items() if g is not None}
-        pipe.maybe_free_model_hooks()  # as the call itself would have done at its end
+        if not is_modular(pipe):
+            pipe.maybe_free_model_hooks()  # as the call itself would have done at its end
         return plans
     finally:
         state.previewing = False
@@ -153,10 +155,11 @@ def _generation(
     state: Optimized,
     pipe: DiffusionPipeline,
     gate_step: GateStep | None,
-    guided: Callable[[], bool],
+    guided: Callable[[str], bool],
     num_timesteps: Callable[[], int | None],
     *,
     watch: bool,
+    guided_at: Callable[[str, int], bool] | None = None,
 ) -> Iterator[None]:
     gates = split_gate_step(gate_step, tuple(state.hooks))
     begun: Generation | None = None
@@ -169,11 +172,12 @@ def _generation(
                 hook.own_forward,
                 _schedule(hook.config.schedule, gates[name]),
                 family=hook.config.family,
-                guided=guided,
+                guided=functools.partial(guided, name),
                 scheduler=lambda: pipe.scheduler,
                 num_calls=functools.partial(_num_calls, pipe, state.family, name, num_timesteps),
                 watch=watch,
                 preview=state.previewing,
+                guided_at=None if guided_at is None else functools.partial(guided_at, name),
                 before=begun,
             )
             stack.enter_context(hook.generation(begun))
@@ -220,9 +224,7 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
         state = required_state_of(self)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        watch = any(bound.arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
-        guided = guidance_of(self, bound.arguments)
-        with _generation(state, self, gate_step, guided, lambda: getattr(self, "_num_timesteps", None), watch=watch):
+        with _generation(state, self, gate_step, **_facts_of_call(state, self, bound.arguments)):
             result = original(self, *args, **kwargs)
         ran = any(hook.last is not None and hook.last.steps for hook in state.hooks.values())
         if not ran and not getattr(self, "_interrupt", False):
@@ -234,6 +236,24 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
     gated = type(pipeline_class.__name__, (pipeline_class,), namespace)
     gated.__qualname__ = pipeline_class.__qualname__
     return gated
+
+
+def _facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `_generation` that depend on the pipeline's call."""
+    if is_modular(pipe):
+        guidance = Guidance(pipe, tuple(state.hooks))
+        return {
+            "guided": guidance,
+            "guided_at": guidance.at,
+            "num_timesteps": guidance.num_timesteps,
+            "watch": has_own_blocks(pipe),
+        }
+    guided = guidance_of(pipe, arguments)
+    return {
+        "guided": lambda name: guided(),
+        "num_timesteps": lambda: getattr(pipe, "_num_timesteps", None),
+        "watch": any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback")),
+    }
 
 
 def _bypassed(state: Optimized) -> str:
