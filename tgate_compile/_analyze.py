@@ -12,6 +12,7 @@ from tgate_compile._analysis.result import Analysis
 from tgate_compile._analysis.run import Progress, Run
 from tgate_compile._attach import attach, denoiser_names, detach
 from tgate_compile._errors import ConfigurationError
+from tgate_compile._modular import check_ordinary
 from tgate_compile._schedule import Kind, Schedule
 from tgate_compile._tuning.request import Runs
 
@@ -63,6 +64,7 @@ def analyze(
         raise ConfigurationError(MSG_KINDS.format(given=kinds))
     if isinstance(converged_within, bool) or not isinstance(converged_within, float) or not 0 < converged_within < 1:
         raise ConfigurationError(MSG_WITHIN.format(given=converged_within))
+    check_ordinary(pipe, "analyze()")
     runs = Runs(prompts, num_inference_steps, seeds, {} if call is None else call, "analyze")
     names = denoiser_names(pipe)
     attach(pipe, dict.fromkeys(names, Schedule(1)), backend="eager")  # refuses what can be refused before any work

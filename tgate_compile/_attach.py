@@ -13,9 +13,10 @@ from tgate_compile._backends import check_backend
 from tgate_compile._capture import MSG_NO_SITES, check_patterns, deep_layer, denies_cross_attention
 from tgate_compile._config import Config
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
-from tgate_compile._families import DENOISER_NAMES, family_of, has_joint_attention, refusal
+from tgate_compile._families import DENOISER_NAMES, has_joint_attention, refusal
 from tgate_compile._generation import MSG_CONCURRENT
 from tgate_compile._loop import OnUnsupported
+from tgate_compile._modular import check_guidance, check_loaded, family_of_pipeline, is_modular
 from tgate_compile._offload import check_weights_stay
 from tgate_compile._optimized import Optimized, boundary_of, required_state_of, state_of
 from tgate_compile._purity import check_python
@@ -67,7 +68,7 @@ def attach(
     configs = {
         name: Config(
             _with_possible_half(pipe, schedule),
-            family=family_of(type(pipe)),
+            family=family_of_pipeline(pipe),
             sites=sites,
             cache_dtype=cache_dtype,
             backend=backend,
@@ -84,6 +85,8 @@ def attach(
     try:
         for name, config in configs.items():
             _check_supported(pipe, getattr(pipe, name), config)
+        if is_modular(pipe):
+            check_guidance(pipe, configs)
     except UnsupportedModelError as error:
         if on_unsupported == "error":
             raise
@@ -110,20 +113,22 @@ def denoiser_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
     Raises:
         ConfigurationError: `pipe` is no pipeline, or has none.
     """
-    if not isinstance(pipe, DiffusionPipeline):
+    if is_modular(pipe):
+        check_loaded(pipe)
+    elif not isinstance(pipe, DiffusionPipeline):
         given = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
         raise ConfigurationError(MSG_NO_PIPELINE.format(given=given))
     first = [name for name in DENOISER_NAMES if isinstance(getattr(pipe, name, None), torch.nn.Module)][:1]
     if not first:
         raise ConfigurationError(MSG_NO_DENOISER.format(pipeline=type(pipe).__name__, names=", ".join(DENOISER_NAMES)))
-    family = family_of(type(pipe))
+    family = family_of_pipeline(pipe)
     second = family.second if boundary_of(pipe, family) is not None else None
     return (*first, second) if second is not None else tuple(first)
 
 
 def _with_possible_half(pipe: DiffusionPipeline, schedule: Schedule) -> Schedule:
     """`schedule`, keeping the one half that can be kept, if the family has no choice."""
-    only = family_of(type(pipe)).only
+    only = family_of_pipeline(pipe).only
     if only is None:
         return schedule
     if schedule.keep not in (None, only):

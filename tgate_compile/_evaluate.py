@@ -25,6 +25,7 @@ from tgate_compile._evaluation.make_images import Maker
 from tgate_compile._evaluation.measure import Instruments, Measurer
 from tgate_compile._evaluation.result import Evaluation
 from tgate_compile._evaluation.share import Share
+from tgate_compile._modular import check_ordinary
 from tgate_compile._optimized import state_of
 from tgate_compile._schedule import Schedule
 from tgate_compile._tuning.measure import silent
@@ -98,6 +99,7 @@ def evaluate(
     """
     if prompts is None:
         raise ConfigurationError(MSG_PROMPTS.format(given=None))
+    check_ordinary(pipe, "evaluate()")
     runs = Runs(prompts, num_inference_steps, seeds, {} if call is None else call, "evaluate")
     if not is_whole(batch_size) or batch_size < 1:
         raise ConfigurationError(MSG_BATCH.format(given=batch_size))

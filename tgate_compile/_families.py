@@ -187,6 +187,8 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
             "MarigoldDepthPipeline",
             "MarigoldIntrinsicsPipeline",
             "MarigoldNormalsPipeline",
+            "SanaSprintImg2ImgPipeline",
+            "SanaSprintPipeline",
             "StableAudio3AudioToAudioPipeline",
             "StableAudio3InpaintPipeline",
         ),
@@ -231,10 +233,6 @@ _PIECES = (
 _FRAMES_CHANGE = (
     "it can drop frames in the middle of a call (`enable_temporal_reasoning`), and the caches then no longer fit. "
     f"{_PLAIN}, or with fewer steps"
-)
-_LAST_TIMESTEP = (
-    "its scheduler has one more timestep than there are steps, as if the first call were a warm-up, so that steps "
-    f"would be counted wrongly. {_PLAIN}; it needs few steps anyway"
 )
 _ATTENTION_MAPS = (
     f"it reads or changes the attention maps while it runs, and a compiled graph has none to read. {_PLAIN}"
@@ -312,7 +310,6 @@ _REFUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (_FRAMES_CHANGE, ("ChronoEditPipeline",)),
-    (_LAST_TIMESTEP, ("SanaSprintImg2ImgPipeline", "SanaSprintPipeline")),
     (
         _ATTENTION_MAPS,
         (

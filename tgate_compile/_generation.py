@@ -44,6 +44,10 @@ MSG_TWO_CALLS = (
     "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline evaluates its guidance "
     "halves in separate calls, and in which order is not known, or its guidance needs further predictions. " + INSTEAD
 )
+MSG_NEVER_GUIDED = (
+    "Guidance begins at step {step}, where the schedule ({schedule}) has ended it already, so that it would never act. "
+    "Let guidance begin earlier, or end later."
+)
 MSG_NO_PAIR = (
     "Guidance is on, and this pipeline's guidance halves come in separate calls, {first} then {second}, but the second "
     "call is for another timestep or has other shapes than the first. " + INSTEAD
@@ -64,8 +68,11 @@ MSG_NO_STEP = (
 )
 
 
-class Previewed(Exception):  # noqa: N818 (it is no error)
-    """Leaves a pipeline's call at its first denoiser call, and tells what that was."""
+class Previewed(BaseException):
+    """Leaves a pipeline's call at its first denoiser call, and tells what that was.
+
+    It is no error, and no `except Exception` in a pipeline or its blocks may log or stop it.
+    """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> None:
         super().__init__()
@@ -117,6 +124,7 @@ class Generation:
         watch: look for changes of the denoiser at every call, not only at the first one.
         loop: what the denoisers of the call have in common.
         preview: raise `Previewed` at the first call.
+        guided_at: whether guidance will be on at a timestep, by its index; None where it stays as it begins.
         before: the generation of the denoiser whose steps come before this one's, if there are two.
     """
 
@@ -133,6 +141,7 @@ class Generation:
         watch: bool,
         loop: Loop,
         preview: bool = False,
+        guided_at: Callable[[int], bool] | None = None,
         before: Generation | None = None,
     ) -> None:
         self._store = store
@@ -145,11 +154,13 @@ class Generation:
         self._watch = watch
         self._loop = loop
         self._preview = preview
+        self._guided_at = guided_at
         self._before = before
         self._thread = threading.get_ident()
         self._signature = inspect.signature(forward)
         self._caches = Caches()
         self._first_call: _FirstCall | None = None
+        self._was_guided = False
         self._guidance_over = False
         # What the first step of a pass shows about its batches, where the pipeline's own word is not enough:
         self._undecided = False  # guidance is said to be on, but the batch is not two halves of the same latents
@@ -231,8 +242,12 @@ class Generation:
         sizes: dict[Kind, int] = {}
         most = 0
         graphs = []
-        steps = list(enumerate(self.schedule.plan(counter.num_steps, guided=guided)))
-        for _, phase in steps:
+        steps = []
+        for step in range(counter.num_steps):
+            if self._guided_at is not None:
+                guided = self._guided_at(counter.warmup_calls + step * counter.calls_per_step)
+            phase = self.schedule.plan(counter.num_steps, guided=guided)[step]
+            steps.append((step, phase))
             half = self._family.calls[0] if self._separate(guided) and phase.guided else None
             inputs = self._kept(call, batch) if guided and not phase.guided and not self._separate(guided) else call
             graphs.append((self._graph(phase, half), inputs))
@@ -375,6 +390,9 @@ class Generation:
         step = self.progress.step()
         plan = self.schedule.plan(self.progress.counter.num_steps, guided=guided and not self._guidance_over)
         phase = plan[step]
+        if guided and not phase.guided and not self._was_guided:
+            raise ConfigurationError(MSG_NEVER_GUIDED.format(step=step, schedule=self.schedule))
+        self._was_guided |= guided
         for kind in phase.reuse:
             # A callback that switches guidance off keeps the prompt's half, as diffusers' own do.
             keep = self.schedule.kept if guided else "cond"

@@ -31,8 +31,11 @@ class Denoising(Protocol):
         ...
 
 
-class StartOver(Exception):  # noqa: N818 (it is not an error)
-    """Leaves a pipeline call that turned out not to be gateable after gated steps had run; it is run again, in full."""
+class StartOver(BaseException):
+    """Leaves a pipeline call that turned out not to be gateable after gated steps had run; it is run again, in full.
+
+    It is not an error, and no `except Exception` in a pipeline or its blocks may log or stop it.
+    """
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))

@@ -10,6 +10,10 @@ from tgate_compile._errors import ConfigurationError
 
 HOOK_NAME = "tgate_compile"
 
+#: Hooks of accelerate's kind that move the module as a whole before it runs: those of `enable_model_cpu_offload()`, and
+#: of a `ComponentsManager` with `enable_auto_cpu_offload()`.
+_WHOLE = frozenset({"CpuOffload", "CustomOffloadHook"})
+
 MSG_OFFLOADED = (
     "{denoiser} is under {hook}, which moves or casts its weights layer by layer while it runs, so that no graph can "
     "hold them. Remove it (for offloading: pipe.remove_all_hooks(), then pipe.to(device)). "
@@ -65,7 +69,7 @@ def after_offload_hook(
 def _problem(denoiser: str, module: torch.nn.Module, *, is_root: bool) -> str | None:
     """What speaks against capturing `module` of the model `denoiser`; None if nothing does."""
     offload = getattr(module, "_hf_hook", None)
-    if offload is not None and not (is_root and type(offload).__name__ == "CpuOffload"):
+    if offload is not None and not (is_root and type(offload).__name__ in _WHOLE):
         return MSG_OFFLOADED.format(denoiser=denoiser, hook=f"accelerate's {type(offload).__name__}")
     registry = getattr(module, "_diffusers_hook", None)
     others = [] if registry is None else [(name, hook) for name, hook in registry.hooks.items() if name != HOOK_NAME]

@@ -8,16 +8,19 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from tgate_compile._config import Config
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile._families import Family, family_of
 from tgate_compile._generation import Generation, Plan, Previewed
 from tgate_compile._hook import MSG_NO_COPY, GatedDenoiser
 from tgate_compile._loop import Loop, OnUnsupported, StartOver
+from tgate_compile._modular import Guidance, family_of_pipeline, has_own_blocks, is_modular
 from tgate_compile._random_state import random_state
 from tgate_compile._schedule import Schedule
 from tgate_compile._scheduler_watch import observed
@@ -74,7 +77,7 @@ class Optimized:
         plain_because: Exception | None = None,
     ) -> None:
         self.pipeline_class = type(pipe)
-        self.family = family_of(self.pipeline_class)
+        self.family = family_of_pipeline(pipe)
         self.hooks = {name: GatedDenoiser(getattr(pipe, name), config) for name, config in configs.items()}
         self.on_unsupported = on_unsupported
         self.plain_because = plain_because
@@ -155,7 +158,8 @@ def generation(
     """
     state = required_state_of(pipe)
     loop = Loop(on_unsupported=state.on_unsupported, report=state.report_plain)
-    with _generation(state, pipe, gate_step, lambda: guidance, lambda: num_timesteps, watch=True, loop=loop):
+    facts = _Facts(lambda name: guidance, lambda: num_timesteps, watch=True)
+    with _generation(state, pipe, gate_step, lambda: facts, loop):
         yield
 
 
@@ -172,7 +176,8 @@ def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]
         args, kwargs = first.denoiser_args, first.denoiser_kwargs
         generations = {name: hook.last for name, hook in state.hooks.items()}
         plans = {name: g.plan(args, kwargs, first.guided) for name, g in generations.items() if g is not None}
-        pipe.maybe_free_model_hooks()  # as the call itself would have done at its end
+        if not is_modular(pipe):
+            pipe.maybe_free_model_hooks()  # as the call itself would have done at its end
         return plans
     finally:
         state.previewing = False
@@ -192,18 +197,29 @@ def split_gate_step(gate_step: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return dict(zip(names, gate_step, strict=True))
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a pipeline's call, or the user for a loop of their own, says about the generation.
+
+    Attributes:
+        guided: whether guidance is on for the denoiser of this name, at the present call.
+        num_timesteps: how many of the scheduler's timesteps the loop visits; None for all.
+        watch: look for changes of the denoiser at every call.
+        guided_at: whether guidance will be on for a denoiser at a timestep; None where it stays as it begins.
+    """
+
+    guided: Callable[[str], bool]
+    num_timesteps: Callable[[], int | None]
+    watch: bool
+    guided_at: Callable[[str, int], bool] | None = None
+
+
 @contextmanager
 def _generation(
-    state: Optimized,
-    pipe: DiffusionPipeline,
-    gate_step: GateStep | None,
-    guided: Callable[[], bool],
-    num_timesteps: Callable[[], int | None],
-    *,
-    watch: bool,
-    loop: Loop,
+    state: Optimized, pipe: DiffusionPipeline, gate_step: GateStep | None, facts: Callable[[], _Facts], loop: Loop
 ) -> Iterator[None]:
     gates = split_gate_step(gate_step, tuple(state.hooks))
+    schedules = {name: _schedule(hook.config.schedule, gates[name]) for name, hook in state.hooks.items()}
     pipeline = state.pipeline_class.__name__
     begun: Generation | None = None
     with ExitStack() as stack:
@@ -212,25 +228,36 @@ def _generation(
                 raise ConfigurationError(MSG_REPLACED.format(name=name, pipeline=pipeline))
             if hook.denoiser._compiled_call_impl is not None:
                 raise ConfigurationError(MSG_COMPILED_SINCE.format(name=name, pipeline=pipeline))
+        known = _NO_FACTS
+        try:
+            if state.plain_because is not None:
+                raise state.plain_because
+            if not loop.plain:
+                known = facts()
+        except UnsupportedModelError as cause:
+            loop.run_plain(cause)
+        for name, hook in state.hooks.items():
             begun = Generation(
                 hook.store,
                 hook.own_forward,
-                _schedule(hook.config.schedule, gates[name]),
+                schedules[name],
                 family=hook.config.family,
-                guided=guided,
+                guided=functools.partial(known.guided, name),
                 scheduler=lambda: pipe.scheduler,
-                num_calls=functools.partial(_num_calls, pipe, state.family, name, num_timesteps),
-                watch=watch,
+                num_calls=functools.partial(_num_calls, pipe, state.family, name, known.num_timesteps),
+                watch=known.watch,
                 loop=loop,
                 preview=state.previewing,
+                guided_at=None if known.guided_at is None else functools.partial(known.guided_at, name),
                 before=begun,
             )
             loop.generations.append(begun)
             stack.enter_context(hook.generation(begun))
-        if state.plain_because is not None:
-            loop.run_plain(state.plain_because)
         loop.observable = stack.enter_context(observed(getattr(pipe, "scheduler", None), loop))
         yield
+
+
+_NO_FACTS = _Facts(lambda name: False, lambda: None, watch=False)
 
 
 def _schedule(given: Schedule, gate_step: int | float | None) -> Schedule:
@@ -272,43 +299,15 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
     def call(self: DiffusionPipeline, *args: Any, gate_step: GateStep | None = None, **kwargs: Any) -> Any:
         state = required_state_of(self)
         bound = signature.bind(self, *args, **kwargs)
-        given = dict(bound.arguments)
+        given = list(bound.arguments.values())
         bound.apply_defaults()
-        watch = any(bound.arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
-        guided = guidance_of(self, bound.arguments)
-        with random_state(given.values(), keep=state.on_unsupported == "plain") as rewind:
-            for attempt in range(2):
-                loop = Loop(
-                    on_unsupported=state.on_unsupported,
-                    can_start_over=True,
-                    report=state.report_plain,
-                    is_pipeline=True,
-                    says_guidance=says_guidance(self, bound.arguments),
-                    knows_order=_is_of_diffusers(pipeline_class),
-                )
-                loop.plain = attempt > 0
-                try:
-                    with (
-                        running(),
-                        _generation(
-                            state,
-                            self,
-                            gate_step,
-                            guided,
-                            lambda: getattr(self, "_num_timesteps", None),
-                            watch=watch,
-                            loop=loop,
-                        ),
-                    ):
-                        callbacks_apart = {name: loop.outside(name, value) for name, value in kwargs.items()}
-                        names = (parameter.name for parameter in parameters[1:])
-                        in_order = (loop.outside(*pair) for pair in zip(names, args, strict=False))
-                        result = original(self, *in_order, **callbacks_apart)
-                    break
-                except StartOver:
-                    rewind()
-        _check_what_ran(state, self, loop, gate_step)
-        return result
+        with random_state(given, keep=state.on_unsupported == "plain") as rewind:
+            try:
+                return _run(state, self, gate_step, bound.arguments, original, args, kwargs)
+            except StartOver as found:
+                rewind()
+                cause = found.cause
+        return _run(state, self, gate_step, bound.arguments, original, args, kwargs, plain_because=cause)
 
     def refuse_copies(self: DiffusionPipeline, protocol: Any) -> Any:
         raise ConfigurationError(MSG_NO_COPY)
@@ -325,7 +324,37 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
     return gated
 
 
-def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop, gate_step: GateStep | None) -> None:
+def _run(
+    state: Optimized,
+    pipe: DiffusionPipeline,
+    gate_step: GateStep | None,
+    arguments: Mapping[str, Any],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plain_because: Exception | None = None,
+) -> Any:
+    """Run the pipeline's own `call` as one generation; `arguments` are all of its arguments by name."""
+    loop = Loop(
+        on_unsupported=state.on_unsupported,
+        can_start_over=True,
+        report=state.report_plain,
+        is_pipeline=True,
+        says_guidance=says_guidance(pipe, arguments),
+        knows_order=_is_of_diffusers(state.pipeline_class),
+    )
+    if plain_because is not None:
+        loop.run_plain(plain_because)
+    names = [*inspect.signature(call).parameters][1:]
+    with running(), _generation(state, pipe, gate_step, lambda: _facts_of_call(state, pipe, arguments), loop):
+        in_order = [loop.outside(name, value) for name, value in zip_longest(names[: len(args)], args, fillvalue="")]
+        by_name = {name: loop.outside(name, value) for name, value in kwargs.items()}
+        result = call(pipe, *in_order, **by_name)
+    _check_what_ran(state, pipe, loop)
+    return result
+
+
+def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop) -> None:
     """After a call: whether the denoiser went through our hook at all, and whether the gate had a step to act on."""
     ran = [hook.last for hook in state.hooks.values() if hook.last is not None and hook.last.steps]
     if loop.plain or loop.gated:
@@ -348,6 +377,16 @@ def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop, gate_
         )
 
 
+def _facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> _Facts:
+    """What a pipeline's call with these arguments says about the generation."""
+    if is_modular(pipe):
+        guidance = Guidance(pipe, tuple(state.hooks))
+        return _Facts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
+    guided = guidance_of(pipe, arguments)
+    watch = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
+    return _Facts(lambda name: guided(), lambda: getattr(pipe, "_num_timesteps", None), watch)
+
+
 def _bypassed(state: Optimized) -> str:
     return MSG_BYPASSED.format(name=" and ".join(state.hooks), pipeline=state.pipeline_class.__name__)
 
@@ -364,7 +403,11 @@ def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callab
 
 def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
     """Whether there is such a word of the pipeline's."""
-    return family_of(type(pipe)).unguided or hasattr(type(pipe), "do_classifier_free_guidance") or arguments.get("guidance_scale") is not None
+    return (
+        family_of(type(pipe)).unguided
+        or hasattr(type(pipe), "do_classifier_free_guidance")
+        or arguments.get("guidance_scale") is not None
+    )
 
 
 def _is_of_diffusers(pipeline_class: type) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from tgate_compile._attach import attach, denoiser_names, detach
+from tgate_compile._modular import check_ordinary
 from tgate_compile._schedule import Schedule
 from tgate_compile._tuning.request import Request
 from tgate_compile._tuning.result import Tuning
@@ -52,6 +53,7 @@ def tune(
             closest one.
         UnsupportedModelError: the pipeline can take no schedule, or not one of the `candidates`.
     """
+    check_ordinary(pipe, "tune()")
 
     @contextmanager
     def gated(pipe: DiffusionPipeline, schedule: Schedule) -> Iterator[None]:
