@@ -6,7 +6,6 @@ from torch.export.graph_signature import InputKind
 
 from tgate_compile._errors import VerificationError
 from tgate_compile._graphs import Captured, Variant
-from tgate_compile.passes.find_attention import find_attention
 from tgate_compile.passes.operands import is_mutable, outputs_of
 
 
@@ -15,7 +14,7 @@ def verify(variant: Variant, captured: Captured) -> None:
 
     - It returns what the denoiser returns, then one value for each emission: batch B when it is merged, else the
       site's own shape.
-    - It takes one cache for each reused site; no attention of a reused kind is left, nor a weight that only these need.
+    - It takes one cache for each reused site; no value of a reused attention is left, nor a weight that only these need.
     - Every value has its `meta["val"]`, and nothing works in place.
     - No output is an input, and no two outputs are the same value.
 
@@ -40,10 +39,9 @@ def verify(variant: Variant, captured: Captured) -> None:
 
     inputs = variant.program.graph_signature.user_inputs
     _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
-    reused = {site.name for site in captured.sites if site.kind in variant.phase.reuse and site.kind != "deep"}
-    latents = next(node for node in graph.nodes if node.name == captured.latents)
-    attention = find_attention(variant.program.graph_module, latents, variant.phase.reuse)
-    left = [site.name for site in attention if site.name in reused]
+    names = {node.name for node in graph.nodes}
+    reused = [site for site in captured.sites if site.kind in variant.phase.reuse and site.kind != "deep"]
+    left = [site.name for site in reused if site.node in names]
     _require(not left, f"{len(left)} attentions are left that are reused: {left}")
     unneeded = sorted(set(variant.weights) - _needed_weights(variant, captured))
     _require(not unneeded, f"weights are left that only cached values need: {unneeded}")

@@ -17,6 +17,7 @@ from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError,
 from tgate_compile._families import Family
 from tgate_compile._graphs import Emission
 from tgate_compile._halves import check_halves, one_half, similarity
+from tgate_compile._latents import latents_of, timestep_of
 from tgate_compile._schedule import Half, Kind, Phase, Schedule
 from tgate_compile._steps import StepCounter
 from tgate_compile._variants import Runnable, Store
@@ -157,13 +158,13 @@ class Generation:
         call = Call.of(args, kwargs)
         if self._separate(guided):
             return self._in_two_calls(call, arguments)
-        return self._in_one_call(call, _latents(arguments).shape, guided)
+        return self._in_one_call(call, latents_of(arguments).shape, guided)
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> Plan:
         """Make the variants for a generation that begins with this denoiser call, without running any."""
         arguments = self._signature.bind(*args, **kwargs).arguments
         counter = self._begin(arguments, guided)
-        call, batch = Call.of(args, kwargs), _latents(arguments).shape[0]
+        call, batch = Call.of(args, kwargs), latents_of(arguments).shape[0]
         sizes: dict[Kind, int] = {}
         most = 0
         graphs = []
@@ -182,11 +183,11 @@ class Generation:
 
     def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
         """At the first denoiser call: count the steps, check the inputs, look at the denoiser."""
-        latents = _latents(arguments)
+        latents = latents_of(arguments)
         if torch.is_autocast_enabled(latents.device.type):
             raise ConfigurationError(MSG_AUTOCAST)
         self._counter = StepCounter.of(self._scheduler(), self._num_calls())
-        self._first_timestep = arguments.get("timestep")
+        self._first_timestep = timestep_of(arguments)
         if guided and not self._family.calls:
             check_halves(latents, same=self._family.only is None)
         if self._before is not None:
@@ -197,7 +198,7 @@ class Generation:
     def _go_on(self, arguments: dict[str, Any]) -> None:
         """At every further call."""
         if self._timesteps == 1 and not self._family.calls:
-            self._check_one_call_per_step(arguments.get("timestep"))
+            self._check_one_call_per_step(timestep_of(arguments))
         if self._watch:
             self._store.refresh()
 
@@ -240,7 +241,7 @@ class Generation:
                 if emission.site.kind in made.phase.merge:
                     self._caches.merge((emission.site.kind, emission.site.name), self._schedule.anchor_weight)
             both = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
-            self._after_guided_step(both, _latents(arguments).shape)
+            self._after_guided_step(both, latents_of(arguments).shape)
         self._end_timestep()
         return made.compiled.unflatten(halves[second])
 
@@ -308,15 +309,10 @@ def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:
     return "".join({step: phase.character for step, phase in steps}.values())
 
 
-def _latents(arguments: dict[str, Any]) -> torch.Tensor:
-    latents: torch.Tensor = next(iter(arguments.values()))
-    return latents
-
-
 def _check_pair(first: dict[str, Any], second: dict[str, Any], calls: Sequence[Half], *, values: bool) -> None:
     """Check that two calls are the halves of one timestep; `values`: not only by their shapes."""
-    same = _latents(first).shape == _latents(second).shape
-    if same and values and first.get("timestep") is not None:
-        same = torch.equal(torch.as_tensor(first["timestep"]), torch.as_tensor(second["timestep"]))
+    same = latents_of(first).shape == latents_of(second).shape
+    if same and values and timestep_of(first) is not None:
+        same = torch.equal(torch.as_tensor(timestep_of(first)), torch.as_tensor(timestep_of(second)))
     if not same:
         raise UnsupportedModelError(MSG_NO_PAIR.format(first=calls[0], second=calls[1]))

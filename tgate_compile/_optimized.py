@@ -128,7 +128,8 @@ def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]
         args, kwargs = first.denoiser_args, first.denoiser_kwargs
         generations = {name: hook.last for name, hook in state.hooks.items()}
         plans = {name: g.plan(args, kwargs, first.guided) for name, g in generations.items() if g is not None}
-        pipe.maybe_free_model_hooks()  # as the call itself would have done at its end
+        if isinstance(pipe, DiffusionPipeline):
+            pipe.maybe_free_model_hooks()  # as the call itself would have done at its end
         return plans
     finally:
         state.previewing = False
@@ -244,5 +245,6 @@ def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callab
     """Whether guidance is on, now: the pipeline's own word if it has one, which a callback may change in mid-loop."""
     if hasattr(type(pipe), "do_classifier_free_guidance"):
         return lambda: bool(pipe.do_classifier_free_guidance)
-    scale = arguments.get("guidance_scale")
+    further = arguments.get("kwargs")
+    scale = {**(further if isinstance(further, dict) else {}), **arguments}.get("guidance_scale")
     return lambda: scale is not None and scale > 1.0

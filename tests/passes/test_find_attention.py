@@ -10,11 +10,12 @@ from tests.passes.tiny_denoiser import DIM, TOKENS, TinyAttention, tiny_capture,
 from tgate_compile import UnsupportedModelError
 from tgate_compile._call import Call
 from tgate_compile._capture import capture
-from tgate_compile.passes.find_attention import find_attention
+from tgate_compile.passes.find_attention import Inputs, find_attention
 
 
-def _latents(program: torch.export.ExportedProgram) -> torch.fx.Node:
-    return next(node for node in program.graph.nodes if node.name == "sample")
+def _inputs(program: torch.export.ExportedProgram) -> Inputs:
+    nodes = {node.name: node for node in program.graph.nodes}
+    return Inputs((nodes["sample"],), (nodes["timestep"],), (nodes["text"],))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -51,7 +52,7 @@ def test_the_value_is_the_one_before_residual_and_rescale() -> None:
 def test_the_graph_is_left_alone() -> None:
     captured = tiny_capture(tiny_denoiser())
     before = captured.program.graph_module.code
-    find_attention(captured.program.graph_module, _latents(captured.program))
+    find_attention(captured.program.graph_module, _inputs(captured.program))
     captured.program.graph_module.recompile()
     assert captured.program.graph_module.code == before
 
@@ -81,7 +82,7 @@ class _Joint(nn.Module):
 def test_self_and_joint_attention_are_no_cross_attention(model: type[nn.Module]) -> None:
     denoiser = model().eval()
     program = torch.export.export(denoiser, tiny_inputs(), strict=False)
-    assert find_attention(program.graph_module, _latents(program), ("cross",)) == []
+    assert find_attention(program.graph_module, _inputs(program), ("cross",)) == []
     with pytest.raises(UnsupportedModelError, match=rf"{model.__name__} has no cross-attention .*Joint attention"):
         capture(denoiser, denoiser.forward, Call.of(tiny_inputs(), {}))
 
@@ -106,7 +107,7 @@ class _TwoOutputs(nn.Module):
 def test_an_attention_with_two_results_is_refused_by_name() -> None:
     program = torch.export.export(_TwoOutputs().eval(), tiny_inputs(), strict=False)
     with pytest.raises(UnsupportedModelError, match="'attn': 2 of its values"):
-        find_attention(program.graph_module, _latents(program))
+        find_attention(program.graph_module, _inputs(program))
 
 
 def test_a_site_that_is_not_found_is_an_error_that_names_it() -> None:
