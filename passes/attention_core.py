@@ -93,15 +93,15 @@ class AttentionCore:
         scores: the two operands of each product that makes scores: query and key, in any order. There are several
             where scores are sums, as with relative positions.
         value: what is mixed.
-        is_linear: whether it is linear attention, where `scores` is the result's query with the key.
-        is_fused: whether it is one operator; then the query comes first in `scores`.
+        is_ordered: whether the query comes first in `scores`, as is known of operators and of linear attention.
+        is_linear: whether it is linear attention.
     """
 
     node: Node
     scores: tuple[tuple[Node, Node], ...]
     value: Node
+    is_ordered: bool = False
     is_linear: bool = False
-    is_fused: bool = False
 
 
 def attention_cores(graph: torch.fx.Graph) -> Iterator[AttentionCore]:
@@ -111,7 +111,7 @@ def attention_cores(graph: torch.fx.Graph) -> Iterator[AttentionCore]:
     for node in graph.nodes:
         if _is_fused(node):
             query, key, value = node.args[:3]
-            cores.append(AttentionCore(_first_result(node), ((query, key),), value, is_fused=True))
+            cores.append(AttentionCore(_first_result(node), ((query, key),), value, is_ordered=True))
             continue
         operands = product_operands(node)
         if operands is None:
@@ -127,7 +127,7 @@ def attention_cores(graph: torch.fx.Graph) -> Iterator[AttentionCore]:
             for state, query in (operands, operands[::-1]):
                 pair = product_operands(_state_above(state))
                 if pair is not None:
-                    cores.append(AttentionCore(node, ((query, pair[0]),), pair[1], is_linear=True))
+                    cores.append(AttentionCore(node, ((query, pair[0]),), pair[1], is_ordered=True, is_linear=True))
                     break
     # A product of scores is no linear attention, whatever its operands were made by.
     yield from (core for core in cores if not (core.is_linear and core.node in products_of_scores))

@@ -15,7 +15,7 @@ from torch.fx import Node
 from tgate_compile._graphs import Site
 from tgate_compile._schedule import Kind
 from tgate_compile.passes.attention_core import LAYOUT, SCALING, AttentionCore, attention_cores, product_operands
-from tgate_compile.passes.dependence import depends_on
+from tgate_compile.passes.dependence import depends_on, value_inputs
 from tgate_compile.passes.module_region import innermost_call, is_in_call
 from tgate_compile.passes.operands import operand
 
@@ -115,7 +115,7 @@ def _role(core: AttentionCore, of_latents: set[Node], of_conditions: set[Node]) 
         return "self" if any(all(pair) for pair in pairs) else "other"
     if any(all(pair) for pair in pairs) or not any(any(pair) for pair in pairs):
         return "other"
-    if core.is_fused and pairs[0] != (True, False):
+    if core.is_ordered and pairs[0] != (True, False):
         return "other"  # the keys follow the latents, and the queries do not
     keys = {one for pair in core.scores for one in pair if one not in of_latents}
     follows_a_condition = [core.value in of_conditions, any(key in of_conditions for key in keys)]
@@ -166,7 +166,12 @@ def _before_residual_and_rescale(node: Node, call: str) -> Node:
         return _before_residual_and_rescale(operand(node, 0), call)
     if node.target is aten.add.Tensor:
         left, right = node.args[:2]
-        if isinstance(left, Node) and isinstance(right, Node) and is_in_call(left, call) and not is_in_call(right, call):
+        if (
+            isinstance(left, Node)
+            and isinstance(right, Node)
+            and is_in_call(left, call)
+            and not is_in_call(right, call)
+        ):
             return left
     return node
 
@@ -186,7 +191,7 @@ def _projected(core: Node, of_inputs: set[Node]) -> Iterator[Node]:
 
 
 def _is_affine(user: Node, node: Node, of_inputs: set[Node]) -> bool:
-    others = [source for source in user.all_input_nodes if source is not node]
+    others = [source for source in value_inputs(user) if source is not node]
     if user.op != "call_function" or any(source in of_inputs for source in others):
         return False
     if user.target in LAYOUT or user.target in PROJECTING:

@@ -6,6 +6,7 @@ from torch.export.graph_signature import InputKind
 
 from tgate_compile._errors import VerificationError
 from tgate_compile._graphs import Captured, Variant
+from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.operands import is_mutable, outputs_of
 
 
@@ -14,7 +15,7 @@ def verify(variant: Variant, captured: Captured) -> None:
 
     - It returns what the denoiser returns, then one value for each emission: batch B when it is merged, else the
       site's own shape.
-    - It takes one cache for each reused site; no value of a reused attention is left, nor a weight that only these need.
+    - It takes one cache for each reused site; no attention or weight is left that only cached values need.
     - Every value has its `meta["val"]`, and nothing works in place.
     - No output is an input, and no two outputs are the same value.
 
@@ -39,16 +40,17 @@ def verify(variant: Variant, captured: Captured) -> None:
 
     inputs = variant.program.graph_signature.user_inputs
     _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
-    names = {node.name for node in graph.nodes}
-    reused = [site for site in captured.sites if site.kind in variant.phase.reuse and site.kind != "deep"]
-    left = [site.name for site in reused if site.node in names]
+    needed = _needed(variant, captured)
+    left = [core.node.name for core in attention_cores(graph) if core.node.name not in needed]
     _require(not left, f"{len(left)} attentions are left that are reused: {left}")
-    unneeded = sorted(set(variant.weights) - _needed_weights(variant, captured))
+    specs = captured.program.graph_signature.input_specs
+    weights = {str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT and spec.arg.name in needed}
+    unneeded = sorted(set(variant.weights) - weights)
     _require(not unneeded, f"weights are left that only cached values need: {unneeded}")
 
 
-def _needed_weights(variant: Variant, captured: Captured) -> set[str]:
-    """The parameters and constants that are needed if the values of the reused sites are given."""
+def _needed(variant: Variant, captured: Captured) -> set[str]:
+    """The names of the captured graph's nodes that are needed if the values of the reused sites are given."""
     given = {site.node for site in captured.sites if site.kind in variant.phase.reuse}
     nodes = {node.name: node for node in captured.program.graph.nodes}
     wanted = [*outputs_of(captured.program.graph), *(nodes[emission.site.node] for emission in variant.emitted)]
@@ -57,10 +59,7 @@ def _needed_weights(variant: Variant, captured: Captured) -> set[str]:
         new = [] if node.name in given else [source for source in node.all_input_nodes if source not in needed]
         needed.update(new)
         wanted += new
-    specs = captured.program.graph_signature.input_specs
-    return {
-        str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT and nodes[spec.arg.name] in needed
-    }
+    return {node.name for node in needed}
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -14,10 +14,17 @@ from tgate_compile._call import Call
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile.passes.operands import outputs_of
 
+aten = torch.ops.aten
+
 MSG_ROWS = (
     "{output} of the denoiser does not have the rows of its batch in the first dimension, each following its own row of "
     "the inputs alone, so that its guidance halves cannot be told apart. Put the batch first, or leave what belongs to "
     "no row out of what forward() returns."
+)
+
+
+MSG_TRAINING = (
+    "The denoiser is in training mode, and its dropout makes each run another. Call its eval() before the pipeline."
 )
 
 
@@ -31,6 +38,7 @@ class BatchDims:
 
     def __init__(self, program: ExportedProgram, call: Call, latents: Node) -> None:
         self._program = program
+        self._graph = program.graph
         self._call = call
         self._batch: int = call.leaves[program.graph_signature.user_inputs.index(latents.name)].shape[0]
 
@@ -41,9 +49,11 @@ class BatchDims:
         Raises:
             UnsupportedModelError: what the denoiser returns has none, or not the first.
         """
+        if any(node.target is aten.dropout.default and node.args[1] and node.args[2] for node in self._graph.nodes):
+            raise UnsupportedModelError(MSG_TRAINING)
         if self._batch % 2:
             return dict.fromkeys(nodes, 0)  # there are no halves, and nothing is merged
-        outputs = outputs_of(self._program.graph)
+        outputs = outputs_of(self._graph)
         watched = {*nodes, *outputs}
         before, after = (self._values(watched, changed=changed) for changed in (False, True))
         dims = {node: _dim_of_change(before[node], after[node]) for node in watched}

@@ -261,9 +261,7 @@ def _is_from_diffusers(denoiser: torch.nn.Module) -> bool:
     return type(denoiser).__module__.partition(".")[0] == "diffusers"
 
 
-def _check_sites(
-    denoiser: torch.nn.Module, program: ExportedProgram, inputs: Inputs, sites: tuple[Site, ...]
-) -> None:
+def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: Inputs, sites: tuple[Site, ...]) -> None:
     model = type(denoiser).__name__
     # What an attention says of itself is no more than a reason to look: is there an attention in its part of the graph?
     expected = [name for name in cross_attention_modules(denoiser) if _runs(program, name)]
