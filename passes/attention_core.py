@@ -143,7 +143,7 @@ def product_operands(node: Node) -> tuple[Node, Node] | None:
         pair = tuple(node.args[position] for position in PRODUCT_OPERANDS[node.target])
     else:
         return None
-    return pair if len(pair) == 2 and all(isinstance(one, Node) for one in pair) else None  # type: ignore[return-value]
+    return pair if len(pair) == 2 and all(isinstance(one, Node) for one in pair) else None
 
 
 def _is_fused(node: Node) -> bool:
@@ -152,7 +152,7 @@ def _is_fused(node: Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         name = node.target._schema.name
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
-        name = node.target.name()
+        name = str(node.target)
     else:
         return False
     return "attention" in name or "attn" in name

@@ -74,25 +74,29 @@ def find_attention(
     roles = attention_roles(graph, inputs)
     of_inputs = depends_on(graph, (*inputs.latents, *inputs.times, *inputs.conditions))
     values: dict[AttentionCore, list[Node]] = {}
-    for kind in kinds:
+    for kind in ("cross", "self"):
         cores = [core for core, role in roles if role == kind]
         # What follows the present step other than through attentions of this kind: it must stay live.
         live = depends_on(graph, (*inputs.latents, *inputs.times), cut={core.node for core in cores})
         values.update((core, list(_possible_values(core.node, live, of_inputs))) for core in cores)
 
-    batched = None if batch_dims is None else batch_dims([node for nodes in values.values() for node in nodes])
+    wanted = [node for core, role in roles if role in kinds for node in values[core]]
+    dims = dict.fromkeys(wanted, 0) if batch_dims is None else batch_dims(wanted)
     sites: dict[Node, Site] = {}
-    names: set[tuple[Kind, str]] = set()
+    names: dict[Node, str] = {}  # of attentions of all kinds, so that they depend on nothing but the model
     for core, role in roles:
-        value = next((node for node in values.get(core, ()) if batched is None or node in batched), None)
-        if value is None or role == "other" or value in sites:
+        if role == "other":
             continue
-        fake = value.meta["val"]
-        batch = 0 if batched is None else batched[value]
+        first = values[core][0]
+        if first not in names:
+            names[first] = _unique(_without_processor(innermost_call(core.node)[1]), names.values())
+        value = next((node for node in values[core] if node in dims), None)
+        if role not in kinds or value is None or value in sites:
+            continue
+        fake, batch = value.meta["val"], dims[value]
         shape = list(fake.shape)
         shape.insert(0, shape.pop(batch))
-        name = _unique(role, _without_processor(innermost_call(core.node)[1]), names)
-        sites[value] = Site(role, name, value.name, tuple(shape), fake.dtype, fake.dtype, batch)
+        sites[value] = Site(role, names[first], value.name, tuple(shape), fake.dtype, fake.dtype, batch)
     logger.debug("found %d attention sites", len(sites))
     return list(sites.values())
 
@@ -123,14 +127,13 @@ def _role(core: AttentionCore, of_latents: set[Node], of_conditions: set[Node]) 
     return "cross" if (all if core.is_linear else any)(follows_a_condition) else "other"
 
 
-def _unique(kind: Kind, path: str, names: set[tuple[Kind, str]]) -> str:
+def _unique(path: str, names: Collection[str]) -> str:
     """`path`, with a number if the module has several attentions, or is called several times."""
     path = path or "attention"
     numbered = (path if i == 1 else f"{path}#{i}" for i in range(1, len(names) + 2))
     # Names that differ in punctuation alone would be the same as names of a graph's inputs.
-    name = next(name for name in numbered if (kind, re.sub(r"\W", "_", name)) not in names)
-    names.add((kind, re.sub(r"\W", "_", name)))
-    return name
+    taken = {re.sub(r"\W", "_", name) for name in names}
+    return next(name for name in numbered if re.sub(r"\W", "_", name) not in taken)
 
 
 def _without_processor(path: str) -> str:

@@ -426,7 +426,7 @@ CASES: dict[str, Case] = {
     "gate inside": Case(GatedInside),
     "inline, context as a dict": Case(
         Inline,
-        ("blocks.0", "blocks.0#2", "blocks.1", "blocks.1#2"),
+        ("blocks.0#2", "blocks.0#3", "blocks.1#2", "blocks.1#3"),
         lambda model, x, t, text: model(x, t, {"text": text, "image": text[:, :3] * 2})[0],
     ),
     "no signature": Case(Unsigned, predict=lambda model, x, t, text: model(x, t, context=text)["out"][0]),

@@ -17,9 +17,9 @@ from tgate_compile.passes.operands import outputs_of
 aten = torch.ops.aten
 
 MSG_ROWS = (
-    "{output} of the denoiser does not have the rows of its batch in the first dimension, each following its own row of "
-    "the inputs alone, so that its guidance halves cannot be told apart. Put the batch first, or leave what belongs to "
-    "no row out of what forward() returns."
+    "{output} does not have the rows of the batch in its first dimension, each following its own row of the inputs "
+    "alone, so that the guidance halves cannot be told apart. Put the batch first, let no row depend on another, and "
+    "return nothing that belongs to no row."
 )
 
 
@@ -75,7 +75,7 @@ class BatchDims:
                 state = self._program.state_dict
                 inputs.append(state[name] if name in state else self._program.constants[name])
         recorder = _Recorder(self._program.graph_module, watched)
-        recorder.run(*inputs)  # type: ignore[no-untyped-call]
+        recorder.run(*inputs)
         return recorder.values
 
     def _with_other_rows(self, leaf: Any) -> Any:

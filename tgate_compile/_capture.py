@@ -15,9 +15,9 @@ import torch
 from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
+from tgate_compile._batch_dims import BatchDims
 from tgate_compile._call import Call
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
-from tgate_compile._batch_dims import BatchDims
 from tgate_compile._graphs import Captured, Site
 from tgate_compile._latents import LATENTS_NAMES, fits, is_time, latents_of, named_leaves
 from tgate_compile._schedule import Kind
@@ -61,9 +61,9 @@ MSG_LATENTS = (
     "has the shape of {other!r}, [{shape}]. Call the parameter `sample` or `hidden_states`, as diffusers' models do."
 )
 MSG_SITES_DIFFER = (
-    "Found {found} cross-attentions in the graph of {model}, but {expected} of its modules call themselves so. In these, "
-    "no attention was recognized: {missing}. docs/own_denoiser.md says which forms are; please report the model class "
-    "and its attention processors."
+    "Found {found} cross-attentions in the graph of {model}, but {expected} of its modules call themselves so. In "
+    "these, no attention was recognized: {missing}. docs/own_denoiser.md says which forms are; please report the model "
+    "class and its attention processors."
 )
 
 
@@ -77,6 +77,7 @@ def capture(
     only: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
     shapes: ShapesCollection | None = None,
+    required: bool = True,
 ) -> Captured:
     """The graph of `denoiser` for inputs like those of `call`, with its sites.
 
@@ -89,6 +90,7 @@ def capture(
         only: patterns of the names of the attentions to cache; None means all.
         cache_dtype: what they are cached in; None means their own dtype.
         shapes: sizes of the call's tensors that are left free; None means that all are those of `call`.
+        required: refuse a denoiser that has no site of one of `kinds`.
 
     Raises:
         CaptureError: torch.export failed.
@@ -126,9 +128,9 @@ def capture(
     batch_dims = None if _is_from_diffusers(denoiser) else BatchDims(program, call, inputs.latents[0]).of
     attention = find_attention(program.graph_module, inputs, kinds, batch_dims)
     sites = tuple(sorted(attention, key=lambda site: site.kind))  # stable: cross, then self, each in graph order
-    if "cross" in kinds:
+    if required and "cross" in kinds:
         _check_sites(denoiser, program, inputs, sites)
-    if "self" in kinds and not any(site.kind == "self" for site in sites):
+    if required and "self" in kinds and not any(site.kind == "self" for site in sites):
         raise UnsupportedModelError(MSG_NO_SELF_ATTENTION.format(model=model))
     if only is not None:
         sites = _selected(sites, only)
@@ -233,14 +235,15 @@ def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call
     main = next(node for node, leaf in tensors if leaf is latents)
     outputs = [_sizes(node) for node in outputs_of(program.graph)]
     others = [node for node, leaf in tensors if node is not main and leaf.is_floating_point()]
+    better = [node for node in others if _sizes(node) in outputs]
+    if better and _sizes(main) not in outputs and names[id(latents)] not in LATENTS_NAMES:
+        shape = ", ".join(_sizes(better[0]))
+        raise UnsupportedModelError(MSG_LATENTS.format(taken=main.name, shape=shape, other=better[0].name))
     of_main = next((shape for shape in outputs if fits(_sizes(main), shape)), None)
     if of_main is not None:
         outputs.remove(of_main)
     # A denoiser of several modalities predicts each.
     further = [node for node in others if _sizes(node) in outputs]
-    if of_main is None and further and names[id(latents)] not in LATENTS_NAMES:
-        shape = ", ".join(_sizes(further[0]))
-        raise UnsupportedModelError(MSG_LATENTS.format(taken=main.name, shape=shape, other=further[0].name))
     return Inputs(
         latents=(main, *further),
         times=tuple(node for node, leaf in tensors if is_time(names[id(leaf)]) or leaf.ndim <= 1),

@@ -1,4 +1,4 @@
-"""Which input of a denoiser carries the latents, and which the timestep: by name and by shape, never by position alone."""
+"""Which input of a denoiser carries the latents, and which the timestep."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MSG_NO_LATENTS = (
 
 
 def named_leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The leaves of a call's bound `arguments`, each with its innermost name: of a key in a dict, else of a parameter."""
+    """The leaves of a call's bound `arguments`, each with its innermost name: a key's in a dict, or the parameter's."""
     for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]:
         keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
         yield next(key for key in reversed(keys) if isinstance(key, str)), leaf
@@ -43,7 +43,7 @@ def latents_of(arguments: Mapping[str, Any]) -> torch.Tensor:
         UnsupportedModelError: there is no such tensor.
     """
     leaves = list(named_leaves(arguments))
-    tensors = [(name, leaf) for name, leaf in leaves if _may_be_latents(leaf)]
+    tensors: list[tuple[str, torch.Tensor]] = [(name, leaf) for name, leaf in leaves if _may_be_latents(leaf)]
     for wanted in LATENTS_NAMES:
         for name, leaf in tensors:
             if name == wanted:
