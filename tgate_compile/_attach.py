@@ -36,6 +36,9 @@ MSG_DENOISER_TAKEN = (
     "The denoiser of this {pipeline} is already optimized through another pipeline. "
     "Call tgate_compile.restore() on that one first, or give this pipeline a denoiser of its own."
 )
+#: What denoises in the pipelines of models of several stages: unCLIP, Kandinsky 2, Würstchen, Stable Cascade.
+_STAGES = ("prior", "decoder")
+
 MSG_REFUSED = "{pipeline} cannot be gated: {reason}."
 MSG_COMPILED = (
     "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
@@ -118,7 +121,7 @@ def denoiser_names(pipe: DiffusionPipeline, denoiser: str | None = None) -> tupl
                 MSG_NO_SUCH_DENOISER.format(given=denoiser, pipeline=type(pipe).__name__, modules=_listed(modules))
             )
         return (denoiser,)
-    first = [name for name in DENOISER_NAMES if name in modules][:1]
+    first = [name for name in (*DENOISER_NAMES, *_STAGES) if name in modules][:1]
     if not first:
         reason = refusal(type(pipe))
         if reason is not None:
