@@ -175,7 +175,7 @@ def denies_cross_attention(denoiser: torch.nn.Module) -> bool:
     graph tells.
     """
     attentions = [module for module in denoiser.modules() if hasattr(module, "to_k")]
-    if any(getattr(module, "self_attn", None) is False for module in denoiser.modules()):
+    if any(vars(module).get("self_attn") is False for module in denoiser.modules()):
         return False  # Würstchen's blocks give an attention the text alone if this is off, whatever that says of itself
     is_unet = type(denoiser).__module__.startswith("diffusers.models.unets.")  # which have no others
     return bool(attentions or is_unet) and all(
