@@ -44,8 +44,8 @@ MSG_NO_SELF_ATTENTION = (
 MSG_NO_MATCH = "sites: {pattern!r} matches none of the attentions that can be cached: {sites}."
 MSG_NO_MODULE = "sites: {pattern!r} matches no module of {model}. Its attentions are called {examples}, for example."
 MSG_NO_UNET = (
-    "DeepCache needs a UNet, whose deep part its skip connections go around, and {model} is none. "
-    "Leave deepcache_interval out."
+    "DeepCache needs a UNet laid out as diffusers' are, with `up_blocks` that have `resnets`: by these its branch is "
+    "found. {model} has none. Leave deepcache_interval out."
 )
 MSG_NO_BRANCH = (
     "deepcache_branch={branch} is not there: {model} has {blocks} up blocks, and branches are counted three to a block "

@@ -124,6 +124,22 @@ def test_what_the_graph_says_counts_more_than_what_an_attention_says_of_itself()
     assert [site.name for site in tiny_capture(denoiser).sites] == ["blocks.0.attn2", "blocks.1.attn2"]
 
 
+def test_each_call_of_a_shared_module_is_a_site_of_its_own() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = TinyAttention(6)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            sample = self.attn(self.attn(sample, text), text)
+            return self.attn(sample, text) + sample
+
+    program = torch.export.export(Twice().eval(), tiny_inputs(), strict=False)
+    sites = find_attention(program.graph_module, _inputs(program))
+    assert [site.name for site in sites] == ["attn", "attn#2", "attn#3"]
+    assert len({site.node for site in sites}) == 3
+
+
 class _Unrecognized(TinyAttention):
     """Scores as sums of products, without a matrix product."""
 
@@ -240,7 +256,7 @@ def test_a_batch_that_is_not_first_is_first_in_the_cache() -> None:
     reusing = specialize(captured, Phase(False, reuse=frozenset({"cross"})))
     state = denoiser.state_dict()
     prediction, cache = full.program.graph_module(*(state[name] for name in full.weights), sample, text)
-    assert torch.equal(prediction, denoiser(*inputs))
+    torch.testing.assert_close(prediction, denoiser(*inputs))
     value = prediction - inputs[0]  # [rows, tokens, dim]
     torch.testing.assert_close(cache, sum(value.chunk(2)) / 2)
     (result,) = reusing.program.graph_module(inputs[0], value)
