@@ -1,98 +1,195 @@
 """Attention cores: the places of a graph in which queries meet keys and values.
 
-Fused attention is one node. The unfused form, which diffusers' plain `AttnProcessor` and older torch code
-write, is a matrix product, a softmax, and a second matrix product. Linear attention (Sana) has no softmax: it
-multiplies the values by the keys, and the result by the queries. All three are recognised.
+Three forms are recognized, whoever wrote them:
+
+- One operator: `scaled_dot_product_attention`, and other operators named after attention that take a query, a key and
+  a value first (a fused kernel of another package).
+- Products around a softmax: a matrix product (`matmul`, `bmm`, `baddbmm`, `einsum`), a softmax, and a second product.
+  Scaling, masks, casts and changes of layout may stand between them, and the softmax may be written out with `exp`.
+- Linear attention (Sana), which has no softmax: a product of keys and values, and its product with the queries.
+
+Which operand of a product is the query is not read off its position, since keys may stand on either side and
+transposed: whoever asks knows it from what the operands depend on.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
-from tgate_compile.passes.operands import operand
-
 aten = torch.ops.aten
 
 FUSED = {aten.scaled_dot_product_attention.default}
-SOFTMAX = {aten.softmax.int, aten._softmax.default}
-# The operands (row operand, column operand) of the products that may compute scores or mix values.
+#: The positions of the two operands of products that may compute scores or mix values.
 PRODUCT_OPERANDS: dict[object, tuple[int, int]] = {
     aten.bmm.default: (0, 1),
     aten.matmul.default: (0, 1),
+    aten.mm.default: (0, 1),
     aten.baddbmm.default: (1, 2),
+    aten.addmm.default: (1, 2),
 }
-# What may stand between the product and the softmax, or between the softmax and the second product:
-# scaling, masking, casts, reshapes and dropout, none of which mixes tokens.
-TRANSPARENT = {
-    aten.add.Tensor,
-    aten.mul.Tensor,
-    aten.mul.Scalar,
-    aten.div.Tensor,
-    aten.to.dtype,
-    aten._to_copy.default,
+NORMALIZING = {aten.softmax.int, aten._softmax.default, aten.exp.default}
+#: Changes of layout, casts, dropout and scaling: they mix no tokens, and are linear in their first operand.
+LAYOUT = {
+    aten.alias.default,
     aten.view.default,
+    aten._unsafe_view.default,
     aten.reshape.default,
-    aten.dropout.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.swapaxes.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.t.default,
+    aten.mT.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.type_as.default,
+    aten._to_copy.default,
     aten.clone.default,
     aten.contiguous.default,
-    aten.expand.default,
-    aten.masked_fill.Scalar,
+    aten.dropout.default,
+    aten.detach.default,
+    aten.mul.Scalar,
+    aten.div.Scalar,
 }
+SCALING = {aten.mul.Tensor, aten.div.Tensor}
+#: What else may stand between the products of an attention with a softmax: masks, soft capping, stabilizing.
+TRANSPARENT = LAYOUT | SCALING | {
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.tanh.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.nan_to_num.default,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AttentionCore:
-    """One attention: the node that produces its result, and the query, key and value that enter it."""
+    """One attention.
+
+    Attributes:
+        node: produces its result.
+        scores: the two operands of each product that makes scores: query and key, in any order. There are several
+            where scores are sums, as with relative positions.
+        value: what is mixed.
+        is_ordered: whether the query comes first in `scores`, as is known of operators and of linear attention.
+        is_linear: whether it is linear attention.
+    """
 
     node: Node
-    query: Node
-    key: Node
+    scores: tuple[tuple[Node, Node], ...]
     value: Node
+    is_ordered: bool = False
+    is_linear: bool = False
 
 
 def attention_cores(graph: torch.fx.Graph) -> Iterator[AttentionCore]:
     """Every attention of `graph`, in graph order."""
+    cores = []
+    products_of_scores: set[Node] = set()
     for node in graph.nodes:
-        if node.op != "call_function":
+        if _is_fused(node):
+            query, key, value = node.args[:3]
+            cores.append(AttentionCore(_first_result(node), ((query, key),), value, is_ordered=True))
             continue
-        if node.target in FUSED:
-            yield AttentionCore(node, operand(node, 0), operand(node, 1), operand(node, 2))
-        elif node.target in SOFTMAX:
-            scores = _product_above(operand(node, 0))
-            mixed = _product_below(node)
-            if scores is not None and mixed is not None:
-                row, column = PRODUCT_OPERANDS[scores.target]
-                _, mixed_column = PRODUCT_OPERANDS[mixed.target]
-                yield AttentionCore(mixed, operand(scores, row), operand(scores, column), operand(mixed, mixed_column))
-        elif node.target in PRODUCT_OPERANDS:
-            row, column = PRODUCT_OPERANDS[node.target]
-            state = _product_above(operand(node, row))
-            if state is not None:
-                value, key = (operand(state, position) for position in PRODUCT_OPERANDS[state.target])
-                yield AttentionCore(node, operand(node, column), key, value)
+        operands = product_operands(node)
+        if operands is None:
+            continue
+        for weights, value in (operands, operands[::-1]):
+            scores = _scores_above(weights)
+            if scores:
+                products_of_scores |= scores
+                pairs = tuple(pair for product in scores if (pair := product_operands(product)) is not None)
+                cores.append(AttentionCore(node, pairs, value))
+                break
+        else:
+            for state, query in (operands, operands[::-1]):
+                pair = product_operands(_state_above(state))
+                if pair is not None:
+                    cores.append(AttentionCore(node, ((query, pair[0]),), pair[1], is_ordered=True, is_linear=True))
+                    break
+    # A product of scores is no linear attention, whatever its operands were made by.
+    yield from (core for core in cores if not (core.is_linear and core.node in products_of_scores))
 
 
-def _product_above(node: Node) -> Node | None:
-    """The matrix product that made the scores `node`."""
-    while node.target not in PRODUCT_OPERANDS:
-        if node.target not in TRANSPARENT:
-            return None
-        node = operand(node, 0)
+def product_operands(node: Node) -> tuple[Node, Node] | None:
+    """The two operands of a matrix product; None if `node` is something else."""
+    if node.target is aten.einsum.default:
+        operands = node.args[1]
+        assert isinstance(operands, (list, tuple))
+        pair = tuple(operands)
+    elif node.target in PRODUCT_OPERANDS:
+        pair = tuple(node.args[position] for position in PRODUCT_OPERANDS[node.target])
+    else:
+        return None
+    return pair if len(pair) == 2 and all(isinstance(one, Node) for one in pair) else None
+
+
+def _is_fused(node: Node) -> bool:
+    if node.op != "call_function" or len(node.args) < 3 or not all(isinstance(arg, Node) for arg in node.args[:3]):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        name = str(node.target)
+    else:
+        return False
+    return "attention" in name or "attn" in name
+
+
+def _first_result(node: Node) -> Node:
+    """`node`, or the first of its results if it has several (the others are statistics)."""
+    if not isinstance(node.meta.get("val"), (tuple, list)):
+        return node
+    return next((user for user in node.users if user.target is operator.getitem and user.args[1] == 0), node)
+
+
+def _scores_above(weights: Node) -> set[Node]:
+    """The products that made the scores of which `weights` are the softmax; none if it is no softmax of products."""
+    found: set[Node] = set()
+    seen = {(weights, False)}
+    queue = [(weights, False)]
+    for node, normalized in queue:  # which grows
+        if product_operands(node) is not None:
+            if normalized:
+                found.add(node)
+            continue
+        if node.target in NORMALIZING:
+            normalized = True
+        elif node.target not in TRANSPARENT:
+            continue
+        for source in node.all_input_nodes:
+            if (source, normalized) not in seen:
+                seen.add((source, normalized))
+                queue.append((source, normalized))
+    return found
+
+
+def _state_above(node: Node) -> Node:
+    """The node of which `node` is another layout or scale."""
+    while node.target in LAYOUT or (node.target in SCALING and not isinstance(node.args[1], Node)):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
     return node
-
-
-def _product_below(node: Node) -> Node | None:
-    """The matrix product that mixes values with the weights `node`."""
-    while True:
-        product = next((user for user in node.users if user.target in PRODUCT_OPERANDS), None)
-        if product is not None:
-            row, _ = PRODUCT_OPERANDS[product.target]
-            return product if operand(product, row) is node else None
-        below = next((user for user in node.users if user.target in TRANSPARENT), None)
-        if below is None:
-            return None
-        node = below

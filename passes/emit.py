@@ -20,7 +20,7 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
 
     A merged one is the weighted mean of the guidance halves of [uncond; cond], batch B (arXiv 2404.02747, section
     3.2: equal weights), accumulated in fp32 at least. What is handed on has the site's `cache_dtype`.
-    `graph_module` is changed in place; its output is one flat tuple.
+    Its batch comes first, wherever the graph has it. `graph_module` is changed in place; its output is one flat tuple.
     """
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -29,6 +29,8 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
     for emission in emissions:
         value = nodes[emission.site.node]
         with graph.inserting_before(output):
+            if emission.site.batch != 0:
+                value = add_call(graph, aten.movedim.int, value, emission.site.batch, 0)
             handed_on = value if emission.anchor is None else _merged(graph, value, emission.anchor)
             emitted.append(_cast(graph, handed_on, emission))
     output.args = ((*outputs_of(graph), *emitted),)

@@ -5,10 +5,19 @@ from __future__ import annotations
 from torch.fx import Node
 
 
-def innermost_module(node: Node) -> str:
-    """The path of the innermost module that `node` was traced in."""
-    path: str = list(node.meta["nn_module_stack"].values())[-1][0]
-    return path
+def innermost_call(node: Node) -> tuple[str, str]:
+    """The innermost call of a module that `node` was traced in, and the module's path; both are "" outside of any.
+
+    A module that is called several times has several calls and one path.
+    """
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    call, (path, _) = list(stack.items())[-1]
+    return str(call), str(path)
+
+
+def is_in_call(node: Node, call: str) -> bool:
+    """Whether `node` was traced in this call of a module, or in one below it."""
+    return call in node.meta.get("nn_module_stack", {})
 
 
 def is_inside(node: Node, path: str) -> bool:

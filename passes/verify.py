@@ -6,7 +6,7 @@ from torch.export.graph_signature import InputKind
 
 from tgate_compile._errors import VerificationError
 from tgate_compile._graphs import Captured, Variant
-from tgate_compile.passes.find_attention import find_attention
+from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.operands import is_mutable, outputs_of
 
 
@@ -15,7 +15,7 @@ def verify(variant: Variant, captured: Captured) -> None:
 
     - It returns what the denoiser returns, then one value for each emission: batch B when it is merged, else the
       site's own shape.
-    - It takes one cache for each reused site; no attention of a reused kind is left, nor a weight that only these need.
+    - It takes one cache for each reused site; no attention or weight is left that only cached values need.
     - Every value has its `meta["val"]`, and nothing works in place.
     - No output is an input, and no two outputs are the same value.
 
@@ -40,17 +40,17 @@ def verify(variant: Variant, captured: Captured) -> None:
 
     inputs = variant.program.graph_signature.user_inputs
     _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
-    reused = {site.name for site in captured.sites if site.kind in variant.phase.reuse and site.kind != "deep"}
-    latents = next(node for node in graph.nodes if node.name == captured.latents)
-    attention = find_attention(variant.program.graph_module, latents, variant.phase.reuse)
-    left = [site.name for site in attention if site.name in reused]
+    needed = _needed(variant, captured)
+    left = [core.node.name for core in attention_cores(graph) if core.node.name not in needed]
     _require(not left, f"{len(left)} attentions are left that are reused: {left}")
-    unneeded = sorted(set(variant.weights) - _needed_weights(variant, captured))
+    specs = captured.program.graph_signature.input_specs
+    weights = {str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT and spec.arg.name in needed}
+    unneeded = sorted(set(variant.weights) - weights)
     _require(not unneeded, f"weights are left that only cached values need: {unneeded}")
 
 
-def _needed_weights(variant: Variant, captured: Captured) -> set[str]:
-    """The parameters and constants that are needed if the values of the reused sites are given."""
+def _needed(variant: Variant, captured: Captured) -> set[str]:
+    """The names of the captured graph's nodes that are needed if the values of the reused sites are given."""
     given = {site.node for site in captured.sites if site.kind in variant.phase.reuse}
     nodes = {node.name: node for node in captured.program.graph.nodes}
     wanted = [*outputs_of(captured.program.graph), *(nodes[emission.site.node] for emission in variant.emitted)]
@@ -59,10 +59,7 @@ def _needed_weights(variant: Variant, captured: Captured) -> set[str]:
         new = [] if node.name in given else [source for source in node.all_input_nodes if source not in needed]
         needed.update(new)
         wanted += new
-    specs = captured.program.graph_signature.input_specs
-    return {
-        str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT and nodes[spec.arg.name] in needed
-    }
+    return {node.name for node in needed}
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -180,7 +180,7 @@ def test_rows_that_alternate_between_the_halves_are_swapped_too() -> None:
     latents = torch.randn(2, 4, 8, 8).repeat(2, 1, 1, 1)
     text, ids = torch.randn(4, 5, 8), torch.arange(4.0)[:, None]
     call = Call.of((latents, torch.tensor(3)), {"text": text, "added_cond_kwargs": {"time_ids": ids}})
-    args, kwargs = without_text(call, family_of(diffusers.StableDiffusionXLPipeline)).arguments
+    args, kwargs = without_text(call, latents, family_of(diffusers.StableDiffusionXLPipeline)).arguments
     assert torch.equal(args[0], latents)
     assert torch.equal(kwargs["text"], text[[0, 1, 0, 1]])
     assert kwargs["added_cond_kwargs"]["time_ids"].flatten().tolist() == [0, 0, 2, 2]

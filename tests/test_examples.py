@@ -28,7 +28,7 @@ def pixels(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
 
 
 def test_examples_are_short_and_all_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"text_to_image.py", "own_loop.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"text_to_image.py", "own_loop.py", "own_denoiser.py"}
     assert all(len(path.read_text(encoding="utf-8").splitlines()) < 60 for path in EXAMPLES.glob("*.py"))
 
 
@@ -42,3 +42,11 @@ def test_the_own_loop_makes_the_pipelines_image(
     by_call, by_loop = pixels(tmp_path / "call.png"), pixels(tmp_path / "loop.png")
     assert by_call.shape == (64, 64, 3)
     assert np.abs(by_call - by_loop).max() <= 1
+
+
+def test_a_denoiser_of_ones_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("own_denoiser.py", monkeypatch)
+    printed = capsys.readouterr().out
+    assert "4 sites" in printed
+    assert "blocks.3.cross" in printed
+    assert "FFFFFFFFpppppppppppp" in printed

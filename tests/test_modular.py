@@ -500,11 +500,15 @@ class Again(ModularPipelineBlocks):  # type: ignore[misc]
 
 
 def test_a_loop_that_starts_over() -> None:
-    pipe = modular_wan()
-    pipe._blocks.sub_blocks["denoise"].sub_blocks["again"] = Again()
-    tgate_compile.optimize(pipe, GATE, backend="eager")
-    with pytest.raises(UnsupportedModelError, match="several times in one call"):
-        run(pipe, 2, **modular_wan_call())
+    def make() -> Any:
+        pipe = modular_wan()
+        pipe._blocks.sub_blocks["denoise"].sub_blocks["again"] = Again()
+        return pipe
+
+    pipe = tgate_compile.optimize(make(), 1000, backend="eager")
+    assert torch.equal(run(pipe, 2, **modular_wan_call()), run(make(), 2, **modular_wan_call()))
+    run(pipe, 2, gate_step=1, **modular_wan_call())
+    assert tgate_compile.describe(pipe).strip == "FpFp"
 
 
 class Preview(ModularPipelineBlocks):  # type: ignore[misc]

@@ -27,6 +27,7 @@ def analyze(
     num_inference_steps: int = 25,
     seeds: Sequence[int] = (0,),
     call: Mapping[str, Any] | None = None,
+    denoiser: str | None = None,
     kinds: Sequence[Kind] = ("cross", "self"),
     switch_steps: Sequence[int] | None = None,
     converged_within: float = CONVERGED_WITHIN,
@@ -48,6 +49,7 @@ def analyze(
         num_inference_steps: as for the pipeline's call.
         seeds: the noise for each prompt.
         call: further arguments of the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
+        denoiser: as for `optimize`.
         kinds: of attention. The last output of each is kept on the device: `("cross",)` needs less memory.
         switch_steps: m of the trajectories, from 0 to the number of steps, two generations each; None for a few over
             the steps, () for none.
@@ -66,7 +68,7 @@ def analyze(
         raise ConfigurationError(MSG_WITHIN.format(given=converged_within))
     check_ordinary(pipe, "analyze()")
     runs = Runs(prompts, num_inference_steps, seeds, {} if call is None else call, "analyze")
-    names = denoiser_names(pipe)
+    names = denoiser_names(pipe, denoiser)
     attach(pipe, dict.fromkeys(names, Schedule(1)), backend="eager")  # refuses what can be refused before any work
     detach(pipe)
     denoisers = {name: getattr(pipe, name) for name in names}

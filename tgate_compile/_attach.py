@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,14 +23,22 @@ from tgate_compile._purity import check_python
 from tgate_compile._schedule import Schedule
 
 MSG_NO_PIPELINE = (
-    "optimize() needs a loaded diffusers pipeline, but got {given}. "
+    "optimize() needs a loaded diffusers pipeline, or an object like one, with a scheduler that has timesteps, a "
+    "denoiser and a call, but got {given}. "
     "For example: optimize(StableDiffusionPipeline.from_pretrained(...), gate_step=10)."
 )
-MSG_NO_DENOISER = "{pipeline} has no denoiser: none of its components {names} is a loaded module."
+MSG_NO_DENOISER = (
+    "{pipeline} has no denoiser called {names}. It has {modules}. If one of these denoises, name it: "
+    'optimize(pipe, denoiser="...").'
+)
+MSG_NO_SUCH_DENOISER = "denoiser={given!r}: {pipeline} has no such module. It has {modules}."
 MSG_ALREADY = (
     "This {pipeline} is already optimized. Call tgate_compile.restore(pipe) first to optimize it in another way."
 )
 MSG_ON_UNSUPPORTED = 'on_unsupported must be "error" or "plain", but got {given!r}.'
+#: What denoises in the pipelines of models of several stages: unCLIP, Kandinsky 2, Würstchen, Stable Cascade.
+_STAGES = ("prior", "decoder")
+
 MSG_REFUSED = "{pipeline} cannot be gated: {reason}."
 MSG_COMPILED = (
     "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
@@ -107,23 +115,63 @@ def detach(pipe: DiffusionPipeline) -> None:
     state.detach(pipe)
 
 
-def denoiser_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """The components of `pipe` that denoise: one, or two where the family says so.
+def denoiser_names(pipe: DiffusionPipeline, denoiser: str | None = None) -> tuple[str, ...]:
+    """The components of `pipe` that denoise: one, or two where the family says so; or the one that is named.
+
+    `pipe` may be of a class that is not diffusers', if it has a scheduler, a denoiser and a call.
 
     Raises:
-        ConfigurationError: `pipe` is no pipeline, or has none.
+        ConfigurationError: `pipe` is no pipeline, or has no such component.
+        UnsupportedModelError: it has none, and cannot be gated for another reason.
     """
     if is_modular(pipe):
         check_loaded(pipe)
-    elif not isinstance(pipe, DiffusionPipeline):
+    elif not _is_pipeline(pipe):
         given = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
         raise ConfigurationError(MSG_NO_PIPELINE.format(given=given))
-    first = [name for name in DENOISER_NAMES if isinstance(getattr(pipe, name, None), torch.nn.Module)][:1]
+    modules = _modules_of(pipe)
+    if denoiser is not None:
+        if denoiser not in modules:
+            raise ConfigurationError(
+                MSG_NO_SUCH_DENOISER.format(given=denoiser, pipeline=type(pipe).__name__, modules=_listed(modules))
+            )
+        return (denoiser,)
+    first = [name for name in (*DENOISER_NAMES, *_STAGES) if name in modules][:1]
     if not first:
-        raise ConfigurationError(MSG_NO_DENOISER.format(pipeline=type(pipe).__name__, names=", ".join(DENOISER_NAMES)))
+        reason = refusal(type(pipe))
+        if reason is not None:
+            raise UnsupportedModelError(MSG_REFUSED.format(pipeline=type(pipe).__name__, reason=reason))
+        raise ConfigurationError(
+            MSG_NO_DENOISER.format(
+                pipeline=type(pipe).__name__, names=" or ".join(DENOISER_NAMES), modules=_listed(modules)
+            )
+        )
     family = family_of_pipeline(pipe)
     second = family.second if boundary_of(pipe, family) is not None else None
     return (*first, second) if second is not None else tuple(first)
+
+
+def _is_pipeline(pipe: object) -> bool:
+    if isinstance(pipe, DiffusionPipeline):
+        return True
+    is_object = not isinstance(pipe, type) and hasattr(pipe, "__dict__") and callable(pipe)
+    return is_object and hasattr(getattr(pipe, "scheduler", None), "timesteps")
+
+
+def _modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The loaded modules that `pipe` has as attributes."""
+    if is_modular(pipe):
+        names = pipe.component_names
+    elif isinstance(pipe, DiffusionPipeline):
+        names = pipe.components
+    else:
+        names = [*vars(pipe), *vars(pipe).get("_modules", ())]
+    found = {name: getattr(pipe, name, None) for name in dict.fromkeys([*names, *DENOISER_NAMES])}
+    return {name: module for name, module in found.items() if isinstance(module, torch.nn.Module)}
+
+
+def _listed(modules: Mapping[str, torch.nn.Module]) -> str:
+    return ", ".join(f"{name} ({type(module).__name__})" for name, module in modules.items()) or "no loaded modules"
 
 
 def _with_possible_half(pipe: DiffusionPipeline, schedule: Schedule) -> Schedule:

@@ -16,13 +16,17 @@ import torch
 from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
+from tgate_compile._batch_dims import BatchDims
 from tgate_compile._call import Call
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile._graphs import Captured, Site
+from tgate_compile._latents import LATENTS_NAMES, fits, is_time, latents_of, named_leaves
 from tgate_compile._schedule import Kind
-from tgate_compile.passes.find_attention import find_attention
+from tgate_compile.passes.attention_core import attention_cores
+from tgate_compile.passes.find_attention import Inputs, count_roles, find_attention
 from tgate_compile.passes.find_deep_feature import find_deep_feature
-from tgate_compile.passes.operands import is_mutable
+from tgate_compile.passes.module_region import is_inside
+from tgate_compile.passes.operands import is_mutable, outputs_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +45,26 @@ MSG_NO_SELF_ATTENTION = (
 MSG_NO_MATCH = "sites: {pattern!r} matches none of the attentions that can be cached: {sites}."
 MSG_NO_MODULE = "sites: {pattern!r} matches no module of {model}. Its attentions are called {examples}, for example."
 MSG_NO_UNET = (
-    "DeepCache needs a UNet, whose deep part its skip connections go around, and {model} is none. "
-    "Leave deepcache_interval out."
+    "DeepCache needs a UNet laid out as diffusers' are, with `up_blocks` that have `resnets`: by these its branch is "
+    "found. {model} has none. Leave deepcache_interval out."
 )
 MSG_NO_BRANCH = (
     "deepcache_branch={branch} is not there: {model} has {blocks} up blocks, and branches are counted three to a block "
     "from the outside, as far as the block has layers. Take a smaller one; 0 saves the most."
 )
+MSG_WHAT_WAS_FOUND = (
+    "Found in its graph: {count} attentions, of which {own} take keys and values that follow the latents, and {others} "
+    "have queries that do not, or keys and values that follow no input. The latents are taken to be {latents}. "
+    "docs/own_denoiser.md says which forms of attention are recognized."
+)
+MSG_LATENTS = (
+    "It is not clear which input of the denoiser carries the latents: {taken!r} was taken for them, but the prediction "
+    "has the shape of {other!r}, [{shape}]. Call the parameter `sample` or `hidden_states`, as diffusers' models do."
+)
 MSG_SITES_DIFFER = (
-    "Found {found} cross-attentions in the graph of {model}, but the model has {expected}. "
-    "Not found: {missing}. Please report the model class and its attention processors."
+    "Found {found} cross-attentions in the graph of {model}, but {expected} of its modules call themselves so. In "
+    "these, no attention was recognized: {missing}. docs/own_denoiser.md says which forms are; please report the model "
+    "class and its attention processors."
 )
 
 
@@ -64,6 +78,7 @@ def capture(
     only: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
     shapes: ShapesCollection | None = None,
+    required: bool = True,
 ) -> Captured:
     """The graph of `denoiser` for inputs like those of `call`, with its sites.
 
@@ -76,6 +91,7 @@ def capture(
         only: patterns of the names of the attentions to cache; None means all.
         cache_dtype: what they are cached in; None means their own dtype.
         shapes: sizes of the call's tensors that are left free; None means that all are those of `call`.
+        required: refuse a denoiser that has no site of one of `kinds`.
 
     Raises:
         CaptureError: torch.export failed.
@@ -109,13 +125,13 @@ def capture(
             MSG_EXPORT_FAILED.format(model=model, error="it returns or changes something else than plain tensors")
         )
 
-    latents = next(iter(inspect.signature(forward).parameters))
-    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    attention = find_attention(program.graph_module, placeholders[latents], kinds)
+    inputs = _inputs_of(program, forward, call)
+    batch_dims = None if _is_from_diffusers(denoiser) else BatchDims(program, call, inputs.latents[0]).of
+    attention = find_attention(program.graph_module, inputs, kinds, batch_dims)
     sites = tuple(sorted(attention, key=lambda site: site.kind))  # stable: cross, then self, each in graph order
-    if "cross" in kinds:
-        _check_sites(denoiser, sites)
-    if "self" in kinds and not any(site.kind == "self" for site in sites):
+    if required and "cross" in kinds:
+        _check_sites(denoiser, program, inputs, sites)
+    if required and "self" in kinds and not any(site.kind == "self" for site in sites):
         raise UnsupportedModelError(MSG_NO_SELF_ATTENTION.format(model=model))
     if only is not None:
         sites = _selected(sites, only)
@@ -128,7 +144,7 @@ def capture(
         model, len(program.graph.nodes), len(sites), time.perf_counter() - began,
     )  # fmt: skip
     out_spec = program.module_call_graph[0].signature.out_spec
-    return Captured(program, names, latents, out_spec, sites)
+    return Captured(program, names, inputs.latents[0].name, out_spec, sites)
 
 
 def _selected(sites: tuple[Site, ...], patterns: Sequence[str]) -> tuple[Site, ...]:
@@ -153,12 +169,25 @@ def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
 
 
 def denies_cross_attention(denoiser: torch.nn.Module) -> bool:
-    """Whether the attentions of `denoiser`, if it has any, say of themselves that none is a cross-attention.
+    """Whether it is a fact, without a graph, that `denoiser` has no cross-attention.
 
-    LTX's say nothing; then only the graph tells.
+    It is if it has attentions of diffusers' kind, and all say of themselves that they are none, or compute joint
+    attention. One that says nothing may be one, and a denoiser without such attentions may have others: then only the
+    graph tells.
     """
     attentions = [module for module in denoiser.modules() if hasattr(module, "to_k")]
-    return not cross_attention_modules(denoiser) and all(hasattr(m, "is_cross_attention") for m in attentions)
+    if any(vars(module).get("self_attn") is False for module in denoiser.modules()):
+        return False  # Würstchen's blocks give an attention the text alone if this is off, whatever that says of itself
+    is_unet = type(denoiser).__module__.startswith("diffusers.models.unets.")  # which have no others
+    return bool(attentions or is_unet) and all(
+        getattr(module, "is_cross_attention", None) is False or _is_joint(module) for module in attentions
+    )
+
+
+def _is_joint(attention: torch.nn.Module) -> bool:
+    """Whether an attention puts the text's keys beside the latents' own: Kandinsky 2's, DeepFloyd IF's, unCLIP's."""
+    processor = type(getattr(attention, "processor", None)).__name__
+    return processor.startswith("AttnAddedKV") and not getattr(attention, "only_cross_attention", False)
 
 
 def check_patterns(denoiser: torch.nn.Module, patterns: Sequence[str]) -> None:
@@ -191,17 +220,76 @@ def deep_layer(denoiser: torch.nn.Module, branch: int) -> str:
     raise ConfigurationError(MSG_NO_BRANCH.format(branch=branch, model=type(denoiser).__name__, blocks=len(up_blocks)))
 
 
-def _check_sites(denoiser: torch.nn.Module, sites: tuple[Site, ...]) -> None:
+def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call) -> Inputs:
+    """The graph's inputs by what they are for.
+
+    Raises:
+        UnsupportedModelError: what has been taken for the latents cannot be them.
+    """
+    args, kwargs = call.arguments
+    arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+    latents = latents_of(arguments)
+    names = {id(leaf): name for name, leaf in named_leaves(arguments)}
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    tensors = [
+        (nodes[name], leaf) for name, leaf in zip(program.graph_signature.user_inputs, call.leaves, strict=True)
+        if torch.is_tensor(leaf)
+    ]  # fmt: skip
+    main = next(node for node, leaf in tensors if leaf is latents)
+    outputs = [_sizes(node) for node in outputs_of(program.graph)]
+    others = [node for node, leaf in tensors if node is not main and leaf.is_floating_point()]
+    better = [node for node in others if _sizes(node) in outputs]
+    if better and _sizes(main) not in outputs and names[id(latents)] not in LATENTS_NAMES:
+        shape = ", ".join(_sizes(better[0]))
+        raise UnsupportedModelError(MSG_LATENTS.format(taken=main.name, shape=shape, other=better[0].name))
+    of_main = next((shape for shape in outputs if fits(_sizes(main), shape)), None)
+    if of_main is not None:
+        outputs.remove(of_main)
+    # A denoiser of several modalities predicts each.
+    further = [node for node in others if _sizes(node) in outputs]
+    return Inputs(
+        latents=(main, *further),
+        times=tuple(node for node, leaf in tensors if is_time(names[id(leaf)]) or leaf.ndim <= 1),
+        conditions=tuple(
+            node for node, leaf in tensors if node not in (main, *further) and not is_time(names[id(leaf)])
+        ),
+    )
+
+
+def _sizes(node: torch.fx.Node) -> tuple[str, ...]:
+    # As text: to compare free sizes would fix them.
+    value = node.meta["val"]
+    return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _is_from_diffusers(denoiser: torch.nn.Module) -> bool:
+    """Whether the class is one of diffusers' own, in all of which the batch is the first dimension."""
+    return type(denoiser).__module__.partition(".")[0] == "diffusers"
+
+
+def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: Inputs, sites: tuple[Site, ...]) -> None:
     model = type(denoiser).__name__
-    found = {site.name for site in sites if site.kind == "cross"}
-    if not found:
-        raise UnsupportedModelError(MSG_NO_SITES.format(model=model))
-    expected = cross_attention_modules(denoiser)
-    missing = sorted(set(expected) - found)
+    # What an attention says of itself is no more than a reason to look: is there an attention in its part of the graph?
+    expected = [name for name in cross_attention_modules(denoiser) if _runs(program, name)]
+    cores = [core.node for core in attention_cores(program.graph)]
+    missing = [name for name in expected if not any(is_inside(node, name) for node in cores)]
     if missing:
+        found = len(expected) - len(missing)
         raise UnsupportedModelError(
-            MSG_SITES_DIFFER.format(model=model, found=len(found), expected=len(expected), missing=", ".join(missing))
+            MSG_SITES_DIFFER.format(model=model, found=found, expected=len(expected), missing=", ".join(missing))
         )
+    if not any(site.kind == "cross" for site in sites):
+        counts = count_roles(program.graph, inputs)
+        raise UnsupportedModelError(
+            MSG_NO_SITES.format(model=model) + " " + MSG_WHAT_WAS_FOUND.format(
+                count=counts.total(), own=counts["self"], others=counts["other"],
+                latents=" and ".join(repr(node.name) for node in inputs.latents),
+            )
+        )  # fmt: skip
+
+
+def _runs(program: ExportedProgram, name: str) -> bool:
+    return any(is_inside(node, name) for node in program.graph.nodes)
 
 
 @contextmanager

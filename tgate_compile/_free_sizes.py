@@ -14,6 +14,7 @@ from torch.export import Dim, ShapesCollection
 from tgate_compile._call import Call
 from tgate_compile._families import Family
 from tgate_compile._halves import leaves_at
+from tgate_compile._latents import latents_of
 
 FreeSize = Literal["batch", "height", "width"]
 
@@ -56,7 +57,7 @@ def free_shapes(
     if not free:
         return FreeShapes(call, None, {})
     args, kwargs = call.arguments
-    latents = next(iter(inspect.signature(forward).bind(*args, **kwargs).arguments.values()))
+    latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
     per_prompt = 2 if guided else 1
     batch = latents.shape[0]
     repeated, shared = (

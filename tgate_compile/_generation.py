@@ -24,6 +24,7 @@ from tgate_compile._errors import (
 from tgate_compile._families import Family
 from tgate_compile._graphs import Emission
 from tgate_compile._halves import MSG_NOT_TWO_HALVES, are_halves, are_two_of_each, first_is_cond, one_half, similarity
+from tgate_compile._latents import latents_of, timestep_of
 from tgate_compile._loop import Loop
 from tgate_compile._progress import Progress
 from tgate_compile._schedule import Half, Kind, Phase, Schedule
@@ -215,7 +216,7 @@ class Generation:
         elif self._watch:
             self._store.refresh()
         call = Call.of(args, kwargs)
-        latents = _latents(arguments)
+        latents = latents_of(arguments)
         self._batch = (latents.shape, guided)
         if self._separate(guided):
             if (event == "again") != (self._first_call is not None):
@@ -238,7 +239,7 @@ class Generation:
         self.progress.event(self.scheduler(), arguments)
         counter = self._begin(arguments, guided)
         guided = guided and not self._undecided
-        call, batch = Call.of(args, kwargs), _latents(arguments).shape[0]
+        call, batch = Call.of(args, kwargs), latents_of(arguments).shape[0]
         sizes: dict[Kind, int] = {}
         most = 0
         graphs = []
@@ -319,7 +320,7 @@ class Generation:
 
     def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
         """At the first denoiser call of a pass: count the steps, check the inputs, look at the denoiser."""
-        latents = _latents(arguments)
+        latents = latents_of(arguments)
         if torch.is_autocast_enabled(latents.device.type):
             raise ConfigurationError(MSG_AUTOCAST)
         self._caches.clear()
@@ -380,7 +381,7 @@ class Generation:
                 if emission.site.kind in made.phase.merge:
                     self._caches.merge((emission.site.kind, emission.site.name), self.schedule.anchor_weight)
             both = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
-            self._after_guided_step(both, _latents(arguments).shape)
+            self._after_guided_step(both, latents_of(arguments).shape)
         self._end_timestep()
         return made.compiled.unflatten(halves[second])
 
@@ -452,15 +453,10 @@ def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:
     return "".join({step: phase.character for step, phase in steps}.values())
 
 
-def _latents(arguments: dict[str, Any]) -> torch.Tensor:
-    latents: torch.Tensor = next(iter(arguments.values()))
-    return latents
-
-
 def _check_pair(first: dict[str, Any], second: dict[str, Any], calls: Sequence[Half], *, values: bool) -> None:
     """Check that two calls are the halves of one timestep; `values`: not only by their shapes."""
-    same = _latents(first).shape == _latents(second).shape
-    if same and values and first.get("timestep") is not None:
-        same = torch.equal(torch.as_tensor(first["timestep"]), torch.as_tensor(second["timestep"]))
+    same = latents_of(first).shape == latents_of(second).shape
+    if same and values and timestep_of(first) is not None:
+        same = torch.equal(torch.as_tensor(timestep_of(first)), torch.as_tensor(timestep_of(second)))
     if not same:
         raise UnsupportedModelError(MSG_NO_PAIR.format(first=calls[0], second=calls[1]))

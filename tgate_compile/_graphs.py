@@ -19,11 +19,13 @@ class Site:
 
     Attributes:
         kind: what it is.
-        name: the path of the module that produces it, e.g. `mid_block.attentions.0.transformer_blocks.0.attn2`.
+        name: the path of the module that produces it, e.g. `mid_block.attentions.0.transformer_blocks.0.attn2`;
+            with a number, `block#2`, where that module has several attentions or is called several times.
         node: the name of its node in the captured graph.
-        shape: its shape there, [batch, tokens, dim] (batch 2B under guidance).
+        shape: its shape as it is cached, [batch, tokens, dim] (batch 2B under guidance).
         dtype: its dtype.
         cache_dtype: the dtype that it is cached in.
+        batch: the dimension of the batch in the graph, which comes first in the cache.
     """
 
     kind: Kind
@@ -32,6 +34,7 @@ class Site:
     shape: tuple[int, ...]
     dtype: torch.dtype
     cache_dtype: torch.dtype
+    batch: int = 0
 
     @property
     def nbytes(self) -> int:

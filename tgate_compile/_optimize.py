@@ -20,7 +20,7 @@ from tgate_compile._schedule import Half, Schedule
 from tgate_compile._schedule_file import load_schedule
 from tgate_compile._tune import tune
 
-Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+Pipeline = TypeVar("Pipeline")
 
 MSG_SCHEDULE = "schedule must be a tgate_compile.Schedule or the path of a schedule file, but got {given!r}."
 MSG_SCHEDULE_AND_MORE = "A schedule says all about the steps, but {given} is given as well. Give one or the other."
@@ -43,6 +43,7 @@ def optimize(
     anchor_weight: float = 0.5,
     schedule: Schedule | str | os.PathLike[str] | None = None,
     tuning: Mapping[str, Any] | None = None,
+    denoiser: str | None = None,
     sites: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
     backend: str = "inductor",
@@ -61,8 +62,8 @@ def optimize(
     They hold no copy of the weights. Outside a pipeline call the denoiser runs as if never optimized.
 
     Args:
-        pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attentions. It is
-            changed, and returned; `restore(pipe)` undoes it.
+        pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attentions, or an
+            object like one (see `docs/own_denoiser.md`). It is changed, and returned; `restore(pipe)` undoes it.
         gate_step: steps to run in full: a number >= 1, or a fraction of the steps strictly between 0 and 1. A gate at
             or beyond the last step means that nothing is gated; None is no gate. One call may differ:
             `pipe(..., gate_step=8)`. Where two denoisers share the steps (Wan 2.2), each counts its own from 0, and
@@ -84,6 +85,7 @@ def optimize(
             other arguments then stay at their defaults.
         tuning: for `gate_step="auto"`: arguments of `tune`, such as `prompts`, `tolerance` and `call`. Without prompts
             it is done on four of our own; give some that are like those to come.
+        denoiser: the attribute of `pipe` that is the denoiser, if it is neither `unet` nor `transformer`.
         sites: cache only the attentions whose names match one of these patterns, as in a shell: `["up_blocks.*"]`.
         cache_dtype: keep the caches in this dtype: half of fp32's memory with `torch.bfloat16`, a quarter with
             `torch.float8_e4m3fn`. None keeps the model's own.
@@ -103,7 +105,7 @@ def optimize(
         ConfigurationError: an argument is wrong. The pipeline is as it was.
         UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is as it was.
     """
-    names = denoiser_names(pipe)
+    names = denoiser_names(pipe, denoiser)
     choices: dict[str, Any] = {
         "sp_interval": sp_interval,
         "fi_interval": fi_interval,
@@ -119,7 +121,7 @@ def optimize(
         raise ConfigurationError(MSG_TUNING.format(given=tuning))
     if gate_step == "auto":
         _check_alone({**choices, "schedule": schedule}, MSG_AUTO_AND_MORE)
-        schedules = dict.fromkeys(names, _tuned(pipe, {} if tuning is None else tuning))
+        schedules = dict.fromkeys(names, _tuned(pipe, denoiser, {} if tuning is None else tuning))
     elif schedule is not None:
         _check_alone({"gate_step": gate_step, **choices}, MSG_SCHEDULE_AND_MORE)
         schedules = dict.fromkeys(names, _given(schedule))
@@ -149,9 +151,9 @@ def restore(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
-def _tuned(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Schedule:
+def _tuned(pipe: DiffusionPipeline, denoiser: str | None, arguments: Mapping[str, Any]) -> Schedule:
     own = {} if "call" in arguments else {"prompts": AUTO_PROMPTS}
-    return tune(pipe, **{**own, **arguments}).schedule
+    return tune(pipe, **{**own, "denoiser": denoiser, **arguments}).schedule
 
 
 def _check_alone(others: Mapping[str, Any], message: str) -> None:

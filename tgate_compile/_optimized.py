@@ -176,7 +176,7 @@ def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]
         args, kwargs = first.denoiser_args, first.denoiser_kwargs
         generations = {name: hook.last for name, hook in state.hooks.items()}
         plans = {name: g.plan(args, kwargs, first.guided) for name, g in generations.items() if g is not None}
-        if not is_modular(pipe):
+        if isinstance(pipe, DiffusionPipeline):
             pipe.maybe_free_model_hooks()  # as the call itself would have done at its end
         return plans
     finally:
@@ -397,7 +397,7 @@ def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callab
         return lambda: False
     if hasattr(type(pipe), "do_classifier_free_guidance"):
         return lambda: bool(pipe.do_classifier_free_guidance)
-    scale = arguments.get("guidance_scale")
+    scale = _guidance_scale(arguments)
     return lambda: scale is not None and scale > 1.0
 
 
@@ -406,8 +406,14 @@ def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool
     return (
         family_of(type(pipe)).unguided
         or hasattr(type(pipe), "do_classifier_free_guidance")
-        or arguments.get("guidance_scale") is not None
+        or _guidance_scale(arguments) is not None
     )
+
+
+def _guidance_scale(arguments: Mapping[str, Any]) -> Any:
+    """The argument of this name, also among further keyword arguments."""
+    further = arguments.get("kwargs")
+    return {**(further if isinstance(further, dict) else {}), **arguments}.get("guidance_scale")
 
 
 def _is_of_diffusers(pipeline_class: type) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import INSTEAD, UnsupportedModelError
+from tgate_compile._latents import timestep_of
 from tgate_compile._steps import StepCounter
 
 #: What a denoiser call is: the first of a pass over the timesteps, the first of another timestep of this pass, or
@@ -152,7 +153,7 @@ class Progress:
         return "again"
 
     def _timestep(self, timesteps: Any, arguments: Mapping[str, Any]) -> _Timestep:
-        given = arguments.get("timestep")
+        given = timestep_of(arguments)
         candidates = [given] if given is not None else pytree.tree_leaves(list(arguments.values()))
         for candidate in candidates:
             place = _place(candidate, timesteps)

@@ -25,6 +25,7 @@ def tune(
     candidates: Sequence[Schedule] | None = None,
     seeds: Sequence[int] = (0,),
     call: Mapping[str, Any] | None = None,
+    denoiser: str | None = None,
     backend: str = "eager",
     progress: Progress | None = None,
 ) -> Tuning:
@@ -45,6 +46,7 @@ def tune(
             dropped with nothing cached, each at a few gates and then around the tolerance.
         seeds: the noise for each prompt.
         call: further arguments of the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
+        denoiser: as for `optimize`.
         backend: as for `optimize`. Drift and cost do not depend on it, and `"eager"` has nothing to compile.
         progress: called after each generation with their number, how many there will be, and what is being measured.
 
@@ -57,7 +59,7 @@ def tune(
 
     @contextmanager
     def gated(pipe: DiffusionPipeline, schedule: Schedule) -> Iterator[None]:
-        attach(pipe, dict.fromkeys(denoiser_names(pipe), schedule), backend=backend)
+        attach(pipe, dict.fromkeys(denoiser_names(pipe, denoiser), schedule), backend=backend)
         try:
             yield
         finally:

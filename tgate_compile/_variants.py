@@ -22,6 +22,7 @@ from tgate_compile._config import Config
 from tgate_compile._errors import BackendError, CaptureError
 from tgate_compile._fingerprint import fingerprint
 from tgate_compile._graphs import Captured, Emission, Variant
+from tgate_compile._latents import latents_of
 from tgate_compile._offload import check_weights_stay
 from tgate_compile._purity import check_python, check_stateless
 from tgate_compile._schedule import Kind, Phase
@@ -487,7 +488,7 @@ def _inputs(
 def _latents_of(call: Call, forward: Callable[..., Any]) -> int:
     """The position of the latents among the leaves of `call`."""
     args, kwargs = call.arguments
-    latents = next(iter(inspect.signature(forward).bind(*args, **kwargs).arguments.values()))
+    latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
     return next(position for position, leaf in enumerate(call.leaves) if leaf is latents)
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from tests.passes.tiny_denoiser import DIM, TOKENS, TinyAttention, tiny_capture, tiny_denoiser, tiny_inputs
+from tests.passes.tiny_denoiser import DIM, TEXT_TOKENS, TOKENS, TinyAttention, tiny_capture, tiny_denoiser, tiny_inputs
 from tgate_compile import UnsupportedModelError
 from tgate_compile._call import Call
 from tgate_compile._capture import capture
-from tgate_compile.passes.find_attention import find_attention
+from tgate_compile._schedule import Phase
+from tgate_compile.passes.find_attention import Inputs, find_attention
+from tgate_compile.passes.specialize import specialize
 
 
-def _latents(program: torch.export.ExportedProgram) -> torch.fx.Node:
-    return next(node for node in program.graph.nodes if node.name == "sample")
+def _inputs(program: torch.export.ExportedProgram) -> Inputs:
+    nodes = {node.name: node for node in program.graph.nodes}
+    return Inputs((nodes["sample"],), (nodes["timestep"],), (nodes["text"],))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -51,7 +57,7 @@ def test_the_value_is_the_one_before_residual_and_rescale() -> None:
 def test_the_graph_is_left_alone() -> None:
     captured = tiny_capture(tiny_denoiser())
     before = captured.program.graph_module.code
-    find_attention(captured.program.graph_module, _latents(captured.program))
+    find_attention(captured.program.graph_module, _inputs(captured.program))
     captured.program.graph_module.recompile()
     assert captured.program.graph_module.code == before
 
@@ -62,7 +68,7 @@ class _SelfOnly(nn.Module):
         self.attn = TinyAttention(DIM)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        return self.attn(sample, sample) + text.mean()
+        return self.attn(sample, sample) + text.mean((1, 2), keepdim=True)
 
 
 class _Joint(nn.Module):
@@ -81,7 +87,7 @@ class _Joint(nn.Module):
 def test_self_and_joint_attention_are_no_cross_attention(model: type[nn.Module]) -> None:
     denoiser = model().eval()
     program = torch.export.export(denoiser, tiny_inputs(), strict=False)
-    assert find_attention(program.graph_module, _latents(program), ("cross",)) == []
+    assert find_attention(program.graph_module, _inputs(program), ("cross",)) == []
     with pytest.raises(UnsupportedModelError, match=rf"{model.__name__} has no cross-attention .*Joint attention"):
         capture(denoiser, denoiser.forward, Call.of(tiny_inputs(), {}))
 
@@ -100,17 +106,158 @@ class _TwoOutputs(nn.Module):
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         out, mixed = self.attn(sample, text)
-        return out + mixed.mean()
+        return sample + out + mixed.tanh()
 
 
-def test_an_attention_with_two_results_is_refused_by_name() -> None:
+def test_of_an_attention_with_two_results_the_value_before_both_is_cached() -> None:
     program = torch.export.export(_TwoOutputs().eval(), tiny_inputs(), strict=False)
-    with pytest.raises(UnsupportedModelError, match="'attn': 2 of its values"):
-        find_attention(program.graph_module, _latents(program))
+    (site,) = find_attention(program.graph_module, _inputs(program))
+    nodes = {node.name: node for node in program.graph.nodes}
+    assert nodes[site.node].target is torch.ops.aten.scaled_dot_product_attention.default
 
 
-def test_a_site_that_is_not_found_is_an_error_that_names_it() -> None:
+def test_what_the_graph_says_counts_more_than_what_an_attention_says_of_itself() -> None:
     denoiser = tiny_denoiser()
-    denoiser.blocks[1].attn1.is_cross_attention = True  # claims to be one; its keys depend on the latents
-    with pytest.raises(UnsupportedModelError, match=r"has 3\. Not found: blocks\.1\.attn1"):
+    denoiser.blocks[1].attn1.is_cross_attention = True  # its keys depend on the latents
+    del denoiser.blocks[0].attn2.is_cross_attention
+    denoiser.blocks[1].attn2.is_cross_attention = False
+    assert [site.name for site in tiny_capture(denoiser).sites] == ["blocks.0.attn2", "blocks.1.attn2"]
+
+
+def test_each_call_of_a_shared_module_is_a_site_of_its_own() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = TinyAttention(6)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            sample = self.attn(self.attn(sample, text), text)
+            return self.attn(sample, text) + sample
+
+    program = torch.export.export(Twice().eval(), tiny_inputs(), strict=False)
+    sites = find_attention(program.graph_module, _inputs(program))
+    assert [site.name for site in sites] == ["attn", "attn#2", "attn#3"]
+    assert len({site.node for site in sites}) == 3
+
+
+class _Unrecognized(TinyAttention):
+    """Scores as sums of products, without a matrix product."""
+
+    def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.to_q(hidden), self.to_k(context), self.to_v(context)
+        weights = (query[:, :, None] * key[:, None]).sum(-1).softmax(-1)  # [batch, tokens, text tokens]
+        return self.to_out((weights[..., None] * value[:, None]).sum(2))
+
+
+def test_an_attention_that_calls_itself_cross_but_is_not_recognized_is_named() -> None:
+    denoiser = tiny_denoiser()
+    denoiser.blocks[1].attn2 = _Unrecognized(6, cross=True).eval()
+    with pytest.raises(UnsupportedModelError, match=r"no attention was recognized: blocks\.1\.attn2"):
         tiny_capture(denoiser)
+
+
+def test_what_was_found_is_in_the_refusal() -> None:
+    denoiser = tiny_denoiser()
+    for block in denoiser.blocks:
+        block.attn2 = _Unrecognized(6).eval()
+        del block.attn2.is_cross_attention
+    with pytest.raises(UnsupportedModelError, match=r"2 attentions, of which 2 take keys .* are taken to be 'samp"):
+        tiny_capture(denoiser)
+
+
+class _Core(nn.Module):
+    """Something like attention, given query, key and value of the latents, text, or weights."""
+
+    def __init__(self, core: Callable[..., torch.Tensor], sources: str) -> None:
+        super().__init__()
+        self.core, self.sources = core, sources
+        self.project = nn.Linear(6, DIM)
+        self.weights = nn.Parameter(torch.randn(1, TEXT_TOKENS, DIM))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        time = timestep * torch.ones(1, TEXT_TOKENS, DIM)
+        given = {"x": sample, "c": self.project(text), "w": self.weights, "t": time}
+        out = self.core(*(given[source] for source in self.sources))
+        return sample + (out if out.shape[1] == TOKENS else out.mean(1, keepdim=True))
+
+
+def _softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return (query @ key.mT).softmax(-1) @ value
+
+
+def _einsum(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("bji,bjd->bid", torch.einsum("bjd,bid->bji", key, query).softmax(1), value)
+
+
+def _linear(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return query @ (key.mT @ value)
+
+
+def _relative(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    table = torch.ones(DIM, key.shape[1])
+    return (query @ key.mT + query @ table).softmax(-1) @ value
+
+
+def _no_softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return (query @ key.mT).relu() @ value  # layers whose weights the text makes
+
+
+def _two_layers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return query @ key.mT @ value
+
+
+FORMS = (F.scaled_dot_product_attention, _softmax, _einsum, _relative)
+
+
+@pytest.mark.parametrize("core", [*FORMS, _linear])
+@pytest.mark.parametrize(("sources", "kind"), [("xcc", "cross"), ("xxx", "self")])
+def test_forms(core: Callable[..., torch.Tensor], sources: str, kind: str) -> None:
+    program = torch.export.export(_Core(core, sources).eval(), tiny_inputs(), strict=False)
+    assert [site.kind for site in find_attention(program.graph_module, _inputs(program))] == [kind]
+
+
+@pytest.mark.parametrize(
+    ("core", "sources"),
+    [
+        *((core, sources) for core in FORMS for sources in ("cxx", "wxx", "xww", "xtt", "ccc")),
+        (_linear, "xcw"),  # the text's bilinear form
+        (_no_softmax, "xcc"),
+        (_two_layers, "xcc"),
+    ],
+)
+def test_near_misses(core: Callable[..., torch.Tensor], sources: str) -> None:
+    program = torch.export.export(_Core(core, sources).eval(), tiny_inputs(), strict=False)
+    assert find_attention(program.graph_module, _inputs(program)) == []
+
+
+@torch.no_grad()
+def test_a_batch_that_is_not_first_is_first_in_the_cache() -> None:
+    """Tokens come first in it, and there are as many as rows: shapes do not tell."""
+
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(DIM, 2, kdim=6, vdim=6)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            context = text.transpose(0, 1)
+            out, _ = self.attn(sample.transpose(0, 1), context, context, need_weights=False)
+            return sample + out.transpose(0, 1)
+
+    torch.manual_seed(0)
+    denoiser = TokensFirst().eval()
+    sample, timestep, text = tiny_inputs()
+    sample = sample[:, :4].contiguous()
+    inputs = (sample, timestep, text)  # 4 rows of 4 tokens
+    captured = capture(denoiser, denoiser.forward, Call.of(inputs, {}))
+    (site,) = captured.sites
+    assert (site.name, site.batch) == ("attn", 1)
+    full = specialize(captured, Phase(True, merge=frozenset({"cross"})))
+    reusing = specialize(captured, Phase(False, reuse=frozenset({"cross"})))
+    state = denoiser.state_dict()
+    prediction, cache = full.program.graph_module(*(state[name] for name in full.weights), sample, text)
+    torch.testing.assert_close(prediction, denoiser(*inputs))
+    value = prediction - inputs[0]  # [rows, tokens, dim]
+    torch.testing.assert_close(cache, sum(value.chunk(2)) / 2)
+    (result,) = reusing.program.graph_module(inputs[0], value)
+    assert torch.equal(result, inputs[0] + value)

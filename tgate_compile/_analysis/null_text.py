@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from tgate_compile._call import Call
 from tgate_compile._families import Family, family_of
 from tgate_compile._halves import check_halves, leaves_at, one_half
+from tgate_compile._latents import latents_of
 from tgate_compile._schedule import Half
 from tgate_compile._tuning.denoiser_calls import DenoiserCalls
 from tgate_compile._tuning.recorder import removed
@@ -59,7 +60,8 @@ class NullText:
             if len(halves) == 1:
                 return self._in_two_calls(module, args, kwargs, halves[0], replace=at(step))
             if len(halves) == 2 and at(step):
-                return without_text(Call.of(args, kwargs), self._family).arguments
+                bound = inspect.signature(module.forward).bind(*args, **kwargs)
+                return without_text(Call.of(args, kwargs), latents_of(bound.arguments), self._family).arguments
             return None
 
         with ExitStack() as stack:
@@ -83,13 +85,12 @@ class NullText:
         return not _same(self._seen["cond"].get(name), self._seen["uncond"][name])
 
 
-def without_text(call: Call, family: Family) -> Call:
-    """`call`, whose batch has both guidance halves, with the uncond half in the place of the cond half.
+def without_text(call: Call, latents: torch.Tensor, family: Family) -> Call:
+    """`call`, whose batch has both guidance halves of `latents`, with the uncond half in the place of the cond half.
 
     Raises:
         UnsupportedModelError: the batch is not two halves of the same latents.
     """
-    latents = next(leaf for leaf in call.leaves if torch.is_tensor(leaf))  # [2B, ...]
     check_halves(latents, same=True)
     half = one_half(call, latents.shape[0], "uncond", family)
     interleaved = {id(leaf) for path in family.interleaved for leaf in leaves_at(call, path)}

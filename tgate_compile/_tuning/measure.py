@@ -108,7 +108,7 @@ class Bench:
             if not result.isfinite().all():
                 raise ConfigurationError(MSG_NOT_FINITE)
             latents.append(result)
-            seconds.append(took)
+            seconds.append(took - recorder.seconds)
             for name, of_denoiser in recorder.rows.items():
                 rows[name] += of_denoiser
             for step, of_step in recorder.changes.items():
@@ -177,6 +177,9 @@ def relative_distances(latents: torch.Tensor, reference: torch.Tensor) -> list[f
 @contextmanager
 def silent(pipe: DiffusionPipeline) -> Iterator[None]:
     """Without the pipeline's progress bar, which would be shown for each of many generations."""
+    if not hasattr(pipe, "set_progress_bar_config"):  # a pipeline that is merely like diffusers'
+        yield
+        return
     before = vars(pipe).get("_progress_bar_config")
     pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
     try:

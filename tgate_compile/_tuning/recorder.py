@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +13,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._schedule import Half, Kind
+from tgate_compile._call import Call
+from tgate_compile._capture import capture
+from tgate_compile._graphs import Captured, Variant
+from tgate_compile._latents import latents_of
+from tgate_compile._schedule import Half, Kind, Phase
 from tgate_compile._tuning.denoiser_calls import DenoiserCalls
+from tgate_compile.passes.specialize import specialize
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Recorder:
         rows: by denoiser, the batches of its calls added up.
         steps: by denoiser, the steps that it has been called for.
         samples: in the order of the calls.
+        seconds: spent on graphs of denoisers whose attentions are no modules to hook, which no plain generation needs.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class Recorder:
         self.rows: dict[str, int] = defaultdict(int)
         self.steps: dict[str, set[int]] = defaultdict(set)
         self.samples: list[Sample] = []
+        self.seconds = 0.0
 
     @property
     def changes(self) -> dict[int, list[float]]:
@@ -87,35 +96,44 @@ class Recorder:
         """Record one call of the pipeline; afterwards its denoisers are as they were."""
         with ExitStack() as stack:
             for name, denoiser in denoisers.items():
-                stack.enter_context(removed(denoiser.register_forward_pre_hook(self._on_call(name), with_kwargs=True)))
-                for path, module in denoiser.named_modules():
-                    if hasattr(module, "to_k"):
-                        hook = self._on_output(f"{name}.{path}")
-                        stack.enter_context(removed(module.register_forward_hook(hook, with_kwargs=True)))
+                attentions = [(path, module) for path, module in denoiser.named_modules() if hasattr(module, "to_k")]
+                graphs = None if attentions else _Graphs(denoiser, self._kinds)
+                hook = self._on_call(name, graphs)
+                stack.enter_context(removed(denoiser.register_forward_pre_hook(hook, with_kwargs=True)))
+                for path, module in attentions:
+                    hook = self._on_output(f"{name}.{path}")
+                    stack.enter_context(removed(module.register_forward_hook(hook, with_kwargs=True)))
             yield
         self._last.clear()
 
-    def _on_call(self, name: str) -> Any:
+    def _on_call(self, name: str, graphs: _Graphs | None) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._step, self._halves = self._calls.next()
             self.steps[name].add(self._step)
-            latents: torch.Tensor = (*args, *kwargs.values())[0]
+            latents = latents_of(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
             self.rows[name] += latents.shape[0]
+            if graphs is not None:
+                began = time.perf_counter()
+                for kind, site, value in graphs.values(Call.of(args, kwargs)):
+                    self._record_halves(f"{name}.{site}", kind, value)
+                self.seconds += time.perf_counter() - began
 
         return hook
 
     def _on_output(self, site: str) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             kind = kind_of(module, args, kwargs)
-            if kind not in self._kinds or not torch.is_tensor(output):
-                return
-            if not self._tell_halves or not self._halves:
-                self._record(site, kind, None, output)
-                return
-            for half, part in zip(self._halves, output.chunk(len(self._halves)), strict=True):
-                self._record(site, kind, half, part)
+            if kind in self._kinds and torch.is_tensor(output):
+                self._record_halves(site, kind, output)
 
         return hook
+
+    def _record_halves(self, site: str, kind: Kind, output: torch.Tensor) -> None:
+        if not self._tell_halves or not self._halves:
+            self._record(site, kind, None, output)
+            return
+        for half, part in zip(self._halves, output.chunk(len(self._halves)), strict=True):
+            self._record(site, kind, half, part)
 
     def _record(self, site: str, kind: Kind, half: Half | None, output: torch.Tensor) -> None:
         step, before = self._last.get((site, half), (-1, None))
@@ -131,6 +149,40 @@ class Recorder:
                 apart = _distance(now, other)
         self.samples.append(Sample(site, kind, half, self._step, torch.linalg.vector_norm(now.float()), change, apart))
         self._last[site, half] = (self._step, now)
+
+
+class _Graphs:
+    """The attentions of a denoiser that has none of diffusers' kind: found in its graph, which is run beside it."""
+
+    def __init__(self, denoiser: torch.nn.Module, kinds: Collection[Kind]) -> None:
+        self._denoiser = denoiser
+        self._kinds = frozenset(kinds)
+        self._ready: dict[Hashable, tuple[Captured, Variant]] = {}
+        self._capturing = False
+
+    @torch.no_grad()
+    def values(self, call: Call) -> Iterator[tuple[Kind, str, torch.Tensor]]:
+        """The kind, the name and the output of each attention for the inputs of `call`; none if there are none."""
+        if self._capturing:
+            return  # the export calls the denoiser, and with it the hook that has asked for it
+        captured, variant = self._ready.get(call.key) or self._capture(call)
+        live = {**dict(self._denoiser.named_parameters()), **dict(self._denoiser.named_buffers())}
+        constants = variant.program.constants
+        weights = [live[name] if name in live else constants[name] for name in variant.weights]
+        given = dict(zip(captured.input_names, call.leaves, strict=True))
+        outputs = variant.program.graph_module(*weights, *(given[name] for name in variant.inputs))
+        emitted = outputs[captured.out_spec.num_leaves :]
+        for emission, value in zip(variant.emitted, emitted, strict=True):
+            yield emission.site.kind, emission.site.name, value
+
+    def _capture(self, call: Call) -> tuple[Captured, Variant]:
+        self._capturing = True
+        try:
+            captured = capture(self._denoiser, self._denoiser.forward, call, self._kinds, required=False)
+        finally:
+            self._capturing = False
+        self._ready[call.key] = captured, specialize(captured, Phase(guided=False, emit=self._kinds))
+        return self._ready[call.key]
 
 
 def kind_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kind:
