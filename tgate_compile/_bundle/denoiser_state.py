@@ -145,6 +145,8 @@ def what_differs(
     for name in names:
         mine, theirs = ([each for each in side if each.attribute == name] for side in (only_own, only_other))
         phrases += [phrase for phrase in _phrases(name, mine, theirs, there) if phrase not in phrases]
+        if name == "scaling" and not (mine and theirs):
+            return phrases  # adapters that only one side has: the rest follows from them
     return phrases if len(phrases) <= most else [*phrases[:most], f"and {len(phrases) - most} more"]
 
 
