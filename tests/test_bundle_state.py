@@ -26,7 +26,7 @@ from tgate_compile import BundleError
 from tgate_compile._bundle.denoiser_state import DenoiserState, state_of_denoiser, what_differs
 
 
-class Doubling(AttnProcessor2_0):
+class Doubling(AttnProcessor2_0):  # type: ignore[misc]
     """Attention of someone's own."""
 
     def __init__(self, factor: float = 2.0) -> None:
@@ -277,7 +277,7 @@ def test_a_model_that_is_not_made_from_a_configuration() -> None:
     one = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1)).eval()
     state = state_of_denoiser(one)
     assert state.baseline == "none"
-    other = copy.deepcopy(one)
+    other: Any = copy.deepcopy(one)
     assert what_differs(state_of_denoiser(other), state) == []
     other[1].p = 0.2
     assert what_differs(state_of_denoiser(other), state) == ["p of 1 is 0.2 here and 0.1 in the bundle"]

@@ -46,11 +46,12 @@ def bench(
         typer.Option(
             "--model",
             "-m",
-            help="A folder with a diffusers pipeline, a hub id, embedded:sd and the like, or random weights in a "
-            f"denoiser of real size: {', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
+            help="A folder with a diffusers pipeline, a .safetensors checkpoint, a hub id, embedded:sd and the like, "
+            f"or random weights in a denoiser of real size: {', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
             show_default="embedded:sd",
         ),
     ] = None,
+    model_config: options.ModelConfig = None,
     method: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(_METHODS)}; several times.", show_default="all"),
@@ -102,7 +103,7 @@ def bench(
         pipe, call, num_steps, gate = _load(
             model, prompt=prompt, steps=steps, guidance=guidance, gate_step=gate_step,
             size={"height": height, "width": width}, device=device, dtype=dtype,
-            others={"scheduler": scheduler, "unet": unet, "lora": lora},
+            others={"model_config": model_config, "scheduler": scheduler, "unet": unet, "lora": lora},
         )  # fmt: skip
         if channels_last:
             to_channels_last(pipe)
