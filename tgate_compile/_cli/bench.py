@@ -127,6 +127,8 @@ def bench(
     for row in benchmark.rows:
         if row.error is not None:
             OUT.print(f"{row.title}: {row.error}", soft_wrap=True, markup=False)
+        elif (reason := benchmark.why_unreliable(row)) is not None:
+            OUT.print(f"{row.title}: ?: its time is unreliable: {reason}", soft_wrap=True, markup=False)
     if out is not None:
         OUT.print(f"written {out}", soft_wrap=True)
 
@@ -203,8 +205,11 @@ def _table(benchmark: Benchmark) -> Table:
 def _cells(benchmark: Benchmark, row: Row) -> list[str]:
     early, late = (1e3 * sorted(times)[len(times) // 2] if times else None for times in (row.early, row.late))
     peak = None if row.peak_bytes is None else row.peak_bytes / 1e6
+    sure = benchmark.why_unreliable(row) is None
+    efficiency = benchmark.efficiency(row)
     numbers = (
-        (row.image, ".3f"), (benchmark.speedup(row), ".2f"), (benchmark.macs_ratio(row), ".3f"),
-        (benchmark.efficiency(row), ".2f"), (early, ".1f"), (late, ".1f"), (row.extra, ".1f"), (peak, ".1f"),
+        (row.image, ".3f"), (benchmark.speedup(row) if sure else "?", ".2f"), (benchmark.macs_ratio(row), ".3f"),
+        (efficiency if sure or efficiency is None else "?", ".2f"), (early, ".1f"), (late, ".1f"), (row.extra, ".1f"),
+        (peak, ".1f"),
     )  # fmt: skip
-    return ["" if value is None else format(value, form) for value, form in numbers]
+    return [value or "" if isinstance(value, str | None) else format(value, form) for value, form in numbers]

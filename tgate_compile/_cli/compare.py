@@ -162,11 +162,17 @@ def _table(model: ModelFigures) -> Table:
         if method.why_not is not None:
             reasons.append(f"{method.title}: {method.why_not}")
             continue
+        unreliable = model.why_unreliable(method)
+        if unreliable is not None:
+            reasons.append(f"{method.title}: ?: its time is unreliable: {unreliable}")
         numbers = (
-            (method.seconds, ".3f"), (model.speedup(method), ".2f"), (model.cost(method), ".3f"),
-            (method.psnr, ".1f"), (method.drift, ".3f"), (method.right, "d"),
+            (method.seconds, ".3f"), (model.speedup(method) if unreliable is None else "?", ".2f"),
+            (model.cost(method), ".3f"), (method.psnr, ".1f"), (method.drift, ".3f"), (method.right, "d"),
         )  # fmt: skip
-        table.add_row(method.title, *("" if value is None else format(value, form) for value, form in numbers))
+        table.add_row(
+            method.title,
+            *(value or "" if isinstance(value, str | None) else format(value, form) for value, form in numbers),
+        )
     table.caption = "\n".join(reasons)
     table.caption_justify = "left"
     return table
