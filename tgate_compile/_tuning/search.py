@@ -105,7 +105,9 @@ class _Search:
         """Measure everything, and choose."""
         request = self._request
         baseline = self._numbers_of_steps()
-        self._plan(3 + len(baseline))  # the plain pipeline is timed before and after the others
+        # The plain pipeline is timed before and after the others, if these have more than their first generation.
+        timed = self._images > 1
+        self._plan(1 + 2 * timed + len(baseline))
         with silent(self._pipe):
             self._doing = "plain"
             plain = self._bench.run_plain()
@@ -113,14 +115,16 @@ class _Search:
                 raise ConfigurationError(
                     MSG_TOO_FEW_STEPS.format(steps=plain.num_steps, asked=request.num_inference_steps)
                 )
-            self._plain_seconds += self._bench.time_plain()
+            if timed:
+                self._plain_seconds += self._bench.time_plain()
             if request.candidates is not None:
                 self._measure_given(request.candidates, plain)
             else:
                 self._measure_families(plain)
             self._measure_fewer_steps(baseline, plain)
-            self._doing = "plain"
-            self._plain_seconds += self._bench.time_plain()
+            if timed:
+                self._doing = "plain"
+                self._plain_seconds += self._bench.time_plain()
         self._rows = [self._with_time(row, backend) for row in self._rows]
         return Tuning(
             schedule=self._choose(plain),
