@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -77,7 +77,7 @@ def test_a_gain_that_the_operations_do_not_explain() -> None:
 # compare
 
 
-def model(times: dict[str, Sequence[float]], backend: str = "eager") -> ModelFigures:
+def model(times: Mapping[str, Sequence[float]], backend: str = "eager") -> ModelFigures:
     """A model with a method for each of `times`, the plain one first; all others have 0.57 of its operations."""
     methods = tuple(
         MethodFigures(
