@@ -171,7 +171,7 @@ def test_the_embedded_model_knows_its_own_captions_only(tmp_path: Path) -> None:
         (["--keep", "both"], 2, "--keep"),
         (["--model", "./nowhere"], 1, "There is no folder ./nowhere"),
         (["--model", "nowhere"], 1, "There is no folder nowhere"),
-        (["--model", __file__], 1, "is a file"),
+        (["--model", __file__], 1, "is not a checkpoint"),
         (["--model", str(Path(__file__).parent)], 1, "model_index.json"),
         (["--device", "tpu"], 1, "device must be"),
         (["--scheduler", "best"], 1, "scheduler must be one of"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 import subprocess
@@ -48,6 +49,19 @@ def test_the_loop_in_cpp(program: Path, tmp_path: Path, tmp_path_factory: pytest
     latents = torch.from_numpy(np.load(inputs / "latents.npy"))
     expected = run(pipe, steps=STEPS, guidance_scale=5.0, latents=latents)
     assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4
+
+
+def test_another_scheduler(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    bundle = shutil.copytree(exported_aoti(tmp_path_factory), tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["scheduler"]["class_name"] = "PNDMScheduler"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    inputs = tmp_path / "inputs"
+    runpy.run_path(str(EXAMPLE / "write_inputs.py"))["write_inputs"](plain(), inputs, PROMPT, STEPS)
+    command = [str(program), str(bundle), str(inputs), "5", str(tmp_path / "out.npy")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "a PNDMScheduler, and this program has DDIMScheduler alone" in done.stderr
 
 
 def test_wrong_arguments(program: Path, tmp_path: Path) -> None:

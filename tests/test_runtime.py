@@ -26,6 +26,7 @@ CLASSES = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "pndm": "PNDMScheduler",
 }
 #: Of images in float32 that differ by rounding only.
 CLOSE = 90.0
@@ -81,6 +82,13 @@ def test_calls(pipe: BundlePipeline, scheduler: str) -> None:
             BundlePipeline(program(dynamic=True), threads=1), prompt, latents=latents, scheduler=scheduler, **call
         )
         assert psnr(np.reshape(images, expected.shape), expected) > CLOSE, call
+
+
+def test_a_step_of_several_calls(pipe: BundlePipeline) -> None:
+    """PNDM's first step has more calls than one; it is over once."""
+    done: list[Step] = []
+    pipe(PROMPT, seed=0, num_inference_steps=6, scheduler="pndm", callback=done.append)
+    assert [(step.number, step.steps) for step in done] == [(number, 6) for number in range(6)]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +190,7 @@ def test_it_imports_no_torch(pipe: BundlePipeline) -> None:
         ({"height": 17}, ("height", "multiple of 2", "17")),
         ({"width": 0}, ("width", "multiple of 2", "0")),
         ({"latents": np.zeros((1, 4, 4, 4), dtype=np.float32)}, ("latents", "(1, 4, 8, 8)", "(1, 4, 4, 4)")),
-        ({"scheduler": "heun"}, ("'heun'", "'ddim', 'euler', 'dpm++'")),
+        ({"scheduler": "heun"}, ("'heun'", "'ddim', 'euler', 'dpm++', 'pndm'")),
         ({"gate_step": 0}, ("gate_step", "0")),
         ({"output": "jpg"}, ("output", "'jpg'")),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,8 @@ from tgate_compile._schedule_file import read_schedule
 
 if TYPE_CHECKING:
     from tgate_compile._bundle.bundle import Bundle
+
+logger = logging.getLogger(__name__)
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -37,6 +40,15 @@ MSG_OTHER_WEIGHTS = (
     "checkpoint, another dtype, or a LoRA more or less. Load it into the same model, or export a bundle of this one."
 )
 
+MSG_OTHER_STATE = (
+    "The {component} of this pipeline is not set up as the one that the bundle {folder} was made from: {what}. Set it "
+    "up in the same way, or export a bundle of this one."
+)
+MSG_STATE_UNKNOWN = (
+    "The bundle %s was written by tgate_compile %s, which did not record LoRA scales, attention processors, FreeU and "
+    "hooks: that this pipeline has the same ones cannot be checked. Export the bundle again to have it checked."
+)
+
 
 def load(
     pipe: Pipeline,
@@ -53,7 +65,8 @@ def load(
     where it is. Other shapes than those it was made for are an error that says which ones it has.
 
     Args:
-        pipe: a pipeline of the class and with the weights that the bundle was made from. It is changed, and returned.
+        pipe: a pipeline of the class and with the weights that the bundle was made from, set up in the same way (LoRA
+            scales, attention processors, FreeU). It is changed, and returned.
         folder: of the bundle.
         backend: what runs the bundle's graphs: `"onnxruntime"` or `"openvino"` for the format `onnx`, otherwise what
             the format is called. None: what they are made for.
@@ -67,7 +80,8 @@ def load(
 
     Raises:
         ConfigurationError: an argument is wrong, or a package is missing. `pipe` is as it was, here and below.
-        BundleError: the bundle is damaged, or made from another pipeline, another model or other weights.
+        BundleError: the bundle is damaged, or made from another pipeline, another model, other weights, or a model in
+            another state: LoRA scales, attention processors, FreeU, hooks.
         BackendError: this machine cannot run the bundle's graphs.
     """
     known = list(dict.fromkeys(row.backend for row in FORMATS.values()))
@@ -119,6 +133,12 @@ def _serve(
     state: Optimized, bundle: Bundle, functions: GraphFormat, options: Mapping[str, Any], *, sequential: bool
 ) -> None:
     from tgate_compile._bundle.alternation import warn_of_alternation
+    from tgate_compile._bundle.denoiser_state import (
+        recorded_state,
+        settings_that_differ,
+        state_of_denoiser,
+        what_differs,
+    )
     from tgate_compile._bundle.store import BundleStore
     from tgate_compile._bundle.weights_digest import weights_digest
 
@@ -128,6 +148,15 @@ def _serve(
     told = {"folder": bundle.folder, "component": made_from.component}
     if hook is None or len(state.hooks) > 1 or model != made_from.class_name:
         raise BundleError(MSG_OTHER_MODEL.format(**told, expected=made_from.class_name, given=model))
+    differs = settings_that_differ(hook.denoiser, made_from.config)
+    if made_from.state is None:
+        logger.warning(MSG_STATE_UNKNOWN, bundle.folder, bundle.manifest.versions.tgate_compile)
+    elif not differs:
+        recorded = recorded_state(made_from.state)
+        here = state_of_denoiser(hook.denoiser, forward=hook.own_forward, baseline=recorded.baseline)
+        differs = what_differs(here, recorded)
+    if differs:
+        raise BundleError(MSG_OTHER_STATE.format(**told, what="; ".join(differs)))
     if weights_digest(hook.denoiser) != made_from.weights_digest:
         raise BundleError(MSG_OTHER_WEIGHTS.format(**told))
     if sequential:

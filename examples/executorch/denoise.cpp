@@ -149,6 +149,10 @@ int main(int count, char** given) {
       if (name != denoiser.latents() && name != "timestep")
         arguments.emplace(name, read_npy(inputs + "/" + name + ".npy"));
     }
+    const std::string scheduler = denoiser.manifest()["scheduler"]["class_name"].text();
+    if (scheduler != "DDIMScheduler")
+      throw std::runtime_error("The bundle's scheduler is a " + scheduler + ", and this program has DDIMScheduler alone. " +
+                               "Export the bundle from a pipeline with that one.");
     const std::string prediction_type = denoiser.manifest()["scheduler"]["config"]["prediction_type"].text();
     for (size_t i = 0; i < denoiser.steps().size(); ++i) {
       const Tensor prediction = denoiser.predict(i, latents, timesteps.data.at(i), scale, arguments);

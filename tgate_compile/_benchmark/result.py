@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from tgate_compile._tuning.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, spread_of, why_unreliable
+
 FORMAT = "tgate_compile.benchmark"
 VERSION = 1
 
@@ -92,20 +94,40 @@ class Benchmark:
         speedup, ratio = self.speedup(row, row.baseline), self.macs_ratio(row)
         return None if speedup is None or ratio is None or row.key == row.baseline else speedup / ratio
 
+    def why_unreliable(self, row: Row) -> str | None:
+        """Why this row's times, and its speed-ups, should not be believed; None if nothing speaks against them."""
+        if not row.seconds:
+            return None
+        baseline = next((each for each in self.rows if each.key == row.baseline), row)
+        ratio = self.macs_ratio(row)
+        # A baseline on the same backend; otherwise the backend has its part in the gain.
+        same = row.baseline != "plain" or row.backend == "eager"
+        reason = why_unreliable(
+            row.seconds,
+            baseline.seconds,
+            speedup=self.speedup(row, row.baseline),
+            cost=None if ratio is None else 1 / ratio,
+            most_gain=MOST_GAIN if same else MOST_GAIN_OF_BACKEND,
+        )
+        return reason or why_unreliable(row.seconds, self.rows[0].seconds)
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Plain data, fit for JSON; speed-ups that are not reliable are None."""
+        reasons = [self.why_unreliable(row) for row in self.rows]
         rows = [
             {name: value for name, value in asdict(row).items() if name != "steps"}
             | {
                 "step_seconds": [median(times) for times in zip(*row.steps, strict=True)],
                 "image_seconds": row.image,
                 "first_call_extra_seconds": row.extra,
-                "speedup": self.speedup(row),
-                "speedup_over_baseline": self.speedup(row, row.baseline),
+                "spread": spread_of(row.seconds),
+                "unreliable": reason,
+                "speedup": self.speedup(row) if reason is None else None,
+                "speedup_over_baseline": self.speedup(row, row.baseline) if reason is None else None,
                 "macs_ratio": self.macs_ratio(row),
-                "efficiency": self.efficiency(row),
+                "efficiency": self.efficiency(row) if reason is None else None,
             }
-            for row in self.rows
+            for row, reason in zip(self.rows, reasons, strict=True)
         ]
         head = {"format": FORMAT, "version": VERSION, "setting": dict(self.setting), "machine": dict(self.machine)}
         return head | {"steps": self.steps, "gate": self.gate, "rows": rows}

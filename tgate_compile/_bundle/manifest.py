@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from tgate_compile._quantization import Scheme
 from tgate_compile._schedule import Half, Kind
@@ -168,6 +168,25 @@ class Returns(_Strict):
     fields: list[Name] = Field(description="The fields of that class, one for each output.")
 
 
+class StateDifference(_Strict):
+    """An attribute of some modules with a value that a new denoiser does not have there."""
+
+    attribute: Name = Field(description="Its name; `type`: the class of the module, null where the module is missing.")
+    value: JsonValue = Field(description="Null: nothing, false, or empty.")
+    modules: Count = Field(description="In how many modules.")
+    first: Annotated[str, Field(max_length=1000)] = Field(description="The first by name; empty: the denoiser itself.")
+    digest: Sha256 = Field(description="Over the modules' names, sorted, each followed by a newline.")
+
+
+class DenoiserState(_Strict):
+    """What the denoiser computes beyond its class, configuration and weights: docs/bundle.md says more."""
+
+    baseline: Literal["config", "none"] = Field(
+        description="config: what a new denoiser of this class and configuration does not have; none: everything."
+    )
+    differences: list[StateDifference]
+
+
 class Denoiser(_Strict):
     """The model that the graphs are made of."""
 
@@ -175,6 +194,9 @@ class Denoiser(_Strict):
     class_name: Name
     config: dict[str, Any]
     weights_digest: Sha256 = Field(description="Of all parameters and buffers: docs/bundle.md says how.")
+    state: DenoiserState | None = Field(
+        default=None, description="LoRA scales, attention processors, FreeU, hooks and the like; None: not recorded."
+    )
     arguments: list[Name] = Field(description="The tensors that the pipeline calls it with, used or not.")
     latents: Name = Field(description="The one of these that carries the latents.")
     constants: dict[Name, Constant] = Field(description="Its other arguments, which the graphs are made for.")

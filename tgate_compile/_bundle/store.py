@@ -10,6 +10,7 @@ import torch
 
 from tgate_compile._bundle.argument_names import argument_names
 from tgate_compile._bundle.bundle import Bundle
+from tgate_compile._bundle.denoiser_state import state_of_denoiser, what_differs
 from tgate_compile._bundle.formats import GraphFormat
 from tgate_compile._bundle.freed_memory import return_freed_memory
 from tgate_compile._bundle.manifest import CacheOutput, Graph, TensorSpec
@@ -38,7 +39,7 @@ MSG_ARGUMENTS = (
 )
 MSG_CHANGED = (
     "The weights or modules of the denoiser have been changed since the bundle {folder} was loaded, which has the old "
-    "ones. Call tgate_compile.restore(pipe), then optimize(pipe, ...) for the changed model."
+    "ones{what}. Call tgate_compile.restore(pipe), then optimize(pipe, ...) for the changed model."
 )
 
 
@@ -96,6 +97,7 @@ class BundleStore:
         self._functions = functions
         self._put = unflatten_as(manifest.denoiser.returns, denoiser, manifest.pipeline.diffusers)
         self._modules = fingerprint(denoiser)
+        self._state = state_of_denoiser(denoiser, baseline="none")
         self._loaded = self._weights = bit_sums(denoiser)
 
     @property
@@ -128,7 +130,9 @@ class BundleStore:
         """
         weights = bit_sums(self.denoiser)
         if fingerprint(self.denoiser) != self._modules:
-            raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder))
+            changed = what_differs(state_of_denoiser(self.denoiser, baseline="none"), self._state, there="then")
+            what = f" ({'; '.join(changed)})" if changed else ""
+            raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder, what=what))
         if weights != self._weights:
             for session in self._sessions.values():
                 self._refit(session)
@@ -173,7 +177,7 @@ class BundleStore:
 
     def _refit(self, session: Session) -> None:
         if not isinstance(session, Refittable):
-            raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder))
+            raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder, what=""))
         session.refit(weights_of(self.denoiser))
 
     def _graph(self, phase: Phase) -> Graph:

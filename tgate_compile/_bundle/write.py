@@ -16,6 +16,7 @@ from tgate_compile._bundle.calibration import calibrate
 from tgate_compile._bundle.choose_sizes import choose_sizes, example_sizes
 from tgate_compile._bundle.component_recipes import check_arguments
 from tgate_compile._bundle.components import Request, write_components
+from tgate_compile._bundle.denoiser_state import as_recorded, state_of_denoiser
 from tgate_compile._bundle.describe_graph import describe_graph
 from tgate_compile._bundle.files import file_of
 from tgate_compile._bundle.folder import written_folder
@@ -218,6 +219,7 @@ def _denoiser(component: str, hook: GatedDenoiser, planned: PlannedGraph, progre
         class_name=model,
         config=plain_config(getattr(hook.denoiser, "config", {})),
         weights_digest=weights_digest(hook.denoiser),
+        state=as_recorded(state_of_denoiser(hook.denoiser, forward=hook.own_forward)),
         arguments=[name for name, value in planned.arguments.items() if torch.is_tensor(value)],
         latents=planned.latents,
         constants=constants,  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ _EMBEDDED_PROMPTS = 4
 
 def analyze(
     model: options.Model = None,
+    model_config: options.ModelConfig = None,
     prompt: prompt_options.Prompt = None,
     prompts: prompt_options.Prompts = None,
     steps: options.Steps = None,
@@ -68,7 +69,9 @@ def analyze(
     targets = [*([out] if out is not None else ()), *figures]
     check_targets(targets, force=force)
     with ERR.status("Loading the model"):
-        loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+        loaded = load(
+            model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
+        )
     call: dict[str, Any] = {
         **loaded.call,
         "guidance_scale": loaded.family.guidance if guidance is None else guidance,

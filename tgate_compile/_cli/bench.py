@@ -46,11 +46,12 @@ def bench(
         typer.Option(
             "--model",
             "-m",
-            help="A folder with a diffusers pipeline, a hub id, embedded:sd and the like, or random weights in a "
-            f"denoiser of real size: {', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
+            help="A folder with a diffusers pipeline, a .safetensors checkpoint, a hub id, embedded:sd and the like, "
+            f"or random weights in a denoiser of real size: {', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
             show_default="embedded:sd",
         ),
     ] = None,
+    model_config: options.ModelConfig = None,
     method: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(_METHODS)}; several times.", show_default="all"),
@@ -102,7 +103,7 @@ def bench(
         pipe, call, num_steps, gate = _load(
             model, prompt=prompt, steps=steps, guidance=guidance, gate_step=gate_step,
             size={"height": height, "width": width}, device=device, dtype=dtype,
-            others={"scheduler": scheduler, "unet": unet, "lora": lora},
+            others={"model_config": model_config, "scheduler": scheduler, "unet": unet, "lora": lora},
         )  # fmt: skip
         if channels_last:
             to_channels_last(pipe)
@@ -126,6 +127,8 @@ def bench(
     for row in benchmark.rows:
         if row.error is not None:
             OUT.print(f"{row.title}: {row.error}", soft_wrap=True, markup=False)
+        elif (reason := benchmark.why_unreliable(row)) is not None:
+            OUT.print(f"{row.title}: ?: its time is unreliable: {reason}", soft_wrap=True, markup=False)
     if out is not None:
         OUT.print(f"written {out}", soft_wrap=True)
 
@@ -202,8 +205,11 @@ def _table(benchmark: Benchmark) -> Table:
 def _cells(benchmark: Benchmark, row: Row) -> list[str]:
     early, late = (1e3 * sorted(times)[len(times) // 2] if times else None for times in (row.early, row.late))
     peak = None if row.peak_bytes is None else row.peak_bytes / 1e6
+    sure = benchmark.why_unreliable(row) is None
+    efficiency = benchmark.efficiency(row)
     numbers = (
-        (row.image, ".3f"), (benchmark.speedup(row), ".2f"), (benchmark.macs_ratio(row), ".3f"),
-        (benchmark.efficiency(row), ".2f"), (early, ".1f"), (late, ".1f"), (row.extra, ".1f"), (peak, ".1f"),
+        (row.image, ".3f"), (benchmark.speedup(row) if sure else "?", ".2f"), (benchmark.macs_ratio(row), ".3f"),
+        (efficiency if sure or efficiency is None else "?", ".2f"), (early, ".1f"), (late, ".1f"), (row.extra, ".1f"),
+        (peak, ".1f"),
     )  # fmt: skip
-    return ["" if value is None else format(value, form) for value, form in numbers]
+    return [value or "" if isinstance(value, str | None) else format(value, form) for value, form in numbers]

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tgate_compile._benchmark.machine import machine_of
 from tgate_compile._cli import options, prompt_options
+from tgate_compile._cli.checkpoints import MSG_CONFIG_ALONE
 from tgate_compile._cli.console import OUT, print_json, print_note
 from tgate_compile._cli.devices import choose_device
 from tgate_compile._cli.loading import EMBEDDED_PREFIX, embedded_name, load
@@ -25,6 +26,7 @@ from tgate_compile._comparison.page import check_page_can_be_made, page_of
 from tgate_compile._comparison.result import Comparison, ModelFigures, Pictures
 from tgate_compile._comparison.run import Progress, Task, compare_model, seeds_for
 from tgate_compile._demo.variants import DEMO_VARIANTS
+from tgate_compile._errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +50,12 @@ def compare(
         typer.Option(
             "--model",
             "-m",
-            help="A folder with a diffusers pipeline, a hub id, or embedded:sd and the like; several times.",
+            help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or embedded:sd and the like; "
+            "several times.",
             show_default="all the embedded ones",
         ),
     ] = None,
+    model_config: options.ModelConfig = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for comparison.html and comparison.json.")] = Path(
         "tgate-comparison"
     ),
@@ -74,6 +78,8 @@ def compare(
 ) -> None:
     """Compare T-GATE, DeepCache, Adaptive Guidance and fewer steps with the plain pipeline: images, time, likeness."""
     names = model or [f"{EMBEDDED_PREFIX}{variant}" for variant in DEMO_VARIANTS]
+    if model_config is not None and not any(Path(name).is_file() for name in names):
+        raise ConfigurationError(MSG_CONFIG_ALONE.format(given=", ".join(names)))
     given = prompt_options.chosen_prompts(prompt, prompts, embedded=0)
     check_page_can_be_made()
     page, data = out / "comparison.html", out / "comparison.json"
@@ -81,7 +87,7 @@ def compare(
     settings: dict[str, Any] = {
         "seed": seed, "steps": steps, "guidance": guidance, "gate_step": gate_step, "backend": backend.value,
         "size": {name: side for name, side in (("height", height), ("width", width)) if side is not None},
-        "loading": {"device": device, "dtype": dtype, "scheduler": scheduler},
+        "loading": {"model_config": model_config, "device": device, "dtype": dtype, "scheduler": scheduler},
     }  # fmt: skip
     figures: list[ModelFigures] = []
     pictures: dict[str, Pictures] = {}
@@ -129,6 +135,8 @@ def _compare_one(
     loading: dict[str, Any],
     progress: Progress,
 ) -> tuple[ModelFigures, Pictures]:
+    if not Path(name).is_file():
+        loading = loading | {"model_config": None}  # it is for single files
     loaded = load(name, **loading)
     settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
     own = prompt_options.chosen_prompts(None, None, embedded=_PROMPTS) if loaded.is_embedded else [*DEFAULT_PROMPTS]
@@ -154,11 +162,17 @@ def _table(model: ModelFigures) -> Table:
         if method.why_not is not None:
             reasons.append(f"{method.title}: {method.why_not}")
             continue
+        unreliable = model.why_unreliable(method)
+        if unreliable is not None:
+            reasons.append(f"{method.title}: ?: its time is unreliable: {unreliable}")
         numbers = (
-            (method.seconds, ".3f"), (model.speedup(method), ".2f"), (model.cost(method), ".3f"),
-            (method.psnr, ".1f"), (method.drift, ".3f"), (method.right, "d"),
+            (method.seconds, ".3f"), (model.speedup(method) if unreliable is None else "?", ".2f"),
+            (model.cost(method), ".3f"), (method.psnr, ".1f"), (method.drift, ".3f"), (method.right, "d"),
         )  # fmt: skip
-        table.add_row(method.title, *("" if value is None else format(value, form) for value, form in numbers))
+        table.add_row(
+            method.title,
+            *(value or "" if isinstance(value, str | None) else format(value, form) for value, form in numbers),
+        )
     table.caption = "\n".join(reasons)
     table.caption_justify = "left"
     return table

@@ -20,6 +20,7 @@ from tgate_compile._schedule import Schedule
 
 def describe(
     model: options.Model = None,
+    model_config: options.ModelConfig = None,
     gate_step: options.GateStep = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
@@ -34,7 +35,9 @@ def describe(
 ) -> None:
     """Show what T-GATE does to a model: sites, graphs, parameters, multiply-accumulates. Runs two denoising steps."""
     with ERR.status("Loading the model"):
-        loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+        loaded = load(
+            model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
+        )
     settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
     pipe = tgate_compile.optimize(loaded.pipe, settings.gate_step, backend="eager")
     call: dict[str, Any] = {"prompt": "", "guidance_scale": settings.guidance, "output_type": "latent", **loaded.call}

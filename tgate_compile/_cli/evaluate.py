@@ -46,6 +46,7 @@ _EMBEDDED: dict[str, Schedule | int] = {
 def evaluate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for images and numbers; continued if it is there.")],
     model: options.Model = None,
+    model_config: options.ModelConfig = None,
     contender: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,7 +108,15 @@ def evaluate(
         check_targets([plot], force=force)
     first = Share.from_environment().rank == 0
     with ERR.status("Loading the model"):
-        loaded = load(model, device=_own_device(device), dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+        loaded = load(
+            model,
+            model_config=model_config,
+            device=_own_device(device),
+            dtype=dtype,
+            scheduler=scheduler,
+            unet=unet,
+            lora=lora,
+        )
     call: dict[str, Any] = {
         **loaded.call,
         "guidance_scale": loaded.family.guidance if guidance is None else guidance,

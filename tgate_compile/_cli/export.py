@@ -49,6 +49,7 @@ MSG_OPTION = "{option} takes NAME=VALUE, with a value in JSON or a plain text, b
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
     model: options.Model = None,
+    model_config: options.ModelConfig = None,
     format: Annotated[Format, typer.Option("--format", help="What the graphs are written as.")] = ONNX,
     static: Annotated[bool, typer.Option("--static", help="Fix batch, height and width.")] = False,
     format_option: Annotated[
@@ -109,7 +110,9 @@ def export(
     began = time.perf_counter()
     progress = _progress(began, shown=not json)
     progress("Loading the model")
-    loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+    loaded = load(
+        model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
+    )
     settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step, tgate=schedule is None)
     # Methods of their own run alone, unless a gate is asked for.
     alone = gate_step is None and not {"guidance_step", "deepcache_interval"}.isdisjoint(given)

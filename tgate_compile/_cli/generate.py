@@ -30,6 +30,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to show.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A .png file, or a folder.")],
     model: options.Model = None,
+    model_config: options.ModelConfig = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
     gate_step: options.GateStep = None,
     sp_interval: schedule_options.SpInterval = None,
@@ -78,7 +79,9 @@ def generate(
     check_targets(paths, force=force)
 
     with ERR.status("Loading the model"):
-        loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+        loaded = load(
+            model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
+        )
     settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step, tgate=tgate and not schedule)
     if loaded.is_embedded:
         _check_caption(prompt)

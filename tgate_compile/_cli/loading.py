@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._cli.checkpoints import MSG_NOT_LOADED, first_line, load_pipeline
+from tgate_compile._cli.checkpoints import MSG_CONFIG_ALONE, MSG_NOT_LOADED, first_line, load_pipeline
 from tgate_compile._cli.devices import DTYPES, choose_device, choose_dtype
 from tgate_compile._cli.families import EMBEDDED, SCHEDULERS, Family, recognise
 from tgate_compile._cli.options import Dtype
@@ -55,6 +55,7 @@ class Loaded:
 def load(
     model: str | None,
     *,
+    model_config: str | None = None,
     device: str = "auto",
     dtype: Dtype = Dtype.auto,
     scheduler: str | None = None,
@@ -63,7 +64,8 @@ def load(
 ) -> Loaded:
     """Load `model` (None: the embedded pipeline). Whatever can be checked before a long load is checked first.
 
-    `embedded:sdxl` and the like are the other embedded pipelines.
+    `embedded:sdxl` and the like are the other embedded pipelines. `model_config` is for a single-file checkpoint: see
+    `load_pipeline`.
 
     Raises:
         ConfigurationError: the model, device, scheduler or LoRA cannot be had.
@@ -76,6 +78,8 @@ def load(
     embedded = embedded_name(model)
     if unet is not None and embedded is not None:
         raise ConfigurationError(MSG_UNET_ALONE)
+    if model_config is not None and embedded is not None:
+        raise ConfigurationError(MSG_CONFIG_ALONE.format(given=model or "the embedded model"))
     quieten_libraries()
     variant = None
     if embedded is not None:
@@ -86,7 +90,7 @@ def load(
         pipe: Any = load_demo_pipeline(embedded, torch_dtype=DTYPES[chosen])
     else:
         assert model is not None
-        pipe, chosen = load_pipeline(model, unet, dtype, torch_device)
+        pipe, chosen = load_pipeline(model, unet, dtype, torch_device, config=model_config)
     if lora is not None:
         _load_lora(pipe, lora)
     if scheduler is not None:
@@ -103,7 +107,7 @@ def load(
 
 
 def embedded_name(model: str | None) -> str | None:
-    """The name of the embedded pipeline that is asked for; None for a folder or a hub id."""
+    """The name of the embedded pipeline that is asked for; None for a folder, a file or a hub id."""
     if model is None:
         return DEFAULT_EMBEDDED
     return model.removeprefix(EMBEDDED_PREFIX) if model.startswith(EMBEDDED_PREFIX) else None

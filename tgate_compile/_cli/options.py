@@ -70,8 +70,16 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A folder with a diffusers pipeline, a hub id, or embedded:sd, :sdxl, :pixart or :lcm.",
+        help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or embedded:sd, :sdxl, :pixart or "
+        ":lcm.",
         show_default="embedded:sd",
+    ),
+]
+ModelConfig = Annotated[
+    str | None,
+    typer.Option(
+        help="For a checkpoint in a single file: folder or hub id of a pipeline with its configuration.",
+        show_default="found on the hub",
     ),
 ]
 Unet = Annotated[

@@ -41,7 +41,9 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Of the first image; the next one's is one more.")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="Of the image.", show_default="the bundle's")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Of the image.", show_default="the bundle's")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, euler or dpm++.", show_default="the bundle's")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, euler, dpm++ or pndm.", show_default="the bundle's")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="That work on one operator.", show_default="all")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare all files' hashes first.")] = True,
     sequential: Annotated[

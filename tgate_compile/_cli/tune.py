@@ -26,6 +26,7 @@ _EMBEDDED_PROMPTS = 4
 
 def tune(
     model: options.Model = None,
+    model_config: options.ModelConfig = None,
     prompt: prompt_options.Prompt = None,
     prompts: prompt_options.Prompts = None,
     tolerance: Annotated[
@@ -53,7 +54,9 @@ def tune(
         check_figure(plot)
     check_targets([path for path in (out, plot) if path is not None], force=force)
     with ERR.status("Loading the model"):
-        loaded = load(model, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora)
+        loaded = load(
+            model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
+        )
     call: dict[str, Any] = {
         **loaded.call,
         "guidance_scale": loaded.family.guidance if guidance is None else guidance,

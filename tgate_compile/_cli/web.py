@@ -22,6 +22,7 @@ MSG_AS_IT_IS = "{folder} has a site already, which is served as it is. --force w
 def web(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the site.")] = Path("tgate-web"),
     model: options.Model = None,
+    model_config: options.ModelConfig = None,
     bundle: Annotated[
         Path | None,
         typer.Option(help="A bundle of `export --components all` in the place of --model.", show_default="none"),
@@ -48,7 +49,13 @@ def web(
     from tgate_compile._web.server import server_for
     from tgate_compile._web.site import check_bundle, check_site_target, is_site, write_site
 
-    of_model = {"--model": model, "--gate-step": gate_step, "--steps": steps, "--guidance": guidance}
+    of_model = {
+        "--model": model,
+        "--model-config": model_config,
+        "--gate-step": gate_step,
+        "--steps": steps,
+        "--guidance": guidance,
+    }
     given = [name for name, value in of_model.items() if value is not None]
     if bundle is not None and given:
         raise ConfigurationError(MSG_BUNDLE_ALONE.format(given=" and ".join(given)))
@@ -67,7 +74,7 @@ def web(
         else:
             with tempfile.TemporaryDirectory() as name:
                 made = Path(name, "bundle")
-                suggestions = _export(made, model, gate_step, steps, guidance, shown=not json)
+                suggestions = _export(made, model, model_config, gate_step, steps, guidance, shown=not json)
                 write_site(out, made, files, prompts=prompt or suggestions, overwrite=force)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if json:
@@ -81,6 +88,7 @@ def web(
 def _export(
     folder: Path,
     model: str | None,
+    model_config: str | None,
     gate_step: float | None,
     steps: int | None,
     guidance: float | None,
@@ -102,7 +110,7 @@ def _export(
             ERR.print(f"[dim]{stage}[/]", soft_wrap=True)
 
     say("Loading the model")
-    loaded = load(model, device="cpu")
+    loaded = load(model, model_config=model_config, device="cpu")
     settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
     tgate_compile.optimize(loaded.pipe, settings.gate_step, backend="eager")
     call = {"prompt": "", **loaded.call, "num_inference_steps": settings.steps, "guidance_scale": settings.guidance}

@@ -108,13 +108,14 @@ def _method(key: str, model: ModelFigures, method: MethodFigures) -> dict[str, A
     about = {"key": key, "title": _title(model, method), "schedule": method.schedule, "why_not": method.why_not}
     if method.why_not is not None:
         return about
-    speedup, cost = model.speedup(method), model.cost(method)
+    cost = model.cost(method)
     ends_with = model.parameters if method.parameters_at_end is None else method.parameters_at_end
     right = method.right
     return about | {
         "strip": method.strip,
         "seconds": _seconds(method.seconds),
-        "speedup": "" if speedup is None else f"{speedup:.2f}x",
+        "speedup": _speedup(model, method),
+        "unreliable": model.why_unreliable(method) or "",
         "first": _seconds(method.first_call_seconds),
         "macs": "" if method.macs is None else _macs(method.macs),
         "cost": "" if cost is None else f"{cost:.3f}",
@@ -168,13 +169,22 @@ def _overview(comparison: Comparison) -> dict[str, Any]:
 
 
 def _overview_cell(model: ModelFigures, method: MethodFigures) -> dict[str, Any]:
-    speedup, cost = model.speedup(method), model.cost(method)
+    cost = model.cost(method)
     words = [] if cost is None else [f"MACs {cost:.2f}"]
     if method is not model.plain and method.drift is not None:
         words.append(f"drift {method.drift:.2f}")
     if method.right is not None:
         words.append(f"{method.right}/{len(method.images)} right")
-    return {"speedup": "" if speedup is None else f"{speedup:.2f}x", "cost": cost or 0.0, "words": words}
+    unreliable = model.why_unreliable(method) or ""
+    return {"speedup": _speedup(model, method), "unreliable": unreliable, "cost": cost or 0.0, "words": words}
+
+
+def _speedup(model: ModelFigures, method: MethodFigures) -> str:
+    """In words where the times are not to be believed."""
+    if model.why_unreliable(method) is not None:
+        return "time unreliable"
+    speedup = model.speedup(method)
+    return "" if speedup is None else f"{speedup:.2f}x"
 
 
 def _data_uri(image: Image) -> str:

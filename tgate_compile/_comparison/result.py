@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL.Image import Image
 
+from tgate_compile._tuning.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, spread_of, why_unreliable
+
 FORMAT = "tgate_compile.comparison"
 VERSION = 1
 
@@ -51,6 +53,7 @@ class MethodFigures:
         cache_bytes: the most that is kept from one step to the next.
         peak_bytes: of memory: torch's own on a GPU, what comes on top of the process's on a CPU.
         images: one for each prompt.
+        run_seconds: of each run that `seconds` is the median of; empty in results of older versions.
     """
 
     key: str
@@ -67,6 +70,7 @@ class MethodFigures:
     cache_bytes: int | None = None
     peak_bytes: int | None = None
     images: tuple[ImageFigures, ...] = ()
+    run_seconds: tuple[float, ...] = ()
 
     @property
     def psnr(self) -> float | None:
@@ -133,6 +137,18 @@ class ModelFigures:
         """The method's operations over plain's."""
         return None if method.macs is None or not self.plain.macs else method.macs / self.plain.macs
 
+    def why_unreliable(self, method: MethodFigures) -> str | None:
+        """Why the method's time, and its speed-up, should not be believed; None if nothing speaks against them."""
+        if method.seconds is None:
+            return None
+        return why_unreliable(
+            method.run_seconds,
+            self.plain.run_seconds,
+            speedup=self.speedup(method),
+            cost=self.cost(method),
+            most_gain=MOST_GAIN if self.setting.get("backend") == "eager" else MOST_GAIN_OF_BACKEND,
+        )
+
 
 #: By method, an image for each prompt.
 Pictures = Mapping[str, Sequence[Image]]
@@ -169,7 +185,10 @@ def _with_means(model: ModelFigures) -> dict[str, Any]:
     data = asdict(model)
     for own, method in zip(data["methods"], model.methods, strict=True):
         means = {"psnr": method.psnr, "ssim": method.ssim, "drift": method.drift, "right": method.right}
-        own |= means | {"speedup": model.speedup(method), "cost": model.cost(method)}
+        unreliable = model.why_unreliable(method)
+        speedup = model.speedup(method) if unreliable is None else None
+        own |= means | {"speedup": speedup, "cost": model.cost(method)}
+        own |= {"spread": spread_of(method.run_seconds), "unreliable": unreliable}
     return data
 
 

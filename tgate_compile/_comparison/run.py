@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 #: Called before each generation: how many are done, how many there will be, and what comes now.
 Progress = Callable[[int, int, str], None]
 
+#: Of each method, at the least.
+_LEAST_RUNS = 3
+
 MSG_NO_IMAGES = "Comparisons are of images, and {pipeline} returns {given}. `tune` measures latents."
 
 
@@ -106,6 +109,9 @@ class _Comparing:
         self._denoisers = {name: getattr(pipe, name) for name in denoiser_names(pipe)}
         self._why_not: dict[str, str] = {}
         self._done = 0
+        # All prompts, and with few of them the same ones again: a single time cannot be judged.
+        count = len(task.prompts)
+        self._rounds = count * -(-_LEAST_RUNS // count)
 
     def run(self) -> tuple[ModelFigures, Pictures]:
         task = self._task
@@ -114,10 +120,11 @@ class _Comparing:
         self._add_fewer_steps(runners, plain)
         for runner in runners:
             runner.peak = self._peak(runner)
-        for prompt in range(len(task.prompts)):
+        for index in range(self._rounds):
             # In another order each time, so that a busy moment hits none of them alone.
             for turn in range(len(runners)):
-                runner = runners[(prompt + turn) % len(runners)]
+                runner = runners[(index + turn) % len(runners)]
+                prompt = index % len(task.prompts)
                 runner.runs.append(self._generate(runner.pipe, runner.method, prompt, runner.steps))
         by_key = {runner.method.key: runner for runner in runners}
         figures = ModelFigures(
@@ -136,7 +143,9 @@ class _Comparing:
                 for method in self._methods
             ),
         )
-        return figures, {key: [run.output[0] for run in runner.runs] for key, runner in by_key.items()}
+        return figures, {
+            key: [run.output[0] for run in runner.runs[: len(task.prompts)]] for key, runner in by_key.items()
+        }
 
     def _prepare_plain(self) -> tuple[_Runner, Recorder, bool]:
         """The plain pipeline; its first call, which is slower than the others anyway, is recorded."""
@@ -189,7 +198,7 @@ class _Comparing:
         runners.append(_Runner(method, plain.pipe, steps, plain.first, plain.strip[:steps], None, macs))
 
     def _generate(self, pipe: Any, method: Method, prompt: int, steps: int) -> Timed:
-        total = len(self._methods) * (len(self._task.prompts) + 2)
+        total = len(self._methods) * (self._rounds + 2)
         if self._progress is not None:
             self._progress(self._done, total, f"{self._name}: {method.title}")
         self._done += 1
@@ -218,8 +227,9 @@ class _Comparing:
             peak_bytes=runner.peak,
             images=tuple(
                 self._image(run, of_plain, prompt)
-                for run, of_plain, prompt in zip(runs, plain.runs, self._task.prompts, strict=True)
+                for run, of_plain, prompt in zip(runs, plain.runs, self._task.prompts, strict=False)
             ),
+            run_seconds=tuple(run.seconds for run in runs),
         )
 
     def _image(self, run: Timed, plain: Timed, prompt: str) -> ImageFigures:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,14 +41,14 @@ class Plain:
         latents: the final latents of each generation, [images, ...], float32 on the CPU.
         rows: by denoiser, the batches of all its calls added up.
         num_steps: steps of a generation (of the denoiser that has more, if there are two).
-        seconds: of a generation: the median after the first one, which prepares things; None if there was but one.
+        seconds: of each generation after the first one, which prepares things.
         convergence: of the cross-attentions.
     """
 
     latents: tuple[torch.Tensor, ...]
     rows: Mapping[str, int]
     num_steps: int
-    seconds: float | None
+    seconds: tuple[float, ...]
     convergence: Convergence
 
 
@@ -67,7 +66,7 @@ class Measured:
     strip: str
     macs: float
     drifts: tuple[float, ...]
-    seconds: float | None
+    seconds: tuple[float, ...]
 
 
 class Bench:
@@ -94,15 +93,23 @@ class Bench:
         self._runs = [(call, seed) for call in calls for seed in seeds]
         self._on_run = on_run
 
-    def run_plain(self, **override: Any) -> Plain:
-        """Run the plain pipeline, with `override` in each call."""
+    def run_plain(self, *, changes_too: bool = True, **override: Any) -> Plain:
+        """Run the plain pipeline, with `override` in each call.
+
+        `changes_too`: record the attentions' changes, which takes time, so that `seconds` are not those of the pipeline
+        alone.
+        """
         latents: list[torch.Tensor] = []
         seconds: list[float] = []
         rows: dict[str, int] = defaultdict(int)
         changes: dict[int, list[float]] = defaultdict(list)
         num_steps = 0
         for call, seed in self._runs:
-            recorder = Recorder(self._pipe, lambda: bool(getattr(self._pipe, "do_classifier_free_guidance", False)))
+            recorder = Recorder(
+                self._pipe,
+                lambda: bool(getattr(self._pipe, "do_classifier_free_guidance", False)),
+                kinds=frozenset({"cross"}) if changes_too else frozenset(),
+            )
             with recorder.recording(self._denoisers):
                 result, took = self._run({**call, **override}, seed)
             if not result.isfinite().all():
@@ -114,7 +121,11 @@ class Bench:
             for step, of_step in recorder.changes.items():
                 changes[step] += of_step
             num_steps = max(num_steps, *map(len, recorder.steps.values()))
-        return Plain(tuple(latents), rows, num_steps, _typical(seconds), Convergence.of(changes))
+        return Plain(tuple(latents), rows, num_steps, tuple(seconds[1:]), Convergence.of(changes))
+
+    def time_plain(self) -> list[float]:
+        """The seconds of each generation of the plain pipeline, which has run before."""
+        return [self._run(call, seed)[1] for call, seed in self._runs]
 
     def run_gated(self, schedule: Schedule, plain: Plain) -> Measured:
         """Run the pipeline, which is optimized by now, with `schedule` instead of its own.
@@ -137,7 +148,7 @@ class Bench:
                 steps[name] += [phase for _, phase in hook.last.steps] if hook.last is not None else []
         strip = "|".join(strip_of(hook.last.steps) for hook in state.hooks.values() if hook.last is not None)
         macs = sum(GraphCosts.of(hook).macs_of(steps[name]) for name, hook in state.hooks.items() if steps[name])
-        return Measured(strip, macs, tuple(drifts), _typical(seconds))
+        return Measured(strip, macs, tuple(drifts), tuple(seconds[1:]))
 
     def macs_of(self, plain: Plain) -> float:
         """Multiply-accumulates of the plain pipeline, read off the full graphs; call it after `run_gated`."""
@@ -189,7 +200,3 @@ def silent(pipe: DiffusionPipeline) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = before
-
-
-def _typical(seconds: Sequence[float]) -> float | None:
-    return statistics.median(seconds[1:]) if len(seconds) > 1 else None

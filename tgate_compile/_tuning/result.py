@@ -32,7 +32,8 @@ class Row:
         worst: the largest one.
         within: whether the drift is within the tolerance.
         time: of an image; the plain pipeline is 1. Information only, noisy, and with the backend of the tuning.
-            None if there was one generation only, which also has to make the graphs.
+            None if there was one generation only, which also has to make the graphs, or if it is unreliable.
+        unreliable: why the time cannot be told, where the machine was too busy.
     """
 
     family: str
@@ -45,6 +46,7 @@ class Row:
     worst: float
     within: bool
     time: float | None
+    unreliable: str | None = None
 
     @property
     def saves(self) -> bool:
@@ -124,7 +126,7 @@ class Tuning:
                 *_aligned([_HEADINGS, *(self._cells(row) for row in self.table)]),
                 "",
                 "cost: multiply-accumulates of the denoiser; drift: of the final latents, relative; time: noisy.",
-                "*: chosen; x: not within the tolerance.",
+                "*: chosen; x: not within the tolerance; ?: the machine was too busy to tell.",
                 *self.remarks,
             ]
         )
@@ -132,18 +134,24 @@ class Tuning:
     def _cells(self, row: Row) -> tuple[str, ...]:
         mark = "*" if row is self.chosen else "" if row.within else "x"
         numbers = (f"{value:.3f}" for value in (row.cost, row.drift, row.spread, row.worst))
-        return (mark, row.family, row.label, row.strip, *numbers, "" if row.time is None else f"{row.time:.2f}")
+        time = "?" if row.unreliable else "" if row.time is None else f"{row.time:.2f}"
+        return (mark, row.family, row.label, row.strip, *numbers, time)
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What else should be known: that fewer steps would do better."""
-        better = [r for r in self.table if r.schedule is None and r.within and r.cost < self.chosen.cost]
+        chosen = self.chosen
+        # The numbers as they are shown: a difference behind these is none.
+        cost, drift = round(chosen.cost, 3), round(chosen.drift, 3)
+        fewer = [row for row in self.table if row.schedule is None and row.within and round(row.cost, 3) <= cost]
+        better = [row for row in fewer if round(row.cost, 3) < cost or round(row.drift, 3) <= drift]
         if not better:
             return ()
-        cheapest = min(better, key=lambda row: row.cost)
+        closest = min(better, key=lambda row: (row.drift, row.cost))
+        as_well = "do better" if round(closest.drift, 3) <= drift else "do as well"
         return (
-            f"Fewer steps would do as well: {cheapest.label} without a schedule cost {cheapest.cost:.3f}, with drift "
-            f"{cheapest.drift:.3f}.",
+            f"Fewer steps would {as_well}: {closest.label} without a schedule cost {closest.cost:.3f}, with drift "
+            f"{closest.drift:.3f}.",
         )
 
 

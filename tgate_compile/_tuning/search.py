@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from tgate_compile._tuning.measure import Bench, Measured, Plain, relative_dista
 from tgate_compile._tuning.request import Request
 from tgate_compile._tuning.result import Row, Tuning
 from tgate_compile._tuning.setting import setting_of
+from tgate_compile._tuning.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unreliable
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +97,17 @@ class _Search:
         self._planned = 0
         self._doing = ""
         self._rows: list[Row] = []
+        self._seconds: dict[str, tuple[float, ...]] = {}  # by the row's label
+        self._plain_seconds: list[float] = []
         self._measured: dict[Hashable, Row] = {}  # by their effect: what does the same is measured once
 
     def run(self, backend: str) -> Tuning:
         """Measure everything, and choose."""
         request = self._request
         baseline = self._numbers_of_steps()
-        self._plan(1 + len(baseline))
+        # The plain pipeline is timed before and after the others, if these have more than their first generation.
+        timed = self._images > 1
+        self._plan(1 + 2 * timed + len(baseline))
         with silent(self._pipe):
             self._doing = "plain"
             plain = self._bench.run_plain()
@@ -109,11 +115,17 @@ class _Search:
                 raise ConfigurationError(
                     MSG_TOO_FEW_STEPS.format(steps=plain.num_steps, asked=request.num_inference_steps)
                 )
+            if timed:
+                self._plain_seconds += self._bench.time_plain()
             if request.candidates is not None:
                 self._measure_given(request.candidates, plain)
             else:
                 self._measure_families(plain)
             self._measure_fewer_steps(baseline, plain)
+            if timed:
+                self._doing = "plain"
+                self._plain_seconds += self._bench.time_plain()
+        self._rows = [self._with_time(row, backend) for row in self._rows]
         return Tuning(
             schedule=self._choose(plain),
             table=tuple(sorted(self._rows, key=lambda row: (row.cost, row.drift))),
@@ -181,7 +193,7 @@ class _Search:
         self._doing = str(schedule)
         measured = self._bench.run_gated(schedule, plain)
         cost = measured.macs / self._bench.macs_of(plain)
-        row = self._measured[effect] = self._row(family, str(schedule), schedule, measured, cost, plain)
+        row = self._measured[effect] = self._row(family, str(schedule), schedule, measured, cost)
         return row
 
     def _numbers_of_steps(self) -> Sequence[int]:
@@ -196,7 +208,7 @@ class _Search:
                 self._plan(-1)
                 continue  # with `strength < 1` not a single one would be left of them
             self._doing = f"{steps} steps"
-            fewer = self._bench.run_plain(num_inference_steps=steps)
+            fewer = self._bench.run_plain(changes_too=False, num_inference_steps=steps)
             drifts = [
                 drift
                 for latents, reference in zip(fewer.latents, plain.latents, strict=True)
@@ -204,11 +216,9 @@ class _Search:
             ]
             measured = Measured("F" * fewer.num_steps, 0.0, tuple(drifts), fewer.seconds)
             cost = sum(fewer.rows.values()) / sum(plain.rows.values())
-            self._row("fewer steps", self._doing, None, measured, cost, plain)
+            self._row("fewer steps", self._doing, None, measured, cost)
 
-    def _row(
-        self, family: str, label: str, schedule: Schedule | None, measured: Measured, cost: float, plain: Plain
-    ) -> Row:
+    def _row(self, family: str, label: str, schedule: Schedule | None, measured: Measured, cost: float) -> Row:
         drift = statistics.fmean(measured.drifts)
         row = Row(
             family=family,
@@ -220,11 +230,27 @@ class _Search:
             spread=statistics.pstdev(measured.drifts, drift) if drift < float("inf") else drift,
             worst=max(measured.drifts),
             within=drift <= self._request.tolerance,
-            time=measured.seconds / plain.seconds if measured.seconds and plain.seconds else None,
+            time=None,
         )
+        self._seconds[label] = measured.seconds
         logger.info("%s: cost %.3f, drift %.3f (%.3f at worst), %s", label, cost, drift, row.worst, row.strip)
         self._rows.append(row)
         return row
+
+    def _with_time(self, row: Row, backend: str) -> Row:
+        """`row` with its time, as a share of the plain pipeline's, or with why that cannot be told."""
+        seconds = self._seconds[row.label]
+        if not seconds:
+            return row
+        time = statistics.median(seconds) / statistics.median(self._plain_seconds)
+        unreliable = why_unreliable(
+            seconds,
+            self._plain_seconds,
+            speedup=1 / time,
+            cost=row.cost,
+            most_gain=MOST_GAIN if backend == "eager" or row.schedule is None else MOST_GAIN_OF_BACKEND,
+        )
+        return dataclasses.replace(row, time=None if unreliable else time, unreliable=unreliable)
 
     def _choose(self, plain: Plain) -> Schedule:
         rows = [row for row in self._rows if row.schedule is not None]

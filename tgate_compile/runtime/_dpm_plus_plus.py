@@ -58,9 +58,11 @@ class DpmPlusPlus:
     Attributes:
         timesteps: what the denoiser is told at each step, int64, [steps].
         initial_sigma: what normal noise is multiplied by to begin with.
+        warm_up: calls beyond the steps: none.
     """
 
     initial_sigma = 1.0
+    warm_up = 0
 
     def __init__(self, given: Mapping[str, Any], steps: int) -> None:
         """Raises ConfigurationError for a configuration that is not written here."""

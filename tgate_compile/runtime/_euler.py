@@ -45,7 +45,10 @@ class Euler:
     Attributes:
         timesteps: what the denoiser is told at each step, float32, [steps]; not always whole numbers.
         initial_sigma: what normal noise is multiplied by to begin with.
+        warm_up: calls beyond the steps: none.
     """
+
+    warm_up = 0
 
     def __init__(self, given: Mapping[str, Any], steps: int) -> None:
         """Raises ConfigurationError for a configuration that is not written here."""

@@ -162,7 +162,7 @@ class BundlePipeline:
             latents: normal noise, [images, channels, height / scale, width / scale], in the place of a seed.
             height: of the images in pixels.
             width: likewise.
-            scheduler: `"ddim"`, `"euler"` or `"dpm++"`, with the configuration of the bundle's own; None: that one.
+            scheduler: `"ddim"`, `"euler"`, `"dpm++"` or `"pndm"`, configured as the bundle's own; None: that one.
             gate_step: another gate than the bundle's.
             callback: called after each step.
             output: `"numpy"`: an array, float32, from 0 to 1, [height, width, 3], or [images, height, width, 3] of a
@@ -178,7 +178,7 @@ class BundlePipeline:
             raise ConfigurationError(MSG_OUTPUT.format(given=output))
         steps = self._components.num_inference_steps if num_inference_steps is None else num_inference_steps
         noise_scheduler = make_scheduler(self._manifest.scheduler, scheduler, steps)
-        steps = len(noise_scheduler.timesteps)
+        steps = len(noise_scheduler.timesteps) - noise_scheduler.warm_up
         schedule = self.schedule if gate_step is None else dataclasses.replace(self.schedule, gate_step=gate_step)
         scale = _number(self._components.guidance_scale if guidance_scale is None else guidance_scale)
         noise = self._noise(len(prompts), height, width, seed, latents)
@@ -205,15 +205,20 @@ class BundlePipeline:
         callback: Callable[[Step], None] | None,
     ) -> Array:
         denoiser.open_graphs()
-        steps = len(noise_scheduler.timesteps)
+        warm_up = noise_scheduler.warm_up
+        steps = len(noise_scheduler.timesteps) - warm_up
         current = noise * np.float32(noise_scheduler.initial_sigma)
-        for step, timestep in enumerate(noise_scheduler.timesteps):
-            began = time.perf_counter()
-            prediction = denoiser(step, noise_scheduler.model_input(current, step), timestep.item(), scale)
-            current = noise_scheduler.step(prediction, step, current)
+        began = time.perf_counter()
+        for call, timestep in enumerate(noise_scheduler.timesteps):
+            step = max(call - warm_up, 0)
+            prediction = denoiser(step, noise_scheduler.model_input(current, call), timestep.item(), scale)
+            current = noise_scheduler.step(prediction, call, current)
+            if call < warm_up:
+                continue  # the first step has more calls to come
             if callback is not None:
                 seconds, letter = time.perf_counter() - began, denoiser.plan[step].character
                 callback(Step(step, steps, denoiser.graph_name(step), letter, seconds, current))
+            began = time.perf_counter()
         if self._sequential:
             self._graphs.close()
         return current

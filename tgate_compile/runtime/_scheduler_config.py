@@ -34,6 +34,7 @@ NAMES: Mapping[str, str] = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "pndm": "PNDMScheduler",
 }
 
 

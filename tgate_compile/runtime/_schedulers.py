@@ -11,6 +11,7 @@ from tgate_compile.runtime._ddim import Ddim
 from tgate_compile.runtime._dpm_plus_plus import DpmPlusPlus
 from tgate_compile.runtime._euler import Euler
 from tgate_compile.runtime._noise_levels import Array
+from tgate_compile.runtime._pndm import Pndm
 from tgate_compile.runtime._scheduler_config import NAMES
 
 MSG_NAME = "scheduler must be one of {names}, or None for the bundle's own, but got {given!r}."
@@ -22,10 +23,14 @@ MSG_STEPS = "num_inference_steps must be a whole number from 1 to {most}, but go
 
 
 class Scheduler(Protocol):
-    """A scheduler of one generation: its methods are called for each step in order."""
+    """A scheduler of one generation: its methods are called for each denoiser call in order.
+
+    There is a call for each of `timesteps`. The first `warm_up` ones come on top of the steps, and belong to the first.
+    """
 
     timesteps: Any
     initial_sigma: float
+    warm_up: int
 
     def model_input(self, latents: Array, step: int) -> Array: ...
 
@@ -36,6 +41,7 @@ _CLASSES: Mapping[str, Callable[[Mapping[str, Any], int], Scheduler]] = {
     "DDIMScheduler": Ddim,
     "EulerDiscreteScheduler": Euler,
     "DPMSolverMultistepScheduler": DpmPlusPlus,
+    "PNDMScheduler": Pndm,
 }
 
 
