@@ -18,7 +18,9 @@ from tgate_compile.exports.optimize_onnx import optimize_onnx
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.expand_masks import expand_masks
 from tgate_compile.passes.flat_program import flat_program
+from tgate_compile.passes.lower_complex import lower_complex
 from tgate_compile.passes.promote_concatenated import promote_concatenated
+from tgate_compile.passes.remove_dead import remove_dead
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -57,6 +59,8 @@ def to_onnx(variant: Variant) -> OnnxGraph:
     graph_module = copy_graph(variant.program.graph_module)
     expand_masks(graph_module)
     promote_concatenated(graph_module)
+    if lower_complex(graph_module).changes:
+        remove_dead(graph_module)
     graph_module.recompile()
     graph = program_to_onnx(flat_program(variant.program, graph_module), variant.weights)
     logger.info(

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tgate_compile._live_tensors import make_up
+
 # Bookkeeping of torch and of the hook mechanism, which no graph depends on.
 _IGNORED = frozenset(vars(torch.nn.Module())) - {"training", "_forward_hooks", "_forward_pre_hooks"} | {
     "_diffusers_hook",
@@ -23,8 +25,8 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
     """What a captured graph bakes in: equal fingerprints mean that graph and compiled code still hold.
 
     Covered: the modules and their plain attributes (LoRA scales and active adapters, FreeU's factors, attention
-    processors with theirs), hooks, and each parameter's shape, strides, dtype and device. The parameters' *values*
-    are not: graphs read them live, so changing weights in place needs no new capture.
+    processors with theirs), hooks, and each parameter's shape, strides, dtype, device and quantization. The
+    parameters' *values* are not: graphs read them live, so changing weights in place needs no new capture.
     """
     modules = tuple(
         (
@@ -36,7 +38,7 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
         for name, module in denoiser.named_modules()
     )
     tensors = tuple(
-        (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, make_up(tensor))
         for named in (denoiser.named_parameters(), denoiser.named_buffers())
         for name, tensor in named
     )

@@ -13,12 +13,13 @@ import torch
 from torch.export import ShapesCollection
 from torch.utils import _pytree as pytree
 
-from tgate_compile._backends import Backend, Runner, make_backend
+from tgate_compile._backends import ChosenBackend, Runner, make_backend
 from tgate_compile._call import Call
 from tgate_compile._capture import capture, deep_layer
 from tgate_compile._config import Config
 from tgate_compile._fingerprint import fingerprint
 from tgate_compile._graphs import Captured, Emission, Variant
+from tgate_compile._live_tensors import live_tensors
 from tgate_compile._offload import check_weights_stay
 from tgate_compile._schedule import Kind, Phase
 from tgate_compile.passes.specialize import specialize
@@ -126,7 +127,7 @@ class VariantStore:
         self._captures: OrderedDict[Hashable, Captured] = OrderedDict()
         self._variants: dict[tuple[Hashable, Phase], tuple[Variant, Captured]] = {}
         self._compiled: dict[tuple[Hashable, Phase], CompiledVariant] = {}
-        self._backends: dict[torch.device, Backend] = {}
+        self._backends: dict[torch.device, ChosenBackend] = {}
         self.compilations = 0
 
     @property
@@ -161,7 +162,7 @@ class VariantStore:
             check_weights_stay(self.denoiser)
             self._fingerprint = current
             return
-        live = self._live_tensors()
+        live = live_tensors(self.denoiser)
         for key, compiled in self._compiled.items():
             self._compiled[key] = dataclasses.replace(compiled, weights=_weights(compiled.variant, live))
 
@@ -220,13 +221,13 @@ class VariantStore:
             self._captures.move_to_end(key)
             return found
         variant, captured = self.variant(phase, call, forward)
-        weights = _weights(variant, self._live_tensors())
+        weights = _weights(variant, live_tensors(self.denoiser))
         inputs = _inputs(variant, captured, call, caches)
         device = inputs[0].device
         if device not in self._backends:
             self._backends[device] = make_backend(self._config.backend, self._config.backend_options, device)
         backend = self._backends[device]
-        compiled = CompiledVariant(variant, captured, backend.compile(variant, inputs), weights)
+        compiled = CompiledVariant(variant, captured, backend.compile(variant, weights, inputs), weights)
         self._compiled[key, phase] = compiled
         self.compilations += 1
         return compiled
@@ -237,11 +238,6 @@ class VariantStore:
             for key in [key for key in self._variants if key[0] == oldest]:
                 del self._variants[key]
                 self._compiled.pop(key, None)
-
-    def _live_tensors(self) -> dict[str, torch.Tensor]:
-        live: dict[str, torch.Tensor] = dict(self.denoiser.named_parameters(remove_duplicate=False))
-        live.update(self.denoiser.named_buffers(remove_duplicate=False))
-        return live
 
 
 def _weights(variant: Variant, live: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

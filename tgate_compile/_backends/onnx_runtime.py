@@ -46,6 +46,7 @@ class OnnxRuntimeBackend:
     """Converts a graph to ONNX once, and runs it in an ONNX Runtime session on the live weights' memory."""
 
     name: ClassVar[str] = "onnxruntime"
+    is_reference: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
 
     def __init__(self, options: Mapping[str, object]) -> None:
@@ -68,6 +69,11 @@ class OnnxRuntimeBackend:
                 raise ConfigurationError(MSG_OPTION.format(name=name, expected=OPTIONS[name], given=options[name]))
         if "providers" in options:
             _check_providers(providers)  # type: ignore[arg-type]
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        """The CPU's provider never rounds more; CUDA's multiplies in TF32, which rounds as float16 does."""
+        providers: Any = self._options.get("providers") or best_providers(device)
+        return None if set(providers) == {"CPUExecutionProvider"} else torch.float16
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         device = inputs[0].device

@@ -30,6 +30,7 @@ class OpenVinoBackend:
     """Converts a graph to ONNX once, and compiles it with the live weights in OpenVINO, anew when they have changed."""
 
     name: ClassVar[str] = "openvino"
+    is_reference: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "openvino")
 
     def __init__(self, options: Mapping[str, object]) -> None:
@@ -39,6 +40,10 @@ class OpenVinoBackend:
     def check_options(options: Mapping[str, object]) -> None:
         check_installed(*OpenVinoBackend.needs, extra="openvino", what='backend="openvino"')
         check_options(options)
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        precision: torch.dtype = getattr(torch, str(self._options.get("precision", "float32")))
+        return None if precision is torch.float32 else precision
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         check_device(inputs[0].device)
