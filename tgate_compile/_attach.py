@@ -14,6 +14,7 @@ from tgate_compile._config import Config
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import DENOISER_NAMES, JOINT_ATTENTION, family_of, refusal
 from tgate_compile._generation import MSG_CONCURRENT
+from tgate_compile._live_tensors import check_quantization
 from tgate_compile._offload import HOOK_NAME, check_weights_stay
 from tgate_compile._optimized import Optimized, boundary_of, required_state_of, state_of
 from tgate_compile._schedule import Schedule
@@ -135,3 +136,4 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     if registry is not None and registry.get_hook(HOOK_NAME) is not None:
         raise ConfigurationError(MSG_DENOISER_TAKEN.format(pipeline=pipeline))
     check_weights_stay(denoiser)
+    check_quantization(denoiser)

@@ -14,6 +14,7 @@ from tgate_compile._bundle.formats import FORMATS, check_can_write, format_calle
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile._free_sizes import SYMBOLS, FreeSize
 from tgate_compile._installed import check_installed
+from tgate_compile._live_tensors import rounded_input
 from tgate_compile._optimized import preview, required_state_of
 from tgate_compile._prompts import AUTO_PROMPTS
 from tgate_compile._quantization import read_quantization
@@ -39,6 +40,11 @@ MSG_SEVERAL = (
 MSG_SIMILARITY = (
     "This schedule ends guidance by the predictions' similarity (guidance_similarity), so that which graphs a call "
     "needs is known only while it runs. A bundle needs a gate_step or a guidance_step instead."
+)
+MSG_ROUNDED = (
+    "{model} was quantized by torchao so that layers round their inputs to few bits when they run ({name} and others), "
+    'and format="{format}" has no operator for that. What works: format="aoti"; Int8WeightOnlyConfig, whose weights '
+    'stay int8 in the bundle; or the model as it was, exported with quantize="int8-dynamic".'
 )
 #: What may be written: the denoiser's graphs alone, or all that makes an image of a prompt.
 COMPONENTS = ("denoiser", "all")
@@ -109,6 +115,9 @@ def export(
     if hook.config.schedule.guidance_similarity is not None:
         raise UnsupportedModelError(MSG_SIMILARITY)
     check_can_write(format)
+    rounded = None if FORMATS[format].rounds_inputs else rounded_input(hook.denoiser)
+    if rounded is not None:
+        raise UnsupportedModelError(MSG_ROUNDED.format(model=type(hook.denoiser).__name__, name=rounded, format=format))
     quantization = read_quantization(quantize, format, FORMATS[format].schemes)
     options = dict(format_options or {})
     format_called(format).check_options(options)

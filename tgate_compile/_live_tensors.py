@@ -10,19 +10,33 @@ from collections.abc import Hashable, Iterator
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tgate_compile._errors import UnsupportedModelError
+
+MSG_BITSANDBYTES = (
+    "{model} was quantized by bitsandbytes (its layer {layer}, for example), whose weights keep state beside their "
+    "numbers that torch.export cannot follow, so that there is no graph to optimize. What works: torchao's "
+    "quantize_(model, Int8WeightOnlyConfig()), optimum-quanto's weights, or the model as it was."
+)
+MSG_ACTIVATIONS = (
+    "{model} was quantized by optimum-quanto with its layers' inputs (activations=..., in {layer}, for example), which "
+    "torch.export cannot follow, so that there is no graph to optimize. What works: quantize(model, weights=...) "
+    "alone, or torchao's Int8DynamicActivationInt8WeightConfig."
+)
+
 
 def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All parameters and buffers by their names; those with several names are there several times.
 
-    Those inside of a subclass are `linear.parametrizations.weight.original0`, `...1` and so on, as `torch.export`
-    calls them. They are the module's own tensors, not copies.
+    A tensor of a subclass is there as it is, and so are the tensors inside it, by the names that `torch.export` gives
+    them: `linear.parametrizations.weight.original0`, `...1` and so on. They are the module's own, not copies.
     """
-    named = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    return {**_named(module), **plain_tensors(module)}
+
+
+def plain_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`live_tensors` without those of a subclass: each byte of the module is in a plain tensor here."""
     live: dict[str, torch.Tensor] = {}
-    for name, tensor in named.items():
+    for name, tensor in _named(module).items():
         if is_traceable_wrapper_subclass(tensor):
             path, _, attribute = name.rpartition(".")
             prefix = f"{path}." if path else ""
@@ -40,6 +54,36 @@ def make_up(tensor: torch.Tensor) -> Hashable:
     settings = tensor.__tensor_flatten__()[1]
     inside = tuple((each.shape, each.stride(), each.dtype, each.device) for each in _inner(tensor))
     return type(tensor), repr(settings), inside
+
+
+def rounded_input(module: torch.nn.Module) -> str | None:
+    """The name of the first parameter whose layer rounds its input to few bits as well, by torchao; None: none does."""
+    for name, tensor in module.named_parameters():
+        by_tensor = getattr(tensor, "act_quant_kwargs", None) is not None
+        if by_tensor or type(tensor).__name__ == "LinearActivationQuantizedTensor":
+            return name
+    return None
+
+
+def check_quantization(module: torch.nn.Module) -> None:
+    """Check that `torch.export` can follow what has quantized the module's layers, if anything has.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
+    model = type(module).__name__
+    for name, layer in module.named_modules():
+        if any(type(each).__module__.startswith("bitsandbytes") for each in layer.parameters(recurse=False)):
+            raise UnsupportedModelError(MSG_BITSANDBYTES.format(model=model, layer=name))
+        if getattr(layer, "activation_qtype", None) is not None:
+            raise UnsupportedModelError(MSG_ACTIVATIONS.format(model=model, layer=name))
+
+
+def _named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -19,7 +19,7 @@ from tgate_compile._capture import capture, deep_layer
 from tgate_compile._config import Config
 from tgate_compile._fingerprint import fingerprint
 from tgate_compile._graphs import Captured, Emission, Variant
-from tgate_compile._live_tensors import live_tensors
+from tgate_compile._live_tensors import check_quantization, live_tensors
 from tgate_compile._offload import check_weights_stay
 from tgate_compile._schedule import Kind, Phase
 from tgate_compile.passes.specialize import specialize
@@ -160,6 +160,7 @@ class VariantStore:
             self._variants.clear()
             self._compiled.clear()
             check_weights_stay(self.denoiser)
+            check_quantization(self.denoiser)
             self._fingerprint = current
             return
         live = live_tensors(self.denoiser)

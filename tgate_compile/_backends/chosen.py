@@ -12,6 +12,7 @@ from tgate_compile._backends._interface import Backend, Runner
 from tgate_compile._backends.closeness import TOLERANCES, coarsest, full_float32, relative_difference
 from tgate_compile._errors import BackendError, TGateError
 from tgate_compile._graphs import Variant
+from tgate_compile.exports.causes import cause_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,26 +64,33 @@ class ChosenBackend:
 
 
 class _Served:
-    """A runner of one graph. If its backend fails later on, the next one that is left takes over."""
+    """A runner of one graph. If its backend fails later on, the next one that is left takes over.
+
+    Attributes:
+        backend: what runs it.
+        compared: whether its results need not be compared with PyTorch's any more.
+    """
 
     def __init__(self, left: list[Backend], variant: Variant) -> None:
         self._left = left
         self._variant = variant
+        self.backend = left[0]
+        self.compared = False
 
     def start(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         """Compile the graph with the first backend left that agrees with PyTorch on these inputs."""
         while True:
-            self._backend = self._left[0]
+            self.backend = self._left[0]
             try:
-                self._runner = self._backend.compile(self._variant, inputs)
-                self._compared = self._backend.is_reference or self._compare(weights, inputs)
+                self._runner = self.backend.compile(self._variant, inputs)
+                self.compared = self.backend.is_reference or self._compare(weights, inputs)
                 return
             except BackendError as error:
                 self._give_up(error)
 
     def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         try:
-            self._compared = self._compared or self._compare(weights, inputs)
+            self.compared = self.compared or self._compare(weights, inputs)
             return self._runner(weights, inputs)
         except BackendError as error:
             self._give_up(error)
@@ -91,11 +99,11 @@ class _Served:
 
     def _give_up(self, error: BackendError) -> None:
         """Have the next backend take over; raise `error` if there is none."""
-        name = self._backend.name
-        if self._left == [self._backend]:
+        name = self.backend.name
+        if self._left == [self.backend]:
             raise BackendError(f"{error} {MSG_ADVICE}") if isinstance(error, _DiffersError) else error
-        if self._backend in self._left:
-            self._left.remove(self._backend)
+        if self.backend in self._left:
+            self._left.remove(self.backend)
             logger.warning(MSG_FALLS_BACK.format(name=self._left[0].name, problem=error))
         else:
             logger.debug("the %s graph leaves %s: %s", self._variant.phase.name, name, error)
@@ -119,7 +127,7 @@ class _Served:
                 raise _DiffersError(
                     MSG_DIFFERS.format(
                         graph=self._variant.phase.name,
-                        name=self._backend.name,
+                        name=self.backend.name,
                         distance=MSG_NOT_FINITE if math.isinf(relative) else MSG_RELATIVE.format(relative=relative),
                         tolerance=tolerance,
                         dtype=str(dtype).removeprefix("torch."),
@@ -133,13 +141,12 @@ class _Served:
         except TGateError:
             raise
         except Exception as error:  # a runtime has errors of its own
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
-            told = {"name": self._backend.name, "graph": self._variant.phase.name, "problem": problem}
+            told = {"name": self.backend.name, "graph": self._variant.phase.name, "problem": cause_of(error)}
             raise BackendError(MSG_FAILED.format(**told)) from error
 
     def _computed_in(self, device: torch.device) -> torch.dtype:
         """The coarsest dtype that the graph or the backend computes in."""
         values = (node.meta.get("val") for node in self._variant.program.graph.nodes)
         dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)} & (TOLERANCES.keys() - _STORED)
-        lowered = self._backend.lowered_to(device)
+        lowered = self.backend.lowered_to(device)
         return coarsest(dtypes if lowered is None else dtypes | {lowered})

@@ -16,6 +16,7 @@ from tgate_compile._backends.weight_samples import MadeOfWeights
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
+from tgate_compile.exports.causes import cause_of
 from tgate_compile.exports.to_onnx import OnnxGraph, to_onnx
 
 if TYPE_CHECKING:
@@ -176,5 +177,4 @@ def _check_providers(names: Sequence[str]) -> None:
 
 
 def _failed(variant: Variant, error: Exception) -> str:
-    problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    return MSG_FAILED.format(graph=variant.phase.name, problem=problem)
+    return MSG_FAILED.format(graph=variant.phase.name, problem=cause_of(error))

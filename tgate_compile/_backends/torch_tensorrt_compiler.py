@@ -17,6 +17,7 @@ from tgate_compile._backends.weight_samples import MadeOfWeights
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
+from tgate_compile.exports.causes import cause_of
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.flat_program import flat_program
 
@@ -108,8 +109,7 @@ class _Compiled:
                     **self._options,
                 )
         except Exception as error:  # TensorRT's own, and whatever the converters raise
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise BackendError(MSG_FAILED.format(graph=self._variant.phase.name, problem=problem)) from error
+            raise BackendError(MSG_FAILED.format(graph=self._variant.phase.name, problem=cause_of(error))) from error
         logger.info("compiled the %s graph in %.1f s", self._variant.phase.name, time.perf_counter() - began)
         return compiled
 

@@ -12,10 +12,11 @@ from torch.export import Dim
 from tgate_compile._backends.closeness import TOLERANCES, coarsest, relative_difference
 from tgate_compile._backends.onnx_session import open_session, run_bound, session_options
 from tgate_compile._bundle import manifest as m
-from tgate_compile._bundle.onnx_file import cause_of, check_model, save_model
+from tgate_compile._bundle.onnx_file import check_model, save_model
 from tgate_compile._bundle.sizes import shape_at, solve
 from tgate_compile._bundle.weights_file import WeightsFile
 from tgate_compile._errors import BundleError
+from tgate_compile.exports.causes import cause_of
 from tgate_compile.exports.to_onnx import program_to_onnx
 
 MSG_NOT_CONVERTED = "The {name} cannot be converted to ONNX: {problem}. Nothing has been written."

@@ -125,6 +125,7 @@ class Row:
         needs_gpu: its graphs run on NVIDIA's GPUs only.
         fixed_sizes: its graphs leave no size to each call.
         also: other backends that `load` may be told, with the format whose functions open its graphs in them.
+        rounds_inputs: it takes layers that torchao has quantized with their inputs.
         schemes: of quantization, that it takes; with any, the module is a `QuantizingFormat`.
     """
 
@@ -136,6 +137,7 @@ class Row:
     needs_gpu: bool = False
     fixed_sizes: bool = False
     also: Mapping[str, str] = field(default_factory=dict)
+    rounds_inputs: bool = False
     schemes: tuple[Scheme, ...] = ()
 
 
@@ -178,6 +180,7 @@ FORMATS: Mapping[str, Row] = {
         backend="aoti",
         extra="aoti",
         to_write=("pydantic",),
+        rounds_inputs=True,
         to_load=("pydantic",),
     ),
     "executorch": Row(

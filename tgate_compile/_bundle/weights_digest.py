@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from tgate_compile._live_tensors import live_tensors
+from tgate_compile._live_tensors import plain_tensors
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,7 +23,7 @@ def weights_digest(denoiser: torch.nn.Module) -> str:
     For example `conv_in.bias float32 4 9f86d0...`; the inner hash is that of the bytes in C order, little-endian.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(live_tensors(denoiser).items()):
+    for name, tensor in sorted(plain_tensors(denoiser).items()):
         shape = "x".join(map(str, tensor.shape))
         content = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         digest.update(f"{name} {dtype_name(tensor.dtype)} {shape} {content}\n".encode())
@@ -34,7 +34,7 @@ def bit_sums(denoiser: torch.nn.Module) -> tuple[int, ...]:
     """A sum over the bits of each weight: far quicker than the digest, and unequal after any ordinary change."""
     return tuple(
         int(tensor.detach().contiguous().view(_INTEGERS[tensor.itemsize]).sum())
-        for tensor in live_tensors(denoiser).values()
+        for tensor in plain_tensors(denoiser).values()
     )
 
 
