@@ -65,6 +65,11 @@ def rounded_input(module: torch.nn.Module) -> str | None:
     return None
 
 
+def wrapped_weight(module: torch.nn.Module) -> str | None:
+    """The name of the first parameter that is of a subclass with tensors inside it; None: none is."""
+    return next((name for name, tensor in module.named_parameters() if is_traceable_wrapper_subclass(tensor)), None)
+
+
 def check_quantization(module: torch.nn.Module) -> None:
     """Check that `torch.export` can follow what has quantized the module's layers, if anything has.
 
