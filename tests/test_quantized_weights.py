@@ -105,7 +105,7 @@ def test_executorch_refuses_quantized_weights(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     pipe = quantized()
     tgate_compile.optimize(pipe, GATE, backend="eager")
-    with pytest.raises(UnsupportedModelError, match="executorch.*time_embedding.*int8-dynamic"):
+    with pytest.raises(UnsupportedModelError, match=r"executorch.*time_embedding.*int8-dynamic"):
         tgate_compile.export(pipe, tmp_path / "bundle", "executorch")
     assert not pipe._tgate_compile.hook.store.variants
 

@@ -43,7 +43,7 @@ MSG_SIMILARITY = (
 )
 MSG_ROUNDED = (
     "{model} was quantized by torchao so that layers round their inputs to few bits when they run ({name} and others). "
-    "Bundles do not take that: most formats have no operator for it, and AOTInductor rounds values between two integers "
+    "Bundles do not take that: most formats have no operator for it, and AOTInductor rounds values between integers "
     "differently, so that its graphs cannot be checked against PyTorch. What works: Int8WeightOnlyConfig, whose "
     'weights stay int8 in a bundle; or the model as it was, exported with quantize="int8-dynamic".'
 )
