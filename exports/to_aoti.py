@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ def to_aoti(variant: Variant, folder: Path, options: Mapping[str, Any]) -> list[
     began = time.perf_counter()
     program = flat_program(variant.program, copy_graph(variant.program.graph_module))  # Inductor rewrites it
     graph_module: Any = program.module(check_guards=False)
+    _name_constants(graph_module, program.constants)
     _make_contiguous(graph_module)
     placeholders = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     examples = tuple(fake.contiguous() for fake in placeholders[len(variant.weights) :])
@@ -48,6 +49,17 @@ def to_aoti(variant: Variant, folder: Path, options: Mapping[str, Any]) -> list[
         )
     logger.info("compiled the %s graph in %.1f s", variant.phase.name, time.perf_counter() - began)
     return [str(file) for file in files]
+
+
+def _name_constants(module: torch.nn.Module, constants: Iterable[str]) -> None:
+    """Have the code ask for constants by these names: Inductor numbers tensors that are no buffers."""
+    for name in constants:
+        path, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(path)
+        value = owner.__dict__.get(attribute)
+        if isinstance(value, torch.Tensor):
+            delattr(owner, attribute)
+            owner.register_buffer(attribute, value, persistent=False)
 
 
 def _make_contiguous(module: torch.nn.Module) -> None:

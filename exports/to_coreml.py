@@ -21,6 +21,8 @@ from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.flat_program import flat_program
+from tgate_compile.passes.lower_complex import lower_complex
+from tgate_compile.passes.remove_dead import remove_dead
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,8 @@ def _dtype(tensor: torch.Tensor) -> type:
 def _program(variant: Variant) -> torch.export.ExportedProgram:
     graph_module = copy_graph(variant.program.graph_module)
     _vectors_for_scalars(graph_module, variant.program.graph_signature.user_inputs)
+    if lower_complex(graph_module).changes:
+        remove_dead(graph_module)
     graph_module.recompile()
     program: torch.export.ExportedProgram = flat_program(variant.program, graph_module).run_decompositions({})
     return program

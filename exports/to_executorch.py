@@ -18,6 +18,7 @@ from tgate_compile.exports.xnnpack_integers import Integers, kept_operators, xnn
 from tgate_compile.passes.contiguous_inputs import contiguous_inputs
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.flat_program import flat_program
+from tgate_compile.passes.lower_complex import lower_complex
 from tgate_compile.passes.remove_dead import remove_dead
 from tgate_compile.passes.unfuse_attention import unfuse_attention
 from tgate_compile.passes.unfuse_gelu import unfuse_gelu
@@ -90,6 +91,7 @@ def _prepared(variant: Variant, delegate: str, integers: Integers | None) -> tor
 
     graph_module = copy_graph(variant.program.graph_module)
     contiguous_inputs(graph_module, variant.program.graph_signature.user_inputs)
+    lower_complex(graph_module)
     if delegate == "xnnpack":
         # XNNPACK takes products and arithmetic. Each norm that is left to other kernels cuts a graph into two pieces.
         unfuse_attention(graph_module)

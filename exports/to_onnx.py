@@ -12,18 +12,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tgate_compile._errors import UnsupportedModelError
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
 from tgate_compile.exports.optimize_onnx import optimize_onnx
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.expand_masks import expand_masks
 from tgate_compile.passes.flat_program import flat_program
+from tgate_compile.passes.lower_complex import lower_complex
 from tgate_compile.passes.promote_concatenated import promote_concatenated
+from tgate_compile.passes.remove_dead import remove_dead
 
 if TYPE_CHECKING:
     import onnx_ir
 
 logger = logging.getLogger(__name__)
+
+MSG_INTEGERS = (
+    "its layers round their inputs to int8 and multiply integers ({operator}), as torchao's dynamic quantization does, "
+    "and this conversion to ONNX has no operator for that; Int8WeightOnlyConfig's weights it takes"
+)
 
 #: Has GroupNormalization and Attention as operators of their own: fewer nodes, and faster in ONNX Runtime.
 OPSET = 23
@@ -51,12 +59,18 @@ def to_onnx(variant: Variant) -> OnnxGraph:
 
     Raises:
         ConfigurationError: onnx or onnxscript is not installed.
+        UnsupportedModelError: the graph multiplies integers.
     """
     check_installed("onnx", "onnxscript")
+    for node in variant.program.graph.nodes:
+        if node.target is torch.ops.aten._int_mm.default:
+            raise UnsupportedModelError(MSG_INTEGERS.format(operator=node.target))
     began = time.perf_counter()
     graph_module = copy_graph(variant.program.graph_module)
     expand_masks(graph_module)
     promote_concatenated(graph_module)
+    if lower_complex(graph_module).changes:
+        remove_dead(graph_module)
     graph_module.recompile()
     graph = program_to_onnx(flat_program(variant.program, graph_module), variant.weights)
     logger.info(

@@ -20,7 +20,7 @@ def unfuse_attention(graph_module: torch.fx.GraphModule) -> PassResult:
 
     torch's own decomposition looks for rows that are masked entirely, with operators that runtimes for devices leave to
     slow kernels; a mask of finite numbers has no such rows. Causal attentions, boolean masks, and keys with fewer heads
-    than queries are left alone. Shapes must be fixed.
+    than queries are left alone. Shapes must be fixed. Views become reshapes: the result is laid out differently.
     """
     graph = graph_module.graph
     count = 0
@@ -30,6 +30,9 @@ def unfuse_attention(graph_module: torch.fx.GraphModule) -> PassResult:
                 node.replace_all_uses_with(_unfused(graph, node))
             graph.erase_node(node)
             count += 1
+    views = graph.find_nodes(op="call_function", target=aten.view.default) if count else ()
+    for node in views:
+        node.target = aten.reshape.default
     return PassResult(count)
 
 

@@ -15,6 +15,7 @@ from tgate_compile._config import Config
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import DENOISER_NAMES, has_joint_attention, refusal
 from tgate_compile._generation import MSG_CONCURRENT
+from tgate_compile._live_tensors import check_quantization
 from tgate_compile._loop import OnUnsupported
 from tgate_compile._modular import check_guidance, check_loaded, family_of_pipeline, is_modular
 from tgate_compile._offload import check_weights_stay
@@ -198,4 +199,5 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
         deep_layer(denoiser, config.schedule.deepcache_branch)
     check_patterns(denoiser, config.sites or ())
     check_weights_stay(denoiser)
+    check_quantization(denoiser)
     check_python(denoiser)

@@ -14,6 +14,7 @@ from tgate_compile._bundle.formats import FORMATS, check_can_write, format_calle
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile._free_sizes import SYMBOLS, FreeSize
 from tgate_compile._installed import check_installed
+from tgate_compile._live_tensors import rounded_input, wrapped_weight
 from tgate_compile._optimized import preview, required_state_of
 from tgate_compile._prompts import AUTO_PROMPTS
 from tgate_compile._quantization import read_quantization
@@ -39,6 +40,16 @@ MSG_SEVERAL = (
 MSG_SIMILARITY = (
     "This schedule ends guidance by the predictions' similarity (guidance_similarity), so that which graphs a call "
     "needs is known only while it runs. A bundle needs a gate_step or a guidance_step instead."
+)
+MSG_ROUNDED = (
+    "{model} was quantized by torchao so that layers round their inputs to few bits when they run ({name} and others). "
+    "Bundles do not take that: most formats have no operator for it, and AOTInductor rounds values between integers "
+    "differently, so that its graphs cannot be checked against PyTorch. What works: Int8WeightOnlyConfig, whose "
+    'weights stay int8 in a bundle; or the model as it was, exported with quantize="int8-dynamic".'
+)
+MSG_QUANTIZED = (
+    '{model} was quantized by torchao, and the converter of format="{format}" does not take its weights ({name} and '
+    'others). Export the model as it was with quantize="int8-dynamic", or to another format, such as "onnx".'
 )
 #: What may be written: the denoiser's graphs alone, or all that makes an image of a prompt.
 COMPONENTS = ("denoiser", "all")
@@ -109,6 +120,12 @@ def export(
     if hook.config.schedule.guidance_similarity is not None:
         raise UnsupportedModelError(MSG_SIMILARITY)
     check_can_write(format)
+    rounded, quantized = rounded_input(hook.denoiser), wrapped_weight(hook.denoiser)
+    told = {"model": type(hook.denoiser).__name__, "format": format}
+    if rounded is not None:
+        raise UnsupportedModelError(MSG_ROUNDED.format(name=rounded, **told))
+    if quantized is not None and not FORMATS[format].quantized_weights:
+        raise UnsupportedModelError(MSG_QUANTIZED.format(name=quantized, **told))
     quantization = read_quantization(quantize, format, FORMATS[format].schemes)
     options = dict(format_options or {})
     format_called(format).check_options(options)

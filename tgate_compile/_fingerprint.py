@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tgate_compile._live_tensors import make_up
 from tgate_compile._purity import foreign_code, is_trusted, settings_of
 
 # Bookkeeping of torch and of the hook mechanism, which no graph depends on.
@@ -27,8 +28,8 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
 
     Covered: the modules and their plain attributes (LoRA scales and active adapters, FreeU's factors, attention
     processors with theirs), hooks inside of it, plain values that code of others reads, and each parameter's shape,
-    strides, dtype and device. The parameters' *values* are not: graphs read them live, so changing weights in place
-    needs no new capture.
+    strides, dtype, device and quantization. The parameters' *values* are not: graphs read them live, so changing
+    weights in place needs no new capture.
     """
     modules = tuple(
         (
@@ -40,7 +41,7 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
         for name, module in denoiser.named_modules()
     )
     tensors = tuple(
-        (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, make_up(tensor))
         for named in (denoiser.named_parameters(), denoiser.named_buffers())
         for name, tensor in named
     )

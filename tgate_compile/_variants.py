@@ -15,7 +15,7 @@ import torch
 from torch.export import ShapesCollection
 from torch.utils import _pytree as pytree
 
-from tgate_compile._backends import Backend, Runner, make_backend
+from tgate_compile._backends import ChosenBackend, Runner, make_backend
 from tgate_compile._call import Call, FreeDims, differing_dims, fits
 from tgate_compile._capture import capture, deep_layer
 from tgate_compile._config import Config
@@ -23,6 +23,7 @@ from tgate_compile._errors import BackendError, CaptureError
 from tgate_compile._fingerprint import fingerprint
 from tgate_compile._graphs import Captured, Emission, Variant
 from tgate_compile._latents import latents_of
+from tgate_compile._live_tensors import check_quantization, live_tensors
 from tgate_compile._offload import check_weights_stay
 from tgate_compile._purity import check_python, check_stateless
 from tgate_compile._schedule import Kind, Phase
@@ -165,7 +166,7 @@ class VariantStore:
         self._variants: dict[tuple[_Address, Phase], Variant] = {}
         self._compiled: dict[tuple[_Address, Phase], CompiledVariant] = {}
         self._found: dict[tuple[_Address, Phase], _Address] = {}  # calls that are served by another call's graph
-        self._backends: dict[torch.device, Backend] = {}
+        self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # by state: another one may suit it
         self._generations = 0
         self._said_full = False
         self.compilations = 0
@@ -213,11 +214,12 @@ class VariantStore:
         model = self._models.get(current)
         if model is None:
             check_weights_stay(self.denoiser)
+            check_quantization(self.denoiser)
             check_python(self.denoiser)
             model = self._models[current] = len(self._models)
             if self._captures:
                 logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
-        live = self._live_tensors()
+        live = live_tensors(self.denoiser)
         self._let_go_of_old_tensors(model, live)
         self._model = model
         for key, compiled in self._compiled.items():
@@ -233,7 +235,7 @@ class VariantStore:
                 (program.state_dict, name)
                 for program in programs
                 for name, tensor in program.state_dict.items()
-                if live.get(name) is not tensor
+                if not _is_same(live.get(name), tensor)
             ]
             if old and address.model != model:
                 self._drop(address)
@@ -384,16 +386,15 @@ class VariantStore:
         self, address: _Address, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
     ) -> CompiledVariant:
         variant, held = self._variants[address, phase], self._captures[address]
-        weights = _weights(variant, self._live_tensors())
+        weights = _weights(variant, live_tensors(self.denoiser))
         inputs = _inputs(variant, held.captured, call, caches)
-        device = inputs[0].device
-        if device not in self._backends:
-            self._backends[device] = make_backend(self._config.backend, self._config.backend_options, device)
-        with exclusive():
-            runner = self._backends[device].compile(variant, inputs)
+        chosen = self._model, inputs[0].device
+        if chosen not in self._backends:
+            self._backends[chosen] = make_backend(self._config.backend, self._config.backend_options, chosen[1])
+        runner = self._backends[chosen].compile(variant, weights, inputs)
         compiled = self._compiled[address, phase] = CompiledVariant(variant, held.captured, runner, weights)
         self.compilations += 1
-        if self._backends[device].packs_weights:
+        if self._backends[chosen].packs_weights:
             held.nbytes += sum(tensor.nbytes for tensor in weights)
             self._make_room()
         return compiled
@@ -466,11 +467,6 @@ class VariantStore:
                 type(self.denoiser).__name__, limit / 1e9, self.compilations,
             )  # fmt: skip
 
-    def _live_tensors(self) -> dict[str, torch.Tensor]:
-        live: dict[str, torch.Tensor] = dict(self.denoiser.named_parameters(remove_duplicate=False))
-        live.update(self.denoiser.named_buffers(remove_duplicate=False))
-        return live
-
 
 def _weights(variant: Variant, live: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     constants = variant.program.constants
@@ -483,6 +479,11 @@ def _inputs(
     by_name = dict(zip(captured.input_names, call.leaves, strict=True))
     reused = [caches[site.kind, site.name] for site in variant.reused]
     return [*(by_name[name] for name in variant.inputs), *reused]
+
+
+def _is_same(live: torch.Tensor | None, held: torch.Tensor) -> bool:
+    """Whether a program's tensor is the denoiser's present one, or has the same memory (that of a quantized weight)."""
+    return live is held or (live is not None and live.shape == held.shape and live.data_ptr() == held.data_ptr())
 
 
 def _latents_of(call: Call, forward: Callable[..., Any]) -> int:

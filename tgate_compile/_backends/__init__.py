@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from tgate_compile._backends._interface import Backend, Runner
+from tgate_compile._backends.chosen import ChosenBackend
 from tgate_compile._backends.eager import EagerBackend
 from tgate_compile._backends.inductor import InductorBackend
 from tgate_compile._backends.onnx_runtime import OnnxRuntimeBackend
@@ -15,7 +16,7 @@ from tgate_compile._backends.torch_tensorrt_compiler import TensorRTBackend
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._installed import is_installed
 
-__all__ = ["BACKENDS", "Backend", "Runner", "check_backend", "make_backend"]
+__all__ = ["BACKENDS", "Backend", "ChosenBackend", "Runner", "check_backend", "make_backend"]
 
 BACKENDS: Mapping[str, type[Backend]] = {
     "inductor": InductorBackend,
@@ -49,19 +50,18 @@ def check_backend(name: object, options: Mapping[str, object]) -> None:
     BACKENDS[name].check_options(options)
 
 
-def make_backend(name: str, options: Mapping[str, object], device: torch.device) -> Backend:
-    """The backend called `name`; `auto` takes the one that was measured to be the fastest on `device`'s type."""
-    if name == "auto":
-        name = _best_on_cpu() if device.type == "cpu" else "inductor"
-    return BACKENDS[name](options)
+def make_backend(name: str, options: Mapping[str, object], device: torch.device) -> ChosenBackend:
+    """The backend called `name`; for `auto` those that can serve `device`'s type, the fastest first."""
+    names = _automatic(device) if name == "auto" else [name]
+    return ChosenBackend([BACKENDS[name](options) for name in names])
 
 
-def _best_on_cpu() -> str:
-    """Of what is installed. benchmarks/README.md has the figures.
+def _automatic(device: torch.device) -> list[str]:
+    """What is installed, in the order in which it was measured. benchmarks/README.md has the figures.
 
-    Inductor compiles for minutes there, and ends up beside eager.
+    Inductor compiles for minutes on a CPU, and ends up beside eager.
     """
-    for backend in (OpenVinoBackend, OnnxRuntimeBackend):
-        if is_installed(*backend.needs):
-            return backend.name
-    return "eager"
+    if device.type != "cpu":
+        return ["inductor", "eager"]
+    installed = [backend.name for backend in (OpenVinoBackend, OnnxRuntimeBackend) if is_installed(*backend.needs)]
+    return [*installed, "eager"]

@@ -20,12 +20,18 @@ class Backend(Protocol):
     name: ClassVar[str]
     #: Whether each graph has its own copy of the weights, in the order that its runtime wants.
     packs_weights: ClassVar[bool] = False
+    #: Whether its results are PyTorch's own, so that there is nothing to compare them with.
+    is_reference: ClassVar[bool]
 
     def __init__(self, options: Mapping[str, object]) -> None: ...
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
         """Raise ConfigurationError for options that the backend does not know."""
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        """The dtype that it computes in on `device` where that may round more than the values' own; else None."""
+        ...
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         """A runner of `variant` for inputs and caches of the shapes, dtypes and devices of these.

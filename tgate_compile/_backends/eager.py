@@ -17,6 +17,7 @@ class EagerBackend:
 
     name: ClassVar[str] = "eager"
     packs_weights: ClassVar[bool] = False
+    is_reference: ClassVar[bool] = True
 
     def __init__(self, options: Mapping[str, object]) -> None:
         del options  # there are none
@@ -25,6 +26,9 @@ class EagerBackend:
     def check_options(options: Mapping[str, object]) -> None:
         if options:
             raise ConfigurationError(f'backend "eager" has no options, but got {dict(options)!r}.')
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        return None
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         graph_module = variant.program.graph_module

@@ -51,6 +51,7 @@ class InductorBackend:
 
     name: ClassVar[str] = "inductor"
     packs_weights: ClassVar[bool] = False
+    is_reference: ClassVar[bool] = True
 
     def __init__(self, options: Mapping[str, object]) -> None:
         self._options = {name: value for name, value in options.items() if name != CUDA_GRAPHS}
@@ -67,6 +68,9 @@ class InductorBackend:
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        return None
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         began = time.perf_counter()

@@ -16,6 +16,7 @@ from tgate_compile._backends.weight_samples import MadeOfWeights
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
+from tgate_compile.exports.causes import cause_of
 from tgate_compile.exports.to_onnx import OnnxGraph, to_onnx
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class OnnxRuntimeBackend:
 
     name: ClassVar[str] = "onnxruntime"
     packs_weights: ClassVar[bool] = True
+    is_reference: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
 
     def __init__(self, options: Mapping[str, object]) -> None:
@@ -69,6 +71,11 @@ class OnnxRuntimeBackend:
                 raise ConfigurationError(MSG_OPTION.format(name=name, expected=OPTIONS[name], given=options[name]))
         if "providers" in options:
             _check_providers(providers)  # type: ignore[arg-type]
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        """The CPU's provider never rounds more; CUDA's multiplies in TF32, which rounds as float16 does."""
+        providers: Any = self._options.get("providers") or best_providers(device)
+        return None if set(providers) == {"CPUExecutionProvider"} else torch.float16
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         device = inputs[0].device
@@ -171,5 +178,4 @@ def _check_providers(names: Sequence[str]) -> None:
 
 
 def _failed(variant: Variant, error: Exception) -> str:
-    problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    return MSG_FAILED.format(graph=variant.phase.name, problem=problem)
+    return MSG_FAILED.format(graph=variant.phase.name, problem=cause_of(error))

@@ -16,6 +16,7 @@ from tgate_compile._backends.weight_samples import MadeOfWeights
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
+from tgate_compile.exports.causes import cause_of
 from tgate_compile.exports.to_onnx import OnnxGraph, to_onnx
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class OpenVinoBackend:
 
     name: ClassVar[str] = "openvino"
     packs_weights: ClassVar[bool] = True
+    is_reference: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "openvino")
 
     def __init__(self, options: Mapping[str, object]) -> None:
@@ -40,6 +42,10 @@ class OpenVinoBackend:
     def check_options(options: Mapping[str, object]) -> None:
         check_installed(*OpenVinoBackend.needs, extra="openvino", what='backend="openvino"')
         check_options(options)
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        precision: torch.dtype = getattr(torch, str(self._options.get("precision", "float32")))
+        return None if precision is torch.float32 else precision
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         check_device(inputs[0].device)
@@ -116,5 +122,4 @@ def _with_weights_as_inputs(graph: OnnxGraph) -> bytes:
 
 
 def _failed(variant: Variant, error: Exception) -> str:
-    problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    return MSG_FAILED.format(graph=variant.phase.name, problem=problem)
+    return MSG_FAILED.format(graph=variant.phase.name, problem=cause_of(error))

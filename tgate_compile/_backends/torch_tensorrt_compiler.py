@@ -12,10 +12,12 @@ import torch
 from torch.export import ExportedProgram
 
 from tgate_compile._backends._interface import Runner
+from tgate_compile._backends.closeness import coarsest
 from tgate_compile._backends.weight_samples import MadeOfWeights
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile._graphs import Variant
 from tgate_compile._installed import check_installed
+from tgate_compile.exports.causes import cause_of
 from tgate_compile.passes.copy_graph import copy_graph
 from tgate_compile.passes.flat_program import flat_program
 
@@ -34,6 +36,14 @@ MSG_FAILED = (
 OPTIONS: Mapping[str, object] = {"disable_tf32": True}
 #: What `compile` takes that is not a choice.
 _GIVEN = frozenset({"exported_program", "inputs", "arg_inputs", "kwarg_inputs", "device", "kwargs"})
+#: Options that name one dtype to compute in, or several.
+_PRECISIONS = ("enabled_precisions", "autocast_low_precision_type")
+#: Those that round more than float32, by the names that torch and Torch-TensorRT have for them.
+_LOWERED: Mapping[str, torch.dtype] = {
+    **dict.fromkeys(("float16", "half", "f16", "fp16"), torch.float16),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("float8_e4m3fn", "f8", "fp8"), torch.float8_e4m3fn),
+}
 
 
 class TensorRTBackend:
@@ -44,6 +54,7 @@ class TensorRTBackend:
 
     name: ClassVar[str] = "tensorrt"
     packs_weights: ClassVar[bool] = True
+    is_reference: ClassVar[bool] = False
 
     def __init__(self, options: Mapping[str, object]) -> None:
         self._options = options
@@ -57,6 +68,14 @@ class TensorRTBackend:
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(known)))
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        """By its options: TF32 rounds as float16 does."""
+        names = {str(item).rpartition(".")[2] for name in _PRECISIONS for item in _items(self._options.get(name))}
+        lowered = {_LOWERED[name] for name in names if name in _LOWERED}
+        if not {**OPTIONS, **self._options}["disable_tf32"]:
+            lowered.add(torch.float16)
+        return coarsest(lowered) if lowered else None
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         device = inputs[0].device
@@ -91,10 +110,13 @@ class _Compiled:
                     **self._options,
                 )
         except Exception as error:  # TensorRT's own, and whatever the converters raise
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise BackendError(MSG_FAILED.format(graph=self._variant.phase.name, problem=problem)) from error
+            raise BackendError(MSG_FAILED.format(graph=self._variant.phase.name, problem=cause_of(error))) from error
         logger.info("compiled the %s graph in %.1f s", self._variant.phase.name, time.perf_counter() - began)
         return compiled
+
+
+def _items(option: object) -> tuple[object, ...]:
+    return tuple(option) if isinstance(option, (set, frozenset, list, tuple)) else (option,)
 
 
 def _program(variant: Variant, weights: Sequence[torch.Tensor]) -> ExportedProgram:

@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline
 from tgate_compile._backends.eager import EagerBackend
 from tgate_compile._bundle.argument_names import argument_names
 from tgate_compile._bundle.planned_graphs import PlannedGraph, cache_name
-from tgate_compile._bundle.weights_digest import weights_of
 from tgate_compile._call import Call
 from tgate_compile._generation import Plan
 from tgate_compile._graphs import Captured, Emission, Variant
 from tgate_compile._hook import GatedDenoiser
+from tgate_compile._live_tensors import live_tensors
 from tgate_compile._schedule import Kind, Phase
 from tgate_compile._variants import CompiledVariant, VariantStore
 
@@ -126,7 +126,7 @@ class _Recorder:
         self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
     ) -> CompiledVariant:
         variant, captured = self._store.variant(phase, call, forward)
-        live = weights_of(self.denoiser)
+        live = live_tensors(self.denoiser)
         weights = [live[name] if name in live else variant.program.constants[name] for name in variant.weights]
         self._record(phase, call, caches, variant, forward)
         return CompiledVariant(variant, captured, EagerBackend({}).compile(variant, ()), weights)

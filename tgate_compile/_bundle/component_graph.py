@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch.export import Dim
 
+from tgate_compile._backends.closeness import TOLERANCES, coarsest, relative_difference
 from tgate_compile._backends.onnx_session import open_session, run_bound, session_options
 from tgate_compile._bundle import manifest as m
-from tgate_compile._bundle.onnx_file import cause_of, check_model, save_model
-from tgate_compile._bundle.parity import TOLERANCES, relative_difference
+from tgate_compile._bundle.onnx_file import check_model, save_model
 from tgate_compile._bundle.sizes import shape_at, solve
 from tgate_compile._bundle.weights_file import WeightsFile
 from tgate_compile._errors import BundleError
+from tgate_compile.exports.causes import cause_of
 from tgate_compile.exports.to_onnx import program_to_onnx
 
 MSG_NOT_CONVERTED = "The {name} cannot be converted to ONNX: {problem}. Nothing has been written."
@@ -112,7 +113,7 @@ def component_parity(
     check_model(name, path)
     session = open_session(path, session_options({}), ["CPUExecutionProvider"])
     provider = str(session.get_providers()[0])
-    dtype = max((getattr(torch, spec.dtype) for spec in outputs), key=lambda dtype: TOLERANCES[dtype])
+    dtype = coarsest({getattr(torch, spec.dtype) for spec in outputs})
     tolerance = TOLERANCES[dtype]
     measured = []
     for example in examples:

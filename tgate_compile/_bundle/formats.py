@@ -125,6 +125,7 @@ class Row:
         needs_gpu: its graphs run on NVIDIA's GPUs only.
         fixed_sizes: its graphs leave no size to each call.
         also: other backends that `load` may be told, with the format whose functions open its graphs in them.
+        quantized_weights: it takes weights that torchao has quantized.
         schemes: of quantization, that it takes; with any, the module is a `QuantizingFormat`.
     """
 
@@ -136,6 +137,7 @@ class Row:
     needs_gpu: bool = False
     fixed_sizes: bool = False
     also: Mapping[str, str] = field(default_factory=dict)
+    quantized_weights: bool = True
     schemes: tuple[Scheme, ...] = ()
 
 
@@ -187,6 +189,7 @@ FORMATS: Mapping[str, Row] = {
         to_write=("executorch", "pydantic"),
         to_load=("executorch", "pydantic"),
         fixed_sizes=True,
+        quantized_weights=False,
         schemes=("int8-dynamic", "int8-static"),
     ),
     "coreml": Row(

@@ -45,13 +45,6 @@ def check_model(name: str, path: Path) -> None:
         raise BundleError(MSG_INVALID.format(graph=name, problem=str(error).splitlines()[0])) from error
 
 
-def cause_of(error: BaseException) -> str:
-    """The first line of what `error` goes back to: torch.onnx wraps it in general advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-
-
 def external_tensor(
     name: str, content: torch.Tensor, dtype: onnx_ir.DataType, shape: Sequence[int], weights: WeightsFile
 ) -> onnx_ir.ExternalTensor:

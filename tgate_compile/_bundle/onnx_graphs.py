@@ -14,7 +14,7 @@ from tgate_compile._bundle import manifest as m
 from tgate_compile._bundle.check_onnx_file import check_onnx_file
 from tgate_compile._bundle.describe_graph import inputs_of, size_of, symbols_of
 from tgate_compile._bundle.formats import Progress, WrittenGraph
-from tgate_compile._bundle.onnx_file import cause_of, check_model, save_model
+from tgate_compile._bundle.onnx_file import check_model, save_model
 from tgate_compile._bundle.onnx_session import OnnxSession
 from tgate_compile._bundle.piecewise_session import PiecewiseSession
 from tgate_compile._bundle.planned_graphs import PlannedGraph
@@ -26,6 +26,7 @@ from tgate_compile._bundle.weights_digest import dtype_name
 from tgate_compile._bundle.weights_file import WeightsFile
 from tgate_compile._errors import BundleError, ConfigurationError, UnsupportedModelError
 from tgate_compile._quantization import Scheme
+from tgate_compile.exports.causes import cause_of
 from tgate_compile.exports.to_onnx import to_onnx
 from tgate_compile.passes.operands import outputs_of, shape_of
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from tgate_compile._backends.closeness import TOLERANCES, coarsest, full_float32, relative_difference
 from tgate_compile._bundle.choose_sizes import example_sizes, other_sizes
 from tgate_compile._bundle.formats import GraphFormat
 from tgate_compile._bundle.manifest import Deviation, Graph, Parity, TensorSpec
@@ -16,17 +16,6 @@ from tgate_compile._bundle.sizes import shape_at
 from tgate_compile._bundle.weights_digest import dtype_name
 from tgate_compile._errors import BackendError, BundleError
 from tgate_compile._free_sizes import SYMBOLS
-
-#: The largest difference that rounding may explain, relative to an output's largest value, by the coarsest dtype.
-TOLERANCES: Mapping[torch.dtype, float] = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
-    # A value may be rounded to another of fp8's few numbers: one step is an eighth, or a quarter.
-    torch.float8_e4m3fn: 0.13,
-    torch.float8_e5m2: 0.26,
-}
 
 #: Of a quantized graph, whose differences are those of its few bits: 4 bits were up to 0.51 from random inputs' outputs
 #: where images were 42 dB from the float ones. Nothing but zeros is 1.
@@ -74,7 +63,7 @@ def measure_parity(
     try:
         session = functions.open_graph(graph, folder, device, FRUGAL)
         for sizes, inputs in _cases(planned, graph, limits, real if quantized else None):
-            with torch.no_grad(), _all_of_float32():
+            with torch.no_grad(), full_float32():
                 expected = eager(*planned.weights, *(tensor.to(own_device) for tensor in inputs))
             results = session.run([tensor.to(device) for tensor in inputs])
             relative = max(relative_difference(a.cpu(), b.cpu()) for a, b in zip(results, expected, strict=True))
@@ -83,8 +72,8 @@ def measure_parity(
     except BackendError as error:
         hint = MSG_ON_CPU if device.type == "cpu" else ""
         raise BundleError(MSG_NOT_RUN.format(graph=planned.name, device=device, problem=error, hint=hint)) from error
-    coarsest = max(dtypes, key=lambda dtype: TOLERANCES[dtype])
-    tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[coarsest]
+    dtype = coarsest(dtypes)
+    tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[dtype]
     relative = max(one.relative for one in measured)
     if not all(one.relative <= tolerance for one in measured):  # NaN is not
         raise BundleError(
@@ -93,7 +82,7 @@ def measure_parity(
                 provider=session.provider,
                 relative=relative,
                 tolerance=tolerance,
-                dtype="quantized graphs" if quantized else dtype_name(coarsest),
+                dtype="quantized graphs" if quantized else dtype_name(dtype),
             )
         )
     return Parity(relative=relative, tolerance=tolerance, provider=session.provider, measured=measured)
@@ -110,19 +99,6 @@ def _cases(
     if real is not None:
         return [(dict(example), list(inputs)) for inputs in (real[0], real[-1])]
     return [(sizes, _random_inputs(planned, graph, sizes)) for sizes in _choices(example, limits)]
-
-
-@contextmanager
-def _all_of_float32() -> Iterator[None]:
-    """On a GPU PyTorch convolves float32 in TF32, unless it is told not to, and is then further off than what it is
-    compared with."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
@@ -155,9 +131,3 @@ def _random_inputs(planned: PlannedGraph, graph: Graph, sizes: Mapping[str, int]
 
     inputs = [like(given, spec) for given, spec in zip(planned.example_inputs, graph.inputs, strict=True)]
     return [*inputs, *(random(spec) for spec in graph.cache_inputs)]
-
-
-def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference of any element, relative to the largest element that is expected."""
-    difference = (result.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny))

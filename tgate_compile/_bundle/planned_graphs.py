@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from tgate_compile._bundle.argument_names import argument_names
-from tgate_compile._bundle.weights_digest import weights_of
 from tgate_compile._call import Call
 from tgate_compile._free_sizes import FreeSize, free_shapes
 from tgate_compile._generation import Plan
 from tgate_compile._graphs import Captured, Emission, Site, Variant
 from tgate_compile._hook import GatedDenoiser
+from tgate_compile._live_tensors import live_tensors
 from tgate_compile._schedule import Kind, Phase
 from tgate_compile._variants import VariantStore
 
@@ -77,7 +77,7 @@ def planned_graphs(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) 
         CaptureError: torch.export finds that the denoiser's code depends on one of these sizes.
     """
     assert isinstance(hook.store, VariantStore)
-    live = weights_of(hook.denoiser)
+    live = live_tensors(hook.denoiser)
     calls: dict[Hashable, Call] = {call.key: call for _, call in plan.graphs}
     phases = dict.fromkeys((phase, call.key) for phase, call in plan.graphs)
     graphs = {}

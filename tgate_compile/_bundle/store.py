@@ -18,11 +18,12 @@ from tgate_compile._bundle.phases import phase_of
 from tgate_compile._bundle.returns import unflatten_as
 from tgate_compile._bundle.session import Refittable, Session, sizes_for
 from tgate_compile._bundle.sizes import shape_at
-from tgate_compile._bundle.weights_digest import bit_sums, dtype_name, weights_of
+from tgate_compile._bundle.weights_digest import bit_sums, dtype_name
 from tgate_compile._call import Call
 from tgate_compile._errors import BundleError
 from tgate_compile._fingerprint import fingerprint
 from tgate_compile._graphs import Captured, Emission, Site, Variant
+from tgate_compile._live_tensors import live_tensors
 from tgate_compile._schedule import Kind, Phase
 
 MSG_NO_GRAPH = (
@@ -178,7 +179,7 @@ class BundleStore:
     def _refit(self, session: Session) -> None:
         if not isinstance(session, Refittable):
             raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder, what=""))
-        session.refit(weights_of(self.denoiser))
+        session.refit(live_tensors(self.denoiser))
 
     def _graph(self, phase: Phase) -> Graph:
         if phase not in self._graphs:

@@ -1,0 +1,189 @@
+"""A backend serves a graph once its results have been compared with PyTorch's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_compile
+from tests.comparing import difference
+from tests.tiny_pipelines import run, stable_diffusion
+from tgate_compile import BackendError
+from tgate_compile._backends.closeness import coarsest, relative_difference
+from tgate_compile._backends.onnx_runtime import OnnxRuntimeBackend
+from tgate_compile._backends.open_vino import OpenVinoBackend
+from tgate_compile._backends.torch_tensorrt_compiler import TensorRTBackend
+
+CLOSE = 1e-4
+INF, NAN = float("inf"), float("nan")
+
+
+class _Times(torch.nn.Module):
+    """A time embedding times a function of the timestep: an exact number, whatever the order of sums."""
+
+    def __init__(self, inner: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.function = function
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.inner(time) * self.function(time)[:, None]
+        return result
+
+
+def hashed(time: torch.Tensor) -> torch.Tensor:
+    """OpenVINO multiplies 64-bit integers in 32 bits."""
+    return ((time.long() * 2_654_435_761) % 1000).float() / 1000
+
+
+def in_64_bits(time: torch.Tensor) -> torch.Tensor:
+    """OpenVINO computes the sine of a double in 32 bits."""
+    return torch.sin(time.double() * 1e7).float()
+
+
+def without_onnx(time: torch.Tensor) -> torch.Tensor:
+    """No converter to ONNX knows it."""
+    return torch.special.i0(time.float() / 1000)
+
+
+def pipeline(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    pipe = stable_diffusion(layout="small")
+    pipe.unet.time_proj = _Times(pipe.unet.time_proj, function)
+    return pipe
+
+
+def eager(pipe: Any, gate: int = 2) -> torch.Tensor:
+    tgate_compile.optimize(pipe, gate, backend="eager")
+    result: torch.Tensor = run(pipe, steps=3)
+    tgate_compile.restore(pipe)
+    return result
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Ours, not torch's."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("tgate_compile")]
+
+
+@pytest.mark.parametrize("function", [hashed, in_64_bits])
+def test_a_named_backend_that_is_wrong(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    pytest.importorskip("openvino")
+    pipe = pipeline(function)
+    tgate_compile.optimize(pipe, 2, backend="openvino")
+    with pytest.raises(BackendError, match=r"full graph .*\"openvino\" is \d\.\de-0\d .*1e-04 .*float32") as error:
+        run(pipe, steps=3)
+    assert 'backend="eager"' in str(error.value)
+    with pytest.raises(BackendError, match="openvino"):  # not even the second time
+        run(pipe, steps=3)
+
+
+def test_automatic_goes_on_to_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("openvino")
+    pipe = pipeline(hashed)
+    expected = run(pipe, steps=2)
+    tgate_compile.optimize(pipe, 1000, backend="auto")
+    with caplog.at_level(logging.WARNING, "tgate_compile"):
+        assert difference(run(pipe, steps=2), expected) < CLOSE
+        assert difference(run(pipe, steps=2), expected) < CLOSE
+    (message,) = warnings_of(caplog)
+    for part in ("full graph", '"openvino" is', '"onnxruntime"'):
+        assert part in message
+    assert 'backend="inductor"' not in message  # no advice where nothing is to be done
+
+
+def test_automatic_ends_at_eager(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("openvino")
+    pipe = pipeline(without_onnx)
+    expected = eager(pipe)
+    tgate_compile.optimize(pipe, 2, backend="auto")
+    with caplog.at_level(logging.WARNING, "tgate_compile"):
+        assert torch.equal(run(pipe, steps=3), expected)
+    first, second = warnings_of(caplog)
+    assert '"onnxruntime"' in first
+    assert '"eager"' in second
+    assert "i0" in first
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, 2, backend="onnxruntime")
+    with pytest.raises(BackendError, match="bessel_i0"):
+        run(pipe, steps=3)
+
+
+def only_alone(time: torch.Tensor) -> torch.Tensor:
+    """Of a batch of two, the guided one, OpenVINO computes it as PyTorch does; not of a batch of one."""
+    return hashed(time) if time.shape[0] == 1 else torch.ones_like(time, dtype=torch.float32)
+
+
+def test_a_graph_that_was_right_stays(caplog: pytest.LogCaptureFixture) -> None:
+    """The backend fails at the second graph, in the middle of a generation, which goes on with the same caches."""
+    pytest.importorskip("openvino")
+    pipe = pipeline(only_alone)
+    expected = eager(pipe)
+    tgate_compile.optimize(pipe, 2, backend="auto")
+    with caplog.at_level(logging.WARNING, "tgate_compile"):
+        assert difference(run(pipe, steps=3), expected) < CLOSE
+    (message,) = warnings_of(caplog)
+    assert "pruned graph" in message
+    compiled = {item.variant.phase.name: item.runner for item in pipe._tgate_compile.hook.store.compiled}
+    names = {name: runner.backend.name for name, runner in compiled.items()}
+    assert names == {"full": "openvino", "pruned": "onnxruntime"}
+
+
+def test_a_graph_without_finite_values_is_compared_later() -> None:
+    """What is NaN in PyTorch may be NaN, and says nothing of the backend."""
+    pytest.importorskip("openvino")
+    pipe = stable_diffusion(layout="small")
+    good = pipe.unet.conv_out.bias.clone()
+    pipe.unet.conv_out.bias.fill_(NAN)
+    tgate_compile.optimize(pipe, 1000, backend="onnxruntime")
+    assert run(pipe, steps=1).isnan().all()
+    (compiled,) = pipe._tgate_compile.hook.store.compiled
+    assert not compiled.runner.compared
+    pipe.unet.conv_out.bias.copy_(good)
+    assert run(pipe, steps=1).isfinite().all()
+    (compiled,) = pipe._tgate_compile.hook.store.compiled
+    assert compiled.runner.compared
+
+
+@pytest.mark.parametrize(
+    ("result", "expected", "relative"),
+    [
+        ([1.0, 2.0], [1.0, 4.0], 0.5),
+        ([1.0, NAN], [1.0, NAN], 0.0),
+        ([1.0, NAN], [1.0, 4.0], INF),
+        ([1.0, 4.0], [1.0, NAN], INF),
+        ([1.0, INF], [2.0, INF], 0.5),
+        ([1.0, INF], [1.0, -INF], INF),
+        ([1.0, INF], [1.0, 3.0], INF),
+        ([1.0], [1.0, 1.0], INF),
+        ([0.0], [0.0], 0.0),
+    ],
+)
+def test_distances(result: list[float], expected: list[float], relative: float) -> None:
+    assert relative_difference(torch.tensor(result), torch.tensor(expected)) == relative
+
+
+def test_no_distance_where_nothing_is_finite() -> None:
+    nothing = torch.tensor([NAN, NAN])
+    assert relative_difference(nothing, nothing) != relative_difference(nothing, nothing)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (OpenVinoBackend({}), None),
+        (OpenVinoBackend({"precision": "float32"}), None),
+        (OpenVinoBackend({"precision": "bfloat16"}), torch.bfloat16),
+        (OnnxRuntimeBackend({"providers": ["CPUExecutionProvider"]}), None),
+        (OnnxRuntimeBackend({"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}), torch.float16),
+        (TensorRTBackend({}), None),
+        (TensorRTBackend({"disable_tf32": False}), torch.float16),
+        (TensorRTBackend({"enabled_precisions": {torch.float16, torch.float32}}), torch.float16),
+        (TensorRTBackend({"autocast_low_precision_type": torch.bfloat16}), torch.bfloat16),
+    ],
+)
+def test_options_that_lower_the_precision(backend: Any, dtype: torch.dtype | None) -> None:
+    assert backend.lowered_to(torch.device("cpu")) is dtype
+    assert coarsest({torch.float32, torch.float64, dtype or torch.float32}) is (dtype or torch.float32)
