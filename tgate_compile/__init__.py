@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tgate_compile._optimize import optimize as optimize
     from tgate_compile._optimize import restore as restore
     from tgate_compile._optimized import generation as generation
+    from tgate_compile._purity import pure as pure
     from tgate_compile._schedule import Schedule as Schedule
     from tgate_compile._schedule_file import load_schedule as load_schedule
     from tgate_compile._schedule_file import save_schedule as save_schedule
@@ -57,6 +58,7 @@ _HOMES = {
     "optimize": "_optimize",
     "restore": "_optimize",
     "generation": "_optimized",
+    "pure": "_purity",
     "Schedule": "_schedule",
     "load_schedule": "_schedule_file",
     "save_schedule": "_schedule_file",
@@ -87,6 +89,7 @@ __all__ = [
     "optimize",
     "restore",
     "generation",
+    "pure",
     "Schedule",
     "load_schedule",
     "save_schedule",

@@ -10,16 +10,17 @@ says that it is `pure`.
 from __future__ import annotations
 
 import dis
+import enum
 import functools
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from tgate_compile._errors import INSTEAD, UnsupportedModelError
+from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedModelError
 
 Code = TypeVar("Code", bound=Callable[..., Any])
 
@@ -27,18 +28,37 @@ _MARK = "__tgate_compile_pure__"
 
 #: Packages whose code inside a denoiser is known to work in a graph, but for their pipelines' attention processors.
 TRUSTED = ("torch", "diffusers", "transformers", "peft", "optimum", "torchao", "tomesd", "tgate_compile", "xformers")
-_NOT_TRUSTED = ("diffusers.pipelines", "diffusers.hooks")
+_NOT_TRUSTED = ("diffusers.pipelines", "diffusers.modular_pipelines", "diffusers.guiders", "diffusers.hooks")
 
 #: Modules that code may use: what they compute depends on the arguments alone.
 _PURE_MODULES = frozenset(
-    {"torch", "math", "einops", "functools", "operator", "typing", "types", "itertools", "inspect"}
+    {
+        "builtins",
+        "contextlib",
+        "einops",
+        "functools",
+        "inspect",
+        "itertools",
+        "math",
+        "operator",
+        "torch",
+        "types",
+        "typing",
+    }
 )
 
 MSG_IMPURE = (
     "{what} {where} cannot be part of a graph: {reason}. A graph would go on repeating what it did once. Remove it, "
     "or, if its result depends on its arguments alone, say so: tgate_compile.pure({name}). " + INSTEAD
 )
-MSG_STATEFUL = "{model} keeps state from call to call, which a graph cannot: running it changes {changes}. " + INSTEAD
+MSG_STATEFUL = "{model} keeps state from call to call, which a graph cannot: {reason}. " + INSTEAD
+MSG_NOT_CALLABLE = (
+    "pure() needs a hook, an attention processor or a forward: a function, a method, a callable object or a class, but "
+    "got a {given}."
+)
+MSG_NO_MARK = (
+    "pure() cannot mark {given!r}, which takes no attributes. Put it into a function of your own, or mark its class."
+)
 MSG_GLOBAL_HOOKS = (
     "torch has forward hooks for all modules (torch.nn.modules.module.register_module_forward_hook), which cannot be "
     "part of a graph. Remove them. " + INSTEAD
@@ -46,18 +66,32 @@ MSG_GLOBAL_HOOKS = (
 
 
 def pure(code: Code) -> Code:
-    """Say that a forward hook, an attention processor (its class or the object) or a forward is safe to capture.
+    """Declare that a forward hook, an attention processor or a replaced forward is safe to capture.
 
-    Its result must depend on its arguments, on the weights and on its plain attributes alone (numbers, strings), and it
-    must not change anything else: it runs once, on symbolic tensors, and what it did then is what the graph does.
-    Returns `code` itself, so that it can be used as a decorator.
+    Its result must depend on nothing but its arguments, the weights, and plain values (numbers and strings, also in
+    lists and dictionaries) that it reads; a change of these values leads to a new capture. It must not change anything
+    else. It is captured once, on symbolic tensors, and the graph repeats what it did then.
+
+    Args:
+        code: a function, a bound method, a callable object, or the class of callable objects.
+
+    Returns:
+        `code` itself, so that it can be used as a decorator.
+
+    Raises:
+        ConfigurationError: `code` is not callable, or cannot have attributes.
     """
-    setattr(code.__func__ if isinstance(code, types.MethodType) else code, _MARK, True)
+    if not callable(code):
+        raise ConfigurationError(MSG_NOT_CALLABLE.format(given=type(code).__name__))
+    try:
+        setattr(code.__func__ if isinstance(code, types.MethodType) else code, _MARK, True)
+    except (AttributeError, TypeError):
+        raise ConfigurationError(MSG_NO_MARK.format(given=code)) from None
     return code
 
 
 def check_python(denoiser: torch.nn.Module) -> None:
-    """Check the Python code that others have put inside of `denoiser`.
+    """Check the Python code that others have put inside `denoiser`.
 
     Hooks on the denoiser itself are fine: they stay outside of the graph, and act as in the plain pipeline.
 
@@ -66,18 +100,41 @@ def check_python(denoiser: torch.nn.Module) -> None:
     """
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         raise UnsupportedModelError(MSG_GLOBAL_HOOKS)
+    own = {id(module) for module in denoiser.modules()}
     for foreign in foreign_code(denoiser):
-        reason = _Reader().impurity(foreign.code)
+        reason = _Reader(own).impurity(foreign.code)
         if reason is not None:
             what, where = foreign.described
             raise UnsupportedModelError(MSG_IMPURE.format(what=what, where=where, reason=reason, name=foreign.kind))
+    for kind in _own_classes(denoiser):
+        reader = _read(kind)
+        if reader.rebinds:
+            raise UnsupportedModelError(MSG_STATEFUL.format(model=kind.__name__, reason=reader.rebinds[0]))
 
 
 def settings_of(code: object) -> tuple[Hashable, ...]:
-    """The plain values that `code` reads from outside: attributes, globals, variables of the functions around it."""
+    """The functions that `code` consists of, and the plain values that they read from outside."""
     reader = _Reader()
     reader.impurity(code)
     return tuple(reader.read)
+
+
+def settings_of_classes(denoiser: torch.nn.Module) -> tuple[Hashable, ...]:
+    """The same for the modules' classes that are not of known libraries."""
+    return tuple((kind, *_read(kind).read) for kind in _own_classes(denoiser))
+
+
+def _own_classes(denoiser: torch.nn.Module) -> list[type[torch.nn.Module]]:
+    kinds = dict.fromkeys(type(module) for module in denoiser.modules())
+    return [kind for kind in kinds if not is_trusted(kind.__module__)]
+
+
+def _read(kind: type[torch.nn.Module]) -> _Reader:
+    """What the forward of a class reads."""
+    reader = _Reader()
+    if isinstance(kind.forward, types.FunctionType):
+        reader.function(kind.forward, kind)
+    return reader
 
 
 @dataclass(frozen=True)
@@ -103,12 +160,12 @@ class Foreign:
         if self.kind == "hook":
             return f"The forward hook {_name(self.code)}", f"on {where}"
         if self.kind == "forward":
-            return f"The function {_name(self.code)}", f"in the place of the forward of {where}"
-        return f"The attention processor {type(self.code).__name__}", f"of {where}"
+            return f"The function {_name(self.code)}", f"in place of the forward of {where}"
+        return f"The attention processor {_name(self.code)}", f"of {where}"
 
 
 def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
-    """Hooks, attention processors and replaced forwards inside of `denoiser` that are not of known libraries."""
+    """Hooks, attention processors and replaced forwards inside `denoiser` that are not of known libraries."""
     for path, module in denoiser.named_modules():
         attributes = module.__dict__
         if path:
@@ -119,9 +176,24 @@ def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
         # What accelerate and diffusers put there is looked at where offloading is.
         if forward is not None and "_hf_hook" not in attributes and not _has_diffusers_hooks(module):
             yield Foreign("forward", path, module, forward)
+        elif _is_patched(type(module), "forward"):
+            yield Foreign("forward", path, module, type(module).forward)
         processor = getattr(module, "processor", None)
-        if callable(processor) and not is_trusted(type(processor).__module__):
-            yield Foreign("processor", path, module, processor)
+        if callable(processor):
+            if not is_trusted(type(processor).__module__):
+                yield Foreign("processor", path, module, processor)
+            elif _is_patched(type(processor), "__call__") and not isinstance(processor, torch.nn.Module):
+                yield Foreign("processor", path, module, type(processor).__call__)
+
+
+def _is_patched(kind: type, name: str) -> bool:
+    """Whether a class of a known library has a function of another author under this name."""
+    function = getattr(kind, name, None)
+    return (
+        isinstance(function, types.FunctionType)
+        and is_trusted(kind.__module__)
+        and not _is_known(function.__globals__.get("__name__"))
+    )
 
 
 def is_trusted(module_name: str | None) -> bool:
@@ -141,112 +213,227 @@ def _name(code: object) -> str:
 
 
 class _Reader:
-    """Follows what a callable refers to, as long as it is not certain that it cannot be repeated."""
+    """Follows what a callable refers to, and collects the values that it reads.
 
-    def __init__(self) -> None:
-        self.read: list[Hashable] = []
-        self._seen: set[int] = set()
+    Args:
+        own: the denoiser's modules by their ids. Code may refer to these.
+    """
+
+    def __init__(self, own: Collection[int] = ()) -> None:
+        self.read: list[Hashable] = []  # code and plain values, which are part of what identifies a graph
+        self.held: list[tuple[str, object]] = []  # the other values, which may change from call to call
+        self.rebinds: list[str] = []  # changes of variables outside of the code
+        self._own = own
+        self._seen: dict[int, object] = {}  # kept alive, so that no two have the same id
 
     def impurity(self, code: object) -> str | None:
         """Why `code` may not be repeated by a graph; None if nothing speaks against it."""
-        if id(code) in self._seen or getattr(code, _MARK, False):
+        if id(code) in self._seen:
             return None
-        self._seen.add(id(code))
+        self._seen[id(code)] = code
+        reason = self._impurity(code)
+        return None if _is_marked(code) else reason
+
+    def function(self, function: types.FunctionType, owner: type | None = None) -> str | None:
+        """The same for a function; methods that it calls are looked for in `owner`."""
+        self._seen[id(function)] = function
+        found = _instructions_of(function.__code__)
+        self.read.append(function.__code__)
+        self.rebinds += found.rebinds
+        values = [
+            *((value, f"the variable {name!r} of the function around it") for name, value in _cells(function)),
+            *(
+                (function.__globals__[name], f"the global variable {name!r}")
+                for name in found.globals
+                if name in function.__globals__
+            ),
+            *((value, "a default value") for value in (function.__defaults__ or ())),
+            *((value, "a default value") for value in (function.__kwdefaults__ or {}).values()),
+            *((value, f"its attribute {name!r}") for name, value in vars(function).items() if name not in _NOTES),
+        ]
+        reasons = [
+            *found.reasons,
+            *(self._value(value, what, found.attributes) for value, what in values),
+            None if owner is None else self._class(owner, found.attributes),
+        ]
+        return None if _is_marked(function) else _first(reasons)
+
+    def _impurity(self, code: object) -> str | None:
         if isinstance(code, functools.partial):
             bound = (*code.args, *code.keywords.values())
-            return self.impurity(code.func) or self._first((value, "a bound argument") for value in bound)
+            return _first([self.impurity(code.func), *(self._value(value, "a bound argument") for value in bound)])
         if isinstance(code, types.MethodType):
-            owner = code.__self__
-            of_denoiser = isinstance(owner, (torch.nn.Module, type))
-            return self.impurity(code.__func__) or (None if of_denoiser else self._attributes(owner))
+            return self._method(code.__func__, code.__self__)
         if isinstance(code, types.FunctionType):
             # Not by `__module__`, which `functools.wraps` takes over from the function that is wrapped.
-            known = is_trusted(code.__globals__.get("__name__"))
-            return self._first(_wrapped_functions(code)) if known else self._function(code)
-        if isinstance(code, (type, *_BUILTIN)) or is_trusted(type(code).__module__):
+            if _is_known(code.__globals__.get("__name__")):
+                return _first([self._value(value, "a function") for _, value in _cells(code) if _is_function(value)])
+            return self.function(code)
+        if isinstance(code, types.BuiltinFunctionType):
+            return self._builtin(code)
+        if isinstance(code, (type, torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return None
+        if is_trusted(type(code).__module__):
             return None
         call = type(code).forward if isinstance(code, torch.nn.Module) else type(code).__call__
-        return self._attributes(code) or self.impurity(call)
+        return self._method(call, code)
 
-    def _function(self, function: types.FunctionType) -> str | None:
-        reason, loaded = _instructions_of(function.__code__)
-        if reason is not None:
-            return reason
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            with suppress(ValueError):  # of a variable that has no value yet
-                reason = self._value(cell.cell_contents, f"the variable {name!r} of the function around it")
-                if reason is not None:
-                    return reason
-        in_module = [name for name in loaded if name in function.__globals__]
-        reads = ((function.__globals__[name], f"the global variable {name!r}") for name in in_module)
-        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        return self._first(reads) or self._first((value, "a default value") for value in defaults)
+    def _method(self, function: object, owner: object) -> str | None:
+        """`function`, called as a method of the object or class `owner`."""
+        kind = owner if isinstance(owner, type) else type(owner)
+        if isinstance(function, types.FunctionType) and not _is_known(function.__globals__.get("__name__")):
+            reason = self.function(function, kind)
+        else:
+            reason = self.impurity(function)
+        if isinstance(owner, torch.nn.Module) and id(owner) not in self._own:
+            return _first([reason, "it belongs to a module that is not part of the denoiser"])
+        return _first([reason, None if isinstance(owner, (torch.nn.Module, type)) else self._attributes(owner)])
+
+    def _builtin(self, code: types.BuiltinFunctionType) -> str | None:
+        owner = code.__self__
+        if code.__name__ in _OPAQUE:
+            return f"it calls {code.__name__}()"
+        # A method of a list or a generator of random numbers, say.
+        return None if owner is None or isinstance(owner, type) else self._value(owner, f"{code.__name__}()'s owner")
 
     def _attributes(self, owner: object) -> str | None:
-        """An object's own attributes, and those of its class."""
-        of_torch = vars(torch.nn.Module()).keys() if isinstance(owner, torch.nn.Module) else ()
-        found = {name: value for name, value in getattr(owner, "__dict__", {}).items() if name not in of_torch}
-        for base in type(owner).__mro__:
-            if base is object or is_trusted(base.__module__):
-                break
+        """An object's own attributes, and the plain ones of its class."""
+        found = dict(getattr(owner, "__dict__", {}))
+        for base in _own_bases(type(owner)):
             plain = {name: value for name, value in vars(base).items() if isinstance(value, _PLAIN)}
             found = {**{name: value for name, value in plain.items() if not name.startswith("__")}, **found}
-        return self._first((value, f"its attribute {name!r}") for name, value in found.items())
+        return _first([self._value(value, f"its attribute {name!r}") for name, value in found.items() if name != _MARK])
 
-    def _value(self, value: object, what: str) -> str | None:
+    def _class(self, kind: type, names: Collection[str]) -> str | None:
+        """What a class has under these names: functions that may be called, values that may be read."""
+        found = [
+            (getattr(value, "__func__", getattr(value, "fget", value)), f"the attribute {name!r} of {base.__name__}")
+            for base in _own_bases(kind)
+            for name, value in vars(base).items()
+            if name in names
+        ]
+        return _first(
+            [
+                (None if id(value) in self._seen else self.function(value, kind))
+                if isinstance(value, types.FunctionType)
+                else self._value(value, what)
+                for value, what in found
+                if not isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
+            ]
+        )
+
+    def _value(self, value: object, what: str, names: Collection[str] = ()) -> str | None:
+        """A value that code refers to; `names` are the attributes that it looks up, of this value or of others."""
         if isinstance(value, _PLAIN):
-            self.read.append((what, value))  # which is part of what identifies a graph
+            self.read.append((what, type(value), value))
             return None
         if isinstance(value, types.ModuleType):
-            known = value.__name__.partition(".")[0] in _PURE_MODULES or is_trusted(value.__name__)
-            return None if known else f"it uses the module {value.__name__!r}"
+            return None if _is_known(value.__name__) else f"it uses the module {value.__name__!r}"
         if isinstance(value, (tuple, frozenset)):
-            return self._first((item, what) for item in value)
-        if isinstance(value, (type, types.FunctionType, types.MethodType, functools.partial, *_BUILTIN)):
+            return _first([self._value(item, what) for item in value])
+        if isinstance(value, type):
+            return self._class(value, names)
+        if _is_function(value) or isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
             return self.impurity(value)
         if isinstance(value, torch.nn.Module):
-            return f"it reads {what}, a module that is not part of the denoiser"
-        if getattr(value, _MARK, False) or (callable(value) and is_trusted(type(value).__module__)):
-            return None
+            return None if id(value) in self._own else f"it reads {what}, a module that is not part of the denoiser"
+        if _is_marked(value) or (callable(value) and is_trusted(type(value).__module__)):
+            return self.impurity(value)
+        self.held.append((what, value))
+        self.read.append((what, _frozen(value, 3)))
         return f"it reads {what}, a {type(value).__name__}, which may change from call to call"
 
-    def _first(self, values: Iterable[tuple[object, str]]) -> str | None:
-        return next((reason for value, what in values if (reason := self._value(value, what)) is not None), None)
 
-
-_BUILTIN = (types.BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), type(...), enum.Enum),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+)
 #: Functions that change or read something without showing it in the code.
-_OPAQUE = frozenset({"setattr", "delattr", "exec", "eval", "globals", "vars", "next", "open", "input"})
+_OPAQUE = frozenset({"setattr", "delattr", "exec", "eval", "globals", "vars", "next", "open", "input", "print"})
+_NOTES = (_MARK, "__wrapped__", "__signature__")
 
 
-def _wrapped_functions(function: types.FunctionType) -> Iterator[tuple[object, str]]:
-    """The functions that a decorator of a known library has around it: `torch.no_grad()` on one of the user's."""
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):
-            if isinstance(cell.cell_contents, (types.FunctionType, types.MethodType, functools.partial)):
-                yield cell.cell_contents, "a function"
+def _first(reasons: list[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _is_marked(code: object) -> bool:
+    """Whether `code` itself, its function or its class is said to be pure; subclasses of the latter are not."""
+    owners = (code.__func__ if isinstance(code, types.MethodType) else code, type(code))
+    return any(_MARK in getattr(owner, "__dict__", ()) for owner in owners)
+
+
+def _is_function(value: object) -> bool:
+    return isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial))
+
+
+def _is_known(module_name: str | None) -> bool:
+    """Whether the functions of a Python module may be used."""
+    return is_trusted(module_name) or (module_name or "").partition(".")[0] in _PURE_MODULES
+
+
+def _own_bases(kind: type) -> Iterator[type]:
+    """A class and its bases, but for those of known libraries."""
+    return (base for base in kind.__mro__ if base is not object and not is_trusted(base.__module__))
+
+
+def _cells(function: types.FunctionType) -> Iterator[tuple[str, object]]:
+    """The variables of the functions around `function`, or those that a decorator has put around it."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # of a variable that has no value yet
+            yield name, cell.cell_contents
+
+
+def _frozen(value: object, depth: int) -> Hashable:
+    """Plain values in `value`, in a form that can be compared; the rest by its type."""
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if depth and isinstance(value, dict):
+        return tuple((str(key), _frozen(item, depth - 1)) for key, item in value.items())
+    if depth and isinstance(value, (list, tuple)):
+        return tuple(_frozen(item, depth - 1) for item in value)
+    attributes = None if isinstance(value, (torch.Tensor, torch.nn.Module, type)) else getattr(value, "__dict__", None)
+    inside = _frozen(attributes, depth - 1) if depth and isinstance(attributes, dict) else None
+    return f"{type(value).__module__}.{type(value).__qualname__}", inside
+
+
+@dataclass(frozen=True)
+class _Instructions:
+    """What the instructions of a function show.
+
+    Attributes:
+        reasons: why it may not be repeated.
+        rebinds: those of them that change variables outside of it.
+        globals: the global names that it reads.
+        attributes: the names of the attributes that it reads, of whatever object.
+    """
+
+    reasons: tuple[str, ...]
+    rebinds: tuple[str, ...]
+    globals: tuple[str, ...]
+    attributes: frozenset[str]
 
 
 @functools.cache
-def _instructions_of(code: types.CodeType) -> tuple[str | None, tuple[str, ...]]:
-    """Why a function with this `code` may not be repeated, judging by its instructions; and the globals it reads."""
-    loaded: set[str] = set()
+def _instructions_of(code: types.CodeType) -> _Instructions:
+    reasons, rebinds, loaded, attributes = [], [], set(), set()
     for instruction in _all_instructions(code):
         name = instruction.argval
         match instruction.opname:
             case "STORE_ATTR" | "DELETE_ATTR":
-                return f"it changes the attribute {name!r} in each call", ()
+                reasons.append(f"it changes the attribute {name!r} in each call")
             case "STORE_GLOBAL" | "DELETE_GLOBAL":
-                return f"it changes the global variable {name!r}", ()
+                rebinds.append(f"it changes the global variable {name!r}")
             case "STORE_DEREF" if name in code.co_freevars:
-                return f"it changes the variable {name!r} of the function around it", ()
+                rebinds.append(f"it changes the variable {name!r} of the function around it")
+            case "IMPORT_NAME" if not _is_known(name):
+                reasons.append(f"it uses the module {name!r}")
             case "LOAD_GLOBAL" | "LOAD_NAME":
                 loaded.add(name)
-    opaque = sorted(loaded & _OPAQUE)
-    if opaque:
-        return f"it calls {opaque[0]}()", ()
-    return None, tuple(sorted(loaded))
+            case "LOAD_ATTR" | "LOAD_METHOD" | "LOAD_SUPER_ATTR":
+                attributes.add(name)
+    reasons += [f"it calls {name}()" for name in sorted(loaded & _OPAQUE)]
+    return _Instructions((*rebinds, *reasons), tuple(rebinds), tuple(sorted(loaded)), frozenset(attributes))
 
 
 def _all_instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
@@ -258,52 +445,118 @@ def _all_instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
 
 
 def check_stateless(denoiser: torch.nn.Module, run: Callable[[], object]) -> None:
-    """Check that running the denoiser leaves its attributes as they are, if it has code that is not known here.
+    """Check that running the denoiser changes nothing that it reads, if it has code that is not known here.
 
-    `run` calls it once, on real inputs. What is computed in the first call and kept (tables) may change once.
+    `run` calls it once, on real inputs. What is computed in the first call and kept (tables) may change once. If there
+    is more, everything is put back to what it was.
 
     Raises:
         UnsupportedModelError: it counts calls, collects results, or keeps other state.
     """
-    own_classes = any(not is_trusted(type(module).__module__) for module in denoiser.modules())
-    if not own_classes and next(foreign_code(denoiser), None) is None:
+    if not _own_classes(denoiser) and next(foreign_code(denoiser), None) is None:
         return
-    changed: list[str] = []
+    at_first = before = _state(denoiser)
+    for snapshot in at_first.values():
+        snapshot.keep_contents()
     for _ in range(2):
-        before = _state(denoiser)
         run()
         after = _state(denoiser)
         changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
         if not changed:
             return
-    shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-    raise UnsupportedModelError(MSG_STATEFUL.format(model=type(denoiser).__name__, changes=shown))
+        before = after
+    for name in after.keys() - at_first.keys():
+        after[name].remove()
+    for snapshot in at_first.values():
+        snapshot.restore()
+    reason = f"running it changes {', '.join(changed[:3])}" + (", ..." if len(changed) > 3 else "")
+    raise UnsupportedModelError(MSG_STATEFUL.format(model=type(denoiser).__name__, reason=reason))
 
 
-def _state(denoiser: torch.nn.Module) -> dict[str, object]:
-    """The attributes of all modules and processors; what they hold is kept alive, so that identities say something."""
-    ignored = vars(torch.nn.Module()).keys() - {"_buffers"}
-    state: dict[str, object] = {}
+def _state(denoiser: torch.nn.Module) -> dict[str, _Snapshot]:
+    """What the code in `denoiser` may change: attributes of modules and processors, and what its functions read."""
+    ignored = vars(torch.nn.Module()).keys() | {"_diffusers_hook", "forward", "processor"}
+    state: dict[str, _Snapshot] = {}
     for path, module in denoiser.named_modules():
         owners = {path: module, f"{path}.processor": getattr(module, "processor", None)}
         for where, owner in owners.items():
-            for name, value in getattr(owner, "__dict__", {}).items():
-                if name not in ignored and name not in ("_diffusers_hook", "forward", "processor"):
-                    state[f"{where}.{name}".lstrip(".")] = _Snapshot(value)
+            attributes = getattr(owner, "__dict__", {})
+            for home in (attributes, attributes.get("_buffers", {})):
+                for name, value in home.items():
+                    if name not in ignored:
+                        state[f"{where}.{name}".lstrip(".")] = _Snapshot(value, home, name)
+    for kind in _own_classes(denoiser):
+        for what, value in _read(kind).held:
+            state[f"{what} of {kind.__name__}"] = _Snapshot(value)
     return state
 
 
 class _Snapshot:
-    """A value at a moment: equal to a later one if nothing has replaced or changed it."""
+    """A value at a moment: equal to a later one if nothing has replaced or changed it.
 
-    def __init__(self, value: object) -> None:
-        self._held = value
+    Args:
+        value: the value. What it holds is kept alive, so that identities say something.
+        home: where it is, if it is to be put back there.
+        name: under which key.
+    """
+
+    def __init__(self, value: object, home: dict[str, Any] | None = None, name: str = "") -> None:
+        self._value = value
+        self._home = home
+        self._name = name
         self._seen = _seen(value, 3)
+        self._contents: list[Callable[[], None]] = []
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Snapshot) and self._seen == other._seen
 
     __hash__ = None  # type: ignore[assignment]
+
+    def keep_contents(self) -> None:
+        """Copy what is needed for `restore`."""
+        self._contents = _contents(self._value, 3)
+
+    def restore(self) -> None:
+        """Put the value back, with the contents that it had at `keep_contents`."""
+        for restore in self._contents:
+            restore()
+        if self._home is not None:
+            self._home[self._name] = self._value
+
+    def remove(self) -> None:
+        """Take away a value that was not there before."""
+        if self._home is not None:
+            self._home.pop(self._name, None)
+
+
+def _contents(value: object, depth: int) -> list[Callable[[], None]]:
+    """What brings back the contents of a container, of a tensor, and of all inside it."""
+    if torch.is_tensor(value):
+        return (
+            [] if isinstance(value, torch.nn.Parameter) else [functools.partial(_copy, value, value.detach().clone())]
+        )
+    if not depth or isinstance(value, (*_PLAIN, torch.nn.Module, type)):
+        return []
+    if isinstance(value, dict):
+        return [
+            functools.partial(_refill, value, dict(value)),
+            *(restore for item in value.values() for restore in _contents(item, depth - 1)),
+        ]
+    if isinstance(value, (list, set, tuple, frozenset)):
+        inside = [restore for item in value for restore in _contents(item, depth - 1)]
+        return [functools.partial(_refill, value, value.copy()), *inside] if isinstance(value, (list, set)) else inside
+    attributes = getattr(value, "__dict__", None)
+    return _contents(attributes, depth) if isinstance(attributes, dict) else []
+
+
+def _refill(container: Any, contents: Any) -> None:
+    container.clear()
+    container.extend(contents) if isinstance(container, list) else container.update(contents)
+
+
+def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)
 
 
 def _seen(value: object, depth: int) -> object:
