@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 import tgate_compile
 from tests.hook_reference import hook_reference
+from tests.refusing import refused, untouched
 from tests.tiny_pipelines import (
     TEXT_DIM,
     image,
@@ -34,38 +34,6 @@ from tgate_compile import ConfigurationError, UnsupportedModelError
 def shared() -> SimpleNamespace:
     pipe = stable_diffusion(layout="small")
     return SimpleNamespace(pipe=pipe, image=run(pipe))
-
-
-def _state(pipe: Any) -> list[Any]:
-    denoiser = pipe.transformer if "transformer" in pipe.components else pipe.unet
-    modules = [(name, type(module), dict(vars(module))) for name, module in denoiser.named_modules()]
-    return [type(pipe), dict(vars(pipe)), [(name, kind, {**state}) for name, kind, state in modules]]
-
-
-@contextmanager
-def untouched(pipe: Any) -> Iterator[None]:
-    """The pipeline, its denoiser and all modules of that are the same after the block as before."""
-    before = _state(pipe)
-    yield
-    after = _state(pipe)
-    assert after[0] is before[0]
-    assert after[1] == before[1]
-    for (name, kind, state), (name_after, kind_after, state_after) in zip(before[2], after[2], strict=True):
-        assert (name, kind) == (name_after, kind_after)
-        assert list(state) == list(state_after)
-        for key in state:
-            assert state[key] is state_after[key] or state[key] == state_after[key], f"{name}.{key}"
-
-
-def refused(pipe: Any, error: type[Exception], *parts: str, **options: Any) -> str:
-    """`optimize` raises `error`, whose message has all of `parts`, and leaves `pipe` alone."""
-    with untouched(pipe), pytest.raises(error) as caught:
-        tgate_compile.optimize(pipe, **{"gate_step": 3, "backend": "eager", **options})
-    message = str(caught.value)
-    assert isinstance(caught.value, tgate_compile.TGateError)
-    for part in parts:
-        assert part in message
-    return message
 
 
 # Arguments.

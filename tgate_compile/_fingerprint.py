@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tgate_compile._live_tensors import make_up
-from tgate_compile._purity import foreign_code, settings_of, settings_of_classes
+from tgate_compile._purity import foreign_code, has_global_hooks, settings_of, settings_of_classes
 
 # Bookkeeping of torch and of the hook mechanism, which no graph depends on.
 _IGNORED = frozenset(vars(torch.nn.Module())) - {"training", "_forward_hooks", "_forward_pre_hooks"} | {
@@ -46,7 +46,7 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
         for name, tensor in named
     )
     foreign = tuple((code.path, code.kind, settings_of(code.code)) for code in foreign_code(denoiser))
-    return modules, tensors, foreign, settings_of_classes(denoiser)
+    return modules, tensors, foreign, settings_of_classes(denoiser), has_global_hooks()
 
 
 def _attributes(module: torch.nn.Module, ignored: frozenset[str]) -> Hashable:

@@ -120,6 +120,8 @@ class Loop:
         """The argument `name` of the pipeline's call; if it is a callback, its denoiser calls are not the loop's."""
         if isinstance(value, (PipelineCallback, MultiPipelineCallbacks)):
             return _PausingCallbacks(self, value)
+        if isinstance(value, (list, tuple)) and "callback" in name:
+            return type(value)(self.outside(name, item) for item in value)
         # Other callable objects (tokenizers, modules) have attributes that the pipeline may need.
         if not isinstance(value, FUNCTIONS) and not (callable(value) and "callback" in name):
             return value

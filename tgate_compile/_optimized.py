@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -132,6 +132,17 @@ def required_state_of(pipe: object) -> Optimized:
     return state
 
 
+class OwnLoop:
+    """A denoising loop of your own, as `generation` yields it."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context inside which the denoiser runs as if never optimized, and its calls are not part of the loop."""
+        return self._loop.pause()
+
+
 @contextmanager
 def generation(
     pipe: DiffusionPipeline,
@@ -139,12 +150,19 @@ def generation(
     guidance: bool,
     gate_step: GateStep | None = None,
     num_timesteps: int | None = None,
-) -> Iterator[None]:
+) -> Iterator[OwnLoop]:
     """Run one generation of your own denoising loop through the optimized denoiser.
 
     The pipeline's call does this itself. Set the scheduler's timesteps before the first denoiser call, and make the
     calls in the order of the timesteps, as the pipeline does: with the batch [uncond; cond] if guidance is on, or with
-    a call for each half where the pipeline makes two.
+    a call for each half where the pipeline makes two. Calls that are not part of the loop, such as those for a preview,
+    go inside `paused()` of what the context yields:
+
+        with tgate_compile.generation(pipe, guidance=True) as loop:
+            for timestep in pipe.scheduler.timesteps:
+                ...
+                with loop.paused():
+                    preview = pipe.unet(latents, timestep, encoder_hidden_states=text).sample
 
     Args:
         pipe: an optimized pipeline; its scheduler is the loop's.
@@ -160,7 +178,7 @@ def generation(
     loop = Loop(on_unsupported=state.on_unsupported, report=state.report_plain)
     facts = _Facts(lambda name: guidance, lambda: num_timesteps, watch=True)
     with _generation(state, pipe, gate_step, lambda: facts, loop):
-        yield
+        yield OwnLoop(loop)
 
 
 def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]:

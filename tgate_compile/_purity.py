@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedModelError
 
@@ -98,7 +99,7 @@ def check_python(denoiser: torch.nn.Module) -> None:
     Raises:
         UnsupportedModelError: some of it cannot be part of a graph; the message names it, where it is, and why.
     """
-    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+    if has_global_hooks():
         raise UnsupportedModelError(MSG_GLOBAL_HOOKS)
     own = {id(module) for module in denoiser.modules()}
     for foreign in foreign_code(denoiser):
@@ -110,6 +111,11 @@ def check_python(denoiser: torch.nn.Module) -> None:
         reader = _read(kind)
         if reader.rebinds:
             raise UnsupportedModelError(MSG_STATEFUL.format(model=kind.__name__, reason=reader.rebinds[0]))
+
+
+def has_global_hooks() -> bool:
+    """Whether torch has forward hooks for all modules."""
+    return bool(torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks)
 
 
 def settings_of(code: object) -> tuple[Hashable, ...]:
@@ -171,7 +177,8 @@ def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
         if path:
             for hooks in (attributes["_forward_pre_hooks"], attributes["_forward_hooks"]):
                 for hook in hooks.values():
-                    yield Foreign("hook", path, module, hook)
+                    if _is_function(hook) or not is_trusted(type(hook).__module__):
+                        yield Foreign("hook", path, module, hook)
         forward = attributes.get("forward")
         # What accelerate and diffusers put there is looked at where offloading is.
         if forward is not None and "_hf_hook" not in attributes and not _has_diffusers_hooks(module):
@@ -475,15 +482,17 @@ def check_stateless(denoiser: torch.nn.Module, run: Callable[[], object]) -> Non
 
 def _state(denoiser: torch.nn.Module) -> dict[str, _Snapshot]:
     """What the code in `denoiser` may change: attributes of modules and processors, and what its functions read."""
-    ignored = vars(torch.nn.Module()).keys() | {"_diffusers_hook", "forward", "processor"}
+    ignored = vars(torch.nn.Module()).keys() | {"_diffusers_hook", "_internal_dict", "forward", "processor"}
     state: dict[str, _Snapshot] = {}
     for path, module in denoiser.named_modules():
+        # What torch's own weight_norm and spectral_norm compute anew in each call.
+        computed = {getattr(hook, "name", None) for hook in module._forward_pre_hooks.values()}
         owners = {path: module, f"{path}.processor": getattr(module, "processor", None)}
         for where, owner in owners.items():
             attributes = getattr(owner, "__dict__", {})
             for home in (attributes, attributes.get("_buffers", {})):
                 for name, value in home.items():
-                    if name not in ignored:
+                    if name not in ignored and name not in computed:
                         state[f"{where}.{name}".lstrip(".")] = _Snapshot(value, home, name)
     for kind in _own_classes(denoiser):
         for what, value in _read(kind).held:
@@ -535,7 +544,7 @@ def _contents(value: object, depth: int) -> list[Callable[[], None]]:
         return (
             [] if isinstance(value, torch.nn.Parameter) else [functools.partial(_copy, value, value.detach().clone())]
         )
-    if not depth or isinstance(value, (*_PLAIN, torch.nn.Module, type)):
+    if not depth or isinstance(value, (*_PLAIN, torch.nn.Module, type, FrozenDict)):
         return []
     if isinstance(value, dict):
         return [

@@ -322,9 +322,9 @@ class VariantStore:
         """Before the first capture of a denoiser in this state."""
         if self._model in self._stateless:
             return
-        args, kwargs = call.arguments
 
         def run() -> None:
+            args, kwargs = call.map_tensors(torch.Tensor.clone).arguments  # so that a kept input is another one
             with torch.no_grad(), torch.random.fork_rng():
                 forward(*args, **kwargs)
 
