@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import INSTEAD, UnsupportedModelError
 from tgate_compile._schedule import Half, Kind
 
 Key = tuple[Kind, str]
@@ -16,7 +16,7 @@ Layout = Literal["both", "separate", "one"]
 
 MSG_GUIDANCE_SWITCHED_ON = (
     "Guidance has been switched on in the middle of a generation, and what is cached was made without it. "
-    "Switch it on from the start."
+    "Switch it on from the start. " + INSTEAD
 )
 
 
@@ -64,11 +64,11 @@ class Caches:
         `order` is that of the halves where a value has both.
 
         Raises:
-            ConfigurationError: they have been made without guidance, which is on now.
+            UnsupportedModelError: they have been made without guidance, which is on now.
         """
         layout = self._layouts[kind]
         if guided and layout == "one":
-            raise ConfigurationError(MSG_GUIDANCE_SWITCHED_ON)
+            raise UnsupportedModelError(MSG_GUIDANCE_SWITCHED_ON)
         if guided or layout == "one":
             return
         for half, key in [address for address in self._values if address[1][0] == kind]:

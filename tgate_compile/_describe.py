@@ -8,11 +8,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch.export.graph_signature import InputKind
 
-from tgate_compile._generation import strip_of
+from tgate_compile._generation import Generation, Plan, strip_of
 from tgate_compile._graphs import Variant
 from tgate_compile._hook import GatedDenoiser
 from tgate_compile._optimized import preview, required_state_of
-from tgate_compile._schedule import Phase
 from tgate_compile.passes.count_macs import count_macs
 
 
@@ -63,6 +62,8 @@ class Description:
         strip: the last generation, or the one asked about, one character a step: `F` full, `p` pruned;
             `docs/schedules.md` has them all. Two denoisers' steps have a `|` in between.
         cache_bytes: the most that this generation keeps from one step to the next.
+        plain_because: why the last call, or the one asked about, ran in full although the schedule has more to it
+            (`on_unsupported="plain"`); None if it was not for such a reason.
         bundle: the folder of the bundle that it is served from, which says itself what its graphs are
             (`tgate-compile inspect`); None if the graphs are made here.
     """
@@ -79,6 +80,7 @@ class Description:
     last_steps: tuple[tuple[int, str], ...]
     strip: str
     cache_bytes: int
+    plain_because: str | None
     bundle: str | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,9 +94,9 @@ class Description:
         ]
         if self.bundle is not None:
             lines.append(f"{len(self.sites)} sites, graphs of the bundle {self.bundle}")
-        elif not self.variants:
+        elif not self.variants and self.plain_because is None:
             lines.append("Nothing captured yet: call the pipeline once.")
-        else:
+        elif self.variants:
             lines.append(f"{len(self.sites)} sites:")
             lines += [f"  {site}" for site in self.sites]
             wide = max(len(v.name) for v in self.variants)
@@ -110,6 +112,8 @@ class Description:
             what = f"last call: {self.strip}  ({len(self.last_steps)} denoiser calls)"
             lines.append(what if self.last_steps else f"such a call: {self.strip}")
             lines.append(f"caches: {self.cache_bytes / 1e6:.3f} MB at most")
+        if self.plain_because is not None:
+            lines.append(f"runs in full: {self.plain_because}")
         return "\n".join(lines)
 
 
@@ -126,8 +130,8 @@ def describe(pipe: DiffusionPipeline, **call: Any) -> Description:
     state = required_state_of(pipe)
     plans = preview(pipe, call) if call else {}
     hooks = state.hooks
-    steps = {name: plans[name].steps if name in plans else _last_steps(hook) for name, hook in hooks.items()}
-    lasts = [hook.last for hook in hooks.values() if hook.last is not None]
+    lasts = [hook.last for hook in hooks.values() if hook.last is not None and state.last_plain is None]
+    shown: list[Plan] | list[Generation] = [*plans.values()] or lasts
     schedule = state.hook.config.schedule
     return Description(
         pipeline=state.pipeline_class.__name__,
@@ -145,15 +149,12 @@ def describe(pipe: DiffusionPipeline, **call: Any) -> Description:
             for name, hook in hooks.items()
             for variant, captured in hook.store.variants
         ),
-        last_steps=() if plans else tuple((step, phase.name) for ran in steps.values() for step, phase in ran),
-        strip="|".join(strip_of(ran) for ran in steps.values() if ran),
+        last_steps=() if plans else tuple((step, phase.name) for ran in shown for step, phase in ran.steps),
+        strip="|".join(strip_of(ran.steps) for ran in shown if ran.steps),
         bundle=state.hook.store.folder,
-        cache_bytes=max((told.cache_bytes for told in plans.values() or lasts), default=0),
+        cache_bytes=max((each.cache_bytes for each in shown), default=0),
+        plain_because=None if state.last_plain is None else str(state.last_plain),
     )
-
-
-def _last_steps(hook: GatedDenoiser) -> list[tuple[int, Phase]]:
-    return hook.last.steps if hook.last is not None else []
 
 
 def _sites(hook: GatedDenoiser, prefix: str) -> list[str]:

@@ -195,10 +195,10 @@ class Generation:
         """Stand in for the denoiser's forward."""
         if threading.get_ident() != self._thread:
             raise ConcurrentGenerationError(MSG_CONCURRENT)
+        if self._preview and not self._loop.paused:
+            raise Previewed(args, kwargs, self._guided())
         if self._loop.paused or self._loop.plain:
             return self._forward(*args, **kwargs)
-        if self._preview:
-            raise Previewed(args, kwargs, self._guided())
         try:
             return self._denoise(args, kwargs)
         except (UnsupportedModelError, CaptureError) as error:

@@ -76,6 +76,7 @@ class Loop:
         self.stepped = 0  # calls of the scheduler's step
         self.generations: list[Denoising] = []
         self.current: Denoising | None = None  # that made the last denoiser call
+        self.cause: Exception | None = None  # why it runs plain
         self._report = report
 
     def run_plain(self, cause: Exception) -> None:
@@ -86,6 +87,7 @@ class Loop:
         """
         if self.on_unsupported == "error" or (self.gated and not self.can_start_over):
             raise cause
+        self.cause = cause
         self._report(cause)
         if self.gated:
             raise StartOver(cause) from cause
@@ -120,11 +122,10 @@ class Loop:
         """The argument `name` of the pipeline's call; if it is a callback, its denoiser calls are not the loop's."""
         if isinstance(value, (PipelineCallback, MultiPipelineCallbacks)):
             return _PausingCallbacks(self, value)
-        if isinstance(value, (list, tuple)) and "callback" in name:
-            return type(value)(self.outside(name, item) for item in value)
-        # Other callable objects (tokenizers, modules) have attributes that the pipeline may need.
-        if not isinstance(value, FUNCTIONS) and not (callable(value) and "callback" in name):
+        if not is_callback(name, value):
             return value
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.outside(name, item) for item in value)
 
         @functools.wraps(value)
         def paused(*args: Any, **kwargs: Any) -> Any:
@@ -132,6 +133,16 @@ class Loop:
                 return value(*args, **kwargs)
 
         return paused
+
+
+def is_callback(name: str, value: Any) -> bool:
+    """Whether the argument `name` of a pipeline's call is something that it will call.
+
+    Other callable objects (tokenizers, modules) have attributes that the pipeline may need.
+    """
+    if isinstance(value, (list, tuple)):
+        return "callback" in name and any(callable(item) for item in value)
+    return isinstance(value, FUNCTIONS) or (callable(value) and "callback" in name)
 
 
 class _PausingCallbacks(MultiPipelineCallbacks):  # type: ignore[misc]

@@ -15,13 +15,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from tgate_compile._config import Config
-from tgate_compile._errors import ConfigurationError, UnsupportedModelError
+from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import Family, family_of
 from tgate_compile._generation import Generation, Plan, Previewed
 from tgate_compile._hook import MSG_NO_COPY, GatedDenoiser
-from tgate_compile._loop import Loop, OnUnsupported, StartOver
+from tgate_compile._loop import Loop, OnUnsupported, StartOver, is_callback
 from tgate_compile._modular import Guidance, family_of_pipeline, has_own_blocks, is_modular
-from tgate_compile._random_state import random_state
+from tgate_compile._rewind import rewindable
 from tgate_compile._schedule import Schedule
 from tgate_compile._scheduler_watch import observed
 from tgate_compile._traffic import running
@@ -82,6 +82,7 @@ class Optimized:
         self.on_unsupported = on_unsupported
         self.plain_because = plain_because
         self.previewing = False
+        self.last_plain: Exception | None = plain_because  # why the last call ran in full, if it could not be gated
         self._said: set[str] = set()
 
     def say_once(self, message: str, *, about: str) -> None:
@@ -92,6 +93,7 @@ class Optimized:
 
     def report_plain(self, cause: Exception) -> None:
         """Say, once per cause, that a call runs without tgate_compile."""
+        self.last_plain = cause
         name = self.pipeline_class.__name__
         self.say_once(
             f"This call of {name} runs in full, since it cannot be gated. {cause}",
@@ -175,6 +177,7 @@ def generation(
         ConcurrentGenerationError: another generation is running on this denoiser.
     """
     state = required_state_of(pipe)
+    state.last_plain = None
     loop = Loop(on_unsupported=state.on_unsupported, report=state.report_plain)
     facts = _Facts(lambda name: guidance, lambda: num_timesteps, watch=True)
     with _generation(state, pipe, gate_step, lambda: facts, loop):
@@ -184,7 +187,8 @@ def generation(
 def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]:
     """What `pipe(**call)` would run, by denoiser: its first denoiser call is the last thing that really happens.
 
-    Prompts are encoded and latents made, graphs are captured and rewritten, but nothing is compiled or denoised.
+    Prompts are encoded and latents made, graphs are captured and rewritten, but nothing is compiled or denoised. There
+    are no plans for a call that cannot be gated and runs in full (`state.last_plain` has the reason).
     """
     state = required_state_of(pipe)
     state.previewing = True
@@ -193,7 +197,14 @@ def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]
     except Previewed as first:
         args, kwargs = first.denoiser_args, first.denoiser_kwargs
         generations = {name: hook.last for name, hook in state.hooks.items()}
-        plans = {name: g.plan(args, kwargs, first.guided) for name, g in generations.items() if g is not None}
+        plans: dict[str, Plan] = {}
+        try:
+            if state.last_plain is None:
+                plans = {name: g.plan(args, kwargs, first.guided) for name, g in generations.items() if g is not None}
+        except (UnsupportedModelError, CaptureError) as cause:
+            if state.on_unsupported == "error":
+                raise
+            state.report_plain(cause)
         if isinstance(pipe, DiffusionPipeline):
             pipe.maybe_free_model_hooks()  # as the call itself would have done at its end
         return plans
@@ -317,15 +328,17 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
     def call(self: DiffusionPipeline, *args: Any, gate_step: GateStep | None = None, **kwargs: Any) -> Any:
         state = required_state_of(self)
         bound = signature.bind(self, *args, **kwargs)
-        given = list(bound.arguments.values())
+        given = {**bound.arguments, **kwargs}  # in which further keyword arguments have their own names
         bound.apply_defaults()
-        with random_state(given, keep=state.on_unsupported == "plain") as rewind:
+        arguments = {**bound.arguments, **kwargs}
+        denoisers = [hook.denoiser for hook in state.hooks.values()]
+        with rewindable(given, denoisers, keep=state.on_unsupported == "plain") as rewind:
             try:
-                return _run(state, self, gate_step, bound.arguments, original, args, kwargs)
+                return _run(state, self, gate_step, arguments, original, args, kwargs)
             except StartOver as found:
                 rewind()
                 cause = found.cause
-        return _run(state, self, gate_step, bound.arguments, original, args, kwargs, plain_because=cause)
+        return _run(state, self, gate_step, arguments, original, args, kwargs, plain_because=cause)
 
     def refuse_copies(self: DiffusionPipeline, protocol: Any) -> Any:
         raise ConfigurationError(MSG_NO_COPY)
@@ -353,6 +366,7 @@ def _run(
     plain_because: Exception | None = None,
 ) -> Any:
     """Run the pipeline's own `call` as one generation; `arguments` are all of its arguments by name."""
+    state.last_plain = None
     loop = Loop(
         on_unsupported=state.on_unsupported,
         can_start_over=True,
@@ -401,7 +415,7 @@ def _facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping
         guidance = Guidance(pipe, tuple(state.hooks))
         return _Facts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
     guided = guidance_of(pipe, arguments)
-    watch = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
+    watch = any(is_callback(name, value) for name, value in arguments.items())
     return _Facts(lambda name: guided(), lambda: getattr(pipe, "_num_timesteps", None), watch)
 
 
@@ -415,7 +429,7 @@ def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callab
         return lambda: False
     if hasattr(type(pipe), "do_classifier_free_guidance"):
         return lambda: bool(pipe.do_classifier_free_guidance)
-    scale = _guidance_scale(arguments)
+    scale = arguments.get("guidance_scale")
     return lambda: scale is not None and scale > 1.0
 
 
@@ -424,14 +438,8 @@ def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool
     return (
         family_of(type(pipe)).unguided
         or hasattr(type(pipe), "do_classifier_free_guidance")
-        or _guidance_scale(arguments) is not None
+        or arguments.get("guidance_scale") is not None
     )
-
-
-def _guidance_scale(arguments: Mapping[str, Any]) -> Any:
-    """The argument of this name, also among further keyword arguments."""
-    further = arguments.get("kwargs")
-    return {**(further if isinstance(further, dict) else {}), **arguments}.get("guidance_scale")
 
 
 def _is_of_diffusers(pipeline_class: type) -> bool:

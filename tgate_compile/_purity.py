@@ -462,9 +462,9 @@ def check_stateless(denoiser: torch.nn.Module, run: Callable[[], object]) -> Non
     """
     if not _own_classes(denoiser) and next(foreign_code(denoiser), None) is None:
         return
-    at_first = before = _state(denoiser)
-    for snapshot in at_first.values():
-        snapshot.keep_contents()
+    held = [value for kind in _own_classes(denoiser) for _, value in _read(kind).held]
+    restores = [remember(denoiser), *(restore for value in held for restore in _contents(value, 3))]
+    before = _state(denoiser)
     for _ in range(2):
         run()
         after = _state(denoiser)
@@ -472,28 +472,50 @@ def check_stateless(denoiser: torch.nn.Module, run: Callable[[], object]) -> Non
         if not changed:
             return
         before = after
-    for name in after.keys() - at_first.keys():
-        after[name].remove()
-    for snapshot in at_first.values():
-        snapshot.restore()
+    for restore in restores:
+        restore()
     reason = f"running it changes {', '.join(changed[:3])}" + (", ..." if len(changed) > 3 else "")
     raise UnsupportedModelError(MSG_STATEFUL.format(model=type(denoiser).__name__, reason=reason))
 
 
-def _state(denoiser: torch.nn.Module) -> dict[str, _Snapshot]:
+def remember(denoiser: torch.nn.Module) -> Callable[[], None]:
+    """Give a function that puts the Python state of `denoiser` back to what it is now.
+
+    That is hooks, processors, attributes and what is in them, and buffers; not the values of parameters.
+    """
+    restores: list[Callable[[], None]] = []
+    for module in denoiser.modules():
+        for owner in (module, getattr(module, "processor", None)):
+            attributes = getattr(owner, "__dict__", None)
+            if isinstance(attributes, dict):
+                restores.append(functools.partial(_refill, attributes, dict(attributes)))
+                inside = (value for name, value in attributes.items() if name not in _HOOK_NAMES)
+                restores += [restore for value in inside for restore in _contents(value, 3)]
+
+    def restore() -> None:
+        for each in restores:
+            each()
+
+    return restore
+
+
+#: Where accelerate and diffusers keep their hooks, which have state of their own.
+_HOOK_NAMES = ("_hf_hook", "_diffusers_hook", "_internal_dict")
+
+
+def _state(denoiser: torch.nn.Module) -> dict[str, object]:
     """What the code in `denoiser` may change: attributes of modules and processors, and what its functions read."""
-    ignored = vars(torch.nn.Module()).keys() | {"_diffusers_hook", "_internal_dict", "forward", "processor"}
-    state: dict[str, _Snapshot] = {}
+    ignored = vars(torch.nn.Module()).keys() | {*_HOOK_NAMES, "forward", "processor"}
+    state: dict[str, object] = {}
     for path, module in denoiser.named_modules():
         # What torch's own weight_norm and spectral_norm compute anew in each call.
         computed = {getattr(hook, "name", None) for hook in module._forward_pre_hooks.values()}
         owners = {path: module, f"{path}.processor": getattr(module, "processor", None)}
         for where, owner in owners.items():
             attributes = getattr(owner, "__dict__", {})
-            for home in (attributes, attributes.get("_buffers", {})):
-                for name, value in home.items():
-                    if name not in ignored and name not in computed:
-                        state[f"{where}.{name}".lstrip(".")] = _Snapshot(value, home, name)
+            for name, value in {**attributes, **attributes.get("_buffers", {})}.items():
+                if name not in ignored and name not in computed:
+                    state[f"{where}.{name}".lstrip(".")] = _Snapshot(value)
     for kind in _own_classes(denoiser):
         for what, value in _read(kind).held:
             state[f"{what} of {kind.__name__}"] = _Snapshot(value)
@@ -501,61 +523,35 @@ def _state(denoiser: torch.nn.Module) -> dict[str, _Snapshot]:
 
 
 class _Snapshot:
-    """A value at a moment: equal to a later one if nothing has replaced or changed it.
+    """A value at a moment: equal to a later one if nothing has replaced or changed it."""
 
-    Args:
-        value: the value. What it holds is kept alive, so that identities say something.
-        home: where it is, if it is to be put back there.
-        name: under which key.
-    """
-
-    def __init__(self, value: object, home: dict[str, Any] | None = None, name: str = "") -> None:
-        self._value = value
-        self._home = home
-        self._name = name
+    def __init__(self, value: object) -> None:
+        self._held = value  # alive, so that identities say something
         self._seen = _seen(value, 3)
-        self._contents: list[Callable[[], None]] = []
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Snapshot) and self._seen == other._seen
 
     __hash__ = None  # type: ignore[assignment]
 
-    def keep_contents(self) -> None:
-        """Copy what is needed for `restore`."""
-        self._contents = _contents(self._value, 3)
-
-    def restore(self) -> None:
-        """Put the value back, with the contents that it had at `keep_contents`."""
-        for restore in self._contents:
-            restore()
-        if self._home is not None:
-            self._home[self._name] = self._value
-
-    def remove(self) -> None:
-        """Take away a value that was not there before."""
-        if self._home is not None:
-            self._home.pop(self._name, None)
-
 
 def _contents(value: object, depth: int) -> list[Callable[[], None]]:
     """What brings back the contents of a container, of a tensor, and of all inside it."""
     if torch.is_tensor(value):
-        return (
-            [] if isinstance(value, torch.nn.Parameter) else [functools.partial(_copy, value, value.detach().clone())]
-        )
+        is_weight = isinstance(value, torch.nn.Parameter)
+        return [] if is_weight else [functools.partial(_copy, value, value.detach().clone())]
     if not depth or isinstance(value, (*_PLAIN, torch.nn.Module, type, FrozenDict)):
         return []
-    if isinstance(value, dict):
-        return [
-            functools.partial(_refill, value, dict(value)),
-            *(restore for item in value.values() for restore in _contents(item, depth - 1)),
-        ]
-    if isinstance(value, (list, set, tuple, frozenset)):
-        inside = [restore for item in value for restore in _contents(item, depth - 1)]
-        return [functools.partial(_refill, value, value.copy()), *inside] if isinstance(value, (list, set)) else inside
+    if isinstance(value, (dict, list, set, tuple, frozenset)):
+        items = value.values() if isinstance(value, dict) else value
+        inside = [restore for item in items for restore in _contents(item, depth - 1)]
+        return inside if isinstance(value, (tuple, frozenset)) else [_refilling(value), *inside]
     attributes = getattr(value, "__dict__", None)
     return _contents(attributes, depth) if isinstance(attributes, dict) else []
+
+
+def _refilling(container: Any) -> Callable[[], None]:
+    return functools.partial(_refill, container, container.copy())
 
 
 def _refill(container: Any, contents: Any) -> None:

@@ -167,6 +167,7 @@ class VariantStore:
         self._compiled: dict[tuple[_Address, Phase], CompiledVariant] = {}
         self._found: dict[tuple[_Address, Phase], _Address] = {}  # calls that are served by another call's graph
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # by state: another one may suit it
+        self._failed: dict[_Address, str] = {}  # calls that cannot be captured, and why
         self._generations = 0
         self._said_full = False
         self.compilations = 0
@@ -281,13 +282,20 @@ class VariantStore:
         for address, held in mine:
             if fits(call.key, address.key, held.free):
                 return address
+        if own in self._failed:
+            raise CaptureError(self._failed[own])
         self._check_stateless(call, forward)
         # As torch.compile does: a size is taken for fixed until it has been another one.
         free = next((dims for address, _ in mine if (dims := differing_dims(call.key, address.key))), {})
         with exclusive():
             made = self._free_capture(call, forward, free) if free else None
             if made is None:
-                made = self._held(self._capture(call, forward), {})
+                try:
+                    made = self._held(self._capture(call, forward), {})
+                except CaptureError as error:
+                    if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                        self._failed[own] = str(error)
+                    raise
                 made.checked.add(call.key)
         self._captures[own] = made
         self._make_room()
