@@ -50,8 +50,8 @@ IN_TEST_PIPELINES: Mapping[str, str] = {
     "StableDiffusionXLPipeline": "test_sdxl",
 }
 IN_TEST_DENOISERS = {name.split(",")[0] for name in (*CASES, *SIBLINGS)}
-#: In `test_more_pipelines.py`.
-IN_TEST_MORE = {"Kandinsky3Pipeline"}
+#: In `test_more_pipelines.py` and `test_halves.py`.
+IN_TEST_MORE = {"Kandinsky3Pipeline", "SemanticStableDiffusionPipeline"}
 TESTED = IN_TEST_PIPELINES.keys() | IN_TEST_DENOISERS | IN_TEST_MORE
 
 #: What is cached in each denoiser; the others have an `attn2` in every transformer block.
