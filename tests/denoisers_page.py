@@ -50,13 +50,16 @@ IN_TEST_PIPELINES: Mapping[str, str] = {
     "StableDiffusionXLPipeline": "test_sdxl",
 }
 IN_TEST_DENOISERS = {name.split(",")[0] for name in (*CASES, *SIBLINGS)}
-TESTED = IN_TEST_PIPELINES.keys() | IN_TEST_DENOISERS
+#: In `test_more_pipelines.py` and `test_halves.py`.
+IN_TEST_MORE = {"Kandinsky3Pipeline", "SemanticStableDiffusionPipeline"}
+TESTED = IN_TEST_PIPELINES.keys() | IN_TEST_DENOISERS | IN_TEST_MORE
 
 #: What is cached in each denoiser; the others have an `attn2` in every transformer block.
 CACHED: Mapping[str, str] = {
     "AudioLDM2UNet2DConditionModel": "each cross-attention to one of its two texts",
     "CosmosTransformer3DModel": "`attn2` of every block, before its gate",
     "HunyuanDiT2DModel": "`attn2` of every block",
+    "Kandinsky3UNet": "the attention to the text in every cross-attention block",
     "Kandinsky5Transformer3DModel": "`cross_attention` of every visual block",
     "LatteTransformer3DModel": "`attn2` of every spatial block",
     "LongCatAudioDiTTransformer": "`cross_attn` of every block",

@@ -11,7 +11,6 @@ import torch
 import tgate_compile
 from tests.comparing import assert_differ, assert_same
 from tests.denoiser_cases import CASES, ONE_PROMPT, SIBLINGS, STEPS, Case, expected_of, run
-from tgate_compile._errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,7 @@ def test_restore(pair: Pair) -> None:
 
 
 #: Attentions whose projections are not called `to_k` are taken for none: see `denies_cross_attention`.
-_DENIED = pytest.mark.xfail(strict=True, raises=UnsupportedModelError, reason="its attentions are not recognized yet")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=_DENIED if name == "Kandinsky5T2VPipeline" else ()) for name in SIBLINGS]
-)
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_sibling(name: str) -> None:
     """Gated, ungated, and the sites: what can differ where the denoiser is that of a pipeline above."""
     case = SIBLINGS[name]

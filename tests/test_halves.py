@@ -139,7 +139,7 @@ def test_two_equal_images_without_halves() -> None:
     pipe = gated(looping(EmbeddedTwins))
     assert_same(pipe(images=2), by_hooks(looping(EmbeddedTwins), guided=False, images=2))
     # With the gate at the first step they have been merged by then.
-    with pytest.raises(tgate_compile.UnsupportedModelError, match="two halves were expected"):
+    with pytest.raises(tgate_compile.UnsupportedModelError, match="the two halves of guidance were expected"):
         gated(looping(EmbeddedTwins), gate_step=1)(images=2)
 
 
@@ -265,3 +265,60 @@ def test_plain_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert len(told) == 1
     assert "runs in full" in told[0]
     assert "4 times" in told[0]
+
+
+# Guidance that a callback switches.
+
+
+class Switched(Looping):
+    """Guidance is on at some of the steps only, by the pipeline's own word."""
+
+    steps_with_guidance: tuple[int, ...] = ()
+    index = 0
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.index in self.steps_with_guidance
+
+    def timesteps(self) -> Any:
+        for index, timestep in enumerate(self.scheduler.timesteps):
+            self.index = index
+            yield timestep
+
+    def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
+        return super().guided(latents, timestep, scale if self.do_classifier_free_guidance else 1.0)
+
+
+@pytest.mark.parametrize("steps", [(0, 1, 2, 3, 4, 5), (0, 1), (1, 2, 3, 4, 5), (0, 2, 3, 4, 5), ()])
+def test_guidance_that_goes_and_comes(steps: tuple[int, ...]) -> None:
+    def make() -> Any:
+        pipe = looping(Switched)
+        pipe.steps_with_guidance = steps
+        return pipe
+
+    ungated = gated(make(), gate_step=1000)
+    assert torch.equal(ungated(images=2), make()(images=2))
+    if 2 in steps:  # it is on at the step before the gate
+        sites = [name for name, _ in make().unet.named_modules() if name.endswith("attn2")]
+        plain = make()
+        reference = OneCall(plain.unet, GATE, halved=("sample", "encoder_hidden_states"))
+        reference.attention = lambda name, output: _merged(reference, name, output, plain)  # type: ignore[method-assign]
+        with played(reference, plain.unet, sites):
+            expected = plain(images=2)
+        assert_same(gated(make())(images=2), expected)
+
+
+def _merged(reference: OneCall, name: str, output: torch.Tensor, pipe: Any) -> torch.Tensor:
+    """What a cross-attention hands on, where guidance may be off in steps before the gate."""
+    if reference.step >= reference.gate:
+        return reference.caches[name]
+    reference.caches[name] = sum(output.chunk(2)) / 2 if pipe.do_classifier_free_guidance else output
+    return output
+
+
+def test_guidance_that_comes_after_the_gate_is_an_error() -> None:
+    pipe = looping(Switched)
+    pipe.steps_with_guidance = (4, 5)
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    with pytest.raises(tgate_compile.ConfigurationError, match="it would never act"):
+        pipe(images=2)

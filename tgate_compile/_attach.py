@@ -189,7 +189,7 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     pipeline = type(pipe).__name__
     if isinstance(denoiser, torch._dynamo.OptimizedModule) or denoiser._compiled_call_impl is not None:
         raise ConfigurationError(MSG_COMPILED.format(pipeline=pipeline))
-    reason = refusal(type(pipe), type(denoiser))
+    reason = refusal(type(pipe), type(denoiser), caches_cross="cross" in config.schedule.kinds)
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
     no_cross = has_joint_attention(type(denoiser)) or denies_cross_attention(denoiser)

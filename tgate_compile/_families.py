@@ -89,6 +89,8 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
             "BlipDiffusionControlNetPipeline",
             "BlipDiffusionPipeline",
             "I2VGenXLPipeline",
+            "Kandinsky3Img2ImgPipeline",
+            "Kandinsky3Pipeline",
             "LDMTextToImagePipeline",
             "LTXConditionPipeline",
             "LTXImageToVideoPipeline",
@@ -96,6 +98,7 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
             "LattePipeline",
             "PaintByExamplePipeline",
             "PixArtAlphaPipeline",
+            "SemanticStableDiffusionPipeline",
             "PixArtSigmaPipeline",
             "SanaControlNetPipeline",
             "SanaImageToVideoPipeline",
@@ -257,10 +260,6 @@ _TEXT_IN_CHANNELS = (
     "its denoiser reads the text from channels beside the latents' own, so that there is no cross-attention to cache. "
     f"{_PLAIN}, or with fewer steps"
 )
-_ONE_ATTENTION_CLASS = (
-    "all attentions of its denoiser declare themselves cross-attentions, so that those found in the graph cannot be "
-    f"checked against the model's. {_PLAIN}, or with fewer steps"
-)
 _RECURRENT = (
     "its denoiser computes attention as a recurrence over the frames, and gating has not been verified for that. "
     f"{_PLAIN}, or with fewer steps"
@@ -289,7 +288,7 @@ _REFUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "StableDiffusionXLInstructPix2PixPipeline",
         ),
     ),
-    (_MORE_CONCEPTS, ("SemanticStableDiffusionPipeline", "StableDiffusionPipelineSafe")),
+    (_MORE_CONCEPTS, ("StableDiffusionPipelineSafe",)),
     (_TWO_IMAGES, ("CycleDiffusionPipeline",)),
     (_MOMENTUM, ("AceStepPipeline",)),
     (_SEVERAL_CALLS, ("StableDiffusionDiffEditPipeline", "StableDiffusionPanoramaPipeline")),
@@ -366,7 +365,6 @@ _REFUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "LTX2Pipeline",
         ),
     ),
-    (_ONE_ATTENTION_CLASS, ("Kandinsky3Img2ImgPipeline", "Kandinsky3Pipeline")),
     (_RECURRENT, ("SanaWMPipeline",)),
     (
         _TOKENS,
@@ -559,12 +557,22 @@ MODULAR_REFUSED: Mapping[str, str] = {
 }
 
 
-def refusal(pipeline: type, denoiser: type | None = None) -> str | None:
-    """Why pipelines of class `pipeline` with a `denoiser` cannot be gated; None if nothing speaks against it."""
+def refusal(pipeline: type, denoiser: type | None = None, *, caches_cross: bool = True) -> str | None:
+    """Why pipelines of class `pipeline` with a `denoiser` cannot be gated; None if nothing speaks against it.
+
+    That there is no cross-attention speaks only against a schedule that caches it.
+    """
     reason = _row_of(pipeline, {**REFUSED, **REFUSED_BASES})
+    if reason in (_ADDED_KEYS, _TEXT_IN_CHANNELS) and not caches_cross:
+        reason = None
     if reason is None and denoiser is not None:
         reason = _row_of(denoiser, REFUSED_DENOISERS)
     return reason
+
+
+def is_listed(pipeline: type) -> bool:
+    """Whether class `pipeline` has a row of facts, or one of its bases has."""
+    return _row_of(pipeline, FAMILIES) is not None
 
 
 def has_joint_attention(denoiser: type) -> bool:

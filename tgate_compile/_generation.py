@@ -213,8 +213,11 @@ class Generation:
         self._loop.current = self
         if event == "new pass":
             self._begin(arguments, guided)
-        elif self._watch:
-            self._store.refresh()
+        else:
+            if event == "next" and self._has_halves is None:
+                self._check_unseen()
+            if self._watch:
+                self._store.refresh()
         call = Call.of(args, kwargs)
         latents = latents_of(arguments)
         self._batch = (latents.shape, guided)
@@ -225,9 +228,8 @@ class Generation:
             return self._in_two_calls(call, arguments)
         if event == "again":
             raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(self.scheduler()).__name__))
-        if event == "next" and self._has_halves is None:
-            self._check_unseen()
         if self._has_halves is None:
+            self._first_latents = latents if guided or not self.progress.done else None
             guided = guided and not self._undecided
         elif guided or not self._loop.says_guidance:
             guided = self._has_halves
@@ -278,17 +280,15 @@ class Generation:
         latents, self._first_latents = self._first_latents, None
         predictions, self._predictions = self._predictions, None
         ratio = _ratio(shape, sample.shape)
-        if ratio == 2 and (guided or not self._loop.says_guidance):
+        may_have_halves = guided or not self._loop.says_guidance
+        if ratio == 2 and may_have_halves and self._has_halves is not False:
             if latents is not None:
                 self._learn_halves(latents, predictions, prediction)
-        elif ratio == 1:
-            # The scale is given to the denoiser as a number, or there is no guidance at all.
-            if self._merged and guided:
-                raise UnsupportedModelError(self._wrong_batch(sample, "two halves were expected"))
-            self._has_halves = False
+        elif ratio == 1 and not (self._merged and guided) and not (may_have_halves and self._has_halves):
+            # Guidance is off; or its scale is given to the denoiser as a number, and there are never halves.
+            self._has_halves = False if may_have_halves else self._has_halves
         else:
-            expected = "twice as many were expected" if guided else "as many were expected, since guidance is off"
-            raise UnsupportedModelError(self._wrong_batch(sample, expected))
+            raise UnsupportedModelError(self._wrong_batch(sample, guided))
 
     def _learn_halves(self, latents: torch.Tensor, predictions: torch.Tensor | None, prediction: torch.Tensor) -> None:
         """After the first step of a pass whose batch turns out to be two halves."""
@@ -299,11 +299,18 @@ class Generation:
             if self.schedule.anchor_weight != 0.5 and "cross" in self.schedule.kinds:
                 raise UnsupportedModelError(MSG_ORDER_AND_ANCHOR)
             self._family = dataclasses.replace(self._family, order=("cond", "uncond"))
+        self._was_guided = True
         if not self._batch[1]:
             self._caches.merge_halves(self.schedule.anchor_weight)
 
-    def _wrong_batch(self, sample: torch.Tensor, expected: str) -> str:
+    def _wrong_batch(self, sample: torch.Tensor, guided: bool) -> str:
         rows, latents = self._batch[0][0], sample.shape[0]
+        if self._has_halves is not None:
+            expected = "it was another ratio in the steps before"
+        elif guided:
+            expected = "the two halves of guidance were expected"
+        else:
+            expected = "as many were expected, since guidance is off"
         return MSG_PREDICTIONS.format(
             rows=rows,
             ratio=f"{rows / latents:g}",
@@ -326,7 +333,6 @@ class Generation:
         self._caches.clear()
         self._first_call = self._has_halves = None
         self._guidance_over = self._undecided = self._merged = False
-        self._first_latents = None if self._separate(guided) else latents
         counter = self.progress.begin(self._num_calls())
         if guided and not self._family.calls and not are_halves(latents, same=self._family.only is None):
             if not (self._loop.is_pipeline and self._loop.observable):
@@ -348,7 +354,7 @@ class Generation:
         compiled, outputs = self._run(step, phase, call, None)
         self._loop.gated = self._loop.gated or (guided and not phase.guided)
         self._merged = self._merged or bool(phase.merge)
-        if not self.progress.done and not self._loop.knows_order:
+        if self._first_latents is not None and not self._loop.knows_order:
             self._predictions = outputs[0]
         if phase.guided:
             self._after_guided_step(outputs, latents)

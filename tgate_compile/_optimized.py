@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._config import Config
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
-from tgate_compile._families import Family, family_of
+from tgate_compile._families import Family, family_of, is_listed
 from tgate_compile._generation import Generation, Plan, Previewed
 from tgate_compile._hook import MSG_NO_COPY, GatedDenoiser
 from tgate_compile._loop import Loop, OnUnsupported, StartOver, is_callback
@@ -373,7 +373,7 @@ def _run(
         report=state.report_plain,
         is_pipeline=True,
         says_guidance=says_guidance(pipe, arguments),
-        knows_order=_is_of_diffusers(state.pipeline_class),
+        knows_order=_knows_order(state.pipeline_class),
     )
     if plain_because is not None:
         loop.run_plain(plain_because)
@@ -442,7 +442,7 @@ def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool
     )
 
 
-def _is_of_diffusers(pipeline_class: type) -> bool:
-    """Whether the pipeline's call is diffusers' own code, whose batches begin with the half that the family says."""
+def _knows_order(pipeline_class: type) -> bool:
+    """Whether the pipeline's call is code of diffusers' whose batches are known to begin with the family's half."""
     author = next((base for base in pipeline_class.__mro__ if "__call__" in vars(base)), pipeline_class)
-    return author.__module__.partition(".")[0] == "diffusers"
+    return author.__module__.partition(".")[0] == "diffusers" and is_listed(pipeline_class)
