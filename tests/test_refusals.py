@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +29,7 @@ from tests.tiny_pipelines import (
     seeded,
     stable_diffusion,
 )
+from tests.tiny_video import ltx, ltx_call
 from tgate_compile import ConfigurationError, UnsupportedModelError
 
 
@@ -348,6 +351,120 @@ def test_subclass_of_a_refused_pipeline() -> None:
     parts = stable_diffusion(layout="small", in_channels=8).components
     pipe = Mine(**parts, requires_safety_checker=False)
     refused(pipe, UnsupportedModelError, "Mine", "three")
+
+
+# Other packages' patches, and what else is done to a denoiser.
+
+
+def test_deepcache_helper() -> None:
+    deepcache = pytest.importorskip("DeepCache")
+    pipe = stable_diffusion()
+
+    def enabled() -> Any:
+        helper = deepcache.DeepCacheSDHelper(pipe=pipe)
+        helper.set_params(cache_interval=2, cache_branch_id=0)
+        helper.enable()
+        return helper
+
+    helper = enabled()
+    refused(pipe, UnsupportedModelError, "package DeepCache", "helper.disable()", "deepcache_interval")
+    helper.disable()
+    tgate_compile.optimize(pipe, 3, backend="eager")
+    expected = run(pipe)
+    helper = enabled()
+    with pytest.raises(UnsupportedModelError, match=r"package DeepCache.*helper\.disable\(\)"):
+        run(pipe)
+    helper.disable()
+    assert torch.equal(run(pipe), expected)
+
+
+def test_cache_dit() -> None:
+    cache_dit = pytest.importorskip("cache_dit")
+    pipe = ltx()
+    cache_dit.enable_cache(pipe)
+    with pytest.raises(UnsupportedModelError, match=r"package cache_dit.*cache_dit\.disable_cache\(pipe\)"):
+        tgate_compile.optimize(pipe, 2, backend="eager")
+    cache_dit.disable_cache(pipe)
+    tgate_compile.optimize(pipe, 2, backend="eager")
+    cache_dit.enable_cache(pipe)
+    with pytest.raises(UnsupportedModelError, match="package cache_dit"):
+        pipe(**ltx_call(), num_inference_steps=4, output_type="latent")
+
+
+def test_the_authors_own_package() -> None:
+    tgate = pytest.importorskip("tgate")
+    pipe = tgate.TgateSDLoader(stable_diffusion(), gate_step=3, num_inference_steps=4)
+    pipe.tgate("red cat", gate_step=3, num_inference_steps=4, output_type="latent")
+    with pytest.raises(UnsupportedModelError, match="package tgate has changed 'down_blocks"):
+        tgate_compile.optimize(pipe, 3, backend="eager")
+
+
+CACHES: dict[str, Callable[[Any], Any]] = {
+    "fbc_": lambda pipe: diffusers.FirstBlockCacheConfig(threshold=0.1),
+    "pyramid_attention_broadcast": lambda pipe: diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
+    ),
+    "faster_cache": lambda pipe: diffusers.FasterCacheConfig(current_timestep_callback=lambda: pipe.current_timestep),
+    "taylorseer_cache": lambda pipe: diffusers.TaylorSeerCacheConfig(cache_identifiers=[r"transformer_blocks.0.attn1"]),
+    "mag_cache": lambda pipe: diffusers.MagCacheConfig(num_inference_steps=4, calibrate=True),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_of_diffusers(cache: str) -> None:
+    pipe = ltx()
+    pipe.transformer.enable_cache(CACHES[cache](pipe))
+    with pytest.raises(ConfigurationError, match=rf"diffusers' hook '{cache}.*disable_cache\(\)"):
+        tgate_compile.optimize(pipe, 2, backend="eager")
+    pipe.transformer.disable_cache()
+    tgate_compile.optimize(pipe, 2, backend="eager")
+    pipe.transformer.enable_cache(CACHES[cache](pipe))
+    with pytest.raises(ConfigurationError, match=rf"diffusers' hook '{cache}"):
+        pipe(**ltx_call(), num_inference_steps=4, output_type="latent")
+
+
+def test_compiled_after_optimize() -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 3, backend="eager")
+    expected = run(pipe)
+    pipe.unet.compile(backend="eager")
+    with pytest.raises(ConfigurationError, match=r"unet.*torch\.compile since.*_compiled_call_impl = None"):
+        run(pipe)
+    pipe.unet._compiled_call_impl = None
+    assert torch.equal(run(pipe), expected)
+
+
+def test_replaced_forward(shared: SimpleNamespace) -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 3, backend="eager")
+    expected, forward = run(pipe), pipe.unet.forward
+    pipe.unet.forward = shared.pipe.unet.forward
+    with pytest.raises(ConfigurationError, match="its forward has been replaced since the pipeline was optimized"):
+        run(pipe)
+    # Around the forward that was there it does no harm.
+    seen = []
+    pipe.unet.forward = lambda *args, **kwargs: seen.append(type(args[0])) or forward(*args, **kwargs)
+    assert torch.equal(run(pipe), expected)
+    assert seen == [torch.Tensor] * 6
+    pipe.unet.forward = forward
+    assert torch.equal(run(pipe), expected)
+
+
+@pytest.mark.parametrize("copies", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_copies(copies: Callable[[Any], Any]) -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 3, backend="eager")
+    for thing in (pipe, pipe.unet)[: 1 if copies is copy.copy else 2]:
+        with pytest.raises(ConfigurationError, match=r"cannot be copied or pickled.*restore\(pipe\)"):
+            copies(thing)
+
+
+@pytest.mark.parametrize("options", [{}, {"on_unsupported": "plain"}])
+def test_no_steps(options: Any, caplog: pytest.LogCaptureFixture) -> None:
+    call = {"image": image(), "strength": 0.05}
+    plain = run(stable_diffusion("StableDiffusionImg2ImgPipeline", layout="small"), **call)
+    pipe = stable_diffusion("StableDiffusionImg2ImgPipeline", layout="small")
+    tgate_compile.optimize(pipe, 3, backend="eager", **options)
+    assert torch.equal(run(pipe, **call), plain)
+    assert tgate_compile.describe(pipe).strip == ""
+    assert caplog.records == []
 
 
 def test_a_refusal_does_not_stand_in_the_way_of_a_good_call() -> None:

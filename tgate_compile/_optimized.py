@@ -18,7 +18,7 @@ from tgate_compile._config import Config
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile._families import Family, family_of, is_listed
 from tgate_compile._generation import Generation, Plan, Previewed
-from tgate_compile._hook import MSG_NO_COPY, GatedDenoiser
+from tgate_compile._hook import MSG_NO_COPY, GatedDenoiser, hook_of
 from tgate_compile._loop import Loop, OnUnsupported, StartOver, is_callback
 from tgate_compile._modular import Guidance, family_of_pipeline, has_own_blocks, is_modular
 from tgate_compile._rewind import rewindable
@@ -38,6 +38,10 @@ MSG_BYPASSED = (
     "The {name} of this {pipeline} ran without tgate_compile: its hook has been taken off since the pipeline was "
     "optimized, as pipe.remove_all_hooks() and enable_model_cpu_offload() do. "
     "Call tgate_compile.restore(pipe), then optimize(pipe, ...) again."
+)
+MSG_OTHER_FORWARD = (
+    "The {name} of this {pipeline} ran without tgate_compile: its forward has been replaced since the pipeline was "
+    "optimized, and does not call the one that was there. Undo that, or call tgate_compile.restore(pipe) before it."
 )
 MSG_NO_GATE = (
     "This call asks for gate_step={gate}, but the pipeline was optimized without a gate. "
@@ -420,7 +424,9 @@ def _facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping
 
 
 def _bypassed(state: Optimized) -> str:
-    return MSG_BYPASSED.format(name=" and ".join(state.hooks), pipeline=state.pipeline_class.__name__)
+    hooked = all(hook_of(hook.denoiser) is not None for hook in state.hooks.values())
+    message = MSG_OTHER_FORWARD if hooked else MSG_BYPASSED
+    return message.format(name=" and ".join(state.hooks), pipeline=state.pipeline_class.__name__)
 
 
 def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:

@@ -60,6 +60,17 @@ MSG_NOT_CALLABLE = (
 MSG_NO_MARK = (
     "pure() cannot mark {given!r}, which takes no attributes. Put it into a function of your own, or mark its class."
 )
+#: Packages that put code of their own into a denoiser, and how to be rid of it.
+_PATCHES = {
+    "DeepCache": "Disable it (helper.disable()): optimize(pipe, ..., deepcache_interval=3) does the same",
+    "cache_dit": "Disable it: cache_dit.disable_cache(pipe)",
+    "para_attn": "Load the pipeline again, without it",
+    "tgate": "Load the pipeline again, without its loader: optimize(pipe, gate_step=10) does the same",
+}
+MSG_PATCHED = (
+    "The package {package} has changed {where} so that it decides anew in every step what is computed, which cannot be "
+    "part of a graph. {remedy}. " + INSTEAD
+)
 MSG_GLOBAL_HOOKS = (
     "torch has forward hooks for all modules (torch.nn.modules.module.register_module_forward_hook), which cannot be "
     "part of a graph. Remove them. " + INSTEAD
@@ -101,6 +112,7 @@ def check_python(denoiser: torch.nn.Module) -> None:
     """
     if has_global_hooks():
         raise UnsupportedModelError(MSG_GLOBAL_HOOKS)
+    _check_patches(denoiser)
     own = {id(module) for module in denoiser.modules()}
     for foreign in foreign_code(denoiser):
         reason = _Reader(own).impurity(foreign.code)
@@ -111,6 +123,22 @@ def check_python(denoiser: torch.nn.Module) -> None:
         reader = _read(kind)
         if reader.rebinds:
             raise UnsupportedModelError(MSG_STATEFUL.format(model=kind.__name__, reason=reader.rebinds[0]))
+
+
+def _check_patches(denoiser: torch.nn.Module) -> None:
+    for path, module in denoiser.named_modules():
+        forward: Any = vars(module).get("forward")
+        while isinstance(forward, functools.partial):
+            forward = forward.func
+        origins = (getattr(forward, "__globals__", {}).get("__name__", ""), type(module).__module__)
+        for package in (origin.partition(".")[0] for origin in origins):
+            if package in _PATCHES:
+                where = _place(path, module)
+                raise UnsupportedModelError(MSG_PATCHED.format(package=package, where=where, remedy=_PATCHES[package]))
+
+
+def _place(path: str, module: torch.nn.Module) -> str:
+    return f"{path!r} ({type(module).__name__})" if path else type(module).__name__
 
 
 def has_global_hooks() -> bool:
@@ -162,7 +190,7 @@ class Foreign:
     @property
     def described(self) -> tuple[str, str]:
         """What it is, and where."""
-        where = f"{self.path!r} ({type(self.module).__name__})" if self.path else type(self.module).__name__
+        where = _place(self.path, self.module)
         if self.kind == "hook":
             return f"The forward hook {_name(self.code)}", f"on {where}"
         if self.kind == "forward":

@@ -1,0 +1,121 @@
+"""A gate that has no step to act on says so, once for each pipeline, with the number that would act."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_compile
+from tests.own_loops import NO_TEXT, TEXTS
+from tests.tiny_pipelines import image, run, stable_diffusion
+from tests.tiny_video import wan, wan_call
+
+
+def optimized(name: str = "StableDiffusionPipeline", **options: Any) -> Any:
+    return tgate_compile.optimize(stable_diffusion(name, layout="small"), backend="eager", **options)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
+    """The warnings so far."""
+    with caplog.at_level(logging.WARNING, "tgate_compile"):
+        yield caplog.records
+
+
+def test_fewer_steps_than_the_default_gate(said: list[logging.LogRecord]) -> None:
+    pipe, other = optimized(), optimized()
+    for _ in range(2):
+        run(pipe, steps=5)
+    (record,) = said
+    assert record.getMessage() == (
+        "The gate did not act in this call of StableDiffusionPipeline: it ran 5 steps, and gate_step is 10. "
+        "A gate_step of at most 4 acts here; a fraction such as gate_step=0.4 follows the number of steps."
+    )
+    # The number is right.
+    run(pipe, steps=5, gate_step=4)
+    assert tgate_compile.describe(pipe).strip == "FFFFp"
+    run(other, steps=5)
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "expected"),
+    [
+        ("StableDiffusionPipeline", {"steps": 3}, "it ran 3 steps, and gate_step is 3. A gate_step of at most 2 acts"),
+        ("StableDiffusionPipeline", {"steps": 1}, "it ran 1 steps, and gate_step is 3. A single step leaves nothing"),
+        (
+            "StableDiffusionImg2ImgPipeline",
+            {"steps": 10, "image": image(), "strength": 0.2},
+            "StableDiffusionImg2ImgPipeline: it ran 2 steps, and gate_step is 3. A gate_step of at most 1 acts here",
+        ),
+    ],
+)
+def test_the_number_that_would_act(
+    name: str, call: dict[str, Any], expected: str, said: list[logging.LogRecord]
+) -> None:
+    run(optimized(name, gate_step=3), **call)
+    (record,) = said
+    assert expected in record.getMessage()
+
+
+def test_halves_in_two_calls(said: list[logging.LogRecord]) -> None:
+    pipe = tgate_compile.optimize(wan(), backend="eager")
+    pipe(**wan_call(), num_inference_steps=2, output_type="latent")
+    (record,) = said
+    assert "it ran 2 steps, and gate_step is 10. A gate_step of at most 1 acts here" in record.getMessage()
+
+
+def test_a_loop_without_generation(said: list[logging.LogRecord]) -> None:
+    pipe = optimized(gate_step=2)
+
+    @torch.no_grad()
+    def loop() -> None:
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        pipe.scheduler.set_timesteps(4)
+        for timestep in pipe.scheduler.timesteps:
+            texts = torch.cat([NO_TEXT, TEXTS[:1]])
+            prediction = pipe.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=texts).sample
+            latents = pipe.scheduler.step(prediction.chunk(2)[1], timestep, latents).prev_sample
+
+    with tgate_compile.generation(pipe, guidance=True):
+        loop()
+    assert said == []
+    for _ in range(2):
+        loop()
+    (record,) = said
+    assert "UNet2DConditionModel has been called outside of its pipeline's call" in record.getMessage()
+    assert "tgate_compile.generation(pipe, guidance=...)" in record.getMessage()
+
+
+def interrupted(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+    pipe._interrupt = True
+    return tensors
+
+
+def test_nothing_is_said_without_need(said: list[logging.LogRecord]) -> None:
+    pipe = optimized(gate_step=2)
+    run(pipe, steps=3)
+    run(pipe, steps=3, guidance_scale=1.0)
+    run(pipe, steps=4, callback_on_step_end=interrupted)
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, None, guidance_step=5, backend="eager")
+    run(pipe, steps=3)
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, 5, sp_interval=2, warm_up=0, backend="eager")
+    run(pipe, steps=4)  # self-attention is reused before the gate
+    assert tgate_compile.describe(pipe).strip != "FFFF"
+    assert said == []
+
+
+def test_a_call_that_runs_plain_says_that_alone(said: list[logging.LogRecord]) -> None:
+    pipe = stable_diffusion(layout="small")
+    seen: list[Any] = []
+    pipe.unet.mid_block.register_forward_hook(lambda module, args, output: seen.append(None))
+    tgate_compile.optimize(pipe, backend="eager", on_unsupported="plain")
+    run(pipe, steps=3)
+    (record,) = said
+    assert "runs in full, since it cannot be gated" in record.getMessage()
