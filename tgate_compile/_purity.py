@@ -200,9 +200,13 @@ class Foreign:
 
 def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
     """Hooks, attention processors and replaced forwards inside `denoiser` that are not of known libraries."""
+    kinds = {type(owner) for module in denoiser.modules() for owner in (module, *_processors(module))}
+    patched = {
+        kind for kind in kinds if _is_patched(kind, "forward" if issubclass(kind, torch.nn.Module) else "__call__")
+    }
     for path, module in denoiser.named_modules():
         attributes = module.__dict__
-        if path:
+        if path and (attributes["_forward_pre_hooks"] or attributes["_forward_hooks"]):
             for hooks in (attributes["_forward_pre_hooks"], attributes["_forward_hooks"]):
                 for hook in hooks.values():
                     if _is_function(hook) or not is_trusted(type(hook).__module__):
@@ -211,14 +215,19 @@ def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
         # What accelerate and diffusers put there is looked at where offloading is.
         if forward is not None and "_hf_hook" not in attributes and not _has_diffusers_hooks(module):
             yield Foreign("forward", path, module, forward)
-        elif _is_patched(type(module), "forward"):
+        elif type(module) in patched:
             yield Foreign("forward", path, module, type(module).forward)
-        processor = getattr(module, "processor", None)
-        if callable(processor):
+        for processor in _processors(module):
             if not is_trusted(type(processor).__module__):
                 yield Foreign("processor", path, module, processor)
-            elif _is_patched(type(processor), "__call__") and not isinstance(processor, torch.nn.Module):
+            elif type(processor) in patched and not isinstance(processor, torch.nn.Module):
                 yield Foreign("processor", path, module, type(processor).__call__)
+
+
+def _processors(module: torch.nn.Module) -> tuple[Callable[..., Any], ...]:
+    """A module's attention processor, if it has one."""
+    processor = module.__dict__.get("processor", module._modules.get("processor"))
+    return (processor,) if callable(processor) else ()
 
 
 def _is_patched(kind: type, name: str) -> bool:
@@ -231,6 +240,7 @@ def _is_patched(kind: type, name: str) -> bool:
     )
 
 
+@functools.cache
 def is_trusted(module_name: str | None) -> bool:
     """Whether code of the Python module called `module_name` is known to work in a graph."""
     name = module_name or ""
@@ -513,7 +523,7 @@ def remember(denoiser: torch.nn.Module) -> Callable[[], None]:
     """
     restores: list[Callable[[], None]] = []
     for module in denoiser.modules():
-        for owner in (module, getattr(module, "processor", None)):
+        for owner in (module, *_processors(module)):
             attributes = getattr(owner, "__dict__", None)
             if isinstance(attributes, dict):
                 restores.append(functools.partial(_refill, attributes, dict(attributes)))
