@@ -281,10 +281,10 @@ class VariantStore:
         for address, held in mine:
             if fits(call.key, address.key, held.free):
                 return address
-        self._check_stateless(call, forward)
         # As torch.compile does: a size is taken for fixed until it has been another one.
         free = next((dims for address, _ in mine if (dims := differing_dims(call.key, address.key))), {})
         with exclusive():
+            self._check_stateless(call, forward)
             made = self._free_capture(call, forward, free) if free else None
             if made is None:
                 made = self._held(self._capture(call, forward), {})
@@ -331,6 +331,7 @@ class VariantStore:
         check_stateless(self.denoiser, run)
         self._stateless.add(self._model)
 
+    @exclusive()
     def free_variants(
         self, phases: Sequence[Phase], call: Call, forward: Callable[..., Any], shapes: ShapesCollection | None
     ) -> tuple[list[Variant], Captured]:

@@ -115,6 +115,7 @@ class _Served:
         else:
             logger.debug("the %s graph leaves %s: %s", self._variant.phase.name, name, error)
 
+    @exclusive()  # `full_float32` holds for all threads
     def _compare(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
         """Whether there was anything finite to compare, in each of the outputs, if all of them are close to PyTorch's.
 
