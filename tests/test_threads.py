@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 import tgate_compile
 from tests.comparing import assert_same
 from tests.own_loops import NO_TEXT, TEXTS
-from tests.tiny_pipelines import PROMPTS, image, run, stable_diffusion
+from tests.tiny_pipelines import image, run, stable_diffusion
 from tgate_compile import _traffic
 
-#: Seconds after which a test that hangs is broken off, with the stacks of all threads.
-DEADLOCK = 120
+#: Seconds after which a thread hangs. A test that does is broken off a little later, with the stacks of all threads.
+DEADLOCK = 90
 GATE = 2
 STEPS = 4
 
 
 @pytest.fixture(autouse=True)
 def _no_deadlock() -> Iterator[None]:
-    faulthandler.dump_traceback_later(DEADLOCK, exit=True)
+    faulthandler.dump_traceback_later(3 * DEADLOCK, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
     assert _traffic._owner is None
@@ -56,9 +57,13 @@ def at_once(*tasks: Callable[[], Any]) -> list[Any]:
 
 
 def twins(count: int, name: str = "StableDiffusionPipeline", **options: Any) -> list[Any]:
-    """Optimized pipelines with denoisers of their own, over the same weights."""
-    pipes = [stable_diffusion(name, layout="small") for _ in range(count)]
-    for pipe in pipes[1:]:
+    """Optimized pipelines with denoisers and tokenizers of their own, over the same weights.
+
+    A tokenizer cannot be shared: transformers' fast ones keep padding and truncation as state from call to call.
+    """
+    pipes = [stable_diffusion(name, layout="least") for _ in range(count)]
+    for pipe in pipes:
+        pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
         pipe.unet.load_state_dict(pipes[0].unet.state_dict(), assign=True)
     return [tgate_compile.optimize(pipe, GATE, **{"backend": "eager", **options}) for pipe in pipes]
 
@@ -71,7 +76,7 @@ def latents(pipe: Any, size: int = 16, **call: Any) -> torch.Tensor:
 def check_captures_still_work() -> None:
     assert not torch.compiler.is_exporting()
     pipe = twins(1)[0]
-    assert_same(latents(pipe, gate_step=1000), latents(stable_diffusion(layout="small")))
+    assert_same(latents(pipe, gate_step=1000), latents(stable_diffusion(layout="least")))
 
 
 # The traffic rules by themselves.
@@ -251,3 +256,214 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
         assert at_once(waits, captures) == [None, None]
     # The thread that does not move is waited for once, not at each capture.
     assert len([record for record in caplog.records if "has been busy for" in record.getMessage()]) == 1
+
+
+# Pipelines.
+
+
+@pytest.fixture(scope="module")
+def serial() -> dict[int, torch.Tensor]:
+    """The latents of each size in pixels, made by one pipeline in one thread."""
+    (pipe,) = twins(1)
+    return {size: latents(pipe, size) for size in (16, 24)}
+
+
+def test_new_sizes_at_once(serial: dict[int, torch.Tensor]) -> None:
+    def work(pipe: Any, sizes: tuple[int, ...]) -> Callable[[], list[torch.Tensor]]:
+        return lambda: [latents(pipe, size) for size in sizes]
+
+    orders = [(16, 24, 16), (24, 16, 24), (16, 24, 16)]
+    results = at_once(*map(work, twins(3), orders))
+    for order, result in zip(orders, results, strict=True):
+        assert [torch.equal(each, serial[size]) for each, size in zip(result, order, strict=True)] == [True] * 3
+    check_captures_still_work()
+
+
+def test_graphs_at_hand_run_while_another_thread_captures(serial: dict[int, torch.Tensor]) -> None:
+    warm, cold = twins(2)
+    latents(warm)
+    captured = threading.Event()
+
+    def runs() -> list[torch.Tensor]:
+        made = [latents(warm)]
+        while not captured.is_set():
+            made.append(latents(warm))
+        return made
+
+    def captures() -> torch.Tensor:
+        try:
+            return latents(cold, 24)
+        finally:
+            captured.set()
+
+    made, other = at_once(runs, captures)
+    assert torch.equal(other, serial[24])
+    assert all(torch.equal(each, serial[16]) for each in made)
+
+
+def test_text_encoders_and_vae_run_while_another_thread_captures() -> None:
+    def painted(pipe: Any) -> torch.Tensor:
+        result: torch.Tensor = run(pipe, image=image(), strength=0.8, steps=STEPS, output_type="pt")
+        return result.clone()
+
+    name = "StableDiffusionImg2ImgPipeline"
+    warm, cold = twins(2, name)
+    expected = painted(warm)
+    captured = threading.Event()
+
+    def runs() -> list[torch.Tensor]:
+        made = [painted(warm)]
+        while not captured.is_set():
+            made.append(painted(warm))
+        return made
+
+    def captures() -> torch.Tensor:
+        try:
+            return painted(cold)
+        finally:
+            captured.set()
+
+    made, other = at_once(runs, captures)
+    assert torch.equal(other, expected)
+    assert all(torch.equal(each, expected) for each in made)
+
+
+@pytest.mark.parametrize(
+    "backend", ["onnxruntime", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("openvino", "inductor"))]
+)
+def test_other_backends(backend: str) -> None:
+    pytest.importorskip({"inductor": "torch"}.get(backend, backend))
+    first, second, alone = twins(3, backend=backend)
+    results = at_once(lambda: latents(first), lambda: latents(second))
+    expected = latents(alone)
+    assert [torch.equal(result, expected) for result in results] == [True, True]
+
+
+def own_loop(pipe: Any) -> torch.Tensor:
+    """A denoising loop of one's own."""
+    pipe.scheduler.set_timesteps(STEPS)
+    texts = torch.cat([NO_TEXT, TEXTS[:1]])
+    current = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with tgate_compile.generation(pipe, guidance=True), torch.no_grad():
+        for timestep in pipe.scheduler.timesteps:
+            prediction = pipe.unet(torch.cat([current] * 2), timestep, encoder_hidden_states=texts).sample
+            uncond, cond = prediction.chunk(2)
+            current = pipe.scheduler.step(uncond + 5 * (cond - uncond), timestep, current).prev_sample
+    return current
+
+
+def test_own_loops() -> None:
+    alone, first, second = twins(3)
+    expected = own_loop(alone)
+    results = at_once(lambda: own_loop(first), lambda: own_loop(second), lambda: latents(alone, 24))
+    assert torch.equal(results[0], expected)
+    assert torch.equal(results[1], expected)
+    assert torch.is_tensor(results[2])
+
+
+# What goes wrong in one thread stays there.
+
+
+class NotExportable(torch.nn.Module):
+    """Stands in for a denoiser's last layer, and does something that no graph can have."""
+
+    def __init__(self, layer: torch.nn.Module, error: type[BaseException] | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.error = error
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        if self.error is not None and torch.compiler.is_exporting():
+            raise self.error
+        if value.sum() > 1e9:
+            return value
+        result: torch.Tensor = self.layer(value)
+        return result
+
+
+def broken(error: type[BaseException] | None = None) -> Any:
+    pipe = stable_diffusion(layout="least")
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    pipe.unet.conv_out = NotExportable(pipe.unet.conv_out, error)
+    return tgate_compile.optimize(pipe, GATE, backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(None, tgate_compile.CaptureError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_a_capture_that_fails_does_not_disturb_the_others(
+    serial: dict[int, torch.Tensor], error: type[BaseException] | None, raised: type[BaseException]
+) -> None:
+    failing, (right, late) = broken(error), twins(2)
+    results = at_once(lambda: latents(failing), lambda: latents(right), lambda: latents(late, 24))
+    assert type(results[0]) is raised
+    assert torch.equal(results[1], serial[16])
+    assert torch.equal(results[2], serial[24])
+    check_captures_still_work()
+
+
+def test_one_pipeline_in_two_threads(serial: dict[int, torch.Tensor]) -> None:
+    """Captures of the first call, and a second one on the same denoiser: one of them is refused, as documented."""
+    (pipe,) = twins(1)
+    results = at_once(lambda: latents(pipe), lambda: latents(pipe), lambda: latents(pipe))
+    for result in results:
+        assert isinstance(result, tgate_compile.ConcurrentGenerationError) or torch.equal(result, serial[16])
+    assert sum(torch.is_tensor(result) for result in results) >= 1
+    assert torch.equal(latents(pipe), serial[16])
+
+
+def test_describe_in_another_thread(serial: dict[int, torch.Tensor]) -> None:
+    """Two pipelines over one denoiser, which share their graphs: one runs, the other asks what it would run."""
+    (pipe,) = twins(1)
+    components = {**pipe.components, "tokenizer": copy.deepcopy(pipe.tokenizer)}
+    other = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    tgate_compile.optimize(other, GATE, backend="eager")
+
+    def ask() -> str:
+        return tgate_compile.describe(other, prompt="red cat", height=24, width=16, num_inference_steps=STEPS).strip
+
+    made, strip = at_once(lambda: [latents(pipe, size) for size in (16, 24)], ask)
+    errors = tgate_compile.ConcurrentGenerationError
+    assert isinstance(strip, errors) or strip == "FFpp"
+    assert isinstance(made, errors) or all(torch.equal(*pair) for pair in zip(made, serial.values(), strict=True))
+
+
+# Threads that wait for each other.
+
+
+def test_a_callback_that_waits_for_a_thread_that_captures(
+    serial: dict[int, torch.Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_traffic, "PATIENCE", 0.5)
+    waiting, other = twins(2)
+    captured: list[torch.Tensor] = []
+
+    def wait(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            thread = threading.Thread(target=lambda: captured.append(latents(other, 24)))
+            thread.start()
+            thread.join(DEADLOCK)
+        return tensors
+
+    with caplog.at_level("WARNING", "tgate_compile"):
+        (result,) = at_once(lambda: latents(waiting, callback_on_step_end=wait))
+    assert torch.equal(result, serial[16])
+    assert torch.equal(captured[0], serial[24])
+    assert [record for record in caplog.records if "has been busy for" in record.getMessage()]
+
+
+def test_a_call_within_a_callback(serial: dict[int, torch.Tensor]) -> None:
+    outer, inner, other = twins(3)
+    made: list[torch.Tensor] = []
+
+    def call(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step in (0, 3):
+            made.append(latents(inner, 24))
+        return tensors
+
+    results = at_once(lambda: latents(outer, callback_on_step_end=call), lambda: [latents(other), latents(other, 24)])
+    assert torch.equal(results[0], serial[16])
+    assert torch.equal(results[1][0], serial[16])
+    assert all(torch.equal(each, serial[24]) for each in (results[1][1], *made))
+    assert len(made) == 2

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 MSG_CONCURRENT = (
     "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
-    "scheduler's state. Use one pipeline per thread (they may be built from the same weights), or a lock."
+    "scheduler's state. Use a lock, or one pipeline per thread: they may have the same weights, but need a denoiser, a "
+    "scheduler and tokenizers of their own."
 )
 MSG_AUTOCAST = (
     "torch.autocast is on, and would change dtypes inside a graph that is made for fixed ones. Leave it, and put the "
