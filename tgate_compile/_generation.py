@@ -215,7 +215,7 @@ class Generation:
         if event == "new pass":
             self._begin(arguments, guided)
         elif self._watch:
-            self._store.refresh()
+            self._store.refresh(begins=False)
         call = Call.of(args, kwargs)
         latents = latents_of(arguments)
         self._batch = (latents.shape, guided)

@@ -91,6 +91,10 @@ class CudaGraph:
         self._graph.replay()
         return [output.clone() for output in self._outputs]
 
+    def release(self) -> None:
+        """Let go of the weights, and of what has been recorded with them."""
+        self._weights, self._addresses, self._graph = (), [], None
+
     @exclusive()  # while a graph is recorded, other threads' work on the GPU makes the recording fail
     def _record(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         # Outside of the graph's own memory, so that nothing else is ever put there.
