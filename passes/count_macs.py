@@ -49,18 +49,25 @@ class Macs:
 
 
 def count_macs(graph: torch.fx.Graph) -> Macs:
-    """The multiply-accumulates of one run of `graph`, whose nodes carry fake tensors of static shape."""
+    """The multiply-accumulates of one run of `graph`, whose nodes carry fake tensors.
+
+    Free sizes count as what they were in the call that was captured.
+    """
     layers = attention = 0
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in LINEAR:
-            layers += shape_of(node).numel() * shape_of(operand(node, 1))[-1]
+            layers += prod(_sizes(node)) * _sizes(operand(node, 1))[-1]
         elif node.target in CONVOLUTION:
-            layers += shape_of(node).numel() * prod(shape_of(operand(node, 1))[1:])
+            layers += prod(_sizes(node)) * prod(_sizes(operand(node, 1))[1:])
         elif node.target in FUSED:
-            query, key, value = (shape_of(operand(node, position)) for position in range(3))
+            query, key, value = (_sizes(operand(node, position)) for position in range(3))
             attention += prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
         elif node.target in PRODUCTS:
-            attention += shape_of(operand(node, PRODUCTS[node.target])).numel() * shape_of(node)[-1]
+            attention += prod(_sizes(operand(node, PRODUCTS[node.target]))) * _sizes(node)[-1]
     return Macs(layers, attention)
+
+
+def _sizes(node: torch.fx.Node) -> tuple[int, ...]:
+    return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in shape_of(node))

@@ -130,6 +130,16 @@ def _unet(layout: str, in_channels: int = 4, **extra: Any) -> UNet2DConditionMod
             "down_block_types": ("CrossAttnDownBlock2D",),
             "up_block_types": ("UpBlock2D",),
         },
+        # Without a middle block: the least that there is to capture.
+        "least": {
+            "attention_head_dim": 2,
+            "cross_attention_dim": TEXT_DIM,
+            "block_out_channels": (16,),
+            "norm_num_groups": 4,
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "mid_block_type": None,
+            "up_block_types": ("UpBlock2D",),
+        },
         # Linear projections; a number of heads for each block.
         "sd2": {"attention_head_dim": (4, 8), "cross_attention_dim": TEXT_DIM, "use_linear_projection": True},
         "sdxl": {
@@ -202,7 +212,7 @@ def _sd_components(layout: str = "sd1", **unet: Any) -> dict[str, Any]:
 
 
 def stable_diffusion(name: str = "StableDiffusionPipeline", layout: str = "sd1", **unet: Any) -> Any:
-    """Stable Diffusion in the layout of 1.x ("sd1", "small"), or of 2.x with its v-prediction ("sd2")."""
+    """Stable Diffusion in the layout of 1.x ("sd1", "small", "least"), or of 2.x with its v-prediction ("sd2")."""
     components = _sd_components(layout, **unet)
     if layout != "sd1":
         components["scheduler"] = DDIMScheduler(**VELOCITY, clip_sample=False)

@@ -22,6 +22,7 @@ from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedM
 from tgate_compile._graphs import Captured, Site
 from tgate_compile._latents import LATENTS_NAMES, fits, is_time, latents_of, named_leaves
 from tgate_compile._schedule import Kind
+from tgate_compile._traffic import exclusive
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.find_attention import Inputs, count_roles, find_attention
 from tgate_compile.passes.find_deep_feature import find_deep_feature
@@ -68,6 +69,7 @@ MSG_SITES_DIFFER = (
 )
 
 
+@exclusive()
 def capture(
     denoiser: torch.nn.Module,
     forward: Callable[..., Any],

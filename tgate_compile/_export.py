@@ -18,6 +18,7 @@ from tgate_compile._live_tensors import rounded_input, wrapped_weight
 from tgate_compile._optimized import preview, required_state_of
 from tgate_compile._prompts import AUTO_PROMPTS
 from tgate_compile._quantization import read_quantization
+from tgate_compile._traffic import exclusive
 from tgate_compile._variants import VariantStore
 
 MSG_FORMAT = "format must be one of {known}, but got {given!r}."
@@ -150,23 +151,24 @@ def export(
     target = target.parent.resolve() / target.name if target.name else target.resolve()
     check_target(target, overwrite=overwrite)
     say = progress or (lambda stage: None)
-    say("Capturing the graphs")
-    plan = preview(pipe, call)[component]
-    write_bundle(
-        pipe,
-        component,
-        hook,
-        plan,
-        target,
-        graph_format=format,
-        options=options,
-        free=free,
-        components=request,
-        quantization=quantization,
-        call=call,
-        overwrite=overwrite,
-        progress=say,
-    )
+    with exclusive():  # exporters change state of the whole process, as torch.export does
+        say("Capturing the graphs")
+        plan = preview(pipe, call)[component]
+        write_bundle(
+            pipe,
+            component,
+            hook,
+            plan,
+            target,
+            graph_format=format,
+            options=options,
+            free=free,
+            components=request,
+            quantization=quantization,
+            call=call,
+            overwrite=overwrite,
+            progress=say,
+        )
     return target
 
 

@@ -20,6 +20,8 @@ _IGNORED = frozenset(vars(torch.nn.Module())) - {"training", "_forward_hooks", "
 # On the whole denoiser: what diffusers notes when it has fused LoRAs into its weights, and then unloaded them; and its
 # hooks, which stay outside of the graph.
 _NOTES = _IGNORED | {"_hf_peft_config_loaded", "_safe_fusing", "lora_scale", "_forward_hooks", "_forward_pre_hooks"}
+# Of UNet blocks: diffusers' disable_freeu() leaves them at None, and its code asks by getattr(block, "s1", None).
+_FREEU = frozenset({"s1", "s2", "b1", "b2"})
 _SCALARS = frozenset({bool, int, float, str, type(None)})
 
 
@@ -54,7 +56,7 @@ def _attributes(module: torch.nn.Module, ignored: frozenset[str]) -> Hashable:
     return tuple(
         (name, value if type(value) in _SCALARS else _plain(value, 3))
         for name, value in module.__dict__.items()
-        if name not in ignored
+        if name not in ignored and not (value is None and name in _FREEU)
     )
 
 
@@ -69,5 +71,5 @@ def _plain(value: Any, depth: int) -> Hashable:
     if isinstance(value, (list, tuple, set, frozenset)):
         return tuple(_plain(item, depth - 1) for item in value)
     if isinstance(value, (FunctionType, BuiltinFunctionType)):
-        return id(value)
+        return value  # itself, not its id, which a later function may get
     return type(value), _plain(getattr(value, "__dict__", {}), depth - 1)

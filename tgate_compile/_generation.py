@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 MSG_CONCURRENT = (
     "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
-    "scheduler's state. Use one pipeline per thread (they may be built from the same weights), or a lock."
+    "scheduler's state. Use a lock, or one pipeline per thread: they may have the same weights, but need a denoiser, a "
+    "scheduler and tokenizers of their own."
 )
 MSG_AUTOCAST = (
     "torch.autocast is on, and would change dtypes inside a graph that is made for fixed ones. Leave it, and put the "
@@ -217,7 +218,7 @@ class Generation:
             if event == "next" and self._has_halves is None:
                 self._check_unseen()
             if self._watch:
-                self._store.refresh()
+                self._store.refresh(begins=False)
         call = Call.of(args, kwargs)
         latents = latents_of(arguments)
         self._batch = (latents.shape, guided)

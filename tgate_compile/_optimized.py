@@ -24,7 +24,7 @@ from tgate_compile._modular import Guidance, family_of_pipeline, has_own_blocks,
 from tgate_compile._rewind import rewindable
 from tgate_compile._schedule import Schedule
 from tgate_compile._scheduler_watch import observed
-from tgate_compile._traffic import running
+from tgate_compile._traffic import exclusive, running
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +188,7 @@ def generation(
         yield OwnLoop(loop)
 
 
+@exclusive()  # another thread's call may use the same graphs
 def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]:
     """What `pipe(**call)` would run, by denoiser: its first denoiser call is the last thing that really happens.
 

@@ -24,6 +24,7 @@ PATIENCE = 60.0
 _changed = threading.Condition()
 _running: Counter[int] = Counter()  # by thread: how many nested calls
 _waiting: set[int] = set()  # threads that want to capture
+_stuck: set[int] = set()  # running threads that have been waited for in vain, until they show that they live
 _owner: int | None = None  # the thread that captures, or is the next to
 _depth = 0
 
@@ -35,10 +36,12 @@ def running() -> Iterator[None]:
     with _changed:
         _changed.wait_for(lambda: _owner in (None, me) or _running[me] > 0)
         _running[me] += 1
+        _stuck.discard(me)
     try:
         yield
     finally:
         with _changed:
+            _stuck.discard(me)
             _running[me] -= 1
             if not _running[me]:
                 del _running[me]
@@ -53,11 +56,11 @@ def give_way() -> None:
     with _changed:
         if _owner == me:
             return
-        depth = _running.pop(me, 0)
-        _changed.notify_all()
-        _changed.wait_for(lambda: _owner is None and not _waiting)
-        if depth:
-            _running[me] = depth
+        depth = _stop(me)
+        try:
+            _changed.wait_for(lambda: _owner is None and not _waiting)
+        finally:  # also if the wait is interrupted: the caller is about to leave `running`
+            _resume(me, depth)
 
 
 @contextmanager
@@ -68,18 +71,22 @@ def exclusive() -> Iterator[None]:
     depth = 0
     with _changed:
         if _owner != me:
-            depth = _running.pop(me, 0)  # so that it waits for others only, and others do not wait for it
+            depth = _stop(me)  # so that threads that want to capture do not wait for each other
             _waiting.add(me)
-            _changed.notify_all()
             try:
                 _changed.wait_for(lambda: _owner is None)
                 _owner = me
+            except BaseException:
+                _resume(me, depth)
+                raise
             finally:
                 _waiting.discard(me)
+                _changed.notify_all()
         _depth += 1
     try:
         with _changed:
-            if not _changed.wait_for(lambda: not _running or set(_running) == {me}, PATIENCE):
+            if not _changed.wait_for(lambda: set(_running) <= _stuck | {me}, PATIENCE):
+                _stuck.update(set(_running) - {me})
                 logger.warning(
                     "Another thread's pipeline call has been busy for %.0f s. Capturing now, without waiting for it.",
                     PATIENCE,
@@ -90,6 +97,19 @@ def exclusive() -> Iterator[None]:
             _depth -= 1
             if not _depth:
                 _owner = None
-            if depth:
-                _running[me] = depth
-            _changed.notify_all()
+            _resume(me, depth)
+
+
+def _stop(thread: int) -> int:
+    """With the lock held: the thread does not run modules until it resumes. Returns how many calls it is inside of."""
+    depth = _running.pop(thread, 0)
+    _stuck.discard(thread)
+    _changed.notify_all()
+    return depth
+
+
+def _resume(thread: int, depth: int) -> None:
+    """With the lock held: the thread is inside of so many calls again."""
+    if depth:
+        _running[thread] = depth
+    _changed.notify_all()

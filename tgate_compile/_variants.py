@@ -7,15 +7,17 @@ import inspect
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.export import ShapesCollection
+from torch.export import ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from tgate_compile._backends import ChosenBackend, Runner, make_backend
+from tgate_compile._backends.chosen import Served
 from tgate_compile._call import Call, FreeDims, differing_dims, fits
 from tgate_compile._capture import capture, deep_layer
 from tgate_compile._config import Config
@@ -26,11 +28,15 @@ from tgate_compile._latents import latents_of
 from tgate_compile._live_tensors import check_quantization, live_tensors
 from tgate_compile._offload import check_weights_stay
 from tgate_compile._purity import check_python, check_stateless
+from tgate_compile._reference import Reference, agree
 from tgate_compile._schedule import Kind, Phase
 from tgate_compile._traffic import exclusive
 from tgate_compile.passes.specialize import specialize
 
 logger = logging.getLogger(__name__)
+
+#: The cached values, by kind and name of their sites.
+Caches = Mapping[tuple[Kind, str], torch.Tensor]
 
 #: Estimates of what the graphs take, in bytes: torch.fx's nodes with what is known of their values.
 BYTES_PER_NODE = 12_000
@@ -46,9 +52,7 @@ class Runnable(Protocol):
         """The sites whose values it hands on, in order."""
         ...
 
-    def run(
-        self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def run(self, call: Call, caches: Caches) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The denoiser's flat outputs for `call`, and the values of `emitted`."""
         ...
 
@@ -77,17 +81,15 @@ class Store(Protocol):
         """The variants made here, and what each is made of."""
         ...
 
-    def refresh(self) -> None:
-        """Look at the denoiser again, at the start of a generation."""
+    def refresh(self, *, begins: bool = True) -> None:
+        """Look at the denoiser again, at the start of a generation, or in the middle of one that changes it."""
         ...
 
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
         """What the graph of `phase` for inputs like those of `call` hands on; nothing is compiled for it."""
         ...
 
-    def get(
-        self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
-    ) -> Runnable:
+    def get(self, phase: Phase, call: Call, caches: Caches, forward: Callable[..., Any]) -> Runnable:
         """The graph of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
         ...
 
@@ -106,9 +108,7 @@ class CompiledVariant:
         """The sites whose values it hands on, in order."""
         return self.variant.emitted
 
-    def run(
-        self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def run(self, call: Call, caches: Caches) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The denoiser's flat outputs for `call`, and the values that the graph emits, in its order."""
         outputs = list(self.runner(self.weights, _inputs(self.variant, self.captured, call, caches)))
         count = self.captured.out_spec.num_leaves
@@ -134,16 +134,24 @@ class _Held:
     Attributes:
         captured: the graph.
         free: the sizes that other calls may have, by the position of the tensor among the call's leaves.
-        checked: calls with other sizes for which it was seen to compute what the denoiser does.
         last_used: the number of the generation that used it last.
         nbytes: what it and its variants take, by estimate.
+        checked: calls with other sizes for which it was seen to compute what the denoiser does.
+        compared: phases and calls with other sizes for which its compiled variants were seen to do what they should.
+        alone: it serves no call but the one that it was made of.
     """
 
     captured: Captured
     free: FreeDims
-    checked: set[Hashable]
     last_used: int
     nbytes: int
+    checked: set[Hashable] = field(default_factory=set)
+    compared: set[Hashable] = field(default_factory=set)
+    alone: bool = False
+
+    def used(self, variant: Variant) -> set[int]:
+        """The positions of the call's leaves that `variant` takes: the others may have any size."""
+        return {position for position, name in enumerate(self.captured.input_names) if name in variant.inputs}
 
 
 class VariantStore:
@@ -161,6 +169,7 @@ class VariantStore:
         self._config = config
         self._models: dict[Hashable, int] = {}  # states of the denoiser by their fingerprints
         self._model = -1
+        self._next_model = 0
         self._stateless: set[int] = set()
         self._captures: OrderedDict[_Address, _Held] = OrderedDict()
         self._variants: dict[tuple[_Address, Phase], Variant] = {}
@@ -168,6 +177,7 @@ class VariantStore:
         self._found: dict[tuple[_Address, Phase], _Address] = {}  # calls that are served by another call's graph
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # by state: another one may suit it
         self._failed: dict[_Address, str] = {}  # calls that cannot be captured, and why
+        self._not_free: set[Hashable] = set()  # sizes that a state's code fixes
         self._generations = 0
         self._said_full = False
         self.compilations = 0
@@ -208,16 +218,17 @@ class VariantStore:
         """The compiled ones."""
         return list(self._compiled.values())
 
-    def refresh(self) -> None:
+    def refresh(self, *, begins: bool = True) -> None:
         """Look at the denoiser again, which may have changed, and fetch its parameters anew."""
-        self._generations += 1
+        self._generations += begins
         current = fingerprint(self.denoiser)
         model = self._models.get(current)
         if model is None:
             check_weights_stay(self.denoiser)
             check_quantization(self.denoiser)
             check_python(self.denoiser)
-            model = self._models[current] = len(self._models)
+            model = self._models[current] = self._next_model
+            self._next_model += 1
             if self._captures:
                 logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
         live = live_tensors(self.denoiser)
@@ -225,85 +236,140 @@ class VariantStore:
         self._model = model
         for key, compiled in self._compiled.items():
             # The graphs of other states let go of the tensors, which may have been replaced.
-            weights = _weights(compiled.variant, live) if key[0].model == model else []
+            weights = _tensors_of(compiled.variant.program, live) if key[0].model == model else []
             self._compiled[key] = dataclasses.replace(compiled, weights=weights)
 
     def _let_go_of_old_tensors(self, model: int, live: Mapping[str, torch.Tensor]) -> None:
-        """Programs hold parameters, some of which may have been replaced: take the new ones, or drop the program."""
-        for address, held in list(self._captures.items()):
-            programs = [held.captured.program, *(v.program for key, v in self._variants.items() if key[0] == address)]
+        """Graphs hold parameters, some of which may have been replaced.
+
+        Those of the present state take the new ones. Those of another state let go of the old ones; if it comes back,
+        by a LoRA that is loaded again, they take what there is then.
+        """
+        for address, held in self._captures.items():
+            variants = {key: variant for key, variant in self._variants.items() if key[0] == address}
             old = [
-                (program.state_dict, name)
-                for program in programs
-                for name, tensor in program.state_dict.items()
-                if not _is_same(live.get(name), tensor)
+                (tensors, name)
+                for program in (held.captured.program, *(variant.program for variant in variants.values()))
+                for tensors, name in _held_tensors(program)
+                if not _is_same(live.get(name), tensors[name])
             ]
-            if old and address.model != model:
-                self._drop(address)
-                continue
             for tensors, name in old:
-                tensors[name] = live[name]
+                tensors[name] = live[name] if address.model == model else _without_data(tensors[name])
+            for key in variants if old else ():
+                runner = self._compiled[key].runner if key in self._compiled else None
+                if isinstance(runner, Served):
+                    runner.release()
 
-    def variant(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Variant, Captured]:
-        """The variant of `phase` for inputs like those of `call`, not compiled yet, and what it is made of."""
-        address = self._address(phase, call, forward)
-        return self._variants[address, phase], self._captures[address].captured
+    def variant(
+        self, phase: Phase, call: Call, forward: Callable[..., Any], caches: Caches | None = None
+    ) -> tuple[Variant, Captured]:
+        """A variant of `phase` for inputs like those of `call`, not compiled yet, and what it is made of.
 
-    def _address(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> _Address:
-        """Where the variant of `phase` for `call` is, which is made if there is none."""
+        Without `caches` it says how such calls are computed, but may have been made of a call with a longer text.
+        """
         own = _Address(self._model, call.key)
-        address = self._found.get((own, phase))
-        if address is None:
-            address = self._fitting_variant(phase, call) or self._captured(own, call, forward)
-            self._found[own, phase] = address
+        address = self._found.get((own, phase)) or next(self._right(own, phase, call, caches, forward))
+        return self._variant(address, phase), self._captures[address].captured
+
+    def _variant(self, address: _Address, phase: Phase) -> Variant:
         held = self._captures[address]
         held.last_used = self._generations
         self._captures.move_to_end(address)
-        if (address, phase) not in self._variants:
+        variant = self._variants.get((address, phase))
+        if variant is None:
             with exclusive():
                 variant = self._variants[address, phase] = self._specialize(held.captured, phase)
             held.nbytes += BYTES_PER_NODE * len(variant.program.graph.nodes)
-        return address
+        return variant
 
-    def _fitting_variant(self, phase: Phase, call: Call) -> _Address | None:
-        """A variant of `phase` that can serve `call` although other inputs differ, which it does without."""
-        for (address, its_phase), variant in self._variants.items():
-            if its_phase == phase and address.model == self._model:
-                held = self._captures[address]
-                names = held.captured.input_names
-                used = {position for position, name in enumerate(names) if name in variant.inputs}
-                if fits(call.key, address.key, held.free, used):
-                    return address
-        return None
+    def _right(
+        self, own: _Address, phase: Phase, call: Call, caches: Caches | None, forward: Callable[..., Any]
+    ) -> Iterator[_Address]:
+        """Captures that serve `phase` for `call`, the best first; those that there are not yet are made.
 
-    def _captured(self, own: _Address, call: Call, forward: Callable[..., Any]) -> _Address:
-        """Where there is a capture for `call`, which is made if there is none."""
+        One that has been made of another call, or with free sizes, is compared with the denoiser first. The denoiser's
+        code may do something else from a certain length on, and for which ones a graph is valid is known to
+        torch.export only in part. The last one, with the sizes of `call` alone, needs no such look.
+        """
+        reference = Reference(self.denoiser, forward, call)
+        for address in self._possible(own, phase, call, forward):
+            held = self._captures[address]
+            if (
+                (address == own and not held.free)
+                or call.key in held.checked
+                or self._is_right(address, phase, call, caches, reference)
+            ):
+                yield address
+            else:
+                held.alone = held.alone or not held.free
+                logger.info("a graph of %s does not serve this call's sizes", type(self.denoiser).__name__)
+
+    @torch.no_grad()
+    def _is_right(
+        self, address: _Address, phase: Phase, call: Call, caches: Caches | None, reference: Reference
+    ) -> bool:
+        """Whether the capture at `address` stands for what the denoiser does with the sizes of `call`."""
+        held, live = self._captures[address], live_tensors(self.denoiser)
+        captured = held.captured
+        if fits(call.key, address.key, held.free):
+            weights = _tensors_of(captured.program, live)
+            right = agree(captured.program.graph_module.forward(*weights, *call.leaves), reference.outputs)
+            if right:
+                held.checked.add(call.key)
+            return right
+        # The variant does without the inputs whose sizes differ.
+        if caches is None:
+            return True  # nothing is going to be computed
+        expected = reference.outputs_with([site for site in captured.sites if site.kind in phase.reuse], caches)
+        if expected is None:
+            return False
+        variant = self._variants[address, phase]
+        inputs = _inputs(variant, captured, call, caches)
+        results = variant.program.graph_module.forward(*_tensors_of(variant.program, live), *inputs)
+        return agree(results[: len(expected)], expected)
+
+    def _possible(self, own: _Address, phase: Phase, call: Call, forward: Callable[..., Any]) -> Iterator[_Address]:
+        """Captures that may serve `phase` for `call`; at last one is made that certainly does."""
+        if own in self._captures:
+            yield own
         mine = [(address, held) for address, held in self._captures.items() if address.model == self._model]
-        for address, held in mine:
-            if fits(call.key, address.key, held.free):
-                return address
-        if own in self._failed:
-            raise CaptureError(self._failed[own])
-        self._check_stateless(call, forward)
+        others = [(address, held) for address, held in mine if address != own and not held.alone]
+        fitting = [address for address, held in others if fits(call.key, address.key, held.free)]
+        for address, held in others:
+            variant = self._variants.get((address, phase))
+            if address in fitting or (
+                variant is not None and fits(call.key, address.key, held.free, held.used(variant))
+            ):
+                yield address
         # As torch.compile does: a size is taken for fixed until it has been another one.
         free = next((dims for address, _ in mine if (dims := differing_dims(call.key, address.key))), {})
+        if free and not fitting and own not in self._captures:
+            made = self._free_capture(call, forward, free)
+            if made is not None:
+                yield self._keep(own, made)
         with exclusive():
-            made = self._free_capture(call, forward, free) if free else None
-            if made is None:
-                try:
-                    made = self._held(self._capture(call, forward), {})
-                except CaptureError as error:
-                    if not isinstance(error.__cause__, torch.OutOfMemoryError):
-                        self._failed[own] = str(error)
-                    raise
-                made.checked.add(call.key)
-        self._captures[own] = made
+            if own in self._failed:
+                raise CaptureError(self._failed[own])
+            self._check_stateless(call, forward)
+            try:
+                made = self._held(self._capture(call, forward), {})
+            except CaptureError as error:
+                if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                    self._failed[own] = str(error)
+                raise
+        if own in self._captures:
+            self._drop(own)  # sizes are free in it, and that is wrong, or cannot be compiled
+        yield self._keep(own, made)
+
+    def _keep(self, address: _Address, made: _Held) -> _Address:
+        self._captures[address] = made
         self._make_room()
-        return own
+        return address
 
     def _free_capture(self, call: Call, forward: Callable[..., Any], free: FreeDims) -> _Held | None:
         """A capture with these sizes left open; None if the denoiser's code does not permit it."""
-        if _latents_of(call, forward) in free:
+        tried = self._model, tuple(free.items())
+        if _latents_of(call, forward) in free or tried in self._not_free:
             return None
         copy = call.map_tensors(torch.Tensor.clone)  # ShapesCollection knows tensors by identity
         shapes = ShapesCollection()  # type: ignore[no-untyped-call]
@@ -313,6 +379,7 @@ class VariantStore:
             captured = self._capture(copy, forward, shapes)
         except CaptureError as error:
             logger.debug("%s cannot leave sizes free: %s", type(self.denoiser).__name__, error)
+            self._not_free.add(tried)
             return None
         inputs = {node.name: node.meta["val"] for node in captured.program.graph.nodes if node.op == "placeholder"}
         still_free = {
@@ -321,10 +388,13 @@ class VariantStore:
             )
             for position, dims in free.items()
         }
-        return self._held(captured, still_free) if all(still_free.values()) else None
+        if not all(still_free.values()):
+            self._not_free.add(tried)
+            return None
+        return self._held(captured, still_free)
 
     def _held(self, captured: Captured, free: FreeDims) -> _Held:
-        return _Held(captured, free, set(), self._generations, BYTES_PER_NODE * len(captured.program.graph.nodes))
+        return _Held(captured, free, self._generations, BYTES_PER_NODE * len(captured.program.graph.nodes))
 
     def _check_stateless(self, call: Call, forward: Callable[..., Any]) -> None:
         """Before the first capture of a denoiser in this state."""
@@ -339,6 +409,7 @@ class VariantStore:
         check_stateless(self.denoiser, run)
         self._stateless.add(self._model)
 
+    @exclusive()
     def free_variants(
         self, phases: Sequence[Phase], call: Call, forward: Callable[..., Any], shapes: ShapesCollection | None
     ) -> tuple[list[Variant], Captured]:
@@ -372,29 +443,36 @@ class VariantStore:
         """What the variant of `phase` for inputs like those of `call` hands on; it is captured, but not compiled."""
         return self.variant(phase, call, forward)[0].emitted
 
-    def get(
-        self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
-    ) -> CompiledVariant:
+    def get(self, phase: Phase, call: Call, caches: Caches, forward: Callable[..., Any]) -> CompiledVariant:
         """The variant of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
-        address = self._address(phase, call, forward)
-        held = self._captures[address]
+        own = _Address(self._model, call.key)
+        found = self._found.get((own, phase))
+        for address in self._right(own, phase, call, caches, forward) if found is None else (found,):
+            compiled = self._ready(address, phase, call, caches)
+            if compiled is not None:
+                self._found[own, phase] = address
+                return compiled
+        raise AssertionError("a capture of a call does not serve it")
+
+    def _ready(self, address: _Address, phase: Phase, call: Call, caches: Caches) -> CompiledVariant | None:
+        """The compiled variant of the capture at `address`; None if the backend is not up to its free sizes."""
+        variant, held = self._variant(address, phase), self._captures[address]
         try:
             compiled = self._compiled.get((address, phase)) or self._compile(address, phase, call, caches)
-            # The first step of a generation is a full one, so that others follow a call that has been checked.
-            if phase.reuse or call.key in held.checked or self._is_right(compiled, call, caches, forward):
-                if not phase.reuse:
-                    held.checked.add(call.key)
-                return compiled
-        except BackendError:
+            if _has_free_inputs(variant) and (phase, call.key) not in held.compared:
+                assert isinstance(compiled.runner, Served)
+                compiled.runner.compare(compiled.weights, _inputs(variant, held.captured, call, caches))
+                held.compared.add((phase, call.key))
+        except BackendError as error:
             if not held.free:
                 raise
-        return self._without_free_sizes(address, phase, call, caches, forward)
+            logger.info("%s", error)
+            return None
+        return compiled
 
-    def _compile(
-        self, address: _Address, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
-    ) -> CompiledVariant:
+    def _compile(self, address: _Address, phase: Phase, call: Call, caches: Caches) -> CompiledVariant:
         variant, held = self._variants[address, phase], self._captures[address]
-        weights = _weights(variant, live_tensors(self.denoiser))
+        weights = _tensors_of(variant.program, live_tensors(self.denoiser))
         inputs = _inputs(variant, held.captured, call, caches)
         chosen = self._model, inputs[0].device
         if chosen not in self._backends:
@@ -406,46 +484,6 @@ class VariantStore:
             held.nbytes += sum(tensor.nbytes for tensor in weights)
             self._make_room()
         return compiled
-
-    def _is_right(
-        self,
-        compiled: CompiledVariant,
-        call: Call,
-        caches: Mapping[tuple[Kind, str], torch.Tensor],
-        forward: Callable[..., Any],
-    ) -> bool:
-        """Whether a graph with free sizes stands for what the denoiser does with those of `call`.
-
-        Its code may do something else from a certain length on, and for which lengths a graph is valid is known to
-        torch.export only in part.
-        """
-        args, kwargs = call.arguments
-        expected = pytree.tree_leaves(forward(*args, **kwargs))
-        inputs = _inputs(compiled.variant, compiled.captured, call, caches)
-        results = compiled.variant.program.graph_module.forward(*compiled.weights, *inputs)
-        return all(_close(result, value) for result, value in zip(results, expected, strict=False))  # caches follow
-
-    def _without_free_sizes(
-        self,
-        address: _Address,
-        phase: Phase,
-        call: Call,
-        caches: Mapping[tuple[Kind, str], torch.Tensor],
-        forward: Callable[..., Any],
-    ) -> CompiledVariant:
-        """A graph for the sizes of `call` alone: one with free sizes is not right for it, or cannot be compiled."""
-        own = _Address(self._model, call.key)
-        logger.info("a graph with free sizes does not serve this call of %s", type(self.denoiser).__name__)
-        if address == own:
-            self._drop(own)
-        else:
-            self._found = {key: at for key, at in self._found.items() if key[0] != own}
-        with exclusive():
-            held = self._captures[own] = self._held(self._capture(call, forward), {})
-            self._variants[own, phase] = self._specialize(held.captured, phase)
-        held.checked.add(call.key)
-        self._found[own, phase] = own
-        return self._compile(own, phase, call, caches)
 
     def _make_room(self) -> None:
         """Drop the graphs that were used least recently, but none that this generation has used."""
@@ -465,6 +503,10 @@ class VariantStore:
             for key in [key for key in made if key[0] == address]:
                 del made[key]
         self._found = {key: at for key, at in self._found.items() if at != address}
+        model = address.model
+        if model != self._model and all(other.model != model for other in self._captures):
+            self._models = {state: number for state, number in self._models.items() if number != model}
+            self._backends = {key: backend for key, backend in self._backends.items() if key[0] != model}
 
     def _say_full(self, limit: int) -> None:
         if not self._said_full:
@@ -476,22 +518,42 @@ class VariantStore:
             )  # fmt: skip
 
 
-def _weights(variant: Variant, live: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    constants = variant.program.constants
-    return [live[name] if name in live else constants[name] for name in variant.weights]
+def _tensors_of(program: ExportedProgram, live: Mapping[str, torch.Tensor]) -> list[Any]:
+    """What `program` takes before its inputs."""
+    specs = program.graph_signature.input_specs
+    names = [str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT]
+    return [live[name] if name in live else program.constants[name] for name in names]
 
 
-def _inputs(
-    variant: Variant, captured: Captured, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
-) -> list[torch.Tensor]:
+def _has_free_inputs(variant: Variant) -> bool:
+    inputs = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
+    return any(isinstance(size, torch.SymInt) for each in inputs if torch.is_tensor(each) for size in each.shape)
+
+
+def _inputs(variant: Variant, captured: Captured, call: Call, caches: Caches) -> list[torch.Tensor]:
     by_name = dict(zip(captured.input_names, call.leaves, strict=True))
     reused = [caches[site.kind, site.name] for site in variant.reused]
     return [*(by_name[name] for name in variant.inputs), *reused]
 
 
+def _held_tensors(program: ExportedProgram) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where `program` holds the denoiser's tensors: a dictionary of its own, and the tensor's name there."""
+    for name in program.state_dict:
+        yield program.state_dict, name
+    for name in program.graph_signature.non_persistent_buffers:
+        if name in program.constants:
+            yield program.constants, name
+
+
 def _is_same(live: torch.Tensor | None, held: torch.Tensor) -> bool:
     """Whether a program's tensor is the denoiser's present one, or has the same memory (that of a quantized weight)."""
-    return live is held or (live is not None and live.shape == held.shape and live.data_ptr() == held.data_ptr())
+    if live is None or live is held or live.is_meta != held.is_meta:
+        return live is held or (live is None and held.is_meta)
+    return live.shape == held.shape and live.data_ptr() == held.data_ptr()
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _latents_of(call: Call, forward: Callable[..., Any]) -> int:
@@ -499,15 +561,6 @@ def _latents_of(call: Call, forward: Callable[..., Any]) -> int:
     args, kwargs = call.arguments
     latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
     return next(position for position, leaf in enumerate(call.leaves) if leaf is latents)
-
-
-def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:
-    if result.shape != expected.shape or result.dtype != expected.dtype:
-        return False
-    eps = torch.finfo(result.dtype).eps
-    tolerance = eps * (64 if eps < 1e-5 else 8)
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return bool(((result - expected).abs() <= tolerance * scale).all())
 
 
 def _physical_memory() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tgate_compile._backends._interface import Backend, Runner
+from tgate_compile._backends._interface import Backend
 from tgate_compile._backends.closeness import TOLERANCES, coarsest, full_float32, relative_difference
 from tgate_compile._errors import BackendError, TGateError
 from tgate_compile._graphs import Variant
@@ -58,18 +58,18 @@ class ChosenBackend:
         """Whether its graphs have copies of the weights."""
         return self._left[0].packs_weights
 
-    def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Runner:
+    def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Served:
         """A runner of `variant` for inputs and caches like these, compared with PyTorch on them.
 
         Raises:
             BackendError: the last candidate cannot compile or run it, or its results differ by more than rounding.
         """
-        served = _Served(self._left, variant)
+        served = Served(self._left, variant)
         served.start(weights, inputs)
         return served
 
 
-class _Served:
+class Served:
     """A runner of one graph. If its backend fails later on, the next one that is left takes over.
 
     Attributes:
@@ -90,19 +90,25 @@ class _Served:
             try:
                 with exclusive():
                     self._runner = self.backend.compile(self._variant, inputs)
-                self.compared = self.backend.is_reference or self._compare(weights, inputs)
+                self.compared = self.backend.is_reference or self.compare(weights, inputs)
                 return
             except BackendError as error:
                 self._give_up(error)
 
     def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         try:
-            self.compared = self.compared or self._compare(weights, inputs)
+            self.compared = self.compared or self.compare(weights, inputs)
             return self._runner(weights, inputs)
         except BackendError as error:
             self._give_up(error)
         self.start(weights, inputs)
         return self._runner(weights, inputs)
+
+    def release(self) -> None:
+        """Let go of the weights that it has seen, and of what it has made of them; the next call makes it anew."""
+        release = getattr(self._runner, "release", None)
+        if release is not None:
+            release()
 
     def _give_up(self, error: BackendError) -> None:
         """Have the next backend take over; raise `error` if there is none."""
@@ -115,7 +121,8 @@ class _Served:
         else:
             logger.debug("the %s graph leaves %s: %s", self._variant.phase.name, name, error)
 
-    def _compare(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
+    @exclusive()  # `full_float32` holds for all threads
+    def compare(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
         """Whether there was anything finite to compare, in each of the outputs, if all of them are close to PyTorch's.
 
         Raises:

@@ -10,6 +10,7 @@ import torch
 
 from tgate_compile._backends._interface import Runner
 from tgate_compile._errors import BackendError
+from tgate_compile._traffic import exclusive
 
 #: Runs before the recording: kernels are chosen and libraries set up in the first.
 _WARM_UP = 2
@@ -90,6 +91,11 @@ class CudaGraph:
         self._graph.replay()
         return [output.clone() for output in self._outputs]
 
+    def release(self) -> None:
+        """Let go of the weights, and of what has been recorded with them."""
+        self._weights, self._addresses, self._graph = (), [], None
+
+    @exclusive()  # while a graph is recorded, other threads' work on the GPU makes the recording fail
     def _record(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         # Outside of the graph's own memory, so that nothing else is ever put there.
         self._inputs = StaticInputs(inputs, self._cached)

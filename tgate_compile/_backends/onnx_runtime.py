@@ -124,6 +124,11 @@ class _Session:
         except RuntimeError as error:
             raise BackendError(_failed(self._variant, error)) from error
 
+    def release(self) -> None:
+        """Close the session, and let go of the weights."""
+        self._session.release()
+        self._held = []
+
     def _open(self, weights: Sequence[torch.Tensor]) -> onnxruntime.InferenceSession:
         began = time.perf_counter()
         settings = session_options(self._options)

@@ -82,6 +82,11 @@ class _Compiled:
         except RuntimeError as error:
             raise BackendError(_failed(self._variant, error)) from error
 
+    def release(self) -> None:
+        """Let go of the compiled model, and of the weights."""
+        self._compiled.release()
+        self._held = []
+
     def _compile(self, weights: Sequence[torch.Tensor]) -> CompiledModel:
         began = time.perf_counter()
         self._held = [tensor.detach().contiguous() for tensor in weights]  # whose memory the model works on

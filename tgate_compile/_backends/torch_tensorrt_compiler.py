@@ -97,6 +97,10 @@ class _Compiled:
         outputs: Sequence[torch.Tensor] = self._module.of(weights)(*(tensor.contiguous() for tensor in inputs))
         return outputs
 
+    def release(self) -> None:
+        """Let go of the engine, and of the weights."""
+        self._module.release()
+
     def _compile(self, weights: Sequence[torch.Tensor]) -> Any:
         import torch_tensorrt
 

@@ -24,6 +24,10 @@ class MadeOfWeights(Generic[Made]):
         self._samples: list[tuple[int, int]] = []
         self._made: list[Made] = []
 
+    def release(self) -> None:
+        """Let go of it, and of the weights."""
+        self._made, self._samples, self._seen = [], [], None
+
     def of(self, weights: Sequence[torch.Tensor], used: Sequence[int] | None = None) -> Made:
         """It, for `weights`, or those at the positions `used` of them."""
         # The library hands over a new list at the start of each generation: only then can anything have changed.

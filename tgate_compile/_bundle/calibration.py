@@ -116,8 +116,8 @@ class _Recorder:
     def variants(self) -> list[tuple[Variant, Captured]]:
         return self._store.variants
 
-    def refresh(self) -> None:
-        self._store.refresh()
+    def refresh(self, *, begins: bool = True) -> None:
+        self._store.refresh(begins=begins)
 
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
         return self._store.emitted(phase, call, forward)
@@ -125,7 +125,7 @@ class _Recorder:
     def get(
         self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
     ) -> CompiledVariant:
-        variant, captured = self._store.variant(phase, call, forward)
+        variant, captured = self._store.variant(phase, call, forward, caches)
         live = live_tensors(self.denoiser)
         weights = [live[name] if name in live else variant.program.constants[name] for name in variant.weights]
         self._record(phase, call, caches, variant, forward)

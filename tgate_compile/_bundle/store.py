@@ -122,7 +122,7 @@ class BundleStore:
         """None is made here."""
         return []
 
-    def refresh(self) -> None:
+    def refresh(self, *, begins: bool = True) -> None:
         """Check that the denoiser is still what it was when the bundle was loaded; graphs that can, follow its weights.
 
         Raises:
