@@ -154,7 +154,7 @@ def test_caches_are_as_large_as_it_says() -> None:
     sizes = []
 
     def measure(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        sizes.append(pipe._tgate_compile.hook._active._caches.nbytes)
+        sizes.append(pipe._tgate_compile.hook._hook._active._caches.nbytes)
         return tensors
 
     run(pipe, callback_on_step_end=measure)

@@ -210,8 +210,12 @@ class VariantStore:
 
     @property
     def variants(self) -> list[tuple[Variant, Captured]]:
-        """The variants at hand, compiled or not, and what each is made of."""
-        return [(variant, self._captures[address].captured) for (address, _), variant in self._variants.items()]
+        """The variants of the denoiser as it was last seen, compiled or not, and what each is made of."""
+        return [
+            (variant, self._captures[address].captured)
+            for (address, _), variant in self._variants.items()
+            if address.model == self._model
+        ]
 
     @property
     def compiled(self) -> list[CompiledVariant]:
