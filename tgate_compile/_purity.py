@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from tgate_compile._errors import INSTEAD, UnsupportedModelError
@@ -73,10 +75,24 @@ def check_python(denoiser: torch.nn.Module) -> None:
             raise UnsupportedModelError(MSG_IMPURE.format(what=what, where=where, reason=reason, name=foreign.kind))
 
 
-def settings_of(code: object) -> tuple[Hashable, ...]:
-    """The plain values that `code` reads from outside: attributes, globals, variables of the functions around it."""
-    reader = _Reader()
+def settings_of(code: object) -> tuple[tuple[str, object], ...]:
+    """The values that `code` reads from outside: attributes, globals, variables of the functions around it."""
+    reader = _Reader(all_of_it=True)
     reader.impurity(code)
+    return tuple(reader.read)
+
+
+def settings_of_class(kind: type[torch.nn.Module]) -> tuple[tuple[str, object], ...]:
+    """What the methods of a module's class read from outside, and the plain attributes of the class itself."""
+    reader = _Reader(all_of_it=True)
+    for base in kind.__mro__:
+        if is_trusted(base.__module__) or base is object:
+            break
+        for name, value in vars(base).items():
+            if isinstance(value, types.FunctionType) and name != "__init__":
+                reader.impurity(value)
+            elif isinstance(value, _PLAIN) and not name.startswith("__"):
+                reader.read.append((name, value))
     return tuple(reader.read)
 
 
@@ -85,7 +101,7 @@ class Foreign:
     """Code inside a denoiser that is not of a library known here.
 
     Attributes:
-        kind: what it is: `hook`, `processor` or `forward`.
+        kind: what it is: `hook`, `processor`, `forward`, `method`, or `attention` for PyTorch's own function.
         path: of the module that it is on.
         module: that module.
         code: the callable.
@@ -102,13 +118,18 @@ class Foreign:
         where = f"{self.path!r} ({type(self.module).__name__})" if self.path else type(self.module).__name__
         if self.kind == "hook":
             return f"The forward hook {_name(self.code)}", f"on {where}"
+        if self.kind == "attention":
+            return f"The function {_name(self.code)}", "in the place of torch's scaled_dot_product_attention"
+        if self.kind == "method":
+            return f"The function {_name(self.code)}", f"in the place of a method of {type(self.module).__name__}"
         if self.kind == "forward":
             return f"The function {_name(self.code)}", f"in the place of the forward of {where}"
         return f"The attention processor {type(self.code).__name__}", f"of {where}"
 
 
 def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
-    """Hooks, attention processors and replaced forwards inside of `denoiser` that are not of known libraries."""
+    """Hooks, attention processors and replaced functions inside of `denoiser` that are not of known libraries."""
+    seen: set[type] = set()
     for path, module in denoiser.named_modules():
         attributes = module.__dict__
         if path:
@@ -119,9 +140,46 @@ def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
         # What accelerate and diffusers put there is looked at where offloading is.
         if forward is not None and "_hf_hook" not in attributes and not _has_diffusers_hooks(module):
             yield Foreign("forward", path, module, forward)
+        elif not path and (below := _replaced_forward_below_hook(module)) is not None:
+            yield Foreign("forward", path, module, below)
+        for name, value in attributes.items():
+            if name != "forward" and isinstance(value, types.MethodType) and _is_patch(value.__func__):  # type: ignore[arg-type]
+                yield Foreign("method", path, module, value)
         processor = getattr(module, "processor", None)
         if callable(processor) and not is_trusted(type(processor).__module__):
             yield Foreign("processor", path, module, processor)
+        for kind in {type(module), type(processor)} - seen if processor is not None else {type(module)} - seen:
+            seen.add(kind)
+            for patch in _patches(kind):
+                yield Foreign("method", path, module, patch)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if isinstance(attention, types.FunctionType) and _is_patch(attention):
+        yield Foreign("attention", "", denoiser, attention)
+
+
+def _patches(kind: type) -> Iterator[types.FunctionType]:
+    """Functions from elsewhere that have been put into a known library's class, for all of its objects."""
+    for base in kind.__mro__:
+        if is_trusted(base.__module__) and base is not torch.nn.Module:
+            own = sys.modules[base.__module__].__dict__
+            for value in vars(base).values():
+                if type(value) is types.FunctionType and value.__globals__ is not own and _is_patch(value):
+                    yield value
+
+
+def _is_patch(function: types.FunctionType) -> bool:
+    # Not by `__module__`, which `functools.wraps` takes over. Generated methods (dataclasses) have no module there.
+    module = function.__globals__.get("__name__")
+    package = (module or "").partition(".")[0]
+    return bool(package) and not is_trusted(module) and package not in _LIBRARIES
+
+
+def _replaced_forward_below_hook(denoiser: torch.nn.Module) -> object | None:
+    """What stands in the place of the denoiser's forward under our hook; None: its class's own does."""
+    hooks = getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {})
+    forward = getattr(hooks.get("tgate_compile"), "own_forward", None)
+    own = forward is None or getattr(forward, "__func__", None) is type(denoiser).forward
+    return None if own else forward
 
 
 def is_trusted(module_name: str | None) -> bool:
@@ -141,10 +199,14 @@ def _name(code: object) -> str:
 
 
 class _Reader:
-    """Follows what a callable refers to, as long as it is not certain that it cannot be repeated."""
+    """Follows what a callable refers to, as long as it is not certain that it cannot be repeated.
 
-    def __init__(self) -> None:
-        self.read: list[Hashable] = []
+    With `all_of_it`, it goes on then, and `read` has all values that matter.
+    """
+
+    def __init__(self, *, all_of_it: bool = False) -> None:
+        self.read: list[tuple[str, object]] = []
+        self._all_of_it = all_of_it
         self._seen: set[int] = set()
 
     def impurity(self, code: object) -> str | None:
@@ -170,13 +232,15 @@ class _Reader:
 
     def _function(self, function: types.FunctionType) -> str | None:
         reason, loaded = _instructions_of(function.__code__)
-        if reason is not None:
+        if reason is not None and not self._all_of_it:
             return reason
+        around: list[tuple[object, str]] = []
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             with suppress(ValueError):  # of a variable that has no value yet
-                reason = self._value(cell.cell_contents, f"the variable {name!r} of the function around it")
-                if reason is not None:
-                    return reason
+                around.append((cell.cell_contents, f"the variable {name!r} of the function around it"))
+        reason = self._first(around)
+        if reason is not None:
+            return reason
         in_module = [name for name in loaded if name in function.__globals__]
         reads = ((function.__globals__[name], f"the global variable {name!r}") for name in in_module)
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
@@ -200,6 +264,9 @@ class _Reader:
         if isinstance(value, types.ModuleType):
             known = value.__name__.partition(".")[0] in _PURE_MODULES or is_trusted(value.__name__)
             return None if known else f"it uses the module {value.__name__!r}"
+        if self._all_of_it and _holds_values(value):
+            self.read.append((what, value))
+            return None
         if isinstance(value, (tuple, frozenset)):
             return self._first((item, what) for item in value)
         if isinstance(value, (type, types.FunctionType, types.MethodType, functools.partial, *_BUILTIN)):
@@ -211,9 +278,27 @@ class _Reader:
         return f"it reads {what}, a {type(value).__name__}, which may change from call to call"
 
     def _first(self, values: Iterable[tuple[object, str]]) -> str | None:
-        return next((reason for value, what in values if (reason := self._value(value, what)) is not None), None)
+        for value, what in values:
+            reason = self._value(value, what)
+            if reason is not None and not self._all_of_it:
+                return reason
+        return None
 
 
+def _holds_values(value: object) -> bool:
+    """Whether `value` is a container or a plain object, whose contents a graph may have been made from."""
+    if isinstance(value, (dict, list, set, torch.Tensor, np.ndarray, np.generic)):
+        return True
+    return not isinstance(value, (type, torch.nn.Module)) and not callable(value) and _is_of_user(type(value))
+
+
+def _is_of_user(kind: type) -> bool:
+    package = kind.__module__.partition(".")[0]
+    return kind is types.SimpleNamespace or (not is_trusted(kind.__module__) and package not in _LIBRARIES)
+
+
+#: Packages whose functions known libraries have in their own classes, as decorators for example.
+_LIBRARIES = sys.stdlib_module_names | {"huggingface_hub", "accelerate", "numpy", "typing_extensions"}
 _BUILTIN = (types.BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 #: Functions that change or read something without showing it in the code.
@@ -232,21 +317,20 @@ def _wrapped_functions(function: types.FunctionType) -> Iterator[tuple[object, s
 def _instructions_of(code: types.CodeType) -> tuple[str | None, tuple[str, ...]]:
     """Why a function with this `code` may not be repeated, judging by its instructions; and the globals it reads."""
     loaded: set[str] = set()
+    reasons: list[str] = []
     for instruction in _all_instructions(code):
         name = instruction.argval
         match instruction.opname:
             case "STORE_ATTR" | "DELETE_ATTR":
-                return f"it changes the attribute {name!r} in each call", ()
+                reasons.append(f"it changes the attribute {name!r} in each call")
             case "STORE_GLOBAL" | "DELETE_GLOBAL":
-                return f"it changes the global variable {name!r}", ()
+                reasons.append(f"it changes the global variable {name!r}")
             case "STORE_DEREF" if name in code.co_freevars:
-                return f"it changes the variable {name!r} of the function around it", ()
+                reasons.append(f"it changes the variable {name!r} of the function around it")
             case "LOAD_GLOBAL" | "LOAD_NAME":
                 loaded.add(name)
-    opaque = sorted(loaded & _OPAQUE)
-    if opaque:
-        return f"it calls {opaque[0]}()", ()
-    return None, tuple(sorted(loaded))
+    reasons += [f"it calls {name}()" for name in sorted(loaded & _OPAQUE)]
+    return (reasons[0] if reasons else None), tuple(sorted(loaded))
 
 
 def _all_instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
