@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import UnsupportedCallError
 from tgate_compile._schedule import Half, Kind
 
 Key = tuple[Kind, str]
@@ -64,11 +64,11 @@ class Caches:
         `order` is that of the halves where a value has both.
 
         Raises:
-            ConfigurationError: they have been made without guidance, which is on now.
+            UnsupportedCallError: they have been made without guidance, which is on now.
         """
         layout = self._layouts[kind]
         if guided and layout == "one":
-            raise ConfigurationError(MSG_GUIDANCE_SWITCHED_ON)
+            raise UnsupportedCallError(MSG_GUIDANCE_SWITCHED_ON)
         if guided or layout == "one":
             return
         for half, key in [address for address in self._values if address[1][0] == kind]:
