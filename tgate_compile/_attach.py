@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -44,6 +45,14 @@ MSG_REFUSED = "{pipeline} cannot be gated: {reason}."
 MSG_COMPILED = (
     "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
     "its own graphs of it."
+)
+MSG_RETURNS_EARLY = (
+    "it returns before its first step has run (its call is a generator, or asynchronous), and what is gated ends when "
+    "the call returns. A loop of your own can be gated in tgate_compile.generation(pipe, guidance=...)"
+)
+MSG_OWN_GATE_STEP = (
+    "{pipeline} has an argument gate_step of its own, as the pipelines of other packages for T-GATE have. Pass a "
+    "pipeline that has not been gated yet."
 )
 MSG_ONLY_HALF = (
     "keep={given!r} is not possible with {pipeline}: only its {only} half can go on once guidance has stopped. "
@@ -189,7 +198,16 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     pipeline = type(pipe).__name__
     if isinstance(denoiser, torch._dynamo.OptimizedModule) or denoiser._compiled_call_impl is not None:
         raise ConfigurationError(MSG_COMPILED.format(pipeline=pipeline))
-    reason = refusal(type(pipe), type(denoiser), caches_cross="cross" in config.schedule.kinds)
+    own_call = type(pipe).__call__
+    if "gate_step" in inspect.signature(own_call).parameters:
+        raise ConfigurationError(MSG_OWN_GATE_STEP.format(pipeline=pipeline))
+    is_async = inspect.iscoroutinefunction(own_call) or inspect.isasyncgenfunction(own_call)
+    returns_early = is_async or inspect.isgeneratorfunction(inspect.unwrap(own_call))
+    reason = (
+        MSG_RETURNS_EARLY
+        if returns_early
+        else refusal(type(pipe), type(denoiser), caches_cross="cross" in config.schedule.kinds)
+    )
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
     no_cross = has_joint_attention(type(denoiser)) or denies_cross_attention(denoiser)

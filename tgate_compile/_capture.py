@@ -35,6 +35,7 @@ MSG_EXPORT_FAILED = (
     "Could not capture {model} as a graph with torch.export ({error}). The model must run without data-dependent "
     "Python control flow; a custom attention processor, a hook or a patched forward is the usual cause."
 )
+_CHANGES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 MSG_NO_SITES = (
     "{model} has no cross-attention that can be cached: no attention in it takes its queries from the latents and "
     "its keys and values from the text alone. Joint attention (SD3, Flux) mixes both in one sequence. "
@@ -123,9 +124,10 @@ def capture(
         isinstance(spec.arg, TensorArgument) and spec.kind is OutputKind.USER_OUTPUT
         for spec in program.graph_signature.output_specs
     ):
-        raise CaptureError(
-            MSG_EXPORT_FAILED.format(model=model, error="it returns or changes something else than plain tensors")
-        )
+        changed = [spec.target for spec in program.graph_signature.output_specs if spec.kind in _CHANGES]
+        shown = ", ".join(map(str, changed[:3]))
+        what = f"it changes {shown} when it runs" if changed else "it returns something else than plain tensors"
+        raise CaptureError(MSG_EXPORT_FAILED.format(model=model, error=what))
 
     inputs = _inputs_of(program, forward, call)
     batch_dims = None if _is_from_diffusers(denoiser) else BatchDims(program, call, inputs.latents[0]).of

@@ -16,6 +16,10 @@ class UnsupportedModelError(TGateError):
     """The pipeline or denoiser cannot be gated: the message says why and what works instead."""
 
 
+class UnsupportedCallError(UnsupportedModelError, ConfigurationError):
+    """A call cannot be gated as it is made: the message says why and what to change."""
+
+
 class CaptureError(TGateError, RuntimeError):
     """The denoiser could not be captured as a graph."""
 

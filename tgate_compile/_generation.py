@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from tgate_compile._caches import Caches, Layout
@@ -18,13 +19,22 @@ from tgate_compile._errors import (
     INSTEAD,
     CaptureError,
     ConcurrentGenerationError,
-    ConfigurationError,
+    UnsupportedCallError,
     UnsupportedModelError,
 )
 from tgate_compile._families import Family
 from tgate_compile._graphs import Emission
-from tgate_compile._halves import MSG_NOT_TWO_HALVES, are_halves, are_two_of_each, first_is_cond, one_half, similarity
-from tgate_compile._latents import latents_of, timestep_of
+from tgate_compile._halves import (
+    MSG_NOT_TWO_HALVES,
+    are_halves,
+    are_two_of_each,
+    first_is_cond,
+    one_half,
+    shared_rows,
+    similarity,
+    uncertain_rows,
+)
+from tgate_compile._latents import latents_of, named_leaves, timestep_of
 from tgate_compile._loop import Loop
 from tgate_compile._progress import Progress
 from tgate_compile._schedule import Half, Kind, Phase, Schedule
@@ -43,21 +53,22 @@ MSG_AUTOCAST = (
     "pipeline into the dtype instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
 )
 MSG_TWO_CALLS = (
-    "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline evaluates its guidance "
-    "halves in separate calls, and in which order is not known, or its guidance needs further predictions. " + INSTEAD
+    "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline denoises tiles of its "
+    "latents one by one, or evaluates its guidance halves in separate calls, and in which order is not known, or its "
+    "guidance needs further predictions. " + INSTEAD
 )
 MSG_NEVER_GUIDED = (
     "Guidance begins at step {step}, where the schedule ({schedule}) has ended it already, so that it would never act. "
     "Let guidance begin earlier, or end later."
 )
 MSG_NO_PAIR = (
-    "Guidance is on, and this pipeline's guidance halves come in separate calls, {first} then {second}, but the second "
-    "call is for another timestep or has other shapes than the first. " + INSTEAD
+    "Guidance is on, and the guidance halves of this pipeline's kind come in separate calls, {first} then {second}, "
+    "but the call after the first is for another timestep or has other shapes. " + INSTEAD
 )
 MSG_PREDICTIONS = (
     "The denoiser's batch of {rows} is {ratio} times the {latents} latents that {scheduler} steps, but {expected}. "
-    "Guidance by more than two predictions (several prompts composed, edits, perturbed attention) cannot be gated. "
-    + INSTEAD
+    "Tiles of the latents, and guidance by more than two predictions (several prompts composed, edits, perturbed "
+    "attention), cannot be gated. " + INSTEAD
 )
 MSG_ORDER_AND_ANCHOR = (
     "This pipeline's batch has the prompt's half first, which is known only after the first step, and anchor_weight "
@@ -67,6 +78,11 @@ MSG_NO_STEP = (
     "The denoiser's batch of {rows} may be the two halves of guidance or {rows} images, and this pipeline does not "
     "call its scheduler's step(), which would tell. If this is a loop of your own, run it in "
     "tgate_compile.generation(pipe, guidance=...). " + INSTEAD
+)
+
+MSG_GRADIENTS = (
+    "{name!r} of the denoiser's call requires gradients (guidance by a loss, as in posterior sampling or CLIP "
+    "guidance), which the optimized graphs do not compute. Detach it if no gradient is needed. " + INSTEAD
 )
 
 
@@ -96,6 +112,21 @@ class Plan:
     steps: list[tuple[int, Phase]]
     graphs: list[tuple[Phase, Call]]
     cache_bytes: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The latents of a denoiser call.
+
+    Attributes:
+        shape: theirs.
+        guided: whether the pipeline says that guidance is on.
+        served: whether they were taken for two halves.
+    """
+
+    shape: torch.Size
+    guided: bool
+    served: bool
 
 
 @dataclass(frozen=True)
@@ -167,19 +198,27 @@ class Generation:
         # What the first step of a pass shows about its batches, where the pipeline's own word is not enough:
         self._undecided = False  # guidance is said to be on, but the batch is not two halves of the same latents
         self._has_halves: bool | None = None  # the denoiser's batch is twice the scheduler's; None: not seen yet
-        self._batch: tuple[torch.Size, bool] = (torch.Size(), False)  # of the last call, and whether guidance is on
+        self._batch = _Batch(torch.Size(), False, False)  # of the last call
+        self._sample: torch.Size | None = None  # the latents that the scheduler stepped last
         self._first_latents: torch.Tensor | None = None  # of the pass, until the scheduler has stepped
         self._predictions: torch.Tensor | None = None  # of the first guided step, likewise
+        self._shared: frozenset[int] | None = None  # the positions of tensors that look like halves, and are not
         self._merged = False  # a cache of this pass is a mean of halves
         self._finished = False
-        self.progress = Progress()
+        self.progress = Progress(steps_once=loop.knows_order)
         self.steps: list[tuple[int, Phase]] = []  # of all passes, numbered through
+        self.calls_apart = 0  # calls from within callbacks
         self.cache_bytes = 0  # the most that has been kept from one timestep to the next
 
     @property
     def num_steps(self) -> int:
         """Steps of a pass; 0 before the first one."""
         return 0 if self.progress.counter is None else self.progress.counter.num_steps
+
+    @property
+    def may_be_interrupted(self) -> bool:
+        """Whether another generation may run now: within a callback, which leaves this one alone."""
+        return self._loop.paused > 0 and threading.get_ident() == self._thread
 
     def finish(self) -> None:
         """Free the caches; `steps` goes on saying what ran. May be called again."""
@@ -191,7 +230,6 @@ class Generation:
         if self.steps:
             logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
 
-    @torch.no_grad()
     def denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for the denoiser's forward."""
         if threading.get_ident() != self._thread:
@@ -199,13 +237,23 @@ class Generation:
         if self._preview and not self._loop.paused:
             raise Previewed(args, kwargs, self._guided())
         if self._loop.paused or self._loop.plain:
+            self.calls_apart += self._loop.paused > 0
             return self._forward(*args, **kwargs)
         try:
-            return self._denoise(args, kwargs)
+            self._check_gradients(args, kwargs)
+            with torch.no_grad():
+                return self._denoise(args, kwargs)
         except (UnsupportedModelError, CaptureError) as error:
             self._loop.run_plain(error)
         self._caches.clear()
         return self._forward(*args, **kwargs)
+
+    def _check_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check that nobody differentiates through the denoiser, with respect to its inputs."""
+        if torch.is_grad_enabled():
+            for name, leaf in named_leaves(self._signature.bind(*args, **kwargs).arguments):
+                if torch.is_tensor(leaf) and leaf.requires_grad:
+                    raise UnsupportedModelError(MSG_GRADIENTS.format(name=name))
 
     def _denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         guided = self._guided()
@@ -219,9 +267,9 @@ class Generation:
                 self._check_unseen()
             if self._watch:
                 self._store.refresh(begins=False)
-        call = Call.of(args, kwargs)
+        call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments))
         latents = latents_of(arguments)
-        self._batch = (latents.shape, guided)
+        before, self._batch = self._batch, _Batch(latents.shape, guided, guided)
         if self._separate(guided):
             if (event == "again") != (self._first_call is not None):
                 first, second = self._family.calls
@@ -232,9 +280,39 @@ class Generation:
         if self._has_halves is None:
             self._first_latents = latents if guided or not self.progress.done else None
             guided = guided and not self._undecided
-        elif guided or not self._loop.says_guidance:
+        elif latents.shape == before.shape:
             guided = self._has_halves
+        else:
+            guided = self._is_guided_now(latents)
+        self._batch = dataclasses.replace(self._batch, served=guided)
         return self._in_one_call(call, latents.shape, guided)
+
+    def _with_tensor_timestep(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with its timestep as a tensor, which one graph serves; a number would be a constant of a graph."""
+        given = arguments.get("timestep")
+        dtype = _dtype_of_number(given)
+        kind = type(self._store.denoiser)
+        is_own = getattr(self._forward, "__func__", None) is kind.forward
+        if dtype is None or not is_own or not kind.__module__.startswith(_TAKE_NUMBERS):
+            return args, kwargs
+        tensor = torch.tensor(given, dtype=dtype, device=latents_of(arguments).device)
+        if "timestep" in kwargs:
+            return args, {**kwargs, "timestep": tensor}
+        place = list(arguments).index("timestep")
+        return (*args[:place], tensor, *args[place + 1 :]), kwargs
+
+    def _is_guided_now(self, latents: torch.Tensor) -> bool:
+        """Whether a batch has both halves that is not of the size of the last one: guidance begins or ends here."""
+        assert self._sample is not None
+        ratio = _ratio(latents.shape, self._sample)
+        if ratio not in (1, 2):
+            raise UnsupportedModelError(self._wrong_batch(self._sample, "one or two predictions were expected"))
+        self._has_halves = ratio == 2
+        if self._has_halves and not are_halves(latents, same=self._family.only is None):
+            raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+        return self._has_halves
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> Plan:
         """Make the variants for a generation that begins with this denoiser call, without running any."""
@@ -275,43 +353,43 @@ class Generation:
             self._loop.run_plain(error)
 
     def _check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
-        if self._separate(self._batch[1]):
+        batch = self._batch
+        if self._separate(batch.guided):
             return
-        shape, guided = self._batch
+        guided = batch.guided
         latents, self._first_latents = self._first_latents, None
         predictions, self._predictions = self._predictions, None
-        ratio = _ratio(shape, sample.shape)
-        may_have_halves = guided or not self._loop.says_guidance
-        if ratio == 2 and may_have_halves and self._has_halves is not False:
+        ratio = _ratio(batch.shape, sample.shape)
+        self._sample = sample.shape
+        if ratio == 2 and (guided or batch.served or not self._loop.knows_guidance):
             if latents is not None:
                 self._learn_halves(latents, predictions, prediction)
-        elif ratio == 1 and not (self._merged and guided) and not (may_have_halves and self._has_halves):
-            # Guidance is off; or its scale is given to the denoiser as a number, and there are never halves.
-            self._has_halves = False if may_have_halves else self._has_halves
+            elif not batch.served:
+                raise UnsupportedModelError(self._wrong_batch(sample.shape, "as many were expected"))
+        elif ratio == 1:
+            # The scale is given to the denoiser as a number, or there is no guidance at all.
+            if batch.served and (self._merged or latents is None):
+                raise UnsupportedModelError(self._wrong_batch(sample.shape, "two halves were expected"))
+            self._has_halves = False
         else:
-            raise UnsupportedModelError(self._wrong_batch(sample, guided))
+            expected = "twice as many were expected" if guided else "as many were expected, since guidance is off"
+            raise UnsupportedModelError(self._wrong_batch(sample.shape, expected))
 
     def _learn_halves(self, latents: torch.Tensor, predictions: torch.Tensor | None, prediction: torch.Tensor) -> None:
         """After the first step of a pass whose batch turns out to be two halves."""
         if not are_halves(latents, same=self._family.only is None):
             raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
-        self._has_halves = True
+        self._has_halves = self._was_guided = True
         if not self._loop.knows_order and predictions is not None and first_is_cond(predictions, prediction):
             if self.schedule.anchor_weight != 0.5 and "cross" in self.schedule.kinds:
                 raise UnsupportedModelError(MSG_ORDER_AND_ANCHOR)
             self._family = dataclasses.replace(self._family, order=("cond", "uncond"))
         self._was_guided = True
-        if not self._batch[1]:
+        if not self._batch.served:
             self._caches.merge_halves(self.schedule.anchor_weight)
 
-    def _wrong_batch(self, sample: torch.Tensor, guided: bool) -> str:
-        rows, latents = self._batch[0][0], sample.shape[0]
-        if self._has_halves is not None:
-            expected = "it was another ratio in the steps before"
-        elif guided:
-            expected = "the two halves of guidance were expected"
-        else:
-            expected = "as many were expected, since guidance is off"
+    def _wrong_batch(self, sample: torch.Size, expected: str) -> str:
+        rows, latents = self._batch.shape[0], sample[0]
         return MSG_PREDICTIONS.format(
             rows=rows,
             ratio=f"{rows / latents:g}",
@@ -323,17 +401,18 @@ class Generation:
     def _check_unseen(self) -> None:
         """After the first step of a loop that has not stepped its scheduler, so that only the latents can tell."""
         latents, self._first_latents = self._first_latents, None
-        if self._loop.is_pipeline and latents is not None and self._batch[1] and not are_two_of_each(latents):
+        if self._loop.is_pipeline and latents is not None and self._batch.guided and not are_two_of_each(latents):
             raise UnsupportedModelError(MSG_NO_STEP.format(rows=latents.shape[0]))
 
     def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
         """At the first denoiser call of a pass: count the steps, check the inputs, look at the denoiser."""
         latents = latents_of(arguments)
         if torch.is_autocast_enabled(latents.device.type):
-            raise ConfigurationError(MSG_AUTOCAST)
+            raise UnsupportedCallError(MSG_AUTOCAST)
         self._caches.clear()
         self._first_call = self._has_halves = None
-        self._guidance_over = self._undecided = self._merged = False
+        self._guidance_over = self._undecided = self._merged = self._was_guided = False
+        self._sample = None
         counter = self.progress.begin(self._num_calls())
         if guided and not self._family.calls and not are_halves(latents, same=self._family.only is None):
             if not (self._loop.is_pipeline and self._loop.observable):
@@ -376,7 +455,8 @@ class Generation:
             step, phase = self._next_step(True)
             compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
             self._loop.gated = self._loop.gated or not phase.guided
-            halves = {first: outputs} if phase.guided else {first: outputs, second: outputs}
+            # A copy, since the pipeline may combine the two in place.
+            halves = {first: outputs} if phase.guided else {first: outputs, second: [o.clone() for o in outputs]}
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
@@ -399,7 +479,7 @@ class Generation:
         plan = self.schedule.plan(self.progress.counter.num_steps, guided=guided and not self._guidance_over)
         phase = plan[step]
         if guided and not phase.guided and not self._was_guided:
-            raise ConfigurationError(MSG_NEVER_GUIDED.format(step=step, schedule=self.schedule))
+            raise UnsupportedCallError(MSG_NEVER_GUIDED.format(step=step, schedule=self.schedule))
         self._was_guided |= guided
         for kind in phase.reuse:
             # A callback that switches guidance off keeps the prompt's half, as diffusers' own do.
@@ -438,7 +518,22 @@ class Generation:
             self._guidance_over = similarity(predictions[0], channels=latents[1]) >= threshold
 
     def _kept(self, call: Call, batch: int) -> Call:
-        return one_half(call, batch, self.schedule.kept, self._family)
+        kept = self.schedule.kept
+        uncertain = uncertain_rows(call, batch)
+        if uncertain and self._shared is None:
+            self._shared = shared_rows(call, batch, kept, self._family, uncertain, self._forward)
+        return one_half(call, batch, kept, self._family, self._shared or frozenset())
+
+
+#: Denoisers that make a tensor of a number, as `_with_tensor_timestep` does; others may compute with the number itself.
+_TAKE_NUMBERS = "diffusers.models.unets."
+
+
+def _dtype_of_number(timestep: object) -> torch.dtype | None:
+    """The dtype that diffusers' UNets give a timestep that is a number; None if it is none."""
+    if isinstance(timestep, float):
+        return torch.float64
+    return torch.int64 if isinstance(timestep, (int, np.integer)) and not isinstance(timestep, bool) else None
 
 
 def _layout(phase: Phase, emission: Emission, half: Half | None) -> Layout:

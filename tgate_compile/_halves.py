@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -17,6 +19,13 @@ MSG_NOT_TWO_HALVES = (
     "cannot be merged at the gate. " + INSTEAD
 )
 
+MSG_ROWS = (
+    "The call's extra arguments for attention have tensors with as many rows as the batch ({shapes}), and the denoiser "
+    "does not compute the same for one half of them as for both. " + INSTEAD
+)
+
+#: Arguments of denoisers that are passed on to attention processors.
+_EXTRA = ("cross_attention_kwargs", "attention_kwargs", "joint_attention_kwargs")
 #: SDXL's sizes and crops, whose halves some pipelines concatenate before they repeat them for the images.
 _TIME_IDS = ("added_cond_kwargs", "time_ids")
 
@@ -77,13 +86,20 @@ def alternating(call: Call, batch: int, family: Family) -> frozenset[int]:
     return frozenset(ids)
 
 
-def one_half(call: Call, batch: int, keep: Half, family: Family) -> Call:
-    """`call`, whose latents have a batch of `batch` = 2B, for its half `keep` alone."""
+def one_half(
+    call: Call, batch: int, keep: Half, family: Family, shared_positions: Collection[int] = frozenset()
+) -> Call:
+    """`call`, whose latents have a batch of `batch` = 2B, for its half `keep` alone.
+
+    The tensors at `shared_positions` among its leaves are both halves' alike, besides those that the `family` names.
+    """
     position = family.order.index(keep)
     interleaved = alternating(call, batch, family)
     repeated, shared = (
         {id(leaf) for path in paths for leaf in leaves_at(call, path)} for paths in (family.repeated, family.shared)
     )
+
+    shared |= {id(call.leaves[place]) for place in shared_positions}
 
     def half(leaf: torch.Tensor) -> torch.Tensor:
         has_halves = leaf.ndim > 0 and leaf.shape[0] == batch and id(leaf) not in shared
@@ -92,6 +108,48 @@ def one_half(call: Call, batch: int, keep: Half, family: Family) -> Call:
         return leaf[position::2].contiguous() if id(leaf) in interleaved else leaf.chunk(2)[position]
 
     return call.map_tensors(half)
+
+
+def uncertain_rows(call: Call, batch: int) -> tuple[int, ...]:
+    """The positions of tensors that have as many rows as the batch, and of which only the user knows what these are.
+
+    Those are the extra arguments of attention processors: masks of regions, for example.
+    """
+    extra = {id(leaf) for name in _EXTRA for leaf in leaves_at(call, (name,)) if torch.is_tensor(leaf)}
+    return tuple(
+        place
+        for place, leaf in enumerate(call.leaves)
+        if id(leaf) in extra and leaf.ndim > 0 and leaf.shape[0] == batch
+    )
+
+
+def shared_rows(
+    call: Call, batch: int, keep: Half, family: Family, uncertain: Sequence[int], forward: Callable[..., Any]
+) -> frozenset[int]:
+    """Which of the `uncertain` tensors are both halves' alike, found by running the denoiser on one half.
+
+    Raises:
+        UnsupportedModelError: it does not compute for one half what it does for both, whichever they are.
+    """
+
+    def predicted(inputs: Call) -> torch.Tensor:
+        args, kwargs = inputs.arguments
+        prediction: torch.Tensor = pytree.tree_leaves(forward(*args, **kwargs))[0]
+        return prediction.float()
+
+    with torch.random.fork_rng():
+        expected = predicted(call).chunk(2)[family.order.index(keep)]
+        tolerance = 0.02 * float((expected - expected.mean()).square().mean().sqrt())
+        for number in range(len(uncertain) + 1):
+            for shared in combinations(uncertain, number):
+                try:
+                    result = predicted(one_half(call, batch, keep, family, shared))
+                except RuntimeError:
+                    continue  # rows that do not fit
+                if result.shape == expected.shape and float((result - expected).abs().max()) <= tolerance:
+                    return frozenset(shared)
+    names = ", ".join(str(list(call.leaves[place].shape)) for place in uncertain)
+    raise UnsupportedModelError(MSG_ROWS.format(shapes=names))
 
 
 def similarity(prediction: torch.Tensor, channels: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator
@@ -116,6 +117,15 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
     @contextmanager
     def generation(self, generation: Generation) -> Iterator[None]:
         """Hand the denoiser's calls to `generation` inside the context, however it is left."""
+        around = self._active
+        if around is not None and around.may_be_interrupted and generation.scheduler() is not around.scheduler():
+            try:
+                self._active = generation
+                yield
+            finally:
+                self._active = around
+                generation.finish()
+            return
         if not self._lock.acquire(blocking=False):
             raise ConcurrentGenerationError(MSG_CONCURRENT)
         try:
@@ -146,6 +156,13 @@ class GatedDenoiser:
     def busy(self) -> bool:
         """Whether a generation is running, of this pipeline or of another one with this denoiser."""
         return self._hook.busy
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether calls of the denoiser go through the hook."""
+        forward = vars(self.denoiser).get("forward")
+        by_registry = isinstance(forward, functools.partial) and forward.func.__name__ == "new_forward"
+        return by_registry and hook_of(self.denoiser) is self._hook
 
     def attach(self) -> None:
         """Put the hook on the denoiser, if it is not there yet."""

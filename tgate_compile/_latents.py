@@ -63,7 +63,9 @@ def timestep_of(arguments: Mapping[str, Any]) -> Any:
     leaves = [
         (name, leaf)
         for name, leaf in named_leaves(arguments)
-        if (torch.is_tensor(leaf) and leaf.ndim <= 2) or (isinstance(leaf, (int, float)) and not isinstance(leaf, bool))
+        # One for each frame, in more dimensions, is told by its name alone.
+        if (torch.is_tensor(leaf) and (leaf.ndim <= 2 or name == "timestep"))
+        or (isinstance(leaf, (int, float)) and not isinstance(leaf, bool))
     ]
     exact = [leaf for name, leaf in leaves if name == "timestep"]
     named = [leaf for name, leaf in leaves if is_time(name)]

@@ -78,6 +78,12 @@ class Loop:
         self.current: Denoising | None = None  # that made the last denoiser call
         self.cause: Exception | None = None  # why it runs plain
         self._report = report
+        self.on_new_timesteps: Callable[[], None] = lambda: None
+
+    @property
+    def knows_guidance(self) -> bool:
+        """Whether the pipeline's word on guidance is final: user code may call something else `guidance_scale`."""
+        return self.says_guidance and self.knows_order
 
     def run_plain(self, cause: Exception) -> None:
         """Run the rest of the loop in full, since it cannot be gated; or raise `cause`.
@@ -95,6 +101,9 @@ class Loop:
 
     def on_set_timesteps(self) -> None:
         """The scheduler's timesteps are set anew."""
+        if self.paused:
+            return  # the loop goes on over those that it has
+        self.on_new_timesteps()
         for generation in self.generations:
             generation.progress.on_set_timesteps()
 

@@ -19,8 +19,9 @@ from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedM
 from tgate_compile._families import Family, family_of, is_listed
 from tgate_compile._generation import Generation, Plan, Previewed
 from tgate_compile._hook import MSG_NO_COPY, GatedDenoiser, hook_of
-from tgate_compile._loop import Loop, OnUnsupported, StartOver, is_callback
+from tgate_compile._loop import FUNCTIONS, Loop, OnUnsupported, StartOver, is_callback
 from tgate_compile._modular import Guidance, family_of_pipeline, has_own_blocks, is_modular
+from tgate_compile._purity import is_trusted
 from tgate_compile._rewind import rewindable
 from tgate_compile._schedule import Schedule
 from tgate_compile._scheduler_watch import observed
@@ -42,6 +43,16 @@ MSG_BYPASSED = (
 MSG_OTHER_FORWARD = (
     "The {name} of this {pipeline} ran without tgate_compile: its forward has been replaced since the pipeline was "
     "optimized, and does not call the one that was there. Undo that, or call tgate_compile.restore(pipe) before it."
+)
+MSG_NOT_CALLED = (
+    "The {name} of this {pipeline} was not called: the pipeline runs parts of it by itself, or another model, so that "
+    "there is nothing to gate. Call tgate_compile.restore(pipe) to run it as it is, or name what denoises: "
+    'optimize(pipe, denoiser="...").'
+)
+MSG_CALLED_APART = (
+    "Nothing was gated in this call of {pipeline}: its denoiser was called from within a function among the call's "
+    "arguments only, and those are taken for callbacks. If that function is the loop, run it in "
+    "tgate_compile.generation(pipe, guidance=...)."
 )
 MSG_NO_GATE = (
     "This call asks for gate_step={gate}, but the pipeline was optimized without a gate. "
@@ -337,12 +348,14 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
         bound.apply_defaults()
         arguments = {**bound.arguments, **kwargs}
         denoisers = [hook.denoiser for hook in state.hooks.values()]
-        with rewindable(given, denoisers, keep=state.on_unsupported == "plain") as rewind:
+        scheduler = getattr(self, "scheduler", None)
+        with rewindable(given, denoisers, scheduler, keep=state.on_unsupported == "plain") as rewind:
             try:
                 return _run(state, self, gate_step, arguments, original, args, kwargs)
             except StartOver as found:
-                rewind()
                 cause = found.cause
+                if not rewind():
+                    raise cause from None
         return _run(state, self, gate_step, arguments, original, args, kwargs, plain_because=cause)
 
     def refuse_copies(self: DiffusionPipeline, protocol: Any) -> Any:
@@ -382,6 +395,8 @@ def _run(
     )
     if plain_because is not None:
         loop.run_plain(plain_because)
+    loop.on_new_timesteps = functools.partial(_note_new_loop, pipe)
+    _note_new_loop(pipe)
     names = [*inspect.signature(call).parameters][1:]
     with running(), _generation(state, pipe, gate_step, lambda: _facts_of_call(state, pipe, arguments), loop):
         in_order = [loop.outside(name, value) for name, value in zip_longest(names[: len(args)], args, fillvalue="")]
@@ -398,6 +413,9 @@ def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop) -> No
         return
     if not ran:
         # Without a step of the scheduler there was nothing to do: an image-to-image call of no steps, say.
+        if any(hook.last is not None and hook.last.calls_apart for hook in state.hooks.values()):
+            state.say_once(MSG_CALLED_APART.format(pipeline=state.pipeline_class.__name__), about="apart")
+            return
         if (loop.stepped or not loop.observable) and not getattr(pipe, "_interrupt", False):
             raise ConfigurationError(_bypassed(state))
         return
@@ -420,13 +438,54 @@ def _facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping
         guidance = Guidance(pipe, tuple(state.hooks))
         return _Facts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
     guided = guidance_of(pipe, arguments)
-    watch = any(is_callback(name, value) for name, value in arguments.items())
-    return _Facts(lambda name: guided(), lambda: getattr(pipe, "_num_timesteps", None), watch)
+    return _Facts(lambda name: guided(), lambda: _num_timesteps(pipe), _may_change(state, pipe, arguments))
+
+
+def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
+    """Whether code that is not diffusers' runs during the loop, and may change the denoiser in the middle of it.
+
+    Such as callbacks, hooks on the denoiser, a pipeline or scheduler of the user's own. To look at the denoiser in each
+    step takes milliseconds, which other calls are spared.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    classes = (*state.pipeline_class.__mro__, *type(scheduler).__mro__)
+    hooks = [(*hook.denoiser._forward_hooks, *hook.denoiser._forward_pre_hooks) for hook in state.hooks.values()]
+    replaced = [value for owner in (pipe, scheduler) for value in getattr(owner, "__dict__", {}).values()]
+    return (
+        any(hooks)
+        or any(is_callback(name, value) or (callable(value) and value is not pipe) for name, value in arguments.items())
+        or any(isinstance(value, FUNCTIONS) for value in replaced)
+        or any(not is_trusted(kind.__module__) and kind.__module__ not in _OF_BASES for kind in classes)
+    )
+
+
+#: Where base classes of diffusers' pipelines and schedulers come from.
+_OF_BASES = ("builtins", "huggingface_hub.hub_mixin", "enum", "abc", "collections", "typing")
+
+
+class _Earlier(int):
+    """A pipeline's number of timesteps that it has set for an earlier loop."""
+
+
+def _num_timesteps(pipe: DiffusionPipeline) -> int | None:
+    """How many of the scheduler's timesteps the present loop of the pipeline visits, if it says so."""
+    given = getattr(pipe, "_num_timesteps", None)
+    return None if isinstance(given, _Earlier) else given
+
+
+def _note_new_loop(pipe: DiffusionPipeline) -> None:
+    """From now on, what the pipeline has said about its timesteps is about an earlier loop."""
+    given = vars(pipe).get("_num_timesteps") if hasattr(pipe, "__dict__") else None
+    if type(given) is int:
+        vars(pipe)["_num_timesteps"] = _Earlier(given)
 
 
 def _bypassed(state: Optimized) -> str:
-    hooked = all(hook_of(hook.denoiser) is not None for hook in state.hooks.values())
-    message = MSG_OTHER_FORWARD if hooked else MSG_BYPASSED
+    if all(hook.is_attached for hook in state.hooks.values()):
+        message = MSG_NOT_CALLED
+    else:
+        hooked = all(hook_of(hook.denoiser) is not None for hook in state.hooks.values())
+        message = MSG_OTHER_FORWARD if hooked else MSG_BYPASSED
     return message.format(name=" and ".join(state.hooks), pipeline=state.pipeline_class.__name__)
 
 
@@ -434,10 +493,18 @@ def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callab
     """Whether guidance is on, now: the pipeline's own word if it has one, which a callback may change in mid-loop."""
     if family_of(type(pipe)).unguided:
         return lambda: False
-    if hasattr(type(pipe), "do_classifier_free_guidance"):
-        return lambda: bool(pipe.do_classifier_free_guidance)
     scale = arguments.get("guidance_scale")
-    return lambda: scale is not None and scale > 1.0
+
+    def by_scale() -> bool:
+        return scale is not None and scale > 1.0
+
+    def by_property() -> bool:
+        try:
+            return bool(pipe.do_classifier_free_guidance)
+        except AttributeError:  # a subclass has a loop of its own, which does not set what the property reads
+            return by_scale()
+
+    return by_property if hasattr(type(pipe), "do_classifier_free_guidance") else by_scale
 
 
 def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:

@@ -27,6 +27,11 @@ MSG_AFTER_THE_STEP = (
     "belongs to is not known. {instead}"
 )
 
+MSG_BETWEEN = (
+    "The denoiser was called for other timesteps between two steps of {scheduler} (midpoints, or a solver of the "
+    "loop's own), so which step a call belongs to is not known. {instead}"
+)
+
 
 @dataclass
 class _Timestep:
@@ -34,6 +39,7 @@ class _Timestep:
 
     place: int | None
     value: tuple[float, ...] | None
+    is_rounded: bool = False  # to less than single precision
 
 
 class Progress:
@@ -41,15 +47,20 @@ class Progress:
 
     A new pass begins where the scheduler's timesteps have been set again, or where the loop goes back to a timestep
     that it has visited. Nothing is read from the device as long as the calls' timesteps are views of the scheduler's.
+
+    Args:
+        steps_once: whether the loop is known to go on to the next timestep with each step of the scheduler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, steps_once: bool = False) -> None:
+        self._steps_once = steps_once
         self.counter: StepCounter | None = None  # of this pass
         self.done = 0  # timesteps of this pass that are over
         self.steps_before = 0  # steps of the passes before this one
         self.stepped = False  # the scheduler has stepped since the last call
         self.was_stepped = False  # it has ever, in this generation
         self._scheduler: Any = None
+        self._scheduler_class: type | None = None
         self._timesteps: Any = None  # the tensor itself, so that another one cannot take its address
         self._set_again = False
         self._repeats = False
@@ -73,17 +84,28 @@ class Progress:
         timesteps = getattr(scheduler, "timesteps", None)
         last, self._last = self._last, self._timestep(timesteps, arguments)
         stepped, self.stepped = self.stepped, False
-        if self.counter is None or self._set_again or not self._same_timesteps(timesteps):
+        if scheduler is not self._scheduler or type(scheduler) is not self._scheduler_class:
+            self.was_stepped = False  # what has replaced it is not observed
+        if self.counter is None or self._set_again:
+            return self._new_pass(scheduler, timesteps)
+        if not self._goes_on(timesteps, last, arguments) and not self._same_timesteps(timesteps):
             return self._new_pass(scheduler, timesteps)
         here = self._last
-        if last is None or (here.place is None and here.value is None) or (here.place is None) != (last.place is None):
+        if last is None or (here.place is None and here.value is None):
             return "next"  # nothing to compare; steps are counted
+        if (here.place is None) != (last.place is None):
+            last, here = self._placed(last), self._placed(here)
+            self._last = here
+            assert last.place is not None
+            self._visited.add(last.place)
         if here == last:
             return self._same(stepped)
         key = here.place if here.place is not None else here.value
         went_back = key in self._visited if here.place is None else key < max(self._visited)
         if went_back:
             return self._new_pass(scheduler, timesteps)
+        if self.was_stepped and not stepped:
+            raise UnsupportedModelError(MSG_BETWEEN.format(scheduler=type(self._scheduler).__name__, instead=INSTEAD))
         self._visited.add(key)
         return "next"
 
@@ -121,7 +143,7 @@ class Progress:
         return self.counter.step(self.done)
 
     def _new_pass(self, scheduler: Any, timesteps: Any) -> Event:
-        self._scheduler, self._timesteps = scheduler, timesteps
+        self._scheduler, self._scheduler_class, self._timesteps = scheduler, type(scheduler), timesteps
         self._set_again = False
         values = torch.as_tensor(timesteps).tolist() if timesteps is not None else []
         self._repeats = len(set(values)) < len(values)  # second-order schedulers repeat timesteps
@@ -129,6 +151,29 @@ class Progress:
         key = self._last.place if self._last.place is not None else self._last.value
         self._visited = {key}
         return "new pass"
+
+    def _goes_on(self, timesteps: Any, last: _Timestep | None, arguments: Mapping[str, Any]) -> bool:
+        """Whether the loop goes on over the timesteps that it began with, although its scheduler has others now.
+
+        A callback may have replaced the scheduler, or the scheduler drops the timesteps that are over.
+        """
+        if timesteps is self._timesteps or last is None or last.place is None:
+            return False
+        here = self._timestep(self._timesteps, arguments)
+        if here.place is None or here.place < last.place:
+            return False
+        self._last = here
+        return True
+
+    def _placed(self, timestep: _Timestep) -> _Timestep:
+        """The timestep by its place among the scheduler's, one of which it must be."""
+        if timestep.place is not None:
+            return timestep
+        values = torch.as_tensor(self._timesteps).tolist()
+        places = [place for place, value in enumerate(values) if (value, value) == timestep.value]
+        if not places:
+            raise UnsupportedModelError(MSG_BETWEEN.format(scheduler=type(self._scheduler).__name__, instead=INSTEAD))
+        return _Timestep(places[0], None)
 
     def _same_timesteps(self, timesteps: Any) -> bool:
         """Whether they are those of this pass. A copy with the same values is (some schedulers move theirs)."""
@@ -146,6 +191,8 @@ class Progress:
         # Second-order schedulers have equal timesteps one after the other, though never at the start.
         if self._last.place is None and self._repeats and self.done and (stepped or not self.was_stepped):
             return "next"
+        if stepped and self._steps_once and self._last.is_rounded:
+            return "next"  # neighbouring timesteps that are equal in bfloat16, as Cosmos has at the start
         if stepped:
             raise UnsupportedModelError(
                 MSG_AFTER_THE_STEP.format(scheduler=type(self._scheduler).__name__, instead=INSTEAD)
@@ -164,7 +211,8 @@ class Progress:
         # One timestep for all rows, as a rule; where rows or tokens have their own, the extremes tell them apart.
         values = torch.as_tensor(given).detach()
         least, most = torch.stack([values.min(), values.max()]).tolist() if values.numel() else (0.0, 0.0)
-        return _Timestep(None, (least, most))
+        is_rounded = values.is_floating_point() and torch.finfo(values.dtype).eps > torch.finfo(torch.float32).eps
+        return _Timestep(None, (least, most), is_rounded)
 
 
 def _place(timestep: Any, timesteps: Any) -> int | None:

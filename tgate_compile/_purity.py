@@ -12,6 +12,7 @@ from __future__ import annotations
 import dis
 import enum
 import functools
+import sys
 import types
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import suppress
@@ -24,6 +25,9 @@ from diffusers.configuration_utils import FrozenDict
 from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedModelError
 
 Code = TypeVar("Code", bound=Callable[..., Any])
+
+#: Packages whose functions known libraries have in their own classes, as decorators for example.
+_LIBRARIES = sys.stdlib_module_names | {"huggingface_hub", "accelerate", "numpy", "typing_extensions"}
 
 _MARK = "__tgate_compile_pure__"
 
@@ -176,7 +180,7 @@ class Foreign:
     """Code inside a denoiser that is not of a library known here.
 
     Attributes:
-        kind: what it is: `hook`, `processor` or `forward`.
+        kind: what it is: `hook`, `processor`, `forward`, `method`, or `attention` for PyTorch's own function.
         path: of the module that it is on.
         module: that module.
         code: the callable.
@@ -191,6 +195,10 @@ class Foreign:
     def described(self) -> tuple[str, str]:
         """What it is, and where."""
         where = _place(self.path, self.module)
+        if self.kind == "attention":
+            return f"The function {_name(self.code)}", "in place of torch's scaled_dot_product_attention"
+        if self.kind == "method":
+            return f"The function {_name(self.code)}", f"in place of a method of {where}"
         if self.kind == "hook":
             return f"The forward hook {_name(self.code)}", f"on {where}"
         if self.kind == "forward":
@@ -215,13 +223,51 @@ def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
         # What accelerate and diffusers put there is looked at where offloading is.
         if forward is not None and "_hf_hook" not in attributes and not _has_diffusers_hooks(module):
             yield Foreign("forward", path, module, forward)
+        elif not path and (below := _replaced_forward_below_hook(module)) is not None:
+            yield Foreign("forward", path, module, below)
         elif type(module) in patched:
             yield Foreign("forward", path, module, type(module).forward)
+        for name, value in attributes.items():
+            if name != "forward" and isinstance(value, types.MethodType) and _is_foreign(value.__func__):
+                yield Foreign("method", path, module, value)
         for processor in _processors(module):
             if not is_trusted(type(processor).__module__):
                 yield Foreign("processor", path, module, processor)
             elif type(processor) in patched and not isinstance(processor, torch.nn.Module):
                 yield Foreign("processor", path, module, type(processor).__call__)
+
+    for kind in kinds:
+        for name, method in _patched_methods(kind):
+            if name != ("forward" if issubclass(kind, torch.nn.Module) else "__call__"):
+                yield Foreign("method", "", denoiser, method)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if isinstance(attention, types.FunctionType) and _is_foreign(attention):
+        yield Foreign("attention", "", denoiser, attention)
+
+
+def _patched_methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
+    """Functions of other authors that have been put into a known library's class, for all of its objects."""
+    for base in kind.__mro__:
+        if is_trusted(base.__module__) and base is not torch.nn.Module:
+            own = sys.modules[base.__module__].__dict__
+            for name, value in vars(base).items():
+                if type(value) is types.FunctionType and value.__globals__ is not own and _is_foreign(value):
+                    yield name, value
+
+
+def _is_foreign(function: object) -> bool:
+    # Not by `__module__`, which `functools.wraps` takes over. Generated methods (dataclasses) have no module there.
+    module = getattr(function, "__globals__", {}).get("__name__")
+    package = (module or "").partition(".")[0]
+    return bool(package) and not _is_known(module) and package not in _LIBRARIES
+
+
+def _replaced_forward_below_hook(denoiser: torch.nn.Module) -> object | None:
+    """What stands in place of the denoiser's forward under our hook; None: its class's own does."""
+    hooks = getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {})
+    forward = getattr(hooks.get("tgate_compile"), "own_forward", None)
+    own = forward is None or getattr(forward, "__func__", None) is type(denoiser).forward
+    return None if own else forward
 
 
 def _processors(module: torch.nn.Module) -> tuple[Callable[..., Any], ...]:

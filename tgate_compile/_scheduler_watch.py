@@ -29,6 +29,8 @@ class SchedulerObserver(Protocol):
         ...
 
 
+_OBSERVED = "_tgate_compile_observed"
+
 _observers: dict[int, list[SchedulerObserver]] = {}
 _lock = threading.Lock()
 
@@ -40,6 +42,7 @@ def observed(scheduler: Any, observer: SchedulerObserver) -> Iterator[bool]:
     The object gets a subclass of its own class with the same name, and its class back at the end. Copies that are made
     of it meanwhile are not observed.
     """
+    scheduler = _stepping(scheduler)
     own_class = type(scheduler)
     with _lock:
         watched = _observers.get(id(scheduler))
@@ -61,12 +64,22 @@ def observed(scheduler: Any, observer: SchedulerObserver) -> Iterator[bool]:
                 watched.remove(observer)
                 if not watched:
                     del _observers[id(scheduler)]
-                    scheduler.__class__ = type(scheduler).__mro__[1]
+                    if _OBSERVED in vars(type(scheduler)):  # else somebody has changed the class meanwhile
+                        scheduler.__class__ = type(scheduler).__mro__[1]
+
+
+def _stepping(scheduler: Any) -> Any:
+    """The object whose method `scheduler.step` is: another one where `scheduler` is a wrapper that passes all on."""
+    if "step" in dir(type(scheduler)):
+        return scheduler
+    owner = getattr(getattr(scheduler, "step", None), "__self__", scheduler)
+    return owner if hasattr(owner, "timesteps") else scheduler
 
 
 @functools.cache
 def _observed_class(scheduler_class: type) -> type:
     namespace: dict[str, Any] = {
+        _OBSERVED: True,
         "__module__": scheduler_class.__module__,
         "__qualname__": scheduler_class.__qualname__,
         "__doc__": scheduler_class.__doc__,
@@ -75,7 +88,16 @@ def _observed_class(scheduler_class: type) -> type:
         namespace["set_timesteps"] = _reporting(scheduler_class.set_timesteps, _report_timesteps)
     if hasattr(scheduler_class, "step"):
         namespace["step"] = _reporting(scheduler_class.step, _reporter_of_steps(scheduler_class.step))
-    return type(scheduler_class.__name__, (scheduler_class,), namespace)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        """Let copies, which are not observed, be of the scheduler's own class."""
+        reduced: Any = scheduler_class.__reduce_ex__
+        made, arguments, *state = reduced(self, protocol)
+        return (made, tuple(scheduler_class if each is observed_class else each for each in arguments), *state)
+
+    namespace["__reduce_ex__"] = reduce
+    observed_class = type(scheduler_class.__name__, (scheduler_class,), namespace)
+    return observed_class
 
 
 def _reporting(original: Callable[..., Any], report: Callable[..., None]) -> Callable[..., Any]:
@@ -103,7 +125,10 @@ def _reporter_of_steps(step: Callable[..., Any]) -> Callable[..., None]:
             given = signature.bind(scheduler, *args, **kwargs).arguments
         except TypeError:
             return  # the call itself is about to fail, with a better message
-        prediction, sample = given.get("model_output"), given.get("sample")
+        # Under other names in schedulers of one's own, though in this order.
+        tensors = [value for value in given.values() if torch.is_tensor(value) and value.ndim > 1]
+        prediction = given.get("model_output", tensors[0] if tensors else None)
+        sample = given.get("sample", tensors[1] if len(tensors) > 1 else None)
         if torch.is_tensor(prediction) and torch.is_tensor(sample):
             observer.on_step(prediction, sample)
 
