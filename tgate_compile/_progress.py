@@ -94,6 +94,8 @@ class Progress:
         if last is None or (here.place is None and here.value is None):
             return "next"  # nothing to compare; steps are counted
         if (here.place is None) != (last.place is None):
+            if self.done >= self.counter.num_calls and not self._is_one(here):
+                return "next"  # one too many, as `step` says
             last, here = self._placed(last), self._placed(here)
             self._last = here
             assert last.place is not None
@@ -169,11 +171,17 @@ class Progress:
         """The timestep by its place among the scheduler's, one of which it must be."""
         if timestep.place is not None:
             return timestep
-        values = torch.as_tensor(self._timesteps).tolist()
-        places = [place for place, value in enumerate(values) if (value, value) == timestep.value]
-        if not places:
+        if not self._is_one(timestep):
             raise UnsupportedModelError(MSG_BETWEEN.format(scheduler=type(self._scheduler).__name__, instead=INSTEAD))
-        return _Timestep(places[0], None)
+        assert timestep.value is not None
+        return _Timestep(torch.as_tensor(self._timesteps).tolist().index(timestep.value[0]), None)
+
+    def _is_one(self, timestep: _Timestep) -> bool:
+        """Whether it is one of the scheduler's timesteps."""
+        if timestep.place is not None:
+            return True
+        values = torch.as_tensor(self._timesteps).tolist()
+        return timestep.value is not None and timestep.value[0] == timestep.value[-1] and timestep.value[0] in values
 
     def _same_timesteps(self, timesteps: Any) -> bool:
         """Whether they are those of this pass. A copy with the same values is (some schedulers move theirs)."""
