@@ -124,9 +124,7 @@ def test_another_attention_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_differ(run(plain, steps=STEPS), before)
     assert torch.equal(run(ours, steps=STEPS), run(plain, steps=STEPS))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
-    with pytest.raises(
-        tgate_compile.UnsupportedModelError, match="in place of torch's scaled_dot_product_attention"
-    ):
+    with pytest.raises(tgate_compile.UnsupportedModelError, match="in place of torch's scaled_dot_product_attention"):
         run(ours, steps=STEPS)
 
 

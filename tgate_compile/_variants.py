@@ -38,10 +38,11 @@ logger = logging.getLogger(__name__)
 #: The cached values, by kind and name of their sites.
 Caches = Mapping[tuple[Kind, str], torch.Tensor]
 
-#: Estimate of what the graphs take, in bytes, without weights: torch.fx's nodes with what is known of their values, and
-#: what the backend makes of them. Measured as the growth of a process's resident memory per node of captures and
-#: variants, while further sizes of a UNet like Stable Diffusion's were made: 4 kB in eager mode (7,400 nodes for each
-#: size), 14 kB with Inductor and 15 kB with ONNX Runtime (2,200 nodes, without its copies of the weights).
+#: Estimate of what the graphs take, in bytes, of which the weights are no part: torch.fx's nodes with what is known of
+#: their values, and what the backend makes of them. It is how the resident memory of a process grew for each node of
+#: captures and variants together, as further sizes were made of a UNet like Stable Diffusion's: 4 kB in eager mode
+#: (7,400 nodes for each size), 14 kB with Inductor and 15 kB with ONNX Runtime (2,200 nodes; its copies of the weights
+#: count by themselves).
 BYTES_PER_NODE = 15_000
 #: What all graphs of a denoiser may take, as a part of the machine's memory, unless `graph_memory` says otherwise.
 SHARE_OF_MEMORY = 0.25
