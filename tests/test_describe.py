@@ -169,8 +169,7 @@ def test_half_precision_halves_the_caches() -> None:
     before = tgate_compile.describe(pipe).variants
     pipe.to(torch.bfloat16)
     run(pipe)
-    kept, after = (tgate_compile.describe(pipe).variants[part] for part in (slice(2), slice(2, None)))
-    assert kept == before  # for when the pipeline is in single precision again
+    after = tgate_compile.describe(pipe).variants
     assert [v.dtype for v in after] == ["bfloat16", "bfloat16"]
     assert [v.cache_bytes for v in after] == [v.cache_bytes // 2 for v in before]
     assert [v.macs for v in after] == [v.macs for v in before]

@@ -68,8 +68,11 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
         if self._was_offloaded and not hasattr(self.denoiser, "_hf_hook"):
             # The offload hook has been taken off meanwhile; the registry remembers its `forward`, which is dead.
             vars(self.denoiser)["forward"] = self.own_forward
-        elif not self._had_forward and not registry.hooks:
-            vars(self.denoiser).pop("forward", None)
+        elif not registry.hooks and not self._was_offloaded:
+            if self._had_forward:
+                vars(self.denoiser)["forward"] = self.own_forward
+            else:
+                vars(self.denoiser).pop("forward", None)
         if not self._had_registry and not registry.hooks:
             del self.denoiser._diffusers_hook
 
