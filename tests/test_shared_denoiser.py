@@ -215,8 +215,8 @@ def test_a_call_inside_of_another_pipelines_call(inner: str) -> None:
     refused = []
 
     def call(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        with pytest.raises(tgate_compile.ConcurrentGenerationError, match="One generation at a time"):
-            latents(inner, other)
+        # The other pipeline has a scheduler of its own, so that its whole call fits between two steps of this one.
+        assert_same(latents(inner, other), by_hooks(inner, 2))
         with pytest.raises(tgate_compile.ConcurrentGenerationError):
             tgate_compile.restore(other)
         refused.append(step)
