@@ -13,6 +13,7 @@ from tests.exported import GATE, plain
 from tests.tiny_pipelines import run
 from tgate_compile import ConfigurationError
 from tgate_compile._backends.torch_tensorrt_compiler import _program
+from tgate_compile._live_tensors import live_tensors
 
 without_it = pytest.mark.skipif(
     importlib.util.find_spec("torch_tensorrt") is not None, reason="what is said where it is not installed"
@@ -32,7 +33,7 @@ def test_the_program_that_it_compiles() -> None:
     pipe = tgate_compile.optimize(plain(), GATE, backend="eager")
     run(pipe)
     store = pipe._tgate_compile.hook.store
-    live = store._live_tensors()
+    live = live_tensors(store.denoiser)
     for variant, _ in store.variants:
         nodes = len(variant.program.graph.nodes)
         placeholders = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
