@@ -75,7 +75,10 @@ def _make_contiguous(module: torch.nn.Module) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without torch's deprecation of what it does itself when it copies a program."""
+    """Silence what torch says of its own doings: a deprecation when it copies a program, and that the few complex
+    operators, such as FreeU's Fourier transforms, are called as they are, not fused.
+    """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, message=".*code generation for complex operators.*")
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         yield
