@@ -32,16 +32,14 @@ import numpy as np
 import torch
 
 import tgate_compile
-from tgate_compile._backends.eager import EagerBackend
-from tgate_compile._backends.inductor import InductorBackend
-from tgate_compile._bundle.describe_graph import inputs_of
-from tgate_compile._bundle.formats import FORMATS, format_called
-from tgate_compile._bundle.manifest import Graph, Manifest
-from tgate_compile._bundle.planned_graphs import PlannedGraph, planned_graphs
-from tgate_compile._bundle.read_manifest import read_manifest
-from tgate_compile._bundle.session import inputs_of as specs_of
-from tgate_compile._bundle.sizes import shape_at
-from tgate_compile._optimized import preview, required_state_of
+from tgate_compile.bundle.formats import FORMATS, format_called
+from tgate_compile.bundle.formats import inputs_of as specs_of
+from tgate_compile.bundle.manifest import Graph, Manifest
+from tgate_compile.bundle.plan import PlannedGraph, inputs_of, planned_graphs
+from tgate_compile.bundle.read_manifest import read_manifest, shape_at
+from tgate_compile.engine.backends import EagerBackend
+from tgate_compile.exports.inductor.live import InductorBackend
+from tgate_compile.pipeline.optimized import preview, required_state_of
 
 STEPS, GATE = 25, 10
 CALL: dict[str, Any] = {"prompt": "a large red circle", "num_inference_steps": STEPS}

@@ -26,13 +26,11 @@ from typing import Any
 import torch
 
 from tgate_compile import optimize, restore
-from tgate_compile._benchmark.methods import PLAIN, Method, methods_for
-from tgate_compile._benchmark.peers import PEERS, Peer
-from tgate_compile._benchmark.random_models import random_pipeline
-from tgate_compile._benchmark.result import Benchmark, Row
-from tgate_compile._benchmark.run import COMPILED, CUDA_GRAPHS, Task, run_benchmark, to_channels_last
 from tgate_compile._errors import TGateError
-from tgate_compile._schedule import Schedule
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.bench.methods import PEERS, PLAIN, Method, Peer, methods_for, random_pipeline
+from tgate_compile.study.bench.result import Benchmark, Row
+from tgate_compile.study.bench.run import COMPILED, CUDA_GRAPHS, Task, run_benchmark, to_channels_last
 
 _CHOSEN = ("tgate", "tgate_v2", "deepcache_tgate")
 _OTHERS = ("tgate_authors", "deepcache_tgate_authors")

@@ -38,8 +38,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 import tgate_compile
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
-from tgate_compile._evaluation.attributes import drawings, log_likelihood, right
-from tgate_compile._evaluation.frechet import Statistics, frechet_distance
+from tgate_compile.study.evaluation.features import Statistics, frechet_distance
+from tgate_compile.study.evaluation.measure import drawings, log_likelihood, right
 
 logger = logging.getLogger(__name__)
 

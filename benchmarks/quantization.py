@@ -30,15 +30,14 @@ import numpy as np
 import torch
 
 import tgate_compile
-from tgate_compile._benchmark.machine import machine_of
-from tgate_compile._benchmark.timed import timed_generation
-from tgate_compile._bundle.formats import FORMATS
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
 from tgate_compile._demo.variants import demo_variant
-from tgate_compile._evaluation.attributes import log_likelihood, right
-from tgate_compile._optimized import required_state_of
-from tgate_compile._quantization import CALIBRATED
+from tgate_compile.bundle.formats import FORMATS
+from tgate_compile.bundle.quantization import CALIBRATED
+from tgate_compile.pipeline.optimized import required_state_of
+from tgate_compile.study.bench.measure import machine_of, timed_generation
+from tgate_compile.study.evaluation.measure import log_likelihood, right
 
 GATES = {"sd": 10, "sdxl": 10, "pixart": 8, "lcm": 2}
 CAPTION_SEED = 2026

@@ -29,10 +29,10 @@ import onnxruntime
 import torch
 
 import tgate_compile
-from tgate_compile._benchmark.machine import machine_of
 from tgate_compile._demo.variants import demo_variant
 from tgate_compile.runtime import BundlePipeline
-from tgate_compile.runtime._scheduler_config import NAMES
+from tgate_compile.runtime._noise import NAMES
+from tgate_compile.study.bench.measure import machine_of
 
 STEPS, GATE = 10, 4
 PROMPTS = ["a large red circle on a blue background", "a small green star on a white background"]

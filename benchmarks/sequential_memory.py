@@ -75,9 +75,8 @@ def run_graphs(folder: Path, mode: str, times: int) -> list[float]:
     import numpy as np
     import onnxruntime
 
-    from tgate_compile._bundle.phases import phase_of
-    from tgate_compile._bundle.read_manifest import read_manifest
-    from tgate_compile._bundle.sizes import shape_at
+    from tgate_compile.bundle.manifest import phase_of
+    from tgate_compile.bundle.read_manifest import read_manifest, shape_at
     from tgate_compile.runtime._denoiser import Graphs
     from tgate_compile.runtime._session import Settings
 
@@ -121,7 +120,7 @@ def export_sd15(folder: Path, quantize: str | None) -> None:
     import torch
 
     import tgate_compile
-    from tgate_compile._benchmark.random_models import random_pipeline
+    from tgate_compile.study.bench.methods import random_pipeline
 
     pipe, call = random_pipeline("sd15", torch.device("cpu"), torch.float16, size=256)
     pipe.set_progress_bar_config(disable=True)
@@ -205,7 +204,7 @@ def main() -> None:
         shutil.rmtree(home)
     import torch
 
-    from tgate_compile._benchmark.machine import machine_of
+    from tgate_compile.study.bench.measure import machine_of
 
     torch.set_num_threads(1)
     result = {

@@ -362,7 +362,7 @@ class Soak:
         plain = Step(name)
         put_in_state(self.pipes[name], plain)
         shared = {"unet": "img2img", "img2img": "unet"}.get(name)
-        if shared is None or tgate_compile._optimized.state_of(self.pipes[shared]) is None:
+        if shared is None or tgate_compile.pipeline.optimized.state_of(self.pipes[shared]) is None:
             assert not self._compared(plain, call(self.pipes[name], plain, None)), "restored"
         self.optimize(name)
 

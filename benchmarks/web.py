@@ -27,9 +27,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tgate_compile._benchmark.machine import processor
 from tgate_compile._web.onnxruntime_web import VERSION
-from tgate_compile._web.server import address_of, server_for
+from tgate_compile._web.site import address_of, server_for
+from tgate_compile.study.bench.measure import processor
 
 PROMPT = "a small green star on a white background"
 #: What a script may take, in seconds.

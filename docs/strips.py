@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tgate_compile._schedule import Schedule
-from tgate_compile._strip_picture import strip_picture
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.figures import strip_picture
 
 STEPS = 25
 ROWS = {

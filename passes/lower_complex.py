@@ -12,8 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from tgate_compile.passes._result import PassResult
-from tgate_compile.passes.operands import argument, operand, shape_of
+from tgate_compile.passes.editing import PassResult, argument, operand, shape_of
 
 aten = torch.ops.aten
 

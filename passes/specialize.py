@@ -1,19 +1,213 @@
-"""Make the graph of one phase out of a captured denoiser: the driver of the passes."""
+"""Make a phase's graph of the captured one: emit values, reuse values, remove what is dead, verify."""
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable
 
-from tgate_compile._graphs import Captured, Emission, Variant
-from tgate_compile._schedule import Phase
-from tgate_compile.passes._result import PassResult
-from tgate_compile.passes.copy_graph import copy_graph
-from tgate_compile.passes.emit import emit
-from tgate_compile.passes.flat_program import flat_program
-from tgate_compile.passes.remove_dead import remove_dead
-from tgate_compile.passes.remove_identities import remove_identities
-from tgate_compile.passes.reuse import cache_name, reuse
-from tgate_compile.passes.verify import verify
+import torch
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from tgate_compile._errors import VerificationError
+from tgate_compile.methods.schedule import Phase
+from tgate_compile.passes.attention_core import attention_cores
+from tgate_compile.passes.editing import (
+    PassResult,
+    add_call,
+    copy_graph,
+    flat_program,
+    is_mutable,
+    operand,
+    outputs_of,
+    shape_of,
+)
+from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
+
+aten = torch.ops.aten
+
+
+def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> PassResult:
+    """Append the values at sites to the outputs, in the order of `emissions`.
+
+    A merged one is the weighted mean of the guidance halves of [uncond; cond], batch B (arXiv 2404.02747, section
+    3.2: equal weights), accumulated in fp32 at least. What is handed on has the site's `cache_dtype`.
+    Its batch comes first, wherever the graph has it. `graph_module` is changed in place; its output is one flat tuple.
+    """
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    output = graph.output_node()
+    emitted = []
+    for emission in emissions:
+        value = nodes[emission.site.node]
+        with graph.inserting_before(output):
+            if emission.site.batch != 0:
+                value = add_call(graph, aten.movedim.int, value, emission.site.batch, 0)
+            handed_on = value if emission.anchor is None else _merged(graph, value, emission.anchor)
+            emitted.append(_cast(graph, handed_on, emission))
+    output.args = ((*outputs_of(graph), *emitted),)
+    return PassResult(len(emitted))
+
+
+def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
+    # Not chunk(2): on a dynamic batch it exports as a sequence, which ONNX optimizers trip over.
+    dtype = value.meta["val"].dtype
+    accumulated = torch.promote_types(dtype, torch.float32)
+    halves = add_call(graph, aten.unflatten.int, value, 0, [2, -1])
+    if anchor == 0.5:
+        mean = add_call(graph, aten.mean.dim, halves, [0], False, dtype=accumulated)
+    else:
+        exact = halves if dtype == accumulated else add_call(graph, aten.to.dtype, halves, accumulated)
+        uncond, cond = (add_call(graph, aten.select.int, exact, 0, half) for half in (0, 1))
+        weighted = add_call(graph, aten.mul.Tensor, uncond, 1.0 - anchor)
+        mean = add_call(graph, aten.add.Tensor, weighted, cond, alpha=anchor)
+    return mean
+
+
+def _cast(graph: torch.fx.Graph, value: Node, emission: Emission) -> Node:
+    target, limit = emission.site.cache_dtype, torch.finfo(emission.site.cache_dtype).max
+    if value.meta["val"].dtype == target:
+        return value
+    within = emission.anchor is None or 0.0 <= emission.anchor <= 1.0
+    if not within or limit < torch.finfo(emission.site.dtype).max:
+        # fp8 and fp16 are narrow: what lies beyond becomes the largest number, not infinity.
+        value = add_call(graph, aten.clamp.default, value, -limit, limit)
+    return add_call(graph, aten.to.dtype, value, target)
+
+
+def cache_name(site: Site) -> str:
+    """The name of the input that stands for `site`: an identifier, since it becomes a Python argument."""
+    return f"cache_{site.kind}_" + re.sub(r"\W", "_", site.name)
+
+
+def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResult:
+    """Give `graph_module` one more input for each site, after the others, used wherever the value was.
+
+    It has the site's `cache_dtype` and the batch first; where the value's own dtype or layout differs, it is cast and
+    moved.
+
+    What computed the value is left in place, dead, for `remove_dead`.
+    """
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    count = 0
+    for site in sites:
+        value = nodes[site.node]
+        with graph.inserting_after(last_input):
+            cached = graph.placeholder(cache_name(site))
+        fake = value.meta["val"]
+        same = site.batch == 0 and site.cache_dtype == site.dtype
+        with fake.fake_mode:
+            cached.meta["val"] = fake if same else fake.movedim(site.batch, 0).to(site.cache_dtype)
+        last_input = replacement = cached
+        with graph.inserting_before(value):
+            if site.cache_dtype != site.dtype:
+                replacement = add_call(graph, aten.to.dtype, replacement, site.dtype)
+            if site.batch != 0:
+                replacement = add_call(graph, aten.movedim.int, replacement, 0, site.batch)
+        value.replace_all_uses_with(replacement)
+        count += 1
+    return PassResult(count)
+
+
+def remove_dead(graph_module: torch.fx.GraphModule) -> PassResult:
+    """Remove the nodes that no output needs, then the inputs and parameters that no node uses."""
+    graph = graph_module.graph
+    before = len(graph.nodes)
+    # By default fx keeps "impure" nodes, to which it counts dropout and assertions; diffusers' output
+    # projections end in a dropout, so that by default nothing at all would be removed.
+    graph.eliminate_dead_code(is_impure_node=_is_interface)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users:
+            graph.erase_node(node)
+    graph_module.delete_all_unused_submodules()
+    return PassResult(before - len(graph.nodes))
+
+
+def _is_interface(node: Node) -> bool:
+    return node.op in ("placeholder", "output")
+
+
+def remove_identities(graph_module: torch.fx.GraphModule) -> PassResult:
+    """Take the operand of each such operator in its place; the operators themselves are left dead.
+
+    They cost an eager run a little, and other formats know some of them only where they do something: ONNX has no
+    squeeze of a dimension that is not 1.
+    """
+    count = 0
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and _is_identity(node):
+            node.replace_all_uses_with(operand(node, 0))
+            count += 1
+    return PassResult(count)
+
+
+def _is_identity(node: Node) -> bool:
+    if node.target is aten.dropout.default:
+        return node.args[2] is False  # not training
+    if node.target is aten.squeeze.dim:
+        return len(shape_of(operand(node, 0))) == len(shape_of(node))
+    return False
+
+
+def verify(variant: Variant, captured: Captured) -> None:
+    """Check that `variant` is a valid graph of its phase, made of `captured`.
+
+    - It returns what the denoiser returns, then one value for each emission: batch B when it is merged, else the
+      site's own shape.
+    - It takes one cache for each reused site; no attention or weight is left that only cached values need.
+    - Every value has its `meta["val"]`, and nothing works in place.
+    - No output is an input, and no two outputs are the same value.
+
+    Raises:
+        VerificationError: it is not; the message says in what.
+    """
+    graph = variant.program.graph
+    outputs = outputs_of(graph)
+    expected = captured.out_spec.num_leaves + len(variant.emitted)
+    _require(len(outputs) == expected, f"it has {len(outputs)} outputs, expected {expected}")
+    _require(len(set(outputs)) == len(outputs), "one value is two of its outputs")
+    _require(all(node.op != "placeholder" for node in outputs), "one of its outputs is an input")
+    for node in graph.nodes:
+        _require(node.op == "output" or "val" in node.meta, f"{node.name} has no meta['val']")
+        _require(not is_mutable(node), f"{node.name} works in place, and could be lost as dead code")
+
+    for emission, node in zip(variant.emitted, outputs[captured.out_spec.num_leaves :], strict=True):
+        site = emission.site
+        shape = (site.shape[0] // 2, *site.shape[1:]) if emission.merged else site.shape
+        _require(tuple(node.meta["val"].shape) == shape, f"{site.name} is emitted as {node.meta['val'].shape}")
+        _require(node.meta["val"].dtype == site.cache_dtype, f"{site.name} is emitted as {node.meta['val'].dtype}")
+
+    inputs = variant.program.graph_signature.user_inputs
+    _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
+    needed = _needed(variant, captured)
+    left = [core.node.name for core in attention_cores(graph) if core.node.name not in needed]
+    _require(not left, f"{len(left)} attentions are left that are reused: {left}")
+    specs = captured.program.graph_signature.input_specs
+    weights = {str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT and spec.arg.name in needed}
+    unneeded = sorted(set(variant.weights) - weights)
+    _require(not unneeded, f"weights are left that only cached values need: {unneeded}")
+
+
+def _needed(variant: Variant, captured: Captured) -> set[str]:
+    """The names of the captured graph's nodes that are needed if the values of the reused sites are given."""
+    given = {site.node for site in captured.sites if site.kind in variant.phase.reuse}
+    nodes = {node.name: node for node in captured.program.graph.nodes}
+    wanted = [*outputs_of(captured.program.graph), *(nodes[emission.site.node] for emission in variant.emitted)]
+    needed = set(wanted)
+    for node in wanted:  # which grows
+        new = [] if node.name in given else [source for source in node.all_input_nodes if source not in needed]
+        needed.update(new)
+        wanted += new
+    return {node.name for node in needed}
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise VerificationError(f"A rewritten graph is not valid: {problem}. Please report this.")
+
 
 logger = logging.getLogger(__name__)
 

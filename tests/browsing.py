@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tgate_compile._web.server import address_of, server_for
+from tgate_compile._web.site import address_of, server_for
 
 _FLAGS = (
     "headless=new",

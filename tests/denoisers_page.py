@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils import DummyObject
 
 from tests.denoiser_cases import CASES, SIBLINGS
-from tgate_compile._families import (
+from tgate_compile.engine.families import (
     DENOISER_NAMES,
     FAMILIES,
     JOINT_ATTENTION,

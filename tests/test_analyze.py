@@ -17,11 +17,10 @@ from diffusers import HeunDiscreteScheduler
 from tests import tiny_pipelines
 from tests.denoiser_cases import CASES
 from tgate_compile import Analysis, ConfigurationError, UnsupportedModelError, analyze, load_demo_pipeline, optimize
-from tgate_compile._analysis.curves import Curve, Tallies
-from tgate_compile._analysis.gate import suggested_gate
-from tgate_compile._analysis.null_text import without_text
-from tgate_compile._call import Call
-from tgate_compile._families import family_of
+from tgate_compile.engine.call import Call
+from tgate_compile.engine.families import family_of
+from tgate_compile.study.analysis.measures import Curve, Tallies, without_text
+from tgate_compile.study.analysis.run import suggested_gate
 
 STEPS = 4
 PROMPTS = ["red cat", "blue dog"]

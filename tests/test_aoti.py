@@ -22,16 +22,15 @@ from tests.exported import plain
 from tests.exported_aoti import GATE, STEPS, exported_aoti
 from tests.tiny_pipelines import run
 from tgate_compile import BackendError, BundleError, ConfigurationError
-from tgate_compile._bundle import aoti_graphs
-from tgate_compile._bundle.aoti_package import entry_name
-from tgate_compile._bundle.aoti_session import AotiSession
-from tgate_compile._bundle.mapped_weights import mapped_weights
-from tgate_compile._bundle.read import read_bundle
 from tgate_compile._cli.app import app
-from tgate_compile._graphs import Variant
-from tgate_compile._schedule import Phase
-from tgate_compile.exports.to_aoti import to_aoti
-from tgate_compile.passes.flat_program import flat_program
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.bundle.weights import mapped_weights
+from tgate_compile.exports.inductor import save as aoti_graphs
+from tgate_compile.exports.inductor.open import AotiSession, entry_name
+from tgate_compile.exports.inductor.save import to_aoti
+from tgate_compile.methods.schedule import Phase
+from tgate_compile.passes.editing import flat_program
+from tgate_compile.passes.graphs import Variant
 
 #: Inductor orders sums in its own way.
 CLOSE = 1e-4

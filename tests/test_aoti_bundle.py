@@ -15,8 +15,8 @@ import torch
 
 from tests.exported_aoti import exported_aoti
 from tgate_compile import BackendError, BundleError
-from tgate_compile._bundle.aoti_graphs import open_graph
-from tgate_compile._bundle.read import read_bundle
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.exports.inductor.save import open_graph
 
 PACKAGE = "graphs/graphs.pt2"
 INDEX = "graphs/weights.json"

@@ -12,16 +12,13 @@ from typer.testing import CliRunner
 
 from tests import tiny_pipelines
 from tgate_compile import ConfigurationError, describe, optimize, restore
-from tgate_compile._benchmark.macs import macs_counted
-from tgate_compile._benchmark.methods import methods_for
-from tgate_compile._benchmark.peers import PEERS, of_its_own_class
-from tgate_compile._benchmark.random_models import NAMES, random_pipeline
-from tgate_compile._benchmark.result import Benchmark, Row
-from tgate_compile._benchmark.run import CUDA_GRAPHS, Task, run_benchmark
-from tgate_compile._benchmark.timed import timed_generation
 from tgate_compile._cli.app import app
 from tgate_compile._cli.bench import _backends
 from tgate_compile._cli.options import Backend
+from tgate_compile.study.bench.measure import macs_counted, timed_generation
+from tgate_compile.study.bench.methods import NAMES, PEERS, methods_for, of_its_own_class, random_pipeline
+from tgate_compile.study.bench.result import Benchmark, Row
+from tgate_compile.study.bench.run import CUDA_GRAPHS, Task, run_benchmark
 
 run = CliRunner().invoke
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import tgate_compile
 from tests.exported import exported
 from tgate_compile import BundleError, TGateError
-from tgate_compile._bundle.manifest import SCHEMA_VERSION, json_schema
-from tgate_compile._bundle.read import read_bundle
+from tgate_compile.bundle.manifest import SCHEMA_VERSION, json_schema
+from tgate_compile.bundle.read import read_bundle
 
 
 @pytest.fixture(scope="module")

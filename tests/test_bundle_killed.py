@@ -12,7 +12,7 @@ import pytest
 
 from tests.exported import exported
 from tgate_compile import BundleError
-from tgate_compile._bundle.read import read_bundle
+from tgate_compile.bundle.read import read_bundle
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("Converting the pruned graph", "Hashing the files")
@@ -53,7 +53,7 @@ for number, fatal in enumerate(stages):
 KILLED_WHILE_REPLACING = """
 import itertools, os, shutil, signal, sys, time
 from pathlib import Path
-from tgate_compile._bundle.folder import written_folder
+from tgate_compile.bundle.write import written_folder
 
 folder, one, other, *delays = sys.argv[1:]
 

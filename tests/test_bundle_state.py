@@ -23,7 +23,7 @@ from tests.denoiser_cases import CASES
 from tests.exported import exported, plain
 from tests.tiny_pipelines import add_lora, load_ip_adapter, run, stable_diffusion
 from tgate_compile import BundleError
-from tgate_compile._bundle.denoiser_state import DenoiserState, state_of_denoiser, what_differs
+from tgate_compile.bundle.denoiser_state import DenoiserState, state_of_denoiser, what_differs
 
 
 class Doubling(AttnProcessor2_0):  # type: ignore[misc]

@@ -13,11 +13,20 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tgate_compile._cli.app import app
-from tgate_compile._cli.demo_modes import Mode, Task, make_modes, measure
+from tgate_compile._cli.demo import (
+    Mode,
+    Results,
+    Row,
+    Task,
+    guidance_sentence,
+    make_modes,
+    measure,
+    psnr,
+    saving_by_guidance,
+    sentences,
+)
 from tgate_compile._cli.demo_picture import GAP, MAX_ROWS, TILE, draw_picture
-from tgate_compile._cli.demo_prompts import CHOSEN, demo_prompts
-from tgate_compile._cli.demo_results import Results, Row, psnr, saving_by_guidance
-from tgate_compile._cli.demo_table import guidance_sentence, sentences
+from tgate_compile._cli.options import CHOSEN, demo_prompts
 from tgate_compile._demo.captions import is_held_out, parse_caption
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.

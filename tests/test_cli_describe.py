@@ -9,8 +9,8 @@ from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from typer.testing import CliRunner
 
 from tgate_compile._cli.app import app
-from tgate_compile._cli.work import planned_calls
-from tgate_compile._schedule import Schedule
+from tgate_compile._cli.console import planned_calls
+from tgate_compile.methods.schedule import Schedule
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -13,8 +13,8 @@ import tgate_compile
 from tests import tiny_pipelines
 from tests.comparing import difference
 from tests.exported import exported
-from tgate_compile._bundle.read import read_bundle
 from tgate_compile._cli.app import app
+from tgate_compile.bundle.read import read_bundle
 
 run = CliRunner().invoke
 

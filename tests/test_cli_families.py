@@ -14,11 +14,8 @@ from diffusers import (
 )
 
 from tests import tiny_pipelines
-from tgate_compile._cli.devices import MSG_DEVICE, choose_device, choose_dtype
-from tgate_compile._cli.families import FAMILIES, SCHEDULERS, recognise
-from tgate_compile._cli.loading import Loaded, _may_replace, set_scheduler
-from tgate_compile._cli.options import Dtype
-from tgate_compile._cli.settings import settings_for
+from tgate_compile._cli.loading import Loaded, _may_replace, set_scheduler, settings_for
+from tgate_compile._cli.options import FAMILIES, MSG_DEVICE, SCHEDULERS, Dtype, choose_device, choose_dtype, recognise
 from tgate_compile._errors import ConfigurationError
 
 CPU = torch.device("cpu")

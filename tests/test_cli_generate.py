@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from tests import tiny_pipelines
 from tgate_compile import Schedule, optimize, save_schedule
-from tgate_compile._cli import checkpoints, generate
+from tgate_compile._cli import generate
+from tgate_compile._cli import loading as checkpoints
 from tgate_compile._cli.app import app
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tgate_compile._cli.app import app
-from tgate_compile._cost.paper import paper_tables
+from tgate_compile.study.cost import paper_tables
 
 run = CliRunner().invoke
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from tests import tiny_pipelines
 from tgate_compile._cli import tune as tune_command
 from tgate_compile._cli.app import app
-from tgate_compile._schedule import Schedule
-from tgate_compile._schedule_file import load_schedule, save_schedule
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import load_schedule, save_schedule
 
 run = CliRunner().invoke
 

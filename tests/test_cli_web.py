@@ -18,8 +18,7 @@ from tgate_compile import BundleError, ConfigurationError
 from tgate_compile._cli.app import app
 from tgate_compile._web import onnxruntime_web
 from tgate_compile._web.onnxruntime_web import FILES, runtime_files
-from tgate_compile._web.server import address_of, server_for
-from tgate_compile._web.site import check_bundle
+from tgate_compile._web.site import address_of, check_bundle, server_for
 
 run = CliRunner().invoke
 

@@ -18,14 +18,13 @@ from PIL import Image
 
 from tests import tiny_pipelines
 from tgate_compile import UnsupportedModelError, describe, load_demo_pipeline, optimize, restore
-from tgate_compile._benchmark.memory import peak_memory
-from tgate_compile._benchmark.methods import methods_for, steps_at_equal_cost, why_not
-from tgate_compile._benchmark.twin import twin_of
-from tgate_compile._comparison.page import page_of
-from tgate_compile._comparison.quality import Judge, psnr, ssim
-from tgate_compile._comparison.result import Comparison, ImageFigures, MethodFigures, ModelFigures, Pictures
-from tgate_compile._comparison.run import Task, compare_model
-from tgate_compile._schedule import Schedule
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.bench.measure import peak_memory
+from tgate_compile.study.bench.methods import methods_for, steps_at_equal_cost, why_not
+from tgate_compile.study.bench.twin import twin_of
+from tgate_compile.study.comparison.page import page_of
+from tgate_compile.study.comparison.result import Comparison, ImageFigures, MethodFigures, ModelFigures, Pictures
+from tgate_compile.study.comparison.run import Judge, Task, compare_model, psnr, ssim
 
 STEPS, GATE = 6, 3
 PROMPTS = ("red cat", "blue dog")

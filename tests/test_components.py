@@ -22,9 +22,9 @@ from tests.exported import GATE, exported
 from tests.programs import LENGTH, PIPELINES, plain, program
 from tests.tiny_pipelines import SIZE, latent_consistency, sdxl
 from tgate_compile import BundleError, ConfigurationError, UnsupportedModelError
-from tgate_compile._bundle.component_recipes import check_arguments, recipe_for
-from tgate_compile._bundle.component_tokenizer import write_tokenizer
-from tgate_compile._bundle.read import read_bundle
+from tgate_compile.bundle.component_recipes import check_arguments, recipe_for
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.exports.onnx.components import write_tokenizer
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_arguments_that_no_prompt_makes() -> None:
 
 def test_a_half_precision_vae_that_asks_for_float32() -> None:
     """As SDXL's does."""
-    from tgate_compile._bundle.components import _decoder_graph
+    from tgate_compile.exports.onnx.components import _decoder_graph
 
     pipe = sdxl().to(torch.float16)
     assert isinstance(pipe, diffusers.StableDiffusionXLPipeline)

@@ -11,9 +11,9 @@ import torch
 import tgate_compile
 from tests.exported import GATE, STEPS, plain
 from tgate_compile import BackendError, BundleError, ConfigurationError
-from tgate_compile._bundle.coreml_graphs import PACKAGE, check_graph, feature_name
-from tgate_compile._bundle.manifest import Manifest
-from tgate_compile._bundle.read import read_bundle
+from tgate_compile.bundle.manifest import Manifest
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.exports.coreml.save import PACKAGE, check_graph, feature_name
 
 pytest.importorskip("coremltools", reason="coremltools has no packages for some machines")
 

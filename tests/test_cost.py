@@ -14,12 +14,22 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from tgate_compile._cost.graph_cost import Geometry, graph_cost
-from tgate_compile._cost.image_cost import image_cost
-from tgate_compile._cost.models import MODELS, Architecture, Model, model_named
-from tgate_compile._cost.paper import NOTE_BRANCH, NOTE_GATE, NOTE_GUIDANCE, paper_tables, schedule_of
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
-from tgate_compile._schedule import Phase, Schedule
+from tgate_compile.methods.schedule import Phase, Schedule
+from tgate_compile.study.cost import (
+    MODELS,
+    NOTE_BRANCH,
+    NOTE_GATE,
+    NOTE_GUIDANCE,
+    Architecture,
+    Geometry,
+    Model,
+    graph_cost,
+    image_cost,
+    model_named,
+    paper_tables,
+    schedule_of,
+)
 
 # The paper's, in millions, and how far off they may be. Its SD-2.1 is an eighth of a million smaller than the model,
 # and its SDXL two and a half millions larger, both before and after the gate: what is removed agrees.

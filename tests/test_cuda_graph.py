@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny_pipelines import run, stable_diffusion
 from tgate_compile import BackendError, ConfigurationError, optimize
-from tgate_compile._backends.cuda_graph import StaticInputs
+from tgate_compile.exports.inductor.live import StaticInputs
 
 
 def test_inputs_are_copied_to_fixed_addresses_and_cached_values_once() -> None:

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from tgate_compile._demo.attribute_reader import FEATURES, AttributeReader, Reading
-from tgate_compile._demo.captions import Scene, SceneObject, caption_of, parse_caption, random_scene
-from tgate_compile._demo.rendering import render
+from tgate_compile._demo.captions import Scene, SceneObject, caption_of, parse_caption, random_scene, render
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tgate_compile._demo.captions import COLOURS, SHAPES, Scene, SceneObject, random_scene
-from tgate_compile._demo.rendering import IMAGE_SIZE, RGB, render
+from tgate_compile._demo.captions import COLOURS, IMAGE_SIZE, RGB, SHAPES, Scene, SceneObject, random_scene, render
 
 
 def _covered(scene: Scene, seed: int = 0) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.denoisers_page import CACHED, IN_TEST_PIPELINES, PAGE, TESTED, denoisers_of, pipeline_classes, regenerated
 from tests.denoisers_page import unavailable as unavailable_classes
-from tgate_compile._families import FAMILIES
+from tgate_compile.engine.families import FAMILIES
 
 TESTS = Path(__file__).parent
 

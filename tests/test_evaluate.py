@@ -34,15 +34,18 @@ from tgate_compile import (
     restore,
 )
 from tgate_compile._demo.attribute_reader import AttributeReader
-from tgate_compile._evaluation.attributes import drawings, right
-from tgate_compile._evaluation.contenders import contenders_of
-from tgate_compile._evaluation.features import Features, inception_features, pixels_of, reference_statistics
-from tgate_compile._evaluation.frechet import Statistics, frechet_distance
-from tgate_compile._evaluation.inception import Inception
-from tgate_compile._evaluation.make_images import cost_of
-from tgate_compile._evaluation.perceptual import Lpips
-from tgate_compile._evaluation.share import Share
-from tgate_compile._schedule import Phase
+from tgate_compile.methods.schedule import Phase
+from tgate_compile.study.evaluation.features import (
+    Features,
+    Inception,
+    Statistics,
+    frechet_distance,
+    inception_features,
+    pixels_of,
+    reference_statistics,
+)
+from tgate_compile.study.evaluation.images import Share, contenders_of, cost_of
+from tgate_compile.study.evaluation.measure import Lpips, drawings, right
 
 STEPS = 4
 PROMPTS = ["red cat", "blue dog"]

@@ -19,10 +19,10 @@ from tests.exported import plain
 from tests.exported_executorch import GATE, STEPS, exported_executorch
 from tests.tiny_pipelines import pixart, pixart_prompt, run
 from tgate_compile import BackendError, BundleError, ConfigurationError
-from tgate_compile._bundle import executorch_graphs
-from tgate_compile._bundle.executorch_session import ExecuTorchSession
-from tgate_compile._bundle.read import read_bundle
 from tgate_compile._cli.app import app
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.exports.executorch import save as executorch_graphs
+from tgate_compile.exports.executorch.open import ExecuTorchSession
 
 pytest.importorskip("executorch", reason="needs ExecuTorch")
 

@@ -15,14 +15,14 @@ from tests.comparing import difference
 from tests.exported import plain
 from tests.tiny_pipelines import PROMPTS, pixart, pixart_prompt, run
 from tgate_compile import ConfigurationError, UnsupportedModelError
-from tgate_compile._bundle.manifest import Manifest
-from tgate_compile._bundle.parity import QUANTIZED_TOLERANCE
-from tgate_compile._bundle.read import read_bundle
-from tgate_compile._quantization import Quantization
+from tgate_compile.bundle.manifest import Manifest
+from tgate_compile.bundle.parity import QUANTIZED_TOLERANCE
+from tgate_compile.bundle.quantization import Quantization
+from tgate_compile.bundle.read import read_bundle
 
 pytest.importorskip("executorch", reason="needs ExecuTorch")
 
-from tgate_compile.exports.xnnpack_integers import Integers, xnnpack_integers
+from tgate_compile.exports.executorch.quantize import Integers, xnnpack_integers
 
 GATE, STEPS = 2, 4
 CALL = {"prompt": "", "num_inference_steps": STEPS}

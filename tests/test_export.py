@@ -22,9 +22,9 @@ from tests.exported import GATE, exported, plain
 from tests.tiny_pipelines import add_lora, latent_consistency, pixart, pixart_prompt, run
 from tests.tiny_transformers import sana, sana_call
 from tgate_compile import BundleError, CaptureError, ConfigurationError, UnsupportedModelError
-from tgate_compile._bundle import parity
-from tgate_compile._bundle.read import read_bundle
-from tgate_compile._bundle.returns import returns_of, unflatten_as
+from tgate_compile.bundle import parity
+from tgate_compile.bundle.plan import returns_of, unflatten_as
+from tgate_compile.bundle.read import read_bundle
 
 #: ONNX Runtime orders sums in its own way.
 CLOSE = 1e-4

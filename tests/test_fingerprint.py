@@ -12,7 +12,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor
 
 from tests.tiny_pipelines import add_lora, load_ip_adapter, stable_diffusion
-from tgate_compile._fingerprint import fingerprint
+from tgate_compile.engine.weights import fingerprint
 
 
 def unet_with_lora() -> Any:

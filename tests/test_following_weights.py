@@ -12,8 +12,8 @@ import tgate_compile
 from tests.exported import exported, plain
 from tests.tiny_pipelines import add_lora, run
 from tgate_compile import BundleError
-from tgate_compile._bundle import onnx_graphs
-from tgate_compile._bundle.session import Session
+from tgate_compile.bundle.formats import Session
+from tgate_compile.exports.onnx import save as onnx_graphs
 
 
 class Following:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests import tiny_pipelines
-from tgate_compile._benchmark.result import Row
-from tgate_compile._benchmark.run import MSG_NO_TIME
+from tgate_compile.study.bench.result import Row
+from tgate_compile.study.bench.run import MSG_NO_TIME
 
 ROOT = Path(__file__).parents[1]
 

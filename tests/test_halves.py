@@ -237,9 +237,9 @@ def test_alternating_sizes_of_a_subclass() -> None:
 
 
 def test_layouts_are_found_in_the_rows() -> None:
-    from tgate_compile._call import Call
-    from tgate_compile._families import Family
-    from tgate_compile._halves import alternating, one_half
+    from tgate_compile.engine.call import Call
+    from tgate_compile.engine.families import Family
+    from tgate_compile.engine.halves import alternating, one_half
 
     def call(*rows: int) -> Call:
         ids = torch.tensor(rows).float()[:, None].expand(-1, 6)

@@ -29,7 +29,7 @@ from tests.tiny_pipelines import (
     sdxl,
     stable_diffusion,
 )
-from tgate_compile._fingerprint import fingerprint
+from tgate_compile.engine.weights import fingerprint
 
 GATE = 2
 STEPS = 3

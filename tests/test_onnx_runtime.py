@@ -22,8 +22,8 @@ from tests.tiny_pipelines import (
     stable_diffusion,
 )
 from tgate_compile import ConfigurationError
-from tgate_compile._backends import make_backend
-from tgate_compile.exports.to_onnx import to_onnx
+from tgate_compile.engine.backends import make_backend
+from tgate_compile.exports.onnx.convert import to_onnx
 
 #: ONNX Runtime orders sums in its own way.
 CLOSE = 1e-4

@@ -26,7 +26,7 @@ from tests.tiny_pipelines import (
 )
 from tests.tiny_video import wan, wan_call
 from tgate_compile import BackendError, ConfigurationError
-from tgate_compile._backends.openvino_model import check_device
+from tgate_compile.exports.openvino.session import check_device
 
 pytest.importorskip("openvino", reason="OpenVINO has no packages for some machines")
 
@@ -149,7 +149,7 @@ def test_nothing_is_told_to_anybody() -> None:
     """The import of openvino sends an event, unless the package for that is out of its sight."""
     code = (
         "import sys\n"
-        "from tgate_compile._backends.openvino_package import core, openvino\n"
+        "from tgate_compile.exports.openvino.session import core, openvino\n"
         "assert core().available_devices\n"
         "assert 'openvino_telemetry' not in sys.modules\n"
         "from openvino.tools.ovc import telemetry_utils\n"

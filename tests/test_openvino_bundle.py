@@ -15,10 +15,10 @@ from tests.comparing import difference
 from tests.exported import GATE, STEPS, exported, plain
 from tests.tiny_pipelines import run
 from tgate_compile import BundleError, ConfigurationError
-from tgate_compile._bundle.manifest import Graph
-from tgate_compile._bundle.openvino_ir import check_ir
-from tgate_compile._bundle.read import read_bundle
 from tgate_compile._cli.app import app
+from tgate_compile.bundle.manifest import Graph
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.exports.openvino.save import check_ir
 
 pytest.importorskip("openvino", reason="OpenVINO has no packages for some machines")
 

@@ -10,12 +10,11 @@ import torch
 from tests.comparing import difference
 from tests.exported import exported
 from tgate_compile import BackendError
-from tgate_compile._bundle import piecewise_session
-from tgate_compile._bundle.onnx_session import OnnxSession
-from tgate_compile._bundle.piecewise_session import PiecewiseSession
-from tgate_compile._bundle.read import read_bundle
-from tgate_compile._bundle.session import inputs_of
-from tgate_compile._bundle.sizes import shape_at
+from tgate_compile.bundle.formats import inputs_of
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.exports.onnx import open as piecewise_session
+from tgate_compile.exports.onnx.open import OnnxSession, PiecewiseSession
 
 SIZES = {"b": 2, "h": 6, "w": 8}
 

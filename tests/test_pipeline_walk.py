@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 
 from tests.denoisers_page import lists_of, modular_classes, pipeline_classes, unavailable
-from tgate_compile._families import (
+from tgate_compile.engine.families import (
     FAMILIES,
     JOINT_ATTENTION,
     MODULAR,

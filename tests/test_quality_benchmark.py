@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tgate_compile
-from tgate_compile._evaluation.attributes import drawings
+from tgate_compile.study.evaluation.measure import drawings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = ["--captions", "4", "--steps", "10", "--only", "tgate 5"]
@@ -96,7 +96,7 @@ def test_a_name_that_nothing_has_is_an_error(
 
 
 def test_every_contender_is_a_schedule_with_a_name_of_its_own(quality: ModuleType) -> None:
-    from tgate_compile._schedule import Schedule
+    from tgate_compile.methods.schedule import Schedule
 
     names = [contender.name for contender in quality.CONTENDERS]
     assert len(names) == len(set(names))

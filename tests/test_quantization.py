@@ -23,13 +23,13 @@ from tests.programs import noise, program, psnr
 from tests.programs import plain as plain_program
 from tests.tiny_pipelines import PROMPT, PROMPTS, run
 from tgate_compile import BundleError, ConfigurationError, UnsupportedModelError
-from tgate_compile._bundle.formats import FORMATS
-from tgate_compile._bundle.manifest import Manifest
-from tgate_compile._bundle.parity import QUANTIZED_TOLERANCE
-from tgate_compile._bundle.quantized_weights import quantized_by_block, quantized_by_channel
-from tgate_compile._bundle.read import read_bundle
 from tgate_compile._cli.app import app
-from tgate_compile._quantization import CALIBRATED, KEPT, SCHEMES, Quantization, read_quantization
+from tgate_compile.bundle.formats import FORMATS
+from tgate_compile.bundle.manifest import Manifest
+from tgate_compile.bundle.parity import QUANTIZED_TOLERANCE
+from tgate_compile.bundle.quantization import CALIBRATED, KEPT, SCHEMES, Quantization, read_quantization
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.exports.onnx.quantize import quantized_by_block, quantized_by_channel
 from tgate_compile.runtime import BundlePipeline
 
 #: The largest difference of the latents, relative to their largest value. Random weights are the worst case: 8 bits of

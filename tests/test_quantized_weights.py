@@ -13,10 +13,9 @@ from tests.comparing import assert_differ, difference
 from tests.hook_reference import hook_reference
 from tests.tiny_pipelines import run, stable_diffusion
 from tgate_compile import BackendError, UnsupportedModelError
-from tgate_compile._bundle.manifest import WEIGHTS_FILE
-from tgate_compile._bundle.read import read_bundle
-from tgate_compile._fingerprint import fingerprint
-from tgate_compile._live_tensors import live_tensors, plain_tensors
+from tgate_compile.bundle.manifest import WEIGHTS_FILE
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.engine.weights import fingerprint, live_tensors, plain_tensors
 
 GATE, STEPS = 2, 4
 CLOSE = 1e-4

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tgate_compile import ConfigurationError
-from tgate_compile._schedule import Kind, Phase, Schedule, check_plan
+from tgate_compile.methods.schedule import Kind, Phase, Schedule, check_plan
 
 CROSS: frozenset[Kind] = frozenset({"cross"})
 SELF: frozenset[Kind] = frozenset({"self"})

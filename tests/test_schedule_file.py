@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile._schedule import Schedule
-from tgate_compile._schedule_file import MAX_BYTES, load_schedule, read_schedule, save_schedule
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import MAX_BYTES, load_schedule, read_schedule, save_schedule
 
 #: Between them they set every field to something that is not its default.
 SCHEDULES = [

@@ -16,15 +16,15 @@ from tests.exported import GATE, STEPS, exported, plain
 from tests.programs import noise, program
 from tests.tiny_pipelines import PROMPT, run
 from tgate_compile import ConfigurationError
-from tgate_compile._bundle.alternation import openings
-from tgate_compile._bundle.store import BundleStore
-from tgate_compile._optimized import required_state_of
+from tgate_compile.bundle.manifest import openings
+from tgate_compile.bundle.store import BundleStore
+from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.runtime import BundlePipeline
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Of ours; torch has its own."""
-    return [record for record in caplog.records if record.name == "tgate_compile._bundle.alternation"]
+    return [record for record in caplog.records if record.name == "tgate_compile.bundle.manifest"]
 
 
 def store_of(pipe: Any) -> BundleStore:

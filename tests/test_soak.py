@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.soak import Soak, quiet
-from tgate_compile._caches import Caches
+from tgate_compile.pipeline.caches import Caches
 
 CALLS = 50
 

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 
 from tgate_compile import ConfigurationError
-from tgate_compile._steps import StepCounter
+from tgate_compile.pipeline.progress import StepCounter
 
 
 def steps(scheduler: Any, requested: int, visited: int | None = None) -> list[int]:

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageColor
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile._schedule import Schedule
-from tgate_compile._strip_picture import _BY_LETTER, _LOOKS, strip_picture
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.figures import _BY_LETTER, _LOOKS, strip_picture
 
 pytest.importorskip("matplotlib")
 

@@ -14,7 +14,7 @@ from tests.comparing import assert_differ, assert_same
 from tests.denoiser_cases import CASES, SIBLINGS, Case, expected_of, run
 from tests.tiny_pipelines import sdxl
 from tests.tiny_siblings import SIZES, prompts
-from tgate_compile._families import FAMILIES, Family, family_of, has_joint_attention, refusal
+from tgate_compile.engine.families import FAMILIES, Family, family_of, has_joint_attention, refusal
 
 SDXL = Case(
     sdxl,

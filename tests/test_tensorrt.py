@@ -14,8 +14,7 @@ import torch
 import tgate_compile
 from tests.exported import GATE, exported, plain
 from tgate_compile import ConfigurationError
-from tgate_compile._bundle.tensorrt_graphs import ENTERPRISE
-from tgate_compile._bundle.tensorrt_options import EngineOptions, engine_options
+from tgate_compile.exports.tensorrt.save import ENTERPRISE, EngineOptions, engine_options
 
 without_it = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt") is not None, reason="what is said where it is not installed"

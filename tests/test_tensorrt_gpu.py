@@ -14,7 +14,7 @@ from tests.comparing import difference
 from tests.exported import GATE, STEPS, plain
 from tests.tiny_pipelines import run
 from tgate_compile import BackendError
-from tgate_compile._bundle.read import read_bundle
+from tgate_compile.bundle.read import read_bundle
 
 
 def package(name: str) -> Any:

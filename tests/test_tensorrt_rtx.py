@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 import tgate_compile
 from tests.exported import GATE, STEPS, exported, plain
 from tgate_compile import BackendError, BundleError, ConfigurationError
-from tgate_compile._bundle.manifest import Manifest
-from tgate_compile._bundle.read import read_bundle
-from tgate_compile._bundle.sizes import shape_at
-from tgate_compile._bundle.tensorrt_options import full_profile
 from tgate_compile._cli.app import app
-from tgate_compile.exports.to_tensorrt import FREE, Binding, EngineSettings, to_tensorrt
+from tgate_compile.bundle.manifest import Manifest
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.exports.tensorrt.convert import FREE, Binding, EngineSettings, to_tensorrt
+from tgate_compile.exports.tensorrt.save import full_profile
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has packages for Linux and Windows only")
 

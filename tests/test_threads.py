@@ -16,7 +16,7 @@ import tgate_compile
 from tests.comparing import assert_same
 from tests.own_loops import NO_TEXT, TEXTS
 from tests.tiny_pipelines import image, run, stable_diffusion
-from tgate_compile import _traffic
+from tgate_compile.engine import traffic as _traffic
 
 #: Seconds after which a thread hangs. A test that does is broken off a little later, with the stacks of all threads.
 DEADLOCK = 90

@@ -11,23 +11,22 @@ from typing import Any
 import pytest
 
 from tests import tiny_pipelines
-from tgate_compile._benchmark.methods import methods_for
-from tgate_compile._benchmark.result import Benchmark
-from tgate_compile._benchmark.result import Row as BenchRow
-from tgate_compile._benchmark.timed import Timed
 from tgate_compile._cli import bench as bench_command
 from tgate_compile._cli import compare as compare_command
-from tgate_compile._comparison import run as comparison_run
-from tgate_compile._comparison.page import page_of
-from tgate_compile._comparison.result import Comparison, MethodFigures, ModelFigures
-from tgate_compile._comparison.run import Task, compare_model
-from tgate_compile._schedule import Schedule
-from tgate_compile._tune import tune
-from tgate_compile._tuning import measure
-from tgate_compile._tuning.candidates import fewer_steps
-from tgate_compile._tuning.convergence import Convergence
-from tgate_compile._tuning.result import Row, Tuning
-from tgate_compile._tuning.timings import spread_of, why_unreliable
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.bench.measure import Timed
+from tgate_compile.study.bench.methods import methods_for
+from tgate_compile.study.bench.result import Benchmark
+from tgate_compile.study.bench.result import Row as BenchRow
+from tgate_compile.study.comparison import run as comparison_run
+from tgate_compile.study.comparison.page import page_of
+from tgate_compile.study.comparison.result import Comparison, MethodFigures, ModelFigures
+from tgate_compile.study.comparison.run import Task, compare_model
+from tgate_compile.study.convergence import Convergence
+from tgate_compile.study.timings import spread_of, why_unreliable
+from tgate_compile.study.tuning import measure
+from tgate_compile.study.tuning.result import Row, Tuning
+from tgate_compile.study.tuning.search import fewer_steps, tune
 
 #: Of steps, that tuning tries in the place of 6.
 NUMBERS = len(fewer_steps(6))

@@ -12,8 +12,8 @@ from tests.comparing import difference
 from tests.exported import GATE, plain
 from tests.tiny_pipelines import run
 from tgate_compile import ConfigurationError
-from tgate_compile._backends.torch_tensorrt_compiler import _program
-from tgate_compile._live_tensors import live_tensors
+from tgate_compile.engine.weights import live_tensors
+from tgate_compile.exports.tensorrt.live import _program
 
 without_it = pytest.mark.skipif(
     importlib.util.find_spec("torch_tensorrt") is not None, reason="what is said where it is not installed"

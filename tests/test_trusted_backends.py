@@ -13,10 +13,10 @@ import tgate_compile
 from tests.comparing import difference
 from tests.tiny_pipelines import run, stable_diffusion
 from tgate_compile import BackendError
-from tgate_compile._backends.closeness import coarsest, relative_difference
-from tgate_compile._backends.onnx_runtime import OnnxRuntimeBackend
-from tgate_compile._backends.open_vino import OpenVinoBackend
-from tgate_compile._backends.torch_tensorrt_compiler import TensorRTBackend
+from tgate_compile.engine.trust import coarsest, relative_difference
+from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
+from tgate_compile.exports.openvino.live import OpenVinoBackend
+from tgate_compile.exports.tensorrt.live import TensorRTBackend
 
 CLOSE = 1e-4
 INF, NAN = float("inf"), float("nan")
@@ -65,7 +65,7 @@ def eager(pipe: Any, gate: int = 2) -> torch.Tensor:
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Those about backends."""
-    return [record.getMessage() for record in caplog.records if record.name.startswith("tgate_compile._backends")]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("tgate_compile.engine.backends")]
 
 
 @pytest.mark.parametrize("function", [hashed, in_64_bits])

@@ -26,12 +26,11 @@ from tests.comparing import ROUNDING
 from tests.denoiser_cases import CASES
 from tests.hook_reference import hook_reference
 from tgate_compile import ConfigurationError, UnsupportedModelError, describe, load_demo_pipeline, optimize, restore
-from tgate_compile._schedule import Schedule
-from tgate_compile._schedule_file import load_schedule
-from tgate_compile._tune import tune
-from tgate_compile._tuning import measure
-from tgate_compile._tuning.candidates import fewer_steps, grid_of, next_gate
-from tgate_compile._tuning.result import Tuning
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import load_schedule
+from tgate_compile.study.tuning import measure
+from tgate_compile.study.tuning.result import Tuning
+from tgate_compile.study.tuning.search import fewer_steps, grid_of, next_gate, tune
 
 STEPS = 6
 PROMPTS = ["red cat", "blue dog"]

@@ -15,9 +15,9 @@ from tests.javascript import SITE, run_in_node
 from tests.programs import program
 from tests.test_runtime_schedulers import BETAS, LATENT_DIFFUSION, OPTIONS
 from tgate_compile import load_demo_pipeline
-from tgate_compile._bundle.plain_data import plain_config
-from tgate_compile._bundle.sizes import shape_at
-from tgate_compile._schedule import Phase, Schedule
+from tgate_compile.bundle.manifest import plain_config
+from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.methods.schedule import Phase, Schedule
 
 SHAPE = (1, 4, 4, 4)
 STEPS = (1, 7, 15, 25)

@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING
 from tgate_compile._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from tgate_compile._analysis.result import Analysis as Analysis
-    from tgate_compile._analyze import analyze as analyze
     from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline
-    from tgate_compile._describe import describe as describe
     from tgate_compile._errors import BackendError as BackendError
     from tgate_compile._errors import BundleError as BundleError
     from tgate_compile._errors import CaptureError as CaptureError
@@ -26,20 +23,23 @@ if TYPE_CHECKING:
     from tgate_compile._errors import TGateError as TGateError
     from tgate_compile._errors import UnsupportedModelError as UnsupportedModelError
     from tgate_compile._errors import VerificationError as VerificationError
-    from tgate_compile._evaluate import evaluate as evaluate
-    from tgate_compile._evaluation.result import Evaluation as Evaluation
-    from tgate_compile._export import export as export
-    from tgate_compile._load import load as load
     from tgate_compile._optimize import optimize as optimize
     from tgate_compile._optimize import restore as restore
-    from tgate_compile._optimized import generation as generation
-    from tgate_compile._purity import pure as pure
-    from tgate_compile._schedule import Schedule as Schedule
-    from tgate_compile._schedule_file import load_schedule as load_schedule
-    from tgate_compile._schedule_file import save_schedule as save_schedule
-    from tgate_compile._strip_picture import strip_picture as strip_picture
-    from tgate_compile._tune import tune as tune
-    from tgate_compile._tuning.result import Tuning as Tuning
+    from tgate_compile.bundle.export import export as export
+    from tgate_compile.bundle.load import load as load
+    from tgate_compile.engine.purity import pure as pure
+    from tgate_compile.methods.schedule import Schedule as Schedule
+    from tgate_compile.methods.schedule_file import load_schedule as load_schedule
+    from tgate_compile.methods.schedule_file import save_schedule as save_schedule
+    from tgate_compile.pipeline.describe import describe as describe
+    from tgate_compile.pipeline.optimized import generation as generation
+    from tgate_compile.study.analysis.result import Analysis as Analysis
+    from tgate_compile.study.analysis.run import analyze as analyze
+    from tgate_compile.study.evaluation.evaluate import evaluate as evaluate
+    from tgate_compile.study.evaluation.result import Evaluation as Evaluation
+    from tgate_compile.study.figures import strip_picture as strip_picture
+    from tgate_compile.study.tuning.result import Tuning as Tuning
+    from tgate_compile.study.tuning.search import tune as tune
 
 #: Where each public name comes from.
 _HOMES = {

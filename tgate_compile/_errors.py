@@ -1,4 +1,9 @@
-"""Every error that tgate_compile raises on purpose; catch `TGateError` for all of them."""
+"""What goes wrong: the library's exceptions, the cause of another library's, and packages that are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
 
 #: The last sentence of messages about what cannot be gated.
 INSTEAD = 'What works instead: the pipeline without tgate_compile, or optimize(..., on_unsupported="plain").'
@@ -38,3 +43,46 @@ class ConcurrentGenerationError(TGateError, RuntimeError):
 
 class BundleError(TGateError, RuntimeError):
     """A bundle cannot be written, is damaged, or does not belong to the pipeline: the message says which."""
+
+
+MSG_MISSING = (
+    "{what} needs packages that are not installed: {missing}. Run: pip install 'tgate_compile[{extra}]'{hint}."
+)
+
+#: What else to say.
+HINTS = {
+    "onnx": " (or 'tgate_compile[onnx-gpu]' on a machine with an NVIDIA GPU)",
+    "tensorrt": ", which fetches NVIDIA's packages from NVIDIA's own index",
+}
+
+
+def is_installed(*modules: str) -> bool:
+    """Whether all of these modules are there."""
+    return all(importlib.util.find_spec(name) is not None for name in modules)
+
+
+def check_installed(*modules: str, extra: str = "onnx", what: str = "ONNX") -> None:
+    """Raise ConfigurationError, which says what to install, unless all of these modules are there."""
+    missing = ", ".join(name for name in modules if not is_installed(name))
+    if missing:
+        raise ConfigurationError(MSG_MISSING.format(what=what, missing=missing, extra=extra, hint=HINTS.get(extra, "")))
+
+
+#: Lines of OpenVINO's that say where in its source an error was raised.
+_PLACES = re.compile(r"^(Exception from |Check .* failed at |While validating |Error loading )")
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+
+def cause_of(error: BaseException) -> str:
+    """What `error` goes back to, on one line.
+
+    torch.onnx wraps it in general advice, and OpenVINO puts places in its own source before it.
+    Of an error of this library it is the text alone, else the class as well.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = _COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if not _PLACES.match(line)] or lines or [""]
+    line = telling[0].rstrip(".")
+    return line if isinstance(error, TGateError) else f"{type(error).__name__}: {line}"

@@ -11,14 +11,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._attach import attach, denoiser_names, detach
 from tgate_compile._errors import ConfigurationError
-from tgate_compile._loop import OnUnsupported
-from tgate_compile._optimized import GateStep, split_gate_step
-from tgate_compile._prompts import AUTO_PROMPTS
-from tgate_compile._schedule import Half, Schedule
-from tgate_compile._schedule_file import load_schedule
-from tgate_compile._tune import tune
+from tgate_compile.engine.config import AUTO_PROMPTS
+from tgate_compile.methods.schedule import Half, Schedule
+from tgate_compile.methods.schedule_file import load_schedule
+from tgate_compile.pipeline.attach import attach, denoiser_names, detach
+from tgate_compile.pipeline.loop import OnUnsupported
+from tgate_compile.pipeline.optimized import GateStep, split_gate_step
+from tgate_compile.study.tuning.search import tune
 
 Pipeline = TypeVar("Pipeline")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tgate_compile._demo.captions import WORDINGS, Scene, caption_of, random_scene
-from tgate_compile._demo.rendering import render
+from tgate_compile._demo.captions import WORDINGS, Scene, caption_of, random_scene, render
 
 
 def random_scenes(rng: np.random.Generator, n: int, pair_share: float) -> list[Scene]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tgate_compile.passes.contiguous_inputs import contiguous_inputs
+from tgate_compile.passes.legalize import contiguous_inputs
 
 
 class _Sum(torch.nn.Module):

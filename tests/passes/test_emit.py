@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.passes.tiny_denoiser import tiny_capture, tiny_denoiser, tiny_inputs
-from tgate_compile._graphs import Captured, Emission
-from tgate_compile.passes.copy_graph import copy_graph
-from tgate_compile.passes.emit import emit
+from tgate_compile.passes.editing import copy_graph
+from tgate_compile.passes.graphs import Captured, Emission
+from tgate_compile.passes.specialize import emit
 
 
 def _run(graph_module: torch.fx.GraphModule, captured: Captured, denoiser: torch.nn.Module, batch: int = 4) -> list:
@@ -69,8 +69,8 @@ def test_merging_is_accumulated_in_fp32_and_keeps_the_dtype(dtype: torch.dtype) 
 
 
 def _capture_in(denoiser: torch.nn.Module, dtype: torch.dtype) -> Captured:
-    from tgate_compile._call import Call
-    from tgate_compile._capture import capture
+    from tgate_compile.engine.call import Call
+    from tgate_compile.engine.capture import capture
 
     class Cast(type(denoiser)):  # type: ignore[misc]
         def forward(self, sample, timestep, text, return_dict=True):  # type: ignore[no-untyped-def]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tgate_compile.passes.expand_masks import expand_masks
+from tgate_compile.passes.legalize import expand_masks
 
 QUERY = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
 KEY = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(1))

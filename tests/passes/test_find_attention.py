@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from tests.passes.tiny_denoiser import DIM, TEXT_TOKENS, TOKENS, TinyAttention, tiny_capture, tiny_denoiser, tiny_inputs
 from tgate_compile import UnsupportedModelError
-from tgate_compile._call import Call
-from tgate_compile._capture import capture
-from tgate_compile._schedule import Phase
-from tgate_compile.passes.find_attention import Inputs, find_attention
+from tgate_compile.engine.call import Call
+from tgate_compile.engine.capture import capture
+from tgate_compile.methods.schedule import Phase
+from tgate_compile.passes.find_sites import Inputs, find_attention
 from tgate_compile.passes.specialize import specialize
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from tests.comparing import difference
 from tests.passes.test_unfuse import _Calls, random, untouched
 from tgate_compile.passes.lower_complex import lower_complex
-from tgate_compile.passes.remove_dead import remove_dead
+from tgate_compile.passes.specialize import remove_dead
 
 fft = torch.fft
 VALUE, OTHER = random(2, 3, 6, 5), random(6, 5)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tgate_compile.passes.promote_concatenated import promote_concatenated
+from tgate_compile.passes.legalize import promote_concatenated
 
 HALF = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).half()
 SINGLE = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tgate_compile.passes.remove_dead import remove_dead
-from tgate_compile.passes.remove_identities import remove_identities
+from tgate_compile.passes.specialize import remove_dead, remove_identities
 
 aten = torch.ops.aten
 

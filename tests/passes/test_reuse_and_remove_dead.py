@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from tests.passes.tiny_denoiser import tiny_capture, tiny_denoiser
-from tgate_compile.passes.copy_graph import copy_graph
-from tgate_compile.passes.remove_dead import remove_dead
-from tgate_compile.passes.reuse import cache_name, reuse
+from tgate_compile.passes.editing import copy_graph
+from tgate_compile.passes.specialize import cache_name, remove_dead, reuse
 
 
 def _placeholders(graph_module: torch.fx.GraphModule) -> list[str]:

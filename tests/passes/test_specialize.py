@@ -9,10 +9,9 @@ import torch
 
 from tests.passes.tiny_denoiser import DIM, TOKENS, tiny_capture, tiny_denoiser, tiny_inputs
 from tgate_compile import VerificationError
-from tgate_compile._graphs import Variant
-from tgate_compile._schedule import Phase
-from tgate_compile.passes.specialize import specialize
-from tgate_compile.passes.verify import verify
+from tgate_compile.methods.schedule import Phase
+from tgate_compile.passes.graphs import Variant
+from tgate_compile.passes.specialize import specialize, verify
 
 FULL = Phase(True, merge=frozenset({"cross"}))
 FULL_UNGUIDED = Phase(False, emit=frozenset({"cross"}))

@@ -9,11 +9,8 @@ import torch
 from torch.nn import functional
 
 from tests.comparing import difference
-from tgate_compile.passes._result import PassResult
-from tgate_compile.passes.unfuse_attention import unfuse_attention
-from tgate_compile.passes.unfuse_gelu import unfuse_gelu
-from tgate_compile.passes.unfuse_halves import unfuse_halves
-from tgate_compile.passes.unfuse_norms import unfuse_norms
+from tgate_compile.passes.editing import PassResult
+from tgate_compile.passes.legalize import unfuse_attention, unfuse_gelu, unfuse_halves, unfuse_norms
 
 Pass = Callable[[torch.fx.GraphModule], PassResult]
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tgate_compile._call import Call
-from tgate_compile._capture import capture
-from tgate_compile._graphs import Captured
-from tgate_compile._schedule import Kind
+from tgate_compile.engine.call import Call
+from tgate_compile.engine.capture import capture
+from tgate_compile.methods.schedule import Kind
+from tgate_compile.passes.graphs import Captured
 
 DIM, TEXT_DIM, TOKENS, TEXT_TOKENS = 8, 6, 5, 3
 

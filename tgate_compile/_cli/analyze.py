@@ -9,15 +9,15 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tgate_compile._analysis.gate import CONVERGED_WITHIN
-from tgate_compile._analysis.result import Analysis
-from tgate_compile._analyze import analyze as analyze_pipeline
-from tgate_compile._cli import options, prompt_options
-from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli import options
+from tgate_compile._cli import options as prompt_options
+from tgate_compile._cli.console import ERR, OUT, make_progress, print_json
 from tgate_compile._cli.loading import embedded_name, load
-from tgate_compile._cli.step_progress import make_progress
-from tgate_compile._cli.targets import check_targets
-from tgate_compile._figures import check_figure
+from tgate_compile._cli.pictures import check_targets
+from tgate_compile.study.analysis.result import Analysis
+from tgate_compile.study.analysis.run import CONVERGED_WITHIN
+from tgate_compile.study.analysis.run import analyze as analyze_pipeline
+from tgate_compile.study.figures import check_figure
 
 _EMBEDDED_PROMPTS = 4
 

@@ -12,24 +12,17 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tgate_compile._backends import BACKENDS
-from tgate_compile._benchmark.methods import FEWER_STEPS, PLAIN, methods_for
-from tgate_compile._benchmark.peers import PEERS
-from tgate_compile._benchmark.random_models import NAMES, random_pipeline
-from tgate_compile._benchmark.result import Benchmark, Row
-from tgate_compile._benchmark.run import CUDA_GRAPHS, Task, run_benchmark, to_channels_last
 from tgate_compile._cli import options
-from tgate_compile._cli.console import OUT, print_json
-from tgate_compile._cli.demo_prompts import demo_prompts
-from tgate_compile._cli.devices import DTYPES, choose_device, choose_dtype
-from tgate_compile._cli.families import recognise
-from tgate_compile._cli.loading import load
-from tgate_compile._cli.settings import settings_for
-from tgate_compile._cli.step_progress import make_progress
-from tgate_compile._cli.targets import check_targets
-from tgate_compile._errors import ConfigurationError
-from tgate_compile._installed import is_installed
-from tgate_compile._schedule import Schedule
+from tgate_compile._cli.console import OUT, make_progress, print_json
+from tgate_compile._cli.loading import load, settings_for
+from tgate_compile._cli.options import DTYPES, choose_device, choose_dtype, demo_prompts, recognise
+from tgate_compile._cli.pictures import check_targets
+from tgate_compile._errors import ConfigurationError, is_installed
+from tgate_compile.engine.backends import BACKENDS
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.bench.methods import FEWER_STEPS, NAMES, PEERS, PLAIN, methods_for, random_pipeline
+from tgate_compile.study.bench.result import Benchmark, Row
+from tgate_compile.study.bench.run import CUDA_GRAPHS, Task, run_benchmark, to_channels_last
 
 RANDOM_PREFIX = "random:"
 

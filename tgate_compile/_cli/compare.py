@@ -13,20 +13,18 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tgate_compile._benchmark.machine import machine_of
-from tgate_compile._cli import options, prompt_options
-from tgate_compile._cli.checkpoints import MSG_CONFIG_ALONE
-from tgate_compile._cli.console import OUT, print_json, print_note
-from tgate_compile._cli.devices import choose_device
-from tgate_compile._cli.loading import EMBEDDED_PREFIX, embedded_name, load
-from tgate_compile._cli.settings import settings_for
-from tgate_compile._cli.step_progress import make_progress
-from tgate_compile._cli.targets import check_targets
-from tgate_compile._comparison.page import check_page_can_be_made, page_of
-from tgate_compile._comparison.result import Comparison, ModelFigures, Pictures
-from tgate_compile._comparison.run import Progress, Task, compare_model, seeds_for
+from tgate_compile._cli import options
+from tgate_compile._cli import options as prompt_options
+from tgate_compile._cli.console import OUT, make_progress, print_json, print_note
+from tgate_compile._cli.loading import EMBEDDED_PREFIX, MSG_CONFIG_ALONE, embedded_name, load, settings_for
+from tgate_compile._cli.options import choose_device
+from tgate_compile._cli.pictures import check_targets
 from tgate_compile._demo.variants import DEMO_VARIANTS
 from tgate_compile._errors import ConfigurationError
+from tgate_compile.study.bench.measure import machine_of
+from tgate_compile.study.comparison.page import check_page_can_be_made, page_of
+from tgate_compile.study.comparison.result import Comparison, ModelFigures, Pictures
+from tgate_compile.study.comparison.run import Progress, Task, compare_model, seeds_for
 
 logger = logging.getLogger(__name__)
 

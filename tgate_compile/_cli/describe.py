@@ -9,13 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import tgate_compile
-from tgate_compile import _describe
 from tgate_compile._cli import options
-from tgate_compile._cli.console import ERR, OUT, print_json
-from tgate_compile._cli.loading import load
-from tgate_compile._cli.settings import settings_for
-from tgate_compile._cli.work import Work, planned_calls, work_of
-from tgate_compile._schedule import Schedule
+from tgate_compile._cli.console import ERR, OUT, Work, planned_calls, print_json, work_of
+from tgate_compile._cli.loading import load, settings_for
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.pipeline import describe as _describe
 
 
 def describe(

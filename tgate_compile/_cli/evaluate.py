@@ -13,18 +13,18 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tgate_compile._cli import options, prompt_options
-from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli import options
+from tgate_compile._cli import options as prompt_options
+from tgate_compile._cli.console import ERR, OUT, make_progress, print_json
 from tgate_compile._cli.loading import embedded_name, load
-from tgate_compile._cli.step_progress import make_progress
-from tgate_compile._cli.targets import check_folder, check_targets
+from tgate_compile._cli.pictures import check_folder, check_targets
 from tgate_compile._errors import ConfigurationError
-from tgate_compile._evaluate import evaluate as evaluate_pipeline
-from tgate_compile._evaluation.result import HEADINGS, Evaluation
-from tgate_compile._evaluation.share import Share
-from tgate_compile._figures import check_figure
-from tgate_compile._schedule import Schedule
-from tgate_compile._schedule_file import load_schedule, read_schedule
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import load_schedule, read_schedule
+from tgate_compile.study.evaluation.evaluate import evaluate as evaluate_pipeline
+from tgate_compile.study.evaluation.images import Share
+from tgate_compile.study.evaluation.result import HEADINGS, Evaluation
+from tgate_compile.study.figures import check_figure
 
 MSG_CONTENDER = (
     '--contender {given!r}: expected the fields of a schedule, such as "gate_step=10 anchor_weight=1.0", or "steps=15" '

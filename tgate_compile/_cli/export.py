@@ -12,15 +12,15 @@ from typing import Annotated, Any
 import typer
 
 import tgate_compile
-from tgate_compile._bundle.formats import FORMATS, check_can_write
-from tgate_compile._cli import options, schedule_options
+from tgate_compile._cli import options
+from tgate_compile._cli import options as schedule_options
 from tgate_compile._cli.console import ERR, OUT, print_json
-from tgate_compile._cli.demo_prompts import demo_prompts
-from tgate_compile._cli.loading import load
-from tgate_compile._cli.settings import settings_for
+from tgate_compile._cli.loading import load, settings_for
+from tgate_compile._cli.options import demo_prompts
 from tgate_compile._errors import ConfigurationError
-from tgate_compile._quantization import CALIBRATED, SCHEMES, read_quantization
-from tgate_compile._schedule import Schedule
+from tgate_compile.bundle.formats import FORMATS, check_can_write
+from tgate_compile.bundle.quantization import CALIBRATED, SCHEMES, read_quantization
+from tgate_compile.methods.schedule import Schedule
 
 #: The formats of `tgate_compile.export`.
 Format = Enum("Format", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]
@@ -104,7 +104,7 @@ def export(
     gate_given = schedule_options.given_options(gate_step=gate_step)
     from_file = schedule_options.schedule_from(schedule, gate_given | given) if schedule is not None else None
     check_can_write(format.value)
-    from tgate_compile._bundle.folder import check_target
+    from tgate_compile.bundle.write import check_target
 
     check_target(out, overwrite=force)
     began = time.perf_counter()

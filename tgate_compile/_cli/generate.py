@@ -14,14 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 import tgate_compile
-from tgate_compile._cli import options, schedule_options
-from tgate_compile._cli.console import ERR, OUT, print_json, print_note
-from tgate_compile._cli.loading import Loaded, load
-from tgate_compile._cli.settings import Settings, settings_for
-from tgate_compile._cli.step_progress import make_progress, steps_shown
-from tgate_compile._cli.strip import coloured
-from tgate_compile._cli.targets import check_targets, image_paths, save_png
-from tgate_compile._schedule import GRAPH_NAMES, Schedule
+from tgate_compile._cli import options
+from tgate_compile._cli import options as schedule_options
+from tgate_compile._cli.console import ERR, OUT, make_progress, print_json, print_note, steps_shown
+from tgate_compile._cli.loading import Loaded, Settings, load, settings_for
+from tgate_compile._cli.pictures import check_targets, coloured, image_paths, save_png
+from tgate_compile.methods.schedule import GRAPH_NAMES, Schedule
 
 MSG_CAPTION = "The embedded model was made for captions of coloured shapes, so this image may show anything: {grammar}"
 

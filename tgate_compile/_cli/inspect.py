@@ -12,12 +12,12 @@ from rich.table import Table
 
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json
-from tgate_compile._installed import check_installed
-from tgate_compile._schedule_file import read_schedule
+from tgate_compile._errors import check_installed
+from tgate_compile.methods.schedule_file import read_schedule
 
 if TYPE_CHECKING:
-    from tgate_compile._bundle.bundle import Bundle
-    from tgate_compile._bundle.manifest import Components, Graph
+    from tgate_compile.bundle.manifest import Components, Graph
+    from tgate_compile.bundle.read import Bundle
 
 
 def inspect(
@@ -26,7 +26,7 @@ def inspect(
 ) -> None:
     """Verify a bundle, and show what is in it: graphs, sizes, and how close to PyTorch it was when written."""
     check_installed("pydantic", what="inspect")
-    from tgate_compile._bundle.read import read_bundle
+    from tgate_compile.bundle.read import read_bundle
 
     with ERR.status("Verifying the files"):
         read = read_bundle(bundle)

@@ -10,12 +10,11 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tgate_compile._cli import options, schedule_options
+from tgate_compile._cli import options
+from tgate_compile._cli import options as schedule_options
 from tgate_compile._cli.console import ERR, OUT, print_note
-from tgate_compile._cost.image_cost import ImageCost, image_cost
-from tgate_compile._cost.models import MODELS, model_named
-from tgate_compile._cost.paper import paper_tables, schedule_of
-from tgate_compile._schedule import Schedule
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.cost import MODELS, ImageCost, image_cost, model_named, paper_tables, schedule_of
 
 MSG_NOTHING_ASKED = "Give --paper for the paper's tables, or --model with one of: {known}."
 MSG_PAPER_ALONE = "--paper shows the tables as they are. Leave out {given}, or leave out --paper."

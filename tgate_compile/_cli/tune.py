@@ -10,16 +10,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from tgate_compile._cli import options, prompt_options
-from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli import options
+from tgate_compile._cli import options as prompt_options
+from tgate_compile._cli.console import ERR, OUT, make_progress, print_json
 from tgate_compile._cli.loading import embedded_name, load
-from tgate_compile._cli.step_progress import make_progress
-from tgate_compile._cli.strip import coloured
-from tgate_compile._cli.targets import check_targets
-from tgate_compile._figures import check_figure
-from tgate_compile._tune import tune as tune_pipeline
-from tgate_compile._tuning.result import Row, Tuning
-from tgate_compile._tuning.search import DEFAULT_TOLERANCE
+from tgate_compile._cli.pictures import check_targets, coloured
+from tgate_compile.study.figures import check_figure
+from tgate_compile.study.tuning.result import Row, Tuning
+from tgate_compile.study.tuning.search import DEFAULT_TOLERANCE
+from tgate_compile.study.tuning.search import tune as tune_pipeline
 
 _EMBEDDED_PROMPTS = 4
 

@@ -12,8 +12,7 @@ import typer
 
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json, print_note
-from tgate_compile._errors import ConfigurationError
-from tgate_compile._installed import check_installed
+from tgate_compile._errors import ConfigurationError, check_installed
 
 MSG_BUNDLE_ALONE = "--bundle is a model with all its settings. Leave out {given}, or leave out --bundle."
 MSG_AS_IT_IS = "{folder} has a site already, which is served as it is. --force writes it anew."
@@ -46,8 +45,7 @@ def web(
     """Write a page that runs a model in the browser, with T-GATE and without, for any static server."""
     check_installed("pydantic", extra="onnx", what="web")
     from tgate_compile._web.onnxruntime_web import runtime_files
-    from tgate_compile._web.server import server_for
-    from tgate_compile._web.site import check_bundle, check_site_target, is_site, write_site
+    from tgate_compile._web.site import check_bundle, check_site_target, is_site, server_for, write_site
 
     of_model = {
         "--model": model,
@@ -97,13 +95,12 @@ def _export(
 ) -> list[str]:
     """Write a bundle of `model` with fixed sizes, which run fastest; prompts to suggest for it."""
     check_installed("torch", "diffusers", "transformers", extra="cli", what="web without --bundle")
-    from tgate_compile._bundle.formats import check_can_write
+    from tgate_compile.bundle.formats import check_can_write
 
     check_can_write("onnx")
     import tgate_compile
-    from tgate_compile._cli.demo_prompts import demo_prompts
-    from tgate_compile._cli.loading import load
-    from tgate_compile._cli.settings import settings_for
+    from tgate_compile._cli.loading import load, settings_for
+    from tgate_compile._cli.options import demo_prompts
 
     def say(stage: str) -> None:
         if shown:
@@ -119,7 +116,7 @@ def _export(
 
 
 def _serve(server: ThreadingHTTPServer, *, open_browser: bool) -> None:
-    from tgate_compile._web.server import address_of
+    from tgate_compile._web.site import address_of
 
     address = address_of(server)
     ERR.print(f"Serving at {address} for this machine. Ctrl-C ends it.", soft_wrap=True)

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tgate_compile._bundle.freed_memory import return_freed_memory
-from tgate_compile._bundle.manifest import Graph, Manifest, Source, TensorSpec
-from tgate_compile._bundle.phases import phase_of
-from tgate_compile._bundle.sizes import solve
 from tgate_compile._errors import BundleError
-from tgate_compile._schedule import Half, Kind, Phase, Schedule
-from tgate_compile.runtime._noise_levels import Array
+from tgate_compile.bundle.manifest import Graph, Manifest, Source, TensorSpec, phase_of, return_freed_memory
+from tgate_compile.bundle.read_manifest import solve
+from tgate_compile.methods.schedule import Half, Kind, Phase, Schedule
+from tgate_compile.runtime._noise import Array
 from tgate_compile.runtime._session import Session, Settings, detached, ort_value
 
 if TYPE_CHECKING:

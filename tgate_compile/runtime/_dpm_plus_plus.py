@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from tgate_compile.runtime._noise_levels import (
+from tgate_compile.runtime._noise import (
+    COMMON,
+    COMMON_CHOICES,
     NEARLY_ZERO,
     Array,
+    checked_config,
     cumulative_alphas,
     karras_sigmas,
     sigmas_of,
     timesteps_of,
 )
-from tgate_compile.runtime._scheduler_config import COMMON, COMMON_CHOICES, checked_config
 
 DEFAULTS: Mapping[str, Any] = {
     **COMMON,

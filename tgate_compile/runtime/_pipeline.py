@@ -14,19 +14,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from tgate_compile._bundle.alternation import warn_of_alternation
-from tgate_compile._bundle.manifest import Components, Manifest, Source
-from tgate_compile._bundle.read_manifest import read_manifest
-from tgate_compile._errors import BundleError, ConfigurationError
-from tgate_compile._installed import check_installed
-from tgate_compile._schedule import Half, Schedule
-from tgate_compile._schedule_file import read_schedule
+from tgate_compile._errors import BundleError, ConfigurationError, check_installed
+from tgate_compile.bundle.manifest import Components, Manifest, Source, warn_of_alternation
+from tgate_compile.bundle.read_manifest import read_manifest
+from tgate_compile.methods.schedule import Half, Schedule
+from tgate_compile.methods.schedule_file import read_schedule
 from tgate_compile.runtime._denoiser import Conditions, Denoiser, Graphs
-from tgate_compile.runtime._images import Decoder, pil_images
-from tgate_compile.runtime._noise_levels import Array
+from tgate_compile.runtime._noise import Array
 from tgate_compile.runtime._schedulers import Scheduler, make_scheduler
 from tgate_compile.runtime._session import Settings
-from tgate_compile.runtime._text import Encoded, Prompts
+from tgate_compile.runtime._text_and_images import Decoder, Encoded, Prompts, pil_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.runtime._noise_levels import Array, cumulative_alphas
-from tgate_compile.runtime._scheduler_config import COMMON, COMMON_CHOICES, checked_config
+from tgate_compile.runtime._noise import COMMON, COMMON_CHOICES, Array, checked_config, cumulative_alphas
 
 MSG_FEW = (
     "PNDM begins with Runge-Kutta steps, which take 4 steps or more, but num_inference_steps is {steps}. Take more, or "

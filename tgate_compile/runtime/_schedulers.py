@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from tgate_compile._bundle.manifest import Scheduler as SchedulerSpec
 from tgate_compile._errors import ConfigurationError
+from tgate_compile.bundle.manifest import Scheduler as SchedulerSpec
 from tgate_compile.runtime._ddim import Ddim
 from tgate_compile.runtime._dpm_plus_plus import DpmPlusPlus
 from tgate_compile.runtime._euler import Euler
-from tgate_compile.runtime._noise_levels import Array
+from tgate_compile.runtime._noise import NAMES, Array
 from tgate_compile.runtime._pndm import Pndm
-from tgate_compile.runtime._scheduler_config import NAMES
 
 MSG_NAME = "scheduler must be one of {names}, or None for the bundle's own, but got {given!r}."
 MSG_CLASS = (

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgate_compile._bundle.manifest import TensorSpec
 from tgate_compile._errors import BackendError, BundleError, ConfigurationError
-from tgate_compile.runtime._noise_levels import Array
+from tgate_compile.bundle.manifest import TensorSpec
+from tgate_compile.runtime._noise import Array
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue

@@ -1,0 +1,80 @@
+"""One of a bundle's graphs, run by ExecuTorch's runtime."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tgate_compile._errors import BackendError
+from tgate_compile.bundle.manifest import Graph
+
+if TYPE_CHECKING:
+    from executorch.runtime import Program
+
+logger = logging.getLogger(__name__)
+
+MSG_FAILED = "ExecuTorch could not {what} {path} ({problem})."
+MSG_ON_CPU = (
+    'A bundle of format "executorch" runs on the CPU, and the pipeline is on "{device}". Call pipe.to("cpu") first.'
+)
+
+
+def open_program(path: Path) -> Program:
+    """The program in the file `path`, found to be consistent in itself; nothing of it is run.
+
+    Raises:
+        BackendError: it is none, or is damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its interface may change, it says
+        from executorch.runtime import Runtime, Verification
+    try:
+        return Runtime.get().load_program(path, verification=Verification.InternalConsistency)
+    except RuntimeError as error:
+        raise BackendError(_failed("read", path, error)) from error
+
+
+class ExecuTorchSession:
+    """Runs a method of a program. Its weights are mapped from the file; XNNPACK makes packed copies of them.
+
+    Raises:
+        BackendError: the runtime does not take it, or has not what it is made for.
+    """
+
+    def __init__(self, graph: Graph, root: Path, device: torch.device) -> None:
+        began = time.perf_counter()
+        if device.type != "cpu":
+            raise BackendError(MSG_ON_CPU.format(device=device))
+        assert graph.entry is not None
+        self._path = root / graph.file
+        self._entry = graph.entry
+        self._program = open_program(self._path)  # the method works on its memory
+        try:
+            method = self._program.load_method(graph.entry)
+        except (RuntimeError, KeyError) as error:
+            raise BackendError(_failed(f"load {graph.entry} of", self._path, error)) from error
+        assert method is not None
+        self._method = method
+        logger.info("opened %s of %s in %.1f s", graph.entry, self._path.name, time.perf_counter() - began)
+
+    @property
+    def provider(self) -> str:
+        """For the manifest's parity."""
+        return "ExecuTorch, cpu"
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All outputs for all inputs, both in the order of the manifest, caches last."""
+        try:
+            return list(self._method.execute([tensor.contiguous() for tensor in inputs]))
+        except RuntimeError as error:
+            raise BackendError(_failed(f"run {self._entry} of", self._path, error)) from error
+
+
+def _failed(what: str, path: Path, error: Exception) -> str:
+    return MSG_FAILED.format(what=what, path=path, problem=f"{type(error).__name__}: {error}".splitlines()[0])

@@ -1,0 +1,1 @@
+"""Inductor and AOTInductor."""

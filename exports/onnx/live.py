@@ -1,0 +1,183 @@
+"""Run by ONNX Runtime: on CPUs the fastest way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_installed
+from tgate_compile.engine.backends import Runner
+from tgate_compile.engine.trust import MadeOfWeights
+from tgate_compile.exports.onnx.convert import OnnxGraph, to_onnx
+from tgate_compile.exports.onnx.session import ELEMENT_TYPES, best_providers, open_session, run_bound, session_options
+from tgate_compile.passes.graphs import Variant
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+logger = logging.getLogger(__name__)
+
+#: Options, and what they must be.
+OPTIONS: Mapping[str, str] = {
+    "providers": "a list of names of execution providers, the first that takes an operator runs it",
+    "threads": "a whole number of threads, at least 1",
+    "prepacking": "True (faster) or False (weights are not copied)",
+}
+
+MSG_UNKNOWN_OPTIONS = 'backend "onnxruntime" does not know the options {unknown}. It knows: {known}.'
+MSG_OPTION = 'backend_options["{name}"] must be {expected}, but got {given!r}.'
+MSG_NO_PROVIDER = (
+    "This build of onnxruntime has no {name}; it has {available}. For NVIDIA GPUs: pip uninstall onnxruntime, then "
+    "pip install 'tgate_compile[onnx-gpu]'."
+)
+MSG_FAILED = (
+    "ONNX Runtime could not take the {graph} graph ({problem}). "
+    'optimize(pipe, backend="eager") or backend="inductor" runs the same graph.'
+)
+
+
+class OnnxRuntimeBackend:
+    """Converts a graph to ONNX once, and runs it in an ONNX Runtime session on the live weights' memory."""
+
+    name: ClassVar[str] = "onnxruntime"
+    packs_weights: ClassVar[bool] = True
+    is_reference: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
+
+    def __init__(self, options: Mapping[str, object]) -> None:
+        self._options = options
+
+    @staticmethod
+    def check_options(options: Mapping[str, object]) -> None:
+        check_installed(*OnnxRuntimeBackend.needs)
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(OPTIONS)))
+        providers, threads = options.get("providers", ["CPUExecutionProvider"]), options.get("threads", 1)
+        right = {
+            "providers": isinstance(providers, (list, tuple)) and all(isinstance(name, str) for name in providers),
+            "threads": isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1,
+            "prepacking": isinstance(options.get("prepacking", True), bool),
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise ConfigurationError(MSG_OPTION.format(name=name, expected=OPTIONS[name], given=options[name]))
+        if "providers" in options:
+            _check_providers(providers)  # type: ignore[arg-type]
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        """The CPU's provider never rounds more; CUDA's multiplies in TF32, which rounds as float16 does."""
+        providers: Any = self._options.get("providers") or best_providers(device)
+        return None if set(providers) == {"CPUExecutionProvider"} else torch.float16
+
+    def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
+        device = inputs[0].device
+        providers = self._options.get("providers") or best_providers(device)
+        _check_providers(providers)  # type: ignore[arg-type]
+        try:
+            graph = to_onnx(variant)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # torch.onnx raises whatever its converters raise
+            raise BackendError(_failed(variant, error)) from error
+        return _Session(variant, graph, device, list(providers), self._options)  # type: ignore[call-overload]
+
+
+class _Session:
+    """A runner. The session is made anew when the weights have changed, which it may have packed into copies."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        graph: OnnxGraph,
+        device: torch.device,
+        providers: list[str],
+        options: Mapping[str, object],
+    ) -> None:
+        self._variant = variant
+        self._graph = graph
+        self._model = _serialized(graph)
+        self._device = device
+        self._providers = providers
+        self._options = options
+        self._input_names = [str(value.name) for value in graph.model.graph.inputs]
+        self._outputs = [
+            (str(value.name), node.meta["val"].shape, node.meta["val"].dtype)
+            for value, node in zip(graph.model.graph.outputs, variant.program.graph.output_node().args[0], strict=True)
+        ]
+        self._positions = [variant.weights.index(name) for name in graph.weights]
+        self._session = MadeOfWeights(self._open)
+        self._held: list[Any] = []
+
+    def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        session = self._session.of(weights, self._positions)
+        named = dict(zip(self._input_names, inputs, strict=True))
+        try:
+            return run_bound(session, named, self._outputs, self._device)
+        except RuntimeError as error:
+            raise BackendError(_failed(self._variant, error)) from error
+
+    def release(self) -> None:
+        """Close the session, and let go of the weights."""
+        self._session.release()
+        self._held = []
+
+    def _open(self, weights: Sequence[torch.Tensor]) -> onnxruntime.InferenceSession:
+        began = time.perf_counter()
+        settings = session_options(self._options)
+        tensors = [tensor.detach().cpu().contiguous() for tensor in weights]
+        values = [_ort_value(tensor) for tensor in tensors]
+        self._held = [tensors, values]  # the session works on their memory
+        settings.add_external_initializers(list(self._graph.weights), values)
+        try:
+            session = open_session(self._model, settings, self._providers)
+        except Exception as error:  # ONNX Runtime has no common base class of its errors
+            raise BackendError(_failed(self._variant, error)) from error
+        logger.info(
+            "opened the %s graph in ONNX Runtime (%s) in %.1f s",
+            self._variant.phase.name, ", ".join(session.get_providers()), time.perf_counter() - began,
+        )  # fmt: skip
+        return session
+
+
+def _serialized(graph: OnnxGraph) -> bytes:
+    """The model without its weights, which it expects from outside; a file format's limit of 2 GB never matters."""
+    import onnx_ir
+
+    for name in graph.weights:
+        value = graph.model.graph.initializers[name]
+        tensor = value.const_value
+        assert tensor is not None
+        assert isinstance(tensor.shape, onnx_ir.Shape)
+        value.const_value = onnx_ir.ExternalTensor(
+            "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+        )
+    data: bytes = onnx_ir.to_proto(graph.model).SerializeToString()
+    return data
+
+
+def _ort_value(tensor: torch.Tensor) -> Any:
+    """The memory of `tensor`, not a copy."""
+    import onnxruntime
+
+    if tensor.dtype is torch.bfloat16:
+        bits = tensor.view(torch.int16).numpy()
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ELEMENT_TYPES[tensor.dtype])
+    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+def _check_providers(names: Sequence[str]) -> None:
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    for name in names:
+        if name not in available:
+            raise ConfigurationError(MSG_NO_PROVIDER.format(name=name, available=", ".join(available)))
+
+
+def _failed(variant: Variant, error: Exception) -> str:
+    return MSG_FAILED.format(graph=variant.phase.name, problem=cause_of(error))

@@ -1,0 +1,313 @@
+"""Quantize the weights, and with a calibration the values, of ONNX graphs."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from tgate_compile.bundle.manifest import WEIGHTS_FILE
+from tgate_compile.bundle.quantization import Quantization
+from tgate_compile.bundle.weights import WeightsFile
+from tgate_compile.exports.onnx.file import external_tensor, multiply_integers, save_model
+from tgate_compile.exports.onnx.session import ELEMENT_TYPES
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+#: Symmetric: the least number of each width is not used.
+LARGEST = {8: 127, 4: 7}
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight in few bits: `values * scales`, each scale for a channel or a block of `block` rows.
+
+    Attributes:
+        values: int8, of the weight's shape, whatever the width is.
+        scales: of the weight's dtype.
+        bits: of a value.
+        axis: that of the channels, or, with a block, that along which a block lies.
+        block: rows that share a scale; None: all of a channel.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    bits: Literal[4, 8]
+    axis: int
+    block: int | None
+
+    def dequantized(self) -> torch.Tensor:
+        """What the weight is taken for."""
+        values = self.values.to(self.scales.dtype)
+        if self.block is not None:
+            return values * self.scales.repeat_interleave(self.block, dim=self.axis)
+        return values * self.scales.view(_along(self.axis, values.ndim))
+
+
+def quantized_by_channel(weight: torch.Tensor, axis: int) -> QuantizedTensor:
+    """`weight` in 8 bits, with a scale for each of the channels along `axis`."""
+    flat = weight.detach().movedim(axis, 0).flatten(1)  # [channels, all others]
+    scales = _scales(flat.abs().amax(1), weight.dtype, LARGEST[8])
+    values = _rounded(weight, scales.view(_along(axis, weight.ndim)), LARGEST[8])
+    return QuantizedTensor(values, scales, 8, axis, None)
+
+
+def quantized_by_block(weight: torch.Tensor, block: int) -> QuantizedTensor:
+    """`weight`, [inputs, outputs], in 4 bits, with a scale for each `block` of inputs of each output."""
+    inputs, outputs = weight.shape
+    blocks = weight.detach().reshape(inputs // block, block, outputs)
+    scales = _scales(blocks.abs().amax(1), weight.dtype, LARGEST[4])  # [inputs / block, outputs]
+    values = _rounded(blocks, scales[:, None], LARGEST[4]).reshape(inputs, outputs)
+    return QuantizedTensor(values, scales, 4, 0, block)
+
+
+def quantize_weights(
+    model: onnx_ir.Model, live: Mapping[str, torch.Tensor], quantization: Quantization, weights: WeightsFile
+) -> dict[str, torch.Tensor]:
+    """Put the weights `live` of `model`'s convolutions and linear layers into few bits, and these into `weights`.
+
+    Equal weights give equal bytes, in whatever graphs. Returns the weights that are left as they are: those that
+    `quantization` keeps, vectors, and those that something else takes.
+    """
+    left = {}
+    order = {node: at for at, node in enumerate(model.graph)}
+    for name, tensor in live.items():
+        uses = None if quantization.keeps(name) else uses_of(model.graph.initializers[name])
+        if uses is None or not tensor.is_floating_point():
+            left[name] = tensor
+            continue
+        value = model.graph.initializers.pop(name)
+        for use in uses:
+            few = _quantized(tensor.detach().t() if use.transposed else tensor.detach(), use, quantization)
+            layers = sorted((layer for layer, _ in use.value.uses()), key=order.__getitem__)
+            values, scales = _stored(model, name, few, weights)
+            if quantization.scheme == "int8-dynamic" and use.linear:
+                for layer in layers:
+                    multiply_integers(model, layer, values, scales)
+                continue
+            node = _dequantize(name, few, values, scales)
+            model.graph.insert_before(layers[0], node)
+            use.value.replace_all_uses_with(node.outputs[0])
+        for transposition, _ in value.uses():
+            model.graph.remove(transposition, safe=True)
+    return left
+
+
+@dataclass(frozen=True)
+class Use:
+    """How layers take a weight.
+
+    Attributes:
+        value: the weight, or what it is after its transposition, which only layers take.
+        transposed: which of the two.
+        axis: that of the output channels.
+        linear: the layers are products of matrices, [inputs, outputs].
+    """
+
+    value: onnx_ir.Value
+    transposed: bool
+    axis: int
+    linear: bool
+
+
+def uses_of(weight: onnx_ir.Value) -> list[Use] | None:
+    """All uses of `weight`; None if there is one of another kind."""
+    found = []
+    direct = {_axis(node, index) for node, index in weight.uses() if node.op_type != "Transpose"}
+    if direct:
+        ((axis, linear),) = direct if len(direct) == 1 else [(None, False)]
+        if axis is None:
+            return None
+        found.append(Use(weight, False, axis, linear))
+    for node, _ in weight.uses():
+        if node.op_type == "Transpose":
+            after = node.outputs[0]
+            if {_axis(*use) for use in after.uses()} != {(1, True)} or after.is_graph_output():
+                return None
+            found.append(Use(after, True, 1, True))
+    return found or None
+
+
+def _axis(node: onnx_ir.Node, index: int) -> tuple[int | None, bool]:
+    """Along which axis the output channels of a weight are, as `node` takes it, and whether it is [inputs, outputs]."""
+    if index != 1 or node.domain:
+        return None, False
+    if node.op_type == "MatMul":
+        return 1, True
+    if node.op_type == "Gemm":
+        transposed = "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+        return (0, False) if transposed else (1, True)
+    return {"Conv": 0}.get(node.op_type), False
+
+
+def _quantized(weight: torch.Tensor, use: Use, quantization: Quantization) -> QuantizedTensor:
+    if quantization.scheme == "int4" and use.linear and weight.shape[0] % quantization.block == 0:
+        return quantized_by_block(weight, quantization.block)
+    return quantized_by_channel(weight, use.axis)
+
+
+def _stored(
+    model: onnx_ir.Model, name: str, few: QuantizedTensor, weights: WeightsFile
+) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+    """The values and scales of the weight `name`, as initializers."""
+    import onnx_ir
+
+    wide = few.bits == 8
+    values = few.values if wide else _packed(few.values)
+    dtype = onnx_ir.DataType.INT8 if wide else onnx_ir.DataType.INT4
+    scale_dtype = onnx_ir.DataType(ELEMENT_TYPES[few.scales.dtype])
+    stored = []
+    for tensor in (
+        external_tensor(f"{name}.int{few.bits}", values, dtype, tuple(few.values.shape), weights),
+        external_tensor(f"{name}.scales", few.scales, scale_dtype, tuple(few.scales.shape), weights),
+    ):
+        kind = onnx_ir.TensorType(tensor.dtype)
+        stored.append(onnx_ir.Value(name=tensor.name, shape=tensor.shape, type=kind, const_value=tensor))
+        model.graph.register_initializer(stored[-1])
+    values_of, scales_of = stored
+    return values_of, scales_of
+
+
+def _dequantize(name: str, few: QuantizedTensor, values: onnx_ir.Value, scales: onnx_ir.Value) -> onnx_ir.Node:
+    """The operator whose output takes the place of the weight `name`."""
+    import onnx_ir
+
+    attributes = {"axis": few.axis} | ({} if few.block is None else {"block_size": few.block})
+    node = onnx_ir.node("DequantizeLinear", [values, scales], attributes)
+    node.outputs[0].name = f"{name}.dequantized"
+    return node
+
+
+def _packed(values: torch.Tensor) -> torch.Tensor:
+    """Two values in a byte, the first in its lower half, as ONNX has them."""
+    flat = values.reshape(-1).to(torch.uint8) & 15
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    pairs = flat.view(-1, 2)
+    return pairs[:, 0] | (pairs[:, 1] << 4)
+
+
+def _scales(largest: torch.Tensor, dtype: torch.dtype, most: int) -> torch.Tensor:
+    """Scales that carry `largest` to `most`, none of them 0."""
+    return (largest.double() / most).clamp_min(torch.finfo(dtype).smallest_normal).to(dtype).contiguous()
+
+
+def _rounded(weight: torch.Tensor, scales: torch.Tensor, most: int) -> torch.Tensor:
+    return (weight.detach().float() / scales.float()).round().clamp(-most, most).to(torch.int8).contiguous()
+
+
+def _along(axis: int, ndim: int) -> list[int]:
+    """The shape of a vector along `axis`."""
+    return [-1 if at == axis else 1 for at in range(ndim)]
+
+
+#: What computes in 8 bits. Attention and norms do not: their values have no ranges that hold.
+OPERATORS = ["Conv", "MatMul", "Gemm"]
+#: Initializers of so many bytes or more go to the weights file.
+LARGE = 256
+
+
+def save_static(
+    model: onnx_ir.Model,
+    live: Mapping[str, torch.Tensor],
+    inputs: Sequence[Sequence[torch.Tensor]],
+    quantization: Quantization,
+    path: Path,
+    weights: WeightsFile,
+) -> int:
+    """Write `model`, whose weights are `live`, to `path`, with ranges measured on `inputs`; its weights to `weights`.
+
+    Returns the number of operators. ONNX Runtime's quantizer holds the model in memory, several times.
+    """
+    import onnx_ir
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    names = [str(value.name) for value in model.graph.inputs]
+    kept = [str(layer.name) for name in live if quantization.keeps(name) for layer in _layers(model, name)]
+    home = Path(tempfile.mkdtemp(dir=path.parent.parent))
+    try:
+        with (home / Path(WEIGHTS_FILE).name).open("xb") as file:
+            save_model(model, home / "float.onnx", _transposed(model, live), WeightsFile(file), typed=True)
+        with _quiet():
+            quantize_static(
+                home / "float.onnx",
+                home / "quantized.onnx",
+                _Reader(names, inputs),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=OPERATORS,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8,
+                nodes_to_exclude=kept,
+                use_external_data_format=True,
+                calibrate_method=CalibrationMethod.MinMax,
+                extra_options={"ActivationSymmetric": False, "WeightSymmetric": True, "MatMulConstBOnly": True},
+            )
+        quantized = onnx_ir.load(home / "quantized.onnx")
+        for name, value in quantized.graph.initializers.items():
+            tensor = value.const_value
+            assert tensor is not None
+            if tensor.nbytes >= LARGE:
+                content = torch.frombuffer(bytearray(tensor.tobytes()), dtype=torch.uint8)
+                value.const_value = external_tensor(name, content, tensor.dtype, tensor.shape.numpy(), weights)
+        quantized.metadata_props.clear()
+        save_model(quantized, path, {}, weights)
+        return sum(1 for _ in quantized.graph.all_nodes())
+    finally:
+        shutil.rmtree(home)
+
+
+def _layers(model: onnx_ir.Model, weight: str) -> Iterator[onnx_ir.Node]:
+    """The layers that take a weight, as it is or transposed."""
+    for use in uses_of(model.graph.initializers[weight]) or ():
+        yield from (node for node, _ in use.value.uses())
+
+
+def _transposed(model: onnx_ir.Model, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`live`, of which those that `model` transposes first are so already: only initializers are quantized."""
+    import onnx_ir
+
+    weights = dict(live)
+    for name, tensor in live.items():
+        value = model.graph.initializers[name]
+        uses = uses_of(value) or []
+        if len(uses) == 1 and uses[0].transposed:
+            (transposition,) = (node for node, _ in value.uses())
+            transposition.outputs[0].replace_all_uses_with(value)
+            model.graph.remove(transposition, safe=True)
+            weights[name] = tensor.detach().t().contiguous()
+            value.const_value = onnx_ir.tensor(weights[name].numpy(), name=name)
+            value.shape = onnx_ir.Shape(tuple(weights[name].shape))
+    return weights
+
+
+class _Reader:
+    """Hands recorded inputs to the calibration, one call after the other."""
+
+    def __init__(self, names: Sequence[str], inputs: Sequence[Sequence[torch.Tensor]]) -> None:
+        self._calls = iter(inputs)
+        self._names = names
+
+    def get_next(self) -> dict[str, Any] | None:
+        call = next(self._calls, None)
+        return None if call is None else {n: tensor.numpy() for n, tensor in zip(self._names, call, strict=True)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the advice, on the root logger, to do beforehand what has been done here."""
+    root = logging.getLogger()
+    was = root.disabled
+    root.disabled = True
+    try:
+        yield
+    finally:
+        root.disabled = was

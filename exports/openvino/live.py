@@ -1,0 +1,127 @@
+"""Run by OpenVINO: on Intel's processors, GPUs and NPUs, and on other CPUs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_installed
+from tgate_compile.engine.backends import Runner
+from tgate_compile.engine.trust import MadeOfWeights
+from tgate_compile.exports.onnx.convert import OnnxGraph, to_onnx
+from tgate_compile.exports.openvino.session import CompiledModel, check_device, check_options, core, openvino, shared
+from tgate_compile.passes.graphs import Variant
+
+logger = logging.getLogger(__name__)
+
+MSG_FAILED = (
+    "OpenVINO could not take the {graph} graph ({problem}). "
+    'optimize(pipe, backend="eager") or backend="onnxruntime" runs the same graph.'
+)
+
+
+class OpenVinoBackend:
+    """Converts a graph to ONNX once, and compiles it with the live weights in OpenVINO, anew when they have changed."""
+
+    name: ClassVar[str] = "openvino"
+    packs_weights: ClassVar[bool] = True
+    is_reference: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "openvino")
+
+    def __init__(self, options: Mapping[str, object]) -> None:
+        self._options = options
+
+    @staticmethod
+    def check_options(options: Mapping[str, object]) -> None:
+        check_installed(*OpenVinoBackend.needs, extra="openvino", what='backend="openvino"')
+        check_options(options)
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        precision: torch.dtype = getattr(torch, str(self._options.get("precision", "float32")))
+        return None if precision is torch.float32 else precision
+
+    def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
+        check_device(inputs[0].device)
+        try:
+            graph = to_onnx(variant)
+            return _Compiled(variant, graph, self._options)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # torch.onnx raises whatever its converters raise, and so does openvino
+            raise BackendError(_failed(variant, error)) from error
+
+
+class _Compiled:
+    """A runner."""
+
+    def __init__(self, variant: Variant, graph: OnnxGraph, options: Mapping[str, object]) -> None:
+        self._variant = variant
+        self._options = options
+        self._names = graph.weights
+        self._inputs = [str(value.name) for value in graph.model.graph.inputs]
+        self._positions = [variant.weights.index(name) for name in graph.weights]
+        self._outputs = [
+            (tuple(node.meta["val"].shape), node.meta["val"].dtype)
+            for node in variant.program.graph.output_node().args[0]
+        ]
+        self._model = core().read_model(_with_weights_as_inputs(graph))
+        self._compiled = MadeOfWeights(self._compile)
+        self._held: list[torch.Tensor] = []
+
+    def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        compiled = self._compiled.of(weights, self._positions)
+        try:
+            return compiled.run(inputs, self._outputs)
+        except RuntimeError as error:
+            raise BackendError(_failed(self._variant, error)) from error
+
+    def release(self) -> None:
+        """Let go of the compiled model, and of the weights."""
+        self._compiled.release()
+        self._held = []
+
+    def _compile(self, weights: Sequence[torch.Tensor]) -> CompiledModel:
+        began = time.perf_counter()
+        self._held = [tensor.detach().contiguous() for tensor in weights]  # whose memory the model works on
+        model: Any = self._model.clone()
+        inputs = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
+        try:
+            for name, tensor in zip(self._names, self._held, strict=True):
+                constant = openvino().op.Constant(shared(tensor), shared_memory=True)
+                inputs[name].output(0).replace(constant.output(0))
+                model.remove_parameter(inputs[name])
+            model.validate_nodes_and_infer_types()
+            compiled = CompiledModel(model, self._inputs, self._options)
+        except Exception as error:  # openvino's errors are RuntimeErrors, or of classes of their own
+            raise BackendError(_failed(self._variant, error)) from error
+        logger.info(
+            "compiled the %s graph in OpenVINO (%s) in %.1f s",
+            self._variant.phase.name, compiled.device, time.perf_counter() - began,
+        )  # fmt: skip
+        return compiled
+
+
+def _with_weights_as_inputs(graph: OnnxGraph) -> bytes:
+    """The model with its weights as the last of its inputs, so that none of their bytes is in it."""
+    import onnx_ir
+
+    model = graph.model
+    for name in graph.weights:
+        value = model.graph.initializers.pop(name)
+        tensor = value.const_value
+        assert tensor is not None
+        assert isinstance(tensor.shape, onnx_ir.Shape)
+        value.const_value = None
+        value.shape = tensor.shape
+        value.type = onnx_ir.TensorType(tensor.dtype)
+        model.graph.inputs.append(value)
+    data: bytes = onnx_ir.to_proto(model).SerializeToString()
+    return data
+
+
+def _failed(variant: Variant, error: Exception) -> str:
+    return MSG_FAILED.format(graph=variant.phase.name, problem=cause_of(error))

@@ -1,0 +1,128 @@
+"""Compiled by TensorRT, through Torch-TensorRT."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch.export import ExportedProgram
+
+from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_installed
+from tgate_compile.engine.backends import Runner
+from tgate_compile.engine.trust import MadeOfWeights, coarsest
+from tgate_compile.passes.editing import copy_graph, flat_program
+from tgate_compile.passes.graphs import Variant
+
+logger = logging.getLogger(__name__)
+
+MSG_UNKNOWN_OPTIONS = (
+    'backend "tensorrt" does not know the options {unknown}. It knows those of torch_tensorrt.dynamo.compile: {known}.'
+)
+MSG_DEVICE = 'backend "tensorrt" runs on an NVIDIA GPU, and the pipeline is on "{device}". Call pipe.to("cuda").'
+MSG_FAILED = (
+    "Torch-TensorRT could not compile the {graph} graph ({problem}). "
+    'optimize(pipe, backend="inductor") or backend="eager" runs the same graph.'
+)
+
+#: float32 stays float32, as with the other backends.
+OPTIONS: Mapping[str, object] = {"disable_tf32": True}
+#: What `compile` takes that is not a choice.
+_GIVEN = frozenset({"exported_program", "inputs", "arg_inputs", "kwarg_inputs", "device", "kwargs"})
+#: Options that name one dtype to compute in, or several.
+_PRECISIONS = ("enabled_precisions", "autocast_low_precision_type")
+#: Those that round more than float32, by the names that torch and Torch-TensorRT have for them.
+_LOWERED: Mapping[str, torch.dtype] = {
+    **dict.fromkeys(("float16", "half", "f16", "fp16"), torch.float16),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("float8_e4m3fn", "f8", "fp8"), torch.float8_e4m3fn),
+}
+
+
+class TensorRTBackend:
+    """Compiles the graph for its inputs' shapes, with the weights in the engines: other weights, and it compiles anew.
+
+    What TensorRT does not know runs in PyTorch.
+    """
+
+    name: ClassVar[str] = "tensorrt"
+    packs_weights: ClassVar[bool] = True
+    is_reference: ClassVar[bool] = False
+
+    def __init__(self, options: Mapping[str, object]) -> None:
+        self._options = options
+
+    @staticmethod
+    def check_options(options: Mapping[str, object]) -> None:
+        check_installed("torch_tensorrt", "tensorrt", extra="tensorrt", what='backend="tensorrt"')
+        import torch_tensorrt
+
+        known = [name for name in inspect.signature(torch_tensorrt.dynamo.compile).parameters if name not in _GIVEN]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(known)))
+
+    def lowered_to(self, device: torch.device) -> torch.dtype | None:
+        """By its options: TF32 rounds as float16 does."""
+        names = {str(item).rpartition(".")[2] for name in _PRECISIONS for item in _items(self._options.get(name))}
+        lowered = {_LOWERED[name] for name in names if name in _LOWERED}
+        if not {**OPTIONS, **self._options}["disable_tf32"]:
+            lowered.add(torch.float16)
+        return coarsest(lowered) if lowered else None
+
+    def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
+        device = inputs[0].device
+        if device.type != "cuda":
+            raise BackendError(MSG_DEVICE.format(device=device))
+        return _Compiled(variant, [tensor.contiguous() for tensor in inputs], {**OPTIONS, **self._options})
+
+
+class _Compiled:
+    """A runner. It is compiled when it first runs, and when the weights have changed."""
+
+    def __init__(self, variant: Variant, examples: Sequence[torch.Tensor], options: Mapping[str, object]) -> None:
+        self._variant = variant
+        self._examples = examples
+        self._options = options
+        self._module = MadeOfWeights(self._compile)
+
+    def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        outputs: Sequence[torch.Tensor] = self._module.of(weights)(*(tensor.contiguous() for tensor in inputs))
+        return outputs
+
+    def release(self) -> None:
+        """Let go of the engine, and of the weights."""
+        self._module.release()
+
+    def _compile(self, weights: Sequence[torch.Tensor]) -> Any:
+        import torch_tensorrt
+
+        began = time.perf_counter()
+        try:
+            with torch.no_grad():
+                compiled = torch_tensorrt.dynamo.compile(
+                    _program(self._variant, weights),
+                    arg_inputs=list(self._examples),
+                    device=self._examples[0].device,
+                    **self._options,
+                )
+        except Exception as error:  # TensorRT's own, and whatever the converters raise
+            raise BackendError(MSG_FAILED.format(graph=self._variant.phase.name, problem=cause_of(error))) from error
+        logger.info("compiled the %s graph in %.1f s", self._variant.phase.name, time.perf_counter() - began)
+        return compiled
+
+
+def _items(option: object) -> tuple[object, ...]:
+    return tuple(option) if isinstance(option, (set, frozenset, list, tuple)) else (option,)
+
+
+def _program(variant: Variant, weights: Sequence[torch.Tensor]) -> ExportedProgram:
+    """A program of its own, for Torch-TensorRT rewrites what it is given, with the weights as they are now."""
+    program = flat_program(variant.program, copy_graph(variant.program.graph_module))
+    for name, tensor in zip(variant.weights, weights, strict=True):
+        holder = program.state_dict if name in program.state_dict else program.constants
+        holder[name] = tensor
+    return program

@@ -1,0 +1,230 @@
+"""Run TensorRT engines: refitted with the pipeline's weights, with a cache of compiled kernels."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import mmap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tgate_compile._errors import BackendError
+from tgate_compile.bundle.formats import inputs_of, output_shapes, outputs_of
+from tgate_compile.bundle.manifest import Graph
+from tgate_compile.bundle.weights import dtype_name
+from tgate_compile.exports.tensorrt.convert import DTYPES, parser_errors, tensorrt_log
+
+MSG_REFIT_FAILED = "{package} could not put weights into the engine of the {graph} graph ({problem})."
+MSG_FIXED = (
+    "The weights of the denoiser have been changed, and the engine of the {graph} graph cannot follow. Export the "
+    'bundle with format_options={{"refit": True}}, or restore(pipe) and optimize(pipe, ...) the changed model.'
+)
+
+
+def onnx_beside(engine: Path) -> Path:
+    """The ONNX file that says which weights go where, if the file `engine` has none inside."""
+    return engine.with_suffix(".onnx")
+
+
+def is_stripped(package: str, engine: Any) -> bool:
+    """Whether the engine has no weights inside."""
+    stat = importlib.import_module(package).EngineStat.STRIPPED_WEIGHTS_SIZE
+    return bool(engine.get_engine_stat(stat) > 0)
+
+
+def refit(package: str, engine: Any, model: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put `weights` into `engine`, by the names of the initializers of the ONNX file `model`.
+
+    Those that are not given are taken from the weights file beside it. Nothing of the engine may be running.
+
+    Raises:
+        BackendError: the engine has its weights inside, once and for all, or TensorRT does not take these.
+    """
+    if not engine.refittable or not model.exists():
+        raise BackendError(MSG_FIXED.format(graph=model.stem))
+    trt = importlib.import_module(package)
+    log = tensorrt_log(package)
+    refitter = trt.Refitter(engine, log)
+    parser = trt.OnnxParserRefitter(refitter, log)
+    names = _weight_names(model)
+    # Which must live as long as the refitter.
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items() if name in names}
+    done = parser.load_model_proto(model.read_bytes(), str(model))
+    done = done and all(parser.load_initializer(name, t.data_ptr(), t.nbytes) for name, t in held.items())
+    if not (done and parser.refit_model_proto() and refitter.refit_cuda_engine()):
+        problem = parser_errors(parser) or log.last_problem
+        raise BackendError(MSG_REFIT_FAILED.format(package=package, graph=model.stem, problem=problem))
+
+
+def _weight_names(model: Path) -> set[str]:
+    import onnx
+
+    graph = onnx.load_model(model, load_external_data=False).graph
+    return {tensor.name for tensor in graph.initializer}
+
+
+class TensorRTRuntimeCache:
+    """The kernels that TensorRT for RTX compiles for the GPU that it finds, in a file, if a folder is given for it."""
+
+    def __init__(self, trt: Any, engine: Any, path: Path, folder: object) -> None:
+        self._trt = trt
+        self._engine = engine
+        self._file = None if folder is None else Path(str(folder)) / f"{path.stem}.cache"
+        self._cache: Any = None
+
+    def context(self) -> Any:
+        """An execution context that is given its memory."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._file is None:
+            return self._engine.create_execution_context(strategy)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        self._cache = config.create_runtime_cache()
+        if self._file.exists():
+            self._cache.deserialize(self._file.read_bytes())  # of another GPU or version, it stays empty
+        config.set_runtime_cache(self._cache)
+        return self._engine.create_execution_context(config)
+
+    def save(self) -> None:
+        """Write what is new to the file."""
+        if self._file is not None:
+            temporary = self._file.with_suffix(".tmp")
+            temporary.write_bytes(self._cache.serialize())
+            temporary.replace(self._file)
+
+
+logger = logging.getLogger(__name__)
+
+MSG_NOT_OPENED = (
+    "{package} {version} cannot open the engine of the {graph} graph ({problem}). An engine is for the version that "
+    "built it and for GPUs of the compute capabilities that it was built for; here is {gpu}."
+)
+MSG_DIFFERS = "The engine of the {graph} graph has {given}, and the manifest says {expected}."
+MSG_FAILED = "{package} could not run the {graph} graph ({problem})."
+
+
+class TensorRTSession:
+    """Runs the engine in the file `path`, which `graph` describes, on the GPU `device`.
+
+    The memory for what is between inputs and outputs comes from torch for each run, and goes back: the graphs of a
+    bundle share it, and so does all else that torch runs on that stream.
+    """
+
+    def __init__(
+        self, package: str, graph: Graph, path: Path, device: torch.device, options: Mapping[str, object]
+    ) -> None:
+        assert device.type == "cuda", "load has checked it"
+        began = time.perf_counter()
+        self._trt: Any = importlib.import_module(package)
+        self._package = package
+        self._log = tensorrt_log(package)
+        self._graph = graph
+        self._path = path
+        self._device = device
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._shapes: list[torch.Size] | None = None
+        with torch.cuda.device(device):
+            self._runtime, self._engine = self._open(host_code=options.get("host_code") is True)
+            self._check()
+            if is_stripped(package, self._engine):
+                self.refit({})
+            if "weight_budget" in options:
+                self._engine.weight_streaming_budget_v2 = options["weight_budget"]
+            self._cache = TensorRTRuntimeCache(self._trt, self._engine, path, options.get("runtime_cache"))
+            self._context = self._cache.context()
+        if self._context is None:
+            raise BackendError(self._failed())
+        logger.info("opened %s in %s in %.1f s", path.name, package, time.perf_counter() - began)
+
+    @property
+    def provider(self) -> str:
+        """The package and the GPU."""
+        return f"{self._package} on {torch.cuda.get_device_name(self._device)}"
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All outputs for all inputs, both in the order of the manifest, caches last."""
+        context = self._context
+        shapes = [tensor.shape for tensor in inputs]
+        with torch.cuda.device(self._device):
+            outputs = [
+                torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self._device)
+                for spec, shape in zip(outputs_of(self._graph), output_shapes(self._graph, inputs), strict=True)
+            ]
+            # Which lives until the run has been put on the stream, and whose memory later tensors get after it.
+            bound = [tensor.contiguous() for tensor in inputs]
+            arena = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device=self._device)
+            if shapes != self._shapes:
+                for spec, shape in zip(inputs_of(self._graph), shapes, strict=True):
+                    self._need(context.set_input_shape(spec.name, tuple(shape)))
+            for spec, tensor in zip(
+                (*inputs_of(self._graph), *outputs_of(self._graph)), (*bound, *outputs), strict=True
+            ):
+                self._need(context.set_tensor_address(spec.name, tensor.data_ptr()))
+            context.set_device_memory(arena.data_ptr(), arena.numel())
+            # TensorRT would wait for the whole GPU on the default stream: it gets one of its own, in the same order.
+            current = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(current)
+            self._need(context.execute_async_v3(self._stream.cuda_stream))
+            current.wait_stream(self._stream)
+        if shapes != self._shapes:
+            self._shapes = shapes
+            self._cache.save()
+        return outputs
+
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put `weights` into the engine, by their names in the denoiser; those that are missing are the bundle's.
+
+        Raises:
+            BackendError: the engine has its weights inside, once and for all, or TensorRT does not take these.
+        """
+        torch.cuda.synchronize(self._device)
+        refit(self._package, self._engine, onnx_beside(self._path), weights)
+
+    def _open(self, *, host_code: bool) -> tuple[Any, Any]:
+        runtime = self._trt.Runtime(self._log)
+        runtime.engine_host_code_allowed = host_code
+        with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            major, minor = torch.cuda.get_device_capability(self._device)
+            raise BackendError(
+                MSG_NOT_OPENED.format(
+                    package=self._package,
+                    version=self._trt.__version__,
+                    graph=self._path.stem,
+                    problem=self._log.last_problem,
+                    gpu=f"{torch.cuda.get_device_name(self._device)}, {major}.{minor}",
+                )
+            )
+        return runtime, engine
+
+    def _check(self) -> None:
+        """Raise BackendError unless the engine takes and returns what the manifest says: names, dtypes and ranks."""
+        engine, mode = self._engine, self._trt.TensorIOMode
+        expected = [(mode.INPUT, spec) for spec in inputs_of(self._graph)]
+        expected += [(mode.OUTPUT, spec) for spec in outputs_of(self._graph)]
+        wanted = {spec.name: (kind.name.lower(), spec.dtype, len(spec.shape)) for kind, spec in expected}
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        given = {
+            name: (
+                engine.get_tensor_mode(name).name.lower(),
+                dtype_name(DTYPES[engine.get_tensor_dtype(name).name]),
+                len(engine.get_tensor_shape(name)),
+            )
+            for name in names
+        }
+        for name in {**wanted, **given}:
+            if given.get(name) != wanted.get(name):
+                told = {"given": (name, given.get(name)), "expected": (name, wanted.get(name))}
+                raise BackendError(MSG_DIFFERS.format(graph=self._path.stem, **told))
+
+    def _need(self, done: bool) -> None:
+        if not done:
+            raise BackendError(self._failed())
+
+    def _failed(self) -> str:
+        return MSG_FAILED.format(package=self._package, graph=self._path.stem, problem=self._log.last_problem)

@@ -1,1 +1,0 @@
-"""Which schedule is the cheapest whose images stay close enough: candidates, measurements, choice and picture."""

@@ -1,0 +1,1 @@
+"""Bundles: an optimized pipeline's graphs on disk."""

@@ -1,0 +1,132 @@
+"""How far a written graph is from the variant that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from tgate_compile._errors import BackendError, BundleError
+from tgate_compile.bundle.formats import GraphFormat
+from tgate_compile.bundle.manifest import Deviation, Graph, Parity, TensorSpec
+from tgate_compile.bundle.plan import PlannedGraph, example_sizes, other_sizes
+from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.bundle.weights import dtype_name
+from tgate_compile.engine.free_sizes import SYMBOLS
+from tgate_compile.engine.trust import TOLERANCES, coarsest, full_float32, relative_difference
+
+#: Of a quantized graph, whose differences are those of its few bits: 4 bits were up to 0.51 from random inputs' outputs
+#: where images were 42 dB from the float ones. Nothing but zeros is 1.
+QUANTIZED_TOLERANCE = 0.9
+
+#: The weights are in memory already, and may be large.
+FRUGAL: Mapping[str, object] = {"prepacking": False, "frugal": True}
+
+#: Height and width, in multiples of what the denoiser halves: the deepest layers see 4x4 latents.
+ENOUGH = 4
+
+MSG_NOT_RUN = (
+    "The {graph} graph cannot be checked against PyTorch on the {device}: {problem} Nothing has been written.{hint}"
+)
+MSG_ON_CPU = " ONNX Runtime runs float32 and float16 there, and no bfloat16."
+MSG_TOO_FAR = (
+    "The {graph} graph in {provider} is {relative:.1e} from PyTorch's on the same inputs, relative to the largest "
+    "value, and {tolerance:.0e} is allowed for {dtype}. Nothing has been written. Please report this."
+)
+
+
+def measure_parity(
+    planned: PlannedGraph,
+    graph: Graph,
+    functions: GraphFormat,
+    folder: Path,
+    device: torch.device,
+    limits: Mapping[str, tuple[int, int]],
+    *,
+    quantized: bool = False,
+    real: Sequence[Sequence[torch.Tensor]] | None = None,
+) -> Parity:
+    """Run the written graph, on `device`, and the variant on the same random inputs, at several of the free sizes.
+
+    These are within `limits`. A `quantized` graph may differ by more, and one that is made for the ranges of `real`
+    inputs is compared on them, the first and the last, instead of random ones.
+
+    Raises:
+        BundleError: they differ by more than rounding, or the runtime does not take the file.
+    """
+    own_device = planned.example_inputs[0].device
+    eager = planned.variant.program.graph_module
+    measured: list[Deviation] = []
+    dtypes: set[torch.dtype] = set()
+    try:
+        session = functions.open_graph(graph, folder, device, FRUGAL)
+        for sizes, inputs in _cases(planned, graph, limits, real if quantized else None):
+            with torch.no_grad(), full_float32():
+                expected = eager(*planned.weights, *(tensor.to(own_device) for tensor in inputs))
+            results = session.run([tensor.to(device) for tensor in inputs])
+            relative = max(relative_difference(a.cpu(), b.cpu()) for a, b in zip(results, expected, strict=True))
+            measured.append(Deviation(sizes=sizes, relative=relative))
+            dtypes.update(tensor.dtype for tensor in (*inputs, *results) if tensor.is_floating_point())
+    except BackendError as error:
+        hint = MSG_ON_CPU if device.type == "cpu" else ""
+        raise BundleError(MSG_NOT_RUN.format(graph=planned.name, device=device, problem=error, hint=hint)) from error
+    dtype = coarsest(dtypes)
+    tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[dtype]
+    relative = max(one.relative for one in measured)
+    if not all(one.relative <= tolerance for one in measured):  # NaN is not
+        raise BundleError(
+            MSG_TOO_FAR.format(
+                graph=planned.name,
+                provider=session.provider,
+                relative=relative,
+                tolerance=tolerance,
+                dtype="quantized graphs" if quantized else dtype_name(dtype),
+            )
+        )
+    return Parity(relative=relative, tolerance=tolerance, provider=session.provider, measured=measured)
+
+
+def _cases(
+    planned: PlannedGraph,
+    graph: Graph,
+    limits: Mapping[str, tuple[int, int]],
+    real: Sequence[Sequence[torch.Tensor]] | None,
+) -> list[tuple[dict[str, int], list[torch.Tensor]]]:
+    """Sizes, and inputs of these sizes."""
+    example = example_sizes(planned)
+    if real is not None:
+        return [(dict(example), list(inputs)) for inputs in (real[0], real[-1])]
+    return [(sizes, _random_inputs(planned, graph, sizes)) for sizes in _choices(example, limits)]
+
+
+def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
+    """The call's own sizes, or smaller ones: PyTorch takes minutes for a large image on a CPU. And others."""
+    if not example:
+        return [{}]
+    sides = {SYMBOLS["height"], SYMBOLS["width"]}
+    own = {name: min(size, ENOUGH) if name in sides else size for name, size in example.items()}
+    return [
+        {
+            name: min(max(size, limits[name][0]), limits[name][1]) if name in limits else size
+            for name, size in one.items()
+        }
+        for one in (own, other_sizes(own))
+    ]
+
+
+def _random_inputs(planned: PlannedGraph, graph: Graph, sizes: Mapping[str, int]) -> list[torch.Tensor]:
+    """Normal numbers for latents, texts and caches; a timestep or a mask of integers is that of the call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(spec: TensorSpec) -> torch.Tensor:
+        return torch.randn(shape_at(spec.shape, sizes), generator=generator).to(getattr(torch, spec.dtype))
+
+    def like(given: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        if given.is_floating_point() and given.ndim > 1:
+            return random(spec)
+        shape = shape_at(spec.shape, sizes)
+        return given.cpu()[:1].expand(shape).contiguous() if shape != tuple(given.shape) else given.cpu()
+
+    inputs = [like(given, spec) for given, spec in zip(planned.example_inputs, graph.inputs, strict=True)]
+    return [*inputs, *(random(spec) for spec in graph.cache_inputs)]

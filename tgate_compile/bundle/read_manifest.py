@@ -1,0 +1,326 @@
+"""Read a manifest with suspicion: its sizes, its files, and how its graphs hand values on."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import operator
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile.bundle.manifest import (
+    COMPONENTS_FOLDER,
+    COMPONENTS_WEIGHTS_FILE,
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    WEIGHTS_FILE,
+    File,
+    Graph,
+    Manifest,
+    Wire,
+)
+from tgate_compile.methods.schedule_file import read_schedule
+
+#: A number, or an expression of names and numbers with + - * // and brackets.
+Size = int | str
+
+_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+#: `8*h`: what tells the value of h.
+_MULTIPLE = re.compile(r"(?:([1-9][0-9]{0,17})\*)?([a-z][a-z0-9_]*)")
+
+MAX_LENGTH = 200
+
+
+def size_at(size: Size, values: Mapping[str, int]) -> int:
+    """What `size` is for these values of its names.
+
+    Raises:
+        ValueError: it is no such expression, or has other names.
+    """
+    if isinstance(size, int):
+        return size
+    if len(size) > MAX_LENGTH:
+        raise ValueError(f"{size[:20]!r}... is too long for a size")
+    try:
+        return _evaluate(ast.parse(size, mode="eval").body, values)
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{size!r} is no size") from error
+
+
+def shape_at(shape: Sequence[Size], values: Mapping[str, int]) -> tuple[int, ...]:
+    """Each of `shape` at these values.
+
+    Raises:
+        ValueError: as `size_at`.
+    """
+    return tuple(size_at(size, values) for size in shape)
+
+
+def solve(expected: Sequence[Sequence[Size]], given: Sequence[Sequence[int]]) -> dict[str, int] | None:
+    """The values of all names for which the shapes `expected` are those that are `given`; None if there are none.
+
+    Each name must be known from a multiple of it, `8*h`, as it is from the latents' shape.
+    """
+    if len(expected) != len(given) or any(len(a) != len(b) for a, b in zip(expected, given, strict=False)):
+        return None
+    pairs = [pair for a, b in zip(expected, given, strict=True) for pair in zip(a, b, strict=True)]
+    values: dict[str, int] = {}
+    for size, number in pairs:
+        multiple = _MULTIPLE.fullmatch(size) if isinstance(size, str) else None
+        if multiple is not None:
+            value, rest = divmod(number, int(multiple[1] or 1))
+            if rest or value < 1 or values.setdefault(multiple[2], value) != value:
+                return None
+    try:
+        return values if all(size_at(size, values) == number for size, number in pairs) else None
+    except ValueError:
+        return None
+
+
+def _evaluate(node: ast.expr, values: Mapping[str, int]) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Name) and node.id in values:
+        return values[node.id]
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_evaluate(node.left, values), _evaluate(node.right, values))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_evaluate(node.operand, values)
+    raise ValueError(f"{ast.unparse(node)[:MAX_LENGTH]!r} is no size, or has a name without a value")
+
+
+_CHUNK = 1 << 20
+
+
+def file_of(path: Path) -> File:
+    """Size and hash of the file at `path`."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return File(size=size, sha256=digest.hexdigest())
+
+
+MSG_WIRE = "The manifest {path} wires {wire}, which is not there, or has another shape or dtype at its other end."
+MSG_STEP = "The manifest {path} has a graph {graph!r} in its example, which is none of its graphs."
+
+
+def wiring_of(graphs: Mapping[str, Graph]) -> list[Wire]:
+    """A wire from each value that is handed on to each cache input of the same site, shape and dtype.
+
+    Which of several producers counts is said by the steps: the last one that ran and kept the value.
+    """
+    return [
+        Wire(graph=name, output=output.name, to_graph=to_name, to_input=to_input.name)
+        for name, graph in graphs.items()
+        for output in graph.cache_outputs
+        for to_name, to_graph in graphs.items()
+        for to_input in to_graph.cache_inputs
+        if (output.kind, output.site, output.shape, output.dtype)
+        == (to_input.kind, to_input.site, to_input.shape, to_input.dtype)
+    ]
+
+
+def check_wiring(manifest: Manifest, path: Path) -> None:
+    """Raise BundleError if a wire or a step of the manifest at `path` is about what is not there."""
+    possible = wiring_of(manifest.graphs)
+    for wire in manifest.wiring:
+        if wire not in possible:
+            shown = f"{wire.graph}.{wire.output} to {wire.to_graph}.{wire.to_input}"
+            raise BundleError(MSG_WIRE.format(path=path, wire=shown))
+    for step in manifest.example.steps:
+        if step.graph not in manifest.graphs:
+            raise BundleError(MSG_STEP.format(path=path, graph=step.graph))
+
+
+#: A manifest has some kilobytes, and more with many graphs.
+MAX_MANIFEST_BYTES = 50_000_000
+
+MSG_NO_BUNDLE = "{folder} is no bundle: there is no {manifest} in it ({reason})."
+MSG_TOO_LARGE = "{path} has more than {limit} bytes, and is no manifest."
+MSG_INVALID = "The manifest {path} is not valid: {where}: {problem}."
+MSG_NEWER = (
+    "The manifest {path} has schema version {given}, and this tgate_compile reads versions up to {known}. "
+    "Install a newer tgate_compile."
+)
+MSG_PATH = (
+    "The manifest {path} names the file {given!r}. The files of a bundle are named relative to its folder, with "
+    "forward slashes, and lie inside of it."
+)
+MSG_LINK = "{path} is a link, and a bundle has plain files and folders only. It has been changed since it was written."
+MSG_MISSING = "The bundle {folder} is not complete: {files} of its manifest are not there."
+MSG_EXTRA = "In the bundle {folder} are {files}, which its manifest does not name."
+MSG_SIZE = "{path} has {given} bytes, and the manifest says {expected}. The copy is not complete, or was changed."
+MSG_HASH = "{path} has been changed: its SHA-256 is not the one in the manifest."
+MSG_UNLISTED = "The manifest {path} uses the file {given!r}, but does not name it among its files."
+MSG_UNREADABLE = "{path} cannot be read: {reason}."
+
+
+class _Header(BaseModel):
+    """What a manifest of any version has."""
+
+    model_config = ConfigDict(strict=True)
+    schema_version: int = 0
+
+
+def read_manifest(root: Path, *, hashes: bool = True) -> Manifest:
+    """The manifest in `root`, after a look at all files that it names: their paths, sizes and hashes.
+
+    Args:
+        root: the bundle's folder.
+        hashes: without, files may have been changed, though not in their sizes; which takes no time.
+
+    Raises:
+        BundleError: it is not what it must be; the message says in what.
+    """
+    try:
+        manifest = _manifest(root)
+        _check_files(root, manifest, hashes=hashes)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise BundleError(MSG_UNREADABLE.format(path=root, reason=error)) from error
+    return manifest
+
+
+def _manifest(root: Path) -> Manifest:
+    path = root / MANIFEST_FILE
+    if path.is_symlink():
+        raise BundleError(MSG_LINK.format(path=path))
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BundleError(MSG_NO_BUNDLE.format(folder=root, manifest=MANIFEST_FILE, reason=reason)) from error
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise BundleError(MSG_TOO_LARGE.format(path=path, limit=MAX_MANIFEST_BYTES))
+    try:
+        version = _Header.model_validate_json(raw).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(MSG_NEWER.format(path=path, given=version, known=SCHEMA_VERSION))
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        raise BundleError(_invalid(path, error)) from error
+    try:
+        read_schedule(manifest.method.schedule, f"The manifest {path}: method.schedule")
+    except ConfigurationError as error:
+        raise BundleError(str(error)) from error
+    for used in (manifest.weights, *(graph.file for graph in manifest.graphs.values()), *_component_files(manifest)):
+        # A Core ML package is a folder, whose files are named.
+        is_folder = manifest.graph_format == "coreml" and any(name.startswith(f"{used}/") for name in manifest.files)
+        if used is not None and used not in manifest.files and not is_folder:
+            raise BundleError(MSG_UNLISTED.format(path=path, given=used))
+    if manifest.weights not in (WEIGHTS_FILE, None) or (
+        manifest.graph_format in ("onnx", "openvino") and manifest.weights is None
+    ):
+        raise BundleError(MSG_INVALID.format(path=path, where="weights", problem=f"expected {WEIGHTS_FILE!r}"))
+    returns = manifest.denoiser.returns
+    if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in manifest.graphs.values()):
+        raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem="not one field an output"))
+    quantized = [] if manifest.quantization is None else manifest.quantization.graphs
+    if not set(quantized) <= set(manifest.graphs):
+        raise BundleError(MSG_INVALID.format(path=path, where="quantization.graphs", problem=f"{quantized}"[:200]))
+    _check_sizes(manifest, path)
+    _check_components(manifest, path)
+    check_wiring(manifest, path)
+    return manifest
+
+
+def _component_files(manifest: Manifest) -> list[str]:
+    components = manifest.components
+    if components is None:
+        return []
+    encoders = [file for encoder in components.text_encoders for file in (encoder.file, encoder.tokenizer.file)]
+    return [components.weights, *encoders, components.vae_decoder.file]
+
+
+def _check_components(manifest: Manifest, path: Path) -> None:
+    """They have a weights file of their own, beside all their graphs, and say what each argument of the denoiser is."""
+    components = manifest.components
+    if components is None:
+        return
+    outside = [name for name in _component_files(manifest) if str(PurePosixPath(name).parent) != COMPONENTS_FOLDER]
+    if outside or components.weights != COMPONENTS_WEIGHTS_FILE:
+        raise BundleError(MSG_INVALID.format(path=path, where="components", problem="a file out of its folder"))
+    if set(components.arguments) != set(manifest.denoiser.arguments):
+        raise BundleError(MSG_INVALID.format(path=path, where="components.arguments", problem="not the denoiser's"))
+    made = {"latents", "timestep", "sizes", "resolution", "aspect_ratio"}
+    for encoder in components.text_encoders:
+        inputs, outputs = ({spec.name for spec in specs} for specs in (encoder.inputs, encoder.outputs))
+        if not (
+            inputs <= {"input_ids", "attention_mask"} and {"hidden_states"} <= outputs <= {"hidden_states", "pooled"}
+        ):
+            raise BundleError(MSG_INVALID.format(path=path, where=encoder.component, problem=f"{inputs} to {outputs}"))
+        made |= outputs | (inputs & {"attention_mask"})
+    missing = set(components.arguments.values()) - made
+    if missing:
+        raise BundleError(
+            MSG_INVALID.format(path=path, where="components.arguments", problem=f"nothing makes {sorted(missing)}")
+        )
+
+
+def _check_sizes(manifest: Manifest, path: Path) -> None:
+    """Every free size in a shape is one of the manifest's."""
+    example = {name: size.example for name, size in manifest.sizes.items()}
+    for graph in manifest.graphs.values():
+        for spec in (*graph.inputs, *graph.cache_inputs, *graph.outputs, *graph.cache_outputs):
+            try:
+                fits = all(size >= 0 for size in shape_at(spec.shape, example))
+            except ValueError:
+                fits = False
+            if not fits:
+                raise BundleError(MSG_INVALID.format(path=path, where=spec.name[:200], problem=f"shape {spec.shape}"))
+
+
+def _invalid(path: Path, error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])[:200] or "the whole"
+    return MSG_INVALID.format(path=path, where=where, problem=first["msg"])
+
+
+def _check_files(root: Path, manifest: Manifest, *, hashes: bool) -> None:
+    for name in manifest.files:
+        _check_path(name, root / MANIFEST_FILE)
+    found: set[str] = set()
+    for parent, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            if path.is_symlink():
+                raise BundleError(MSG_LINK.format(path=path))
+        found.update(Path(parent, name).relative_to(root).as_posix() for name in files)
+    named = {MANIFEST_FILE, *manifest.files}
+    if named - found:
+        raise BundleError(MSG_MISSING.format(folder=root, files=_listed(named - found)))
+    if found - named:
+        raise BundleError(MSG_EXTRA.format(folder=root, files=_listed(found - named)))
+    for name, expected in manifest.files.items():
+        path = root / name
+        size = path.stat().st_size
+        if size != expected.size:
+            raise BundleError(MSG_SIZE.format(path=path, given=size, expected=expected.size))
+    for name, expected in manifest.files.items() if hashes else ():
+        if file_of(root / name) != expected:
+            raise BundleError(MSG_HASH.format(path=root / name))
+
+
+def _check_path(name: str, manifest: Path) -> None:
+    parts = PurePosixPath(name).parts
+    plain = name == "/".join(parts) and not any(part in ("..", "/") or set(part) & set("\\:\0") for part in parts)
+    if not plain or name == MANIFEST_FILE:
+        raise BundleError(MSG_PATH.format(path=manifest, given=name))
+
+
+def _listed(names: set[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

@@ -1,0 +1,332 @@
+"""Write a bundle: all of it or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from tgate_compile._errors import BundleError, UnsupportedModelError
+from tgate_compile._version import __version__
+from tgate_compile.bundle import manifest as m
+from tgate_compile.bundle.calibration import Quantizing, calibrate
+from tgate_compile.bundle.component_recipes import check_arguments
+from tgate_compile.bundle.denoiser_state import as_recorded, state_of_denoiser
+from tgate_compile.bundle.formats import GraphFormat, Progress, QuantizingFormat, WrittenGraph, format_called
+from tgate_compile.bundle.manifest import MANIFEST_FILE, phase_spec, plain_config
+from tgate_compile.bundle.parity import measure_parity
+from tgate_compile.bundle.plan import PlannedGraph, choose_sizes, describe_graph, example_sizes, returns_of
+from tgate_compile.bundle.quantization import Quantization
+from tgate_compile.bundle.read_manifest import file_of, wiring_of
+from tgate_compile.bundle.weights import dtype_name, weights_digest
+from tgate_compile.engine.free_sizes import LARGEST, SYMBOLS, FreeSize
+from tgate_compile.exports.onnx.components import Request, write_components
+from tgate_compile.methods.schedule import Phase
+from tgate_compile.pipeline.generation import Plan, strip_of
+from tgate_compile.pipeline.hook import GatedDenoiser
+
+MSG_EXISTS = "{folder} exists already. Choose another folder, or give overwrite=True to replace the bundle in it."
+MSG_NOT_A_BUNDLE = "{folder} exists and is no bundle, and is not replaced: it has no {manifest}."
+MSG_NO_PARENT = "{folder} cannot be written: {parent} is no folder."
+MSG_NOT_WRITTEN = "The bundle {folder} cannot be written: {reason}. Nothing is left of it."
+
+
+def check_target(folder: Path, *, overwrite: bool) -> None:
+    """Raise BundleError unless a bundle can be put at `folder`, as far as can be told beforehand."""
+    if not folder.parent.is_dir():
+        raise BundleError(MSG_NO_PARENT.format(folder=folder, parent=folder.parent))
+    if os.path.lexists(folder):
+        if not overwrite:
+            raise BundleError(MSG_EXISTS.format(folder=folder))
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        if folder.is_symlink() or not (is_empty or (folder / MANIFEST_FILE).is_file()):
+            raise BundleError(MSG_NOT_A_BUNDLE.format(folder=folder, manifest=MANIFEST_FILE))
+
+
+@contextmanager
+def written_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its name at the end of the context; after an error it is gone.
+
+    What was there goes only when its successor is complete. A process that is killed leaves at most a hidden folder,
+    `.NAME.HEX.tmp`, or what was there as `.NAME.HEX.old`.
+
+    Raises:
+        BundleError: `folder` exists and is not to be replaced, or it cannot be written.
+    """
+    check_target(folder, overwrite=overwrite)
+    mark = uuid.uuid4().hex
+    temporary = folder.with_name(f".{folder.name}.{mark}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        _sync(temporary)
+        check_target(folder, overwrite=overwrite)
+        _move(temporary, folder, folder.with_name(f".{folder.name}.{mark}.old"))
+    except OSError as error:
+        raise BundleError(MSG_NOT_WRITTEN.format(folder=folder, reason=error.strerror or error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have everything on the disk before the name says that it is complete."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _move(temporary: Path, folder: Path, old: Path) -> None:
+    replaces = folder.exists()
+    if replaces:
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if replaces:
+            old.rename(folder)
+        raise
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+MSG_RETURNS = "The denoiser {model} returns {given}; a bundle can say a tuple, or one of diffusers' output classes."
+MSG_CONSTANT = "The denoiser {model} is called with {name}={given!r}, which a manifest cannot say."
+
+
+def write_bundle(
+    pipe: DiffusionPipeline,
+    component: str,
+    hook: GatedDenoiser,
+    plan: Plan,
+    folder: Path,
+    *,
+    graph_format: str,
+    options: Mapping[str, object],
+    free: Collection[FreeSize] | None,
+    components: Request | None,
+    quantization: Quantization | None,
+    call: Mapping[str, Any],
+    overwrite: bool,
+    progress: Progress,
+) -> None:
+    """Write the graphs of `plan` to `folder`; `hook` is that of the denoiser `component` of the optimized `pipe`.
+
+    `components`: what is to be written beyond the denoiser. `call` is what `plan` was made for. The other arguments are
+    those of `export`.
+
+    Raises:
+        CaptureError: the denoiser's code depends on a size that is to be left free.
+        BundleError: it cannot be written, or a graph is not what it must be. `folder` is then as it was.
+        UnsupportedModelError: the denoiser takes or returns what no bundle can say.
+    """
+    graphs = choose_sizes(hook, plan, free)
+    denoiser = _denoiser(component, hook, next(iter(graphs.values())), progress)
+    if components is not None:
+        check_arguments(pipe, components.recipe, denoiser.arguments)
+    quantizing = _quantizing(pipe, hook, plan, call, quantization, progress)
+    with written_folder(folder, overwrite=overwrite) as temporary:
+        functions = format_called(graph_format)
+        written = _written(list(graphs.values()), temporary, functions, options, quantizing, progress)
+        described = _described(list(graphs.values()), written, temporary, functions, quantizing, progress)
+        names = {phase: planned.name for phase, planned in graphs.items()}
+        others = None
+        if components is not None:
+            latents = next(iter(graphs.values())).arguments[denoiser.latents]
+            assert isinstance(latents, torch.Tensor)
+            others = write_components(
+                pipe, components, denoiser.arguments, latents.shape, len(plan.steps), temporary, progress
+            )
+        manifest = m.Manifest(
+            format="tgate_compile.bundle",
+            schema_version=m.SCHEMA_VERSION,
+            pipeline=m.Pipeline(
+                class_name=type(pipe).__name__,
+                diffusers=diffusers.__version__,
+                vae_scale_factor=getattr(pipe, "vae_scale_factor", None),
+            ),
+            denoiser=denoiser,
+            family=_family(hook),
+            method=_method(hook),
+            scheduler=m.Scheduler(
+                class_name=type(pipe.scheduler).__name__, config=plain_config(dict(pipe.scheduler.config))
+            ),
+            graph_format=graph_format,  # type: ignore[arg-type]
+            quantization=_quantization(quantizing, graphs.values(), written),
+            sizes=_sizes(next(iter(graphs.values())), written.values()),
+            graphs=described,
+            wiring=wiring_of(described),
+            example=_example(plan, names),
+            weights=m.WEIGHTS_FILE if (temporary / m.WEIGHTS_FILE).exists() else None,
+            components=others,
+            versions=m.Versions(
+                tgate_compile=__version__,
+                torch=torch.__version__,
+                runtime=functions.runtime_version(),
+            ),
+            files=_files(temporary, progress),
+        )
+        (temporary / m.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _quantizing(
+    pipe: DiffusionPipeline,
+    hook: GatedDenoiser,
+    plan: Plan,
+    call: Mapping[str, Any],
+    quantization: Quantization | None,
+    progress: Progress,
+) -> Quantizing | None:
+    """What a format is told, after the generations that it takes to know."""
+    if quantization is None:
+        return None
+    if not quantization.calibrated:
+        return Quantizing(quantization, None)
+    progress("Generating, to measure values")
+    prompts, most = quantization.calibration_prompts, quantization.calibration_steps
+    return Quantizing(quantization, calibrate(pipe, hook, plan, call, prompts, most))
+
+
+def _written(
+    graphs: list[PlannedGraph],
+    folder: Path,
+    functions: GraphFormat,
+    options: Mapping[str, object],
+    quantizing: Quantizing | None,
+    progress: Progress,
+) -> dict[str, WrittenGraph]:
+    if quantizing is None:
+        return functions.write_graphs(graphs, folder, options, progress)
+    return cast(QuantizingFormat, functions).write_quantized(graphs, folder, options, quantizing, progress)
+
+
+def _quantization(
+    quantizing: Quantizing | None, graphs: Collection[PlannedGraph], written: Mapping[str, WrittenGraph]
+) -> m.Quantization | None:
+    if quantizing is None:
+        return None
+    quantization, calibration = quantizing.quantization, quantizing.calibration
+    quantized = [planned for planned in graphs if written[planned.name].quantized]
+    measured = None
+    if calibration is not None:
+        steps = {planned.name: calibration.steps_of(planned) for planned in quantized}
+        measured = m.Calibration(prompts=list(calibration.prompts), steps=steps)
+    return m.Quantization(
+        scheme=quantization.scheme,
+        graphs=[planned.name for planned in quantized],
+        keep=list(quantization.keep),
+        block=quantization.block if quantization.scheme == "int4" else None,
+        calibration=measured,
+    )
+
+
+def _described(
+    graphs: list[PlannedGraph],
+    written: Mapping[str, WrittenGraph],
+    folder: Path,
+    functions: GraphFormat,
+    quantizing: Quantizing | None,
+    progress: Progress,
+) -> dict[str, m.Graph]:
+    described = {}
+    for planned in graphs:
+        its = written[planned.name]
+        graph = describe_graph(planned, its.file, its.entry, its.nodes)
+        if its.checked_on is not None:
+            progress(f"Checking the {planned.name} graph against PyTorch")
+            real = None
+            if quantizing is not None and quantizing.calibration is not None:
+                real = quantizing.calibration.inputs_of(planned)
+            device = torch.device(its.checked_on)
+            parity = measure_parity(
+                planned, graph, functions, folder, device, its.limits, quantized=its.quantized, real=real
+            )
+            graph = graph.model_copy(update={"parity": parity})
+        described[planned.name] = graph
+    return described
+
+
+def _sizes(planned: PlannedGraph, written: Collection[WrittenGraph]) -> dict[str, m.FreeSize]:
+    """What all graphs take."""
+    largest = {SYMBOLS[name]: most for name, most in LARGEST.items()}
+    sizes = {}
+    for name, example in example_sizes(planned).items():
+        limits = [(1, largest[name]), *(graph.limits[name] for graph in written if name in graph.limits)]
+        least, most = max(least for least, _ in limits), min(most for _, most in limits)
+        sizes[name] = m.FreeSize(least=least, most=most, example=example)
+    return sizes
+
+
+def _denoiser(component: str, hook: GatedDenoiser, planned: PlannedGraph, progress: Progress) -> m.Denoiser:
+    model = type(hook.denoiser).__name__
+    returns = returns_of(planned.captured.out_spec)
+    if returns is None:
+        raise UnsupportedModelError(MSG_RETURNS.format(model=model, given=planned.captured.out_spec))
+    constants = {name: value for name, value in planned.arguments.items() if not torch.is_tensor(value)}
+    for name, value in constants.items():
+        if type(value) not in (bool, int, float, str, type(None)):
+            raise UnsupportedModelError(MSG_CONSTANT.format(model=model, name=name, given=value))
+    progress("Hashing the weights")
+    return m.Denoiser(
+        component=component,
+        class_name=model,
+        config=plain_config(getattr(hook.denoiser, "config", {})),
+        weights_digest=weights_digest(hook.denoiser),
+        state=as_recorded(state_of_denoiser(hook.denoiser, forward=hook.own_forward)),
+        arguments=[name for name, value in planned.arguments.items() if torch.is_tensor(value)],
+        latents=planned.latents,
+        constants=constants,  # type: ignore[arg-type]
+        returns=returns,
+    )
+
+
+def _family(hook: GatedDenoiser) -> m.Family:
+    family = hook.config.family
+
+    def lists(paths: tuple[tuple[str, ...], ...]) -> list[list[str]]:
+        return [list(path) for path in paths]
+
+    return m.Family(
+        order=list(family.order),
+        calls=list(family.calls),
+        only=family.only,
+        interleaved=lists(family.interleaved),
+        repeated=lists(family.repeated),
+        shared=lists(family.shared),
+    )
+
+
+def _method(hook: GatedDenoiser) -> m.Method:
+    config = hook.config
+    return m.Method(
+        schedule=asdict(config.schedule),
+        keep=config.schedule.kept,
+        sites=None if config.sites is None else list(config.sites),
+        cache_dtype=None if config.cache_dtype is None else dtype_name(config.cache_dtype),  # type: ignore[arg-type]
+    )
+
+
+def _example(plan: Plan, names: Mapping[Phase, str]) -> m.Example:
+    return m.Example(
+        guided=plan.steps[0][1].guided,
+        strip=strip_of(plan.steps),
+        steps=[
+            m.Step(step=step, graph=names[graph], phase=phase_spec(phase))
+            for (step, phase), (graph, _) in zip(plan.steps, plan.graphs, strict=True)
+        ],
+    )
+
+
+def _files(folder: Path, progress: Progress) -> dict[str, m.File]:
+    progress("Hashing the files")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_of(path) for path in paths}

@@ -1,0 +1,1 @@
+"""From a denoiser's call to compiled graphs: capture, variants, backends."""

@@ -1,0 +1,69 @@
+"""The choices of one `optimize` call, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tgate_compile._errors import ConfigurationError
+from tgate_compile.engine.families import Family
+from tgate_compile.methods.schedule import Schedule
+
+AUTO_PROMPTS = (
+    "a red fox in the snow",
+    "a portrait of an old fisherman",
+    "a street at night in the rain",
+    "a bowl of fruit on a wooden table",
+)
+
+
+#: What caches can be kept in. fp8 has no scale: attention's outputs are of order one.
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+MSG_SITES = 'sites must be patterns of module names, such as ["up_blocks.*"], or None for all, but got {given!r}.'
+MSG_GRAPH_MEMORY = (
+    "graph_memory must be a number of bytes above 0, or None for a quarter of the machine's memory, but got {given!r}."
+)
+MSG_CACHE_DTYPE = "cache_dtype must be one of {expected}, or None for the model's own, but got {given!r}."
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `optimize` was asked for.
+
+    Attributes:
+        schedule: from step to phase.
+        family: what is specific to the pipeline's class.
+        sites: patterns of the names of the attentions to cache, as in a shell (`up_blocks.*`); None means all.
+        cache_dtype: what they are cached in; None means their own dtype.
+        backend: the name of a backend, or `auto`.
+        backend_options: options for the backend's compiler, e.g. Inductor's configuration.
+        graph_memory: bytes that the graphs may take, by estimate; None is a quarter of the machine's memory.
+    """
+
+    schedule: Schedule
+    family: Family = Family()  # noqa: RUF009 (it is frozen)
+    sites: Sequence[str] | None = None
+    cache_dtype: torch.dtype | None = None
+    backend: str = "inductor"
+    backend_options: Mapping[str, object] = field(default_factory=dict)
+    graph_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sites is not None:
+            given = (self.sites,) if isinstance(self.sites, str) else self.sites
+            if not (isinstance(given, Sequence) and given and all(isinstance(pattern, str) for pattern in given)):
+                raise ConfigurationError(MSG_SITES.format(given=self.sites))
+            object.__setattr__(self, "sites", tuple(given))
+        memory = self.graph_memory
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0):
+            raise ConfigurationError(MSG_GRAPH_MEMORY.format(given=memory))
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            expected = ", ".join(map(str, CACHE_DTYPES))
+            raise ConfigurationError(MSG_CACHE_DTYPE.format(expected=expected, given=self.cache_dtype))
+        if not isinstance(self.backend_options, Mapping):
+            raise ConfigurationError(
+                f"backend_options must be a mapping of option names to values, but got {self.backend_options!r}."
+            )

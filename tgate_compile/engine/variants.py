@@ -1,0 +1,576 @@
+"""The compiled variants of one denoiser, made when they are first needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.export import ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from tgate_compile._errors import BackendError, CaptureError
+from tgate_compile.engine.backends import ChosenBackend, Runner, make_backend
+from tgate_compile.engine.call import Call, FreeDims, differing_dims, fits
+from tgate_compile.engine.capture import capture, deep_layer
+from tgate_compile.engine.config import Config
+from tgate_compile.engine.halves import latents_of
+from tgate_compile.engine.purity import check_python, check_stateless
+from tgate_compile.engine.traffic import exclusive
+from tgate_compile.engine.trust import Reference, Served, agree
+from tgate_compile.engine.weights import check_quantization, check_weights_stay, fingerprint, live_tensors
+from tgate_compile.methods.schedule import Kind, Phase
+from tgate_compile.passes.graphs import Captured, Emission, Variant
+from tgate_compile.passes.specialize import specialize
+
+logger = logging.getLogger(__name__)
+
+#: The cached values, by kind and name of their sites.
+Caches = Mapping[tuple[Kind, str], torch.Tensor]
+
+#: Estimate of what the graphs take, in bytes, of which the weights are no part: torch.fx's nodes with what is known of
+#: their values, and what the backend makes of them. It is how the resident memory of a process grew for each node of
+#: captures and variants together, as further sizes were made of a UNet like Stable Diffusion's: 4 kB in eager mode
+#: (7,400 nodes for each size), 14 kB with Inductor and 15 kB with ONNX Runtime (2,200 nodes; its copies of the weights
+#: count by themselves).
+BYTES_PER_NODE = 15_000
+#: What all graphs of a denoiser may take, as a part of the machine's memory, unless `graph_memory` says otherwise.
+SHARE_OF_MEMORY = 0.25
+
+
+class Runnable(Protocol):
+    """The graph of one phase, ready to run on inputs of one shape."""
+
+    @property
+    def emitted(self) -> tuple[Emission, ...]:
+        """The sites whose values it hands on, in order."""
+        ...
+
+    def run(self, call: Call, caches: Caches) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The denoiser's flat outputs for `call`, and the values of `emitted`."""
+        ...
+
+    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        """What the denoiser returns, from its flat outputs."""
+        ...
+
+
+class Store(Protocol):
+    """What a generation gets its graphs from."""
+
+    denoiser: torch.nn.Module
+
+    @property
+    def folder(self) -> str | None:
+        """The bundle that the graphs come from; None if they are made here."""
+        ...
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """What can be cached, as far as is known."""
+        ...
+
+    @property
+    def variants(self) -> list[tuple[Variant, Captured]]:
+        """The variants made here, and what each is made of."""
+        ...
+
+    def refresh(self, *, begins: bool = True) -> None:
+        """Look at the denoiser again, at the start of a generation, or in the middle of one that changes it."""
+        ...
+
+    def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
+        """What the graph of `phase` for inputs like those of `call` hands on; nothing is compiled for it."""
+        ...
+
+    def get(self, phase: Phase, call: Call, caches: Caches, forward: Callable[..., Any]) -> Runnable:
+        """The graph of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
+        ...
+
+
+@dataclass(frozen=True)
+class CompiledVariant:
+    """A variant, ready to run on inputs of one shape."""
+
+    variant: Variant
+    captured: Captured
+    runner: Runner
+    weights: Sequence[torch.Tensor]
+
+    @property
+    def emitted(self) -> tuple[Emission, ...]:
+        """The sites whose values it hands on, in order."""
+        return self.variant.emitted
+
+    def run(self, call: Call, caches: Caches) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The denoiser's flat outputs for `call`, and the values that the graph emits, in its order."""
+        outputs = list(self.runner(self.weights, _inputs(self.variant, self.captured, call, caches)))
+        count = self.captured.out_spec.num_leaves
+        return outputs[:count], outputs[count:]
+
+    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        """What the denoiser returns, from its flat outputs."""
+        return pytree.tree_unflatten(outputs, self.captured.out_spec)
+
+
+@dataclass(frozen=True)
+class _Address:
+    """Where a capture is: the denoiser as it was then, and the call that it was made of."""
+
+    model: int
+    key: Hashable
+
+
+@dataclass
+class _Held:
+    """A capture, and what is known about it.
+
+    Attributes:
+        captured: the graph.
+        free: the sizes that other calls may have, by the position of the tensor among the call's leaves.
+        last_used: the number of the generation that used it last.
+        nbytes: what it and its variants take, by estimate.
+        checked: calls with other sizes for which it was seen to compute what the denoiser does.
+        compared: phases and calls with other sizes for which its compiled variants were seen to do what they should.
+        alone: it serves no call but the one that it was made of.
+    """
+
+    captured: Captured
+    free: FreeDims
+    last_used: int
+    nbytes: int
+    checked: set[Hashable] = field(default_factory=set)
+    compared: set[Hashable] = field(default_factory=set)
+    alone: bool = False
+
+    def used(self, variant: Variant) -> set[int]:
+        """The positions of the call's leaves that `variant` takes: the others may have any size."""
+        return {position for position, name in enumerate(self.captured.input_names) if name in variant.inputs}
+
+
+class VariantStore:
+    """Captures and compiled variants of `denoiser`, by its state, by phase and by the inputs' shapes.
+
+    A new shape, dtype, device or constant argument is a new capture, with a log line; so is a denoiser that has changed
+    (see `fingerprint`). Graphs of earlier states and shapes are kept as long as there is room for them.
+
+    Sizes that only some of the inputs have (the length of the text) are left free once a second one has come, and do
+    not matter to graphs that do without these inputs.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
+        self.denoiser = denoiser
+        self._config = config
+        self._models: dict[Hashable, int] = {}  # states of the denoiser by their fingerprints
+        self._model = -1
+        self._next_model = 0
+        self._stateless: set[int] = set()
+        self._captures: OrderedDict[_Address, _Held] = OrderedDict()
+        self._variants: dict[tuple[_Address, Phase], Variant] = {}
+        self._compiled: dict[tuple[_Address, Phase], CompiledVariant] = {}
+        self._found: dict[tuple[_Address, Phase], _Address] = {}  # calls that are served by another call's graph
+        self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # by state: another one may suit it
+        self._failed: dict[_Address, str] = {}  # calls that cannot be captured, and why
+        self._not_free: set[Hashable] = set()  # sizes that a state's code fixes
+        self._generations = 0
+        self._said_full = False
+        self.compilations = 0
+
+    @staticmethod
+    def key_of(config: Config) -> Hashable:
+        """What the graphs depend on: pipelines whose configurations agree in it can share a store."""
+        schedule = config.schedule
+        return (
+            schedule.kinds,
+            schedule.deepcache_branch,
+            schedule.anchor_weight,
+            config.family.order,
+            config.sites,
+            config.cache_dtype,
+            config.backend,
+            repr(sorted(config.backend_options.items())),
+            config.graph_memory,
+        )
+
+    @property
+    def folder(self) -> None:
+        """None: the graphs are made here."""
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """What can be cached: cross-attentions, then self-attentions; none before the first capture."""
+        held = next(iter(self._captures.values()), None)
+        return () if held is None else tuple(site.name for site in held.captured.sites)
+
+    @property
+    def variants(self) -> list[tuple[Variant, Captured]]:
+        """The variants of the denoiser as it was last seen, compiled or not, and what each is made of."""
+        return [
+            (variant, self._captures[address].captured)
+            for (address, _), variant in self._variants.items()
+            if address.model == self._model
+        ]
+
+    @property
+    def compiled(self) -> list[CompiledVariant]:
+        """The compiled ones."""
+        return list(self._compiled.values())
+
+    def refresh(self, *, begins: bool = True) -> None:
+        """Look at the denoiser again, which may have changed, and fetch its parameters anew."""
+        self._generations += begins
+        current = fingerprint(self.denoiser)
+        model = self._models.get(current)
+        if model is None:
+            check_weights_stay(self.denoiser)
+            check_quantization(self.denoiser)
+            check_python(self.denoiser)
+            model = self._models[current] = self._next_model
+            self._next_model += 1
+            if self._captures:
+                logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
+        live = live_tensors(self.denoiser)
+        self._let_go_of_old_tensors(model, live)
+        self._model = model
+        for key, compiled in self._compiled.items():
+            # The graphs of other states let go of the tensors, which may have been replaced.
+            weights = _tensors_of(compiled.variant.program, live) if key[0].model == model else []
+            self._compiled[key] = dataclasses.replace(compiled, weights=weights)
+
+    def _let_go_of_old_tensors(self, model: int, live: Mapping[str, torch.Tensor]) -> None:
+        """Graphs hold parameters, some of which may have been replaced.
+
+        Those of the present state take the new ones. Those of another state let go of the old ones; if it comes back,
+        by a LoRA that is loaded again, they take what there is then.
+        """
+        for address, held in self._captures.items():
+            variants = {key: variant for key, variant in self._variants.items() if key[0] == address}
+            old = [
+                (tensors, name)
+                for program in (held.captured.program, *(variant.program for variant in variants.values()))
+                for tensors, name in _held_tensors(program)
+                if not _is_same(live.get(name), tensors[name])
+            ]
+            for tensors, name in old:
+                tensors[name] = live[name] if address.model == model else _without_data(tensors[name])
+            for key in variants if old else ():
+                runner = self._compiled[key].runner if key in self._compiled else None
+                if isinstance(runner, Served):
+                    runner.release()
+
+    def variant(
+        self, phase: Phase, call: Call, forward: Callable[..., Any], caches: Caches | None = None
+    ) -> tuple[Variant, Captured]:
+        """A variant of `phase` for inputs like those of `call`, not compiled yet, and what it is made of.
+
+        Without `caches` it says how such calls are computed, but may have been made of a call with a longer text.
+        """
+        own = _Address(self._model, call.key)
+        address = self._found.get((own, phase)) or next(self._right(own, phase, call, caches, forward))
+        return self._variant(address, phase), self._captures[address].captured
+
+    def _variant(self, address: _Address, phase: Phase) -> Variant:
+        held = self._captures[address]
+        held.last_used = self._generations
+        self._captures.move_to_end(address)
+        variant = self._variants.get((address, phase))
+        if variant is None:
+            with exclusive():
+                variant = self._variants[address, phase] = self._specialize(held.captured, phase)
+            held.nbytes += BYTES_PER_NODE * len(variant.program.graph.nodes)
+        return variant
+
+    def _right(
+        self, own: _Address, phase: Phase, call: Call, caches: Caches | None, forward: Callable[..., Any]
+    ) -> Iterator[_Address]:
+        """Captures that serve `phase` for `call`, the best first; those that there are not yet are made.
+
+        One that has been made of another call, or with free sizes, is compared with the denoiser first. The denoiser's
+        code may do something else from a certain length on, and for which ones a graph is valid is known to
+        torch.export only in part. The last one, with the sizes of `call` alone, needs no such look.
+        """
+        reference = Reference(self.denoiser, forward, call)
+        for address in self._possible(own, phase, call, forward):
+            held = self._captures[address]
+            if (
+                (address == own and not held.free)
+                or call.key in held.checked
+                or self._is_right(address, phase, call, caches, reference)
+            ):
+                yield address
+            else:
+                held.alone = held.alone or not held.free
+                logger.info("a graph of %s does not serve this call's sizes", type(self.denoiser).__name__)
+
+    @torch.no_grad()
+    def _is_right(
+        self, address: _Address, phase: Phase, call: Call, caches: Caches | None, reference: Reference
+    ) -> bool:
+        """Whether the capture at `address` stands for what the denoiser does with the sizes of `call`."""
+        held, live = self._captures[address], live_tensors(self.denoiser)
+        captured = held.captured
+        if fits(call.key, address.key, held.free):
+            weights = _tensors_of(captured.program, live)
+            right = agree(captured.program.graph_module.forward(*weights, *call.leaves), reference.outputs)
+            if right:
+                held.checked.add(call.key)
+            return right
+        # The variant does without the inputs whose sizes differ.
+        if caches is None:
+            return True  # nothing is going to be computed
+        expected = reference.outputs_with([site for site in captured.sites if site.kind in phase.reuse], caches)
+        if expected is None:
+            return False
+        variant = self._variants[address, phase]
+        inputs = _inputs(variant, captured, call, caches)
+        results = variant.program.graph_module.forward(*_tensors_of(variant.program, live), *inputs)
+        return agree(results[: len(expected)], expected)
+
+    def _possible(self, own: _Address, phase: Phase, call: Call, forward: Callable[..., Any]) -> Iterator[_Address]:
+        """Captures that may serve `phase` for `call`; at last one is made that certainly does."""
+        if own in self._captures:
+            yield own
+        mine = [(address, held) for address, held in self._captures.items() if address.model == self._model]
+        others = [(address, held) for address, held in mine if address != own and not held.alone]
+        fitting = [address for address, held in others if fits(call.key, address.key, held.free)]
+        for address, held in others:
+            variant = self._variants.get((address, phase))
+            if address in fitting or (
+                variant is not None and fits(call.key, address.key, held.free, held.used(variant))
+            ):
+                yield address
+        # As torch.compile does: a size is taken for fixed until it has been another one.
+        free = next((dims for address, _ in mine if (dims := differing_dims(call.key, address.key))), {})
+        if free and not fitting and own not in self._captures:
+            made = self._free_capture(call, forward, free)
+            if made is not None:
+                yield self._keep(own, made)
+        with exclusive():
+            if own in self._failed:
+                raise CaptureError(self._failed[own])
+            self._check_stateless(call, forward)
+            try:
+                made = self._held(self._capture(call, forward), {})
+            except CaptureError as error:
+                if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                    self._failed[own] = str(error)
+                raise
+        if own in self._captures:
+            self._drop(own)  # sizes are free in it, and that is wrong, or cannot be compiled
+        yield self._keep(own, made)
+
+    def _keep(self, address: _Address, made: _Held) -> _Address:
+        self._captures[address] = made
+        self._make_room()
+        return address
+
+    def _free_capture(self, call: Call, forward: Callable[..., Any], free: FreeDims) -> _Held | None:
+        """A capture with these sizes left open; None if the denoiser's code does not permit it."""
+        tried = self._model, tuple(free.items())
+        if _latents_of(call, forward) in free or tried in self._not_free:
+            return None
+        copy = call.map_tensors(torch.Tensor.clone)  # ShapesCollection knows tensors by identity
+        shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+        for position, dims in free.items():
+            shapes[copy.leaves[position]] = dict.fromkeys(dims, torch.export.Dim.AUTO)
+        try:
+            captured = self._capture(copy, forward, shapes)
+        except CaptureError as error:
+            logger.debug("%s cannot leave sizes free: %s", type(self.denoiser).__name__, error)
+            self._not_free.add(tried)
+            return None
+        inputs = {node.name: node.meta["val"] for node in captured.program.graph.nodes if node.op == "placeholder"}
+        still_free = {
+            position: tuple(
+                dim for dim in dims if isinstance(inputs[captured.input_names[position]].shape[dim], torch.SymInt)
+            )
+            for position, dims in free.items()
+        }
+        if not all(still_free.values()):
+            self._not_free.add(tried)
+            return None
+        return self._held(captured, still_free)
+
+    def _held(self, captured: Captured, free: FreeDims) -> _Held:
+        return _Held(captured, free, self._generations, BYTES_PER_NODE * len(captured.program.graph.nodes))
+
+    def _check_stateless(self, call: Call, forward: Callable[..., Any]) -> None:
+        """Before the first capture of a denoiser in this state."""
+        if self._model in self._stateless:
+            return
+
+        def run() -> None:
+            args, kwargs = call.map_tensors(torch.Tensor.clone).arguments  # so that a kept input is another one
+            with torch.no_grad(), torch.random.fork_rng():
+                forward(*args, **kwargs)
+
+        check_stateless(self.denoiser, run)
+        self._stateless.add(self._model)
+
+    @exclusive()
+    def free_variants(
+        self, phases: Sequence[Phase], call: Call, forward: Callable[..., Any], shapes: ShapesCollection | None
+    ) -> tuple[list[Variant], Captured]:
+        """The variants of `phases` for inputs like those of `call`, but for the sizes in `shapes`; nothing is kept.
+
+        Raises:
+            CaptureError: the denoiser's code depends on these sizes.
+        """
+        captured = self._capture(call, forward, shapes)
+        return [self._specialize(captured, phase) for phase in phases], captured
+
+    def _capture(self, call: Call, forward: Callable[..., Any], shapes: ShapesCollection | None = None) -> Captured:
+        schedule = self._config.schedule
+        return capture(
+            self.denoiser,
+            forward,
+            call,
+            schedule.kinds,
+            deep_layer(self.denoiser, schedule.deepcache_branch) if "deep" in schedule.kinds else None,
+            only=self._config.sites,
+            cache_dtype=self._config.cache_dtype,
+            shapes=shapes,
+        )
+
+    def _specialize(self, captured: Captured, phase: Phase) -> Variant:
+        cond_weight = self._config.schedule.anchor_weight
+        cond_is_second = self._config.family.order[1] == "cond"
+        return specialize(captured, phase, cond_weight if cond_is_second else 1.0 - cond_weight)
+
+    def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
+        """What the variant of `phase` for inputs like those of `call` hands on; it is captured, but not compiled."""
+        return self.variant(phase, call, forward)[0].emitted
+
+    def get(self, phase: Phase, call: Call, caches: Caches, forward: Callable[..., Any]) -> CompiledVariant:
+        """The variant of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
+        own = _Address(self._model, call.key)
+        found = self._found.get((own, phase))
+        for address in self._right(own, phase, call, caches, forward) if found is None else (found,):
+            compiled = self._ready(address, phase, call, caches)
+            if compiled is not None:
+                self._found[own, phase] = address
+                return compiled
+        raise AssertionError("a capture of a call does not serve it")
+
+    def _ready(self, address: _Address, phase: Phase, call: Call, caches: Caches) -> CompiledVariant | None:
+        """The compiled variant of the capture at `address`; None if the backend is not up to its free sizes."""
+        variant, held = self._variant(address, phase), self._captures[address]
+        try:
+            compiled = self._compiled.get((address, phase)) or self._compile(address, phase, call, caches)
+            if _has_free_inputs(variant) and (phase, call.key) not in held.compared:
+                assert isinstance(compiled.runner, Served)
+                compiled.runner.compare(compiled.weights, _inputs(variant, held.captured, call, caches))
+                held.compared.add((phase, call.key))
+        except BackendError as error:
+            if not held.free:
+                raise
+            logger.info("%s", error)
+            return None
+        return compiled
+
+    def _compile(self, address: _Address, phase: Phase, call: Call, caches: Caches) -> CompiledVariant:
+        variant, held = self._variants[address, phase], self._captures[address]
+        weights = _tensors_of(variant.program, live_tensors(self.denoiser))
+        inputs = _inputs(variant, held.captured, call, caches)
+        chosen = self._model, inputs[0].device
+        if chosen not in self._backends:
+            self._backends[chosen] = make_backend(self._config.backend, self._config.backend_options, chosen[1])
+        runner = self._backends[chosen].compile(variant, weights, inputs)
+        compiled = self._compiled[address, phase] = CompiledVariant(variant, held.captured, runner, weights)
+        self.compilations += 1
+        if self._backends[chosen].packs_weights:
+            held.nbytes += sum(tensor.nbytes for tensor in weights)
+            self._make_room()
+        return compiled
+
+    def _make_room(self) -> None:
+        """Drop the graphs that were used least recently, but none that this generation has used."""
+        limit = self._config.graph_memory or int(SHARE_OF_MEMORY * _physical_memory())
+        taken = sum(held.nbytes for held in self._captures.values())
+        for address, held in list(self._captures.items()):
+            if taken <= limit:
+                return
+            if held.last_used < self._generations:
+                taken -= held.nbytes
+                self._drop(address)
+                self._say_full(limit)
+
+    def _drop(self, address: _Address) -> None:
+        del self._captures[address]
+        for made in (self._variants, self._compiled):
+            for key in [key for key in made if key[0] == address]:
+                del made[key]
+        self._found = {key: at for key, at in self._found.items() if at != address}
+        model = address.model
+        if model != self._model and all(other.model != model for other in self._captures):
+            self._models = {state: number for state, number in self._models.items() if number != model}
+            self._backends = {key: backend for key, backend in self._backends.items() if key[0] != model}
+
+    def _say_full(self, limit: int) -> None:
+        if not self._said_full:
+            self._said_full = True
+            logger.warning(
+                "The graphs of %s take more than %.1f GB (%d compiled so far), so the least recently used are dropped, "
+                "and made again when they are needed. optimize(..., graph_memory=<bytes>) raises the limit.",
+                type(self.denoiser).__name__, limit / 1e9, self.compilations,
+            )  # fmt: skip
+
+
+def _tensors_of(program: ExportedProgram, live: Mapping[str, torch.Tensor]) -> list[Any]:
+    """What `program` takes before its inputs."""
+    specs = program.graph_signature.input_specs
+    names = [str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT]
+    return [live[name] if name in live else program.constants[name] for name in names]
+
+
+def _has_free_inputs(variant: Variant) -> bool:
+    inputs = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
+    return any(isinstance(size, torch.SymInt) for each in inputs if torch.is_tensor(each) for size in each.shape)
+
+
+def _inputs(variant: Variant, captured: Captured, call: Call, caches: Caches) -> list[torch.Tensor]:
+    by_name = dict(zip(captured.input_names, call.leaves, strict=True))
+    reused = [caches[site.kind, site.name] for site in variant.reused]
+    return [*(by_name[name] for name in variant.inputs), *reused]
+
+
+def _held_tensors(program: ExportedProgram) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where `program` holds the denoiser's tensors: a dictionary of its own, and the tensor's name there."""
+    for name in program.state_dict:
+        yield program.state_dict, name
+    for name in program.graph_signature.non_persistent_buffers:
+        if name in program.constants:
+            yield program.constants, name
+
+
+def _is_same(live: torch.Tensor | None, held: torch.Tensor) -> bool:
+    """Whether a program's tensor is the denoiser's present one, or has the same memory (that of a quantized weight)."""
+    if live is None or live is held or live.is_meta != held.is_meta:
+        return live is held or (live is None and held.is_meta)
+    return live.shape == held.shape and live.data_ptr() == held.data_ptr()
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _latents_of(call: Call, forward: Callable[..., Any]) -> int:
+    """The position of the latents among the leaves of `call`."""
+    args, kwargs = call.arguments
+    latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
+    return next(position for position, leaf in enumerate(call.leaves) if leaf is latents)
+
+
+def _physical_memory() -> int:
+    """Of this machine, in bytes; 16 GB where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return 16 * 10**9

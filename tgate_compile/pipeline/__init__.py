@@ -1,0 +1,1 @@
+"""Follow a pipeline's generation, and run its denoisers by a schedule."""

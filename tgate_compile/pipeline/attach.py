@@ -1,0 +1,220 @@
+"""Put schedules on a pipeline, and take them off: everything is checked before anything is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from diffusers import DiffusionPipeline
+
+from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
+from tgate_compile.engine.backends import check_backend
+from tgate_compile.engine.capture import MSG_NO_SITES, check_patterns, deep_layer, denies_cross_attention
+from tgate_compile.engine.config import Config
+from tgate_compile.engine.families import DENOISER_NAMES, has_joint_attention, refusal
+from tgate_compile.engine.purity import check_python
+from tgate_compile.engine.weights import check_quantization, check_weights_stay
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.pipeline.generation import MSG_CONCURRENT
+from tgate_compile.pipeline.loop import OnUnsupported
+from tgate_compile.pipeline.modular import check_guidance, check_loaded, family_of_pipeline, is_modular
+from tgate_compile.pipeline.optimized import Optimized, boundary_of, required_state_of, state_of
+
+MSG_NO_PIPELINE = (
+    "optimize() needs a loaded diffusers pipeline, or an object like one, with a scheduler that has timesteps, a "
+    "denoiser and a call, but got {given}. "
+    "For example: optimize(StableDiffusionPipeline.from_pretrained(...), gate_step=10)."
+)
+MSG_NO_DENOISER = (
+    "{pipeline} has no denoiser called {names}. It has {modules}. If one of these denoises, name it: "
+    'optimize(pipe, denoiser="...").'
+)
+MSG_NO_SUCH_DENOISER = "denoiser={given!r}: {pipeline} has no such module. It has {modules}."
+MSG_ALREADY = (
+    "This {pipeline} is already optimized. Call tgate_compile.restore(pipe) first to optimize it in another way."
+)
+MSG_ON_UNSUPPORTED = 'on_unsupported must be "error" or "plain", but got {given!r}.'
+#: What denoises in the pipelines of models of several stages: unCLIP, Kandinsky 2, Würstchen, Stable Cascade.
+_STAGES = ("prior", "decoder")
+
+MSG_REFUSED = "{pipeline} cannot be gated: {reason}."
+MSG_COMPILED = (
+    "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
+    "its own graphs of it."
+)
+MSG_RETURNS_EARLY = (
+    "it returns before its first step has run (its call is a generator, or asynchronous), and what is gated ends when "
+    "the call returns. A loop of your own can be gated in tgate_compile.generation(pipe, guidance=...)"
+)
+MSG_OWN_GATE_STEP = (
+    "{pipeline} has an argument gate_step of its own, as the pipelines of other packages for T-GATE have. Pass a "
+    "pipeline that has not been gated yet."
+)
+MSG_ONLY_HALF = (
+    "keep={given!r} is not possible with {pipeline}: only its {only} half can go on once guidance has stopped. "
+    "Leave keep out."
+)
+
+
+def attach(
+    pipe: DiffusionPipeline,
+    schedules: Mapping[str, Schedule],
+    *,
+    sites: Sequence[str] | None = None,
+    cache_dtype: torch.dtype | None = None,
+    backend: str = "inductor",
+    backend_options: Mapping[str, object] | None = None,
+    on_unsupported: OnUnsupported = "error",
+    graph_memory: int | None = None,
+    from_bundle: bool = False,
+) -> None:
+    """Let the denoisers of `pipe` run by `schedules`, which has one for each of `denoiser_names(pipe)`.
+
+    Those whose graphs come `from_bundle` have a backend that `load` has checked.
+
+    Raises:
+        ConfigurationError: an argument is wrong. The pipeline is as it was.
+        UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is as it was.
+    """
+    options = {} if backend_options is None else backend_options
+    if on_unsupported not in get_args(OnUnsupported):
+        raise ConfigurationError(MSG_ON_UNSUPPORTED.format(given=on_unsupported))
+    configs = {
+        name: Config(
+            _with_possible_half(pipe, schedule),
+            family=family_of_pipeline(pipe),
+            sites=sites,
+            cache_dtype=cache_dtype,
+            backend=backend,
+            backend_options=options,
+            graph_memory=graph_memory,
+        )
+        for name, schedule in schedules.items()
+    }
+    if not from_bundle:
+        check_backend(backend, options)
+    if state_of(pipe) is not None:
+        raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
+    plain_because: UnsupportedModelError | None = None
+    try:
+        for name, config in configs.items():
+            _check_supported(pipe, getattr(pipe, name), config)
+        if is_modular(pipe):
+            check_guidance(pipe, configs)
+    except UnsupportedModelError as error:
+        if on_unsupported == "error":
+            raise
+        plain_because = error
+    Optimized(pipe, configs, on_unsupported=on_unsupported, plain_because=plain_because).attach(pipe)
+
+
+def detach(pipe: DiffusionPipeline) -> None:
+    """Undo `attach`.
+
+    Raises:
+        ConfigurationError: the pipeline is not optimized.
+        ConcurrentGenerationError: it is in the middle of a generation.
+    """
+    state = required_state_of(pipe)
+    if any(hook.busy for hook in state.hooks.values()):
+        raise ConcurrentGenerationError(MSG_CONCURRENT)
+    state.detach(pipe)
+
+
+def denoiser_names(pipe: DiffusionPipeline, denoiser: str | None = None) -> tuple[str, ...]:
+    """The components of `pipe` that denoise: one, or two where the family says so; or the one that is named.
+
+    `pipe` may be of a class that is not diffusers', if it has a scheduler, a denoiser and a call.
+
+    Raises:
+        ConfigurationError: `pipe` is no pipeline, or has no such component.
+        UnsupportedModelError: it has none, and cannot be gated for another reason.
+    """
+    if is_modular(pipe):
+        check_loaded(pipe)
+    elif not _is_pipeline(pipe):
+        given = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
+        raise ConfigurationError(MSG_NO_PIPELINE.format(given=given))
+    modules = _modules_of(pipe)
+    if denoiser is not None:
+        if denoiser not in modules:
+            raise ConfigurationError(
+                MSG_NO_SUCH_DENOISER.format(given=denoiser, pipeline=type(pipe).__name__, modules=_listed(modules))
+            )
+        return (denoiser,)
+    first = [name for name in (*DENOISER_NAMES, *_STAGES) if name in modules][:1]
+    if not first:
+        reason = refusal(type(pipe))
+        if reason is not None:
+            raise UnsupportedModelError(MSG_REFUSED.format(pipeline=type(pipe).__name__, reason=reason))
+        raise ConfigurationError(
+            MSG_NO_DENOISER.format(
+                pipeline=type(pipe).__name__, names=" or ".join(DENOISER_NAMES), modules=_listed(modules)
+            )
+        )
+    family = family_of_pipeline(pipe)
+    second = family.second if boundary_of(pipe, family) is not None else None
+    return (*first, second) if second is not None else tuple(first)
+
+
+def _is_pipeline(pipe: object) -> bool:
+    if isinstance(pipe, DiffusionPipeline):
+        return True
+    is_object = not isinstance(pipe, type) and hasattr(pipe, "__dict__") and callable(pipe)
+    return is_object and hasattr(getattr(pipe, "scheduler", None), "timesteps")
+
+
+def _modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The loaded modules that `pipe` has as attributes."""
+    if is_modular(pipe):
+        names = pipe.component_names
+    elif isinstance(pipe, DiffusionPipeline):
+        names = pipe.components
+    else:
+        names = [*vars(pipe), *vars(pipe).get("_modules", ())]
+    found = {name: getattr(pipe, name, None) for name in dict.fromkeys([*names, *DENOISER_NAMES])}
+    return {name: module for name, module in found.items() if isinstance(module, torch.nn.Module)}
+
+
+def _listed(modules: Mapping[str, torch.nn.Module]) -> str:
+    return ", ".join(f"{name} ({type(module).__name__})" for name, module in modules.items()) or "no loaded modules"
+
+
+def _with_possible_half(pipe: DiffusionPipeline, schedule: Schedule) -> Schedule:
+    """`schedule`, keeping the one half that can be kept, if the family has no choice."""
+    only = family_of_pipeline(pipe).only
+    if only is None:
+        return schedule
+    if schedule.keep not in (None, only):
+        raise ConfigurationError(MSG_ONLY_HALF.format(given=schedule.keep, pipeline=type(pipe).__name__, only=only))
+    return dataclasses.replace(schedule, keep=only)
+
+
+def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config: Config) -> None:
+    pipeline = type(pipe).__name__
+    if isinstance(denoiser, torch._dynamo.OptimizedModule) or denoiser._compiled_call_impl is not None:
+        raise ConfigurationError(MSG_COMPILED.format(pipeline=pipeline))
+    own_call = type(pipe).__call__
+    if "gate_step" in inspect.signature(own_call).parameters:
+        raise ConfigurationError(MSG_OWN_GATE_STEP.format(pipeline=pipeline))
+    is_async = inspect.iscoroutinefunction(own_call) or inspect.isasyncgenfunction(own_call)
+    returns_early = is_async or inspect.isgeneratorfunction(inspect.unwrap(own_call))
+    reason = (
+        MSG_RETURNS_EARLY
+        if returns_early
+        else refusal(type(pipe), type(denoiser), caches_cross="cross" in config.schedule.kinds)
+    )
+    if reason is not None:
+        raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
+    no_cross = has_joint_attention(type(denoiser)) or denies_cross_attention(denoiser)
+    if "cross" in config.schedule.kinds and no_cross:
+        raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
+    if "deep" in config.schedule.kinds:
+        deep_layer(denoiser, config.schedule.deepcache_branch)
+    check_patterns(denoiser, config.sites or ())
+    check_weights_stay(denoiser)
+    check_quantization(denoiser)
+    check_python(denoiser)

@@ -1,0 +1,565 @@
+"""One generation: from denoiser call to step, phase and variant, with the caches carried along."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tgate_compile._errors import (
+    INSTEAD,
+    CaptureError,
+    ConcurrentGenerationError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
+from tgate_compile.engine.call import Call
+from tgate_compile.engine.families import Family
+from tgate_compile.engine.halves import (
+    MSG_NOT_TWO_HALVES,
+    are_halves,
+    are_two_of_each,
+    first_is_cond,
+    latents_of,
+    named_leaves,
+    one_half,
+    shared_rows,
+    similarity,
+    timestep_of,
+    uncertain_rows,
+)
+from tgate_compile.engine.variants import Runnable, Store
+from tgate_compile.methods.schedule import Half, Kind, Phase, Schedule
+from tgate_compile.passes.graphs import Emission
+from tgate_compile.pipeline.caches import Caches, Layout
+from tgate_compile.pipeline.loop import Loop
+from tgate_compile.pipeline.progress import Progress, StepCounter
+
+logger = logging.getLogger(__name__)
+
+MSG_CONCURRENT = (
+    "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
+    "scheduler's state. Use a lock, or one pipeline per thread: they may have the same weights, but need a denoiser, a "
+    "scheduler and tokenizers of their own."
+)
+MSG_AUTOCAST = (
+    "torch.autocast is on, and would change dtypes inside a graph that is made for fixed ones. Leave it, and put the "
+    "pipeline into the dtype instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
+)
+MSG_TWO_CALLS = (
+    "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline denoises tiles of its "
+    "latents one by one, or evaluates its guidance halves in separate calls, and in which order is not known, or its "
+    "guidance needs further predictions. " + INSTEAD
+)
+MSG_NEVER_GUIDED = (
+    "Guidance begins at step {step}, where the schedule ({schedule}) has ended it already, so that it would never act. "
+    "Let guidance begin earlier, or end later."
+)
+MSG_NO_PAIR = (
+    "Guidance is on, and the guidance halves of this pipeline's kind come in separate calls, {first} then {second}, "
+    "but the call after the first is for another timestep or has other shapes. " + INSTEAD
+)
+MSG_PREDICTIONS = (
+    "The denoiser's batch of {rows} is {ratio} times the {latents} latents that {scheduler} steps, but {expected}. "
+    "Tiles of the latents, and guidance by more than two predictions (several prompts composed, edits, perturbed "
+    "attention), cannot be gated. " + INSTEAD
+)
+MSG_ORDER_AND_ANCHOR = (
+    "This pipeline's batch has the prompt's half first, which is known only after the first step, and anchor_weight "
+    "depends on it. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
+)
+MSG_NO_STEP = (
+    "The denoiser's batch of {rows} may be the two halves of guidance or {rows} images, and this pipeline does not "
+    "call its scheduler's step(), which would tell. If this is a loop of your own, run it in "
+    "tgate_compile.generation(pipe, guidance=...). " + INSTEAD
+)
+
+MSG_GRADIENTS = (
+    "{name!r} of the denoiser's call requires gradients (guidance by a loss, as in posterior sampling or CLIP "
+    "guidance), which the optimized graphs do not compute. Detach it if no gradient is needed. " + INSTEAD
+)
+
+
+class Previewed(BaseException):
+    """Leaves a pipeline's call at its first denoiser call, and tells what that was.
+
+    It is no error, and no `except Exception` in a pipeline or its blocks may log or stop it.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> None:
+        super().__init__()
+        self.denoiser_args = args
+        self.denoiser_kwargs = kwargs
+        self.guided = guided
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a generation would run.
+
+    Attributes:
+        steps: each step, and what it does.
+        graphs: for each step the phase whose graph serves it, and the denoiser call that this is made for.
+        cache_bytes: the most that is kept from one timestep to the next.
+    """
+
+    steps: list[tuple[int, Phase]]
+    graphs: list[tuple[Phase, Call]]
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The latents of a denoiser call.
+
+    Attributes:
+        shape: theirs.
+        guided: whether the pipeline says that guidance is on.
+        served: whether they were taken for two halves.
+    """
+
+    shape: torch.Size
+    guided: bool
+    served: bool
+
+
+@dataclass(frozen=True)
+class _FirstCall:
+    """A timestep of a pipeline with a call for each half, after the first of the two."""
+
+    step: int
+    phase: Phase
+    arguments: dict[str, Any]
+    compiled: Runnable
+    outputs: dict[Half, list[torch.Tensor]]
+
+
+class Generation:
+    """The state of one generation of one denoiser, made when it begins and thrown away when it ends.
+
+    A pipeline's call may go over the timesteps several times (FreeInit; one image or ensemble member after the other).
+    Each such pass begins anew, with steps counted from 0 and without caches.
+
+    Args:
+        store: the variants of the denoiser.
+        forward: the denoiser's original forward.
+        schedule: from step to phase.
+        family: what is specific to the pipeline's class.
+        guided: called at each step: whether guidance is on.
+        scheduler: called at the first denoiser call, when the timesteps are set, and after it.
+        num_calls: called likewise: for how many of the timesteps this denoiser is called; None for all.
+        watch: look for changes of the denoiser at every call, not only at the first one.
+        loop: what the denoisers of the call have in common.
+        preview: raise `Previewed` at the first call.
+        guided_at: whether guidance will be on at a timestep, by its index; None where it stays as it begins.
+        before: the generation of the denoiser whose steps come before this one's, if there are two.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        forward: Callable[..., Any],
+        schedule: Schedule,
+        *,
+        family: Family,
+        guided: Callable[[], bool],
+        scheduler: Callable[[], Any],
+        num_calls: Callable[[], int | None],
+        watch: bool,
+        loop: Loop,
+        preview: bool = False,
+        guided_at: Callable[[int], bool] | None = None,
+        before: Generation | None = None,
+    ) -> None:
+        self._store = store
+        self._forward = forward
+        self.schedule = schedule
+        self._family = family
+        self._guided = guided
+        self.scheduler = scheduler
+        self._num_calls = num_calls
+        self._watch = watch
+        self._loop = loop
+        self._preview = preview
+        self._guided_at = guided_at
+        self._before = before
+        self._thread = threading.get_ident()
+        self._signature = inspect.signature(forward)
+        self._caches = Caches()
+        self._first_call: _FirstCall | None = None
+        self._was_guided = False
+        self._guidance_over = False
+        # What the first step of a pass shows about its batches, where the pipeline's own word is not enough:
+        self._undecided = False  # guidance is said to be on, but the batch is not two halves of the same latents
+        self._has_halves: bool | None = None  # the denoiser's batch is twice the scheduler's; None: not seen yet
+        self._batch = _Batch(torch.Size(), False, False)  # of the last call
+        self._sample: torch.Size | None = None  # the latents that the scheduler stepped last
+        self._first_latents: torch.Tensor | None = None  # of the pass, until the scheduler has stepped
+        self._predictions: torch.Tensor | None = None  # of the first guided step, likewise
+        self._shared: frozenset[int] | None = None  # the positions of tensors that look like halves, and are not
+        self._merged = False  # a cache of this pass is a mean of halves
+        self._finished = False
+        self.progress = Progress(steps_once=loop.knows_order)
+        self.steps: list[tuple[int, Phase]] = []  # of all passes, numbered through
+        self.calls_apart = 0  # calls from within callbacks
+        self.cache_bytes = 0  # the most that has been kept from one timestep to the next
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a pass; 0 before the first one."""
+        return 0 if self.progress.counter is None else self.progress.counter.num_steps
+
+    @property
+    def may_be_interrupted(self) -> bool:
+        """Whether another generation may run now: within a callback, which leaves this one alone."""
+        return self._loop.paused > 0 and threading.get_ident() == self._thread
+
+    def finish(self) -> None:
+        """Free the caches; `steps` goes on saying what ran. May be called again."""
+        if self._finished:
+            return
+        self._finished = True
+        self._caches.clear()
+        self._predictions = self._first_latents = self._first_call = None
+        if self.steps:
+            logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
+
+    def denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stand in for the denoiser's forward."""
+        if threading.get_ident() != self._thread:
+            raise ConcurrentGenerationError(MSG_CONCURRENT)
+        if self._preview and not self._loop.paused:
+            raise Previewed(args, kwargs, self._guided())
+        if self._loop.paused or self._loop.plain:
+            self.calls_apart += self._loop.paused > 0
+            return self._forward(*args, **kwargs)
+        try:
+            self._check_gradients(args, kwargs)
+            with torch.no_grad():
+                return self._denoise(args, kwargs)
+        except (UnsupportedModelError, CaptureError) as error:
+            self._loop.run_plain(error)
+        self._caches.clear()
+        return self._forward(*args, **kwargs)
+
+    def _check_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check that nobody differentiates through the denoiser, with respect to its inputs."""
+        if torch.is_grad_enabled():
+            for name, leaf in named_leaves(self._signature.bind(*args, **kwargs).arguments):
+                if torch.is_tensor(leaf) and leaf.requires_grad:
+                    raise UnsupportedModelError(MSG_GRADIENTS.format(name=name))
+
+    def _denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        guided = self._guided()
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        event = self.progress.event(self.scheduler(), arguments)
+        self._loop.current = self
+        if event == "new pass":
+            self._begin(arguments, guided)
+        else:
+            if event == "next" and self._has_halves is None:
+                self._check_unseen()
+            if self._watch:
+                self._store.refresh(begins=False)
+        call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments))
+        latents = latents_of(arguments)
+        before, self._batch = self._batch, _Batch(latents.shape, guided, guided)
+        if self._separate(guided):
+            if (event == "again") != (self._first_call is not None):
+                first, second = self._family.calls
+                raise UnsupportedModelError(MSG_NO_PAIR.format(first=first, second=second))
+            return self._in_two_calls(call, arguments)
+        if event == "again":
+            raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(self.scheduler()).__name__))
+        if self._has_halves is None:
+            self._first_latents = latents if guided or not self.progress.done else None
+            guided = guided and not self._undecided
+        elif latents.shape == before.shape:
+            guided = self._has_halves
+        else:
+            guided = self._is_guided_now(latents)
+        self._batch = dataclasses.replace(self._batch, served=guided)
+        return self._in_one_call(call, latents.shape, guided)
+
+    def _with_tensor_timestep(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with its timestep as a tensor, which one graph serves; a number would be a constant of a graph."""
+        given = arguments.get("timestep")
+        dtype = _dtype_of_number(given)
+        kind = type(self._store.denoiser)
+        is_own = getattr(self._forward, "__func__", None) is kind.forward
+        if dtype is None or not is_own or not kind.__module__.startswith(_TAKE_NUMBERS):
+            return args, kwargs
+        tensor = torch.tensor(given, dtype=dtype, device=latents_of(arguments).device)
+        if "timestep" in kwargs:
+            return args, {**kwargs, "timestep": tensor}
+        place = list(arguments).index("timestep")
+        return (*args[:place], tensor, *args[place + 1 :]), kwargs
+
+    def _is_guided_now(self, latents: torch.Tensor) -> bool:
+        """Whether a batch has both halves that is not of the size of the last one: guidance begins or ends here."""
+        assert self._sample is not None
+        ratio = _ratio(latents.shape, self._sample)
+        if ratio not in (1, 2):
+            raise UnsupportedModelError(self._wrong_batch(self._sample, "one or two predictions were expected"))
+        self._has_halves = ratio == 2
+        if self._has_halves and not are_halves(latents, same=self._family.only is None):
+            raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+        return self._has_halves
+
+    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> Plan:
+        """Make the variants for a generation that begins with this denoiser call, without running any."""
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        self.progress.event(self.scheduler(), arguments)
+        counter = self._begin(arguments, guided)
+        guided = guided and not self._undecided
+        call, batch = Call.of(args, kwargs), latents_of(arguments).shape[0]
+        sizes: dict[Kind, int] = {}
+        most = 0
+        graphs = []
+        steps = []
+        for step in range(counter.num_steps):
+            if self._guided_at is not None:
+                guided = self._guided_at(counter.warmup_calls + step * counter.calls_per_step)
+            phase = self.schedule.plan(counter.num_steps, guided=guided)[step]
+            steps.append((step, phase))
+            half = self._family.calls[0] if self._separate(guided) and phase.guided else None
+            inputs = self._kept(call, batch) if guided and not phase.guided and not self._separate(guided) else call
+            graphs.append((self._graph(phase, half), inputs))
+            emitted = self._store.emitted(*graphs[-1], self._forward)
+            for kind in phase.emit | phase.merge:
+                of_kind = [emission for emission in emitted if emission.site.kind == kind]
+                size = sum(e.nbytes for e in of_kind if half or e.merged == (kind in phase.merge))
+                sizes[kind] = 2 * size if half and kind in phase.emit else size
+            most = max(most, sum(sizes.values()))
+        return Plan(steps, graphs, most)
+
+    def check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        """Compare the last denoiser call's batch with what the scheduler steps: as many latents, or half as many.
+
+        Raises:
+            UnsupportedModelError: neither, or not what the pipeline says about guidance.
+        """
+        try:
+            self._check_step(prediction, sample)
+        except UnsupportedModelError as error:
+            self._loop.run_plain(error)
+
+    def _check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        batch = self._batch
+        if self._separate(batch.guided):
+            return
+        guided = batch.guided
+        latents, self._first_latents = self._first_latents, None
+        predictions, self._predictions = self._predictions, None
+        ratio = _ratio(batch.shape, sample.shape)
+        self._sample = sample.shape
+        if ratio == 2 and (guided or batch.served or not self._loop.knows_guidance):
+            if latents is not None:
+                self._learn_halves(latents, predictions, prediction)
+            elif not batch.served:
+                raise UnsupportedModelError(self._wrong_batch(sample.shape, "as many were expected"))
+        elif ratio == 1:
+            # The scale is given to the denoiser as a number, or there is no guidance at all.
+            if batch.served and (self._merged or latents is None):
+                raise UnsupportedModelError(self._wrong_batch(sample.shape, "two halves were expected"))
+            self._has_halves = False
+        else:
+            expected = "twice as many were expected" if guided else "as many were expected, since guidance is off"
+            raise UnsupportedModelError(self._wrong_batch(sample.shape, expected))
+
+    def _learn_halves(self, latents: torch.Tensor, predictions: torch.Tensor | None, prediction: torch.Tensor) -> None:
+        """After the first step of a pass whose batch turns out to be two halves."""
+        if not are_halves(latents, same=self._family.only is None):
+            raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+        self._has_halves = self._was_guided = True
+        if not self._loop.knows_order and predictions is not None and first_is_cond(predictions, prediction):
+            if self.schedule.anchor_weight != 0.5 and "cross" in self.schedule.kinds:
+                raise UnsupportedModelError(MSG_ORDER_AND_ANCHOR)
+            self._family = dataclasses.replace(self._family, order=("cond", "uncond"))
+        self._was_guided = True
+        if not self._batch.served:
+            self._caches.merge_halves(self.schedule.anchor_weight)
+
+    def _wrong_batch(self, sample: torch.Size, expected: str) -> str:
+        rows, latents = self._batch.shape[0], sample[0]
+        return MSG_PREDICTIONS.format(
+            rows=rows,
+            ratio=f"{rows / latents:g}",
+            latents=latents,
+            scheduler=type(self.scheduler()).__name__,
+            expected=expected,
+        )
+
+    def _check_unseen(self) -> None:
+        """After the first step of a loop that has not stepped its scheduler, so that only the latents can tell."""
+        latents, self._first_latents = self._first_latents, None
+        if self._loop.is_pipeline and latents is not None and self._batch.guided and not are_two_of_each(latents):
+            raise UnsupportedModelError(MSG_NO_STEP.format(rows=latents.shape[0]))
+
+    def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
+        """At the first denoiser call of a pass: count the steps, check the inputs, look at the denoiser."""
+        latents = latents_of(arguments)
+        if torch.is_autocast_enabled(latents.device.type):
+            raise UnsupportedCallError(MSG_AUTOCAST)
+        self._caches.clear()
+        self._first_call = self._has_halves = None
+        self._guidance_over = self._undecided = self._merged = self._was_guided = False
+        self._sample = None
+        counter = self.progress.begin(self._num_calls())
+        if guided and not self._family.calls and not are_halves(latents, same=self._family.only is None):
+            if not (self._loop.is_pipeline and self._loop.observable):
+                raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
+            self._undecided = True
+        if self._before is not None:
+            self._before.finish()  # so that the caches of both are never there at a time
+        self._store.refresh()
+        return counter
+
+    def _separate(self, guided: bool) -> bool:
+        return guided and bool(self._family.calls)
+
+    def _in_one_call(self, call: Call, latents: torch.Size, guided: bool) -> Any:
+        """A timestep of a pipeline that has guidance off, or both halves in one call, with `latents` of this shape."""
+        step, phase = self._next_step(guided)
+        if guided and not phase.guided:
+            call = self._kept(call, latents[0])
+        compiled, outputs = self._run(step, phase, call, None)
+        self._loop.gated = self._loop.gated or (guided and not phase.guided)
+        self._merged = self._merged or bool(phase.merge)
+        if self._first_latents is not None and not self._loop.knows_order:
+            self._predictions = outputs[0]
+        if phase.guided:
+            self._after_guided_step(outputs, latents)
+        elif guided:
+            # uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
+            # rescale is the identity: the pipeline's own arithmetic stays as it is.
+            outputs = [torch.cat([output, output]) for output in outputs]
+        self._end_timestep()
+        return compiled.unflatten(outputs)
+
+    def _in_two_calls(self, call: Call, arguments: dict[str, Any]) -> Any:
+        """One of the two calls of a timestep of a pipeline that evaluates the guidance halves one by one.
+
+        Once guidance has stopped, the first call computes, and the second is handed what the first has computed.
+        """
+        first, second = self._family.calls
+        if self._first_call is None:
+            step, phase = self._next_step(True)
+            compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
+            self._loop.gated = self._loop.gated or not phase.guided
+            # A copy, since the pipeline may combine the two in place.
+            halves = {first: outputs} if phase.guided else {first: outputs, second: [o.clone() for o in outputs]}
+            self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
+            return compiled.unflatten(halves[first])
+        made, self._first_call = self._first_call, None
+        _check_pair(made.arguments, arguments, self._family.calls, values=self.progress.done == 0)
+        halves = dict(made.outputs)
+        if made.phase.guided:
+            compiled, halves[second] = self._run(made.step, made.phase, call, second)
+            for emission in compiled.emitted:
+                if emission.site.kind in made.phase.merge:
+                    self._caches.merge((emission.site.kind, emission.site.name), self.schedule.anchor_weight)
+            both = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
+            self._after_guided_step(both, latents_of(arguments).shape)
+        self._end_timestep()
+        return made.compiled.unflatten(halves[second])
+
+    def _next_step(self, guided: bool) -> tuple[int, Phase]:
+        """The step, and what it does; `guided` is what the pipeline says now, since a callback may change it."""
+        assert self.progress.counter is not None
+        step = self.progress.step()
+        plan = self.schedule.plan(self.progress.counter.num_steps, guided=guided and not self._guidance_over)
+        phase = plan[step]
+        if guided and not phase.guided and not self._was_guided:
+            raise UnsupportedCallError(MSG_NEVER_GUIDED.format(step=step, schedule=self.schedule))
+        self._was_guided |= guided
+        for kind in phase.reuse:
+            # A callback that switches guidance off keeps the prompt's half, as diffusers' own do.
+            keep = self.schedule.kept if guided else "cond"
+            self._caches.fit(kind, guided=phase.guided, keep=keep, order=self._family.order)
+        return step, phase
+
+    def _end_timestep(self) -> None:
+        self.progress.done += 1
+        self.cache_bytes = max(self.cache_bytes, self._caches.nbytes)
+
+    def _graph(self, phase: Phase, half: Half | None) -> Phase:
+        """The phase whose graph serves `phase`, or the call of one `half` in it."""
+        if half is not None:
+            phase = Phase(False, emit=phase.emit | phase.merge, reuse=phase.reuse)
+        return self.schedule.graph(phase)
+
+    def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
+        """Run the variant of `phase` for one half, or (None) for both or without guidance; keep what it emits."""
+        caches = self._caches.values(half)
+        compiled = self._store.get(self._graph(phase, half), call, caches, self._forward)
+        outputs, emitted = compiled.run(call, caches)
+        for emission, value in zip(compiled.emitted, emitted, strict=True):
+            kind = emission.site.kind
+            wanted = phase.merge if emission.merged else phase.emit
+            if kind in (wanted if half is None else phase.emit | phase.merge):
+                self._caches.put((kind, emission.site.name), value, _layout(phase, emission, half), half)
+        self.steps.append((self.progress.steps_before + step, phase))
+        self._loop.gated = self._loop.gated or bool(phase.reuse)
+        return compiled, outputs
+
+    def _after_guided_step(self, predictions: list[torch.Tensor], latents: torch.Size) -> None:
+        """See from the `predictions` of both halves whether guidance has done its work."""
+        threshold = self.schedule.guidance_similarity
+        if threshold is not None:
+            self._guidance_over = similarity(predictions[0], channels=latents[1]) >= threshold
+
+    def _kept(self, call: Call, batch: int) -> Call:
+        kept = self.schedule.kept
+        uncertain = uncertain_rows(call, batch)
+        if uncertain and self._shared is None:
+            self._shared = shared_rows(call, batch, kept, self._family, uncertain, self._forward)
+        return one_half(call, batch, kept, self._family, self._shared or frozenset())
+
+
+#: Denoisers that make a tensor of a number, as `_with_tensor_timestep` does; others may compute with the number itself.
+_TAKE_NUMBERS = "diffusers.models.unets."
+
+
+def _dtype_of_number(timestep: object) -> torch.dtype | None:
+    """The dtype that diffusers' UNets give a timestep that is a number; None if it is none."""
+    if isinstance(timestep, float):
+        return torch.float64
+    return torch.int64 if isinstance(timestep, (int, np.integer)) and not isinstance(timestep, bool) else None
+
+
+def _layout(phase: Phase, emission: Emission, half: Half | None) -> Layout:
+    if half is not None:
+        return "separate"
+    return "both" if phase.guided and not emission.merged else "one"
+
+
+def _ratio(batch: torch.Size, sample: torch.Size) -> float:
+    """How many latents the denoiser sees, of shape `batch`, for each that the scheduler steps, of shape `sample`."""
+    ratio = batch[0] / max(sample[0], 1)
+    if ratio not in (1, 2) and len(batch) != len(sample):  # a video whose frames are steps of their own
+        return batch.numel() / max(sample.numel(), 1)
+    return ratio
+
+
+def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:
+    """What ran, one character a step."""
+    return "".join({step: phase.character for step, phase in steps}.values())
+
+
+def _check_pair(first: dict[str, Any], second: dict[str, Any], calls: Sequence[Half], *, values: bool) -> None:
+    """Check that two calls are the halves of one timestep; `values`: not only by their shapes."""
+    same = latents_of(first).shape == latents_of(second).shape
+    if same and values and timestep_of(first) is not None:
+        same = torch.equal(torch.as_tensor(timestep_of(first)), torch.as_tensor(timestep_of(second)))
+    if not same:
+        raise UnsupportedModelError(MSG_NO_PAIR.format(first=calls[0], second=calls[1]))

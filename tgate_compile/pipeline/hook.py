@@ -1,0 +1,192 @@
+"""The hook on a denoiser, which hands its calls to the generation in progress."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, SupportsIndex
+from weakref import WeakValueDictionary
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+
+from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError
+from tgate_compile.engine.config import Config
+from tgate_compile.engine.traffic import give_way, running
+from tgate_compile.engine.variants import Store, VariantStore
+from tgate_compile.engine.weights import HOOK_NAME, after_offload_hook
+from tgate_compile.pipeline.generation import MSG_CONCURRENT, Generation
+
+logger = logging.getLogger(__name__)
+
+MSG_NO_COPY = (
+    "An optimized pipeline or denoiser cannot be copied or pickled. Call tgate_compile.restore(pipe) first; "
+    "save_pretrained() works as it is."
+)
+
+
+class DenoiserHook(ModelHook):  # type: ignore[misc]
+    """Hands the denoiser's calls to the generation in progress; without one, the denoiser runs as it is.
+
+    Several pipelines may share the denoiser, and with it this hook. One generation runs at a time.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        # The denoiser's own forward: under our hook, and under accelerate's offload hook if there is one already.
+        self.own_forward: Callable[..., Any] = (
+            denoiser._old_forward if hasattr(denoiser, "_hf_hook") else denoiser.forward  # type: ignore[assignment]
+        )
+        self._had_registry = hasattr(denoiser, "_diffusers_hook")
+        self._had_forward = "forward" in vars(denoiser)
+        self._was_offloaded = hasattr(denoiser, "_hf_hook")
+        self._stores: WeakValueDictionary[Hashable, VariantStore] = WeakValueDictionary()
+        self._pipelines = 0
+        self._active: Generation | None = None
+        self._lock = threading.Lock()
+        self._calls_outside = 0
+
+    def attach(self) -> None:
+        """Put this hook on the denoiser for one more pipeline."""
+        if not self._pipelines:
+            HookRegistry.check_if_exists_or_initialize(self.denoiser).register_hook(self, HOOK_NAME)
+        self._pipelines += 1
+
+    def detach(self) -> None:
+        """Take it off again after the last pipeline; hooks that others have put on since then stay."""
+        self._pipelines -= 1
+        if self._pipelines:
+            return
+        registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
+        registry.remove_hook(HOOK_NAME, recurse=False)
+        # The registry restores `forward` as an attribute of the instance, and stays behind itself. Hooks that others
+        # have put on since then need both.
+        if self._was_offloaded and not hasattr(self.denoiser, "_hf_hook"):
+            # The offload hook has been taken off meanwhile; the registry remembers its `forward`, which is dead.
+            vars(self.denoiser)["forward"] = self.own_forward
+        elif not registry.hooks and not self._was_offloaded:
+            if self._had_forward:
+                vars(self.denoiser)["forward"] = self.own_forward
+            else:
+                vars(self.denoiser).pop("forward", None)
+        if not self._had_registry and not registry.hooks:
+            del self.denoiser._diffusers_hook
+
+    def store_for(self, config: Config) -> VariantStore:
+        """The graphs for `config`, shared with other pipelines that want the same."""
+        key = VariantStore.key_of(config)
+        store = self._stores.get(key)
+        if store is None:
+            store = self._stores[key] = VariantStore(self.denoiser, config)
+        return store
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        generation = self._active
+        if generation is None:
+            self._note_call_outside()
+            with running():
+                return self.fn_ref.original_forward(*args, **kwargs)
+        args, kwargs = after_offload_hook(module, args, kwargs)
+        give_way()
+        with running():
+            return generation.denoise(args, kwargs)
+
+    def _note_call_outside(self) -> None:
+        """A loop of one's own that forgets `generation()` would run in full for ever, without a word."""
+        self._calls_outside += not torch.is_grad_enabled()
+        if self._calls_outside == 2:
+            logger.warning(
+                "%s has been called outside of its pipeline's call, where nothing is gated. Run a denoising loop of "
+                "your own in `with tgate_compile.generation(pipe, guidance=...)`.",
+                type(self.denoiser).__name__,
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHook:
+        # A hooked module's `forward` is bound to the original: a copy would silently run the original's weights.
+        raise ConfigurationError(MSG_NO_COPY)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        raise ConfigurationError(MSG_NO_COPY)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a generation is running."""
+        return self._lock.locked()
+
+    @contextmanager
+    def generation(self, generation: Generation) -> Iterator[None]:
+        """Hand the denoiser's calls to `generation` inside the context, however it is left."""
+        around = self._active
+        if around is not None and around.may_be_interrupted and generation.scheduler() is not around.scheduler():
+            try:
+                self._active = generation
+                yield
+            finally:
+                self._active = around
+                generation.finish()
+            return
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentGenerationError(MSG_CONCURRENT)
+        try:
+            self._active = generation
+            yield
+        finally:
+            self._active = None
+            generation.finish()
+            self._lock.release()
+
+
+class GatedDenoiser:
+    """A denoiser as one pipeline uses it: what was asked for, its graphs, and what ran last."""
+
+    def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
+        self._hook = hook_of(denoiser) or DenoiserHook(denoiser)
+        self.denoiser = denoiser
+        self.config = config
+        self.store: Store = self._hook.store_for(config)
+        self.last: Generation | None = None
+
+    @property
+    def own_forward(self) -> Callable[..., Any]:
+        """The denoiser's forward without our hook."""
+        return self._hook.own_forward
+
+    @property
+    def busy(self) -> bool:
+        """Whether a generation is running, of this pipeline or of another one with this denoiser."""
+        return self._hook.busy
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether calls of the denoiser go through the hook."""
+        forward = vars(self.denoiser).get("forward")
+        by_registry = isinstance(forward, functools.partial) and forward.func.__name__ == "new_forward"
+        return by_registry and hook_of(self.denoiser) is self._hook
+
+    def attach(self) -> None:
+        """Put the hook on the denoiser, if it is not there yet."""
+        self._hook.attach()
+
+    def detach(self) -> None:
+        """Take it off, if no other pipeline needs it."""
+        self._hook.detach()
+
+    @contextmanager
+    def generation(self, generation: Generation) -> Iterator[None]:
+        """Hand the denoiser's calls to `generation` inside the context, however it is left."""
+        with self._hook.generation(generation):
+            try:
+                yield
+            finally:
+                self.last = generation
+
+
+def hook_of(denoiser: torch.nn.Module) -> DenoiserHook | None:
+    """Our hook on `denoiser`; None if it has none."""
+    registry = getattr(denoiser, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook(HOOK_NAME)
+    return hook if isinstance(hook, DenoiserHook) else None

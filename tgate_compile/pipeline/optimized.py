@@ -1,0 +1,521 @@
+"""What `optimize` leaves on a pipeline: a hook on each denoiser, and a call that is one generation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
+from tgate_compile.engine.config import Config
+from tgate_compile.engine.families import Family, family_of, is_listed
+from tgate_compile.engine.purity import is_trusted
+from tgate_compile.engine.traffic import exclusive, running
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.pipeline.generation import Generation, Plan, Previewed
+from tgate_compile.pipeline.hook import MSG_NO_COPY, GatedDenoiser, hook_of
+from tgate_compile.pipeline.loop import FUNCTIONS, Loop, OnUnsupported, StartOver, is_callback, rewindable
+from tgate_compile.pipeline.modular import Guidance, family_of_pipeline, has_own_blocks, is_modular
+from tgate_compile.pipeline.scheduler_watch import observed
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_tgate_compile"
+
+#: A gate step as users give it: for a pipeline with two denoisers it may be a pair, one for each.
+GateStep = int | float | tuple[int | float, int | float]
+
+MSG_NOT_OPTIMIZED = "This {pipeline} is not optimized. Call tgate_compile.optimize(pipe, gate_step=10) first."
+MSG_BYPASSED = (
+    "The {name} of this {pipeline} ran without tgate_compile: its hook has been taken off since the pipeline was "
+    "optimized, as pipe.remove_all_hooks() and enable_model_cpu_offload() do. "
+    "Call tgate_compile.restore(pipe), then optimize(pipe, ...) again."
+)
+MSG_OTHER_FORWARD = (
+    "The {name} of this {pipeline} ran without tgate_compile: its forward has been replaced since the pipeline was "
+    "optimized, and does not call the one that was there. Undo that, or call tgate_compile.restore(pipe) before it."
+)
+MSG_NOT_CALLED = (
+    "The {name} of this {pipeline} was not called: the pipeline runs parts of it by itself, or another model, so that "
+    "there is nothing to gate. Call tgate_compile.restore(pipe) to run it as it is, or name what denoises: "
+    'optimize(pipe, denoiser="...").'
+)
+MSG_CALLED_APART = (
+    "Nothing was gated in this call of {pipeline}: its denoiser was called from within a function among the call's "
+    "arguments only, and those are taken for callbacks. If that function is the loop, run it in "
+    "tgate_compile.generation(pipe, guidance=...)."
+)
+MSG_NO_GATE = (
+    "This call asks for gate_step={gate}, but the pipeline was optimized without a gate. "
+    "Call restore(pipe), then optimize(pipe, gate_step=...)."
+)
+MSG_REPLACED = (
+    "The {name} of this {pipeline} has been replaced since it was optimized. "
+    "Call tgate_compile.restore(pipe), then optimize(pipe, ...) again."
+)
+MSG_COMPILED_SINCE = (
+    "The {name} of this {pipeline} has been compiled with torch.compile since it was optimized, which would compile "
+    "tgate_compile's hook instead of its graphs. Undo that (pipe.{name}._compiled_call_impl = None): the optimized "
+    "denoiser runs compiled graphs of its own."
+)
+MSG_PAIR = (
+    "gate_step={given}: several gate steps are for a pipeline with as many denoisers, and this one has {names}. "
+    "Give one number, or one for each."
+)
+
+
+class Optimized:
+    """What `optimize` knows of a pipeline: its gated denoisers, by the component's name.
+
+    Args:
+        pipe: the pipeline.
+        configs: what was asked for, for each denoiser.
+        on_unsupported: what to do with calls that cannot be gated.
+        plain_because: why no call can be gated; None if calls can.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        configs: Mapping[str, Config],
+        *,
+        on_unsupported: OnUnsupported = "error",
+        plain_because: Exception | None = None,
+    ) -> None:
+        self.pipeline_class = type(pipe)
+        self.family = family_of_pipeline(pipe)
+        self.hooks = {name: GatedDenoiser(getattr(pipe, name), config) for name, config in configs.items()}
+        self.on_unsupported = on_unsupported
+        self.plain_because = plain_because
+        self.previewing = False
+        self.last_plain: Exception | None = plain_because  # why the last call ran in full, if it could not be gated
+        self._said: set[str] = set()
+
+    def say_once(self, message: str, *, about: str) -> None:
+        """Log a warning, unless there was one `about` this already."""
+        if about not in self._said:
+            self._said.add(about)
+            logger.warning("%s", message)
+
+    def report_plain(self, cause: Exception) -> None:
+        """Say, once per cause, that a call runs without tgate_compile."""
+        self.last_plain = cause
+        name = self.pipeline_class.__name__
+        self.say_once(
+            f"This call of {name} runs in full, since it cannot be gated. {cause}",
+            about=type(cause).__name__ + str(cause),
+        )
+
+    @property
+    def hook(self) -> GatedDenoiser:
+        """That of the first denoiser, which most pipelines have alone."""
+        return next(iter(self.hooks.values()))
+
+    def attach(self, pipe: DiffusionPipeline) -> None:
+        """Put the hooks on, and let `pipe`'s call be a generation."""
+        for hook in self.hooks.values():
+            hook.attach()
+        setattr(pipe, _ATTRIBUTE, self)
+        pipe.__class__ = _gated_class(self.pipeline_class)  # type: ignore[arg-type]
+
+    def detach(self, pipe: DiffusionPipeline) -> None:
+        """Undo `attach`."""
+        pipe.__class__ = self.pipeline_class
+        delattr(pipe, _ATTRIBUTE)
+        for hook in self.hooks.values():
+            hook.detach()
+
+
+def state_of(pipe: object) -> Optimized | None:
+    """What `optimize` left on `pipe`; None if it is not optimized."""
+    state = vars(pipe).get(_ATTRIBUTE) if hasattr(pipe, "__dict__") else None
+    return state if isinstance(state, Optimized) else None
+
+
+def required_state_of(pipe: object) -> Optimized:
+    """What `optimize` left on `pipe`, which must be optimized."""
+    state = state_of(pipe)
+    if state is None:
+        raise ConfigurationError(MSG_NOT_OPTIMIZED.format(pipeline=type(pipe).__name__))
+    return state
+
+
+class OwnLoop:
+    """A denoising loop of your own, as `generation` yields it."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context inside which the denoiser runs as if never optimized, and its calls are not part of the loop."""
+        return self._loop.pause()
+
+
+@contextmanager
+def generation(
+    pipe: DiffusionPipeline,
+    *,
+    guidance: bool,
+    gate_step: GateStep | None = None,
+    num_timesteps: int | None = None,
+) -> Iterator[OwnLoop]:
+    """Run one generation of your own denoising loop through the optimized denoiser.
+
+    The pipeline's call does this itself. Set the scheduler's timesteps before the first denoiser call, and make the
+    calls in the order of the timesteps, as the pipeline does: with the batch [uncond; cond] if guidance is on, or with
+    a call for each half where the pipeline makes two. Calls that are not part of the loop, such as those for a preview,
+    go inside `paused()` of what the context yields:
+
+        with tgate_compile.generation(pipe, guidance=True) as loop:
+            for timestep in pipe.scheduler.timesteps:
+                ...
+                with loop.paused():
+                    preview = pipe.unet(latents, timestep, encoder_hidden_states=text).sample
+
+    Args:
+        pipe: an optimized pipeline; its scheduler is the loop's.
+        guidance: whether the denoiser gets both halves.
+        gate_step: instead of the one given to `optimize`.
+        num_timesteps: how many of the scheduler's timesteps the loop visits, if not all.
+
+    Raises:
+        ConfigurationError: the pipeline is not optimized, or `gate_step` is wrong.
+        ConcurrentGenerationError: another generation is running on this denoiser.
+    """
+    state = required_state_of(pipe)
+    state.last_plain = None
+    loop = Loop(on_unsupported=state.on_unsupported, report=state.report_plain)
+    facts = _Facts(lambda name: guidance, lambda: num_timesteps, watch=True)
+    with _generation(state, pipe, gate_step, lambda: facts, loop):
+        yield OwnLoop(loop)
+
+
+@exclusive()  # another thread's call may use the same graphs
+def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]:
+    """What `pipe(**call)` would run, by denoiser: its first denoiser call is the last thing that really happens.
+
+    Prompts are encoded and latents made, graphs are captured and rewritten, but nothing is compiled or denoised. There
+    are no plans for a call that cannot be gated and runs in full (`state.last_plain` has the reason).
+    """
+    state = required_state_of(pipe)
+    state.previewing = True
+    try:
+        pipe(**call)
+    except Previewed as first:
+        args, kwargs = first.denoiser_args, first.denoiser_kwargs
+        generations = {name: hook.last for name, hook in state.hooks.items()}
+        plans: dict[str, Plan] = {}
+        try:
+            if state.last_plain is None:
+                plans = {name: g.plan(args, kwargs, first.guided) for name, g in generations.items() if g is not None}
+        except (UnsupportedModelError, CaptureError) as cause:
+            if state.on_unsupported == "error":
+                raise
+            state.report_plain(cause)
+        if isinstance(pipe, DiffusionPipeline):
+            pipe.maybe_free_model_hooks()  # as the call itself would have done at its end
+        return plans
+    finally:
+        state.previewing = False
+    raise ConfigurationError(_bypassed(state))
+
+
+def split_gate_step(gate_step: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The gate step of each denoiser.
+
+    Raises:
+        ConfigurationError: there are several, and not as many denoisers.
+    """
+    if not isinstance(gate_step, tuple):
+        return dict.fromkeys(names, gate_step)
+    if len(gate_step) != len(names) or len(names) == 1:
+        raise ConfigurationError(MSG_PAIR.format(given=gate_step, names=", ".join(names)))
+    return dict(zip(names, gate_step, strict=True))
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a pipeline's call, or the user for a loop of their own, says about the generation.
+
+    Attributes:
+        guided: whether guidance is on for the denoiser of this name, at the present call.
+        num_timesteps: how many of the scheduler's timesteps the loop visits; None for all.
+        watch: look for changes of the denoiser at every call.
+        guided_at: whether guidance will be on for a denoiser at a timestep; None where it stays as it begins.
+    """
+
+    guided: Callable[[str], bool]
+    num_timesteps: Callable[[], int | None]
+    watch: bool
+    guided_at: Callable[[str, int], bool] | None = None
+
+
+@contextmanager
+def _generation(
+    state: Optimized, pipe: DiffusionPipeline, gate_step: GateStep | None, facts: Callable[[], _Facts], loop: Loop
+) -> Iterator[None]:
+    gates = split_gate_step(gate_step, tuple(state.hooks))
+    schedules = {name: _schedule(hook.config.schedule, gates[name]) for name, hook in state.hooks.items()}
+    pipeline = state.pipeline_class.__name__
+    begun: Generation | None = None
+    with ExitStack() as stack:
+        for name, hook in state.hooks.items():
+            if getattr(pipe, name) is not hook.denoiser:
+                raise ConfigurationError(MSG_REPLACED.format(name=name, pipeline=pipeline))
+            if hook.denoiser._compiled_call_impl is not None:
+                raise ConfigurationError(MSG_COMPILED_SINCE.format(name=name, pipeline=pipeline))
+        known = _NO_FACTS
+        try:
+            if state.plain_because is not None:
+                raise state.plain_because
+            if not loop.plain:
+                known = facts()
+        except UnsupportedModelError as cause:
+            loop.run_plain(cause)
+        for name, hook in state.hooks.items():
+            begun = Generation(
+                hook.store,
+                hook.own_forward,
+                schedules[name],
+                family=hook.config.family,
+                guided=functools.partial(known.guided, name),
+                scheduler=lambda: pipe.scheduler,
+                num_calls=functools.partial(_num_calls, pipe, state.family, name, known.num_timesteps),
+                watch=known.watch,
+                loop=loop,
+                preview=state.previewing,
+                guided_at=None if known.guided_at is None else functools.partial(known.guided_at, name),
+                before=begun,
+            )
+            loop.generations.append(begun)
+            stack.enter_context(hook.generation(begun))
+        loop.observable = stack.enter_context(observed(getattr(pipe, "scheduler", None), loop))
+        yield
+
+
+_NO_FACTS = _Facts(lambda name: False, lambda: None, watch=False)
+
+
+def _schedule(given: Schedule, gate_step: int | float | None) -> Schedule:
+    """The schedule of one call, which may have a gate step of its own."""
+    if gate_step is None:
+        return given
+    if given.gate_step is None:
+        raise ConfigurationError(MSG_NO_GATE.format(gate=gate_step))
+    return dataclasses.replace(given, gate_step=gate_step)
+
+
+def _num_calls(
+    pipe: DiffusionPipeline, family: Family, name: str, num_timesteps: Callable[[], int | None]
+) -> int | None:
+    """For how many timesteps the denoiser called `name` runs; None for all of the scheduler's."""
+    boundary = boundary_of(pipe, family)
+    if boundary is None:
+        return num_timesteps()
+    below = int((pipe.scheduler.timesteps < boundary).sum())
+    return below if name == family.second else len(pipe.scheduler.timesteps) - below
+
+
+def boundary_of(pipe: DiffusionPipeline, family: Family) -> float | None:
+    """The timestep below which the second denoiser takes over; None if there is none."""
+    ratio = pipe.config.get(family.boundary) if family.second is not None else None
+    return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
+
+
+@functools.cache
+def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A subclass with the same name, whose call is one generation. Only optimized objects get it."""
+    original = pipeline_class.__call__
+    signature = inspect.signature(original)
+    parameters = list(signature.parameters.values())
+    own = inspect.Parameter("gate_step", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="GateStep | None")
+    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+
+    @functools.wraps(original)
+    def call(self: DiffusionPipeline, *args: Any, gate_step: GateStep | None = None, **kwargs: Any) -> Any:
+        state = required_state_of(self)
+        bound = signature.bind(self, *args, **kwargs)
+        given = {**bound.arguments, **kwargs}  # in which further keyword arguments have their own names
+        bound.apply_defaults()
+        arguments = {**bound.arguments, **kwargs}
+        denoisers = [hook.denoiser for hook in state.hooks.values()]
+        scheduler = getattr(self, "scheduler", None)
+        with rewindable(given, denoisers, scheduler, keep=state.on_unsupported == "plain") as rewind:
+            try:
+                return _run(state, self, gate_step, arguments, original, args, kwargs)
+            except StartOver as found:
+                cause = found.cause
+                if not rewind():
+                    raise cause from None
+        return _run(state, self, gate_step, arguments, original, args, kwargs, plain_because=cause)
+
+    def refuse_copies(self: DiffusionPipeline, protocol: Any) -> Any:
+        raise ConfigurationError(MSG_NO_COPY)
+
+    call.__signature__ = signature.replace(parameters=[*parameters[:at], own, *parameters[at:]])  # type: ignore[attr-defined]
+    namespace = {
+        "__call__": call,
+        "__reduce_ex__": refuse_copies,
+        "__module__": pipeline_class.__module__,
+        "__doc__": pipeline_class.__doc__,
+    }
+    gated = type(pipeline_class.__name__, (pipeline_class,), namespace)
+    gated.__qualname__ = pipeline_class.__qualname__
+    return gated
+
+
+def _run(
+    state: Optimized,
+    pipe: DiffusionPipeline,
+    gate_step: GateStep | None,
+    arguments: Mapping[str, Any],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plain_because: Exception | None = None,
+) -> Any:
+    """Run the pipeline's own `call` as one generation; `arguments` are all of its arguments by name."""
+    state.last_plain = None
+    loop = Loop(
+        on_unsupported=state.on_unsupported,
+        can_start_over=True,
+        report=state.report_plain,
+        is_pipeline=True,
+        says_guidance=says_guidance(pipe, arguments),
+        knows_order=_knows_order(state.pipeline_class),
+    )
+    if plain_because is not None:
+        loop.run_plain(plain_because)
+    loop.on_new_timesteps = functools.partial(_note_new_loop, pipe)
+    _note_new_loop(pipe)
+    names = [*inspect.signature(call).parameters][1:]
+    with running(), _generation(state, pipe, gate_step, lambda: _facts_of_call(state, pipe, arguments), loop):
+        in_order = [loop.outside(name, value) for name, value in zip_longest(names[: len(args)], args, fillvalue="")]
+        by_name = {name: loop.outside(name, value) for name, value in kwargs.items()}
+        result = call(pipe, *in_order, **by_name)
+    _check_what_ran(state, pipe, loop)
+    return result
+
+
+def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop) -> None:
+    """After a call: whether the denoiser went through our hook at all, and whether the gate had a step to act on."""
+    ran = [hook.last for hook in state.hooks.values() if hook.last is not None and hook.last.steps]
+    if loop.plain or loop.gated:
+        return
+    if not ran:
+        # Without a step of the scheduler there was nothing to do: an image-to-image call of no steps, say.
+        if any(hook.last is not None and hook.last.calls_apart for hook in state.hooks.values()):
+            state.say_once(MSG_CALLED_APART.format(pipeline=state.pipeline_class.__name__), about="apart")
+            return
+        if (loop.stepped or not loop.observable) and not getattr(pipe, "_interrupt", False):
+            raise ConfigurationError(_bypassed(state))
+        return
+    gates = [g.schedule.gate_step for g in ran if g.schedule.gate_step is not None]
+    steps = max(generation.num_steps for generation in ran)
+    if gates and not getattr(pipe, "_interrupt", False):
+        acting = (
+            f"A gate_step of at most {steps - 1} acts here" if steps > 1 else "A single step leaves nothing to gate"
+        )
+        state.say_once(
+            f"The gate did not act in this call of {state.pipeline_class.__name__}: it ran {steps} steps, and "
+            f"gate_step is {max(gates)}. {acting}; a fraction such as gate_step=0.4 follows the number of steps.",
+            about="gate",
+        )
+
+
+def _facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> _Facts:
+    """What a pipeline's call with these arguments says about the generation."""
+    if is_modular(pipe):
+        guidance = Guidance(pipe, tuple(state.hooks))
+        return _Facts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
+    guided = guidance_of(pipe, arguments)
+    return _Facts(lambda name: guided(), lambda: _num_timesteps(pipe), _may_change(state, pipe, arguments))
+
+
+def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
+    """Whether code that is not diffusers' runs during the loop, and may change the denoiser in the middle of it.
+
+    Such as callbacks, hooks on the denoiser, a pipeline or scheduler of the user's own. To look at the denoiser in each
+    step takes milliseconds, which other calls are spared.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    classes = (*state.pipeline_class.__mro__, *type(scheduler).__mro__)
+    hooks = [(*hook.denoiser._forward_hooks, *hook.denoiser._forward_pre_hooks) for hook in state.hooks.values()]
+    replaced = [value for owner in (pipe, scheduler) for value in getattr(owner, "__dict__", {}).values()]
+    return (
+        any(hooks)
+        or any(is_callback(name, value) or (callable(value) and value is not pipe) for name, value in arguments.items())
+        or any(isinstance(value, FUNCTIONS) for value in replaced)
+        or any(not is_trusted(kind.__module__) and kind.__module__ not in _OF_BASES for kind in classes)
+    )
+
+
+#: Where base classes of diffusers' pipelines and schedulers come from.
+_OF_BASES = ("builtins", "huggingface_hub.hub_mixin", "enum", "abc", "collections", "typing")
+
+
+class _Earlier(int):
+    """A pipeline's number of timesteps that it has set for an earlier loop."""
+
+
+def _num_timesteps(pipe: DiffusionPipeline) -> int | None:
+    """How many of the scheduler's timesteps the present loop of the pipeline visits, if it says so."""
+    given = getattr(pipe, "_num_timesteps", None)
+    return None if isinstance(given, _Earlier) else given
+
+
+def _note_new_loop(pipe: DiffusionPipeline) -> None:
+    """From now on, what the pipeline has said about its timesteps is about an earlier loop."""
+    given = vars(pipe).get("_num_timesteps") if hasattr(pipe, "__dict__") else None
+    if type(given) is int:
+        vars(pipe)["_num_timesteps"] = _Earlier(given)
+
+
+def _bypassed(state: Optimized) -> str:
+    if all(hook.is_attached for hook in state.hooks.values()):
+        message = MSG_NOT_CALLED
+    else:
+        hooked = all(hook_of(hook.denoiser) is not None for hook in state.hooks.values())
+        message = MSG_OTHER_FORWARD if hooked else MSG_BYPASSED
+    return message.format(name=" and ".join(state.hooks), pipeline=state.pipeline_class.__name__)
+
+
+def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:
+    """Whether guidance is on, now: the pipeline's own word if it has one, which a callback may change in mid-loop."""
+    if family_of(type(pipe)).unguided:
+        return lambda: False
+    scale = arguments.get("guidance_scale")
+
+    def by_scale() -> bool:
+        return scale is not None and scale > 1.0
+
+    def by_property() -> bool:
+        try:
+            return bool(pipe.do_classifier_free_guidance)
+        except AttributeError:  # a subclass has a loop of its own, which does not set what the property reads
+            return by_scale()
+
+    return by_property if hasattr(type(pipe), "do_classifier_free_guidance") else by_scale
+
+
+def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
+    """Whether there is such a word of the pipeline's."""
+    return (
+        family_of(type(pipe)).unguided
+        or hasattr(type(pipe), "do_classifier_free_guidance")
+        or arguments.get("guidance_scale") is not None
+    )
+
+
+def _knows_order(pipeline_class: type) -> bool:
+    """Whether the pipeline's call is code of diffusers' whose batches are known to begin with the family's half."""
+    author = next((base for base in pipeline_class.__mro__ if "__call__" in vars(base)), pipeline_class)
+    return author.__module__.partition(".")[0] == "diffusers" and is_listed(pipeline_class)

@@ -1,0 +1,285 @@
+"""Where a generation is: its steps, and its passes over the timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedModelError
+from tgate_compile.engine.halves import timestep_of
+
+MSG_NO_TIMESTEPS = (
+    "The scheduler {scheduler} has no timesteps yet, so steps cannot be counted. Call its set_timesteps() before the "
+    "first denoiser call of the generation."
+)
+
+
+@dataclass(frozen=True)
+class StepCounter:
+    """Which step a denoiser call belongs to. A Heun step makes two calls, PNDM's warm-up call is no step.
+
+    Attributes:
+        warmup_calls: calls at the start that belong to step 0 and are no steps of their own.
+        calls_per_step: the scheduler's order.
+        num_calls: timesteps that the denoiser is called for.
+        num_steps: steps of the whole pass.
+    """
+
+    warmup_calls: int
+    calls_per_step: int
+    num_calls: int
+    num_steps: int
+
+    @classmethod
+    def of(cls, scheduler: Any, num_calls: int | None) -> StepCounter:
+        """Count for `scheduler`, whose timesteps are set.
+
+        Args:
+            scheduler: a diffusers scheduler.
+            num_calls: how many of its timesteps the loop visits (fewer than all for `strength < 1` or
+                `denoising_end`); None means all.
+        """
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None or len(timesteps) == 0:
+            raise ConfigurationError(MSG_NO_TIMESTEPS.format(scheduler=type(scheduler).__name__))
+        order = int(getattr(scheduler, "order", 1))
+        requested = getattr(scheduler, "num_inference_steps", None) or -(-len(timesteps) // order)
+        # The pipelines' own rule (`num_warmup_steps`): calls beyond steps x order come first and are no steps. They are
+        # for timesteps that come again (PNDM); SCM's one more timestep is where the last step ends.
+        values = torch.as_tensor(timesteps).tolist()
+        warmup = max(len(timesteps) - requested * order, 0) if len(set(values)) < len(values) else 0
+        calls = len(timesteps) if num_calls is None else num_calls
+        return cls(warmup, order, calls, max(-(-(calls - warmup) // order), 1))
+
+    def step(self, call: int) -> int:
+        """The step, from 0, of denoiser call `call`, from 0."""
+        return max(call - self.warmup_calls, 0) // self.calls_per_step
+
+
+#: What a denoiser call is: the first of a pass over the timesteps, the first of another timestep of this pass, or
+#: one more call for the timestep of the last one.
+Event = Literal["new pass", "next", "again"]
+
+MSG_TOO_MANY = (
+    "The denoiser was called for more timesteps than the {expected} that this pass over them has ({scheduler} has "
+    "{timesteps}), so which step this call belongs to is not known. A loop of your own says how many timesteps it "
+    "visits: tgate_compile.generation(pipe, guidance=..., num_timesteps=...). {instead}"
+)
+MSG_AFTER_THE_STEP = (
+    "The denoiser was called again for a timestep that {scheduler} has already stepped over, so which step this call "
+    "belongs to is not known. {instead}"
+)
+
+MSG_BETWEEN = (
+    "The denoiser was called for other timesteps between two steps of {scheduler} (midpoints, or a solver of the "
+    "loop's own), so which step a call belongs to is not known. {instead}"
+)
+
+
+@dataclass
+class _Timestep:
+    """How a call names its timestep: by its place in the scheduler's tensor, or else by value."""
+
+    place: int | None
+    value: tuple[float, ...] | None
+    is_rounded: bool = False  # to less than single precision
+
+
+class Progress:
+    """Follows the denoiser calls of one generation.
+
+    A new pass begins where the scheduler's timesteps have been set again, or where the loop goes back to a timestep
+    that it has visited. Nothing is read from the device as long as the calls' timesteps are views of the scheduler's.
+
+    Args:
+        steps_once: whether the loop is known to go on to the next timestep with each step of the scheduler.
+    """
+
+    def __init__(self, *, steps_once: bool = False) -> None:
+        self._steps_once = steps_once
+        self.counter: StepCounter | None = None  # of this pass
+        self.done = 0  # timesteps of this pass that are over
+        self.steps_before = 0  # steps of the passes before this one
+        self.stepped = False  # the scheduler has stepped since the last call
+        self.was_stepped = False  # it has ever, in this generation
+        self._scheduler: Any = None
+        self._scheduler_class: type | None = None
+        self._timesteps: Any = None  # the tensor itself, so that another one cannot take its address
+        self._set_again = False
+        self._repeats = False
+        self._last: _Timestep | None = None
+        self._visited: set[Any] = set()
+
+    def on_set_timesteps(self) -> None:
+        """The scheduler's timesteps are set anew."""
+        self._set_again = True
+
+    def on_step(self) -> None:
+        """The scheduler steps."""
+        self.stepped = self.was_stepped = True
+
+    def event(self, scheduler: Any, arguments: Mapping[str, Any]) -> Event:
+        """What the call with these `arguments` is.
+
+        Raises:
+            UnsupportedModelError: it does not follow the calls before it in any way that is understood.
+        """
+        timesteps = getattr(scheduler, "timesteps", None)
+        last, self._last = self._last, self._timestep(timesteps, arguments)
+        stepped, self.stepped = self.stepped, False
+        if scheduler is not self._scheduler or type(scheduler) is not self._scheduler_class:
+            self.was_stepped = False  # what has replaced it is not observed
+        if self.counter is None or self._set_again:
+            return self._new_pass(scheduler, timesteps)
+        if not self._goes_on(timesteps, last, arguments) and not self._same_timesteps(timesteps):
+            return self._new_pass(scheduler, timesteps)
+        here = self._last
+        if last is None or (here.place is None and here.value is None):
+            return "next"  # nothing to compare; steps are counted
+        if (here.place is None) != (last.place is None):
+            if self.done >= self.counter.num_calls and not self._is_one(here):
+                return "next"  # one too many, as `step` says
+            last, here = self._placed(last), self._placed(here)
+            self._last = here
+            assert last.place is not None
+            self._visited.add(last.place)
+        if here == last:
+            return self._same(stepped)
+        key = here.place if here.place is not None else here.value
+        went_back = key in self._visited if here.place is None else key < max(self._visited)
+        if went_back:
+            return self._new_pass(scheduler, timesteps)
+        if self.was_stepped and not stepped:
+            raise UnsupportedModelError(MSG_BETWEEN.format(scheduler=type(self._scheduler).__name__, instead=INSTEAD))
+        self._visited.add(key)
+        return "next"
+
+    def begin(self, num_calls: int | None) -> StepCounter:
+        """Count the steps of the pass that begins with the present call.
+
+        Args:
+            num_calls: for how many of the scheduler's timesteps the denoiser is called; None means all that are left
+                from the present one on.
+        """
+        if self.counter is not None:
+            self.steps_before += self.counter.step(max(self.done - 1, 0)) + 1
+        if num_calls is None and self._last is not None and self._last.place is not None:
+            num_calls = len(self._timesteps) - self._last.place
+        self.counter = StepCounter.of(self._scheduler, num_calls)
+        self.done = 0
+        return self.counter
+
+    def step(self) -> int:
+        """The step, from 0, of the present call within its pass.
+
+        Raises:
+            UnsupportedModelError: there are more calls than timesteps.
+        """
+        assert self.counter is not None
+        if self.done >= self.counter.num_calls:
+            raise UnsupportedModelError(
+                MSG_TOO_MANY.format(
+                    expected=self.counter.num_calls,
+                    scheduler=type(self._scheduler).__name__,
+                    timesteps=len(self._timesteps),
+                    instead=INSTEAD,
+                )
+            )
+        return self.counter.step(self.done)
+
+    def _new_pass(self, scheduler: Any, timesteps: Any) -> Event:
+        self._scheduler, self._scheduler_class, self._timesteps = scheduler, type(scheduler), timesteps
+        self._set_again = False
+        values = torch.as_tensor(timesteps).tolist() if timesteps is not None else []
+        self._repeats = len(set(values)) < len(values)  # second-order schedulers repeat timesteps
+        assert self._last is not None
+        key = self._last.place if self._last.place is not None else self._last.value
+        self._visited = {key}
+        return "new pass"
+
+    def _goes_on(self, timesteps: Any, last: _Timestep | None, arguments: Mapping[str, Any]) -> bool:
+        """Whether the loop goes on over the timesteps that it began with, although its scheduler has others now.
+
+        A callback may have replaced the scheduler, or the scheduler drops the timesteps that are over.
+        """
+        if timesteps is self._timesteps or last is None or last.place is None:
+            return False
+        here = self._timestep(self._timesteps, arguments)
+        if here.place is None or here.place < last.place:
+            return False
+        self._last = here
+        return True
+
+    def _placed(self, timestep: _Timestep) -> _Timestep:
+        """The timestep by its place among the scheduler's, one of which it must be."""
+        if timestep.place is not None:
+            return timestep
+        if not self._is_one(timestep):
+            raise UnsupportedModelError(MSG_BETWEEN.format(scheduler=type(self._scheduler).__name__, instead=INSTEAD))
+        assert timestep.value is not None
+        return _Timestep(torch.as_tensor(self._timesteps).tolist().index(timestep.value[0]), None)
+
+    def _is_one(self, timestep: _Timestep) -> bool:
+        """Whether it is one of the scheduler's timesteps."""
+        if timestep.place is not None:
+            return True
+        values = torch.as_tensor(self._timesteps).tolist()
+        return timestep.value is not None and timestep.value[0] == timestep.value[-1] and timestep.value[0] in values
+
+    def _same_timesteps(self, timesteps: Any) -> bool:
+        """Whether they are those of this pass. A copy with the same values is (some schedulers move theirs)."""
+        if timesteps is self._timesteps:
+            return True
+        if not (torch.is_tensor(timesteps) and torch.is_tensor(self._timesteps)):
+            return False
+        same = timesteps.shape == self._timesteps.shape and bool((timesteps == self._timesteps.to(timesteps)).all())
+        if same:
+            self._timesteps = timesteps
+        return same
+
+    def _same(self, stepped: bool) -> Event:
+        assert self._last is not None
+        # Second-order schedulers have equal timesteps one after the other, though never at the start.
+        if self._last.place is None and self._repeats and self.done and (stepped or not self.was_stepped):
+            return "next"
+        if stepped and self._steps_once and self._last.is_rounded:
+            return "next"  # neighbouring timesteps that are equal in bfloat16, as Cosmos has at the start
+        if stepped:
+            raise UnsupportedModelError(
+                MSG_AFTER_THE_STEP.format(scheduler=type(self._scheduler).__name__, instead=INSTEAD)
+            )
+        return "again"
+
+    def _timestep(self, timesteps: Any, arguments: Mapping[str, Any]) -> _Timestep:
+        given = timestep_of(arguments)
+        candidates = [given] if given is not None else pytree.tree_leaves(list(arguments.values()))
+        for candidate in candidates:
+            place = _place(candidate, timesteps)
+            if place is not None:
+                return _Timestep(place, None)
+        if given is None:
+            return _Timestep(None, None)
+        # One timestep for all rows, as a rule; where rows or tokens have their own, the extremes tell them apart.
+        values = torch.as_tensor(given).detach()
+        least, most = torch.stack([values.min(), values.max()]).tolist() if values.numel() else (0.0, 0.0)
+        is_rounded = values.is_floating_point() and torch.finfo(values.dtype).eps > torch.finfo(torch.float32).eps
+        return _Timestep(None, (least, most), is_rounded)
+
+
+def _place(timestep: Any, timesteps: Any) -> int | None:
+    """Which element of `timesteps` the tensor `timestep` is a view of; None if of none."""
+    if not (torch.is_tensor(timestep) and torch.is_tensor(timesteps)) or timesteps.ndim != 1 or not timesteps.numel():
+        return None
+    if any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True)):
+        return None  # several elements
+    if timestep.dtype != timesteps.dtype or timestep.device != timesteps.device or timestep.device.type == "meta":
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    offset = int(timestep.storage_offset() - timesteps.storage_offset())
+    place, rest = divmod(offset, timesteps.stride(0) or 1)
+    return place if not rest and 0 <= place < len(timesteps) else None

@@ -1,0 +1,1 @@
+"""Choose schedules and measure what they do: tune, analyze, evaluate, compare, bench."""

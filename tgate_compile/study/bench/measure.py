@@ -1,0 +1,248 @@
+"""What a benchmark measures: time, memory, MACs; and the machine that it ran on."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from tgate_compile._version import __version__
+from tgate_compile.pipeline.describe import describe
+from tgate_compile.pipeline.optimized import required_state_of
+from tgate_compile.study.tuning.measure import GraphCosts
+from tgate_compile.study.tuning.recorder import removed
+
+
+def machine_of(device: torch.device) -> dict[str, str]:
+    """Plain data: hardware and versions."""
+    if device.type == "cuda":
+        hardware = f"cuda ({torch.cuda.get_device_name(device)})"
+    else:
+        hardware = f"{device.type} ({processor()}, {torch.get_num_threads()} threads)"
+    return {
+        "device": hardware,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "tgate_compile": __version__,
+    }
+
+
+def processor() -> str:
+    """Its name, as well as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+# Linear and convolution layers, the paper's convention. Attention's own products are of other operators.
+_LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
+
+
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Multiply-accumulates in linear and convolution layers, while it is on.
+
+    PyTorch's FlopCounterMode counts the same, but also walks the modules, and does not come to an end where a package
+    has put one into itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        result = func(*args, **given)
+        packet = func._overloadpacket
+        if packet in _LAYERS:
+            self.macs += flop_registry[packet](*args, **given, out_val=result) / 2
+        return result
+
+
+@contextmanager
+def macs_counted(denoisers: Mapping[str, torch.nn.Module]) -> Iterator[Count]:
+    """Inside, the calls of `denoisers` are counted; what is compiled cannot be."""
+    count = Count()
+    running = ExitStack()
+
+    def begin(*_: Any) -> None:
+        running.enter_context(count)
+
+    def end(*_: Any) -> None:
+        running.close()
+
+    with ExitStack() as stack:
+        for denoiser in denoisers.values():
+            stack.enter_context(removed(denoiser.register_forward_pre_hook(begin)))
+            stack.enter_context(removed(denoiser.register_forward_hook(end, always_call=True)))
+        yield count
+
+
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_RESET_PEAK = "5"  # proc(5): resets the peak of the resident set to its present size
+
+
+@dataclass
+class Peak:
+    """The most memory that was in use; None where it cannot be told.
+
+    Attributes:
+        total: in bytes: of torch's allocator on a GPU, of the whole process on a CPU.
+        added: what of it came on top of what was in use before.
+    """
+
+    total: int | None = None
+    added: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Around a piece of work, which it slows down a little; the result is there when it is done."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.total = torch.cuda.max_memory_allocated(device)
+        peak.added = peak.total - before
+        return
+    resident = _resident("VmRSS") if _reset_peak() else None
+    yield peak
+    if resident is not None:
+        peak.total = _resident("VmHWM")
+        peak.added = max(peak.total - resident, 0)
+
+
+def _reset_peak() -> bool:
+    _return_freed_memory()
+    try:
+        _CLEAR.write_text(_RESET_PEAK)
+    except OSError:  # no Linux, or not allowed
+        return False
+    return True
+
+
+def _return_freed_memory() -> None:
+    """What is free but has not been given back would hide what the work takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a generation gave, and what it took.
+
+    Attributes:
+        output: the first thing of what the pipeline returns: its images, as a rule.
+        latents: the final ones, [images, ...], float32 on the CPU.
+        seconds: of the whole call.
+        steps: of each denoiser call with what belongs to it; the first one's begins with the call itself, and so
+            includes the text encoder.
+    """
+
+    output: Any
+    latents: torch.Tensor
+    seconds: float
+    steps: tuple[float, ...]
+
+
+def timed_generation(
+    pipe: Any, call: Mapping[str, Any], seed: int, generate: Callable[..., Any] | None = None
+) -> Timed:
+    """Run `pipe` once, on noise from the CPU, which is the same on every device; or `generate`, which runs it."""
+    device = torch.device(pipe.device)
+    latents: list[torch.Tensor] = []
+    marks: list[float] = []
+    scheduler = pipe.scheduler
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines ask its signature whether it takes their generator
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        _synchronize(device)
+        marks.append(time.perf_counter())
+        latents[:] = [result[0]]
+        return result
+
+    generator = torch.Generator().manual_seed(seed)
+    scheduler.step = marked
+    try:
+        _synchronize(device)
+        began = time.perf_counter()
+        output = (generate or pipe)(**call, generator=generator, return_dict=False)[0]
+        _synchronize(device)
+        seconds = time.perf_counter() - began
+    finally:
+        del scheduler.step
+    steps = tuple(after - before for before, after in pairwise([began, *marks]))
+    return Timed(output, latents[0].detach().to("cpu", torch.float32), seconds, steps)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the denoisers, for one generation.
+
+    Attributes:
+        macs: multiply-accumulates in linear and convolution layers: the paper's convention.
+        parameters_at_end: of the largest graph that the last step's phase, and those after the gate, needed.
+        cache_bytes: the most that is kept from one step to the next.
+        strip: one character a step.
+    """
+
+    macs: float
+    parameters_at_end: int
+    cache_bytes: int
+    strip: str
+
+
+def cost_of_last(pipe: Any) -> Cost:
+    """The cost of the last generation of an optimized pipeline."""
+    description = describe(pipe)
+    macs, parameters = 0.0, 0
+    sizes = {(variant.denoiser, variant.name): variant.parameters for variant in description.variants}
+    for name, hook in required_state_of(pipe).hooks.items():
+        phases = [] if hook.last is None else [phase for _, phase in hook.last.steps]
+        if not phases:
+            continue
+        macs += GraphCosts.of(hook).macs_of(phases)
+        gated = [phase for phase in phases if "cross" in phase.reuse] or phases
+        parameters += max(sizes[name, phase.name] for phase in gated)
+    return Cost(macs, parameters, description.cache_bytes, description.strip)
+
+
+def plain_macs(optimized: Any, rows: Mapping[str, int]) -> float:
+    """The cost of the plain pipeline: the full graphs of an optimized one, for so many rows of batches by denoiser."""
+    hooks = required_state_of(optimized).hooks
+    return sum(count * GraphCosts.of(hooks[name]).per_row["full"] for name, count in rows.items())

@@ -1,0 +1,296 @@
+"""Make and measure the images of a comparison."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+
+from tgate_compile._demo.attribute_reader import AttributeReader
+from tgate_compile._demo.captions import parse_caption
+from tgate_compile._errors import UnsupportedModelError, is_installed
+from tgate_compile._optimize import optimize
+from tgate_compile.pipeline.attach import denoiser_names
+from tgate_compile.pipeline.optimized import guidance_of
+from tgate_compile.study.bench.measure import Cost, Timed, cost_of_last, peak_memory, plain_macs, timed_generation
+from tgate_compile.study.bench.methods import FEWER_STEPS, TGATE, Method, methods_for, steps_at_equal_cost, why_not
+from tgate_compile.study.bench.twin import twin_of
+from tgate_compile.study.comparison.result import ImageFigures, MethodFigures, ModelFigures, Pictures
+from tgate_compile.study.convergence import Convergence
+from tgate_compile.study.tuning.measure import relative_distances
+from tgate_compile.study.tuning.recorder import Recorder
+from tgate_compile.study.tuning.request import setting_of
+
+
+def psnr(image: Image, plain: Image) -> float | None:
+    """Peak signal-to-noise ratio of two 8-bit images in dB; None if they are identical."""
+    error = float(np.mean((_pixels(image) - _pixels(plain)) ** 2))
+    return 10 * float(np.log10(1 / error)) if error else None
+
+
+def ssim(image: Image, plain: Image) -> float | None:
+    """Structural similarity, 1 for identical images; None if torchmetrics is not installed."""
+    if not is_installed("torchmetrics"):
+        return None
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    one, other = (torch.from_numpy(_pixels(each)).permute(2, 0, 1)[None] for each in (image, plain))
+    return float(structural_similarity_index_measure(one, other, data_range=1.0))  # type: ignore[arg-type]
+
+
+class Judge:
+    """Says whether images of the embedded models show all that their captions say."""
+
+    def __init__(self) -> None:
+        self._reader = AttributeReader.load()
+
+    def says(self, image: Image, caption: str) -> bool | None:
+        """None if the caption is no caption of theirs, or the image is too large or too small."""
+        try:
+            parse_caption(caption)
+        except ValueError:
+            return None
+        return self._reader.score([image], [caption])["all"] == 1.0 if image.size == (64, 64) else None
+
+
+def _pixels(image: Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """[height, width, 3], in [0, 1]."""
+    return np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+
+
+logger = logging.getLogger(__name__)
+
+#: Called before each generation: how many are done, how many there will be, and what comes now.
+Progress = Callable[[int, int, str], None]
+
+#: Of each method, at the least.
+_LEAST_RUNS = 3
+
+MSG_NO_IMAGES = "Comparisons are of images, and {pipeline} returns {given}. `tune` measures latents."
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method is asked for.
+
+    Attributes:
+        prompts: what to show, an image each.
+        seeds: of each prompt's noise.
+        steps: denoising steps.
+        gate: the step at which T-GATE begins to reuse, and at which guidance stops.
+        call: further arguments of the pipeline's call.
+        backend: of the optimized pipelines.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    gate: int
+    call: Mapping[str, Any]
+    backend: str = "eager"
+
+    def call_of(self, prompt: int, steps: int) -> dict[str, Any]:
+        """The call for one prompt."""
+        return {**self.call, "prompt": self.prompts[prompt], "num_inference_steps": steps}
+
+
+@dataclass
+class _Runner:
+    """A method while it runs."""
+
+    method: Method
+    pipe: Any
+    steps: int
+    first: float
+    strip: str
+    cost: Cost | None
+    macs: float | None
+    peak: int | None = None
+    runs: list[Timed] = field(default_factory=list)
+
+
+def compare_model(
+    name: str, pipe: DiffusionPipeline, task: Task, *, judged: bool, progress: Progress | None = None
+) -> tuple[ModelFigures, Pictures]:
+    """Run every method on `pipe`, which is plain and stays so.
+
+    Args:
+        name: of the model, for people.
+        pipe: the pipeline.
+        task: what to make.
+        judged: whether it is one of the embedded models, whose images can be judged.
+        progress: see `Progress`.
+
+    Raises:
+        UnsupportedModelError: the pipeline makes no images.
+    """
+    return _Comparing(name, pipe, task, Judge() if judged else None, progress).run()
+
+
+class _Comparing:
+    def __init__(
+        self, name: str, pipe: DiffusionPipeline, task: Task, judge: Judge | None, progress: Progress | None
+    ) -> None:
+        self._name = name
+        self._pipe = pipe
+        self._task = task
+        self._judge = judge
+        self._progress = progress
+        self._methods = methods_for(task.gate)
+        self._denoisers = {name: getattr(pipe, name) for name in denoiser_names(pipe)}
+        self._why_not: dict[str, str] = {}
+        self._done = 0
+        # All prompts, and with few of them the same ones again: a single time cannot be judged.
+        count = len(task.prompts)
+        self._rounds = count * -(-_LEAST_RUNS // count)
+
+    def run(self) -> tuple[ModelFigures, Pictures]:
+        task = self._task
+        plain, recorder, guided = self._prepare_plain()
+        runners = [plain, *self._prepare_optimized(recorder.rows, plain, guided=guided)]
+        self._add_fewer_steps(runners, plain)
+        for runner in runners:
+            runner.peak = self._peak(runner)
+        for index in range(self._rounds):
+            # In another order each time, so that a busy moment hits none of them alone.
+            for turn in range(len(runners)):
+                runner = runners[(index + turn) % len(runners)]
+                prompt = index % len(task.prompts)
+                runner.runs.append(self._generate(runner.pipe, runner.method, prompt, runner.steps))
+        by_key = {runner.method.key: runner for runner in runners}
+        figures = ModelFigures(
+            name=self._name,
+            setting=setting_of(self._pipe, self._denoisers)
+            | {"guidance scale": f"{task.call.get('guidance_scale', '')}", "backend": task.backend},
+            steps=task.steps,
+            gate=task.gate,
+            guided=guided,
+            parameters=sum(p.numel() for denoiser in self._denoisers.values() for p in denoiser.parameters()),
+            prompts=task.prompts,
+            seeds=task.seeds,
+            convergence=Convergence.of(recorder.changes).mean,
+            methods=tuple(
+                self._figures(by_key[method.key], plain) if method.key in by_key else self._absent(method)
+                for method in self._methods
+            ),
+        )
+        return figures, {
+            key: [run.output[0] for run in runner.runs[: len(task.prompts)]] for key, runner in by_key.items()
+        }
+
+    def _prepare_plain(self) -> tuple[_Runner, Recorder, bool]:
+        """The plain pipeline; its first call, which is slower than the others anyway, is recorded."""
+        pipe = twin_of(self._pipe)
+        call = self._task.call_of(0, self._task.steps)
+        recorder = Recorder(pipe, guidance_of(pipe, call))
+        with recorder.recording({name: getattr(pipe, name) for name in self._denoisers}):
+            first = self._generate(pipe, self._methods[0], 0, self._task.steps)
+        self._check_images(first.output)
+        guided = guidance_of(pipe, call)()
+        strip = ("F" if guided else "f") * self._task.steps
+        return _Runner(self._methods[0], pipe, self._task.steps, first.seconds, strip, None, None), recorder, guided
+
+    def _check_images(self, output: Any) -> None:
+        if not isinstance(output, list) or not output or not isinstance(output[0], Image):
+            given = f"a {type(output).__name__}"
+            raise UnsupportedModelError(MSG_NO_IMAGES.format(pipeline=type(self._pipe).__name__, given=given))
+
+    def _prepare_optimized(self, rows: Mapping[str, int], plain: _Runner, *, guided: bool) -> list[_Runner]:
+        task = self._task
+        runners = []
+        for method in self._methods:
+            if method.schedule is None:
+                continue
+            why = why_not(method, self._methods, self._denoisers, steps=task.steps, guided=guided)
+            if why is not None:
+                self._why_not[method.key] = why
+                continue
+            try:
+                pipe = optimize(twin_of(self._pipe), schedule=method.schedule, backend=task.backend)
+                first = self._generate(pipe, method, 0, task.steps)
+            except Exception as error:  # a method that cannot run is told of, and the others run
+                logger.info("%s on %s failed", method.title, self._name, exc_info=True)
+                self._why_not[method.key] = f"{type(error).__name__}: {_first_line(error)}"
+                continue
+            cost = cost_of_last(pipe)
+            plain.macs = plain_macs(pipe, rows)
+            runners.append(_Runner(method, pipe, task.steps, first.seconds, cost.strip, cost, cost.macs))
+        return runners
+
+    def _add_fewer_steps(self, runners: list[_Runner], plain: _Runner) -> None:
+        tgate = next((runner for runner in runners if runner.method.key == TGATE), None)
+        share = None if tgate is None or tgate.macs is None or not plain.macs else tgate.macs / plain.macs
+        steps, why = steps_at_equal_cost(self._task.steps, share)
+        if why is not None:
+            self._why_not[FEWER_STEPS] = why
+            return
+        method = next(method for method in self._methods if method.key == FEWER_STEPS)
+        macs = None if plain.macs is None else plain.macs * steps / self._task.steps
+        runners.append(_Runner(method, plain.pipe, steps, plain.first, plain.strip[:steps], None, macs))
+
+    def _generate(self, pipe: Any, method: Method, prompt: int, steps: int) -> Timed:
+        total = len(self._methods) * (self._rounds + 2)
+        if self._progress is not None:
+            self._progress(self._done, total, f"{self._name}: {method.title}")
+        self._done += 1
+        return timed_generation(pipe, self._task.call_of(prompt, steps), self._task.seeds[prompt])
+
+    def _peak(self, runner: _Runner) -> int | None:
+        """The memory of a generation of its own, which is not timed."""
+        with peak_memory(self._pipe.device) as peak:
+            self._generate(runner.pipe, runner.method, 0, runner.steps)
+        return peak.total if self._pipe.device.type == "cuda" else peak.added
+
+    def _figures(self, runner: _Runner, plain: _Runner) -> MethodFigures:
+        method, runs = runner.method, runner.runs
+        return MethodFigures(
+            key=method.key,
+            title=method.title,
+            schedule="" if method.schedule is None else str(method.schedule),
+            steps=runner.steps,
+            strip=runner.strip,
+            first_call_seconds=runner.first,
+            seconds=median(run.seconds for run in runs),
+            step_seconds=tuple(median(step) for step in zip(*(run.steps for run in runs), strict=True)),
+            macs=runner.macs,
+            parameters_at_end=None if runner.cost is None else runner.cost.parameters_at_end,
+            cache_bytes=0 if runner.cost is None else runner.cost.cache_bytes,
+            peak_bytes=runner.peak,
+            images=tuple(
+                self._image(run, of_plain, prompt)
+                for run, of_plain, prompt in zip(runs, plain.runs, self._task.prompts, strict=False)
+            ),
+            run_seconds=tuple(run.seconds for run in runs),
+        )
+
+    def _image(self, run: Timed, plain: Timed, prompt: str) -> ImageFigures:
+        image, reference = run.output[0], plain.output[0]
+        return ImageFigures(
+            seconds=run.seconds,
+            psnr=psnr(image, reference),
+            ssim=ssim(image, reference),
+            drift=relative_distances(run.latents, plain.latents)[0],
+            right=None if self._judge is None else self._judge.says(image, prompt),
+        )
+
+    def _absent(self, method: Method) -> MethodFigures:
+        words = "" if method.schedule is None else str(method.schedule)
+        return MethodFigures(
+            method.key, method.title, words, self._task.steps, why_not=self._why_not.get(method.key, "")
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+def seeds_for(prompts: Sequence[str], first: int) -> tuple[int, ...]:
+    """The noise of each prompt: one more than the one before."""
+    return tuple(first + index for index in range(len(prompts)))

@@ -1,0 +1,327 @@
+"""What a denoiser's graphs and whole images cost, counted on real model sizes, beside the paper's tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib import resources
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from torch.export.graph_signature import InputKind
+
+from tgate_compile._errors import ConfigurationError
+from tgate_compile.engine.call import Call
+from tgate_compile.engine.capture import capture, deep_layer
+from tgate_compile.methods.schedule import Phase, Schedule
+from tgate_compile.passes.count_macs import Macs, count_macs
+from tgate_compile.passes.find_sites import find_deep_feature
+from tgate_compile.passes.graphs import Captured
+from tgate_compile.passes.specialize import specialize
+
+MSG_MODEL = "The model must be one of {known}, but got {given!r}."
+
+#: Dimensions of one input; the words stand for the batch, and for the size of the latents. None: the input is None.
+Shape = tuple[int | str, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A denoiser and its call. Compared by identity: two models may have the very same one.
+
+    Attributes:
+        denoiser: its class.
+        config: its configuration, as in the published checkpoint; what is the class's default is left out.
+        inputs: the shapes of its call's inputs, one level of dicts included.
+        size: height and width of the image that it was trained for, in pixels.
+    """
+
+    denoiser: type[Any]
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Shape | Mapping[str, Shape]]
+    size: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as the paper's tables use it.
+
+    Attributes:
+        architecture: see there.
+        steps: denoising steps.
+        guided: whether guidance runs, at twice the batch.
+    """
+
+    architecture: Architecture
+    steps: int = 25
+    guided: bool = True
+
+
+_LATENTS: Shape = ("batch", 4, "height", "width")
+
+
+def _unet(size: int, text: Shape, inputs: Mapping[str, Shape | Mapping[str, Shape]], **config: Any) -> Architecture:
+    call = {"sample": _LATENTS, "timestep": (), "encoder_hidden_states": text, **inputs}
+    return Architecture(UNet2DConditionModel, config, call, size)
+
+
+_SD15 = _unet(512, ("batch", 77, 768), {}, cross_attention_dim=768)
+_SD21 = _unet(
+    768, ("batch", 77, 1024), {}, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+    use_linear_projection=True,
+)  # fmt: skip
+_SDXL = _unet(
+    1024,
+    ("batch", 77, 2048),
+    {"added_cond_kwargs": {"text_embeds": ("batch", 1280), "time_ids": ("batch", 6)}},
+    cross_attention_dim=2048,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+# The guidance scale is an input of its own, embedded as the timestep is.
+_LCM_SDXL = replace(
+    _SDXL,
+    config={**_SDXL.config, "time_cond_proj_dim": 256},
+    inputs={**_SDXL.inputs, "timestep_cond": ("batch", 256)},
+)
+
+
+def _pixart(tokens: int, conditions: Mapping[str, Shape], **config: Any) -> Architecture:
+    inputs: dict[str, Shape | Mapping[str, Shape]] = {
+        "hidden_states": _LATENTS,
+        "encoder_hidden_states": ("batch", tokens, 4096),
+        "timestep": ("batch",),
+        "added_cond_kwargs": conditions,
+        "encoder_attention_mask": ("batch", tokens),
+    }
+    shared = {"sample_size": 128, "cross_attention_dim": 1152, "caption_channels": 4096, "interpolation_scale": 2}
+    return Architecture(PixArtTransformer2DModel, {**shared, **config}, inputs, 1024)
+
+
+_PIXART_ALPHA = _pixart(120, {"resolution": ("batch", 2), "aspect_ratio": ("batch", 1)})
+_PIXART_SIGMA = _pixart(300, {"resolution": None, "aspect_ratio": None}, use_additional_conditions=False)
+
+#: By the names of the paper's tables (paper_tables.json).
+MODELS: Mapping[str, Model] = {
+    "sd15": Model(_SD15),
+    "sd21": Model(_SD21),
+    "sdxl": Model(_SDXL),
+    "pixart_alpha": Model(_PIXART_ALPHA),
+    "pixart_sigma": Model(_PIXART_SIGMA),
+    "lcm_sdxl": Model(_LCM_SDXL, steps=4, guided=False),
+    "lcm_pixart_alpha": Model(_PIXART_ALPHA, steps=4, guided=False),
+}
+
+
+def model_named(name: str) -> Model:
+    """The model of this name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if name not in MODELS:
+        raise ConfigurationError(MSG_MODEL.format(known=", ".join(MODELS), given=name))
+    return MODELS[name]
+
+
+#: Pixels of the image for one of the latents, in each direction: the autoencoders of all the models.
+PIXELS_PER_LATENT = 8
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of one call: `batch` as the denoiser sees it (2B under guidance), height and width in pixels."""
+
+    batch: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """The cost of one call of a graph.
+
+    Attributes:
+        macs: its multiply-accumulates.
+        parameters: the elements of each parameter that it takes, by name.
+        cross_attention: the names of the parameters that belong to cross-attentions.
+    """
+
+    macs: Macs
+    parameters: Mapping[str, int]
+    cross_attention: frozenset[str]
+
+
+@cache
+def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, branch: int | None) -> GraphCost:
+    """The cost of the graph of `phase`; `branch` is DeepCache's, None without it.
+
+    Raises:
+        UnsupportedModelError: DeepCache was asked for, and the denoiser is no UNet.
+        ConfigurationError: it has no such branch.
+    """
+    # A wrong branch is told before the capture, which takes a while.
+    layer = None if branch is None else deep_layer(_denoiser(architecture), branch)
+    captured = _captured(architecture, geometry)
+    if layer is not None:
+        deep = find_deep_feature(captured.program.graph_module, layer)
+        captured = dataclasses.replace(captured, sites=(*captured.sites, deep))
+    variant = specialize(captured, phase)
+    program = variant.program
+    parameters = {
+        str(spec.target): program.state_dict[str(spec.target)].numel()
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.PARAMETER
+    }
+    cross = tuple(f"{site.name}." for site in captured.sites if site.kind == "cross")
+    return GraphCost(
+        count_macs(program.graph), parameters, frozenset(name for name in parameters if name.startswith(cross))
+    )
+
+
+@cache
+def _denoiser(architecture: Architecture) -> torch.nn.Module:
+    with torch.device("meta"):
+        denoiser: torch.nn.Module = architecture.denoiser(**architecture.config)
+    return denoiser.eval()
+
+
+@lru_cache(maxsize=4)  # of SDXL's, with thousands of nodes each
+def _captured(architecture: Architecture, geometry: Geometry) -> Captured:
+    denoiser = _denoiser(architecture)
+    sizes = {
+        "batch": geometry.batch,
+        "height": geometry.height // PIXELS_PER_LATENT,
+        "width": geometry.width // PIXELS_PER_LATENT,
+    }
+
+    def tensor(shape: Shape) -> torch.Tensor | None:
+        if shape is None:
+            return None
+        return torch.zeros([size if isinstance(size, int) else sizes[size] for size in shape])
+
+    with torch.device("meta"):
+        inputs = {
+            name: {key: tensor(below) for key, below in shape.items()} if isinstance(shape, Mapping) else tensor(shape)
+            for name, shape in architecture.inputs.items()
+        }
+        call = Call.of((), {**inputs, "return_dict": False})
+        return capture(denoiser, denoiser.forward, call, {"cross", "self"})
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """The cost of the denoiser over all steps of one generation.
+
+    Attributes:
+        strip: one character a step, as in `docs/schedules.md`.
+        macs: multiply-accumulates in linear and convolution layers: the paper's convention.
+        macs_with_attention: the same with attention's own products.
+        parameters: of the denoiser; with a gate without the cross-attentions' own weights, as the paper counts them.
+        parameters_at_end: those that the graphs of the steps from the gate on really take (of all steps without a
+            gate). Fewer than `parameters`: what only feeds the cross-attentions is gone, too.
+    """
+
+    strip: str
+    macs: int
+    macs_with_attention: int
+    parameters: int
+    parameters_at_end: int
+
+
+def image_cost(
+    model: Model,
+    schedule: Schedule | None,
+    *,
+    steps: int | None = None,
+    guided: bool | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 1,
+) -> ImageCost:
+    """The cost of `batch` images under `schedule` (None: every step in full); what is None is the model's own.
+
+    One denoiser call a step is counted, as first-order schedulers make.
+
+    Raises:
+        UnsupportedModelError: DeepCache was asked for, and the denoiser is no UNet.
+        ConfigurationError: it has no such branch.
+    """
+    steps = model.steps if steps is None else steps
+    guided = model.guided if guided is None else guided
+    height, width = height or model.architecture.size, width or model.architecture.size
+
+    def cost(phase: Phase) -> GraphCost:
+        geometry = Geometry(2 * batch if phase.guided else batch, height, width)
+        branch = schedule.deepcache_branch if schedule is not None and "deep" in schedule.kinds else None
+        return graph_cost(model.architecture, geometry, phase if schedule is None else schedule.graph(phase), branch)
+
+    plan = (Phase(guided),) * steps if schedule is None else schedule.plan(steps, guided=guided)
+    gate = steps if schedule is None else schedule.gate(steps)
+    counts = [(cost(phase), count) for phase, count in Counter(plan).items()]
+    whole = cost(plan[0])
+    at_end = {name: size for phase in set(plan[gate:] or plan) for name, size in cost(phase).parameters.items()}
+    return ImageCost(
+        strip="".join(phase.character for phase in plan),
+        macs=sum(each.macs.layers * count for each, count in counts),
+        macs_with_attention=sum(each.macs.total * count for each, count in counts),
+        parameters=sum(
+            size for name, size in whole.parameters.items() if gate >= steps or name not in whole.cross_attention
+        ),
+        parameters_at_end=sum(at_end.values()),
+    )
+
+
+NOTE_BRANCH = (
+    "Counted with deepcache_branch=1: the authors used DeepCache's own SDXL pipeline, whose branch 0 computes one "
+    "layer more on either side than branch 0 of DeepCacheSDHelper, whose numbering is ours."
+)
+NOTE_GATE = (
+    "Counted with gate_step=13: the authors' code of that time (gate_idx=4) caches the cross-attentions at the "
+    "DeepCache update of index 4, step 12, and reuses them from step 13 on. Gate step 10 is their later package's."
+)
+NOTE_GUIDANCE = "Counted with guidance_step=10 (of 25), which the row itself does not say."
+
+#: The index, from 0, of the DeepCache update at which the authors' first code caches the cross-attentions.
+_GATE_INDEX = 4
+
+
+def paper_tables() -> dict[str, Any]:
+    """The paper's tables: their source, convention and geometry, parameters and rows."""
+    text = resources.files(__package__).joinpath("paper_tables.json").read_text(encoding="utf-8")
+    tables: dict[str, Any] = json.loads(text)
+    return tables
+
+
+def schedule_of(row: Mapping[str, Any]) -> tuple[Schedule | None, tuple[str, ...]]:
+    """The schedule whose count is row `row` (None: every step in full), and where it is not what the row says, why.
+
+    Sources: the authors' repository at 133e445^, DeepCache/generate.py and DeepCache/README.md, for both rows with
+    DeepCache; DeepCache 0.1.1, sdxl/unet_2d_condition.py and extension/deepcache.py, for the two kinds of branch.
+    """
+    method = row["method"]
+    if method == "none":
+        return None, ()
+    if method == "tgate":
+        intervals = {name: row[name] for name in ("sp_interval", "fi_interval", "warm_up") if name in row}
+        return Schedule(row["gate_step"], **intervals), ()
+    if method == "adaptive_guidance":
+        return Schedule(None, guidance_step=10), (NOTE_GUIDANCE,)
+    interval, branch = row["cache_interval"], row["cache_branch_id"] + 1
+    if method == "deepcache":
+        return Schedule(None, deepcache_interval=interval, deepcache_branch=branch), (NOTE_BRANCH,)
+    assert method == "deepcache+tgate", method
+    gate = _GATE_INDEX * interval + 1
+    return Schedule(gate, deepcache_interval=interval, deepcache_branch=branch), (NOTE_BRANCH, NOTE_GATE)

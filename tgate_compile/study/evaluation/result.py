@@ -1,0 +1,206 @@
+"""The result of `evaluate`, and its plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.evaluation.images import write_json
+from tgate_compile.study.figures import INK, LINE, SOFT, new_figure, save_figure
+
+# Okabe and Ito's colours, for any colour vision; the markers say it once more.
+_COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+_MARKERS = ("*", "o", "s", "^", "D", "v", "P", "X", "<", ">")
+_WORDS = {
+    "drift": "drift of the final latents",
+    "psnr": "PSNR to plain, dB",
+    "ssim": "SSIM to plain",
+    "lpips": "LPIPS to plain",
+    "clip_score": "CLIP score",
+    "fid": "FID to the reference",
+    "fid_to_plain": "FID to plain",
+    "accuracy": "images that show all that is asked",
+    "frechet_to_drawings": "Frechet distance to drawn scenes",
+    "frechet_to_plain": "Frechet distance to plain",
+}
+
+
+def draw_evaluation(evaluation: Evaluation, path: str | Path) -> None:
+    """Write the picture of `evaluation` to `path`."""
+    names = [name for name in _WORDS if name in evaluation.shown]
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = new_figure(3.3 * columns, 2.6 * lines + 0.25 * -(-len(evaluation.rows) // columns))
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    costs = [cost for row in evaluation.rows if (cost := row.measures.get("cost")) is not None]
+    for name, panel in zip(names, axes, strict=False):
+        panel.set_xlim(min(costs) - 0.05, max(costs) + 0.05)
+        panel.set_title(_WORDS[name], color=INK, fontsize=9, loc="left")
+        panel.set_xlabel("cost, plain = 1", color=SOFT, fontsize=8)
+        for index, row in enumerate(evaluation.rows):
+            value, cost = row.measures.get(name), row.measures.get("cost")
+            if value is None or cost is None:
+                continue
+            error = row.measures.get(f"{name}_se")
+            panel.errorbar(
+                [cost], [value], None if error is None else [error], color=_COLOURS[index % len(_COLOURS)],
+                marker=_MARKERS[index % len(_MARKERS)], markersize=6, linewidth=0, elinewidth=1.0, label=row.label,
+            )  # fmt: skip
+        panel.grid(color=LINE, linewidth=0.5)
+        panel.set_axisbelow(True)
+        panel.tick_params(colors=SOFT, labelsize=7, length=0)
+        for side, spine in panel.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(LINE)
+    for panel in axes[len(names) :]:
+        panel.set_visible(False)
+    labels = {label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        list(labels.values()), list(labels), loc="outside lower left", ncols=columns, fontsize=8, labelcolor=INK,
+        frameon=False,
+    )  # fmt: skip
+    save_figure(figure, path)
+
+
+#: Measures in the order of tables: heading, and digits.
+HEADINGS: Mapping[str, tuple[str, int]] = {
+    "cost": ("cost", 3),
+    "drift": ("drift", 3),
+    "psnr": ("PSNR", 2),
+    "ssim": ("SSIM", 3),
+    "lpips": ("LPIPS", 3),
+    "clip_score": ("CLIP", 2),
+    "fid": ("FID", 2),
+    "fid_to_plain": ("FID to plain", 2),
+    "accuracy": ("accuracy", 3),
+    "frechet_to_drawings": ("Frechet", 2),
+    "frechet_to_plain": ("Frechet to plain", 2),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender.
+
+    Attributes:
+        label: what it is called; the first row is `plain`.
+        schedule: None for the plain pipeline.
+        steps: inference steps.
+        images: how many.
+        strips: what ran, one character a step, and for how many images.
+        measures: by name.
+
+    Names of measures:
+        cost: multiply-accumulates of the denoiser, the plain pipeline being 1.
+        psnr, ssim, lpips, drift: likeness to the plain pipeline's image of the same prompt and noise; `drift` is that
+            of the final latents, ||x - plain|| / ||plain||. PSNR is the mean over the images that differ at all.
+        identical, drift_worst: the images that do not differ, and the largest drift.
+        clip_score: alignment with the prompt, by CLIP.
+        accuracy, accuracy_minus_plain, lost, gained: the share of images that show all that their captions say, as the
+            attribute reader sees it, and the images that no longer do, or do now, compared with plain.
+        fid, fid_to_plain: Frechet Inception distance, to the reference and to the plain pipeline's images.
+        frechet_to_drawings, frechet_to_plain: with the attribute reader's features, to drawn scenes of the captions.
+        ..._se: standard errors of means.
+
+    What could not be measured is left out; None stands where there is no number.
+    """
+
+    label: str
+    schedule: Schedule | None
+    steps: int
+    images: int
+    strips: Mapping[str, int]
+    measures: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns; printing it gives the table.
+
+    Attributes:
+        rows: the plain pipeline, then the contenders in the order given.
+        not_measured: by measure, why there is none of it.
+        protocol: all that the numbers depend on: prompts, seeds, steps, the call, pipeline, scheduler and its
+            configuration, dtype, digest of the weights, how features were made, what the reference is, versions.
+        remarks: what else should be known.
+        folder: where images and numbers are.
+    """
+
+    rows: tuple[Row, ...]
+    not_measured: Mapping[str, str]
+    protocol: Mapping[str, Any]
+    remarks: tuple[str, ...]
+    folder: Path
+
+    def __getitem__(self, label: str) -> Row:
+        """The row of a contender."""
+        return next(row for row in self.rows if row.label == label)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return asdict(self) | {"folder": str(self.folder)}
+
+    def save(self, path: Path) -> None:
+        """Write everything as JSON."""
+        write_json(path, self.as_dict())
+
+    def plot(self, path: str | Path) -> None:
+        """Draw each measure against cost, to a .png, .svg or .pdf file.
+
+        Raises:
+            ConfigurationError: matplotlib is not installed (`pip install 'tgate_compile[plots]'`), or the file cannot
+                be written.
+        """
+        draw_evaluation(self, path)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], folder: Path) -> Evaluation:
+        """From what `as_dict` gave."""
+        rows = tuple(
+            Row(**{**row, "schedule": None if row["schedule"] is None else Schedule(**row["schedule"])})
+            for row in data["rows"]
+        )
+        return cls(rows, data["not_measured"], data["protocol"], tuple(data["remarks"]), folder)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The measures that stand in tables."""
+        found = set().union(*(row.measures for row in self.rows))
+        return tuple(name for name in HEADINGS if name in found)
+
+    def cells(self, row: Row) -> tuple[str, ...]:
+        """The numbers of a row, for a table."""
+        return tuple(_shown(row.measures.get(name), HEADINGS[name][1]) for name in self.shown)
+
+    def __str__(self) -> str:
+        headings = ("", *(HEADINGS[name][0] for name in self.shown))
+        lines = _aligned([headings, *((row.label, *self.cells(row)) for row in self.rows)])
+        missing = [f"not measured: {name}: {reason}" for name, reason in self.not_measured.items()]
+        return "\n".join([*lines, *missing, *self.remarks])
+
+
+def mean_and_error(values: Sequence[float], name: str) -> dict[str, float | None]:
+    """The mean of `values`, and its standard error; None where there is none."""
+    if not values:
+        return {name: None, f"{name}_se": None}
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return {name: mean, f"{name}_se": None}
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return {name: mean, f"{name}_se": math.sqrt(variance / len(values))}
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,177 @@
+"""Figures: their file formats, and the picture of schedules as strips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tgate_compile._errors import ConfigurationError
+from tgate_compile.methods.schedule import Kind, Phase, Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1a1c20"
+SOFT = "#6a707a"
+LINE = "#d9dce1"
+
+MSG_NEEDS_MATPLOTLIB = (
+    "Pictures of schedules need matplotlib, and it is not installed. Run: pip install 'tgate_compile[plots]'."
+)
+MSG_FORMAT = "A picture is written as one of {known}, told by its name, but got {given!r}."
+MSG_NOT_WRITTEN = "The picture {path} cannot be written: {reason}."
+
+FORMATS = (".pdf", ".png", ".svg")
+_DPI = 144
+
+
+def check_figure(path: str | Path) -> None:
+    """See, before the work, that a figure can be written to `path` after it.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed, or the name tells no format that is written.
+    """
+    _check_matplotlib()
+    if Path(path).suffix.lower() not in FORMATS:
+        raise ConfigurationError(MSG_FORMAT.format(known=", ".join(FORMATS), given=str(path)))
+
+
+def _check_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(MSG_NEEDS_MATPLOTLIB) from error
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A white figure of this size in inches.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    _check_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), facecolor="white", layout="constrained")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write `figure` in the format that the name tells. The same figure gives the same bytes.
+
+    Raises:
+        ConfigurationError: it is none of `FORMATS`, or the file cannot be written.
+    """
+    check_figure(path)
+    target = Path(path)
+    # The time and matplotlib's version would make each file another one.
+    without: dict[str, Any] = {
+        ".pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+        ".png": {"Software": None},
+        ".svg": {"Date": None, "Creator": None},
+    }
+    try:
+        figure.savefig(target, dpi=_DPI, metadata=without[target.suffix.lower()])
+    except OSError as error:
+        raise ConfigurationError(MSG_NOT_WRITTEN.format(path=target, reason=error.strerror or error)) from error
+
+
+MSG_NO_STRIPS = "strip_picture() needs schedules or strips by their labels, but got {given!r}."
+MSG_NO_STRIP = "{label!r}: a strip has the letters {known}, but got {given!r}."
+
+# Okabe and Ito's colours, which people tell apart whatever their colour vision; the letters say it once more.
+_LOOKS: Mapping[frozenset[Kind], tuple[str, str]] = {
+    frozenset(): ("#0072b2", "white"),
+    frozenset({"self"}): ("#56b4e9", INK),
+    frozenset({"deep"}): ("#009e73", "white"),
+    frozenset({"cross"}): ("#e69f00", INK),
+    frozenset({"cross", "self"}): ("#d55e00", "white"),
+    frozenset({"cross", "deep"}): ("#cc79a7", INK),
+}
+_PHASES = [Phase(guided, reuse=reuse) for reuse in _LOOKS for guided in (True, False)]
+_BY_LETTER = {phase.character: phase for phase in _PHASES}
+
+_CELL = 0.27  # inches
+_ROW = 0.36
+
+
+def strip_picture(rows: Mapping[str, Schedule | str], path: str | Path, *, num_steps: int = 25) -> None:
+    """Draw schedules, one below the other: a coloured cell for each step, of half the height without guidance.
+
+    Args:
+        rows: by its label, a schedule or a strip (`"FFFFpppp"`, as `describe(pipe).strip` gives it).
+        path: a .png, .svg or .pdf file.
+        num_steps: steps of the schedules; a strip has as many as it has letters.
+
+    Raises:
+        ConfigurationError: a strip has unknown letters, matplotlib is not installed, or the file cannot be written.
+    """
+    if not isinstance(rows, Mapping) or not rows:
+        raise ConfigurationError(MSG_NO_STRIPS.format(given=rows))
+    strips = {label: _strip(label, row, num_steps) for label, row in rows.items()}
+    save_figure(_draw(strips), path)
+
+
+def _strip(label: str, row: Schedule | str, num_steps: int) -> str:
+    if isinstance(row, Schedule):
+        return row.strip(num_steps)
+    if not isinstance(row, str) or not row or not set(row) <= set(_BY_LETTER):
+        raise ConfigurationError(MSG_NO_STRIP.format(label=label, known=" ".join(_BY_LETTER), given=row))
+    return row
+
+
+def _draw(strips: Mapping[str, str]) -> Figure:
+    steps = max(map(len, strips.values()))
+    letters = set("".join(strips.values()))
+    legend = [phase for phase in _PHASES if phase.character in letters]
+    label_width = 0.095 * max(map(len, strips)) + 0.2
+    legend_columns = max(1, int((label_width + _CELL * steps) / 2.1))
+    legend_rows = -(-len(legend) // legend_columns)
+    figure = new_figure(
+        max(label_width + _CELL * steps, 2.4) + 0.2, _ROW * len(strips) + 0.3 + 0.24 * legend_rows + 0.35
+    )
+    axes = figure.add_subplot()
+    for row, strip in enumerate(strips.values()):
+        for step, letter in enumerate(strip):
+            _draw_cell(axes, step, row, _BY_LETTER[letter])
+    axes.set_xlim(-0.1, steps + 0.1)
+    axes.set_ylim(len(strips), 0)
+    axes.set_yticks([row + 0.5 for row in range(len(strips))], list(strips), color=INK)
+    every = 1 if steps <= 12 else 5 if steps <= 60 else 10
+    shown = range(0, steps, every)
+    axes.set_xticks([step + 0.5 for step in shown], [str(step) for step in shown], color=SOFT, fontsize=8)
+    axes.tick_params(length=0)
+    axes.set_xlabel("step; half the height: no guidance, half the batch", color=SOFT, fontsize=8)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    _draw_legend(figure, legend, legend_columns)
+    return figure
+
+
+def _draw_cell(axes: Axes, step: int, row: int, phase: Phase) -> None:
+    from matplotlib.patches import Rectangle
+
+    fill, ink = _LOOKS[phase.reuse]
+    # Half the height: without guidance the denoiser runs on half the batch.
+    top = row + (0.06 if phase.guided else 0.48)
+    height = row + 0.94 - top
+    axes.add_patch(Rectangle((step + 0.04, top), 0.92, height, facecolor=fill, edgecolor=LINE, linewidth=0.4))
+    axes.text(step + 0.5, top + height / 2, phase.character, color=ink, fontsize=7, ha="center", va="center_baseline")
+
+
+def _draw_legend(figure: Figure, phases: list[Phase], columns: int) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(
+            facecolor=_LOOKS[phase.reuse][0],
+            edgecolor=LINE,
+            label=f"{phase.character}  {phase.name}{'' if phase.guided else ', no guidance'}",
+        )
+        for phase in phases
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=8, labelcolor=INK,
+        handlelength=1.0, handleheight=0.9, columnspacing=1.4,
+    )  # fmt: skip

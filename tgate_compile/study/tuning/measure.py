@@ -1,0 +1,236 @@
+"""Measure schedules: how far their images are from the full ones, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from tgate_compile._errors import ConfigurationError
+from tgate_compile.engine.families import family_of
+from tgate_compile.methods.schedule import Phase, Schedule
+from tgate_compile.passes.count_macs import count_macs
+from tgate_compile.pipeline.generation import strip_of
+from tgate_compile.pipeline.hook import GatedDenoiser
+from tgate_compile.pipeline.optimized import required_state_of
+from tgate_compile.study.convergence import Convergence
+from tgate_compile.study.tuning.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class GraphCosts:
+    """Multiply-accumulates, in linear and convolution layers (the paper's convention), of one denoiser's graphs.
+
+    Attributes:
+        per_row: by the name of a phase, for each row of the batch.
+        guided: the batch of a call of a guided step.
+        unguided: that of a step without guidance.
+    """
+
+    per_row: Mapping[str, float]
+    guided: int
+    unguided: int
+
+    @classmethod
+    def of(cls, hook: GatedDenoiser) -> GraphCosts:
+        """Of the graphs made so far, all for images of one shape."""
+        per_row: dict[str, float] = {}
+        batches = set()
+        for variant, captured in hook.store.variants:
+            graph = variant.program.graph
+            latents = next(node for node in graph.nodes if node.name == captured.latents)
+            batch = latents.meta["val"].shape[0]
+            per_row[variant.phase.name] = count_macs(graph).layers / batch
+            batches.add(batch)
+        return cls(per_row, max(batches), min(batches))
+
+    def macs_of(self, calls: Iterable[Phase]) -> float:
+        """Of these denoiser calls."""
+        return sum(self.per_row[phase.name] * (self.guided if phase.guided else self.unguided) for phase in calls)
+
+
+MSG_NO_LATENTS = (
+    'Schedules are compared by the final latents, and {pipeline} returns {given} for output_type="latent". '
+    "Choose the gate step by looking at its images."
+)
+MSG_NOT_FINITE = (
+    "The plain pipeline's own latents are not finite, so that nothing can be compared with them. "
+    "Check that it makes images as it is; if it is in fp16, try bf16 or fp32."
+)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The pipeline as it is, over all images.
+
+    Attributes:
+        latents: the final latents of each generation, [images, ...], float32 on the CPU.
+        rows: by denoiser, the batches of all its calls added up.
+        num_steps: steps of a generation (of the denoiser that has more, if there are two).
+        seconds: of each generation after the first one, which prepares things.
+        convergence: of the cross-attentions.
+    """
+
+    latents: tuple[torch.Tensor, ...]
+    rows: Mapping[str, int]
+    num_steps: int
+    seconds: tuple[float, ...]
+    convergence: Convergence
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A schedule, over all images.
+
+    Attributes:
+        strip: what the last generation ran.
+        macs: multiply-accumulates of all denoiser calls, in linear and convolution layers.
+        drifts: of each image, see `relative_distances`.
+        seconds: as for `Plain`.
+    """
+
+    strip: str
+    macs: float
+    drifts: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+
+class Bench:
+    """Runs the same generations in different ways.
+
+    Args:
+        pipe: the pipeline.
+        denoisers: its denoisers, by the component's name.
+        calls: the arguments of each generation, without the noise.
+        seeds: each call is made with each of them.
+        on_run: called after each generation.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        denoisers: Mapping[str, torch.nn.Module],
+        calls: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
+        on_run: Callable[[], None],
+    ) -> None:
+        self._pipe = pipe
+        self._denoisers = denoisers
+        self._runs = [(call, seed) for call in calls for seed in seeds]
+        self._on_run = on_run
+
+    def run_plain(self, *, changes_too: bool = True, **override: Any) -> Plain:
+        """Run the plain pipeline, with `override` in each call.
+
+        `changes_too`: record the attentions' changes, which takes time, so that `seconds` are not those of the pipeline
+        alone.
+        """
+        latents: list[torch.Tensor] = []
+        seconds: list[float] = []
+        rows: dict[str, int] = defaultdict(int)
+        changes: dict[int, list[float]] = defaultdict(list)
+        num_steps = 0
+        for call, seed in self._runs:
+            recorder = Recorder(
+                self._pipe,
+                lambda: bool(getattr(self._pipe, "do_classifier_free_guidance", False)),
+                kinds=frozenset({"cross"}) if changes_too else frozenset(),
+            )
+            with recorder.recording(self._denoisers):
+                result, took = self._run({**call, **override}, seed)
+            if not result.isfinite().all():
+                raise ConfigurationError(MSG_NOT_FINITE)
+            latents.append(result)
+            seconds.append(took - recorder.seconds)
+            for name, of_denoiser in recorder.rows.items():
+                rows[name] += of_denoiser
+            for step, of_step in recorder.changes.items():
+                changes[step] += of_step
+            num_steps = max(num_steps, *map(len, recorder.steps.values()))
+        return Plain(tuple(latents), rows, num_steps, tuple(seconds[1:]), Convergence.of(changes))
+
+    def time_plain(self) -> list[float]:
+        """The seconds of each generation of the plain pipeline, which has run before."""
+        return [self._run(call, seed)[1] for call, seed in self._runs]
+
+    def run_gated(self, schedule: Schedule, plain: Plain) -> Measured:
+        """Run the pipeline, which is optimized by now, with `schedule` instead of its own.
+
+        Its graphs are made of what has been captured already: the schedule may cache no other kinds of site, nor merge
+        them in another way.
+        """
+        state = required_state_of(self._pipe)
+        keep = family_of(state.pipeline_class).only or schedule.keep
+        for hook in state.hooks.values():
+            hook.config = dataclasses.replace(hook.config, schedule=dataclasses.replace(schedule, keep=keep))
+        drifts: list[float] = []
+        seconds: list[float] = []
+        steps: dict[str, list[Phase]] = defaultdict(list)
+        for (call, seed), reference in zip(self._runs, plain.latents, strict=True):
+            result, took = self._run(call, seed)
+            drifts += relative_distances(result, reference)
+            seconds.append(took)
+            for name, hook in state.hooks.items():
+                steps[name] += [phase for _, phase in hook.last.steps] if hook.last is not None else []
+        strip = "|".join(strip_of(hook.last.steps) for hook in state.hooks.values() if hook.last is not None)
+        macs = sum(GraphCosts.of(hook).macs_of(steps[name]) for name, hook in state.hooks.items() if steps[name])
+        return Measured(strip, macs, tuple(drifts), tuple(seconds[1:]))
+
+    def macs_of(self, plain: Plain) -> float:
+        """Multiply-accumulates of the plain pipeline, read off the full graphs; call it after `run_gated`."""
+        hooks = required_state_of(self._pipe).hooks
+        return sum(rows * GraphCosts.of(hooks[name]).per_row["full"] for name, rows in plain.rows.items())
+
+    def _run(self, call: Mapping[str, Any], seed: int) -> tuple[torch.Tensor, float]:
+        """The final latents of one generation, [images, ...], in float32 on the CPU, and its seconds."""
+        began = time.perf_counter()
+        latents = final_latents(self._pipe, call, seed)
+        took = time.perf_counter() - began
+        self._on_run()
+        return latents, took
+
+
+def final_latents(pipe: DiffusionPipeline, call: Mapping[str, Any], seed: int) -> torch.Tensor:
+    """The final latents of one generation, [images, ...], in float32 on the CPU.
+
+    Raises:
+        ConfigurationError: the pipeline has none.
+    """
+    # Noise from the CPU is the same on every device.
+    generator = torch.Generator().manual_seed(seed)
+    result = pipe(**call, generator=generator, output_type="latent", return_dict=False)[0]
+    if not torch.is_tensor(result):
+        given = f"a {type(result).__name__}"
+        raise ConfigurationError(MSG_NO_LATENTS.format(pipeline=type(pipe).__name__, given=given))
+    return result.detach().to("cpu", torch.float32)
+
+
+def relative_distances(latents: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """||x - r|| / ||r|| of each image's latents, [images, ...]; infinite where x is not finite."""
+    distances = (latents - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+    return [distance if math.isfinite(distance) else math.inf for distance in distances.tolist()]
+
+
+@contextmanager
+def silent(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Without the pipeline's progress bar, which would be shown for each of many generations."""
+    if not hasattr(pipe, "set_progress_bar_config"):  # a pipeline that is merely like diffusers'
+        yield
+        return
+    before = vars(pipe).get("_progress_bar_config")
+    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before

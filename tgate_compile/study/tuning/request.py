@@ -1,0 +1,145 @@
+"""What is asked of `tune`, and the circumstances under which it was answered."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from tgate_compile._errors import ConfigurationError
+from tgate_compile._version import __version__
+from tgate_compile.methods.schedule import Schedule
+
+MSG_PROMPTS = (
+    'prompts must be a sequence of texts, such as ["a red fox in snow", "a harbour at night"], or None with '
+    'call={{"prompt_embeds": ..., ...}}, but got {given!r}.'
+)
+MSG_TOLERANCE = "tolerance must be a number above 0 (0.1: ten per cent of the latents' norm), but got {given!r}."
+MSG_STEPS = "num_inference_steps must be a whole number, at least 2, but got {given!r}."
+MSG_SEEDS = "seeds must be different whole numbers, at least one, such as (0, 1), but got {given!r}."
+MSG_CANDIDATES = (
+    "candidates must be a sequence of tgate_compile.Schedule, or None for the default ones, but got {given!r}."
+)
+MSG_CALL = "call must be a mapping of further arguments of the pipeline's call, but got {given!r}."
+MSG_RESERVED = "call: {names} cannot be in it, since {verb}() sets {names} itself."
+MSG_UNKNOWN = "call: {pipeline} takes no {names}."
+MSG_PIPELINE = "{verb}() needs a pipeline whose call takes {missing}, and that of {pipeline} does not."
+
+_OWN = ("num_inference_steps", "generator", "output_type", "return_dict")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The same generations for whatever is compared.
+
+    Attributes:
+        prompts: what to show; None if `call` says it.
+        num_inference_steps: as passed to the pipeline's call.
+        seeds: the noise of each prompt.
+        call: further arguments of the pipeline's call.
+        verb: the function that the user has called, for messages.
+    """
+
+    prompts: Sequence[str] | None
+    num_inference_steps: int
+    seeds: Sequence[int]
+    call: Mapping[str, Any]
+    verb: str
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None:
+            _check_sequence(self.prompts, str, MSG_PROMPTS)
+            if isinstance(self.prompts, str) or not all(prompt.strip() for prompt in self.prompts):
+                raise ConfigurationError(MSG_PROMPTS.format(given=self.prompts))
+        if not isinstance(self.call, Mapping):
+            raise ConfigurationError(MSG_CALL.format(given=self.call))
+        if self.prompts is None and not self.call:
+            raise ConfigurationError(MSG_PROMPTS.format(given=None))
+        if not is_whole(self.num_inference_steps) or self.num_inference_steps < 2:
+            raise ConfigurationError(MSG_STEPS.format(given=self.num_inference_steps))
+        _check_sequence(self.seeds, int, MSG_SEEDS)
+        if not all(map(is_whole, self.seeds)) or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigurationError(MSG_SEEDS.format(given=self.seeds))
+
+    def calls(self, pipe: DiffusionPipeline) -> list[dict[str, Any]]:
+        """The arguments of the pipeline's call, for each prompt.
+
+        Raises:
+            ConfigurationError: they do not suit it.
+        """
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        pipeline = type(pipe).__name__
+        needed = (*_OWN, "prompt") if self.prompts is not None else _OWN
+        missing = [name for name in needed if name not in parameters]
+        if missing:
+            raise ConfigurationError(
+                MSG_PIPELINE.format(missing=" and ".join(missing), pipeline=pipeline, verb=self.verb)
+            )
+        reserved = [name for name in self.call if name in needed]
+        if reserved:
+            raise ConfigurationError(MSG_RESERVED.format(names=", ".join(reserved), verb=self.verb))
+        unknown = [str(name) for name in self.call if name not in parameters]
+        if unknown:  # also where there is a **kwargs, which diffusers has for names that it has given up
+            raise ConfigurationError(MSG_UNKNOWN.format(pipeline=pipeline, names=", ".join(unknown)))
+        shared = {**self.call, "num_inference_steps": self.num_inference_steps}
+        return [{**shared, "prompt": prompt} for prompt in self.prompts] if self.prompts is not None else [shared]
+
+    def described_call(self) -> dict[str, str]:
+        """The further arguments, in words."""
+        return {name: _in_words(value) for name, value in self.call.items()}
+
+
+@dataclass(frozen=True)
+class Request(Runs):
+    """See `tune`, whose arguments these are."""
+
+    tolerance: float
+    candidates: Sequence[Schedule] | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tolerance = self.tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
+            raise ConfigurationError(MSG_TOLERANCE.format(given=tolerance))
+        if self.candidates is not None:
+            _check_sequence(self.candidates, Schedule, MSG_CANDIDATES)
+
+
+def _check_sequence(given: object, kind: type, message: str) -> None:
+    if not isinstance(given, Sequence) or not given or not all(isinstance(item, kind) for item in given):
+        raise ConfigurationError(message.format(given=given))
+
+
+def is_whole(given: object) -> bool:
+    """Whether `given` is an int, and no bool."""
+    return isinstance(given, int) and not isinstance(given, bool)
+
+
+def _in_words(value: object) -> str:
+    if torch.is_tensor(value):
+        return f"Tensor{list(value.shape)}"
+    return repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+
+
+def setting_of(pipe: DiffusionPipeline, denoisers: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+    """Plain data for results."""
+    weights = (tensor for denoiser in denoisers.values() for tensor in denoiser.parameters())
+    weight = next((tensor for tensor in weights if tensor.is_floating_point()), None)
+    return {
+        "pipeline": type(pipe).__name__,
+        "denoiser": ", ".join(type(denoiser).__name__ for denoiser in denoisers.values()),
+        "scheduler": type(pipe.scheduler).__name__,
+        "device": str(weight.device if weight is not None else "cpu"),
+        "dtype": str(weight.dtype if weight is not None else torch.float32).removeprefix("torch."),
+        "tgate_compile": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,253 @@
+"""The result of `tune`, and its plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import save_schedule
+from tgate_compile.study.convergence import Convergence
+from tgate_compile.study.figures import INK, LINE, SOFT, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, for any colour vision; the markers say it once more.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def draw_tuning(tuning: Tuning, path: str | Path) -> None:
+    """Write the picture of `tuning` to `path`."""
+    figure = new_figure(11.0, 4.4)
+    left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.25))
+    figure.suptitle(_title(tuning), color=INK, fontsize=10, x=0.01, ha="left")
+    _draw_convergence(left, tuning)
+    _draw_table(right, tuning)
+    for axes in (left, right):
+        axes.grid(color=LINE, linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=SOFT, labelsize=8, length=0)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(LINE)
+    save_figure(figure, path)
+
+
+def _title(tuning: Tuning) -> str:
+    images = max(1, len(tuning.prompts)) * len(tuning.seeds)
+    return (
+        f"{tuning.setting['pipeline']}, {tuning.num_steps} steps of {tuning.setting['scheduler']}, {images} image"
+        f"{'s' if images > 1 else ''}: {tuning.schedule}"
+    )
+
+
+def _draw_convergence(axes: Axes, tuning: Tuning) -> None:
+    axes.set_title("How much the cross-attentions still change", color=INK, fontsize=10, loc="left")
+    axes.set_xlabel("step", color=SOFT, fontsize=9)
+    axes.set_ylabel("change since the step before, relative", color=SOFT, fontsize=9)
+    mean, spread = tuning.convergence.mean, tuning.convergence.spread
+    steps = list(range(1, len(mean) + 1))
+    axes.plot(steps, mean, color=_COLOURS[0], marker="o", markersize=3, linewidth=1.4)
+    low = [max(m - s, 0.0) for m, s in zip(mean, spread, strict=True)]
+    high = [m + s for m, s in zip(mean, spread, strict=True)]
+    axes.fill_between(steps, low, high, color=_COLOURS[0], alpha=0.15, linewidth=0)
+    axes.set_xlim(0, tuning.num_steps)
+    axes.set_ylim(bottom=0)
+    end = next((step for step, letter in enumerate(tuning.chosen.strip) if letter.islower()), None)
+    if end:
+        axes.axvline(end, color=_COLOURS[5], linewidth=1.2, linestyle="--")
+        words = "cached" if tuning.schedule.gate_step is not None else "no guidance"
+        axes.text(
+            end, 0.97, f" {words} from\n step {end} on", color=_COLOURS[5], fontsize=8, va="top",
+            transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
+
+
+def _draw_table(axes: Axes, tuning: Tuning) -> None:
+    axes.set_title("What each schedule costs, and how far it drifts", color=INK, fontsize=10, loc="left")
+    axes.set_xlabel("operations of the denoiser, plain = 1", color=SOFT, fontsize=9)
+    axes.set_ylabel("drift of the final latents, relative", color=SOFT, fontsize=9)
+    families = list(dict.fromkeys(row.family for row in sorted(tuning.table, key=lambda row: row.schedule is None)))
+    for index, family in enumerate(families):
+        rows = [row for row in tuning.table if row.family == family and math.isfinite(row.drift)]
+        baseline = all(row.schedule is None for row in rows)
+        colour = SOFT if baseline else _COLOURS[index % len(_COLOURS)]
+        costs, drifts = [row.cost for row in rows], [row.drift for row in rows]
+        axes.errorbar(costs, drifts, [row.spread for row in rows], color=colour, linewidth=0, elinewidth=2.0, alpha=0.2)
+        axes.plot(
+            costs, drifts, label=family, color=colour, marker="x" if baseline else _MARKERS[index % len(_MARKERS)],
+            markersize=4.5, linewidth=1.2, linestyle=":" if baseline else "-",
+        )  # fmt: skip
+    axes.axhline(tuning.tolerance, color=INK, linewidth=1.0, linestyle="--")
+    axes.text(
+        0.0, tuning.tolerance, f" tolerance {tuning.tolerance:g}", color=INK, fontsize=8, va="bottom",
+        transform=axes.get_yaxis_transform(),
+    )  # fmt: skip
+    chosen = tuning.chosen
+    axes.plot(
+        chosen.cost, chosen.drift, label=f"chosen: {chosen.label} ({chosen.cost:.2f}, {chosen.drift:.3f})",
+        color=_COLOURS[5], marker="o", markersize=13, markerfacecolor="none", linewidth=0,
+    )  # fmt: skip
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(fontsize=8, labelcolor=INK, loc="upper right", frameon=False, ncols=2)
+
+
+_HEADINGS = ("", "family", "schedule", "strip", "cost", "drift", "spread", "worst", "time")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender.
+
+    Attributes:
+        family: what it is compared with: T-GATE, T-GATE v2, guidance drop, fewer steps, or given.
+        label: the schedule in words.
+        schedule: None for fewer steps, which is a baseline and no schedule.
+        strip: one character a step, as in `docs/schedules.md`.
+        cost: multiply-accumulates of an image in the denoiser's linear and convolution layers; the plain pipeline is 1.
+        drift: ||x - plain x|| / ||plain x|| of the final latents, the mean of all images; infinite if some of them are
+            not finite.
+        spread: its standard deviation.
+        worst: the largest one.
+        within: whether the drift is within the tolerance.
+        time: of an image; the plain pipeline is 1. Information only, noisy, and with the backend of the tuning.
+            None if there was one generation only, which also has to make the graphs, or if it is unreliable.
+        unreliable: why the time cannot be told, where the machine was too busy.
+    """
+
+    family: str
+    label: str
+    schedule: Schedule | None
+    strip: str
+    cost: float
+    drift: float
+    spread: float
+    worst: float
+    within: bool
+    time: float | None
+    unreliable: str | None = None
+
+    @property
+    def saves(self) -> bool:
+        """Whether it costs less than the plain pipeline."""
+        return self.cost < 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON: what is not finite is None."""
+        return {name: None if value in (math.inf, -math.inf) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune` returns; printing it gives the table, `save` a schedule file, `plot` a picture.
+
+    Attributes:
+        schedule: the cheapest one within the tolerance.
+        table: everything that was measured, the cheapest first.
+        convergence: how much the cross-attentions change from step to step, in the plain pipeline.
+        tolerance: the drift allowed.
+        num_inference_steps: as passed to the pipeline's call.
+        num_steps: how many the call really makes (fewer for `strength < 1`).
+        prompts: as given, if they were.
+        seeds: the noise of each prompt.
+        call: further arguments of the call, described.
+        setting: the classes of pipeline, denoiser and scheduler, device, dtype, backend, versions.
+    """
+
+    schedule: Schedule
+    table: tuple[Row, ...]
+    convergence: Convergence
+    tolerance: float
+    num_inference_steps: int
+    num_steps: int
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    call: Mapping[str, str]
+    setting: Mapping[str, str]
+
+    @property
+    def chosen(self) -> Row:
+        """The schedule's row."""
+        return next(row for row in self.table if row.schedule == self.schedule)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return asdict(self) | {"table": [row.as_dict() for row in self.table]}
+
+    def save(self, path: str | Path) -> None:
+        """Write the schedule, with all that is known of it, to a JSON file for `optimize(pipe, schedule=path)`.
+
+        Raises:
+            ConfigurationError: the file cannot be written.
+        """
+        save_schedule(
+            self.schedule, path, {name: value for name, value in self.as_dict().items() if name != "schedule"}
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the convergence over the steps, and drift against cost, to a .png, .svg or .pdf file.
+
+        Raises:
+            ConfigurationError: matplotlib is not installed (`pip install 'tgate_compile[plots]'`), or the file cannot
+                be written.
+        """
+        draw_tuning(self, path)
+
+    def __str__(self) -> str:
+        chosen = self.chosen
+        images = f"{len(self.prompts) or 1} prompt{'s' if len(self.prompts) > 1 else ''}, seeds {_listed(self.seeds)}"
+        return "\n".join(
+            [
+                f"{self.schedule}: {chosen.cost:.3f} of the plain pipeline's operations, drift {chosen.drift:.3f} "
+                f"(tolerance {self.tolerance:g})",
+                f"{self.setting['pipeline']}, {self.num_steps} steps of {self.setting['scheduler']}, {images}",
+                "",
+                *_aligned([_HEADINGS, *(self._cells(row) for row in self.table)]),
+                "",
+                "cost: multiply-accumulates of the denoiser; drift: of the final latents, relative; time: noisy.",
+                "*: chosen; x: not within the tolerance; ?: the machine was too busy to tell.",
+                *self.remarks,
+            ]
+        )
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        mark = "*" if row is self.chosen else "" if row.within else "x"
+        numbers = (f"{value:.3f}" for value in (row.cost, row.drift, row.spread, row.worst))
+        time = "?" if row.unreliable else "" if row.time is None else f"{row.time:.2f}"
+        return (mark, row.family, row.label, row.strip, *numbers, time)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What else should be known: that fewer steps would do better."""
+        chosen = self.chosen
+        # The numbers as they are shown: a difference behind these is none.
+        cost, drift = round(chosen.cost, 3), round(chosen.drift, 3)
+        fewer = [row for row in self.table if row.schedule is None and row.within and round(row.cost, 3) <= cost]
+        better = [row for row in fewer if round(row.cost, 3) < cost or round(row.drift, 3) <= drift]
+        if not better:
+            return ()
+        closest = min(better, key=lambda row: (row.drift, row.cost))
+        as_well = "do better" if round(closest.drift, 3) <= drift else "do as well"
+        return (
+            f"Fewer steps would {as_well}: {closest.label} without a schedule cost {closest.cost:.3f}, with drift "
+            f"{closest.drift:.3f}.",
+        )
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        texts = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
+        lines.append("  ".join([*texts, *numbers]).rstrip())
+    return lines
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
