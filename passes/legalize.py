@@ -87,14 +87,14 @@ def promote_concatenated(graph_module: torch.fx.GraphModule) -> PassResult:
         if node.target not in CONCATENATIONS:
             continue
         dtype = node.meta["val"].dtype
-        for operand in node.all_input_nodes:
-            fake = operand.meta["val"]
+        for narrow in node.all_input_nodes:
+            fake = narrow.meta["val"]
             if fake.dtype != dtype:
                 with graph.inserting_before(node):
-                    cast = graph.call_function(aten.to.dtype, (operand, dtype))
+                    cast = graph.call_function(aten.to.dtype, (narrow, dtype))
                 with fake.fake_mode:
                     cast.meta["val"] = fake.to(dtype)
-                node.replace_input_with(operand, cast)
+                node.replace_input_with(narrow, cast)
                 count += 1
     return PassResult(count)
 

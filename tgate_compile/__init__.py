@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 #: Where each public name comes from.
 _HOMES = {
     "load_demo_pipeline": "_demo.pipeline",
-    "describe": "_describe",
     "BackendError": "_errors",
     "BundleError": "_errors",
     "CaptureError": "_errors",
@@ -53,25 +52,26 @@ _HOMES = {
     "TGateError": "_errors",
     "UnsupportedModelError": "_errors",
     "VerificationError": "_errors",
-    "export": "_export",
-    "load": "_load",
     "optimize": "_optimize",
     "restore": "_optimize",
-    "generation": "_optimized",
-    "pure": "_purity",
-    "Schedule": "_schedule",
-    "load_schedule": "_schedule_file",
-    "save_schedule": "_schedule_file",
-    "strip_picture": "_strip_picture",
-    "tune": "_tune",
-    "Tuning": "_tuning.result",
-    "analyze": "_analyze",
-    "Analysis": "_analysis.result",
-    "evaluate": "_evaluate",
-    "Evaluation": "_evaluation.result",
+    "export": "bundle.export",
+    "load": "bundle.load",
+    "pure": "engine.purity",
+    "Schedule": "methods.schedule",
+    "load_schedule": "methods.schedule_file",
+    "save_schedule": "methods.schedule_file",
+    "describe": "pipeline.describe",
+    "generation": "pipeline.optimized",
+    "Analysis": "study.analysis.result",
+    "analyze": "study.analysis.run",
+    "evaluate": "study.evaluation.evaluate",
+    "Evaluation": "study.evaluation.result",
+    "strip_picture": "study.figures",
+    "Tuning": "study.tuning.result",
+    "tune": "study.tuning.search",
 }
 
-_SUBPACKAGES = ("exports", "passes", "runtime")
+_SUBPACKAGES = ("exports", "methods", "passes", "runtime")
 
 __all__ = [
     "load_demo_pipeline",

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from diffusers.utils import BaseOutput
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -254,7 +254,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-Each = TypeVar("Item")
+Each = TypeVar("Each")
 
 MSG_RANK = (
     "The environment says RANK={rank} and WORLD_SIZE={world}: expected whole numbers with 0 <= RANK < WORLD_SIZE."
