@@ -33,7 +33,7 @@ import tgate_compile
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
 from tgate_compile._demo.variants import demo_variant
-from tgate_compile.bundle.formats import FORMATS
+from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import CALIBRATED
 from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.study.bench.measure import machine_of, timed_generation

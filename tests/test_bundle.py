@@ -112,7 +112,7 @@ def test_the_graphs_are_valid_and_share_their_weights(original: Path) -> None:
 
 
 def test_the_shipped_schema_is_that_of_the_types() -> None:
-    path = Path(tgate_compile.__file__).parent / "_bundle" / "manifest.schema.json"
+    path = Path(tgate_compile.__file__).parent / "bundle" / "manifest.schema.json"
     assert json.loads(path.read_text()) == json_schema()
 
 

@@ -10,9 +10,8 @@ import torch
 from tests.comparing import difference
 from tests.exported import exported
 from tgate_compile import BackendError
-from tgate_compile.bundle.formats import inputs_of
 from tgate_compile.bundle.read import read_bundle
-from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.bundle.read_manifest import inputs_of, shape_at
 from tgate_compile.exports.onnx import open as piecewise_session
 from tgate_compile.exports.onnx.open import OnnxSession, PiecewiseSession
 

@@ -24,7 +24,7 @@ from tests.programs import plain as plain_program
 from tests.tiny_pipelines import PROMPT, PROMPTS, run
 from tgate_compile import BundleError, ConfigurationError, UnsupportedModelError
 from tgate_compile._cli.app import app
-from tgate_compile.bundle.formats import FORMATS
+from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.manifest import Manifest
 from tgate_compile.bundle.parity import QUANTIZED_TOLERANCE
 from tgate_compile.bundle.quantization import CALIBRATED, KEPT, SCHEMES, Quantization, read_quantization

@@ -21,8 +21,9 @@ import torch
 
 from tgate_compile._errors import BackendError, BundleError, ConfigurationError, check_installed
 from tgate_compile.bundle import manifest as m
-from tgate_compile.bundle.formats import Progress, WrittenGraph, inputs_of, outputs_of
+from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph
+from tgate_compile.bundle.read_manifest import inputs_of, outputs_of
 from tgate_compile.passes.editing import copy_graph, flat_program
 from tgate_compile.passes.graphs import Variant
 from tgate_compile.passes.lower_complex import lower_complex

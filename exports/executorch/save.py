@@ -11,8 +11,9 @@ import torch
 from tgate_compile._errors import BackendError, BundleError, ConfigurationError, UnsupportedModelError
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.calibration import Quantizing
-from tgate_compile.bundle.formats import Progress, WrittenGraph, inputs_of, outputs_of
+from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph
+from tgate_compile.bundle.read_manifest import inputs_of, outputs_of
 from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.exports.executorch.convert import to_executorch
 from tgate_compile.exports.executorch.open import ExecuTorchSession, open_program

@@ -1,1 +1,21 @@
-"""Inductor and AOTInductor."""
+"""Inductor, and AOTInductor: PyTorch's own compiler, live and ahead of time."""
+
+from tgate_compile._runtimes import BackendEntry, FormatEntry
+
+BACKENDS = (
+    # On a CPU it compiles for minutes and ends up beside eager, so `auto` does not consider it there.
+    BackendEntry(
+        "inductor", "tgate_compile.exports.inductor.live:InductorBackend", automatic={"cuda": 1, "mps": 1, "xpu": 1}
+    ),
+)
+
+FORMATS = (
+    FormatEntry(
+        "aoti",
+        "tgate_compile.exports.inductor.save",
+        backend="aoti",
+        extra="aoti",
+        to_write=("pydantic",),
+        to_load=("pydantic",),
+    ),
+)

@@ -1,10 +1,10 @@
-"""Write a pipeline's text encoders, tokenizers and VAE decoder as ONNX files."""
+"""Write a pipeline's text encoders, tokenizers and VAE decoder as ONNX files: a `ComponentsFormat`."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from tgate_compile._errors import BundleError, cause_of
 from tgate_compile.bundle import manifest as m
-from tgate_compile.bundle.component_recipes import Recipe
+from tgate_compile.bundle.component_recipes import ComponentsRequest, Recipe
 from tgate_compile.bundle.formats import Progress
 from tgate_compile.bundle.read_manifest import shape_at, solve
 from tgate_compile.bundle.weights import WeightsFile, dtype_name
@@ -194,21 +194,6 @@ LATENTS = (8, 12)
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked for with `components="all"`.
-
-    Attributes:
-        pipeline: the pipeline's class.
-        recipe: that of the pipeline.
-        call: the arguments of the pipeline's call that the bundle is made with.
-    """
-
-    pipeline: type[DiffusionPipeline]
-    recipe: Recipe
-    call: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class _Graph:
     """A graph to be written: `arguments` are those of `write_component` but its last two."""
 
@@ -228,7 +213,7 @@ class _Graph:
 
 def write_components(
     pipe: DiffusionPipeline,
-    request: Request,
+    request: ComponentsRequest,
     arguments: Sequence[str],
     latents: torch.Size,
     steps: int,
@@ -362,13 +347,13 @@ def _vae_decoder(pipe: Any, graph: _Graph, parity: m.Parity) -> m.VaeDecoder:
     )
 
 
-def _length(pipe: Any, name: str, request: Request) -> int:
+def _length(pipe: Any, name: str, request: ComponentsRequest) -> int:
     if request.recipe.length is None:
         return int(getattr(pipe, name).model_max_length)
     return int(_argument(request, request.recipe.length))
 
 
-def _argument(request: Request, name: str) -> Any:
+def _argument(request: ComponentsRequest, name: str) -> Any:
     """What `name` is in the call: as given, or the pipeline's default."""
     default = inspect.signature(request.pipeline.__call__).parameters[name].default
     return request.call.get(name, default)

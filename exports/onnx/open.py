@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from tgate_compile._errors import BackendError
-from tgate_compile.bundle.formats import inputs_of, output_shapes, outputs_of
 from tgate_compile.bundle.manifest import Graph
+from tgate_compile.bundle.read_manifest import inputs_of, output_shapes, outputs_of
 from tgate_compile.exports.onnx.session import ELEMENT_TYPES, best_providers, open_session, run_bound, session_options
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from tgate_compile._errors import BackendError, ConfigurationError, check_installed
-from tgate_compile.bundle.formats import inputs_of, output_shapes, outputs_of
 from tgate_compile.bundle.manifest import WEIGHTS_FILE, Graph
+from tgate_compile.bundle.read_manifest import inputs_of, output_shapes, outputs_of
 
 #: What openvino sends an event with when it is imported, unless the user has said no beforehand. Without it, openvino
 #: takes a stub of its own.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from tgate_compile._errors import BackendError
-from tgate_compile.bundle.formats import inputs_of, output_shapes, outputs_of
 from tgate_compile.bundle.manifest import Graph
+from tgate_compile.bundle.read_manifest import inputs_of, output_shapes, outputs_of
 from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.exports.tensorrt.convert import DTYPES, parser_errors, tensorrt_log
 

@@ -15,9 +15,9 @@ import torch
 
 from tgate_compile._errors import BackendError, BundleError, ConfigurationError
 from tgate_compile.bundle import manifest as m
-from tgate_compile.bundle.formats import Progress, WrittenGraph, inputs_of, outputs_of
+from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph, describe_graph, example_sizes
-from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.bundle.read_manifest import inputs_of, outputs_of, shape_at
 from tgate_compile.engine.free_sizes import LARGEST, SYMBOLS
 from tgate_compile.exports.onnx import save as onnx_graphs
 from tgate_compile.exports.tensorrt.convert import FREE, Binding, EngineSettings, Shape, to_tensorrt

@@ -18,7 +18,7 @@ from tgate_compile._cli.loading import load, settings_for
 from tgate_compile._cli.options import DTYPES, choose_device, choose_dtype, demo_prompts, recognise
 from tgate_compile._cli.pictures import check_targets
 from tgate_compile._errors import ConfigurationError, is_installed
-from tgate_compile.engine.backends import BACKENDS
+from tgate_compile._runtimes import BACKENDS
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.bench.methods import FEWER_STEPS, NAMES, PEERS, PLAIN, methods_for, random_pipeline
 from tgate_compile.study.bench.result import Benchmark, Row
@@ -141,8 +141,8 @@ def _backends(given: list[options.Backend] | None, device: str, cuda_graphs: boo
         names = list(dict.fromkeys(each.value for each in given))
     else:
         # Engines are for GPUs.
-        usable = [name for name in BACKENDS if name != "tensorrt" or on_gpu]
-        installed = (name for name in usable if is_installed(*getattr(BACKENDS[name], "needs", ())))
+        usable = [name for name, entry in BACKENDS.items() if on_gpu or not entry.needs_gpu]
+        installed = (name for name in usable if is_installed(*BACKENDS[name].needs))
         names = sorted(installed, key=lambda name: name != "eager")
     if "inductor" in names and (on_gpu if cuda_graphs is None else cuda_graphs):
         names.insert(names.index("inductor") + 1, CUDA_GRAPHS)

@@ -18,7 +18,8 @@ from tgate_compile._cli.console import ERR, OUT, print_json
 from tgate_compile._cli.loading import load, settings_for
 from tgate_compile._cli.options import demo_prompts
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.bundle.formats import FORMATS, check_can_write
+from tgate_compile._runtimes import FORMATS
+from tgate_compile.bundle.formats import check_can_write
 from tgate_compile.bundle.quantization import CALIBRATED, SCHEMES, read_quantization
 from tgate_compile.methods.schedule import Schedule
 

@@ -65,6 +65,21 @@ class Recipe:
     upcasts_vae: bool = False
 
 
+@dataclass(frozen=True)
+class ComponentsRequest:
+    """What is asked for with `components="all"`.
+
+    Attributes:
+        pipeline: the pipeline's class.
+        recipe: that of the pipeline.
+        call: the arguments of the pipeline's call that the bundle is made with.
+    """
+
+    pipeline: type[DiffusionPipeline]
+    recipe: Recipe
+    call: Mapping[str, Any]
+
+
 _UNET: Mapping[str, Source] = {"sample": "latents", "timestep": "timestep", "encoder_hidden_states": "hidden_states"}
 _PIXART = Recipe(
     encoders={"text_encoder": "tokenizer"},

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError, check_installed
-from tgate_compile.bundle.formats import FORMATS, check_can_write, format_called
+from tgate_compile._runtimes import FORMATS
+from tgate_compile.bundle.formats import check_can_write, components_format, format_called
 from tgate_compile.bundle.quantization import read_quantization
 from tgate_compile.engine.config import AUTO_PROMPTS
 from tgate_compile.engine.free_sizes import SYMBOLS, FreeSize
@@ -139,12 +140,11 @@ def export(
         quantization = dataclasses.replace(quantization, calibration_prompts=prompts)
     request = None
     if components == "all":
-        check_can_write("onnx")  # which they are written as, whatever the denoiser's graphs are
+        check_can_write(components_format())
         check_installed("tokenizers", what='components="all"')
-        from tgate_compile.bundle.component_recipes import recipe_for
-        from tgate_compile.exports.onnx.components import Request
+        from tgate_compile.bundle.component_recipes import ComponentsRequest, recipe_for
 
-        request = Request(state.pipeline_class, recipe_for(pipe, call), call)
+        request = ComponentsRequest(state.pipeline_class, recipe_for(pipe, call), call)
     target = Path(folder)
     target = target.parent.resolve() / target.name if target.name else target.resolve()
     check_target(target, overwrite=overwrite)

@@ -6,18 +6,19 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from tgate_compile._errors import BackendError, check_installed
-from tgate_compile.bundle.manifest import CacheOutput, Graph, TensorSpec
-from tgate_compile.bundle.quantization import Scheme
-from tgate_compile.bundle.read_manifest import shape_at, solve
+from tgate_compile._runtimes import FORMATS, home_of
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from tgate_compile.bundle.calibration import Quantizing
-    from tgate_compile.bundle.manifest import Manifest
+    from tgate_compile.bundle.component_recipes import ComponentsRequest
+    from tgate_compile.bundle.manifest import Components, Graph, Manifest, TensorSpec
     from tgate_compile.bundle.plan import PlannedGraph
 
 
@@ -48,29 +49,6 @@ class Refittable(Protocol):
         Raises:
             BackendError: the graph cannot follow.
         """
-
-
-def inputs_of(graph: Graph) -> list[TensorSpec]:
-    """All inputs, caches last."""
-    return [*graph.inputs, *graph.cache_inputs]
-
-
-def outputs_of(graph: Graph) -> list[TensorSpec | CacheOutput]:
-    """All outputs, caches last."""
-    return [*graph.outputs, *graph.cache_outputs]
-
-
-def sizes_for(graph: Graph, inputs: Sequence[torch.Tensor]) -> Mapping[str, int] | None:
-    """The free sizes of `graph` for `inputs`, caches left out or not; None if they are of no shape that it takes."""
-    specs = inputs_of(graph)[: len(inputs)]
-    return solve([spec.shape for spec in specs], [tuple(tensor.shape) for tensor in inputs])
-
-
-def output_shapes(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
-    """The shapes of all outputs for inputs of the right shapes."""
-    sizes = sizes_for(graph, inputs)
-    assert sizes is not None, "the store has checked the call"
-    return [shape_at(spec.shape, sizes) for spec in outputs_of(graph)]
 
 
 #: Told what is being done, one line a stage.
@@ -146,6 +124,36 @@ class GraphFormat(Protocol):
         ...
 
 
+class ComponentsFormat(Protocol):
+    """Writes what a pipeline has beside its denoiser, and checks what was written. A module has this as functions."""
+
+    def write_components(
+        self,
+        pipe: DiffusionPipeline,
+        request: ComponentsRequest,
+        arguments: Sequence[str],
+        latents: torch.Size,
+        steps: int,
+        folder: Path,
+        progress: Progress,
+    ) -> Components:
+        """Write text encoders, tokenizers and the VAE decoder to the bundle at `folder`.
+
+        Raises:
+            BundleError: something cannot be converted, or differs from PyTorch.
+        """
+        ...
+
+    def check_component(
+        self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], weights_size: int
+    ) -> None:
+        """Check a file of a bundle, whose weights are in a file of `weights_size` bytes, without trusting it.
+
+        Raises:
+            BundleError: it is not what the manifest says.
+        """
+
+
 class QuantizingFormat(GraphFormat, Protocol):
     """A format whose row has schemes."""
 
@@ -165,103 +173,24 @@ class QuantizingFormat(GraphFormat, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Row:
-    """What is said of a format before any of its packages is imported.
-
-    Attributes:
-        module: has the functions of `GraphFormat`; `module:name` is an object in a module that has them.
-        backend: what `load` runs it with.
-        extra: of tgate_compile, with the packages that it needs.
-        to_write: modules that `export` needs.
-        to_load: modules that `load` needs.
-        needs_gpu: its graphs run on NVIDIA's GPUs only.
-        fixed_sizes: its graphs leave no size to each call.
-        also: other backends that `load` may be told, with the format whose functions open its graphs in them.
-        quantized_weights: it takes weights that torchao has quantized.
-        schemes: of quantization, that it takes; with any, the module is a `QuantizingFormat`.
-    """
-
-    module: str
-    backend: str
-    extra: str
-    to_write: tuple[str, ...]
-    to_load: tuple[str, ...]
-    needs_gpu: bool = False
-    fixed_sizes: bool = False
-    also: Mapping[str, str] = field(default_factory=dict)
-    quantized_weights: bool = True
-    schemes: tuple[Scheme, ...] = ()
-
-
-FORMATS: Mapping[str, Row] = {
-    "onnx": Row(
-        "tgate_compile.exports.onnx.save",
-        backend="onnxruntime",
-        extra="onnx",
-        to_write=("onnx", "onnxscript", "onnxruntime", "pydantic"),
-        to_load=("onnx", "pydantic"),
-        also={"openvino": "openvino"},
-        schemes=("int8", "int4", "int8-dynamic", "int8-static"),
-    ),
-    "tensorrt-rtx": Row(
-        "tgate_compile.exports.tensorrt.save:RTX",
-        backend="tensorrt-rtx",
-        extra="tensorrt-rtx",
-        to_write=("onnx", "onnxscript", "tensorrt_rtx", "pydantic"),
-        to_load=("onnx", "tensorrt_rtx", "pydantic"),
-        needs_gpu=True,
-    ),
-    "tensorrt": Row(
-        "tgate_compile.exports.tensorrt.save:ENTERPRISE",
-        backend="tensorrt",
-        extra="tensorrt",
-        to_write=("onnx", "onnxscript", "tensorrt", "pydantic"),
-        to_load=("onnx", "tensorrt", "pydantic"),
-        needs_gpu=True,
-    ),
-    "openvino": Row(
-        "tgate_compile.exports.openvino.save",
-        backend="openvino",
-        extra="openvino",
-        to_write=("onnx", "onnxscript", "openvino", "pydantic"),
-        to_load=("openvino", "pydantic"),
-        schemes=("int8", "int4", "int8-dynamic", "int8-static"),
-    ),
-    "aoti": Row(
-        "tgate_compile.exports.inductor.save",
-        backend="aoti",
-        extra="aoti",
-        to_write=("pydantic",),
-        to_load=("pydantic",),
-    ),
-    "executorch": Row(
-        "tgate_compile.exports.executorch.save",
-        backend="executorch",
-        extra="executorch",
-        to_write=("executorch", "pydantic"),
-        to_load=("executorch", "pydantic"),
-        fixed_sizes=True,
-        quantized_weights=False,
-        schemes=("int8-dynamic", "int8-static"),
-    ),
-    "coreml": Row(
-        "tgate_compile.exports.coreml.save",
-        backend="coreml",
-        extra="coreml",
-        to_write=("coremltools", "pydantic"),
-        to_load=("coremltools", "pydantic"),
-        fixed_sizes=True,
-    ),
-}
-
-
 def format_called(name: str) -> GraphFormat:
-    """The format's functions; its packages must be there."""
-    module, _, attribute = FORMATS[name].module.partition(":")
-    found = importlib.import_module(module)
-    functions: GraphFormat = getattr(found, attribute) if attribute else found
+    """Import the functions of the format `name`; its packages must be installed."""
+    functions: GraphFormat = home_of(FORMATS[name])
     return functions
+
+
+def components_format() -> str:
+    """Return the format that text encoders, tokenizers and VAE decoders are written in, whatever the graphs' own is."""
+    return next(entry.name for entry in FORMATS.values() if entry.components is not None)
+
+
+def components_functions() -> ComponentsFormat:
+    """Import the functions that write and check components; their packages must be installed."""
+    module = FORMATS[components_format()].components
+    assert module is not None
+    functions: Any = importlib.import_module(module)
+    checked: ComponentsFormat = functions
+    return checked
 
 
 def openers(name: str) -> dict[str, str]:

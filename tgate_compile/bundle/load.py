@@ -11,7 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import BundleError, ConfigurationError, check_installed
-from tgate_compile.bundle.formats import FORMATS, GraphFormat, check_can_load, check_can_run, format_called, openers
+from tgate_compile._runtimes import FORMATS
+from tgate_compile.bundle.formats import GraphFormat, check_can_load, check_can_run, format_called, openers
 from tgate_compile.methods.schedule_file import read_schedule
 from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.optimized import Optimized, required_state_of

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
+from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import Scheme
 from tgate_compile.methods.schedule import Half, Kind, Phase
 
@@ -46,8 +47,16 @@ Measured = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Constant = None | bool | int | float | str
 #: `4`, `2*b`, `16*h*w`.
 Size = Count | Annotated[str, Field(pattern=r"^[a-z0-9_*+/() -]+$", max_length=200)]
+
+
+def _known_format(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(f"must be one of {', '.join(FORMATS)}")
+    return name
+
+
 #: What the graphs are files of.
-GraphFormat = Literal["onnx", "aoti", "tensorrt", "tensorrt-rtx", "executorch", "openvino", "coreml"]
+GraphFormat = Annotated[str, AfterValidator(_known_format), WithJsonSchema({"enum": list(FORMATS), "type": "string"})]
 
 
 class _Strict(BaseModel):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tgate_compile._errors import BundleError, check_installed
-from tgate_compile.bundle.formats import FORMATS, check_can_load, format_called
+from tgate_compile._runtimes import FORMATS
+from tgate_compile.bundle.formats import check_can_load, components_functions, format_called
 from tgate_compile.bundle.manifest import Manifest
 from tgate_compile.bundle.read_manifest import MSG_UNREADABLE, read_manifest
 
@@ -61,10 +62,9 @@ def _check_components(root: Path, manifest: Manifest) -> None:
     if manifest.components is None:
         return
     check_installed("onnx", what="A bundle with components")
-    from tgate_compile.exports.onnx.check import check_onnx_file
-
+    functions = components_functions()
     size = manifest.files[manifest.components.weights].size
     decoder = manifest.components.vae_decoder
     for encoder in manifest.components.text_encoders:
-        check_onnx_file(root / encoder.file, encoder.inputs, encoder.outputs, size)
-    check_onnx_file(root / decoder.file, decoder.inputs, decoder.outputs, size)
+        functions.check_component(root / encoder.file, encoder.inputs, encoder.outputs, size)
+    functions.check_component(root / decoder.file, decoder.inputs, decoder.outputs, size)

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,9 +20,11 @@ from tgate_compile.bundle.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
     WEIGHTS_FILE,
+    CacheOutput,
     File,
     Graph,
     Manifest,
+    TensorSpec,
     Wire,
 )
 from tgate_compile.methods.schedule_file import read_schedule
@@ -324,3 +327,35 @@ def _check_path(name: str, manifest: Path) -> None:
 def _listed(names: set[str]) -> str:
     shown = sorted(names)
     return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+
+
+class HasShape(Protocol):
+    """A tensor of any library."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its sizes."""
+        ...
+
+
+def inputs_of(graph: Graph) -> list[TensorSpec]:
+    """All inputs, caches last."""
+    return [*graph.inputs, *graph.cache_inputs]
+
+
+def outputs_of(graph: Graph) -> list[TensorSpec | CacheOutput]:
+    """All outputs, caches last."""
+    return [*graph.outputs, *graph.cache_outputs]
+
+
+def sizes_for(graph: Graph, inputs: Sequence[HasShape]) -> Mapping[str, int] | None:
+    """The free sizes of `graph` for `inputs`, caches left out or not; None if they are of no shape that it takes."""
+    specs = inputs_of(graph)[: len(inputs)]
+    return solve([spec.shape for spec in specs], [tuple(tensor.shape) for tensor in inputs])
+
+
+def output_shapes(graph: Graph, inputs: Sequence[HasShape]) -> list[tuple[int, ...]]:
+    """The shapes of all outputs for inputs of the right shapes."""
+    sizes = sizes_for(graph, inputs)
+    assert sizes is not None, "the store has checked the call"
+    return [shape_at(spec.shape, sizes) for spec in outputs_of(graph)]

@@ -10,11 +10,11 @@ import torch
 
 from tgate_compile._errors import BundleError
 from tgate_compile.bundle.denoiser_state import state_of_denoiser, what_differs
-from tgate_compile.bundle.formats import GraphFormat, Refittable, Session, sizes_for
+from tgate_compile.bundle.formats import GraphFormat, Refittable, Session
 from tgate_compile.bundle.manifest import CacheOutput, Graph, TensorSpec, phase_of, return_freed_memory
 from tgate_compile.bundle.plan import argument_names, unflatten_as
 from tgate_compile.bundle.read import Bundle
-from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.bundle.read_manifest import shape_at, sizes_for
 from tgate_compile.bundle.weights import bit_sums, dtype_name
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.weights import fingerprint, live_tensors

@@ -19,9 +19,16 @@ from tgate_compile._errors import BundleError, UnsupportedModelError
 from tgate_compile._version import __version__
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.calibration import Quantizing, calibrate
-from tgate_compile.bundle.component_recipes import check_arguments
+from tgate_compile.bundle.component_recipes import ComponentsRequest, check_arguments
 from tgate_compile.bundle.denoiser_state import as_recorded, state_of_denoiser
-from tgate_compile.bundle.formats import GraphFormat, Progress, QuantizingFormat, WrittenGraph, format_called
+from tgate_compile.bundle.formats import (
+    GraphFormat,
+    Progress,
+    QuantizingFormat,
+    WrittenGraph,
+    components_functions,
+    format_called,
+)
 from tgate_compile.bundle.manifest import MANIFEST_FILE, phase_spec, plain_config
 from tgate_compile.bundle.parity import measure_parity
 from tgate_compile.bundle.plan import PlannedGraph, choose_sizes, describe_graph, example_sizes, returns_of
@@ -29,7 +36,6 @@ from tgate_compile.bundle.quantization import Quantization
 from tgate_compile.bundle.read_manifest import file_of, wiring_of
 from tgate_compile.bundle.weights import dtype_name, weights_digest
 from tgate_compile.engine.free_sizes import LARGEST, SYMBOLS, FreeSize
-from tgate_compile.exports.onnx.components import Request, write_components
 from tgate_compile.methods.schedule import Phase
 from tgate_compile.pipeline.generation import Plan, strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
@@ -113,7 +119,7 @@ def write_bundle(
     graph_format: str,
     options: Mapping[str, object],
     free: Collection[FreeSize] | None,
-    components: Request | None,
+    components: ComponentsRequest | None,
     quantization: Quantization | None,
     call: Mapping[str, Any],
     overwrite: bool,
@@ -143,7 +149,7 @@ def write_bundle(
         if components is not None:
             latents = next(iter(graphs.values())).arguments[denoiser.latents]
             assert isinstance(latents, torch.Tensor)
-            others = write_components(
+            others = components_functions().write_components(
                 pipe, components, denoiser.arguments, latents.shape, len(plan.steps), temporary, progress
             )
         manifest = m.Manifest(
@@ -160,7 +166,7 @@ def write_bundle(
             scheduler=m.Scheduler(
                 class_name=type(pipe.scheduler).__name__, config=plain_config(dict(pipe.scheduler.config))
             ),
-            graph_format=graph_format,  # type: ignore[arg-type]
+            graph_format=graph_format,
             quantization=_quantization(quantizing, graphs.values(), written),
             sizes=_sizes(next(iter(graphs.values())), written.values()),
             graphs=described,

@@ -1,4 +1,4 @@
-"""What runs a variant's graph: the interface, the eager backend, and the table of backends."""
+"""Backends run the graph of a variant: the interface that each implements, the eager one, and the choice of one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from tgate_compile._errors import ConfigurationError, is_installed
-from tgate_compile.engine.trust import ChosenBackend
-from tgate_compile.exports.inductor.live import InductorBackend
-from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
-from tgate_compile.exports.openvino.live import OpenVinoBackend
-from tgate_compile.exports.tensorrt.live import TensorRTBackend
+from tgate_compile._runtimes import BACKENDS, FORMATS, home_of
 from tgate_compile.passes.graphs import Variant
 
 #: Runs a variant: (weights, inputs and caches) -> outputs and caches, all flat and in the variant's order. The
@@ -76,20 +72,6 @@ class EagerBackend:
         return run
 
 
-__all__ = ["BACKENDS", "Backend", "ChosenBackend", "Runner", "check_backend", "make_backend"]
-
-BACKENDS: Mapping[str, type[Backend]] = {
-    "inductor": InductorBackend,
-    "onnxruntime": OnnxRuntimeBackend,
-    "openvino": OpenVinoBackend,
-    "tensorrt": TensorRTBackend,
-    "eager": EagerBackend,
-}
-
-
-#: What runs graphs that `export` has built, by the format, and nothing else.
-FOR_BUNDLES = ("aoti", "tensorrt-rtx", "executorch", "coreml")
-
 MSG_FOR_BUNDLES = (
     'backend="{name}" runs graphs that are built beforehand: export(pipe, folder, format="{name}") of a pipeline that '
     'is optimized with another backend, such as "eager", then load(pipe, folder) into a plain one.'
@@ -102,26 +84,24 @@ def check_backend(name: object, options: Mapping[str, object]) -> None:
         if options:
             raise ConfigurationError('backend_options need a named backend, but backend is "auto".')
         return
-    if name in FOR_BUNDLES:
+    if isinstance(name, str) and name in FORMATS and name not in BACKENDS:
         raise ConfigurationError(MSG_FOR_BUNDLES.format(name=name))
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(f'"{known}"' for known in BACKENDS)
         raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.')
-    BACKENDS[name].check_options(options)
+    backend_class(name).check_options(options)
 
 
-def make_backend(name: str, options: Mapping[str, object], device: torch.device) -> ChosenBackend:
-    """The backend called `name`; for `auto` those that can serve `device`'s type, the fastest first."""
-    names = _automatic(device) if name == "auto" else [name]
-    return ChosenBackend([BACKENDS[name](options) for name in names])
+def automatic_backends(device: str) -> list[str]:
+    """Return what `backend="auto"` tries on a type of device, in order: what is installed, the fastest first.
 
-
-def _automatic(device: torch.device) -> list[str]:
-    """What is installed, in the order in which it was measured. benchmarks/README.md has the figures.
-
-    Inductor compiles for minutes on a CPU, and ends up beside eager.
+    The ranks in the table are measured; benchmarks/README.md has the figures.
     """
-    if device.type != "cpu":
-        return ["inductor", "eager"]
-    installed = [backend.name for backend in (OpenVinoBackend, OnnxRuntimeBackend) if is_installed(*backend.needs)]
-    return [*installed, "eager"]
+    considered = [entry for entry in BACKENDS.values() if device in entry.automatic and is_installed(*entry.needs)]
+    return [entry.name for entry in sorted(considered, key=lambda entry: entry.automatic[device])] or ["eager"]
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Import the class of the backend `name`; its packages must be installed."""
+    found: type[Backend] = home_of(BACKENDS[name])
+    return found

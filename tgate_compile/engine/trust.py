@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import BackendError, TGateError, cause_of
-from tgate_compile.engine.backends import Backend
+from tgate_compile.engine.backends import Backend, automatic_backends, backend_class
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.schedule import Kind
@@ -324,3 +324,9 @@ class Served:
         dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)} & (TOLERANCES.keys() - _STORED)
         lowered = self.backend.lowered_to(device)
         return coarsest(dtypes if lowered is None else dtypes | {lowered})
+
+
+def make_backend(name: str, options: Mapping[str, object], device: torch.device) -> ChosenBackend:
+    """Make the backend called `name`; for `auto`, those that can serve the type of `device`, the fastest first."""
+    names = automatic_backends(device.type) if name == "auto" else [name]
+    return ChosenBackend([backend_class(name)(options) for name in names])

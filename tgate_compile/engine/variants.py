@@ -17,14 +17,14 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import BackendError, CaptureError
-from tgate_compile.engine.backends import ChosenBackend, Runner, make_backend
+from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.call import Call, FreeDims, differing_dims, fits
 from tgate_compile.engine.capture import capture, deep_layer
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.halves import latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
 from tgate_compile.engine.traffic import exclusive
-from tgate_compile.engine.trust import Reference, Served, agree
+from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree, make_backend
 from tgate_compile.engine.weights import check_quantization, check_weights_stay, fingerprint, live_tensors
 from tgate_compile.methods.schedule import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant

@@ -14,9 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import UnsupportedModelError
-from tgate_compile._optimize import optimize
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.pipeline.attach import denoiser_names
+from tgate_compile.pipeline.attach import attach, denoiser_names
 from tgate_compile.pipeline.optimized import guidance_of, state_of
 from tgate_compile.study.bench.measure import (
     Timed,
@@ -126,7 +125,12 @@ def _optimized(schedule: Schedule, backend: str) -> Callable[[Any], Ready]:
     engine: dict[str, Any] = {"backend": backend}
     if backend == CUDA_GRAPHS:
         engine = {"backend": "inductor", "backend_options": {"cuda_graphs": True}}
-    return lambda pipe: Ready(optimize(pipe, schedule=schedule, **engine))
+
+    def prepare(pipe: Any) -> Ready:
+        attach(pipe, dict.fromkeys(denoiser_names(pipe), schedule), **engine)
+        return Ready(pipe)
+
+    return prepare
 
 
 def _changed_by(peer: Peer, gate: int) -> Callable[[Any], Ready]:

@@ -16,8 +16,7 @@ from PIL.Image import Image
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import parse_caption
 from tgate_compile._errors import UnsupportedModelError, is_installed
-from tgate_compile._optimize import optimize
-from tgate_compile.pipeline.attach import denoiser_names
+from tgate_compile.pipeline.attach import attach, denoiser_names
 from tgate_compile.pipeline.optimized import guidance_of
 from tgate_compile.study.bench.measure import Cost, Timed, cost_of_last, peak_memory, plain_macs, timed_generation
 from tgate_compile.study.bench.methods import FEWER_STEPS, TGATE, Method, methods_for, steps_at_equal_cost, why_not
@@ -213,7 +212,8 @@ class _Comparing:
                 self._why_not[method.key] = why
                 continue
             try:
-                pipe = optimize(twin_of(self._pipe), schedule=method.schedule, backend=task.backend)
+                pipe = twin_of(self._pipe)
+                attach(pipe, dict.fromkeys(denoiser_names(pipe), method.schedule), backend=task.backend)
                 first = self._generate(pipe, method, 0, task.steps)
             except Exception as error:  # a method that cannot run is told of, and the others run
                 logger.info("%s on %s failed", method.title, self._name, exc_info=True)

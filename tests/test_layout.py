@@ -1,0 +1,15 @@
+"""The layout stays one that a stranger finds their way in."""
+
+from __future__ import annotations
+
+from tests.layout import measure
+
+
+def test_the_layout() -> None:
+    layout = measure()
+    assert layout.modules <= 160
+    assert len(layout.short) <= 12
+    assert layout.long == []
+    assert layout.crowded == []
+    assert layout.floors <= 10
+    assert layout.circles == []
