@@ -20,9 +20,8 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils import DummyObject
 
 from tests.denoiser_cases import CASES, SIBLINGS
-from tgate_compile.engine.families import (
-    DENOISER_NAMES,
-    FAMILIES,
+from tgate_compile.engine.families import DENOISER_NAMES, FAMILIES, Family, refusal
+from tgate_compile.engine.unsupported import (
     JOINT_ATTENTION,
     MODULAR,
     MODULAR_REFUSED,
@@ -30,8 +29,6 @@ from tgate_compile.engine.families import (
     REFUSED,
     REFUSED_BASES,
     REFUSED_DENOISERS,
-    Family,
-    refusal,
 )
 
 PAGE = Path(__file__).parent.parent / "docs" / "denoisers.md"

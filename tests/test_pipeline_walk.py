@@ -10,8 +10,8 @@ import pytest
 from packaging.version import Version
 
 from tests.denoisers_page import lists_of, modular_classes, pipeline_classes, unavailable
-from tgate_compile.engine.families import (
-    FAMILIES,
+from tgate_compile.engine.families import FAMILIES
+from tgate_compile.engine.unsupported import (
     JOINT_ATTENTION,
     MODULAR,
     MODULAR_REFUSED,

@@ -14,7 +14,8 @@ from tgate_compile.bundle.plan import PlannedGraph, argument_names, cache_name
 from tgate_compile.bundle.quantization import Quantization
 from tgate_compile.engine.backends import EagerBackend
 from tgate_compile.engine.call import Call
-from tgate_compile.engine.variants import CompiledVariant, VariantStore
+from tgate_compile.engine.compiled import CompiledVariant
+from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import live_tensors
 from tgate_compile.methods.schedule import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant

@@ -9,47 +9,26 @@ says that it is `pure`.
 
 from __future__ import annotations
 
-import dis
-import enum
 import functools
 import sys
 import types
-from collections.abc import Callable, Collection, Hashable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 
 from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedModelError
-
-Code = TypeVar("Code", bound=Callable[..., Any])
-
-#: Packages whose functions known libraries have in their own classes, as decorators for example.
-_LIBRARIES = sys.stdlib_module_names | {"huggingface_hub", "accelerate", "numpy", "typing_extensions"}
-
-_MARK = "__tgate_compile_pure__"
-
-#: Packages whose code inside a denoiser is known to work in a graph, but for their pipelines' attention processors.
-TRUSTED = ("torch", "diffusers", "transformers", "peft", "optimum", "torchao", "tomesd", "tgate_compile", "xformers")
-_NOT_TRUSTED = ("diffusers.pipelines", "diffusers.modular_pipelines", "diffusers.guiders", "diffusers.hooks")
-
-#: Modules that code may use: what they compute depends on the arguments alone.
-_PURE_MODULES = frozenset(
-    {
-        "builtins",
-        "contextlib",
-        "einops",
-        "functools",
-        "inspect",
-        "itertools",
-        "math",
-        "operator",
-        "torch",
-        "types",
-        "typing",
-    }
+from tgate_compile.engine.read_code import (
+    _LIBRARIES,
+    PLAIN_VALUES,
+    PURE_MARK,
+    Code,
+    Reader,
+    is_function,
+    is_known,
+    is_trusted,
 )
 
 MSG_IMPURE = (
@@ -100,7 +79,7 @@ def pure(code: Code) -> Code:
     if not callable(code):
         raise ConfigurationError(MSG_NOT_CALLABLE.format(given=type(code).__name__))
     try:
-        setattr(code.__func__ if isinstance(code, types.MethodType) else code, _MARK, True)
+        setattr(code.__func__ if isinstance(code, types.MethodType) else code, PURE_MARK, True)
     except (AttributeError, TypeError):
         raise ConfigurationError(MSG_NO_MARK.format(given=code)) from None
     return code
@@ -119,7 +98,7 @@ def check_python(denoiser: torch.nn.Module) -> None:
     _check_patches(denoiser)
     own = {id(module) for module in denoiser.modules()}
     for foreign in foreign_code(denoiser):
-        reason = _Reader(own).impurity(foreign.code)
+        reason = Reader(own).impurity(foreign.code)
         if reason is not None:
             what, where = foreign.described
             raise UnsupportedModelError(MSG_IMPURE.format(what=what, where=where, reason=reason, name=foreign.kind))
@@ -152,7 +131,7 @@ def has_global_hooks() -> bool:
 
 def settings_of(code: object) -> tuple[Hashable, ...]:
     """The functions that `code` consists of, and the plain values that they read from outside."""
-    reader = _Reader()
+    reader = Reader()
     reader.impurity(code)
     return tuple(reader.read)
 
@@ -167,9 +146,9 @@ def _own_classes(denoiser: torch.nn.Module) -> list[type[torch.nn.Module]]:
     return [kind for kind in kinds if not is_trusted(kind.__module__)]
 
 
-def _read(kind: type[torch.nn.Module]) -> _Reader:
+def _read(kind: type[torch.nn.Module]) -> Reader:
     """What the forward of a class reads."""
-    reader = _Reader()
+    reader = Reader()
     if isinstance(kind.forward, types.FunctionType):
         reader.function(kind.forward, kind)
     return reader
@@ -217,7 +196,7 @@ def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
         if path and (attributes["_forward_pre_hooks"] or attributes["_forward_hooks"]):
             for hooks in (attributes["_forward_pre_hooks"], attributes["_forward_hooks"]):
                 for hook in hooks.values():
-                    if _is_function(hook) or not is_trusted(type(hook).__module__):
+                    if is_function(hook) or not is_trusted(type(hook).__module__):
                         yield Foreign("hook", path, module, hook)
         forward = attributes.get("forward")
         # What accelerate and diffusers put there is looked at where offloading is.
@@ -259,7 +238,7 @@ def _is_foreign(function: object) -> bool:
     # Not by `__module__`, which `functools.wraps` takes over. Generated methods (dataclasses) have no module there.
     module = getattr(function, "__globals__", {}).get("__name__")
     package = (module or "").partition(".")[0]
-    return bool(package) and not _is_known(module) and package not in _LIBRARIES
+    return bool(package) and not is_known(module) and package not in _LIBRARIES
 
 
 def _replaced_forward_below_hook(denoiser: torch.nn.Module) -> object | None:
@@ -282,15 +261,8 @@ def _is_patched(kind: type, name: str) -> bool:
     return (
         isinstance(function, types.FunctionType)
         and is_trusted(kind.__module__)
-        and not _is_known(function.__globals__.get("__name__"))
+        and not is_known(function.__globals__.get("__name__"))
     )
-
-
-@functools.cache
-def is_trusted(module_name: str | None) -> bool:
-    """Whether code of the Python module called `module_name` is known to work in a graph."""
-    name = module_name or ""
-    return name.partition(".")[0] in TRUSTED and not name.startswith(_NOT_TRUSTED)
 
 
 def _has_diffusers_hooks(module: torch.nn.Module) -> bool:
@@ -301,238 +273,6 @@ def _name(code: object) -> str:
     function = code.func if isinstance(code, functools.partial) else code
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{name} ({getattr(function, '__module__', None) or type(function).__module__})"
-
-
-class _Reader:
-    """Follows what a callable refers to, and collects the values that it reads.
-
-    Args:
-        own: the denoiser's modules by their ids. Code may refer to these.
-    """
-
-    def __init__(self, own: Collection[int] = ()) -> None:
-        self.read: list[Hashable] = []  # code and plain values, which are part of what identifies a graph
-        self.held: list[tuple[str, object]] = []  # the other values, which may change from call to call
-        self.rebinds: list[str] = []  # changes of variables outside of the code
-        self._own = own
-        self._seen: dict[int, object] = {}  # kept alive, so that no two have the same id
-
-    def impurity(self, code: object) -> str | None:
-        """Why `code` may not be repeated by a graph; None if nothing speaks against it."""
-        if id(code) in self._seen:
-            return None
-        self._seen[id(code)] = code
-        reason = self._impurity(code)
-        return None if _is_marked(code) else reason
-
-    def function(self, function: types.FunctionType, owner: type | None = None) -> str | None:
-        """The same for a function; methods that it calls are looked for in `owner`."""
-        self._seen[id(function)] = function
-        found = _instructions_of(function.__code__)
-        self.read.append(function.__code__)
-        self.rebinds += found.rebinds
-        values = [
-            *((value, f"the variable {name!r} of the function around it") for name, value in _cells(function)),
-            *(
-                (function.__globals__[name], f"the global variable {name!r}")
-                for name in found.globals
-                if name in function.__globals__
-            ),
-            *((value, "a default value") for value in (function.__defaults__ or ())),
-            *((value, "a default value") for value in (function.__kwdefaults__ or {}).values()),
-            *((value, f"its attribute {name!r}") for name, value in vars(function).items() if name not in _NOTES),
-        ]
-        reasons = [
-            *found.reasons,
-            *(self._value(value, what, found.attributes) for value, what in values),
-            None if owner is None else self._class(owner, found.attributes),
-        ]
-        return None if _is_marked(function) else _first(reasons)
-
-    def _impurity(self, code: object) -> str | None:
-        if isinstance(code, functools.partial):
-            bound = (*code.args, *code.keywords.values())
-            return _first([self.impurity(code.func), *(self._value(value, "a bound argument") for value in bound)])
-        if isinstance(code, types.MethodType):
-            return self._method(code.__func__, code.__self__)
-        if isinstance(code, types.FunctionType):
-            # Not by `__module__`, which `functools.wraps` takes over from the function that is wrapped.
-            if _is_known(code.__globals__.get("__name__")):
-                return _first([self._value(value, "a function") for _, value in _cells(code) if _is_function(value)])
-            return self.function(code)
-        if isinstance(code, types.BuiltinFunctionType):
-            return self._builtin(code)
-        if isinstance(code, (type, torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return None
-        if is_trusted(type(code).__module__):
-            return None
-        call = type(code).forward if isinstance(code, torch.nn.Module) else type(code).__call__
-        return self._method(call, code)
-
-    def _method(self, function: object, owner: object) -> str | None:
-        """`function`, called as a method of the object or class `owner`."""
-        kind = owner if isinstance(owner, type) else type(owner)
-        if isinstance(function, types.FunctionType) and not _is_known(function.__globals__.get("__name__")):
-            reason = self.function(function, kind)
-        else:
-            reason = self.impurity(function)
-        if isinstance(owner, torch.nn.Module) and id(owner) not in self._own:
-            return _first([reason, "it belongs to a module that is not part of the denoiser"])
-        return _first([reason, None if isinstance(owner, (torch.nn.Module, type)) else self._attributes(owner)])
-
-    def _builtin(self, code: types.BuiltinFunctionType) -> str | None:
-        owner = code.__self__
-        if code.__name__ in _OPAQUE:
-            return f"it calls {code.__name__}()"
-        # A method of a list or a generator of random numbers, say.
-        return None if owner is None or isinstance(owner, type) else self._value(owner, f"{code.__name__}()'s owner")
-
-    def _attributes(self, owner: object) -> str | None:
-        """An object's own attributes, and the plain ones of its class."""
-        found = dict(getattr(owner, "__dict__", {}))
-        for base in _own_bases(type(owner)):
-            plain = {name: value for name, value in vars(base).items() if isinstance(value, _PLAIN)}
-            found = {**{name: value for name, value in plain.items() if not name.startswith("__")}, **found}
-        return _first([self._value(value, f"its attribute {name!r}") for name, value in found.items() if name != _MARK])
-
-    def _class(self, kind: type, names: Collection[str]) -> str | None:
-        """What a class has under these names: functions that may be called, values that may be read."""
-        found = [
-            (getattr(value, "__func__", getattr(value, "fget", value)), f"the attribute {name!r} of {base.__name__}")
-            for base in _own_bases(kind)
-            for name, value in vars(base).items()
-            if name in names
-        ]
-        return _first(
-            [
-                (None if id(value) in self._seen else self.function(value, kind))
-                if isinstance(value, types.FunctionType)
-                else self._value(value, what)
-                for value, what in found
-                if not isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
-            ]
-        )
-
-    def _value(self, value: object, what: str, names: Collection[str] = ()) -> str | None:
-        """A value that code refers to; `names` are the attributes that it looks up, of this value or of others."""
-        if isinstance(value, _PLAIN):
-            self.read.append((what, type(value), value))
-            return None
-        if isinstance(value, types.ModuleType):
-            return None if _is_known(value.__name__) else f"it uses the module {value.__name__!r}"
-        if isinstance(value, (tuple, frozenset)):
-            return _first([self._value(item, what) for item in value])
-        if isinstance(value, type):
-            return self._class(value, names)
-        if _is_function(value) or isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return self.impurity(value)
-        if isinstance(value, torch.nn.Module):
-            return None if id(value) in self._own else f"it reads {what}, a module that is not part of the denoiser"
-        if _is_marked(value) or (callable(value) and is_trusted(type(value).__module__)):
-            return self.impurity(value)
-        self.held.append((what, value))
-        self.read.append((what, _frozen(value, 3)))
-        return f"it reads {what}, a {type(value).__name__}, which may change from call to call"
-
-
-_PLAIN = (
-    *(bool, int, float, complex, str, bytes, type(None), type(...), enum.Enum),
-    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
-)
-#: Functions that change or read something without showing it in the code.
-_OPAQUE = frozenset({"setattr", "delattr", "exec", "eval", "globals", "vars", "next", "open", "input", "print"})
-_NOTES = (_MARK, "__wrapped__", "__signature__")
-
-
-def _first(reasons: list[str | None]) -> str | None:
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _is_marked(code: object) -> bool:
-    """Whether `code` itself, its function or its class is said to be pure; subclasses of the latter are not."""
-    owners = (code.__func__ if isinstance(code, types.MethodType) else code, type(code))
-    return any(_MARK in getattr(owner, "__dict__", ()) for owner in owners)
-
-
-def _is_function(value: object) -> bool:
-    return isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial))
-
-
-def _is_known(module_name: str | None) -> bool:
-    """Whether the functions of a Python module may be used."""
-    return is_trusted(module_name) or (module_name or "").partition(".")[0] in _PURE_MODULES
-
-
-def _own_bases(kind: type) -> Iterator[type]:
-    """A class and its bases, but for those of known libraries."""
-    return (base for base in kind.__mro__ if base is not object and not is_trusted(base.__module__))
-
-
-def _cells(function: types.FunctionType) -> Iterator[tuple[str, object]]:
-    """The variables of the functions around `function`, or those that a decorator has put around it."""
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # of a variable that has no value yet
-            yield name, cell.cell_contents
-
-
-def _frozen(value: object, depth: int) -> Hashable:
-    """Plain values in `value`, in a form that can be compared; the rest by its type."""
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    if depth and isinstance(value, dict):
-        return tuple((str(key), _frozen(item, depth - 1)) for key, item in value.items())
-    if depth and isinstance(value, (list, tuple)):
-        return tuple(_frozen(item, depth - 1) for item in value)
-    attributes = None if isinstance(value, (torch.Tensor, torch.nn.Module, type)) else getattr(value, "__dict__", None)
-    inside = _frozen(attributes, depth - 1) if depth and isinstance(attributes, dict) else None
-    return f"{type(value).__module__}.{type(value).__qualname__}", inside
-
-
-@dataclass(frozen=True)
-class _Instructions:
-    """What the instructions of a function show.
-
-    Attributes:
-        reasons: why it may not be repeated.
-        rebinds: those of them that change variables outside of it.
-        globals: the global names that it reads.
-        attributes: the names of the attributes that it reads, of whatever object.
-    """
-
-    reasons: tuple[str, ...]
-    rebinds: tuple[str, ...]
-    globals: tuple[str, ...]
-    attributes: frozenset[str]
-
-
-@functools.cache
-def _instructions_of(code: types.CodeType) -> _Instructions:
-    reasons, rebinds, loaded, attributes = [], [], set(), set()
-    for instruction in _all_instructions(code):
-        name = instruction.argval
-        match instruction.opname:
-            case "STORE_ATTR" | "DELETE_ATTR":
-                reasons.append(f"it changes the attribute {name!r} in each call")
-            case "STORE_GLOBAL" | "DELETE_GLOBAL":
-                rebinds.append(f"it changes the global variable {name!r}")
-            case "STORE_DEREF" if name in code.co_freevars:
-                rebinds.append(f"it changes the variable {name!r} of the function around it")
-            case "IMPORT_NAME" if not _is_known(name):
-                reasons.append(f"it uses the module {name!r}")
-            case "LOAD_GLOBAL" | "LOAD_NAME":
-                loaded.add(name)
-            case "LOAD_ATTR" | "LOAD_METHOD" | "LOAD_SUPER_ATTR":
-                attributes.add(name)
-    reasons += [f"it calls {name}()" for name in sorted(loaded & _OPAQUE)]
-    return _Instructions((*rebinds, *reasons), tuple(rebinds), tuple(sorted(loaded)), frozenset(attributes))
-
-
-def _all_instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
-    """Those of `code`, and of the functions and comprehensions inside of it."""
-    yield from dis.get_instructions(code)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _all_instructions(constant)
 
 
 def check_stateless(denoiser: torch.nn.Module, run: Callable[[], object]) -> None:
@@ -624,7 +364,7 @@ def _contents(value: object, depth: int) -> list[Callable[[], None]]:
     if torch.is_tensor(value):
         is_weight = isinstance(value, torch.nn.Parameter)
         return [] if is_weight else [functools.partial(_copy, value, value.detach().clone())]
-    if not depth or isinstance(value, (*_PLAIN, torch.nn.Module, type, FrozenDict)):
+    if not depth or isinstance(value, (*PLAIN_VALUES, torch.nn.Module, type, FrozenDict)):
         return []
     if isinstance(value, (dict, list, set, tuple, frozenset)):
         items = value.values() if isinstance(value, dict) else value
@@ -649,7 +389,7 @@ def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _seen(value: object, depth: int) -> object:
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN_VALUES):
         return type(value), value
     if torch.is_tensor(value):
         return id(value), value._version if not value.is_inference() else None

@@ -9,31 +9,28 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import BackendError, CaptureError
-from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.call import Call, FreeDims, differing_dims, fits
 from tgate_compile.engine.capture import capture, deep_layer
+from tgate_compile.engine.compiled import Caches, CompiledVariant, inputs_for
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.halves import latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree, make_backend
 from tgate_compile.engine.weights import check_quantization, check_weights_stay, fingerprint, live_tensors
-from tgate_compile.methods.schedule import Kind, Phase
+from tgate_compile.methods.schedule import Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant
 from tgate_compile.passes.specialize import specialize
 
 logger = logging.getLogger(__name__)
 
-#: The cached values, by kind and name of their sites.
-Caches = Mapping[tuple[Kind, str], torch.Tensor]
 
 #: Estimate of what the graphs take, in bytes, of which the weights are no part: torch.fx's nodes with what is known of
 #: their values, and what the backend makes of them. It is how the resident memory of a process grew for each node of
@@ -43,81 +40,6 @@ Caches = Mapping[tuple[Kind, str], torch.Tensor]
 BYTES_PER_NODE = 15_000
 #: What all graphs of a denoiser may take, as a part of the machine's memory, unless `graph_memory` says otherwise.
 SHARE_OF_MEMORY = 0.25
-
-
-class Runnable(Protocol):
-    """The graph of one phase, ready to run on inputs of one shape."""
-
-    @property
-    def emitted(self) -> tuple[Emission, ...]:
-        """The sites whose values it hands on, in order."""
-        ...
-
-    def run(self, call: Call, caches: Caches) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The denoiser's flat outputs for `call`, and the values of `emitted`."""
-        ...
-
-    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
-        """What the denoiser returns, from its flat outputs."""
-        ...
-
-
-class Store(Protocol):
-    """What a generation gets its graphs from."""
-
-    denoiser: torch.nn.Module
-
-    @property
-    def folder(self) -> str | None:
-        """The bundle that the graphs come from; None if they are made here."""
-        ...
-
-    @property
-    def site_names(self) -> tuple[str, ...]:
-        """What can be cached, as far as is known."""
-        ...
-
-    @property
-    def variants(self) -> list[tuple[Variant, Captured]]:
-        """The variants made here, and what each is made of."""
-        ...
-
-    def refresh(self, *, begins: bool = True) -> None:
-        """Look at the denoiser again, at the start of a generation, or in the middle of one that changes it."""
-        ...
-
-    def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
-        """What the graph of `phase` for inputs like those of `call` hands on; nothing is compiled for it."""
-        ...
-
-    def get(self, phase: Phase, call: Call, caches: Caches, forward: Callable[..., Any]) -> Runnable:
-        """The graph of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
-        ...
-
-
-@dataclass(frozen=True)
-class CompiledVariant:
-    """A variant, ready to run on inputs of one shape."""
-
-    variant: Variant
-    captured: Captured
-    runner: Runner
-    weights: Sequence[torch.Tensor]
-
-    @property
-    def emitted(self) -> tuple[Emission, ...]:
-        """The sites whose values it hands on, in order."""
-        return self.variant.emitted
-
-    def run(self, call: Call, caches: Caches) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The denoiser's flat outputs for `call`, and the values that the graph emits, in its order."""
-        outputs = list(self.runner(self.weights, _inputs(self.variant, self.captured, call, caches)))
-        count = self.captured.out_spec.num_leaves
-        return outputs[:count], outputs[count:]
-
-    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
-        """What the denoiser returns, from its flat outputs."""
-        return pytree.tree_unflatten(outputs, self.captured.out_spec)
 
 
 @dataclass(frozen=True)
@@ -329,7 +251,7 @@ class VariantStore:
         if expected is None:
             return False
         variant = self._variants[address, phase]
-        inputs = _inputs(variant, captured, call, caches)
+        inputs = inputs_for(variant, captured, call, caches)
         results = variant.program.graph_module.forward(*_tensors_of(variant.program, live), *inputs)
         return agree(results[: len(expected)], expected)
 
@@ -466,7 +388,7 @@ class VariantStore:
             compiled = self._compiled.get((address, phase)) or self._compile(address, phase, call, caches)
             if _has_free_inputs(variant) and (phase, call.key) not in held.compared:
                 assert isinstance(compiled.runner, Served)
-                compiled.runner.compare(compiled.weights, _inputs(variant, held.captured, call, caches))
+                compiled.runner.compare(compiled.weights, inputs_for(variant, held.captured, call, caches))
                 held.compared.add((phase, call.key))
         except BackendError as error:
             if not held.free:
@@ -478,7 +400,7 @@ class VariantStore:
     def _compile(self, address: _Address, phase: Phase, call: Call, caches: Caches) -> CompiledVariant:
         variant, held = self._variants[address, phase], self._captures[address]
         weights = _tensors_of(variant.program, live_tensors(self.denoiser))
-        inputs = _inputs(variant, held.captured, call, caches)
+        inputs = inputs_for(variant, held.captured, call, caches)
         chosen = self._model, inputs[0].device
         if chosen not in self._backends:
             self._backends[chosen] = make_backend(self._config.backend, self._config.backend_options, chosen[1])
@@ -533,12 +455,6 @@ def _tensors_of(program: ExportedProgram, live: Mapping[str, torch.Tensor]) -> l
 def _has_free_inputs(variant: Variant) -> bool:
     inputs = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
     return any(isinstance(size, torch.SymInt) for each in inputs if torch.is_tensor(each) for size in each.shape)
-
-
-def _inputs(variant: Variant, captured: Captured, call: Call, caches: Caches) -> list[torch.Tensor]:
-    by_name = dict(zip(captured.input_names, call.leaves, strict=True))
-    reused = [caches[site.kind, site.name] for site in variant.reused]
-    return [*(by_name[name] for name in variant.inputs), *reused]
 
 
 def _held_tensors(program: ExportedProgram) -> Iterator[tuple[dict[str, Any], str]]:

@@ -18,10 +18,11 @@ from tgate_compile.engine.families import DENOISER_NAMES, has_joint_attention, r
 from tgate_compile.engine.purity import check_python
 from tgate_compile.engine.weights import check_quantization, check_weights_stay
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.pipeline.facts import boundary_of
 from tgate_compile.pipeline.generation import MSG_CONCURRENT
 from tgate_compile.pipeline.loop import OnUnsupported
 from tgate_compile.pipeline.modular import check_guidance, check_loaded, family_of_pipeline, is_modular
-from tgate_compile.pipeline.optimized import Optimized, boundary_of, required_state_of, state_of
+from tgate_compile.pipeline.optimized import Optimized, required_state_of, state_of
 
 MSG_NO_PIPELINE = (
     "optimize() needs a loaded diffusers pipeline, or an object like one, with a scheduler that has timesteps, a "

@@ -7,8 +7,12 @@ from typing import Literal
 
 import torch
 
-from tgate_compile._errors import INSTEAD, UnsupportedModelError
-from tgate_compile.methods.schedule import Half, Kind
+from tgate_compile._errors import (
+    INSTEAD,
+    UnsupportedModelError,
+)
+from tgate_compile.methods.schedule import Half, Kind, Phase
+from tgate_compile.passes.graphs import Emission
 
 Key = tuple[Kind, str]
 #: A value has both halves in one tensor, [2B, ...]; or each half has its own; or there is one for all, [B, ...].
@@ -84,3 +88,17 @@ class Caches:
     def clear(self) -> None:
         """Free them all."""
         self._values.clear()
+
+
+def layout_of(phase: Phase, emission: Emission, half: Half | None) -> Layout:
+    if half is not None:
+        return "separate"
+    return "both" if phase.guided and not emission.merged else "one"
+
+
+def batch_ratio(batch: torch.Size, sample: torch.Size) -> float:
+    """How many latents the denoiser sees, of shape `batch`, for each that the scheduler steps, of shape `sample`."""
+    ratio = batch[0] / max(sample[0], 1)
+    if ratio not in (1, 2) and len(batch) != len(sample):  # a video whose frames are steps of their own
+        return batch.numel() / max(sample.numel(), 1)
+    return ratio

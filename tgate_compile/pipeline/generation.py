@@ -21,12 +21,9 @@ from tgate_compile._errors import (
     UnsupportedModelError,
 )
 from tgate_compile.engine.call import Call
+from tgate_compile.engine.compiled import Runnable, Store
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import (
-    MSG_NOT_TWO_HALVES,
-    are_halves,
-    are_two_of_each,
-    first_is_cond,
     latents_of,
     named_leaves,
     one_half,
@@ -35,12 +32,11 @@ from tgate_compile.engine.halves import (
     timestep_of,
     uncertain_rows,
 )
-from tgate_compile.engine.variants import Runnable, Store
 from tgate_compile.methods.schedule import Half, Kind, Phase, Schedule
-from tgate_compile.passes.graphs import Emission
-from tgate_compile.pipeline.caches import Caches, Layout
+from tgate_compile.pipeline.caches import Caches, layout_of
 from tgate_compile.pipeline.loop import Loop
 from tgate_compile.pipeline.progress import Progress, StepCounter
+from tgate_compile.pipeline.two_halves import TwoHalves
 
 logger = logging.getLogger(__name__)
 
@@ -66,19 +62,9 @@ MSG_NO_PAIR = (
     "Guidance is on, and the guidance halves of this pipeline's kind come in separate calls, {first} then {second}, "
     "but the call after the first is for another timestep or has other shapes. " + INSTEAD
 )
-MSG_PREDICTIONS = (
-    "The denoiser's batch of {rows} is {ratio} times the {latents} latents that {scheduler} steps, but {expected}. "
-    "Tiles of the latents, and guidance by more than two predictions (several prompts composed, edits, perturbed "
-    "attention), cannot be gated. " + INSTEAD
-)
 MSG_ORDER_AND_ANCHOR = (
     "This pipeline's batch has the prompt's half first, which is known only after the first step, and anchor_weight "
     "depends on it. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
-)
-MSG_NO_STEP = (
-    "The denoiser's batch of {rows} may be the two halves of guidance or {rows} images, and this pipeline does not "
-    "call its scheduler's step(), which would tell. If this is a loop of your own, run it in "
-    "tgate_compile.generation(pipe, guidance=...). " + INSTEAD
 )
 
 MSG_GRADIENTS = (
@@ -113,21 +99,6 @@ class Plan:
     steps: list[tuple[int, Phase]]
     graphs: list[tuple[Phase, Call]]
     cache_bytes: int
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The latents of a denoiser call.
-
-    Attributes:
-        shape: theirs.
-        guided: whether the pipeline says that guidance is on.
-        served: whether they were taken for two halves.
-    """
-
-    shape: torch.Size
-    guided: bool
-    served: bool
 
 
 @dataclass(frozen=True)
@@ -196,15 +167,8 @@ class Generation:
         self._first_call: _FirstCall | None = None
         self._was_guided = False
         self._guidance_over = False
-        # What the first step of a pass shows about its batches, where the pipeline's own word is not enough:
-        self._undecided = False  # guidance is said to be on, but the batch is not two halves of the same latents
-        self._has_halves: bool | None = None  # the denoiser's batch is twice the scheduler's; None: not seen yet
-        self._batch = _Batch(torch.Size(), False, False)  # of the last call
-        self._sample: torch.Size | None = None  # the latents that the scheduler stepped last
-        self._first_latents: torch.Tensor | None = None  # of the pass, until the scheduler has stepped
-        self._predictions: torch.Tensor | None = None  # of the first guided step, likewise
+        self._halves = TwoHalves(loop, family, scheduler)
         self._shared: frozenset[int] | None = None  # the positions of tensors that look like halves, and are not
-        self._merged = False  # a cache of this pass is a mean of halves
         self._finished = False
         self.progress = Progress(steps_once=loop.knows_order)
         self.steps: list[tuple[int, Phase]] = []  # of all passes, numbered through
@@ -227,7 +191,8 @@ class Generation:
             return
         self._finished = True
         self._caches.clear()
-        self._predictions = self._first_latents = self._first_call = None
+        self._halves.free()
+        self._first_call = None
         if self.steps:
             logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
 
@@ -264,13 +229,13 @@ class Generation:
         if event == "new pass":
             self._begin(arguments, guided)
         else:
-            if event == "next" and self._has_halves is None:
-                self._check_unseen()
+            if event == "next":
+                self._halves.check_unseen()
             if self._watch:
                 self._store.refresh(begins=False)
         call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments))
         latents = latents_of(arguments)
-        before, self._batch = self._batch, _Batch(latents.shape, guided, guided)
+        self._halves.see(latents.shape, guided)
         if self._separate(guided):
             if (event == "again") != (self._first_call is not None):
                 first, second = self._family.calls
@@ -278,14 +243,7 @@ class Generation:
             return self._in_two_calls(call, arguments)
         if event == "again":
             raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(self.scheduler()).__name__))
-        if self._has_halves is None:
-            self._first_latents = latents if guided or not self.progress.done else None
-            guided = guided and not self._undecided
-        elif latents.shape == before.shape:
-            guided = self._has_halves
-        else:
-            guided = self._is_guided_now(latents)
-        self._batch = dataclasses.replace(self._batch, served=guided)
+        guided = self._halves.served(latents, guided, first=not self.progress.done)
         return self._in_one_call(call, latents.shape, guided)
 
     def _with_tensor_timestep(
@@ -304,23 +262,12 @@ class Generation:
         place = list(arguments).index("timestep")
         return (*args[:place], tensor, *args[place + 1 :]), kwargs
 
-    def _is_guided_now(self, latents: torch.Tensor) -> bool:
-        """Whether a batch has both halves that is not of the size of the last one: guidance begins or ends here."""
-        assert self._sample is not None
-        ratio = _ratio(latents.shape, self._sample)
-        if ratio not in (1, 2):
-            raise UnsupportedModelError(self._wrong_batch(self._sample, "one or two predictions were expected"))
-        self._has_halves = ratio == 2
-        if self._has_halves and not are_halves(latents, same=self._family.only is None):
-            raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
-        return self._has_halves
-
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> Plan:
         """Make the variants for a generation that begins with this denoiser call, without running any."""
         arguments = self._signature.bind(*args, **kwargs).arguments
         self.progress.event(self.scheduler(), arguments)
         counter = self._begin(arguments, guided)
-        guided = guided and not self._undecided
+        guided = guided and not self._halves.undecided
         call, batch = Call.of(args, kwargs), latents_of(arguments).shape[0]
         sizes: dict[Kind, int] = {}
         most = 0
@@ -354,56 +301,18 @@ class Generation:
             self._loop.run_plain(error)
 
     def _check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
-        batch = self._batch
-        if self._separate(batch.guided):
+        if self._separate(self._halves.said):
             return
-        guided = batch.guided
-        latents, self._first_latents = self._first_latents, None
-        predictions, self._predictions = self._predictions, None
-        ratio = _ratio(batch.shape, sample.shape)
-        self._sample = sample.shape
-        if ratio == 2 and (guided or batch.served or not self._loop.knows_guidance):
-            if latents is not None:
-                self._learn_halves(latents, predictions, prediction)
-            elif not batch.served:
-                raise UnsupportedModelError(self._wrong_batch(sample.shape, "as many were expected"))
-        elif ratio == 1:
-            # The scale is given to the denoiser as a number, or there is no guidance at all.
-            if batch.served and (self._merged or latents is None):
-                raise UnsupportedModelError(self._wrong_batch(sample.shape, "two halves were expected"))
-            self._has_halves = False
-        else:
-            expected = "twice as many were expected" if guided else "as many were expected, since guidance is off"
-            raise UnsupportedModelError(self._wrong_batch(sample.shape, expected))
-
-    def _learn_halves(self, latents: torch.Tensor, predictions: torch.Tensor | None, prediction: torch.Tensor) -> None:
-        """After the first step of a pass whose batch turns out to be two halves."""
-        if not are_halves(latents, same=self._family.only is None):
-            raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
-        self._has_halves = self._was_guided = True
-        if not self._loop.knows_order and predictions is not None and first_is_cond(predictions, prediction):
+        learnt = self._halves.compare(prediction, sample)
+        if learnt is None:
+            return
+        self._was_guided = True
+        if learnt.first_is_cond:
             if self.schedule.anchor_weight != 0.5 and "cross" in self.schedule.kinds:
                 raise UnsupportedModelError(MSG_ORDER_AND_ANCHOR)
             self._family = dataclasses.replace(self._family, order=("cond", "uncond"))
-        self._was_guided = True
-        if not self._batch.served:
+        if not learnt.served:
             self._caches.merge_halves(self.schedule.anchor_weight)
-
-    def _wrong_batch(self, sample: torch.Size, expected: str) -> str:
-        rows, latents = self._batch.shape[0], sample[0]
-        return MSG_PREDICTIONS.format(
-            rows=rows,
-            ratio=f"{rows / latents:g}",
-            latents=latents,
-            scheduler=type(self.scheduler()).__name__,
-            expected=expected,
-        )
-
-    def _check_unseen(self) -> None:
-        """After the first step of a loop that has not stepped its scheduler, so that only the latents can tell."""
-        latents, self._first_latents = self._first_latents, None
-        if self._loop.is_pipeline and latents is not None and self._batch.guided and not are_two_of_each(latents):
-            raise UnsupportedModelError(MSG_NO_STEP.format(rows=latents.shape[0]))
 
     def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
         """At the first denoiser call of a pass: count the steps, check the inputs, look at the denoiser."""
@@ -411,14 +320,12 @@ class Generation:
         if torch.is_autocast_enabled(latents.device.type):
             raise UnsupportedCallError(MSG_AUTOCAST)
         self._caches.clear()
-        self._first_call = self._has_halves = None
-        self._guidance_over = self._undecided = self._merged = self._was_guided = False
-        self._sample = None
+        self._first_call = None
+        self._guidance_over = self._was_guided = False
         counter = self.progress.begin(self._num_calls())
-        if guided and not self._family.calls and not are_halves(latents, same=self._family.only is None):
-            if not (self._loop.is_pipeline and self._loop.observable):
-                raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
-            self._undecided = True
+        self._halves = TwoHalves(self._loop, self._family, self.scheduler)
+        if guided and not self._family.calls:
+            self._halves.begin(latents)
         if self._before is not None:
             self._before.finish()  # so that the caches of both are never there at a time
         self._store.refresh()
@@ -434,9 +341,7 @@ class Generation:
             call = self._kept(call, latents[0])
         compiled, outputs = self._run(step, phase, call, None)
         self._loop.gated = self._loop.gated or (guided and not phase.guided)
-        self._merged = self._merged or bool(phase.merge)
-        if self._first_latents is not None and not self._loop.knows_order:
-            self._predictions = outputs[0]
+        self._halves.ran(outputs[0], merged=bool(phase.merge))
         if phase.guided:
             self._after_guided_step(outputs, latents)
         elif guided:
@@ -507,7 +412,7 @@ class Generation:
             kind = emission.site.kind
             wanted = phase.merge if emission.merged else phase.emit
             if kind in (wanted if half is None else phase.emit | phase.merge):
-                self._caches.put((kind, emission.site.name), value, _layout(phase, emission, half), half)
+                self._caches.put((kind, emission.site.name), value, layout_of(phase, emission, half), half)
         self.steps.append((self.progress.steps_before + step, phase))
         self._loop.gated = self._loop.gated or bool(phase.reuse)
         return compiled, outputs
@@ -535,20 +440,6 @@ def _dtype_of_number(timestep: object) -> torch.dtype | None:
     if isinstance(timestep, float):
         return torch.float64
     return torch.int64 if isinstance(timestep, (int, np.integer)) and not isinstance(timestep, bool) else None
-
-
-def _layout(phase: Phase, emission: Emission, half: Half | None) -> Layout:
-    if half is not None:
-        return "separate"
-    return "both" if phase.guided and not emission.merged else "one"
-
-
-def _ratio(batch: torch.Size, sample: torch.Size) -> float:
-    """How many latents the denoiser sees, of shape `batch`, for each that the scheduler steps, of shape `sample`."""
-    ratio = batch[0] / max(sample[0], 1)
-    if ratio not in (1, 2) and len(batch) != len(sample):  # a video whose frames are steps of their own
-        return batch.numel() / max(sample.numel(), 1)
-    return ratio
 
 
 def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:

@@ -14,9 +14,10 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError
+from tgate_compile.engine.compiled import Store
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.traffic import give_way, running
-from tgate_compile.engine.variants import Store, VariantStore
+from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import HOOK_NAME, after_offload_hook
 from tgate_compile.pipeline.generation import MSG_CONCURRENT, Generation
 

@@ -8,7 +8,6 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -16,14 +15,21 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.config import Config
-from tgate_compile.engine.families import Family, family_of, is_listed
-from tgate_compile.engine.purity import is_trusted
 from tgate_compile.engine.traffic import exclusive, running
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.pipeline.facts import (
+    NO_FACTS,
+    Facts,
+    facts_of_call,
+    knows_order,
+    note_new_loop,
+    num_calls_of,
+    says_guidance,
+)
 from tgate_compile.pipeline.generation import Generation, Plan, Previewed
 from tgate_compile.pipeline.hook import MSG_NO_COPY, GatedDenoiser, hook_of
-from tgate_compile.pipeline.loop import FUNCTIONS, Loop, OnUnsupported, StartOver, is_callback, rewindable
-from tgate_compile.pipeline.modular import Guidance, family_of_pipeline, has_own_blocks, is_modular
+from tgate_compile.pipeline.loop import Loop, OnUnsupported, StartOver, rewindable
+from tgate_compile.pipeline.modular import family_of_pipeline
 from tgate_compile.pipeline.scheduler_watch import observed
 
 logger = logging.getLogger(__name__)
@@ -193,7 +199,7 @@ def generation(
     state = required_state_of(pipe)
     state.last_plain = None
     loop = Loop(on_unsupported=state.on_unsupported, report=state.report_plain)
-    facts = _Facts(lambda name: guidance, lambda: num_timesteps, watch=True)
+    facts = Facts(lambda name: guidance, lambda: num_timesteps, watch=True)
     with _generation(state, pipe, gate_step, lambda: facts, loop):
         yield OwnLoop(loop)
 
@@ -241,26 +247,9 @@ def split_gate_step(gate_step: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return dict(zip(names, gate_step, strict=True))
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What a pipeline's call, or the user for a loop of their own, says about the generation.
-
-    Attributes:
-        guided: whether guidance is on for the denoiser of this name, at the present call.
-        num_timesteps: how many of the scheduler's timesteps the loop visits; None for all.
-        watch: look for changes of the denoiser at every call.
-        guided_at: whether guidance will be on for a denoiser at a timestep; None where it stays as it begins.
-    """
-
-    guided: Callable[[str], bool]
-    num_timesteps: Callable[[], int | None]
-    watch: bool
-    guided_at: Callable[[str, int], bool] | None = None
-
-
 @contextmanager
 def _generation(
-    state: Optimized, pipe: DiffusionPipeline, gate_step: GateStep | None, facts: Callable[[], _Facts], loop: Loop
+    state: Optimized, pipe: DiffusionPipeline, gate_step: GateStep | None, facts: Callable[[], Facts], loop: Loop
 ) -> Iterator[None]:
     gates = split_gate_step(gate_step, tuple(state.hooks))
     schedules = {name: _schedule(hook.config.schedule, gates[name]) for name, hook in state.hooks.items()}
@@ -272,7 +261,7 @@ def _generation(
                 raise ConfigurationError(MSG_REPLACED.format(name=name, pipeline=pipeline))
             if hook.denoiser._compiled_call_impl is not None:
                 raise ConfigurationError(MSG_COMPILED_SINCE.format(name=name, pipeline=pipeline))
-        known = _NO_FACTS
+        known = NO_FACTS
         try:
             if state.plain_because is not None:
                 raise state.plain_because
@@ -288,7 +277,7 @@ def _generation(
                 family=hook.config.family,
                 guided=functools.partial(known.guided, name),
                 scheduler=lambda: pipe.scheduler,
-                num_calls=functools.partial(_num_calls, pipe, state.family, name, known.num_timesteps),
+                num_calls=functools.partial(num_calls_of, pipe, state.family, name, known.num_timesteps),
                 watch=known.watch,
                 loop=loop,
                 preview=state.previewing,
@@ -301,9 +290,6 @@ def _generation(
         yield
 
 
-_NO_FACTS = _Facts(lambda name: False, lambda: None, watch=False)
-
-
 def _schedule(given: Schedule, gate_step: int | float | None) -> Schedule:
     """The schedule of one call, which may have a gate step of its own."""
     if gate_step is None:
@@ -311,23 +297,6 @@ def _schedule(given: Schedule, gate_step: int | float | None) -> Schedule:
     if given.gate_step is None:
         raise ConfigurationError(MSG_NO_GATE.format(gate=gate_step))
     return dataclasses.replace(given, gate_step=gate_step)
-
-
-def _num_calls(
-    pipe: DiffusionPipeline, family: Family, name: str, num_timesteps: Callable[[], int | None]
-) -> int | None:
-    """For how many timesteps the denoiser called `name` runs; None for all of the scheduler's."""
-    boundary = boundary_of(pipe, family)
-    if boundary is None:
-        return num_timesteps()
-    below = int((pipe.scheduler.timesteps < boundary).sum())
-    return below if name == family.second else len(pipe.scheduler.timesteps) - below
-
-
-def boundary_of(pipe: DiffusionPipeline, family: Family) -> float | None:
-    """The timestep below which the second denoiser takes over; None if there is none."""
-    ratio = pipe.config.get(family.boundary) if family.second is not None else None
-    return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
 
 
 @functools.cache
@@ -390,14 +359,14 @@ def _run(
         report=state.report_plain,
         is_pipeline=True,
         says_guidance=says_guidance(pipe, arguments),
-        knows_order=_knows_order(state.pipeline_class),
+        knows_order=knows_order(state.pipeline_class),
     )
     if plain_because is not None:
         loop.run_plain(plain_because)
-    loop.on_new_timesteps = functools.partial(_note_new_loop, pipe)
-    _note_new_loop(pipe)
+    loop.on_new_timesteps = functools.partial(note_new_loop, pipe)
+    note_new_loop(pipe)
     names = [*inspect.signature(call).parameters][1:]
-    with running(), _generation(state, pipe, gate_step, lambda: _facts_of_call(state, pipe, arguments), loop):
+    with running(), _generation(state, pipe, gate_step, lambda: facts_of_call(state, pipe, arguments), loop):
         in_order = [loop.outside(name, value) for name, value in zip_longest(names[: len(args)], args, fillvalue="")]
         by_name = {name: loop.outside(name, value) for name, value in kwargs.items()}
         result = call(pipe, *in_order, **by_name)
@@ -431,54 +400,6 @@ def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop) -> No
         )
 
 
-def _facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> _Facts:
-    """What a pipeline's call with these arguments says about the generation."""
-    if is_modular(pipe):
-        guidance = Guidance(pipe, tuple(state.hooks))
-        return _Facts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
-    guided = guidance_of(pipe, arguments)
-    return _Facts(lambda name: guided(), lambda: _num_timesteps(pipe), _may_change(state, pipe, arguments))
-
-
-def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
-    """Whether code that is not diffusers' runs during the loop, and may change the denoiser in the middle of it.
-
-    Such as callbacks, hooks on the denoiser, a pipeline or scheduler of the user's own. To look at the denoiser in each
-    step takes milliseconds, which other calls are spared.
-    """
-    scheduler = getattr(pipe, "scheduler", None)
-    classes = (*state.pipeline_class.__mro__, *type(scheduler).__mro__)
-    hooks = [(*hook.denoiser._forward_hooks, *hook.denoiser._forward_pre_hooks) for hook in state.hooks.values()]
-    replaced = [value for owner in (pipe, scheduler) for value in getattr(owner, "__dict__", {}).values()]
-    return (
-        any(hooks)
-        or any(is_callback(name, value) or (callable(value) and value is not pipe) for name, value in arguments.items())
-        or any(isinstance(value, FUNCTIONS) for value in replaced)
-        or any(not is_trusted(kind.__module__) and kind.__module__ not in _OF_BASES for kind in classes)
-    )
-
-
-#: Where base classes of diffusers' pipelines and schedulers come from.
-_OF_BASES = ("builtins", "huggingface_hub.hub_mixin", "enum", "abc", "collections", "typing")
-
-
-class _Earlier(int):
-    """A pipeline's number of timesteps that it has set for an earlier loop."""
-
-
-def _num_timesteps(pipe: DiffusionPipeline) -> int | None:
-    """How many of the scheduler's timesteps the present loop of the pipeline visits, if it says so."""
-    given = getattr(pipe, "_num_timesteps", None)
-    return None if isinstance(given, _Earlier) else given
-
-
-def _note_new_loop(pipe: DiffusionPipeline) -> None:
-    """From now on, what the pipeline has said about its timesteps is about an earlier loop."""
-    given = vars(pipe).get("_num_timesteps") if hasattr(pipe, "__dict__") else None
-    if type(given) is int:
-        vars(pipe)["_num_timesteps"] = _Earlier(given)
-
-
 def _bypassed(state: Optimized) -> str:
     if all(hook.is_attached for hook in state.hooks.values()):
         message = MSG_NOT_CALLED
@@ -486,36 +407,3 @@ def _bypassed(state: Optimized) -> str:
         hooked = all(hook_of(hook.denoiser) is not None for hook in state.hooks.values())
         message = MSG_OTHER_FORWARD if hooked else MSG_BYPASSED
     return message.format(name=" and ".join(state.hooks), pipeline=state.pipeline_class.__name__)
-
-
-def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:
-    """Whether guidance is on, now: the pipeline's own word if it has one, which a callback may change in mid-loop."""
-    if family_of(type(pipe)).unguided:
-        return lambda: False
-    scale = arguments.get("guidance_scale")
-
-    def by_scale() -> bool:
-        return scale is not None and scale > 1.0
-
-    def by_property() -> bool:
-        try:
-            return bool(pipe.do_classifier_free_guidance)
-        except AttributeError:  # a subclass has a loop of its own, which does not set what the property reads
-            return by_scale()
-
-    return by_property if hasattr(type(pipe), "do_classifier_free_guidance") else by_scale
-
-
-def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
-    """Whether there is such a word of the pipeline's."""
-    return (
-        family_of(type(pipe)).unguided
-        or hasattr(type(pipe), "do_classifier_free_guidance")
-        or arguments.get("guidance_scale") is not None
-    )
-
-
-def _knows_order(pipeline_class: type) -> bool:
-    """Whether the pipeline's call is code of diffusers' whose batches are known to begin with the family's half."""
-    author = next((base for base in pipeline_class.__mro__ if "__call__" in vars(base)), pipeline_class)
-    return author.__module__.partition(".")[0] == "diffusers" and is_listed(pipeline_class)

@@ -14,8 +14,8 @@ from tgate_compile.engine.capture import MSG_NO_SITES
 from tgate_compile.engine.families import family_of
 from tgate_compile.methods.schedule import Kind, Schedule
 from tgate_compile.pipeline.attach import attach, denoiser_names, detach
+from tgate_compile.pipeline.facts import guidance_of
 from tgate_compile.pipeline.modular import check_ordinary
-from tgate_compile.pipeline.optimized import guidance_of
 from tgate_compile.study.analysis.measures import Collected, Curve, NullText, Tallies
 from tgate_compile.study.analysis.result import Analysis, Trajectories
 from tgate_compile.study.tuning.measure import MSG_NOT_FINITE, final_latents, relative_distances, silent

@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.attach import attach, denoiser_names
-from tgate_compile.pipeline.optimized import guidance_of, state_of
+from tgate_compile.pipeline.facts import guidance_of
+from tgate_compile.pipeline.optimized import state_of
 from tgate_compile.study.bench.measure import (
     Timed,
     cost_of_last,

@@ -17,7 +17,7 @@ from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import parse_caption
 from tgate_compile._errors import UnsupportedModelError, is_installed
 from tgate_compile.pipeline.attach import attach, denoiser_names
-from tgate_compile.pipeline.optimized import guidance_of
+from tgate_compile.pipeline.facts import guidance_of
 from tgate_compile.study.bench.measure import Cost, Timed, cost_of_last, peak_memory, plain_macs, timed_generation
 from tgate_compile.study.bench.methods import FEWER_STEPS, TGATE, Method, methods_for, steps_at_equal_cost, why_not
 from tgate_compile.study.bench.twin import twin_of

@@ -1,0 +1,135 @@
+"""What a pipeline's call says about its generation: whether guidance is on, and how many timesteps it visits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffusers import DiffusionPipeline
+
+from tgate_compile.engine.families import Family, family_of, is_listed
+from tgate_compile.engine.read_code import is_trusted
+from tgate_compile.pipeline.loop import FUNCTIONS, is_callback
+from tgate_compile.pipeline.modular import Guidance, has_own_blocks, is_modular
+
+if TYPE_CHECKING:
+    from tgate_compile.pipeline.optimized import Optimized
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a pipeline's call, or the user for a loop of their own, says about the generation.
+
+    Attributes:
+        guided: whether guidance is on for the denoiser of this name, at the present call.
+        num_timesteps: how many of the scheduler's timesteps the loop visits; None for all.
+        watch: look for changes of the denoiser at every call.
+        guided_at: whether guidance will be on for a denoiser at a timestep; None where it stays as it begins.
+    """
+
+    guided: Callable[[str], bool]
+    num_timesteps: Callable[[], int | None]
+    watch: bool
+    guided_at: Callable[[str, int], bool] | None = None
+
+
+NO_FACTS = Facts(lambda name: False, lambda: None, watch=False)
+
+
+def num_calls_of(
+    pipe: DiffusionPipeline, family: Family, name: str, num_timesteps: Callable[[], int | None]
+) -> int | None:
+    """For how many timesteps the denoiser called `name` runs; None for all of the scheduler's."""
+    boundary = boundary_of(pipe, family)
+    if boundary is None:
+        return num_timesteps()
+    below = int((pipe.scheduler.timesteps < boundary).sum())
+    return below if name == family.second else len(pipe.scheduler.timesteps) - below
+
+
+def boundary_of(pipe: DiffusionPipeline, family: Family) -> float | None:
+    """The timestep below which the second denoiser takes over; None if there is none."""
+    ratio = pipe.config.get(family.boundary) if family.second is not None else None
+    return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
+
+
+def facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Facts:
+    """What a pipeline's call with these arguments says about the generation."""
+    if is_modular(pipe):
+        guidance = Guidance(pipe, tuple(state.hooks))
+        return Facts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
+    guided = guidance_of(pipe, arguments)
+    return Facts(lambda name: guided(), lambda: _num_timesteps(pipe), _may_change(state, pipe, arguments))
+
+
+def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
+    """Whether code that is not diffusers' runs during the loop, and may change the denoiser in the middle of it.
+
+    Such as callbacks, hooks on the denoiser, a pipeline or scheduler of the user's own. To look at the denoiser in each
+    step takes milliseconds, which other calls are spared.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    classes = (*state.pipeline_class.__mro__, *type(scheduler).__mro__)
+    hooks = [(*hook.denoiser._forward_hooks, *hook.denoiser._forward_pre_hooks) for hook in state.hooks.values()]
+    replaced = [value for owner in (pipe, scheduler) for value in getattr(owner, "__dict__", {}).values()]
+    return (
+        any(hooks)
+        or any(is_callback(name, value) or (callable(value) and value is not pipe) for name, value in arguments.items())
+        or any(isinstance(value, FUNCTIONS) for value in replaced)
+        or any(not is_trusted(kind.__module__) and kind.__module__ not in _OF_BASES for kind in classes)
+    )
+
+
+#: Where base classes of diffusers' pipelines and schedulers come from.
+_OF_BASES = ("builtins", "huggingface_hub.hub_mixin", "enum", "abc", "collections", "typing")
+
+
+class _Earlier(int):
+    """A pipeline's number of timesteps that it has set for an earlier loop."""
+
+
+def _num_timesteps(pipe: DiffusionPipeline) -> int | None:
+    """How many of the scheduler's timesteps the present loop of the pipeline visits, if it says so."""
+    given = getattr(pipe, "_num_timesteps", None)
+    return None if isinstance(given, _Earlier) else given
+
+
+def note_new_loop(pipe: DiffusionPipeline) -> None:
+    """From now on, what the pipeline has said about its timesteps is about an earlier loop."""
+    given = vars(pipe).get("_num_timesteps") if hasattr(pipe, "__dict__") else None
+    if type(given) is int:
+        vars(pipe)["_num_timesteps"] = _Earlier(given)
+
+
+def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:
+    """Whether guidance is on, now: the pipeline's own word if it has one, which a callback may change in mid-loop."""
+    if family_of(type(pipe)).unguided:
+        return lambda: False
+    scale = arguments.get("guidance_scale")
+
+    def by_scale() -> bool:
+        return scale is not None and scale > 1.0
+
+    def by_property() -> bool:
+        try:
+            return bool(pipe.do_classifier_free_guidance)
+        except AttributeError:  # a subclass has a loop of its own, which does not set what the property reads
+            return by_scale()
+
+    return by_property if hasattr(type(pipe), "do_classifier_free_guidance") else by_scale
+
+
+def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
+    """Whether there is such a word of the pipeline's."""
+    return (
+        family_of(type(pipe)).unguided
+        or hasattr(type(pipe), "do_classifier_free_guidance")
+        or arguments.get("guidance_scale") is not None
+    )
+
+
+def knows_order(pipeline_class: type) -> bool:
+    """Whether the pipeline's call is code of diffusers' whose batches are known to begin with the family's half."""
+    author = next((base for base in pipeline_class.__mro__ if "__call__" in vars(base)), pipeline_class)
+    return author.__module__.partition(".")[0] == "diffusers" and is_listed(pipeline_class)
