@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from tgate_compile._errors import UnsupportedModelError
-from tgate_compile.methods.schedule import Kind
+from tgate_compile.methods.method import Kind
 from tgate_compile.passes.attention_core import LAYOUT, SCALING, AttentionCore, attention_cores, product_operands
 from tgate_compile.passes.editing import operand
 from tgate_compile.passes.graphs import Site
@@ -85,6 +85,9 @@ logger = logging.getLogger(__name__)
 #: "other": neither; its queries do not follow the latents, say, or its keys and values are weights.
 Role = Literal["cross", "self", "other"]
 
+#: What modules call themselves whose attention is between the frames of a video, in diffusers and in models like its.
+_TEMPORAL = re.compile(r"(^|[._])(temporal|temp|motion)")
+
 #: Multiplies its first operand by weights.
 PROJECTING = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
@@ -126,7 +129,8 @@ def find_attention(
     Args:
         graph_module: a captured denoiser.
         inputs: its inputs.
-        kinds: the kinds of attention to find.
+        kinds: the kinds of attention to find. With `temporal`, self-attention between the frames of a video, which is
+            told by the names of its modules, is of that kind, and of `self` otherwise.
         batch_dims: says for values which of their dimensions has the rows of the batch; a value that is left out has
             them in none. By default it is the first.
     """
@@ -140,23 +144,27 @@ def find_attention(
         live = depends_on(graph, (*inputs.latents, *inputs.times), cut={core.node for core in cores})
         values.update((core, list(_possible_values(core.node, live, of_inputs))) for core in cores)
 
-    wanted = [node for core, role in roles if role in kinds for node in values[core]]
+    roles_wanted = {"self" if kind == "temporal" else kind for kind in kinds}
+    wanted = [node for core, role in roles if role in roles_wanted for node in values[core]]
     dims = dict.fromkeys(wanted, 0) if batch_dims is None else batch_dims(wanted)
     sites: dict[Node, Site] = {}
     names: dict[Node, str] = {}  # of attentions of all kinds, so that they depend on nothing but the model
     for core, role in roles:
         if role == "other":
             continue
+        site_kind: Kind = role
         first = values[core][0]
         if first not in names:
             names[first] = _unique(_without_processor(innermost_call(core.node)[1]), names.values())
         value = next((node for node in values[core] if node in dims), None)
-        if role not in kinds or value is None or value in sites:
+        if site_kind == "self" and "temporal" in kinds and _TEMPORAL.search(names[first]):
+            site_kind = "temporal"
+        if site_kind not in kinds or value is None or value in sites:
             continue
         fake, batch = value.meta["val"], dims[value]
         shape = list(fake.shape)
         shape.insert(0, shape.pop(batch))
-        sites[value] = Site(role, names[first], value.name, tuple(shape), fake.dtype, fake.dtype, batch)
+        sites[value] = Site(site_kind, names[first], value.name, tuple(shape), fake.dtype, fake.dtype, batch)
     logger.debug("found %d attention sites", len(sites))
     return list(sites.values())
 

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from tgate_compile.methods.schedule import Kind, Phase
+from tgate_compile.methods.method import Kind, Phase
 
 
 @dataclass(frozen=True)

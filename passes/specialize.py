@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from tgate_compile._errors import VerificationError
-from tgate_compile.methods.schedule import Phase
+from tgate_compile.methods.method import Phase
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.editing import (
     PassResult,

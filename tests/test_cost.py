@@ -15,7 +15,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
-from tgate_compile.methods.schedule import Phase, Schedule
+from tgate_compile.methods.method import Phase
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.cost import (
     MODELS,
     NOTE_BRANCH,
@@ -175,7 +176,7 @@ TINY = Model(
 
 def _call(phase: Phase, schedule: Schedule, batch: int) -> int:
     branch = schedule.deepcache_branch if "deep" in schedule.kinds else None
-    return graph_cost(TINY.architecture, Geometry(batch, 64, 64), schedule.graph(phase), branch).macs.layers
+    return graph_cost(TINY.architecture, Geometry(batch, 64, 64), schedule.graph_phase(phase), branch).macs.layers
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from tgate_compile import (
     restore,
 )
 from tgate_compile._demo.attribute_reader import AttributeReader
-from tgate_compile.methods.schedule import Phase
+from tgate_compile.methods.method import Phase
 from tgate_compile.study.evaluation.features import (
     Features,
     Inception,

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tgate_compile import ConfigurationError
-from tgate_compile.methods.schedule import Kind, Phase, Schedule, check_plan
+from tgate_compile.methods.method import Kind, Phase
+from tgate_compile.methods.schedule import Schedule, check_plan
 
 CROSS: frozenset[Kind] = frozenset({"cross"})
 SELF: frozenset[Kind] = frozenset({"self"})
@@ -115,7 +116,7 @@ def test_a_graph_hands_on_all_that_its_phases_do_and_there_are_few(schedule: Sch
     graphs = set()
     for num_steps in range(1, 40):
         for phase in schedule.plan(num_steps, guided=True):
-            graph = schedule.graph(phase)
+            graph = schedule.graph_phase(phase)
             assert (graph.guided, graph.reuse) == (phase.guided, phase.reuse)
             assert graph.emit >= phase.emit
             assert graph.merge >= phase.merge

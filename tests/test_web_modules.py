@@ -17,7 +17,8 @@ from tests.test_runtime_schedulers import BETAS, LATENT_DIFFUSION, OPTIONS
 from tgate_compile import load_demo_pipeline
 from tgate_compile.bundle.manifest import plain_config
 from tgate_compile.bundle.read_manifest import shape_at
-from tgate_compile.methods.schedule import Phase, Schedule
+from tgate_compile.methods.method import Phase
+from tgate_compile.methods.schedule import Schedule
 
 SHAPE = (1, 4, 4, 4)
 STEPS = (1, 7, 15, 25)
@@ -138,7 +139,7 @@ def test_schedules_as_here() -> None:
             for steps in (1, 5, 12, 25):
                 plan = schedule.plan(steps, guided=guided)
                 cases.append({"schedule": vars(schedule), "steps": steps, "guided": guided})
-                graphs = [_plain(schedule.graph(phase)) for phase in plan]
+                graphs = [_plain(schedule.graph_phase(phase)) for phase in plan]
                 strip = schedule.strip(steps, guided=guided)
                 expected.append({"plan": [_plain(phase) for phase in plan], "graphs": graphs, "strip": strip})
     script = """

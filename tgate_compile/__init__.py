@@ -28,9 +28,14 @@ if TYPE_CHECKING:
     from tgate_compile.bundle.export import export as export
     from tgate_compile.bundle.load import load as load
     from tgate_compile.engine.purity import pure as pure
+    from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
+    from tgate_compile.methods.deepcache import DeepCache as DeepCache
+    from tgate_compile.methods.method import Method as Method
+    from tgate_compile.methods.pab import PAB as PAB
     from tgate_compile.methods.schedule import Schedule as Schedule
     from tgate_compile.methods.schedule_file import load_schedule as load_schedule
     from tgate_compile.methods.schedule_file import save_schedule as save_schedule
+    from tgate_compile.methods.tgate import TGate as TGate
     from tgate_compile.pipeline.describe import describe as describe
     from tgate_compile.pipeline.optimized import generation as generation
     from tgate_compile.study.analysis.result import Analysis as Analysis
@@ -57,6 +62,11 @@ _HOMES = {
     "export": "bundle.export",
     "load": "bundle.load",
     "pure": "engine.purity",
+    "TGate": "methods.tgate",
+    "DeepCache": "methods.deepcache",
+    "AdaptiveGuidance": "methods.adaptive_guidance",
+    "PAB": "methods.pab",
+    "Method": "methods.method",
     "Schedule": "methods.schedule",
     "load_schedule": "methods.schedule_file",
     "save_schedule": "methods.schedule_file",
@@ -90,6 +100,11 @@ __all__ = [
     "restore",
     "generation",
     "pure",
+    "TGate",
+    "DeepCache",
+    "AdaptiveGuidance",
+    "PAB",
+    "Method",
     "Schedule",
     "load_schedule",
     "save_schedule",

@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.engine.config import AUTO_PROMPTS
-from tgate_compile.methods.schedule import Half, Schedule
+from tgate_compile.methods.method import Half, Method
+from tgate_compile.methods.schedule import Schedule, schedule_of
 from tgate_compile.methods.schedule_file import load_schedule
 from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.loop import OnUnsupported
@@ -24,13 +25,14 @@ Pipeline = TypeVar("Pipeline")
 
 MSG_SCHEDULE = "schedule must be a tgate_compile.Schedule or the path of a schedule file, but got {given!r}."
 MSG_SCHEDULE_AND_MORE = "A schedule says all about the steps, but {given} is given as well. Give one or the other."
+MSG_METHOD_AND_MORE = "A method says all about the steps, but {given} is given as well. Give one or the other."
 MSG_AUTO_AND_MORE = 'gate_step="auto" chooses the whole schedule, but {given} is given as well. Give one or the other.'
 MSG_TUNING = 'tuning is for gate_step="auto", and must be a mapping of arguments of tune(), but got {given!r}.'
 
 
 def optimize(
     pipe: Pipeline,
-    gate_step: GateStep | Literal["auto"] | None = 10,
+    gate_step: GateStep | Literal["auto"] | Method | Schedule | None = 10,
     *,
     sp_interval: int = 1,
     fi_interval: int = 1,
@@ -41,7 +43,7 @@ def optimize(
     guidance_similarity: float | None = None,
     keep: Half | None = None,
     anchor_weight: float = 0.5,
-    schedule: Schedule | str | os.PathLike[str] | None = None,
+    schedule: Schedule | Method | str | os.PathLike[str] | None = None,
     tuning: Mapping[str, Any] | None = None,
     denoiser: str | None = None,
     sites: Sequence[str] | None = None,
@@ -68,7 +70,9 @@ def optimize(
             or beyond the last step means that nothing is gated; None is no gate. One call may differ:
             `pipe(..., gate_step=8)`. Where two denoisers share the steps (Wan 2.2), each counts its own from 0, and
             a pair gives each its own gate. `"auto"` measures schedules on a few prompts first, and takes the cheapest
-            that is close enough, by `tune`, whose arguments `tuning` may have.
+            that is close enough, by `tune`, whose arguments `tuning` may have. In place of all these arguments, a
+            method or several: `TGate(10)`, `DeepCache(3) + TGate(10)`, `AdaptiveGuidance(similarity=0.991)`,
+            `PAB(6, 2)`; the arguments below are the same in short.
         sp_interval: T-GATE v2: before the gate, compute self-attention at every such step only.
         fi_interval: T-GATE v2: the same after the gate.
         warm_up: T-GATE v2: the step, from 0, after which `sp_interval` begins.
@@ -119,7 +123,10 @@ def optimize(
     }
     if tuning is not None and (gate_step != "auto" or not isinstance(tuning, Mapping)):
         raise ConfigurationError(MSG_TUNING.format(given=tuning))
-    if gate_step == "auto":
+    if isinstance(gate_step, (Method, Schedule)):
+        _check_alone({**choices, "schedule": schedule}, MSG_METHOD_AND_MORE)
+        schedules = dict.fromkeys(names, schedule_of(gate_step))
+    elif gate_step == "auto":
         _check_alone({**choices, "schedule": schedule}, MSG_AUTO_AND_MORE)
         schedules = dict.fromkeys(names, _tuned(pipe, denoiser, {} if tuning is None else tuning))
     elif schedule is not None:
@@ -164,8 +171,8 @@ def _check_alone(others: Mapping[str, Any], message: str) -> None:
 
 
 def _given(schedule: object) -> Schedule:
-    if isinstance(schedule, Schedule):
-        return schedule
+    if isinstance(schedule, (Method, Schedule)):
+        return schedule_of(schedule)
     if isinstance(schedule, (str, os.PathLike)):
         return load_schedule(Path(schedule))
     raise ConfigurationError(MSG_SCHEDULE.format(given=schedule))

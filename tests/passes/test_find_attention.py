@@ -13,7 +13,7 @@ from tests.passes.tiny_denoiser import DIM, TEXT_TOKENS, TOKENS, TinyAttention, 
 from tgate_compile import UnsupportedModelError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
-from tgate_compile.methods.schedule import Phase
+from tgate_compile.methods.method import Phase
 from tgate_compile.passes.find_sites import Inputs, find_attention
 from tgate_compile.passes.specialize import specialize
 

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from tgate_compile import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture, deep_layer
-from tgate_compile.methods.schedule import Phase
+from tgate_compile.methods.method import Phase
 from tgate_compile.passes.find_sites import find_deep_feature
 from tgate_compile.passes.graphs import Captured
 from tgate_compile.passes.specialize import specialize

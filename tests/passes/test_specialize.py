@@ -9,7 +9,7 @@ import torch
 
 from tests.passes.tiny_denoiser import DIM, TOKENS, tiny_capture, tiny_denoiser, tiny_inputs
 from tgate_compile import VerificationError
-from tgate_compile.methods.schedule import Phase
+from tgate_compile.methods.method import Phase
 from tgate_compile.passes.graphs import Variant
 from tgate_compile.passes.specialize import specialize, verify
 

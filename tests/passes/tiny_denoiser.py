@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
-from tgate_compile.methods.schedule import Kind
+from tgate_compile.methods.method import Kind
 from tgate_compile.passes.graphs import Captured
 
 DIM, TEXT_DIM, TOKENS, TEXT_TOKENS = 8, 6, 5, 3

@@ -19,7 +19,8 @@ from tgate_compile._cli import options as schedule_options
 from tgate_compile._cli.console import ERR, OUT, make_progress, print_json, print_note, steps_shown
 from tgate_compile._cli.loading import Loaded, Settings, load, settings_for
 from tgate_compile._cli.pictures import check_targets, coloured, image_paths, save_png
-from tgate_compile.methods.schedule import GRAPH_NAMES, Schedule
+from tgate_compile.methods.method import GRAPH_NAMES
+from tgate_compile.methods.schedule import Schedule
 
 MSG_CAPTION = "The embedded model was made for captions of coloured shapes, so this image may show anything: {grammar}"
 

@@ -14,7 +14,8 @@ import typer
 
 from tgate_compile._demo.captions import caption_of, random_scene
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.methods.schedule import Schedule, checked_gate_step
+from tgate_compile.methods.method import checked_gate_step
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import load_schedule
 
 MSG_SIZE = "{given} is no multiple of 8, which the models need. The nearest: {below} or {above}."

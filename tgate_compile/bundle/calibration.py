@@ -17,7 +17,7 @@ from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import CompiledVariant
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import live_tensors
-from tgate_compile.methods.schedule import Kind, Phase
+from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant
 from tgate_compile.pipeline.generation import Plan
 from tgate_compile.pipeline.hook import GatedDenoiser

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Wi
 
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import Scheme
-from tgate_compile.methods.schedule import Half, Kind, Phase
+from tgate_compile.methods.method import Half, Kind, Phase
 
 SCHEMA_VERSION = 1
 
@@ -229,13 +229,48 @@ class Family(_Strict):
     shared: list[list[Name]] = Field(description="Arguments that both halves share.")
 
 
+class PlannedPhase(_Strict):
+    """What a step does."""
+
+    letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="In strips; a capital one under guidance.")]
+    graph: Name | None = Field(description="The graph that serves it; None: the bundle has none.")
+    phase: PhaseSpec = Field(description="Of what the graph hands on, only what is said here is kept.")
+
+
+Rows = list[Annotated[str, Field(pattern="^[0-9a-z]*$")]]
+
+
+class Plans(_Strict):
+    """The schedule, step by step, so that no runtime has to know its rules.
+
+    A row is the plan of a generation: a digit in base 36 for each step, the position of its phase in `phases`.
+    """
+
+    phases: list[PlannedPhase]
+    guided: Rows = Field(description="Entry i: the plan for i + 1 steps, with guidance on to begin with.")
+    unguided: Rows = Field(description="The same with guidance off.")
+    gates: list[Count | None] = Field(description="Entry i: the first step after the gate, for i + 1 steps.")
+    gated_guided: Rows | None = Field(
+        description="Entry i: the plan if the gate is at i + 1; its first n digits are the plan for n steps. None: the "
+        "gate cannot be moved."
+    )
+    gated_unguided: Rows | None = Field(description="The same with guidance off.")
+    full_guided: Count = Field(description="The phase that computes everything under guidance, and hands nothing on.")
+    full_unguided: Count = Field(description="The same without guidance.")
+
+
 class Method(_Strict):
     """When what is cached."""
 
-    schedule: dict[Name, Constant] = Field(description="All fields of tgate_compile.Schedule.")
+    schedule: dict[Name, Constant | dict[Name, Constant]] = Field(
+        description="All fields of tgate_compile.Schedule; of further methods, an object each."
+    )
     keep: Half = Field(description="The half that goes on once guidance has stopped.")
     sites: list[Name] | None = Field(description="Patterns of the attentions that are cached; None: all.")
     cache_dtype: Dtype | None = Field(description="What values are cached in; None: the model's own dtype.")
+    plans: Plans | None = Field(
+        default=None, description="None: written before there were any, or guidance ends by similarity."
+    )
 
 
 class Step(_Strict):

@@ -25,7 +25,7 @@ from tgate_compile.engine.call import Call
 from tgate_compile.engine.free_sizes import SYMBOLS, FreeSize, free_shapes
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import live_tensors
-from tgate_compile.methods.schedule import Kind, Phase
+from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.passes.editing import outputs_of, shape_of
 from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
@@ -140,9 +140,14 @@ def _with_float_timestep(call: Call, names: Sequence[str]) -> Call:
 
 
 def graph_name(phase: Phase) -> str:
-    """`full`, `pruned`, `pruned-self-reused`; what may run with guidance and without says so: `full-unguided`."""
+    """Return `full`, `pruned`, `pruned-self-reused`; the less common of the two batches says so: `full-unguided`.
+
+    Most graphs that reuse cross-attention run after a gate, without guidance; the others run under guidance.
+    """
     name = phase.name.replace(", ", "-")
-    return name if phase.guided or "cross" in phase.reuse else f"{name}-unguided"
+    if phase.guided == ("cross" not in phase.reuse):
+        return name
+    return f"{name}-guided" if phase.guided else f"{name}-unguided"
 
 
 def cache_name(site: Site) -> str:

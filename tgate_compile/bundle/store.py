@@ -18,7 +18,7 @@ from tgate_compile.bundle.read_manifest import shape_at, sizes_for
 from tgate_compile.bundle.weights import bit_sums, dtype_name
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.weights import fingerprint, live_tensors
-from tgate_compile.methods.schedule import Kind, Phase
+from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
 
 MSG_NO_GRAPH = (

@@ -7,7 +7,6 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,11 +31,13 @@ from tgate_compile.bundle.formats import (
 from tgate_compile.bundle.manifest import MANIFEST_FILE, phase_spec, plain_config
 from tgate_compile.bundle.parity import measure_parity
 from tgate_compile.bundle.plan import PlannedGraph, choose_sizes, describe_graph, example_sizes, returns_of
+from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.quantization import Quantization
 from tgate_compile.bundle.read_manifest import file_of, wiring_of
 from tgate_compile.bundle.weights import dtype_name, weights_digest
 from tgate_compile.engine.free_sizes import LARGEST, SYMBOLS, FreeSize
-from tgate_compile.methods.schedule import Phase
+from tgate_compile.methods.method import Phase
+from tgate_compile.methods.schedule_file import schedule_data
 from tgate_compile.pipeline.generation import Plan, strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
 
@@ -162,7 +163,7 @@ def write_bundle(
             ),
             denoiser=denoiser,
             family=_family(hook),
-            method=_method(hook),
+            method=_method(hook, names),
             scheduler=m.Scheduler(
                 class_name=type(pipe.scheduler).__name__, config=plain_config(dict(pipe.scheduler.config))
             ),
@@ -311,13 +312,14 @@ def _family(hook: GatedDenoiser) -> m.Family:
     )
 
 
-def _method(hook: GatedDenoiser) -> m.Method:
+def _method(hook: GatedDenoiser, names: Mapping[Phase, str]) -> m.Method:
     config = hook.config
     return m.Method(
-        schedule=asdict(config.schedule),
+        schedule=schedule_data(config.schedule),
         keep=config.schedule.kept,
         sites=None if config.sites is None else list(config.sites),
         cache_dtype=None if config.cache_dtype is None else dtype_name(config.cache_dtype),  # type: ignore[arg-type]
+        plans=plans_of(config.schedule, names),
     )
 
 

@@ -20,7 +20,7 @@ from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedM
 from tgate_compile.engine.call import BatchDims, Call
 from tgate_compile.engine.halves import LATENTS_NAMES, fits, is_time, latents_of, named_leaves
 from tgate_compile.engine.traffic import exclusive
-from tgate_compile.methods.schedule import Kind
+from tgate_compile.methods.method import Kind
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.editing import is_mutable, outputs_of
 from tgate_compile.passes.find_sites import Inputs, count_roles, find_attention, find_deep_feature, is_inside
@@ -134,6 +134,10 @@ def capture(
         _check_sites(denoiser, program, inputs, sites)
     if required and "self" in kinds and not any(site.kind == "self" for site in sites):
         raise UnsupportedModelError(MSG_NO_SELF_ATTENTION.format(model=model))
+    if required and "temporal" in kinds and not any(site.kind == "temporal" for site in sites):
+        raise UnsupportedModelError(
+            f"{model} has no attention between frames that could be found, to cache. Leave temporal_interval at 1."
+        )
     if only is not None:
         sites = _selected(sites, only)
     if "deep" in kinds and deep_layer is not None:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.call import Call
-from tgate_compile.methods.schedule import Kind, Phase
+from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant
 
 #: The cached values, by kind and name of their sites.

@@ -18,7 +18,7 @@ from tgate_compile.engine.unsupported import (
     REFUSED_BASES,
     REFUSED_DENOISERS,
 )
-from tgate_compile.methods.schedule import Half
+from tgate_compile.methods.method import Half
 
 Row = TypeVar("Row")
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from tgate_compile._errors import INSTEAD, UnsupportedModelError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.families import Family
-from tgate_compile.methods.schedule import Half
+from tgate_compile.methods.method import Half
 
 #: Names under which denoisers take the latents, the surest first.
 LATENTS_NAMES = ("sample", "hidden_states", "latents", "noisy_latents", "latent", "x", "x_t", "z", "z_t")

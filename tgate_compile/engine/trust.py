@@ -16,7 +16,7 @@ from tgate_compile._errors import BackendError, TGateError, cause_of
 from tgate_compile.engine.backends import Backend, automatic_backends, backend_class
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.traffic import exclusive
-from tgate_compile.methods.schedule import Kind
+from tgate_compile.methods.method import Kind
 from tgate_compile.passes.graphs import Site, Variant
 
 #: The largest difference that rounding may explain, relative to an output's largest value, by the coarsest dtype.

@@ -25,7 +25,7 @@ from tgate_compile.engine.purity import check_python, check_stateless
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree, make_backend
 from tgate_compile.engine.weights import check_quantization, check_weights_stay, fingerprint, live_tensors
-from tgate_compile.methods.schedule import Phase
+from tgate_compile.methods.method import Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant
 from tgate_compile.passes.specialize import specialize
 

@@ -1,38 +1,25 @@
-"""Schedules: from step to phase. Every step-caching method is one, and each is pure data, checked before it runs."""
+"""Schedules: one or several methods together, from step to phase. Pure data, checked before anything runs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cache
-from typing import Literal, get_args
+from functools import cache, reduce
+from typing import Any, get_args
 
 from tgate_compile._errors import ConfigurationError
+from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance
+from tgate_compile.methods.deepcache import DeepCache
+from tgate_compile.methods.method import CROSS, Half, Kind, Method, Phase, Share, Timeline
+from tgate_compile.methods.tgate import TGate, refuse_intervals_without_gate
 
-#: What can be cached: the output of a cross-attention, of a self-attention, and the deep feature of a UNet (DeepCache).
-Kind = Literal["cross", "self", "deep"]
+#: The methods whose options are fields of `Schedule`.
+IN_SHORT: tuple[type[Method], ...] = (TGate, DeepCache, AdaptiveGuidance)
 
-#: One of the two predictions of classifier-free guidance.
-Half = Literal["uncond", "cond"]
-
-MSG_GATE_STEP = (
-    "{name} must be a whole number of steps, at least 1 (10: ten steps in full), or a fraction of the "
-    "steps strictly between 0 and 1 (0.4: the first 40 %), but got {given!r}."
-)
-MSG_COUNT = "{name} must be a whole number, at least {least}, but got {given!r}."
-MSG_INTERVALS_WITHOUT_GATE = (
-    "sp_interval and fi_interval are T-GATE's, and need a gate_step; got gate_step=None with sp_interval={sp} and "
-    "fi_interval={fi}."
-)
 MSG_DEEP_AND_SELF = (
     "DeepCache cannot be combined with cached self-attention: got deepcache_interval={deep} with sp_interval={sp} and "
     "fi_interval={fi}. Leave the two intervals at 1."
 )
-MSG_SIMILARITY = "guidance_similarity must be a number between 0 and 1 (the paper's: 0.991), but got {given!r}."
-MSG_KEEP = 'keep must be "uncond" (T-GATE\'s choice) or "cond" (Adaptive Guidance\'s), but got {given!r}.'
-MSG_WEIGHT = "{name} must be a number, but got {given!r}."
-MSG_WEIGHT_WITHOUT_GATE = "anchor_weight is how T-GATE's cache is merged, and needs a gate_step; got gate_step=None."
 MSG_SEVERAL_ENDS = (
     "Guidance ends in one way: at gate_step, after guidance_step, or at guidance_similarity. "
     "Give one of them, not {given}."
@@ -41,85 +28,25 @@ MSG_NOTHING = "Nothing to do: give a gate_step, a deepcache_interval above 1, a 
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What one step does.
-
-    Attributes:
-        guided: the denoiser sees both guidance halves, [uncond; cond], batch 2B.
-        emit: kinds of site whose values are handed on to later steps, as they are.
-        merge: kinds whose values are handed on as the mean of the two halves, so that they have batch B
-            (arXiv 2404.02747, section 3.2); only under guidance.
-        reuse: kinds of site whose values come from an earlier step, and are not computed.
-    """
-
-    guided: bool
-    emit: frozenset[Kind] = frozenset()
-    merge: frozenset[Kind] = frozenset()
-    reuse: frozenset[Kind] = frozenset()
-
-    @property
-    def name(self) -> str:
-        """The name of the phase's graph in descriptions."""
-        return _GRAPHS[self.reuse][0]
-
-    @property
-    def character(self) -> str:
-        """The phase in a strip."""
-        _, guided, unguided = _GRAPHS[self.reuse]
-        return guided if self.guided else unguided
-
-
-_GRAPHS: dict[frozenset[Kind], tuple[str, str, str]] = {
-    # what is reused: name, character with guidance, character without
-    frozenset(): ("full", "F", "f"),
-    frozenset({"self"}): ("self-reused", "S", "s"),
-    frozenset({"deep"}): ("shallow", "D", "d"),
-    frozenset({"cross"}): ("pruned", "P", "p"),
-    frozenset({"cross", "self"}): ("pruned, self-reused", "Q", "q"),
-    frozenset({"cross", "deep"}): ("pruned, shallow", "R", "r"),
-}
-
-#: What the letters of a strip mean, capital ones.
-GRAPH_NAMES: Mapping[str, str] = {guided: name for name, guided, _ in _GRAPHS.values()}
-
-_CROSS: frozenset[Kind] = frozenset({"cross"})
-_SELF: frozenset[Kind] = frozenset({"self"})
-_DEEP: frozenset[Kind] = frozenset({"deep"})
-_NONE: frozenset[Kind] = frozenset()
-
-
-@dataclass(frozen=True)
 class Schedule:
-    """When what is cached, and when guidance stops.
+    """When what is cached, and when guidance stops: one method, or several that go together.
 
-    - T-GATE v1: `gate_step` alone. Everything runs for `gate_step` steps; the cross-attentions are cached at the last
-      of them; from step `gate_step` on they are reused and guidance does not run.
-      Source: arXiv 2404.02747 v1, section 3.2 and algorithm 1.
-    - T-GATE v2: before the gate self-attention is computed up to step `warm_up`, then at every `sp_interval`-th step
-      and at the last one; after it at every `fi_interval`-th. Steps are counted from 0.
-      Source: arXiv 2404.02747 v2, section 4, and the authors' package, 1.0.0.
-    - DeepCache: `deepcache_interval` > 1. All but the outermost layers of a UNet are computed at every such step only;
-      the count starts anew at the step before the gate, at the gate, and where guidance stops.
-      Source: arXiv 2312.00858, section 3.3, uniform.
-    - Guidance stops after `guidance_step` steps, and nothing is cached: Adaptive Guidance with a fixed step, and the
-      honest baseline for T-GATE. With `guidance_similarity` it stops after the step at which the two predictions have
-      become that similar. Source: arXiv 2312.12487, section 5.
+    `TGate(10)`, `DeepCache(3) + TGate(10)` and `AdaptiveGuidance(step=10)` are schedules wherever one is expected. The
+    fields below are the same in short: `Schedule(10, deepcache_interval=3)` equals `DeepCache(3) + TGate(10)`.
 
     Attributes:
-        gate_step: a number of steps (>= 1), or a fraction of the steps (0 < x < 1); None for no gate. A gate at or
-            beyond the last step means: never gated.
-        sp_interval: see above; 1 computes self-attention in every step before the gate.
-        fi_interval: see above; 1 computes it in every step after the gate.
-        warm_up: see above.
-        deepcache_interval: see above; 1 is off.
-        deepcache_branch: which of the skip connections the shallow part ends at; 0 is the outermost.
-        guidance_step: a number of steps, or a fraction of them; None leaves guidance to the gate.
-        guidance_similarity: the cosine similarity, above 0 and below 1, of the conditional and the unconditional
-            prediction at which guidance stops; None leaves it to the steps.
+        gate_step: of `TGate`: a number of steps (>= 1), or a fraction of the steps (0 < x < 1); None for no gate.
+        sp_interval: of `TGate`.
+        fi_interval: of `TGate`.
+        warm_up: of `TGate`.
+        deepcache_interval: `interval` of `DeepCache`; 1 is off.
+        deepcache_branch: `branch` of `DeepCache`.
+        guidance_step: `step` of `AdaptiveGuidance`; None leaves guidance to the gate.
+        guidance_similarity: `similarity` of `AdaptiveGuidance`; None leaves it to the steps.
         keep: the half that goes on once guidance has stopped. None is the papers' choice: uncond with a gate, cond
             without one.
-        anchor_weight: the weight w of the cond half in what the gate caches, `(1 - w) * uncond + w * cond`. 0.5 is
-            the paper's mean, 1 the cond half alone, and more goes beyond it.
+        anchor_weight: of `TGate`.
+        others: further methods, such as `PAB`.
     """
 
     gate_step: int | float | None = 10
@@ -132,47 +59,88 @@ class Schedule:
     guidance_similarity: float | None = None
     keep: Half | None = None
     anchor_weight: float = 0.5
+    others: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("gate_step", "guidance_step"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, checked_gate_step(getattr(self, name), name))
-        for name in ("sp_interval", "fi_interval", "deepcache_interval"):
-            object.__setattr__(self, name, _checked_count(getattr(self, name), name, least=1))
-        for name in ("warm_up", "deepcache_branch"):
-            object.__setattr__(self, name, _checked_count(getattr(self, name), name, least=0))
-        intervals = {"sp": self.sp_interval, "fi": self.fi_interval}
-        if self.gate_step is None and max(intervals.values()) > 1:
-            raise ConfigurationError(MSG_INTERVALS_WITHOUT_GATE.format(**intervals))
-        if self.deepcache_interval > 1 and max(intervals.values()) > 1:
-            raise ConfigurationError(MSG_DEEP_AND_SELF.format(deep=self.deepcache_interval, **intervals))
-        similarity = self.guidance_similarity
-        if similarity is not None and not (isinstance(similarity, float) and 0.0 < similarity < 1.0):
-            raise ConfigurationError(MSG_SIMILARITY.format(given=similarity))
+        # Each method checks its own options, whether it is in use or not.
+        gated = TGate(
+            10 if self.gate_step is None else self.gate_step,
+            self.sp_interval,
+            self.fi_interval,
+            self.warm_up,
+            self.anchor_weight,
+        )
+        deep = DeepCache(self.deepcache_interval, self.deepcache_branch)
+        for option in fields(TGate):
+            if option.name != "gate_step" or self.gate_step is not None:
+                object.__setattr__(self, option.name, getattr(gated, option.name))
+        object.__setattr__(self, "deepcache_interval", deep.interval)
+        object.__setattr__(self, "deepcache_branch", deep.branch)
+        if self.guidance_step is not None:
+            object.__setattr__(self, "guidance_step", AdaptiveGuidance(self.guidance_step).step)
+        if self.guidance_similarity is not None:
+            AdaptiveGuidance(similarity=self.guidance_similarity)
+        if self.gate_step is None:
+            refuse_intervals_without_gate(self.sp_interval, self.fi_interval, self.anchor_weight)
+        if self.deepcache_interval > 1 and max(self.sp_interval, self.fi_interval) > 1:
+            told = {"deep": self.deepcache_interval, "sp": self.sp_interval, "fi": self.fi_interval}
+            raise ConfigurationError(MSG_DEEP_AND_SELF.format(**told))
         ends = {name: getattr(self, name) for name in ("gate_step", "guidance_step", "guidance_similarity")}
         given = {name: value for name, value in ends.items() if value is not None}
         if len(given) > 1:
             raise ConfigurationError(MSG_SEVERAL_ENDS.format(given=given))
-        if not given and self.deepcache_interval == 1:
-            raise ConfigurationError(MSG_NOTHING)
         if self.keep is not None and self.keep not in get_args(Half):
-            raise ConfigurationError(MSG_KEEP.format(given=self.keep))
-        object.__setattr__(self, "anchor_weight", _checked_weight(self.anchor_weight, "anchor_weight"))
-        if self.anchor_weight != 0.5 and self.gate_step is None:
-            raise ConfigurationError(MSG_WEIGHT_WITHOUT_GATE)
+            raise ConfigurationError(
+                f'keep must be "uncond" (T-GATE\'s choice) or "cond" (Adaptive Guidance\'s), but got {self.keep!r}.'
+            )
+        if not isinstance(self.others, tuple) or not all(isinstance(method, Method) for method in self.others):
+            raise ConfigurationError(f"others must be a tuple of methods, but got {self.others!r}.")
+        object.__setattr__(self, "others", tuple(sorted(self.others, key=lambda method: method.key)))
+        if not self.methods:
+            raise ConfigurationError(MSG_NOTHING)
+        _check_together(self.methods)
+
+    @classmethod
+    def of(cls, method: Method) -> Schedule:
+        """Return the schedule that consists of `method` alone."""
+        off: dict[str, Any] = {"gate_step": None}
+        if isinstance(method, TGate):
+            return cls(**{option.name: getattr(method, option.name) for option in fields(method)})
+        if isinstance(method, DeepCache) and method.interval > 1:
+            return cls(**off, deepcache_interval=method.interval, deepcache_branch=method.branch)
+        if isinstance(method, AdaptiveGuidance):
+            return cls(**off, guidance_step=method.step, guidance_similarity=method.similarity)
+        if isinstance(method, DeepCache):
+            raise ConfigurationError("DeepCache(1) computes everything in every step; give an interval of at least 2.")
+        return cls(**off, others=(method,))
+
+    def __add__(self, other: Method | Schedule) -> Schedule:
+        added = other if isinstance(other, Schedule) else Schedule.of(other)
+        twice = {type(m) for m in self.methods} & {type(m) for m in added.methods}
+        if twice:
+            raise ConfigurationError(f"{twice.pop().title} is given twice: {self} and {added}.")
+        choices: dict[str, Any] = {"others": (*self.others, *added.others)}
+        for option in fields(self):
+            if option.name != "others":
+                mine, theirs = getattr(self, option.name), getattr(added, option.name)
+                unset = None if option.name == "gate_step" else option.default
+                choices[option.name] = theirs if mine == unset else mine
+        return Schedule(**choices)
 
     def __str__(self) -> str:
-        """What has been chosen, in words: `gate step 10, sp interval 5`."""
-        values = ((field, getattr(self, field.name)) for field in fields(self) if field.name != "keep")
+        values = ((f, getattr(self, f.name)) for f in fields(self) if f.name not in ("keep", "others"))
         chosen = [(f.name, v) for f, v in values if v is not None and (f.name == "gate_step" or v != f.default)]
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen)
+        return ", ".join([*(f"{name.replace('_', ' ')} {value}" for name, value in chosen), *map(str, self.others)])
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that it consists of."""
+        return _methods(self)
 
     @property
     def kinds(self) -> frozenset[Kind]:
         """The kinds of site that some step reuses."""
-        cross = _CROSS if self.gate_step is not None else _NONE
-        self_attention = _SELF if max(self.sp_interval, self.fi_interval) > 1 else _NONE
-        return cross | self_attention | (_DEEP if self.deepcache_interval > 1 else _NONE)
+        return frozenset().union(*(method.kinds for method in self.methods))
 
     @property
     def kept(self) -> Half:
@@ -181,74 +149,81 @@ class Schedule:
 
     def gate(self, num_steps: int) -> int:
         """The first step after the gate, for a generation of `num_steps` steps; `num_steps` if there is none."""
-        return _steps(self.gate_step, num_steps)
+        gates = [gate for method in self.methods if (gate := method.gate(num_steps)) is not None]
+        return min(gates, default=num_steps)
 
     def plan(self, num_steps: int, *, guided: bool) -> tuple[Phase, ...]:
         """What each of `num_steps` steps does; `guided` says whether guidance is on to begin with."""
         return _plan(self, num_steps, guided)
 
-    def graph(self, phase: Phase) -> Phase:
+    def graph_phase(self, phase: Phase) -> Phase:
         """The phase whose graph serves `phase`: it hands on all that any phase with these inputs does, at any step.
 
         One graph then serves them all, whatever the number of steps; the runtime keeps only what `phase` asks for.
         """
-        if phase.reuse - _CROSS:
-            return Phase(phase.guided, reuse=phase.reuse)
-        deep = _DEEP if self.deepcache_interval > 1 else _NONE
-        improving = _SELF if self.fi_interval > 1 else _NONE
-        if phase.reuse:
-            return Phase(phase.guided, emit=deep | improving, reuse=phase.reuse)
-        planning = _SELF if self.sp_interval > 1 else _NONE
-        at_gate = (_CROSS if self.gate_step is not None else _NONE) | improving
-        if phase.guided:
-            return Phase(True, emit=deep | planning, merge=at_gate)
-        return Phase(False, emit=deep | planning | at_gate)
+        shares = [method.hands_on(phase.guided, phase.reuse) for method in self.methods]
+        emit, merge, _ = _united(shares)
+        return Phase(phase.guided, emit=emit - phase.reuse, merge=merge - phase.reuse, reuse=phase.reuse)
 
     def strip(self, num_steps: int, *, guided: bool = True) -> str:
         """One character a step; see `docs/schedules.md` for the letters."""
         return "".join(phase.character for phase in self.plan(num_steps, guided=guided))
 
 
+def schedule_of(given: Method | Schedule) -> Schedule:
+    """Return `given` as a schedule."""
+    return given if isinstance(given, Schedule) else Schedule.of(given)
+
+
+@cache
+def _methods(schedule: Schedule) -> tuple[Method, ...]:
+    found: list[Method] = []
+    if schedule.deepcache_interval > 1:
+        found.append(DeepCache(schedule.deepcache_interval, schedule.deepcache_branch))
+    if schedule.gate_step is not None:
+        intervals = (schedule.sp_interval, schedule.fi_interval, schedule.warm_up)
+        found.append(TGate(schedule.gate_step, *intervals, schedule.anchor_weight))
+    if schedule.guidance_step is not None or schedule.guidance_similarity is not None:
+        found.append(AdaptiveGuidance(schedule.guidance_step, schedule.guidance_similarity))
+    return (*found, *schedule.others)
+
+
+def _check_together(methods: Iterable[Method]) -> None:
+    """Check that no two methods decide about the same values. Cross-attention may be cached until a gate, and after."""
+    claimed: dict[Kind, Method] = {}
+    for method in methods:
+        for kind in method.kinds - CROSS:
+            if kind in claimed:
+                both = f"{claimed[kind].title} and {method.title}"
+                raise ConfigurationError(f"{both} cannot be combined: both cache the values of kind {kind!r}.")
+            claimed[kind] = method
+    deep = claimed.get("deep")
+    for method in methods:
+        if deep is not None and method is not deep and method.kinds and not isinstance(method, TGate):
+            raise ConfigurationError(
+                f"{deep.title} cannot be combined with {method.title}: the layers that it leaves out have no values "
+                f"for {method.title} to cache."
+            )
+
+
 @cache
 def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]:
-    plan = tuple(_phase(schedule, step, num_steps, guided) for step in range(num_steps))
+    gates = [gate for method in schedule.methods if (gate := method.gate(num_steps)) is not None]
+    end = min((method.guided_steps(num_steps) for method in schedule.methods), default=num_steps)
+    timeline = Timeline(num_steps, (0, end, *gates), frozenset(gate - 1 for gate in gates))
+    plan = tuple(_phase(schedule.methods, step, guided and step < end, timeline) for step in range(num_steps))
     check_plan(plan)
     return plan
 
 
-def _phase(schedule: Schedule, step: int, num_steps: int, guided: bool) -> Phase:
-    gate = schedule.gate(num_steps)
-    if step < gate:
-        guidance_end = _steps(schedule.guidance_step, num_steps)
-        guided = guided and step < guidance_end
-        reuse, emit = _before_gate(schedule, step, gate, restart=guidance_end if step >= guidance_end else 0)
-        at_gate = _CROSS | (_SELF if schedule.fi_interval > 1 else _NONE)
-        handed_on = at_gate if schedule.gate_step is not None and step == gate - 1 else _NONE
-        if not guided:
-            return Phase(False, emit=emit | handed_on, reuse=reuse)
-        return Phase(True, emit=emit, merge=handed_on, reuse=reuse)
-    reuse, emit = _after_gate(schedule, step, gate)
-    return Phase(False, emit=emit, reuse=reuse | _CROSS)
+def _phase(methods: Iterable[Method], step: int, guided: bool, timeline: Timeline) -> Phase:
+    emit, merge, reuse = _united([method.share(step, guided, timeline) for method in methods])
+    return Phase(guided, emit=emit - merge - reuse, merge=merge, reuse=reuse)
 
 
-def _before_gate(schedule: Schedule, step: int, gate: int, *, restart: int) -> tuple[frozenset[Kind], frozenset[Kind]]:
-    """What a step before the gate reuses and emits, by the authors' rules; DeepCache counts from step `restart`."""
-    last = schedule.gate_step is not None and step == gate - 1
-    if schedule.deepcache_interval > 1:
-        computed = last or (step - restart) % schedule.deepcache_interval == 0
-        return (_NONE, _DEEP) if computed else (_DEEP, _NONE)
-    if schedule.sp_interval == 1 or step < schedule.warm_up or last:
-        return _NONE, _NONE
-    computed = step == schedule.warm_up or step % schedule.sp_interval == 0
-    return (_NONE, _SELF) if computed else (_SELF, _NONE)
-
-
-def _after_gate(schedule: Schedule, step: int, gate: int) -> tuple[frozenset[Kind], frozenset[Kind]]:
-    if schedule.deepcache_interval > 1:
-        return (_NONE, _DEEP) if (step - gate) % schedule.deepcache_interval == 0 else (_DEEP, _NONE)
-    if schedule.fi_interval == 1:
-        return _NONE, _NONE
-    return (_NONE, _SELF) if step % schedule.fi_interval == 0 else (_SELF, _NONE)
+def _united(shares: Iterable[Share]) -> tuple[frozenset[Kind], frozenset[Kind], frozenset[Kind]]:
+    whole = reduce(lambda a, b: Share(a.emit | b.emit, a.merge | b.merge, a.reuse | b.reuse), shares, Share())
+    return whole.emit, whole.merge, whole.reuse
 
 
 def check_plan(plan: Iterable[Phase]) -> None:
@@ -264,43 +239,3 @@ def check_plan(plan: Iterable[Phase]) -> None:
                 raise ConfigurationError(f"Step {step} reuses the {kind} cache, which no earlier step has made for it.")
         at_hand.update(dict.fromkeys(phase.emit, phase.guided))
         at_hand.update(dict.fromkeys(phase.merge, False))
-
-
-def _steps(given: int | float | None, num_steps: int) -> int:
-    if given is None:
-        return num_steps
-    return max(1, round(given * num_steps)) if isinstance(given, float) else given
-
-
-def checked_gate_step(given: object, name: str = "gate_step") -> int | float:
-    """`given` as a plain int (steps) or float (fraction).
-
-    Raises:
-        ConfigurationError: it is neither a whole number >= 1 nor a fraction strictly between 0 and 1.
-    """
-    if not isinstance(given, bool):
-        if isinstance(given, float):
-            if 0.0 < given < 1.0:
-                return float(given)
-        elif hasattr(given, "__index__"):
-            steps = given.__index__()
-            if steps >= 1:
-                return int(steps)
-    raise ConfigurationError(MSG_GATE_STEP.format(name=name, given=given))
-
-
-def _checked_count(given: object, name: str, *, least: int) -> int:
-    if isinstance(given, bool) or not hasattr(given, "__index__") or given.__index__() < least:
-        raise ConfigurationError(MSG_COUNT.format(name=name, least=least, given=given))
-    return int(given.__index__())
-
-
-def _checked_weight(given: object, name: str) -> float:
-    if isinstance(given, (int, float)) and not isinstance(given, bool):
-        try:
-            number = float(given)
-        except OverflowError:  # an int beyond all floats
-            number = math.inf
-        if math.isfinite(number):
-            return number
-    raise ConfigurationError(MSG_WEIGHT.format(name=name, given=given))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.method import Method, methods
+from tgate_compile.methods.schedule import IN_SHORT, Schedule
 
 FORMAT = "tgate_compile.schedule"
 VERSION = 1
@@ -48,7 +49,7 @@ def save_schedule(schedule: Schedule, path: str | Path, about: Mapping[str, Any]
         ConfigurationError: the file cannot be written, or `about` is no plain data.
     """
     target = _path(path)
-    content = {"format": FORMAT, "version": VERSION, "schedule": asdict(schedule), "about": dict(about or {})}
+    content = {"format": FORMAT, "version": VERSION, "schedule": schedule_data(schedule), "about": dict(about or {})}
     try:
         data = (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -90,11 +91,30 @@ def read_schedule(given: Mapping[str, Any], where: str = "schedule") -> Schedule
     Raises:
         ConfigurationError: there is no such field, or its value is none that it takes.
     """
-    _check_keys(given, [field.name for field in fields(Schedule)], where, "the schedule")
+    further = {key: kind for key, kind in methods().items() if kind not in IN_SHORT}
+    _check_keys(given, [*_fields(), *further], where, "the schedule")
     try:
-        return Schedule(**given)
+        others = tuple(_method(kind, given[key]) for key, kind in further.items() if key in given)
+        return Schedule(**{key: value for key, value in given.items() if key not in further}, others=others)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from error
+
+
+def schedule_data(schedule: Schedule) -> dict[str, Any]:
+    """Return `schedule` as plain data, for `read_schedule`: its fields, and an object for each further method."""
+    data = {name: getattr(schedule, name) for name in _fields()}
+    return {**data, **{method.key: asdict(method) for method in schedule.others}}
+
+
+def _fields() -> list[str]:
+    return [field.name for field in fields(Schedule) if field.name != "others"]
+
+
+def _method(kind: type[Method], given: object) -> Method:
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f'expected "{kind.key}" to be a JSON object, but got {_shown(given)}.')
+    _check_keys(given, [field.name for field in fields(kind)], kind.title, f'"{kind.key}"')
+    return kind(**given)
 
 
 def _schedule_of(content: object, where: str) -> Schedule:

@@ -11,7 +11,7 @@ from tgate_compile._errors import (
     INSTEAD,
     UnsupportedModelError,
 )
-from tgate_compile.methods.schedule import Half, Kind, Phase
+from tgate_compile.methods.method import Half, Kind, Phase
 from tgate_compile.passes.graphs import Emission
 
 Key = tuple[Kind, str]

@@ -32,7 +32,8 @@ from tgate_compile.engine.halves import (
     timestep_of,
     uncertain_rows,
 )
-from tgate_compile.methods.schedule import Half, Kind, Phase, Schedule
+from tgate_compile.methods.method import Half, Kind, Phase
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, layout_of
 from tgate_compile.pipeline.loop import Loop
 from tgate_compile.pipeline.progress import Progress, StepCounter
@@ -401,7 +402,7 @@ class Generation:
         """The phase whose graph serves `phase`, or the call of one `half` in it."""
         if half is not None:
             phase = Phase(False, emit=phase.emit | phase.merge, reuse=phase.reuse)
-        return self.schedule.graph(phase)
+        return self.schedule.graph_phase(phase)
 
     def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
         """Run the variant of `phase` for one half, or (None) for both or without guidance; keep what it emits."""

@@ -17,7 +17,7 @@ from diffusers.guiders.guider_utils import BaseGuidance
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.families import Family, family_of
-from tgate_compile.methods.schedule import Half
+from tgate_compile.methods.method import Half
 
 #: The guidance halves by the names that guiders give to their predictions, in the order of the calls.
 _PREDICTIONS: dict[str, Half] = {"pred_cond": "cond", "pred_uncond": "uncond"}

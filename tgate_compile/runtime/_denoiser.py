@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tgate_compile._errors import BundleError
-from tgate_compile.bundle.manifest import Graph, Manifest, Source, TensorSpec, phase_of, return_freed_memory
+from tgate_compile.bundle.manifest import (
+    Graph,
+    Manifest,
+    PlannedPhase,
+    Source,
+    TensorSpec,
+    phase_of,
+    return_freed_memory,
+)
 from tgate_compile.bundle.read_manifest import solve
-from tgate_compile.methods.schedule import Half, Kind, Phase, Schedule
+from tgate_compile.methods.method import Half, Kind
 from tgate_compile.runtime._noise import Array
 from tgate_compile.runtime._session import Session, Settings, detached, ort_value
 
@@ -39,53 +47,51 @@ class Graphs:
         self._manifest = manifest
         self._folder = folder
         self._settings = settings
-        self._graphs = {phase_of(graph.phase): (name, graph) for name, graph in manifest.graphs.items()}
-        self._sessions: dict[Phase, Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._sequential = sequential
 
     @property
     def open(self) -> tuple[str, ...]:
         """The names of the graphs that are open now."""
-        return tuple(self._graphs[phase][0] for phase in self._sessions)
+        return tuple(self._sessions)
 
     def close(self) -> None:
         """Close all."""
         self._sessions.clear()
         return_freed_memory()
 
-    def prepare(self, phases: Collection[Phase]) -> None:
-        """Open those that serve `phases`, as long as they may be open together; raises what `get` and `session` do."""
-        for phase in phases:
-            self.get(phase)
+    def prepare(self, plan: Sequence[PlannedPhase]) -> None:
+        """Open those that serve `plan`, as long as they may be open together; raises what `name` and `session` do."""
+        for name in dict.fromkeys(map(self.name, plan)):
             if not self._sequential:
-                self.session(phase)
+                self.session(name)
 
-    def get(self, phase: Phase) -> tuple[str, Graph]:
-        """The graph that serves exactly `phase`, and its name; raises BundleError if there is none."""
-        if phase not in self._graphs:
+    def name(self, planned: PlannedPhase) -> str:
+        """Return the name of the graph that serves a step; raises BundleError if there is none."""
+        if planned.graph is None:
+            phase = phase_of(planned.phase)
             raise BundleError(
                 MSG_NO_GRAPH.format(
                     folder=self._folder,
                     phase=phase.name,
                     guidance="with" if phase.guided else "without",
-                    graphs=", ".join(name for name, _ in self._graphs.values()),
+                    graphs=", ".join(self._manifest.graphs),
                 )
             )
-        return self._graphs[phase]
+        return planned.graph
 
-    def session(self, phase: Phase) -> Session:
-        """The graph that serves exactly `phase`, open.
+    def session(self, name: str) -> Session:
+        """Return the graph of this name, open.
 
         Raises:
-            BundleError: there is none.
             BackendError: ONNX Runtime does not take it.
         """
-        _, graph = self.get(phase)
-        if phase not in self._sessions:
+        if name not in self._sessions:
+            graph = self._manifest.graphs[name]
             if self._sequential:
                 self.close()
-            self._sessions[phase] = Session(self._folder / graph.file, *_specs(graph), self._settings)
-        return self._sessions[phase]
+            self._sessions[name] = Session(self._folder / graph.file, *_specs(graph), self._settings)
+        return self._sessions[name]
 
     def kept(self, value: OrtValue) -> OrtValue:
         """`value`, which a graph has returned, so that it may be held when that graph is closed."""
@@ -100,36 +106,34 @@ class Denoiser:
         graphs: Graphs,
         manifest: Manifest,
         folder: Path,
-        schedule: Schedule,
-        steps: int,
+        plan: Sequence[PlannedPhase],
         conditions: Conditions,
     ) -> None:
-        """Of so many `steps`; under guidance, `conditions` has both halves."""
+        """Of the steps of `plan`; under guidance, `conditions` has both halves."""
         assert manifest.components is not None
         self._graphs = graphs
         self._manifest = manifest
         self._folder = folder
         self._sources = manifest.components.arguments
         self._conditions = conditions
-        self._schedule = schedule
         self._guided = len(conditions) == 2
-        self._plan = schedule.plan(steps, guided=self._guided)
+        self._plan = plan
         self._caches: dict[tuple[Kind, str], OrtValue] = {}
         self._made: dict[tuple[bool, str], OrtValue] = {}
-        self._checked: set[Phase] = set()
+        self._checked: set[str] = set()
 
     @property
-    def plan(self) -> Sequence[Phase]:
+    def plan(self) -> Sequence[PlannedPhase]:
         """What each step does."""
         return self._plan
 
     def open_graphs(self) -> None:
         """Open all that the plan needs and that may be open together; raises what `Graphs.prepare` does."""
-        self._graphs.prepare({self._schedule.graph(phase) for phase in self._plan})
+        self._graphs.prepare(self._plan)
 
     def graph_name(self, step: int) -> str:
         """Of the graph that serves `step`."""
-        return self._graphs.get(self._schedule.graph(self._plan[step]))[0]
+        return self._graphs.name(self._plan[step])
 
     def __call__(self, step: int, latents: Array, timestep: float, guidance_scale: float) -> Array:
         """The prediction for `latents`, [images, channels, h, w], with guidance where the step has it.
@@ -138,9 +142,9 @@ class Denoiser:
             BundleError: the graph is made for other shapes.
             BackendError: ONNX Runtime fails.
         """
-        phase = self._plan[step]
-        served = self._schedule.graph(phase)
-        _, graph = self._graphs.get(served)
+        phase = self._plan[step].phase
+        served = self._graphs.name(self._plan[step])
+        graph = self._manifest.graphs[served]
         inputs = {spec.name: self._argument(spec, latents, timestep, guided=phase.guided) for spec in graph.inputs}
         inputs |= {spec.name: self._caches[spec.kind, spec.site] for spec in graph.cache_inputs}
         if served not in self._checked:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 import time
@@ -16,8 +15,10 @@ import numpy as np
 
 from tgate_compile._errors import BundleError, ConfigurationError, check_installed
 from tgate_compile.bundle.manifest import Components, Manifest, Source, warn_of_alternation
+from tgate_compile.bundle.plan_rows import plan_for
 from tgate_compile.bundle.read_manifest import read_manifest
-from tgate_compile.methods.schedule import Half, Schedule
+from tgate_compile.methods.method import Half
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import read_schedule
 from tgate_compile.runtime._denoiser import Conditions, Denoiser, Graphs
 from tgate_compile.runtime._noise import Array
@@ -176,12 +177,12 @@ class BundlePipeline:
         steps = self._components.num_inference_steps if num_inference_steps is None else num_inference_steps
         noise_scheduler = make_scheduler(self._manifest.scheduler, scheduler, steps)
         steps = len(noise_scheduler.timesteps) - noise_scheduler.warm_up
-        schedule = self.schedule if gate_step is None else dataclasses.replace(self.schedule, gate_step=gate_step)
         scale = _number(self._components.guidance_scale if guidance_scale is None else guidance_scale)
+        plan = plan_for(self._manifest, steps, guided=scale > 1, gate_step=gate_step)
         noise = self._noise(len(prompts), height, width, seed, latents)
         with self._call:
             conditions = self._conditions(prompts, negative_prompt, noise.shape, guided=scale > 1)
-            denoiser = Denoiser(self._graphs, self._manifest, self._folder, schedule, steps, conditions)
+            denoiser = Denoiser(self._graphs, self._manifest, self._folder, plan, conditions)
             images = self._decoded(self._denoised(denoiser, noise, noise_scheduler, scale, callback))
         if output == "numpy":
             return images[0] if isinstance(prompt, str) else images
@@ -213,7 +214,7 @@ class BundlePipeline:
             if call < warm_up:
                 continue  # the first step has more calls to come
             if callback is not None:
-                seconds, letter = time.perf_counter() - began, denoiser.plan[step].character
+                seconds, letter = time.perf_counter() - began, denoiser.plan[step].letter
                 callback(Step(step, steps, denoiser.graph_name(step), letter, seconds, current))
             began = time.perf_counter()
         if self._sequential:

@@ -18,7 +18,8 @@ from torch.export.graph_signature import InputKind
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture, deep_layer
-from tgate_compile.methods.schedule import Phase, Schedule
+from tgate_compile.methods.method import Phase
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.count_macs import Macs, count_macs
 from tgate_compile.passes.find_sites import find_deep_feature
 from tgate_compile.passes.graphs import Captured
@@ -266,7 +267,9 @@ def image_cost(
     def cost(phase: Phase) -> GraphCost:
         geometry = Geometry(2 * batch if phase.guided else batch, height, width)
         branch = schedule.deepcache_branch if schedule is not None and "deep" in schedule.kinds else None
-        return graph_cost(model.architecture, geometry, phase if schedule is None else schedule.graph(phase), branch)
+        return graph_cost(
+            model.architecture, geometry, phase if schedule is None else schedule.graph_phase(phase), branch
+        )
 
     plan = (Phase(guided),) * steps if schedule is None else schedule.plan(steps, guided=guided)
     gate = steps if schedule is None else schedule.gate(steps)

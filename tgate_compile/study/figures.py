@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.methods.schedule import Kind, Phase, Schedule
+from tgate_compile.methods.method import REUSED, Kind, Method, Phase
+from tgate_compile.methods.schedule import Schedule, schedule_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,14 +90,16 @@ _LOOKS: Mapping[frozenset[Kind], tuple[str, str]] = {
     frozenset({"cross", "self"}): ("#d55e00", "white"),
     frozenset({"cross", "deep"}): ("#cc79a7", INK),
 }
-_PHASES = [Phase(guided, reuse=reuse) for reuse in _LOOKS for guided in (True, False)]
+#: The other combinations of what is reused share a colour, and differ in their letters.
+_OTHER_LOOK = ("#999999", INK)
+_PHASES = [Phase(guided, reuse=reuse) for reuse in REUSED for guided in (True, False)]
 _BY_LETTER = {phase.character: phase for phase in _PHASES}
 
 _CELL = 0.27  # inches
 _ROW = 0.36
 
 
-def strip_picture(rows: Mapping[str, Schedule | str], path: str | Path, *, num_steps: int = 25) -> None:
+def strip_picture(rows: Mapping[str, Schedule | Method | str], path: str | Path, *, num_steps: int = 25) -> None:
     """Draw schedules, one below the other: a coloured cell for each step, of half the height without guidance.
 
     Args:
@@ -113,9 +116,9 @@ def strip_picture(rows: Mapping[str, Schedule | str], path: str | Path, *, num_s
     save_figure(_draw(strips), path)
 
 
-def _strip(label: str, row: Schedule | str, num_steps: int) -> str:
-    if isinstance(row, Schedule):
-        return row.strip(num_steps)
+def _strip(label: str, row: Schedule | Method | str, num_steps: int) -> str:
+    if isinstance(row, (Schedule, Method)):
+        return schedule_of(row).strip(num_steps)
     if not isinstance(row, str) or not row or not set(row) <= set(_BY_LETTER):
         raise ConfigurationError(MSG_NO_STRIP.format(label=label, known=" ".join(_BY_LETTER), given=row))
     return row
@@ -152,7 +155,7 @@ def _draw(strips: Mapping[str, str]) -> Figure:
 def _draw_cell(axes: Axes, step: int, row: int, phase: Phase) -> None:
     from matplotlib.patches import Rectangle
 
-    fill, ink = _LOOKS[phase.reuse]
+    fill, ink = _LOOKS.get(phase.reuse, _OTHER_LOOK)
     # Half the height: without guidance the denoiser runs on half the batch.
     top = row + (0.06 if phase.guided else 0.48)
     height = row + 0.94 - top
@@ -165,7 +168,7 @@ def _draw_legend(figure: Figure, phases: list[Phase], columns: int) -> None:
 
     handles = [
         Patch(
-            facecolor=_LOOKS[phase.reuse][0],
+            facecolor=_LOOKS.get(phase.reuse, _OTHER_LOOK)[0],
             edgecolor=LINE,
             label=f"{phase.character}  {phase.name}{'' if phase.guided else ', no guidance'}",
         )

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.families import Family, family_of
 from tgate_compile.engine.halves import check_halves, latents_of, leaves_at, one_half
-from tgate_compile.methods.schedule import Half, Kind
+from tgate_compile.methods.method import Half, Kind
 from tgate_compile.study.tuning.recorder import DenoiserCalls, Sample, removed
 
 

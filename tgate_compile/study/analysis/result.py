@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.methods.schedule import Kind
+from tgate_compile.methods.method import Kind
 from tgate_compile.study.analysis.measures import Attentions, Curve
 from tgate_compile.study.figures import INK, LINE, SOFT, new_figure, save_figure
 

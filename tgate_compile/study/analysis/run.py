@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.capture import MSG_NO_SITES
 from tgate_compile.engine.families import family_of
-from tgate_compile.methods.schedule import Kind, Schedule
+from tgate_compile.methods.method import Kind
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.facts import guidance_of
 from tgate_compile.pipeline.modular import check_ordinary

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.families import family_of
-from tgate_compile.methods.schedule import Phase, Schedule
+from tgate_compile.methods.method import Phase
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import schedule_data
 from tgate_compile.pipeline.generation import strip_of
 from tgate_compile.pipeline.optimized import required_state_of, state_of
 from tgate_compile.study.tuning.measure import GraphCosts
@@ -56,7 +58,7 @@ class Contender:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
-        return {"schedule": None if self.schedule is None else asdict(self.schedule), "steps": self.steps}
+        return {"schedule": None if self.schedule is None else schedule_data(self.schedule), "steps": self.steps}
 
 
 Given = Mapping[str, Schedule | int] | Sequence[Schedule | int]

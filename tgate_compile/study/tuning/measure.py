@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.engine.families import family_of
-from tgate_compile.methods.schedule import Phase, Schedule
+from tgate_compile.methods.method import Phase
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.pipeline.generation import strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser

@@ -17,7 +17,7 @@ from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.families import family_of
 from tgate_compile.engine.halves import latents_of
-from tgate_compile.methods.schedule import Half, Kind, Phase
+from tgate_compile.methods.method import Half, Kind, Phase
 from tgate_compile.passes.graphs import Captured, Variant
 from tgate_compile.passes.specialize import specialize
 from tgate_compile.pipeline.progress import StepCounter

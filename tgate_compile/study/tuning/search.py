@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.capture import denies_cross_attention
 from tgate_compile.engine.families import has_joint_attention
-from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.method import Method, methods
+from tgate_compile.methods.schedule import Schedule, schedule_of
 from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import required_state_of
@@ -204,6 +205,7 @@ class _Search:
         self._plan((1 if no_cross else 4) * len(grid))
         if no_cross:
             self._measure_along((GUIDANCE_DROP,), grid, plain)
+            self._measure_methods(plain)
             return
         try:
             self._measure_along((TGATE, GUIDANCE_DROP, TGATE_V2), grid, plain)
@@ -214,6 +216,20 @@ class _Search:
             self._plan(-len(grid))
             self._measure_along((TGATE, GUIDANCE_DROP), grid, plain)
         self._measure_along((TGATE_COND,), grid, plain)
+        self._measure_methods(plain)
+
+    def _measure_methods(self, plain: Plain) -> None:
+        """The settings that each method proposes by itself."""
+        for kind in methods().values():
+            for carrier, group in _sharing_a_capture([schedule_of(method) for method in kind.candidates()]):
+                self._plan(len(group))
+                try:
+                    with self._gated(self._pipe, carrier):
+                        for schedule in group:
+                            self._measure(kind.title, schedule, plain)
+                except UnsupportedModelError as error:
+                    logger.info("leaving %s out: %s", carrier, error)
+                    self._plan(-len(group))
 
     def _measure_along(self, families: Sequence[Family], grid: Sequence[int], plain: Plain) -> None:
         """The grid of each family, then more of it until the tolerance lies between neighbours, or nothing is gained.
@@ -335,7 +351,9 @@ def _sharing_a_capture(schedules: Sequence[Schedule]) -> Iterator[tuple[Schedule
     groups: dict[Hashable, list[Schedule]] = {}
     for schedule in dict.fromkeys(schedules):
         is_deep = "deep" in schedule.kinds
-        key = (is_deep, schedule.deepcache_branch if is_deep else None, schedule.anchor_weight)
+        # A capture that has self-attention's sites has them in one kind or in two; and it has what its carrier needs.
+        apart = ("temporal" in schedule.kinds, bool(schedule.kinds) and "cross" not in schedule.kinds)
+        key = (is_deep, schedule.deepcache_branch if is_deep else None, schedule.anchor_weight, apart)
         groups.setdefault(key, []).append(schedule)
     for group in groups.values():
         yield max(group, key=lambda schedule: len(schedule.kinds)), group
@@ -347,7 +365,7 @@ def tune(
     *,
     tolerance: float = DEFAULT_TOLERANCE,
     num_inference_steps: int = 25,
-    candidates: Sequence[Schedule] | None = None,
+    candidates: Sequence[Schedule | Method] | None = None,
     seeds: Sequence[int] = (0,),
     call: Mapping[str, Any] | None = None,
     denoiser: str | None = None,

@@ -1,0 +1,107 @@
+"""Schedules as rows of a manifest, from which runtimes read what each step does."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from tgate_compile._errors import ConfigurationError
+from tgate_compile.bundle.manifest import Manifest, PlannedPhase, Plans, phase_of, phase_spec
+from tgate_compile.methods.method import Phase, checked_gate_step
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import read_schedule
+
+#: The most steps that rows are written for.
+MAX_STEPS = 64
+_DIGITS = string.digits + string.ascii_lowercase
+
+
+def plans_of(schedule: Schedule, graphs: Mapping[Phase, str]) -> Plans | None:
+    """Return the rows of `schedule`, whose graphs a bundle has by these names; None if steps are decided as they run.
+
+    Args:
+        schedule: the bundle's.
+        graphs: by the phases that they serve.
+    """
+    if schedule.guidance_similarity is not None:
+        return None
+    phases: dict[Phase, int] = {}
+
+    def row(plan: Sequence[Phase]) -> str:
+        return "".join(_DIGITS[phases.setdefault(phase, len(phases))] for phase in plan)
+
+    full = {guided: row([Phase(guided)]) for guided in (True, False)}
+    steps = range(1, MAX_STEPS + 1)
+    own = {guided: [row(schedule.plan(count, guided=guided)) for count in steps] for guided in (True, False)}
+    moved = {guided: _moved(schedule, guided) for guided in (True, False)}
+    gated = {guided: None if plans is None else [row(plan) for plan in plans] for guided, plans in moved.items()}
+    return Plans(
+        phases=[
+            PlannedPhase(letter=phase.character, graph=graphs.get(schedule.graph_phase(phase)), phase=phase_spec(phase))
+            for phase in phases
+        ],
+        guided=own[True],
+        unguided=own[False],
+        gates=[None if schedule.gate_step is None else min(schedule.gate(count), count) for count in steps],
+        gated_guided=gated[True],
+        gated_unguided=gated[False],
+        full_guided=int(full[True]),
+        full_unguided=int(full[False]),
+    )
+
+
+def plan_from(plans: Plans, num_steps: int, *, guided: bool, gate_step: int | None = None) -> list[PlannedPhase]:
+    """Return what each of `num_steps` steps does; `gate_step` moves the gate.
+
+    Raises:
+        ConfigurationError: there are no rows for that.
+    """
+    if num_steps > MAX_STEPS or (gate_step is not None and gate_step > MAX_STEPS):
+        raise ConfigurationError(f"This bundle has plans for up to {MAX_STEPS} steps.")
+    if gate_step is None:
+        row = (plans.guided if guided else plans.unguided)[num_steps - 1]
+    else:
+        rows = plans.gated_guided if guided else plans.gated_unguided
+        if rows is None:
+            raise ConfigurationError("The gate of this bundle's schedule cannot be moved.")
+        row = rows[gate_step - 1][:num_steps]
+    return [plans.phases[int(digit, 36)] for digit in row]
+
+
+def plan_for(
+    manifest: Manifest, num_steps: int, *, guided: bool, gate_step: int | float | None = None
+) -> list[PlannedPhase]:
+    """Return what each step of a generation with the bundle of `manifest` does.
+
+    It is read from the manifest's rows, or computed by the schedule's rules where there are none for such a generation.
+
+    Raises:
+        ConfigurationError: the schedule has no gate that could be moved, or `gate_step` is not valid.
+    """
+    plans = manifest.method.plans
+    if gate_step is not None:
+        gate_step = checked_gate_step(gate_step)
+    if plans is not None and num_steps <= MAX_STEPS:
+        is_moved = isinstance(gate_step, int) and gate_step <= MAX_STEPS and plans.gated_guided is not None
+        if gate_step is None or is_moved:
+            return plan_from(plans, num_steps, guided=guided, gate_step=gate_step)  # type: ignore[arg-type]
+    schedule = read_schedule(manifest.method.schedule)
+    schedule = schedule if gate_step is None else replace(schedule, gate_step=gate_step)
+    graphs = {phase_of(graph.phase): name for name, graph in manifest.graphs.items()}
+    return [
+        PlannedPhase(letter=phase.character, graph=graphs.get(schedule.graph_phase(phase)), phase=phase_spec(phase))
+        for phase in schedule.plan(num_steps, guided=guided)
+    ]
+
+
+def _moved(schedule: Schedule, guided: bool) -> list[tuple[Phase, ...]] | None:
+    """The plans for each place of the gate, if the plan for fewer steps is always the beginning of that for more."""
+    if schedule.gate_step is None:
+        return None
+    moved = [replace(schedule, gate_step=gate) for gate in range(1, MAX_STEPS + 1)]
+    plans = [one.plan(MAX_STEPS, guided=guided) for one in moved]
+    for gate in (1, 10, 40):  # a rule that depends on the number of steps does so wherever the gate is
+        if any(moved[gate].plan(n, guided=guided) != plans[gate][:n] for n in range(1, MAX_STEPS)):
+            return None
+    return plans

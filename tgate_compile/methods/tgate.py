@@ -1,0 +1,114 @@
+"""T-GATE: cross-attention, and guidance, up to a gate step only; self-attention at intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tgate_compile._errors import ConfigurationError
+from tgate_compile.methods.method import (
+    CROSS,
+    NONE,
+    SELF,
+    Kind,
+    Method,
+    Share,
+    Timeline,
+    checked_count,
+    checked_gate_step,
+    checked_number,
+    option,
+    steps_of,
+)
+
+
+@dataclass(frozen=True)
+class TGate(Method):
+    """T-GATE (arXiv 2404.02747).
+
+    Version 1 (section 3.2 and algorithm 1): everything runs for `gate_step` steps. The cross-attentions are cached at
+    the last of them, under guidance as the mean of both halves; from step `gate_step` on they are reused, and guidance
+    does not run.
+
+    Version 2 (section 4, and the authors' package, 1.0.0): before the gate, self-attention is computed up to step
+    `warm_up`, then at every `sp_interval`-th step and at the last one; after it at every `fi_interval`-th. Steps are
+    counted from 0.
+
+    Attributes:
+        gate_step: a number of steps (>= 1), or a fraction of the steps (0 < x < 1). A gate at or beyond the last step
+            means: never gated.
+        sp_interval: see above; 1 computes self-attention in every step before the gate.
+        fi_interval: see above; 1 computes it in every step after the gate.
+        warm_up: see above.
+        anchor_weight: the weight w of the cond half in what the gate caches, `(1 - w) * uncond + w * cond`. 0.5 is
+            the paper's mean, 1 the cond half alone, and more goes beyond it.
+    """
+
+    key: ClassVar[str] = "tgate"
+    title: ClassVar[str] = "T-GATE"
+
+    gate_step: int | float = option(10, "Steps in full; from then on the pruned graph.")
+    sp_interval: int = option(1, "Self-attention every so many steps before the gate.", least=1)
+    fi_interval: int = option(1, "Self-attention every so many steps after the gate.", least=1)
+    warm_up: int = option(2, "The step, from 0, after which sp_interval begins.", least=0)
+    anchor_weight: float = option(0.5, "The weight of the cond half in what the gate caches.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gate_step", checked_gate_step(self.gate_step))
+        for name in ("sp_interval", "fi_interval"):
+            object.__setattr__(self, name, checked_count(getattr(self, name), name, least=1))
+        object.__setattr__(self, "warm_up", checked_count(self.warm_up, "warm_up", least=0))
+        object.__setattr__(self, "anchor_weight", checked_number(self.anchor_weight, "anchor_weight"))
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return CROSS | (SELF if max(self.sp_interval, self.fi_interval) > 1 else NONE)
+
+    def gate(self, num_steps: int) -> int:
+        return steps_of(self.gate_step, num_steps)
+
+    def guided_steps(self, num_steps: int) -> int:
+        return self.gate(num_steps)
+
+    def share(self, step: int, guided: bool, timeline: Timeline) -> Share:
+        gate = self.gate(timeline.num_steps)
+        if step >= gate:
+            reuse, emit = self._at(self.fi_interval > 1, step % self.fi_interval == 0)
+            return Share(emit=emit, reuse=reuse | CROSS)
+        last = step == gate - 1
+        waits = self.sp_interval > 1 and step >= self.warm_up and not last
+        reuse, emit = self._at(waits, step == self.warm_up or step % self.sp_interval == 0)
+        at_gate = self._at_gate if last else NONE
+        return Share(emit, at_gate, reuse) if guided else Share(emit | at_gate, NONE, reuse)
+
+    def hands_on(self, guided: bool, reuse: frozenset[Kind]) -> Share:
+        if reuse - CROSS:
+            return Share()
+        if reuse:
+            return Share(emit=SELF if self.fi_interval > 1 else NONE)
+        planning = SELF if self.sp_interval > 1 else NONE
+        return Share(planning, self._at_gate) if guided else Share(planning | self._at_gate)
+
+    @property
+    def _at_gate(self) -> frozenset[Kind]:
+        return CROSS | (SELF if self.fi_interval > 1 else NONE)
+
+    @staticmethod
+    def _at(applies: bool, computed: bool) -> tuple[frozenset[Kind], frozenset[Kind]]:
+        """Return what is reused and emitted of self-attention at a step."""
+        if not applies:
+            return NONE, NONE
+        return (NONE, SELF) if computed else (SELF, NONE)
+
+
+def refuse_intervals_without_gate(sp_interval: int, fi_interval: int, anchor_weight: float) -> None:
+    """Raise ConfigurationError for options of T-GATE that are given without a gate."""
+    if max(sp_interval, fi_interval) > 1:
+        raise ConfigurationError(
+            "sp_interval and fi_interval are T-GATE's, and need a gate_step; got gate_step=None with "
+            f"sp_interval={sp_interval} and fi_interval={fi_interval}."
+        )
+    if anchor_weight != 0.5:
+        raise ConfigurationError(
+            "anchor_weight is how T-GATE's cache is merged, and needs a gate_step; got gate_step=None."
+        )
