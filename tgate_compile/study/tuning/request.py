@@ -15,7 +15,6 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._version import __version__
-from tgate_compile.methods.method import Method
 from tgate_compile.methods.schedule import Schedule
 
 MSG_PROMPTS = (
@@ -102,7 +101,7 @@ class Request(Runs):
     """See `tune`, whose arguments these are."""
 
     tolerance: float
-    candidates: Sequence[Schedule | Method] | None
+    candidates: Sequence[Schedule] | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,10 +109,10 @@ class Request(Runs):
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
             raise ConfigurationError(MSG_TOLERANCE.format(given=tolerance))
         if self.candidates is not None:
-            _check_sequence(self.candidates, (Schedule, Method), MSG_CANDIDATES)
+            _check_sequence(self.candidates, Schedule, MSG_CANDIDATES)
 
 
-def _check_sequence(given: object, kind: type | tuple[type, ...], message: str) -> None:
+def _check_sequence(given: object, kind: type, message: str) -> None:
     if not isinstance(given, Sequence) or not given or not all(isinstance(item, kind) for item in given):
         raise ConfigurationError(message.format(given=given))
 

@@ -359,6 +359,13 @@ def _sharing_a_capture(schedules: Sequence[Schedule]) -> Iterator[tuple[Schedule
         yield max(group, key=lambda schedule: len(schedule.kinds)), group
 
 
+def _as_schedules(given: Any) -> Any:
+    """Return candidates with their methods as schedules; what is neither is left to the request's check."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        return given
+    return [schedule_of(one) if isinstance(one, Method) else one for one in given]
+
+
 def tune(
     pipe: DiffusionPipeline,
     prompts: Sequence[str] | None = None,
@@ -408,5 +415,7 @@ def tune(
         finally:
             detach(pipe)
 
-    request = Request(prompts, num_inference_steps, seeds, {} if call is None else call, "tune", tolerance, candidates)
+    request = Request(
+        prompts, num_inference_steps, seeds, {} if call is None else call, "tune", tolerance, _as_schedules(candidates)
+    )
     return search(pipe, request, gated, backend=backend, progress=progress)
