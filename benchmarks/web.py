@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from statistics import median
 from typing import Any
 
 from tgate_compile._web.onnxruntime_web import VERSION
-from tgate_compile._web.site import address_of, server_for
+from tgate_compile._web.site import serving
 from tgate_compile.study.bench.measure import processor
 
 PROMPT = "a small green star on a white background"
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         site = options.site or written(Path(temporary, "site"))
-        with served(site) as address, chromium() as browser:
+        with serving(site) as address, chromium() as browser:
             browser.get(address)
             rows = measured(browser, options.threads, options.warm_up, options.pairs)
             results = {
@@ -104,20 +103,6 @@ def written(folder: Path) -> Path:
     """The embedded model's site, as the command line writes it."""
     subprocess.run([sys.executable, "-m", "tgate_compile", "web", "--out", str(folder)], check=True)
     return folder
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """Its address, with the headers that let it have threads."""
-    server = server_for(folder)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield address_of(server)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @contextmanager

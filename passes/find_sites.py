@@ -273,12 +273,6 @@ def _is_affine(user: Node, node: Node, of_inputs: set[Node]) -> bool:
     return product_operands(user) is not None
 
 
-MSG_NO_FEATURE = (
-    "Cannot find where {layer!r} joins the feature from below with its skip connection, so that DeepCache cannot be "
-    "used. Please report the model class."
-)
-
-
 def find_deep_feature(graph_module: torch.fx.GraphModule, layer: str) -> Site:
     """The deep feature that enters up layer `layer`, a module path; the graph is left alone.
 
@@ -297,7 +291,10 @@ def find_deep_feature(graph_module: torch.fx.GraphModule, layer: str) -> Site:
         if source.target is aten.cat.default and not is_inside(source, layer)
     }
     if len(joins) != 1:
-        raise UnsupportedModelError(MSG_NO_FEATURE.format(layer=layer))
+        raise UnsupportedModelError(
+            f"Cannot find where {layer!r} joins the feature from below with its skip connection, so that DeepCache "
+            "cannot be used. Please report the model class."
+        )
     feature = _joined(joins.pop())[0]
     value = feature.meta["val"]
     return Site("deep", layer, feature.name, tuple(value.shape), value.dtype, value.dtype)

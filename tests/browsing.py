@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tgate_compile._web.site import address_of, server_for
 
 _FLAGS = (
     "headless=new",
@@ -48,20 +44,6 @@ def chromium() -> Iterator[Any]:
         yield started
     finally:
         started.quit()
-
-
-@contextmanager
-def served(folder: Path, *, isolated: bool = True) -> Iterator[str]:
-    """The address of `folder`, served as `tgate-compile web --serve` does it."""
-    server = server_for(folder, isolated=isolated)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield address_of(server)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def show_at(browser: Any, width: int, height: int) -> None:

@@ -23,7 +23,7 @@ def run_in_node(script: str, given: Any) -> Any:
         pytest.skip("there is no Node.js on this machine")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for path in SITE.glob("*.js"):
+        for path in SITE.glob("*.*js"):
             shutil.copy(path, folder)
         (folder / "package.json").write_text('{"type": "module"}')
         (folder / "given.json").write_text(json.dumps(given))

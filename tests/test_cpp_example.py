@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import tgate_compile
-from tests.comparing import difference
-from tests.exported import plain
-from tests.exported_aoti import STEPS, exported_aoti
-from tests.tiny_pipelines import PROMPT, run
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "cpp"
+from tests.cpp_programs import assert_checks_arguments, assert_refused, assert_same_latents, built, write_inputs
+from tests.exported import compiled
 
 pytestmark = [
     pytest.mark.heavy,
@@ -29,45 +21,22 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    build = tmp_path_factory.mktemp("cpp")
-    configure = ["cmake", "-S", str(EXAMPLE), "-B", str(build), f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
-    for command in (configure, ["cmake", "--build", str(build)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return build / "denoise"
+    options = [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    return built("cpp", tmp_path_factory.mktemp("cpp"), options)
 
 
 def test_the_loop_in_cpp(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    bundle, inputs, out = exported_aoti(tmp_path_factory), tmp_path / "inputs", tmp_path / "out.npy"
-    pipe = plain()
-    runpy.run_path(str(EXAMPLE / "write_inputs.py"))["write_inputs"](pipe, inputs, PROMPT, STEPS)
-    command = [str(program), str(bundle), str(inputs), "5", str(out)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert told.stdout.splitlines() == ["step 0: full", "step 1: full", "step 2: pruned", "step 3: pruned"]
-
-    tgate_compile.optimize(pipe, 2, backend="eager")
-    latents = torch.from_numpy(np.load(inputs / "latents.npy"))
-    expected = run(pipe, steps=STEPS, guidance_scale=5.0, latents=latents)
-    assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4
+    assert_same_latents(program, compiled("aoti", tmp_path_factory), tmp_path)
 
 
 def test_another_scheduler(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    bundle = shutil.copytree(exported_aoti(tmp_path_factory), tmp_path / "bundle")
+    bundle = shutil.copytree(compiled("aoti", tmp_path_factory), tmp_path / "bundle")
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["scheduler"]["class_name"] = "PNDMScheduler"
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    inputs = tmp_path / "inputs"
-    runpy.run_path(str(EXAMPLE / "write_inputs.py"))["write_inputs"](plain(), inputs, PROMPT, STEPS)
-    command = [str(program), str(bundle), str(inputs), "5", str(tmp_path / "out.npy")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "a PNDMScheduler, and this program has DDIMScheduler alone" in done.stderr
+    inputs = write_inputs(tmp_path / "inputs")
+    assert_refused(program, bundle, inputs, "a PNDMScheduler, and this program has DDIMScheduler alone")
 
 
 def test_wrong_arguments(program: Path, tmp_path: Path) -> None:
-    assert subprocess.run([str(program)], capture_output=True).returncode == 2
-    command = [str(program), str(tmp_path), str(tmp_path), "5", "out.npy"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "cannot read" in done.stderr
-    assert "manifest.json" in done.stderr
+    assert_checks_arguments(program, tmp_path)

@@ -112,7 +112,7 @@ def test_load_says_that_there_is_no_gpu(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"providers": []}, ("['providers']", "weight_budget, runtime_cache")),
+        ({"providers": []}, ("'providers'", "weight_budget, runtime_cache")),
         ({"weight_budget": -1}, ("weight_budget", "whole number", "-1")),
         ({"runtime_cache": "no/such/folder"}, ("runtime_cache", "a folder that exists")),
     ],
@@ -238,7 +238,7 @@ def not_exported(
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"timing_cache": "x"}, ("['timing_cache']", "profile, compute_capabilities, weight_streaming")),
+        ({"timing_cache": "x"}, ("'timing_cache'", "profile, compute_capabilities, weight_streaming")),
         ({"compute_capabilities": ["9.0"]}, ("8.0, 8.6, 8.9, 12.0", "['9.0']")),
         ({"compute_capabilities": []}, ("compute_capabilities", "got []")),
         ({"weight_streaming": "yes"}, ("weight_streaming", "True or False", "'yes'")),

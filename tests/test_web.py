@@ -15,14 +15,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.browsing import chromium, served, show_at
+from tests.browsing import chromium, show_at
 from tests.programs import noise, program, psnr
 from tests.tiny_pipelines import PROMPT
 from tgate_compile import load_demo_pipeline, optimize, restore
 from tgate_compile._cli.app import app
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._web.onnxruntime_web import runtime_files
-from tgate_compile._web.site import write_site
+from tgate_compile._web.site import serving, write_site
 from tgate_compile.runtime import BundlePipeline
 
 STEPS, GATE = 12, 5
@@ -56,7 +56,7 @@ def site(runtime: dict[str, Path], browser: Any, tmp_path_factory: pytest.TempPa
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["folder"] == str(folder)
     (folder / "latents.bin").write_bytes(latents().numpy().tobytes())
-    with served(folder) as address:
+    with serving(folder) as address:
         yield address
 
 
@@ -251,7 +251,7 @@ def test_stop(site: str, browser: Any) -> None:
 
 
 def test_other_servers_have_one_thread(tiny: Path, browser: Any) -> None:
-    with served(tiny, isolated=False) as address:
+    with serving(tiny, isolated=False) as address:
         opened(browser, address)
         assert "does not send the headers" in text_of(browser, "machine")
         (made,) = in_engine(browser, "generate", {"prompt": PROMPT, "latents": noise().flatten().tolist()}, threads=2)
@@ -271,7 +271,7 @@ def test_other_pipelines_and_schedules(
     write_site(tmp_path / "site", bundle, runtime)
     pipe = BundlePipeline(bundle, threads=1)
     given = noise().flatten().tolist()
-    with served(tmp_path / "site") as address:
+    with serving(tmp_path / "site") as address:
         opened(browser, address)
         other = {"negativePrompt": "cat", "steps": 11}, {"negative_prompt": "cat", "num_inference_steps": 11}
         for more, own in (({}, {}), other):
@@ -286,7 +286,7 @@ def test_what_the_page_says_of_a_bundle_that_it_cannot_run(tiny: Path, browser: 
     copy = Path(shutil.copytree(tiny, tmp_path / "site"))
     path = copy / "bundle" / "manifest.json"
     manifest = json.loads(path.read_text())
-    with served(copy) as address:
+    with serving(copy) as address:
         path.write_text(json.dumps(manifest | {"scheduler": {"class_name": "LCMScheduler", "config": {}}}))
         opened(browser, address)
         assert "LCMScheduler, which is not on this page" in text_of(browser, "error")
@@ -308,7 +308,7 @@ def test_what_the_page_says_of_a_bundle_that_it_cannot_run(tiny: Path, browser: 
 
 def test_the_minimal_example(tiny: Path, browser: Any) -> None:
     shutil.copy(Path(__file__).parent.parent / "examples" / "web" / "minimal.html", tiny)
-    with served(tiny) as address:
+    with serving(tiny) as address:
         browser.get(address + "minimal.html")
         wait_for(browser, "document.getElementById('status').textContent === 'FFFFFp'")
     assert complaints(browser) == []

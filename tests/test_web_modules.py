@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import random
+import unicodedata
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from tests.javascript import SITE, run_in_node
-from tests.programs import program
+from tests.programs import pixart_with_text, program
 from tests.test_runtime_schedulers import BETAS, LATENT_DIFFUSION, OPTIONS
 from tgate_compile import load_demo_pipeline
+from tgate_compile._demo.variants import DEMO_VARIANTS
 from tgate_compile.bundle.manifest import plain_config
 from tgate_compile.bundle.read_manifest import shape_at
 from tgate_compile.methods.method import Phase
@@ -25,12 +32,22 @@ STEPS = (1, 7, 15, 25)
 TEXTS = [
     "",
     "a large red circle on a blue background",
+    "ΣΑΣ",
     "A small GREEN star,  at the right\tof a white background!",
     "a red square left of a yellow star on a white background " * 3,
     "the cat's toys, it's 3.14 & emoji 🙂; don't (prompt:1.2) a_b-c",
     "An Ünusual, with 日本語, <b>tags</b>, e\u0301 café ﬁ Ⅷ ², İstanbul ΣΑΣ\u0085x\ufeffy \u200d",
     "<|endoftext|> in the middle <|startoftext|>",
+    "<|ENDOFTEXT|> a▁b",
+    "👩‍👩‍👧 a very long prompt with 日本語 " * 500,
 ]
+#: From the package @huggingface/tokenizers, with their SHA-256 there.
+FOREIGN = {
+    "tokenizers.min.mjs": "258e46332101335ce8d95aed7745b19ac3b46d37f3e159a89cf894c2ea9b1d3a",
+    "tokenizers.LICENSE.txt": "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4",
+}
+#: Tokens of a prompt.
+LENGTH = 77
 RUN_SCHEDULERS = """
 const { makeScheduler } = await import("./schedulers.js");
 return given.map(({ spec, steps, noise, predictions }) => {
@@ -88,30 +105,84 @@ def test_schedulers_as_in_diffusers(name: str) -> None:
 
 
 def test_tokens_as_in_transformers() -> None:
-    """CLIP's byte pairs, and PixArt's whole words; `component_tokenizer` writes such files into bundles."""
+    """CLIP's byte pairs, whole words, and T5's pieces; `component_tokenizer` writes such files into bundles."""
+    across_words = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        ("▁a", -1.0),
+        ("b", -1.0),
+        ("a▁b", -0.1),
+    ]
+    tokenizers = [embedded_tokenizer(name) for name in DEMO_VARIANTS]
+    tokenizers += [pixart_with_text().tokenizer, T5Tokenizer(vocab=across_words, extra_ids=0), all_bytes()]
+    texts = TEXTS + odd_texts(400)
     given, expected = [], []
-    for name in ("sd", "pixart"):
-        tokenizer = load_demo_pipeline(name).tokenizer
-        length = 16
-        settings = {
-            "truncation": {"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": 0},
-            "padding": {"strategy": {"Fixed": length}, "direction": "Right", "pad_id": tokenizer.pad_token_id},
-        }
-        given.append(json.loads(tokenizer.backend_tokenizer.to_str()) | settings)
-        of_all = tokenizer(TEXTS, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
-        whole = tokenizer(TEXTS)["input_ids"]
-        expected.append(
-            [
-                {"ids": ids, "mask": mask, "cut": len(all_ids) > length}
-                for ids, mask, all_ids in zip(of_all["input_ids"], of_all["attention_mask"], whole, strict=True)
-            ]
-        )
+    for tokenizer in tokenizers:
+        data = tokenizer_file(tokenizer)
+        normalized = [token | {"normalized": True} for token in data["added_tokens"]]  # as in the checkpoints of CLIP
+        for file in (data, data | {"added_tokens": normalized}):
+            given.append(file)
+            encodings = Tokenizer.from_str(json.dumps(file)).encode_batch(texts)
+            expected.append([(one.ids, one.attention_mask, bool(one.overflowing)) for one in encodings])
+        of_all = tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True)["input_ids"]
+        assert [ids for ids, _, _ in expected[-2]] == of_all
     script = """
     const { Tokenizer } = await import("./tokenizer.js");
     const encoded = (tokenizer) => given.texts.map((text) => tokenizer.encode(text));
     return given.files.map((file) => encoded(new Tokenizer(file)));
     """
-    assert run_in_node(script, {"files": given, "texts": TEXTS}) == expected
+    for file, made, tokens in zip(given, run_in_node(script, {"files": given, "texts": texts}), expected, strict=True):
+        for text, one, (ids, mask, cut) in zip(texts, made, tokens, strict=True):
+            assert one == {"ids": ids, "mask": mask, "cut": cut}, (file["model"]["type"], text)
+
+
+@pytest.mark.parametrize("side", ["Left", "Right"])
+def test_truncation_and_padding_of_either_side(side: str) -> None:
+    data = tokenizer_file(embedded_tokenizer("sd"))
+    data["truncation"]["direction"] = data["padding"]["direction"] = side
+    script = """
+    const { Tokenizer } = await import("./tokenizer.js");
+    return given.texts.map((text) => new Tokenizer(given.file).encode(text));
+    """
+    for text, made in zip(TEXTS, run_in_node(script, {"file": data, "texts": TEXTS}), strict=True):
+        expected = Tokenizer.from_str(json.dumps(data)).encode(text)
+        assert [made["ids"], made["mask"]] == [expected.ids, expected.attention_mask], text
+
+
+def embedded_tokenizer(name: str) -> Any:
+    pipe = load_demo_pipeline(name)
+    return pipe.tokenizer or pipe.tokenizer_2
+
+
+def all_bytes() -> CLIPTokenizer:
+    """A tokenizer of CLIP's kind that knows every byte, so that different texts always have different tokens."""
+    letters = sorted(ByteLevel.alphabet())
+    merges = [("a", "n</w>"), ("c", "a"), ("ca", "t</w>"), ("Ï", "ĥ</w>"), ("Ï", "ĥ")]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+
+
+def tokenizer_file(tokenizer: Any) -> dict[str, Any]:
+    """What a bundle has of a tokenizer, for prompts of LENGTH tokens."""
+    data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    padding = {"pad_id": tokenizer.pad_token_id, "pad_token": tokenizer.pad_token, "pad_type_id": 0}
+    return data | {
+        "truncation": {"direction": "Right", "max_length": LENGTH, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": LENGTH}, "direction": "Right", "pad_to_multiple_of": None, **padding},
+    }
+
+
+def odd_texts(count: int) -> list[str]:
+    """Texts of letters, punctuation and white space from all of Unicode, with special tokens among them."""
+    rng = random.Random(0)
+    assigned = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+    words = ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "<pad>", "</s>", "<unk>", " circle", "n't", "'LL"]
+    letters = [chr(code) for code in range(32, 127)] + list("\t\n\x85\xa0\ufeff\u2028\u200d\u3000▁ΣςİÅﬁⅧ²½①e\u0301")
+    kinds = (words, letters, letters, letters, assigned)
+    return ["".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randint(0, 30))) for _ in range(count)]
 
 
 SCHEDULES = [
@@ -226,9 +297,13 @@ def test_other_tokenizers_are_refused_by_name() -> None:
     model = {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": None}
     base = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None, "model": model}
     cases = {
-        "Unigram": base | {"model": {"type": "Unigram", "vocab": []}},
-        "Metaspace": base | {"pre_tokenizer": {"type": "Metaspace"}},
-        "Precompiled": base | {"normalizer": {"type": "Precompiled"}},
+        "byte_fallback": base | {"model": model | {"byte_fallback": True}},
+        "Metaspace": base | {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}},
+        "Precompiled": base | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "ALQCAACEAAA="}},
+        "Digits": base | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}},
+        "WordPiece": base | {"model": {"type": "WordPiece", "vocab": {"a": 0}}},
+        "single_word": base | {"added_tokens": [{"id": 1, "content": "b", "single_word": True}]},
+        "Longest": base | {"padding": {"strategy": "BatchLongest"}},
         "BertProcessing": base | {"post_processor": {"type": "BertProcessing"}},
     }
     script = """
@@ -281,8 +356,11 @@ def test_noise_is_normal_and_the_seeds_own() -> None:
 
 
 def test_the_pages_files_are_plain() -> None:
-    """No framework, nothing from elsewhere."""
+    """No framework, nothing from elsewhere; but for a tokenizers library, which is as npm has it."""
     for path in SITE.iterdir():
         text = path.read_text(encoding="utf-8")
+        if path.name in FOREIGN:
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == FOREIGN[path.name], path
+            continue
         assert "http://" not in text.replace("http://www.w3.org/2000/svg", ""), path
         assert "https://" not in text, path

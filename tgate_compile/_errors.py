@@ -45,9 +45,17 @@ class BundleError(TGateError, RuntimeError):
     """A bundle cannot be written, is damaged, or does not belong to the pipeline: the message says which."""
 
 
-MSG_MISSING = (
-    "{what} needs packages that are not installed: {missing}. Run: pip install 'tgate_compile[{extra}]'{hint}."
-)
+def first_line(error: BaseException, *, named: bool = False) -> str:
+    """The first line of another package's error, without its full stop; `named` puts the error's class before it.
+
+    Of an error without a text it is the name of the class.
+    """
+    name = type(error).__name__
+    line = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
+    if not line:
+        return name
+    return f"{name}: {line}" if named else line
+
 
 #: What else to say.
 HINTS = {
@@ -65,7 +73,10 @@ def check_installed(*modules: str, extra: str = "onnx", what: str = "ONNX") -> N
     """Raise ConfigurationError, which says what to install, unless all of these modules are there."""
     missing = ", ".join(name for name in modules if not is_installed(name))
     if missing:
-        raise ConfigurationError(MSG_MISSING.format(what=what, missing=missing, extra=extra, hint=HINTS.get(extra, "")))
+        raise ConfigurationError(
+            f"{what} needs packages that are not installed: {missing}. Run: pip install "
+            f"'tgate_compile[{extra}]'{HINTS.get(extra, '')}."
+        )
 
 
 #: Lines of OpenVINO's that say where in its source an error was raised.

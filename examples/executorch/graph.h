@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "tensor.h"
+#include "npy.h"
 
 namespace et = executorch::runtime;
 
@@ -81,7 +81,7 @@ class Graph {
         manager_(&memory_, &planned_memory_, &temporary_),
         method_(taken(program.load_method(name.c_str(), &manager_), "load " + name)) {}
 
-  std::vector<Tensor> run(const std::vector<Tensor>& inputs) {
+  std::vector<Array> run(const std::vector<Array>& inputs) {
     std::vector<executorch::extension::TensorPtr> held;
     for (size_t i = 0; i < inputs.size(); ++i) {
       auto* data = const_cast<float*>(inputs[i].data.data());  // it is only read
@@ -90,7 +90,7 @@ class Graph {
       check(method_.set_input(et::EValue(*held.back()), i), "take input " + std::to_string(i) + " of " + name_);
     }
     check(method_.execute(), "run " + name_);
-    std::vector<Tensor> outputs;
+    std::vector<Array> outputs;
     for (size_t i = 0; i < method_.outputs_size(); ++i) {
       const executorch::aten::Tensor given = method_.get_output(i).toTensor();
       if (given.scalar_type() != executorch::aten::ScalarType::Float)

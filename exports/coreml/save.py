@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tgate_compile._errors import BackendError, BundleError, ConfigurationError, check_installed
+from tgate_compile._errors import BackendError, BundleError, check_installed, first_line
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph
 from tgate_compile.bundle.read_manifest import inputs_of, outputs_of
+from tgate_compile.engine.backends import check_known_options, one_of
 from tgate_compile.passes.editing import copy_graph, flat_program
 from tgate_compile.passes.graphs import Variant
 from tgate_compile.passes.lower_complex import lower_complex
@@ -138,33 +139,17 @@ _WEIGHTS = "@model_path/weights/weight.bin"
 TARGETS = ("iOS18", "iOS26")
 PRECISIONS = ("float16", "float32")
 
-MSG_UNKNOWN_OPTIONS = (
-    'format="coreml" does not know the options {unknown}. It knows: minimum_deployment_target, precision.'
-)
-MSG_OPTION = 'format_options["{name}"] must be {expected}, but got {given!r}.'
 MSG_NOT_HERE = (
     'Bundles of format "coreml" run on Apple\'s devices, with iOS 18 or macOS 15 and later, from Swift: '
     "examples/coreml has a beginning. Load a bundle of another format here."
 )
-MSG_DTYPE = (
-    "The {graph} graph takes {name} in {dtype}, and Core ML's converter takes float32 and whole numbers. Export the "
-    'float32 model: format_options={{"precision": "float16"}}, the default, has it compute in float16.'
-)
-MSG_NOT_CONVERTED = "Core ML's converter does not take the graphs: {problem}. Nothing has been written."
-MSG_DIFFERS = "The function {entry} of {path} has {given}, and the manifest says {expected}."
 MSG_NO_PACKAGE = "{path} is no Core ML package of {expected}: {reason}."
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError for options that the format does not know."""
-    known: Mapping[str, Sequence[str]] = {"minimum_deployment_target": TARGETS, "precision": PRECISIONS}
-    unknown = ", ".join(repr(name) for name in options if name not in known)
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
-    for name, given in options.items():
-        if given not in known[name]:
-            expected = " or ".join(f'"{value}"' for value in known[name])
-            raise ConfigurationError(MSG_OPTION.format(name=name, expected=expected, given=given))
+    """Check the options of `export`."""
+    known = {"minimum_deployment_target": one_of(TARGETS), "precision": one_of(PRECISIONS)}
+    check_known_options('format="coreml"', "format_options", options, known)
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
@@ -201,8 +186,10 @@ def write_graphs(
     try:
         to_coreml(functions, folder / PACKAGE, target=str(target), precision=str(precision))
     except Exception as error:  # coremltools has no common base class of its errors
-        problem = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-        raise BundleError(MSG_NOT_CONVERTED.format(problem=problem)) from error
+        problem = first_line(error, named=True)
+        raise BundleError(
+            f"Core ML's converter does not take the graphs: {problem}. Nothing has been written."
+        ) from error
     return {
         planned.name: WrittenGraph(PACKAGE, _nodes(planned), feature_name(planned.name), checked_on=None)
         for planned in graphs
@@ -238,7 +225,7 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
         if shown != wanted:
             differs = next((pair for pair in zip(shown, wanted, strict=False) if pair[0] != pair[1]), (shown, wanted))
             one, other = (str(text)[:300] for text in differs)
-            raise BundleError(MSG_DIFFERS.format(entry=graph.entry, path=path, given=one, expected=other))
+            raise BundleError(f"The function {graph.entry} of {path} has {one}, and the manifest says {other}.")
 
 
 def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> Session:
@@ -255,7 +242,11 @@ def _check_dtypes(planned: PlannedGraph) -> None:
     for name, tensor in zip(planned.own_names, planned.example_inputs, strict=True):
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise BundleError(MSG_DTYPE.format(graph=planned.name, name=name, dtype=dtype))
+            raise BundleError(
+                f"The {planned.name} graph takes {name} in {dtype}, and Core ML's converter takes float32 and whole "
+                'numbers. Export the float32 model: format_options={"precision": "float16"}, the default, has it '
+                "compute in float16."
+            )
 
 
 def _nodes(planned: PlannedGraph) -> int:

@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tgate_compile._errors import BackendError
+from tgate_compile._errors import BackendError, first_line
 from tgate_compile.bundle.manifest import Graph
 
 if TYPE_CHECKING:
     from executorch.runtime import Program
 
 logger = logging.getLogger(__name__)
-
-MSG_FAILED = "ExecuTorch could not {what} {path} ({problem})."
-MSG_ON_CPU = (
-    'A bundle of format "executorch" runs on the CPU, and the pipeline is on "{device}". Call pipe.to("cpu") first.'
-)
 
 
 def open_program(path: Path) -> Program:
@@ -50,7 +45,10 @@ class ExecuTorchSession:
     def __init__(self, graph: Graph, root: Path, device: torch.device) -> None:
         began = time.perf_counter()
         if device.type != "cpu":
-            raise BackendError(MSG_ON_CPU.format(device=device))
+            raise BackendError(
+                f'A bundle of format "executorch" runs on the CPU, and the pipeline is on "{device}". Call '
+                'pipe.to("cpu") first.'
+            )
         assert graph.entry is not None
         self._path = root / graph.file
         self._entry = graph.entry
@@ -77,4 +75,4 @@ class ExecuTorchSession:
 
 
 def _failed(what: str, path: Path, error: Exception) -> str:
-    return MSG_FAILED.format(what=what, path=path, problem=f"{type(error).__name__}: {error}".splitlines()[0])
+    return f"ExecuTorch could not {what} {path} ({first_line(error, named=True)})."

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from tgate_compile._errors import BackendError, BundleError, ConfigurationError, UnsupportedModelError
+from tgate_compile._errors import BackendError, BundleError, ConfigurationError, UnsupportedModelError, first_line
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.calibration import Quantizing
 from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph
 from tgate_compile.bundle.read_manifest import inputs_of, outputs_of
 from tgate_compile.bundle.weights import dtype_name
+from tgate_compile.engine.backends import check_known_options, one_of
 from tgate_compile.exports.executorch.convert import to_executorch
 from tgate_compile.exports.executorch.open import ExecuTorchSession, open_program
 from tgate_compile.exports.executorch.quantize import Integers
@@ -37,48 +38,19 @@ _DTYPES: Mapping[int, torch.dtype] = {
     15: torch.bfloat16,
 }
 
-MSG_UNKNOWN_OPTIONS = 'format="executorch" does not know the options {unknown}. It knows: delegate.'
-MSG_DELEGATE = 'format_options["delegate"] must be {expected}, but got {given!r}.'
-MSG_NO_LOAD_OPTIONS = (
-    'A bundle of format "executorch" has no backend_options, but got {given}. It runs on as many threads as '
-    "ExecuTorch finds cores for."
-)
-MSG_ON_CPU = (
-    'format="executorch" is written from a pipeline on the CPU, and the denoiser is on "{device}". Call pipe.to("cpu") '
-    "first."
-)
-MSG_XNNPACK_ALONE = (
-    'quantize="{scheme}" has XNNPACK multiply integers, and format_options["delegate"] is "portable". Leave out one of '
-    "them."
-)
-MSG_FLOAT32_ONLY = (
-    'quantize="{scheme}" has XNNPACK multiply integers, beside which ExecuTorch has operators for float32 alone, and '
-    "this denoiser is in {given}. Export it in float32."
-)
-MSG_NOT_CONVERTED = "The graphs {graphs} cannot be converted to ExecuTorch: {problem}. Nothing has been written."
 MSG_NOT_WRITTEN = "The program {path} cannot be written: {problem}."
-MSG_LAYOUT = (
-    "The graphs of the bundle {root} must be methods of {program} with their own names, with their weights inside."
-)
-MSG_METHODS = "The program {path} has the methods {given}, and the manifest says {expected}."
 MSG_OTHER = "The method {method} of {path} has {what} {given}, and the manifest says {expected}."
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError for unknown options."""
-    unknown = ", ".join(repr(name) for name in options if name != "delegate")
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
-    delegate = options.get("delegate", DELEGATES[0])
-    if delegate not in DELEGATES:
-        known = " or ".join(f'"{name}"' for name in DELEGATES)
-        raise ConfigurationError(MSG_DELEGATE.format(expected=known, given=delegate))
+    """Check the options of `export`."""
+    check_known_options('format="executorch"', "format_options", options, {"delegate": one_of(DELEGATES)})
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError: there are none."""
-    if options:
-        raise ConfigurationError(MSG_NO_LOAD_OPTIONS.format(given=", ".join(map(repr, options))))
+    """Check the options of `load`: there are none."""
+    note = "It runs on as many threads as ExecuTorch finds cores for."
+    check_known_options('backend="executorch"', "backend_options", options, {}, note)
 
 
 def runtime_version() -> str:
@@ -113,11 +85,17 @@ def write_quantized(
         BundleError: as `write_graphs`.
     """
     if options.get("delegate", DELEGATES[0]) != DELEGATES[0]:
-        raise ConfigurationError(MSG_XNNPACK_ALONE.format(scheme=quantizing.quantization.scheme))
+        raise ConfigurationError(
+            f'quantize="{quantizing.quantization.scheme}" has XNNPACK multiply integers, and '
+            'format_options["delegate"] is "portable". Leave out one of them.'
+        )
     dtypes = {value.dtype for planned in graphs for value in planned.example_inputs if value.is_floating_point()}
     if dtypes != {torch.float32}:
         given = ", ".join(sorted(map(dtype_name, dtypes)))
-        raise UnsupportedModelError(MSG_FLOAT32_ONLY.format(scheme=quantizing.quantization.scheme, given=given))
+        raise UnsupportedModelError(
+            f'quantize="{quantizing.quantization.scheme}" has XNNPACK multiply integers, beside which ExecuTorch '
+            f"has operators for float32 alone, and this denoiser is in {given}. Export it in float32."
+        )
     calibration = quantizing.calibration
     integers = {
         planned.name: Integers(quantizing.quantization, calibration.inputs_of(planned) if calibration else ())
@@ -136,7 +114,10 @@ def _write(
 ) -> dict[str, WrittenGraph]:
     device = graphs[0].example_inputs[0].device
     if device.type != "cpu":
-        raise ConfigurationError(MSG_ON_CPU.format(device=device))
+        raise ConfigurationError(
+            f'format="executorch" is written from a pipeline on the CPU, and the denoiser is on "{device}". Call '
+            'pipe.to("cpu") first.'
+        )
     (folder / m.GRAPHS_FOLDER).mkdir()
     names = ", ".join(planned.name for planned in graphs)
     progress(f"Converting the graphs {names}")
@@ -144,8 +125,10 @@ def _write(
         delegate = str(options.get("delegate", DELEGATES[0]))
         program = to_executorch({planned.name: planned.variant for planned in graphs}, delegate, integers)
     except Exception as error:  # ExecuTorch raises whatever its passes raise
-        problem = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-        raise BundleError(MSG_NOT_CONVERTED.format(graphs=names, problem=problem)) from error
+        problem = first_line(error, named=True)
+        raise BundleError(
+            f"The graphs {names} cannot be converted to ExecuTorch: {problem}. Nothing has been written."
+        ) from error
     with (folder / PROGRAM_FILE).open("xb") as file:
         program.manager.write_to_file(file)
     return {
@@ -163,7 +146,10 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
     entries = {its.entry for its in manifest.graphs.values()}
     files = {its.file for its in manifest.graphs.values()}
     if entries != set(manifest.graphs) or files != {PROGRAM_FILE} or manifest.weights is not None:
-        raise BundleError(MSG_LAYOUT.format(root=root, program=PROGRAM_FILE))
+        raise BundleError(
+            f"The graphs of the bundle {root} must be methods of {PROGRAM_FILE} with their own names, with their "
+            "weights inside."
+        )
     path = root / PROGRAM_FILE
     try:
         program = open_program(path)
@@ -171,7 +157,7 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
         raise BundleError(str(error)) from error
     if program.method_names != entries:
         given, expected = (", ".join(sorted(map(str, names))) for names in (program.method_names, entries))
-        raise BundleError(MSG_METHODS.format(path=path, given=given, expected=expected))
+        raise BundleError(f"The program {path} has the methods {given}, and the manifest says {expected}.")
     assert graph.entry is not None
     method = program.metadata(graph.entry)
     for what, count, info, specs in (

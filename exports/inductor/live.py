@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from tgate_compile._errors import BackendError, ConfigurationError
+from tgate_compile._errors import BackendError, ConfigurationError, first_line
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.passes.editing import copy_graph
@@ -118,18 +118,6 @@ class CudaGraph:
 
 logger = logging.getLogger(__name__)
 
-MSG_UNKNOWN_OPTIONS = (
-    'backend "inductor" does not know the options {unknown}; torch._inductor.list_options() lists those that it knows.'
-)
-MSG_SWITCH = 'The option cuda_graphs of backend "inductor" must be True or False, but got {given!r}.'
-MSG_TWO_KINDS = (
-    'The options cuda_graphs and triton.cudagraphs of backend "inductor" exclude each other: the second is Inductor\'s '
-    "own, which copies all weights in every step."
-)
-MSG_FAILED = (
-    "Inductor could not compile the {graph} graph ({problem}). On a CPU it needs a C++ compiler, on a GPU Triton. "
-    'optimize(pipe, backend="eager") runs the same graph without compiling it.'
-)
 
 # Where oneDNN is present, Inductor wants every convolution in channels-last and copies the weights there inside the
 # graph, in every call, which costs more than the rest gains (benchmarks/README.md). Its own cure is to freeze the
@@ -162,13 +150,21 @@ class InductorBackend:
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
         if not isinstance(options.get(CUDA_GRAPHS, False), bool):
-            raise ConfigurationError(MSG_SWITCH.format(given=options[CUDA_GRAPHS]))
+            raise ConfigurationError(
+                f'The option cuda_graphs of backend "inductor" must be True or False, but got {options[CUDA_GRAPHS]!r}.'
+            )
         if options.get(CUDA_GRAPHS) and options.get("triton.cudagraphs"):
-            raise ConfigurationError(MSG_TWO_KINDS)
+            raise ConfigurationError(
+                'The options cuda_graphs and triton.cudagraphs of backend "inductor" exclude each other: the '
+                "second is Inductor's own, which copies all weights in every step."
+            )
         known = [CUDA_GRAPHS, *torch._inductor.list_options()]
         unknown = [name for name in options if name not in known]
         if unknown:
-            raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
+            raise ConfigurationError(
+                f'backend "inductor" does not know the options {unknown}; torch._inductor.list_options() lists '
+                "those that it knows."
+            )
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
         return None
@@ -184,8 +180,12 @@ class InductorBackend:
             try:
                 compiled = torch._inductor.compile(graph_module, _example_inputs(variant), options=options)
             except Exception as error:  # a missing C++ compiler, an option's wrong value, Inductor's own bugs
-                problem = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise BackendError(MSG_FAILED.format(graph=variant.phase.name, problem=problem)) from error
+                problem = first_line(error, named=True)
+                raise BackendError(
+                    f"Inductor could not compile the {variant.phase.name} graph ({problem}). On a CPU it needs a "
+                    'C++ compiler, on a GPU Triton. optimize(pipe, backend="eager") runs the same graph without '
+                    "compiling it."
+                ) from error
         logger.info("compiled the %s graph in %.1f s", variant.phase.name, time.perf_counter() - began)
 
         def run(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tgate_compile._errors import BackendError, BundleError, TGateError
+from tgate_compile._errors import BackendError, BundleError, TGateError, first_line
 from tgate_compile.bundle.manifest import Graph
 from tgate_compile.bundle.weights import mapped_weights
 
@@ -24,10 +24,6 @@ from tgate_compile.bundle.weights import mapped_weights
 ENTRY_SUFFIX = ".graph"
 
 MSG_NO_PACKAGE = "{path} is no package of AOTInductor: {problem}."
-MSG_OTHER_MACHINE = (
-    "{path} is native code for {given}, and this is {here}. Export the bundle on a machine like this one, or, among "
-    'x86-64 CPUs, with format_options={{"target": "x86-64-v3"}}.'
-)
 
 #: Inside the folder that a package has for itself. Weights, programs and pickles would be elsewhere.
 _CODE = re.compile(r"data/aotinductor/(?P<entry>[A-Za-z0-9_.-]+)/[A-Za-z0-9_][A-Za-z0-9_.-]*\.(?P<kind>[a-z0-9]+)")
@@ -91,7 +87,10 @@ def check_runs_here(path: Path, entry: str, device: torch.device) -> None:
     has = [name for name, is_there in _INSTRUCTIONS.items() if is_there()]
     if wanted != here or any(name in _INSTRUCTIONS and name not in has for name in needed):
         given, found = " ".join([*wanted.values(), *needed]), " ".join([*here.values(), *has])
-        raise BackendError(MSG_OTHER_MACHINE.format(path=path, given=given, here=found))
+        raise BackendError(
+            f"{path} is native code for {given}, and this is {found}. Export the bundle on a machine like this one, "
+            'or, among x86-64 CPUs, with format_options={"target": "x86-64-v3"}.'
+        )
 
 
 def _metadata(path: Path, entry: str) -> Mapping[str, str]:
@@ -103,8 +102,6 @@ def _metadata(path: Path, entry: str) -> Mapping[str, str]:
 
 
 logger = logging.getLogger(__name__)
-
-MSG_FAILED = "AOTInductor could not {what} {entry} of {path} ({problem}). This is torch {torch}."
 
 
 class AotiSession:
@@ -156,7 +153,8 @@ class AotiSession:
         return outputs
 
     def _failed(self, what: str, error: Exception) -> str:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        return MSG_FAILED.format(
-            what=what, entry=self._entry, path=self._path, problem=problem, torch=torch.__version__
+        problem = first_line(error, named=True)
+        return (
+            f"AOTInductor could not {what} {self._entry} of {self._path} ({problem}). This is torch "
+            f"{torch.__version__}."
         )

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
-from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile._errors import BundleError, ConfigurationError, first_line
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph
 from tgate_compile.bundle.weights import INDEX_FILE, WeightsFile, read_index, write_weights
+from tgate_compile.engine.backends import check_known_options, one_of
 from tgate_compile.exports.inductor.live import CPU_OPTIONS
 from tgate_compile.exports.inductor.open import AotiSession, check_package, entry_name
 from tgate_compile.passes.editing import copy_graph, flat_program
@@ -100,44 +101,26 @@ TARGETS: Mapping[str, Mapping[str, Any]] = {
     "x86-64-v3": {"cpp.march": "x86-64-v3", "cpp.simdlen": 256},
 }
 
-MSG_UNKNOWN_OPTIONS = 'format="aoti" does not know the options {unknown}. It knows: target.'
-MSG_TARGET = 'format_options["target"] must be {expected}, but got {given!r}.'
-MSG_NEWER_TORCH = (
-    'format_options["target"]={given!r} needs a newer torch than {torch}, whose Inductor has no {missing}.'
-)
-MSG_NO_LOAD_OPTIONS = (
-    'A bundle of format "aoti" has no backend_options, but got {given}. It runs on as many threads as '
-    "torch.set_num_threads() says."
-)
-MSG_NO_COMPILER = 'format="aoti" compiles C++ and needs a compiler such as g++, which is not there ({problem}).'
-MSG_NOT_COMPILED = (
-    "AOTInductor cannot compile the {graph} graph: {problem}. Nothing has been written. On a CPU it needs a C++ "
-    "compiler, on a GPU Triton and the CUDA toolkit as well. {hint}"
-)
-MSG_NOT_PACKED = "torch cannot write the package of the compiled graphs: {problem}. Nothing has been written."
 MSG_DYNAMIC = "Some code is compiled for fixed sizes only: try export(..., dynamic=False)."
-MSG_LAYOUT = "The graphs of the bundle {root} must be entries of {package} with their own names, and {index} be there."
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError for unknown options, or if nothing can be compiled here."""
-    unknown = ", ".join(repr(name) for name in options if name != "target")
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
-    target = options.get("target", "native")
-    if not isinstance(target, str) or target not in TARGETS:
-        known = " or ".join(f'"{name}"' for name in TARGETS)
-        raise ConfigurationError(MSG_TARGET.format(expected=known, given=target))
+    """Check the options of `export`, and that there is a compiler."""
+    check_known_options('format="aoti"', "format_options", options, {"target": one_of(TARGETS)})
+    target = str(options.get("target", "native"))
     missing = ", ".join(name for name in TARGETS[target] if name not in torch._inductor.list_options())
     if missing:
-        raise ConfigurationError(MSG_NEWER_TORCH.format(given=target, torch=torch.__version__, missing=missing))
+        raise ConfigurationError(
+            f'format_options["target"]={target!r} needs a newer torch than {torch.__version__}, whose Inductor has '
+            f"no {missing}."
+        )
     _check_compiler()
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError: there are none."""
-    if options:
-        raise ConfigurationError(MSG_NO_LOAD_OPTIONS.format(given=", ".join(map(repr, options))))
+    """Check the options of `load`: there are none."""
+    note = "It runs on as many threads as torch.set_num_threads() says."
+    check_known_options('backend="aoti"', "backend_options", options, {}, note)
 
 
 def runtime_version() -> str:
@@ -168,7 +151,9 @@ def write_graphs(
         try:
             package_aoti(str(folder / PACKAGE_FILE), files)
         except RuntimeError as error:  # torch's own writer does not say OSError
-            raise BundleError(MSG_NOT_PACKED.format(problem=str(error).splitlines()[0].rstrip("."))) from error
+            raise BundleError(
+                f"torch cannot write the package of the compiled graphs: {first_line(error)}. Nothing has been written."
+            ) from error
     tensors = {
         name: tensor
         for planned in graphs
@@ -192,7 +177,10 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
     expected = {entry_name(name) for name in manifest.graphs}
     files = {its.file for its in manifest.graphs.values()}
     if entries != expected or files != {PACKAGE_FILE} or INDEX_FILE not in manifest.files or manifest.weights is None:
-        raise BundleError(MSG_LAYOUT.format(root=root, package=PACKAGE_FILE, index=INDEX_FILE))
+        raise BundleError(
+            f"The graphs of the bundle {root} must be entries of {PACKAGE_FILE} with their own names, and "
+            f"{INDEX_FILE} be there."
+        )
     check_package(root / PACKAGE_FILE, expected)
     read_index(root / INDEX_FILE, manifest.files[m.WEIGHTS_FILE].size)
 
@@ -213,9 +201,12 @@ def _compiled(planned: PlannedGraph, folder: Path, device: str, options: Mapping
     try:
         return to_aoti(planned.variant, folder, settings)
     except Exception as error:  # a missing tool, a size that must be fixed, Inductor's own bugs
-        problem = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        problem = first_line(error, named=True)
         hint = MSG_DYNAMIC if planned.units else ""
-        raise BundleError(MSG_NOT_COMPILED.format(graph=planned.name, problem=problem, hint=hint)) from error
+        raise BundleError(
+            f"AOTInductor cannot compile the {planned.name} graph: {problem}. Nothing has been written. On a CPU it "
+            f"needs a C++ compiler, on a GPU Triton and the CUDA toolkit as well. {hint}"
+        ) from error
 
 
 def _check_compiler() -> None:
@@ -224,5 +215,7 @@ def _check_compiler() -> None:
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as error:
-        problem = str(error).splitlines()[0].rstrip(".")
-        raise ConfigurationError(MSG_NO_COMPILER.format(problem=problem)) from error
+        problem = first_line(error)
+        raise ConfigurationError(
+            f'format="aoti" compiles C++ and needs a compiler such as g++, which is not there ({problem}).'
+        ) from error

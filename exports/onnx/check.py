@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgate_compile._errors import BundleError
+from tgate_compile._errors import BundleError, first_line
 from tgate_compile.bundle.manifest import WEIGHTS_FILE, TensorSpec
 from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.exports.onnx.session import ELEMENT_TYPES
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**31 - 1
 
 MSG_NO_MODEL = "{path} is no ONNX model: {reason}."
-MSG_LOCATION = "{path} takes the tensor {tensor!r} from {given!r}, and a bundle's weights are in {expected!r} alone."
-MSG_RANGE = "{path} takes the tensor {tensor!r} from bytes {offset} to {end} of a weights file that has {size}."
 MSG_DIFFERS = "{path} has {given}, and the manifest says {expected}."
 
 _DTYPES = {element: dtype_name(dtype) for dtype, element in ELEMENT_TYPES.items()}
@@ -40,7 +38,7 @@ def check_onnx_file(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[
     try:
         model = onnx.load_model(path, load_external_data=False)
     except (DecodeError, ValueError) as error:
-        raise BundleError(MSG_NO_MODEL.format(path=path, reason=str(error).splitlines()[0])) from error
+        raise BundleError(MSG_NO_MODEL.format(path=path, reason=first_line(error))) from error
     for tensor in _tensors(model):
         _check_location(tensor, path, weights_size)
     _check_specs(model.graph.input, inputs, path)
@@ -83,13 +81,15 @@ def _check_location(tensor: onnx.TensorProto, path: Path, weights_size: int) -> 
     expected = Path(WEIGHTS_FILE).name
     if told.get("location") != expected or len(told) != len(tensor.external_data):
         raise BundleError(
-            MSG_LOCATION.format(path=path, tensor=tensor.name, given=told.get("location"), expected=expected)
+            f"{path} takes the tensor {tensor.name!r} from {told.get('location')!r}, and a bundle's weights are "
+            f"in {expected!r} alone."
         )
     offset, length = _number(told.get("offset", "0")), _number(told.get("length", ""))
     if offset is None or length is None or offset + length > weights_size:
         end = f"{told.get('offset')} + {told.get('length')}" if None in (offset, length) else offset + length  # type: ignore[operator]
         raise BundleError(
-            MSG_RANGE.format(path=path, tensor=tensor.name, offset=told.get("offset"), end=end, size=weights_size)
+            f"{path} takes the tensor {tensor.name!r} from bytes {told.get('offset')} to {end} of a weights "
+            f"file that has {weights_size}."
         )
 
 

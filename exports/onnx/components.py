@@ -24,12 +24,6 @@ from tgate_compile.exports.onnx.convert import program_to_onnx
 from tgate_compile.exports.onnx.file import check_model, save_model
 from tgate_compile.exports.onnx.session import open_session, run_bound, session_options
 
-MSG_NOT_CONVERTED = "The {name} cannot be converted to ONNX: {problem}. Nothing has been written."
-MSG_TOO_FAR = (
-    "The {name} in {provider} is {relative:.1e} from PyTorch's, relative to the largest value, and {tolerance:.0e} is "
-    "allowed for {dtype}. Nothing has been written. Please report this."
-)
-
 
 class TextEncoding(torch.nn.Module):
     """What a pipeline takes of a text encoder: `(hidden_states,)` or `(hidden_states, pooled)`."""
@@ -92,7 +86,9 @@ def write_component(
             program = torch.export.export(module, tuple(examples[0]), dynamic_shapes=free)
         graph = program_to_onnx(program, list(program.state_dict))
     except Exception as error:  # torch.export and torch.onnx raise whatever they meet
-        raise BundleError(MSG_NOT_CONVERTED.format(name=name, problem=cause_of(error))) from error
+        raise BundleError(
+            f"The {name} cannot be converted to ONNX: {cause_of(error)}. Nothing has been written."
+        ) from error
     model = graph.model
     for values, specs in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, spec in zip(values, specs, strict=True):
@@ -135,7 +131,8 @@ def component_parity(
         relative = max(relative_difference(a, b.cpu()) for a, b in zip(results, expected, strict=True))
         if not relative <= tolerance:  # NaN is not
             raise BundleError(
-                MSG_TOO_FAR.format(name=name, provider=provider, relative=relative, tolerance=tolerance, dtype=dtype)
+                f"The {name} in {provider} is {relative:.1e} from PyTorch's, relative to the largest value, and "
+                f"{tolerance:.0e} is allowed for {dtype}. Nothing has been written. Please report this."
             )
         measured.append(m.Deviation(sizes=sizes, relative=relative))
     relative = max(deviation.relative for deviation in measured)
@@ -147,11 +144,6 @@ TEXTS = (
     "",
     "a red circle on a blue background",
     "  An Ünusual (prompt:1.2), with 日本語, <b>tags</b>, 3.14 & emoji 🙂; " * 20,
-)
-
-MSG_OTHER_TOKENS = (
-    "The tokenizer {name} makes other tokens of {text!r} in the tokenizers library than in transformers. Nothing has "
-    "been written. Please report this."
 )
 
 
@@ -173,7 +165,10 @@ def write_tokenizer(tokenizer: Any, name: str, length: int, path: Path) -> None:
         expected = tokenized(tokenizer, [text], length, "np")
         encoded = Tokenizer.from_file(str(path)).encode(text)
         if [encoded.ids, encoded.attention_mask] != [expected[key][0].tolist() for key in expected]:
-            raise BundleError(MSG_OTHER_TOKENS.format(name=name, text=text[:60]))
+            raise BundleError(
+                f"The tokenizer {name} makes other tokens of {text[:60]!r} in the tokenizers library than in "
+                "transformers. Nothing has been written. Please report this."
+            )
 
 
 def tokenized(tokenizer: Any, texts: list[str], length: int, tensors: str) -> dict[str, Any]:

@@ -88,10 +88,6 @@ def optimize_onnx(model: onnx_ir.Model) -> None:
 
 logger = logging.getLogger(__name__)
 
-MSG_INTEGERS = (
-    "its layers round their inputs to int8 and multiply integers ({operator}), as torchao's dynamic quantization does, "
-    "and this conversion to ONNX has no operator for that; Int8WeightOnlyConfig's weights it takes"
-)
 
 #: Has GroupNormalization and Attention as operators of their own: fewer nodes, and faster in ONNX Runtime.
 OPSET = 23
@@ -124,7 +120,11 @@ def to_onnx(variant: Variant) -> OnnxGraph:
     check_installed("onnx", "onnxscript")
     for node in variant.program.graph.nodes:
         if node.target is torch.ops.aten._int_mm.default:
-            raise UnsupportedModelError(MSG_INTEGERS.format(operator=node.target))
+            raise UnsupportedModelError(
+                f"its layers round their inputs to int8 and multiply integers ({node.target}), as torchao's dynamic "
+                "quantization does, and this conversion to ONNX has no operator for that; Int8WeightOnlyConfig's "
+                "weights it takes"
+            )
     began = time.perf_counter()
     graph_module = copy_graph(variant.program.graph_module)
     expand_masks(graph_module)

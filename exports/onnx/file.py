@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tgate_compile._errors import BundleError
+from tgate_compile._errors import BundleError, first_line
 from tgate_compile.bundle.manifest import WEIGHTS_FILE
 from tgate_compile.bundle.weights import WeightsFile
 
 if TYPE_CHECKING:
     import onnx_ir
-
-MSG_INVALID = "The {graph} graph is no valid ONNX model ({problem}). Nothing has been written. Please report this."
 
 
 def save_model(
@@ -42,7 +40,10 @@ def check_model(name: str, path: Path) -> None:
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BundleError(MSG_INVALID.format(graph=name, problem=str(error).splitlines()[0])) from error
+        raise BundleError(
+            f"The {name} graph is no valid ONNX model ({first_line(error)}). Nothing has been written. Please "
+            "report this."
+        ) from error
 
 
 def external_tensor(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_installed
-from tgate_compile.engine.backends import Runner
+from tgate_compile.engine.backends import SWITCH, Option, Runner, at_least, check_known_options
 from tgate_compile.engine.trust import MadeOfWeights
 from tgate_compile.exports.onnx.convert import OnnxGraph, to_onnx
 from tgate_compile.exports.onnx.session import ELEMENT_TYPES, best_providers, open_session, run_bound, session_options
@@ -22,22 +22,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Options, and what they must be.
-OPTIONS: Mapping[str, str] = {
-    "providers": "a list of names of execution providers, the first that takes an operator runs it",
-    "threads": "a whole number of threads, at least 1",
-    "prepacking": "True (faster) or False (weights are not copied)",
+OPTIONS: Mapping[str, Option] = {
+    "providers": Option(
+        "a list of names of execution providers, of which the first that supports an operator runs it",
+        lambda given: isinstance(given, (list, tuple)) and all(isinstance(name, str) for name in given),
+    ),
+    "threads": at_least(1, "a whole number of threads, at least 1"),
+    "prepacking": Option("True (faster) or False (weights are not copied)", SWITCH.fits),
 }
-
-MSG_UNKNOWN_OPTIONS = 'backend "onnxruntime" does not know the options {unknown}. It knows: {known}.'
-MSG_OPTION = 'backend_options["{name}"] must be {expected}, but got {given!r}.'
-MSG_NO_PROVIDER = (
-    "This build of onnxruntime has no {name}; it has {available}. For NVIDIA GPUs: pip uninstall onnxruntime, then "
-    "pip install 'tgate_compile[onnx-gpu]'."
-)
-MSG_FAILED = (
-    "ONNX Runtime could not take the {graph} graph ({problem}). "
-    'optimize(pipe, backend="eager") or backend="inductor" runs the same graph.'
-)
 
 
 class OnnxRuntimeBackend:
@@ -54,20 +46,9 @@ class OnnxRuntimeBackend:
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
         check_installed(*OnnxRuntimeBackend.needs)
-        unknown = [name for name in options if name not in OPTIONS]
-        if unknown:
-            raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(OPTIONS)))
-        providers, threads = options.get("providers", ["CPUExecutionProvider"]), options.get("threads", 1)
-        right = {
-            "providers": isinstance(providers, (list, tuple)) and all(isinstance(name, str) for name in providers),
-            "threads": isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1,
-            "prepacking": isinstance(options.get("prepacking", True), bool),
-        }
-        for name, is_right in right.items():
-            if not is_right:
-                raise ConfigurationError(MSG_OPTION.format(name=name, expected=OPTIONS[name], given=options[name]))
+        check_known_options('backend="onnxruntime"', "backend_options", options, OPTIONS)
         if "providers" in options:
-            _check_providers(providers)  # type: ignore[arg-type]
+            _check_providers(options["providers"])  # type: ignore[arg-type]
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
         """The CPU's provider never rounds more; CUDA's multiplies in TF32, which rounds as float16 does."""
@@ -176,8 +157,14 @@ def _check_providers(names: Sequence[str]) -> None:
     available = onnxruntime.get_available_providers()
     for name in names:
         if name not in available:
-            raise ConfigurationError(MSG_NO_PROVIDER.format(name=name, available=", ".join(available)))
+            raise ConfigurationError(
+                f"This build of onnxruntime has no {name}; it has {', '.join(available)}. For NVIDIA GPUs: pip "
+                "uninstall onnxruntime, then pip install 'tgate_compile[onnx-gpu]'."
+            )
 
 
 def _failed(variant: Variant, error: Exception) -> str:
-    return MSG_FAILED.format(graph=variant.phase.name, problem=cause_of(error))
+    return (
+        f"ONNX Runtime could not take the {variant.phase.name} graph ({cause_of(error)}). optimize(pipe, "
+        'backend="eager") or backend="inductor" runs the same graph.'
+    )

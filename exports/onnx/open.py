@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 
-from tgate_compile._errors import BackendError
+from tgate_compile._errors import BackendError, first_line
 from tgate_compile.bundle.manifest import Graph
 from tgate_compile.bundle.read_manifest import inputs_of, output_shapes, outputs_of
 from tgate_compile.exports.onnx.session import ELEMENT_TYPES, best_providers, open_session, run_bound, session_options
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import onnx
 
 logger = logging.getLogger(__name__)
-
-MSG_FAILED = "ONNX Runtime could not run the {graph} graph of the bundle ({problem})."
 
 
 class OnnxSession:
@@ -63,7 +61,7 @@ class OnnxSession:
 
 def failed(path: Path, error: Exception) -> str:
     """What to say when ONNX Runtime does not take or run the graph at `path`."""
-    return MSG_FAILED.format(graph=path.stem, problem=f"{type(error).__name__}: {error}".splitlines()[0])
+    return f"ONNX Runtime could not run the {path.stem} graph of the bundle ({first_line(error, named=True)})."
 
 
 #: Bytes of weights of a piece, about. ONNX Runtime holds those of float16 as float32, too, on a CPU.

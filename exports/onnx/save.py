@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tgate_compile._errors import BundleError, ConfigurationError, UnsupportedModelError, cause_of
+from tgate_compile._errors import BundleError, UnsupportedModelError, cause_of
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.calibration import Quantizing
 from tgate_compile.bundle.formats import Progress, Session, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph, inputs_of, size_of, symbols_of
 from tgate_compile.bundle.quantization import Scheme
 from tgate_compile.bundle.weights import WeightsFile, dtype_name
+from tgate_compile.engine.backends import check_known_options
 from tgate_compile.exports.onnx.check import check_onnx_file
 from tgate_compile.exports.onnx.convert import to_onnx
 from tgate_compile.exports.onnx.file import check_model, save_model
@@ -30,18 +31,10 @@ if TYPE_CHECKING:
 #: Schemes whose operators take float32 alone.
 FLOAT32_ONLY: tuple[Scheme, ...] = ("int8-dynamic", "int8-static")
 
-MSG_FLOAT32_ONLY = (
-    'quantize="{scheme}" computes in integers, for which ONNX has operators beside float32 alone, and this denoiser is '
-    'in {given}. Export it in float32, or with quantize="int8".'
-)
-MSG_NO_OPTIONS = 'format="onnx" has no options, but got {given}.'
-MSG_NOT_CONVERTED = "The {graph} graph cannot be converted to ONNX: {problem}."
-
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError: there are none."""
-    if options:
-        raise ConfigurationError(MSG_NO_OPTIONS.format(given=", ".join(map(repr, options))))
+    """Check the options of `export`: there are none."""
+    check_known_options('format="onnx"', "format_options", options, {})
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
@@ -82,7 +75,10 @@ def write_quantized(
     scheme = quantizing.quantization.scheme
     if scheme in FLOAT32_ONLY and dtypes != {torch.float32}:
         given = ", ".join(sorted(map(dtype_name, dtypes)))
-        raise UnsupportedModelError(MSG_FLOAT32_ONLY.format(scheme=scheme, given=given))
+        raise UnsupportedModelError(
+            f'quantize="{scheme}" computes in integers, for which ONNX has operators beside float32 alone, and this '
+            f'denoiser is in {given}. Export it in float32, or with quantize="int8".'
+        )
     return _write(graphs, folder, quantizing, progress)
 
 
@@ -127,7 +123,7 @@ def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile, quantiz
     try:
         graph = to_onnx(planned.variant)
     except Exception as error:  # torch.onnx raises whatever its converters raise
-        raise BundleError(MSG_NOT_CONVERTED.format(graph=planned.name, problem=cause_of(error))) from error
+        raise BundleError(f"The {planned.name} graph cannot be converted to ONNX: {cause_of(error)}.") from error
     model = graph.model
     for value, name in zip(model.graph.inputs, planned.input_names, strict=True):
         value.name = name

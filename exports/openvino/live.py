@@ -18,11 +18,6 @@ from tgate_compile.passes.graphs import Variant
 
 logger = logging.getLogger(__name__)
 
-MSG_FAILED = (
-    "OpenVINO could not take the {graph} graph ({problem}). "
-    'optimize(pipe, backend="eager") or backend="onnxruntime" runs the same graph.'
-)
-
 
 class OpenVinoBackend:
     """Converts a graph to ONNX once, and compiles it with the live weights in OpenVINO, anew when they have changed."""
@@ -124,4 +119,7 @@ def _with_weights_as_inputs(graph: OnnxGraph) -> bytes:
 
 
 def _failed(variant: Variant, error: Exception) -> str:
-    return MSG_FAILED.format(graph=variant.phase.name, problem=cause_of(error))
+    return (
+        f"OpenVINO could not take the {variant.phase.name} graph ({cause_of(error)}). optimize(pipe, "
+        'backend="eager") or backend="onnxruntime" runs the same graph.'
+    )

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from tgate_compile._errors import BundleError, ConfigurationError
+from tgate_compile._errors import BundleError, first_line
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.calibration import Quantizing
 from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.manifest import TensorSpec
 from tgate_compile.bundle.plan import PlannedGraph
 from tgate_compile.bundle.weights import WeightsFile, dtype_name
+from tgate_compile.engine.backends import check_known_options
 from tgate_compile.exports.onnx import save as onnx_graphs
 from tgate_compile.exports.openvino.session import OpenVinoSession, core, openvino
 from tgate_compile.exports.openvino.session import check_options as check_backend_options
@@ -129,14 +130,10 @@ def _check_same(given: Sequence[str], expected: Sequence[str], path: Path) -> No
 #: Where the ONNX files are while they are converted, and constants before they are shared.
 _SCRATCH = "scratch"
 
-MSG_NO_OPTIONS = 'format="openvino" has no options, but got {given}.'
-MSG_NOT_CONVERTED = "OpenVINO does not take the {graph} graph: {problem}. Nothing has been written."
-
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError: there are none."""
-    if options:
-        raise ConfigurationError(MSG_NO_OPTIONS.format(given=", ".join(map(repr, options))))
+    """Check the options of `export`: there are none."""
+    check_known_options('format="openvino"', "format_options", options, {})
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
@@ -207,8 +204,10 @@ def _converted(
             try:
                 openvino().serialize(core().read_model(scratch / model.file), folder / path, constants)
             except Exception as error:  # openvino's errors are RuntimeErrors, or of classes of their own
-                problem = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-                raise BundleError(MSG_NOT_CONVERTED.format(graph=name, problem=problem)) from error
+                problem = first_line(error, named=True)
+                raise BundleError(
+                    f"OpenVINO does not take the {name} graph: {problem}. Nothing has been written."
+                ) from error
             nodes = share_constants(folder / path, constants, weights)
             written[name] = replace(model, file=path, nodes=nodes)
     shutil.rmtree(scratch)

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from tgate_compile._errors import BackendError, ConfigurationError, check_installed
+from tgate_compile._errors import BackendError, ConfigurationError, check_installed, first_line
 from tgate_compile.bundle.manifest import WEIGHTS_FILE, Graph
 from tgate_compile.bundle.read_manifest import inputs_of, output_shapes, outputs_of
+from tgate_compile.engine.backends import Option, at_least, check_known_options, one_of
 
 #: What openvino sends an event with when it is imported, unless the user has said no beforehand. Without it, openvino
 #: takes a stub of its own.
@@ -44,15 +45,20 @@ def core() -> Any:
     return openvino().Core()
 
 
-#: Options, and what they must be.
-OPTIONS: Mapping[str, str] = {
-    "device": 'one that OpenVINO finds here: "CPU", "GPU", "NPU"',
-    "precision": '"float32", or "float16" or "bfloat16", which are faster where the device has them',
-    "threads": "a whole number of threads, at least 1",
-    "cache": "a folder for compiled graphs, which are opened faster the next time",
-}
+def _is_text(given: object) -> bool:
+    return isinstance(given, str) and bool(given)
+
+
 #: What is computed in, as OpenVINO calls it. By its own choice it would be bfloat16 on some processors.
 PRECISIONS: Mapping[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+OPTIONS: Mapping[str, Option] = {
+    "device": Option('one that OpenVINO finds here: "CPU", "GPU", "NPU"', _is_text),
+    "precision": Option(
+        '"float32", or "float16" or "bfloat16", which are faster where the device has them', one_of(PRECISIONS).fits
+    ),
+    "threads": at_least(1, "a whole number of threads, at least 1"),
+    "cache": Option("a folder for compiled graphs, which are opened faster the next time", _is_text),
+}
 
 #: torch's dtypes in OpenVINO, as attributes of `openvino.Type`.
 ELEMENT_TYPES: Mapping[torch.dtype, str] = {
@@ -69,41 +75,26 @@ ELEMENT_TYPES: Mapping[torch.dtype, str] = {
     torch.int64: "i64",
 }
 
-MSG_UNKNOWN_OPTIONS = 'backend "openvino" does not know the options {unknown}. It knows: {known}.'
-MSG_OPTION = 'backend_options["{name}"] must be {expected}, but got {given!r}.'
 MSG_NO_DEVICE = (
     'OpenVINO finds no device "{given}" here; it has {available}. Intel\'s GPUs and NPUs need their drivers: '
     "https://docs.openvino.ai/ has them."
-)
-MSG_NOT_ON_CPU = (
-    'The backend "openvino" takes tensors on the CPU, and the pipeline is on "{device}". Call pipe.to("cpu"); '
-    'backend_options={{"device": "GPU"}} has Intel\'s GPU compute.'
 )
 
 
 def check_options(options: Mapping[str, object]) -> None:
     """Raise ConfigurationError for options that the backend does not know, or a device that is not here."""
     check_installed("openvino", extra="openvino", what='backend="openvino"')
-    unknown = [name for name in options if name not in OPTIONS]
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(OPTIONS)))
-    device, threads = options.get("device", "CPU"), options.get("threads", 1)
-    right = {
-        "device": isinstance(device, str) and bool(device),
-        "precision": options.get("precision", "float32") in PRECISIONS,
-        "threads": isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1,
-        "cache": isinstance(options.get("cache", "."), str) and bool(options.get("cache", ".")),
-    }
-    for name, is_right in right.items():
-        if not is_right:
-            raise ConfigurationError(MSG_OPTION.format(name=name, expected=OPTIONS[name], given=options[name]))
-    _check_device(str(device))
+    check_known_options('backend="openvino"', "backend_options", options, OPTIONS)
+    _check_device(str(options.get("device", "CPU")))
 
 
 def check_device(device: torch.device) -> None:
     """Raise BackendError unless tensors on `device` are in memory that OpenVINO reads."""
     if device.type != "cpu":
-        raise BackendError(MSG_NOT_ON_CPU.format(device=device))
+        raise BackendError(
+            f'The backend "openvino" takes tensors on the CPU, and the pipeline is on "{device}". Call '
+            'pipe.to("cpu"); backend_options={"device": "GPU"} has Intel\'s GPU compute.'
+        )
 
 
 class CompiledModel:
@@ -167,9 +158,6 @@ def _check_device(given: str) -> None:
 
 logger = logging.getLogger(__name__)
 
-MSG_FAILED = "OpenVINO could not run the {graph} graph of the bundle ({problem})."
-MSG_DIFFERS = "The {graph} graph has the outputs {given} in OpenVINO, and the manifest says {expected}."
-
 
 class OpenVinoSession:
     """Runs the graph `graph` of the bundle at `root`, OpenVINO's own or an ONNX file.
@@ -218,9 +206,10 @@ class OpenVinoSession:
         if len(given) != len(expected) or not all(name in names for name, names in zip(expected, given, strict=True)):
             told = ", ".join("/".join(sorted(names)) for names in given)
             raise BackendError(
-                MSG_DIFFERS.format(graph=Path(self._graph.file).stem, given=told, expected=", ".join(expected))
+                f"The {Path(self._graph.file).stem} graph has the outputs {told} in OpenVINO, and the manifest "
+                f"says {', '.join(expected)}."
             )
 
     def _failed(self, error: Exception) -> str:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        return MSG_FAILED.format(graph=Path(self._graph.file).stem, problem=problem)
+        problem = first_line(error, named=True)
+        return f"OpenVINO could not run the {Path(self._graph.file).stem} graph of the bundle ({problem})."

@@ -22,11 +22,6 @@ logger = logging.getLogger(__name__)
 MSG_UNKNOWN_OPTIONS = (
     'backend "tensorrt" does not know the options {unknown}. It knows those of torch_tensorrt.dynamo.compile: {known}.'
 )
-MSG_DEVICE = 'backend "tensorrt" runs on an NVIDIA GPU, and the pipeline is on "{device}". Call pipe.to("cuda").'
-MSG_FAILED = (
-    "Torch-TensorRT could not compile the {graph} graph ({problem}). "
-    'optimize(pipe, backend="inductor") or backend="eager" runs the same graph.'
-)
 
 #: float32 stays float32, as with the other backends.
 OPTIONS: Mapping[str, object] = {"disable_tf32": True}
@@ -76,7 +71,9 @@ class TensorRTBackend:
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         device = inputs[0].device
         if device.type != "cuda":
-            raise BackendError(MSG_DEVICE.format(device=device))
+            raise BackendError(
+                f'backend "tensorrt" runs on an NVIDIA GPU, and the pipeline is on "{device}". Call pipe.to("cuda").'
+            )
         return _Compiled(variant, [tensor.contiguous() for tensor in inputs], {**OPTIONS, **self._options})
 
 
@@ -110,7 +107,10 @@ class _Compiled:
                     **self._options,
                 )
         except Exception as error:  # TensorRT's own, and whatever the converters raise
-            raise BackendError(MSG_FAILED.format(graph=self._variant.phase.name, problem=cause_of(error))) from error
+            raise BackendError(
+                f"Torch-TensorRT could not compile the {self._variant.phase.name} graph ({cause_of(error)}). "
+                'optimize(pipe, backend="inductor") or backend="eager" runs the same graph.'
+            ) from error
         logger.info("compiled the %s graph in %.1f s", self._variant.phase.name, time.perf_counter() - began)
         return compiled
 

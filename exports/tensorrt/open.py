@@ -18,12 +18,6 @@ from tgate_compile.bundle.read_manifest import inputs_of, output_shapes, outputs
 from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.exports.tensorrt.convert import DTYPES, parser_errors, tensorrt_log
 
-MSG_REFIT_FAILED = "{package} could not put weights into the engine of the {graph} graph ({problem})."
-MSG_FIXED = (
-    "The weights of the denoiser have been changed, and the engine of the {graph} graph cannot follow. Export the "
-    'bundle with format_options={{"refit": True}}, or restore(pipe) and optimize(pipe, ...) the changed model.'
-)
-
 
 def onnx_beside(engine: Path) -> Path:
     """The ONNX file that says which weights go where, if the file `engine` has none inside."""
@@ -45,7 +39,11 @@ def refit(package: str, engine: Any, model: Path, weights: Mapping[str, torch.Te
         BackendError: the engine has its weights inside, once and for all, or TensorRT does not take these.
     """
     if not engine.refittable or not model.exists():
-        raise BackendError(MSG_FIXED.format(graph=model.stem))
+        raise BackendError(
+            f"The weights of the denoiser have been changed, and the engine of the {model.stem} graph cannot "
+            'follow. Export the bundle with format_options={"refit": True}, or restore(pipe) and optimize(pipe, '
+            "...) the changed model."
+        )
     trt = importlib.import_module(package)
     log = tensorrt_log(package)
     refitter = trt.Refitter(engine, log)
@@ -57,7 +55,7 @@ def refit(package: str, engine: Any, model: Path, weights: Mapping[str, torch.Te
     done = done and all(parser.load_initializer(name, t.data_ptr(), t.nbytes) for name, t in held.items())
     if not (done and parser.refit_model_proto() and refitter.refit_cuda_engine()):
         problem = parser_errors(parser) or log.last_problem
-        raise BackendError(MSG_REFIT_FAILED.format(package=package, graph=model.stem, problem=problem))
+        raise BackendError(f"{package} could not put weights into the engine of the {model.stem} graph ({problem}).")
 
 
 def _weight_names(model: Path) -> set[str]:
@@ -104,7 +102,6 @@ MSG_NOT_OPENED = (
     "built it and for GPUs of the compute capabilities that it was built for; here is {gpu}."
 )
 MSG_DIFFERS = "The engine of the {graph} graph has {given}, and the manifest says {expected}."
-MSG_FAILED = "{package} could not run the {graph} graph ({problem})."
 
 
 class TensorRTSession:
@@ -227,4 +224,4 @@ class TensorRTSession:
             raise BackendError(self._failed())
 
     def _failed(self) -> str:
-        return MSG_FAILED.format(package=self._package, graph=self._path.stem, problem=self._log.last_problem)
+        return f"{self._package} could not run the {self._path.stem} graph ({self._log.last_problem})."

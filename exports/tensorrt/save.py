@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph, describe_graph, example_sizes
 from tgate_compile.bundle.read_manifest import inputs_of, outputs_of, shape_at
+from tgate_compile.engine.backends import SWITCH, Option, at_least, check_known_options, one_of
 from tgate_compile.engine.free_sizes import LARGEST, SYMBOLS
 from tgate_compile.exports.onnx import save as onnx_graphs
 from tgate_compile.exports.tensorrt.convert import FREE, Binding, EngineSettings, Shape, to_tensorrt
@@ -26,10 +27,6 @@ from tgate_compile.exports.tensorrt.open import TensorRTSession, onnx_beside
 #: The least, the usual and the most of each free size.
 Profile = Mapping[str, tuple[int, int, int]]
 
-MSG_UNKNOWN = 'format="{format}" does not know the options {unknown}. It knows: {known}.'
-MSG_OPTION = 'format_options["{name}"] must be {expected}, but got {given!r}.'
-MSG_LOAD_UNKNOWN = 'backend="{format}" does not know the options {unknown}. It knows: {known}.'
-MSG_LOAD_OPTION = 'backend_options["{name}"] must be {expected}, but got {given!r}.'
 MSG_NEEDS_GPU = (
     "{what} needs an NVIDIA GPU where engines are built, and PyTorch finds none here. {instead} Or export on a machine "
     "with one."
@@ -37,28 +34,48 @@ MSG_NEEDS_GPU = (
 MSG_NOT_FREE = (
     'format_options["profile"] has the size {name!r}, which these graphs do not leave free. They leave free: {free}.'
 )
-MSG_OUTSIDE = (
-    'format_options["profile"] has {name} from {least} to {most}, and the call that the bundle is made with has '
-    "{example}. Give export() another call, or the profile other bounds."
-)
 
 _LARGEST = {SYMBOLS[name]: most for name, most in LARGEST.items()}
 _HARDWARE = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 
-_BOOL = "True or False"
-#: Options of `export`, and what they must be.
-EXPECTED: Mapping[str, str] = {
-    "profile": (
+
+def _is_profile(given: object) -> bool:
+    if not isinstance(given, Mapping) or not set(given) <= set(_LARGEST):
+        return False
+    return all(_is_range(name, bounds) for name, bounds in given.items())
+
+
+def _is_range(name: str, bounds: object) -> bool:
+    if not isinstance(bounds, (list, tuple)) or len(bounds) != 3 or {type(bound) for bound in bounds} != {int}:
+        return False
+    least, usual, most = bounds
+    return bool(1 <= least <= usual <= most <= _LARGEST[name])
+
+
+#: Options of `export`, beside `compute_capabilities`, which depends on the package.
+OPTIONS: Mapping[str, Option] = {
+    "profile": Option(
         "a mapping from names of b, h and w to three whole numbers, the least, the usual and the most, such as "
-        '{"h": (4, 8, 16)}'
+        '{"h": (4, 8, 16)}',
+        _is_profile,
     ),
-    "weight_streaming": _BOOL,
-    "strip": _BOOL,
-    "refit": _BOOL,
-    "compute_capabilities": "a list of some of {capabilities}",
-    "version_compatible": _BOOL,
-    "hardware_compatible": " or ".join(f'"{name}"' for name in _HARDWARE),
-    "timing_cache": "the path of a file, in a folder that exists",
+    "weight_streaming": SWITCH,
+    "strip": SWITCH,
+    "refit": SWITCH,
+    "version_compatible": SWITCH,
+    "hardware_compatible": one_of(_HARDWARE),
+    "timing_cache": Option(
+        "the path of a file, in a folder that exists",
+        lambda given: isinstance(given, (str, os.PathLike)) and Path(given).parent.is_dir(),
+    ),
+}
+#: Options of `load`.
+LOAD_OPTIONS: Mapping[str, Option] = {
+    "weight_budget": at_least(0, "a whole number of bytes: so many of the weights stay in the GPU's memory"),
+    "runtime_cache": Option(
+        "a folder that exists", lambda given: isinstance(given, (str, os.PathLike)) and Path(given).is_dir()
+    ),
+    "host_code": SWITCH,
 }
 
 
@@ -78,25 +95,15 @@ class EngineOptions:
 
 
 def engine_options(format: str, package: str, known: Collection[str], options: Mapping[str, object]) -> EngineOptions:
-    """The options of `export` for the format, whose package knows `known` of `EXPECTED`.
+    """The options of `export` for the format, whose package knows `known` of the options.
 
     Raises:
         ConfigurationError: they are wrong.
     """
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN.format(format=format, unknown=unknown, known=", ".join(known)))
-    capabilities = _capabilities(package) if "compute_capabilities" in options else ()
-    checks: Mapping[str, Callable[[Any], bool]] = {
-        "profile": _is_profile,
-        "compute_capabilities": lambda given: _is_list(given) and bool(given) and set(given) <= set(capabilities),
-        "hardware_compatible": lambda given: isinstance(given, str) and given in _HARDWARE,
-        "timing_cache": lambda given: isinstance(given, (str, os.PathLike)) and Path(given).parent.is_dir(),
+    of_format = {
+        name: _capabilities_option(package) if name == "compute_capabilities" else OPTIONS[name] for name in known
     }
-    for name, given in options.items():
-        if not checks.get(name, lambda given: isinstance(given, bool))(given):
-            expected = EXPECTED[name].replace("{capabilities}", ", ".join(capabilities))
-            raise ConfigurationError(MSG_OPTION.format(name=name, expected=expected, given=given))
+    check_known_options(f'format="{format}"', "format_options", options, of_format)
     refit = options.get("refit") is True
     strip = refit or options.get("strip") is True
     flags = {
@@ -134,34 +141,18 @@ def full_profile(given: Profile, example: Mapping[str, int]) -> Profile:
         half = 1 if name == SYMBOLS["batch"] else max(1, size // 2)
         least, usual, most = given.get(name, (half, size, min(2 * size, _LARGEST[name])))
         if not least <= size <= most:
-            raise ConfigurationError(MSG_OUTSIDE.format(name=name, least=least, most=most, example=size))
+            raise ConfigurationError(
+                f'format_options["profile"] has {name} from {least} to {most}, and the call that the bundle is made '
+                f"with has {size}. Give export() another call, or the profile other bounds."
+            )
         profile[name] = (least, usual, most)
     return profile
 
 
-#: Options of `load`, and what they must be.
-LOAD_EXPECTED: Mapping[str, str] = {
-    "weight_budget": "a whole number of bytes: of the weights, so many stay in the GPU's memory",
-    "runtime_cache": "a folder that exists",
-    "host_code": _BOOL,
-}
-
-
 def check_load_options(format: str, known: Collection[str], options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError for options of `load` that are not among `known` of `LOAD_EXPECTED`, or wrong."""
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ConfigurationError(MSG_LOAD_UNKNOWN.format(format=format, unknown=unknown, known=", ".join(known)))
-    budget, cache = options.get("weight_budget", 0), options.get("runtime_cache", ".")
-    right = {
-        "weight_budget": isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0,
-        "runtime_cache": isinstance(cache, (str, os.PathLike)) and Path(cache).is_dir(),
-        "host_code": isinstance(options.get("host_code", True), bool),
-    }
-    for name in options:
-        if not right[name]:
-            expected = LOAD_EXPECTED[name]
-            raise ConfigurationError(MSG_LOAD_OPTION.format(name=name, expected=expected, given=options[name]))
+    """Raise ConfigurationError for options of `load` that are not among `known`, or wrong."""
+    of_backend = {name: LOAD_OPTIONS[name] for name in known}
+    check_known_options(f'backend="{format}"', "backend_options", options, of_backend)
 
 
 def check_gpu(format: str, options: EngineOptions, *, always: bool) -> None:
@@ -181,28 +172,15 @@ def check_gpu(format: str, options: EngineOptions, *, always: bool) -> None:
         raise ConfigurationError(MSG_NEEDS_GPU.format(what=what, instead=instead))
 
 
-def _capabilities(package: str) -> tuple[str, ...]:
-    """Those of the GPUs that the package builds for: `8.9` for its SM89."""
+def _capabilities_option(package: str) -> Option:
+    """The GPUs that the package builds for: `8.9` for its SM89."""
     members = importlib.import_module(package).ComputeCapability.__members__
     numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
-    return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
-
-
-def _is_list(given: object) -> bool:
-    return isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given)
-
-
-def _is_profile(given: object) -> bool:
-    if not isinstance(given, Mapping) or not set(given) <= set(_LARGEST):
-        return False
-    return all(_is_range(name, bounds) for name, bounds in given.items())
-
-
-def _is_range(name: str, bounds: object) -> bool:
-    if not isinstance(bounds, (list, tuple)) or len(bounds) != 3 or {type(bound) for bound in bounds} != {int}:
-        return False
-    least, usual, most = bounds
-    return bool(1 <= least <= usual <= most <= _LARGEST[name])
+    names = [f"{number[:-1]}.{number[-1]}" for number in numbers]
+    return Option(
+        f"a list of some of {', '.join(names)}",
+        lambda given: isinstance(given, (list, tuple)) and bool(given) and all(name in names for name in given),
+    )
 
 
 #: Where the ONNX files are while engines are built of them, if they are not to stay.
@@ -218,8 +196,8 @@ class TensorRTFormat:
     Attributes:
         name: of the format, and of the backend that loads it.
         package: that builds and runs engines.
-        options: what `export` may be told, of `tensorrt_options.EXPECTED`.
-        load_options: what `load` may be told, of `tensorrt_options.LOAD_EXPECTED`.
+        options: what `export` may be told, of `tensorrt_options`.
+        load_options: what `load` may be told, of `tensorrt_options.LOAD_OPTIONS`.
         builds_on_gpu: it needs a GPU to build an engine, which is then for that one.
         built_for: compute capabilities of the GPUs that its engines are for, unless it is told others.
     """

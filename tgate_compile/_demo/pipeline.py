@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 WEIGHTS = _HERE / DEMO_VARIANTS["sd"].folder
 
-MSG_NEEDS_TRANSFORMERS = (
-    "The embedded pipeline needs transformers for its text encoder, and it is not installed. "
-    "Run: pip install 'tgate_compile[cli]'."
-)
-
 
 @overload
 def load_demo_pipeline(
@@ -77,7 +72,10 @@ def load_demo_pipeline(variant: str = "sd", *, torch_dtype: torch.dtype = torch.
     try:
         import transformers
     except ImportError as error:
-        raise ConfigurationError(MSG_NEEDS_TRANSFORMERS) from error
+        raise ConfigurationError(
+            "The embedded pipeline needs transformers for its text encoder, and it is not installed. Run: pip "
+            "install 'tgate_compile[cli]'."
+        ) from error
     import diffusers
 
     classes = {

@@ -8,8 +8,6 @@ from types import MappingProxyType
 
 from tgate_compile._errors import ConfigurationError
 
-MSG_VARIANT = "The embedded models are {known}, but got {given!r}."
-
 
 @dataclass(frozen=True)
 class DemoVariant:
@@ -67,5 +65,5 @@ def demo_variant(name: str) -> DemoVariant:
         ConfigurationError: there is none.
     """
     if name not in DEMO_VARIANTS:
-        raise ConfigurationError(MSG_VARIANT.format(known=", ".join(DEMO_VARIANTS), given=name))
+        raise ConfigurationError(f"The embedded models are {', '.join(DEMO_VARIANTS)}, but got {name!r}.")
     return DEMO_VARIANTS[name]

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -23,8 +25,6 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 #: They isolate a page from all other sites; browsers give shared memory, and so threads, to isolated pages only.
 HEADERS = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
-
-MSG_PORT = "The site cannot be served at port {port}: {reason}. Give another --port; 0 takes any that is free."
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -64,8 +64,23 @@ def server_for(folder: Path, port: int = 0, *, isolated: bool = True) -> Threadi
         return ThreadingHTTPServer((HOST, port), handler)
     except (OSError, OverflowError) as error:
         raise ConfigurationError(
-            MSG_PORT.format(port=port, reason=getattr(error, "strerror", None) or error)
+            f"The site cannot be served at port {port}: {getattr(error, 'strerror', None) or error}. Give "
+            "another --port; 0 takes any that is free."
         ) from error
+
+
+@contextmanager
+def serving(folder: Path, *, isolated: bool = True) -> Iterator[str]:
+    """Serve `folder` from a thread; gives the address of its pages."""
+    server = server_for(folder, isolated=isolated)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield address_of(server)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def address_of(server: ThreadingHTTPServer) -> str:
@@ -80,19 +95,6 @@ SETTINGS_FILE = "site.json"
 #: What the page's schedulers are written for; `tgate_compile/runtime` has the same.
 SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 
-MSG_EXISTS = "{folder} exists already. Give another --out, or --force to write the site anew."
-MSG_NOT_A_SITE = "{folder} exists and is no site, and is not replaced: it has no {marker}. Give another --out."
-MSG_NOT_WRITTEN = "The site {folder} cannot be written: {reason}. Nothing is left of it."
-MSG_NO_COMPONENTS = (
-    "The bundle {folder} has the denoiser alone. A page needs one that was exported with `tgate-compile export "
-    "--components all`."
-)
-MSG_FORMAT = 'The bundle {folder} has graphs of the format {given!r}, and browsers run "onnx".'
-MSG_SCHEDULER = (
-    "The bundle {folder} has a {given}, which is not on the page. It has {known}: export a bundle from a pipeline with "
-    "one of these."
-)
-
 
 def is_site(folder: Path) -> bool:
     """Whether there is a site in `folder`."""
@@ -104,9 +106,11 @@ def check_site_target(folder: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())):
         return
     if not is_site(folder) or folder.is_symlink():
-        raise ConfigurationError(MSG_NOT_A_SITE.format(folder=folder, marker=SETTINGS_FILE))
+        raise ConfigurationError(
+            f"{folder} exists and is no site, and is not replaced: it has no {SETTINGS_FILE}. Give another --out."
+        )
     if not overwrite:
-        raise ConfigurationError(MSG_EXISTS.format(folder=folder))
+        raise ConfigurationError(f"{folder} exists already. Give another --out, or --force to write the site anew.")
 
 
 def check_bundle(folder: Path) -> Manifest:
@@ -117,12 +121,18 @@ def check_bundle(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     if manifest.graph_format != "onnx":
-        raise BundleError(MSG_FORMAT.format(folder=folder, given=manifest.graph_format))
+        raise BundleError(
+            f'The bundle {folder} has graphs of the format {manifest.graph_format!r}, and browsers run "onnx".'
+        )
     if manifest.components is None:
-        raise BundleError(MSG_NO_COMPONENTS.format(folder=folder))
+        raise BundleError(
+            f"The bundle {folder} has the denoiser alone. A page needs one that was exported with `tgate-compile "
+            "export --components all`."
+        )
     if manifest.scheduler.class_name not in SCHEDULERS:
         raise BundleError(
-            MSG_SCHEDULER.format(folder=folder, given=manifest.scheduler.class_name, known=", ".join(SCHEDULERS))
+            f"The bundle {folder} has a {manifest.scheduler.class_name}, which is not on the page. It has "
+            f"{', '.join(SCHEDULERS)}: export a bundle from a pipeline with one of these."
         )
     return manifest
 
@@ -164,7 +174,9 @@ def write_site(
     except OSError as error:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        raise ConfigurationError(MSG_NOT_WRITTEN.format(folder=folder, reason=error.strerror or error)) from error
+        raise ConfigurationError(
+            f"The site {folder} cannot be written: {error.strerror or error}. Nothing is left of it."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -15,11 +15,6 @@ MSG_PIPELINE = (
     'components="all" knows the prompts of {known}, and this is a {given}. Export the denoiser alone, '
     'components="denoiser", and encode prompts and decode latents by other means.'
 )
-MSG_COMPONENT = 'components="all" needs a {name} that is {expected}, but this {pipeline} has {given}.'
-MSG_CALL = (
-    'components="all" cannot say {name}={given!r}: the runtime has no such option. Leave it out, or export the '
-    'denoiser alone, components="denoiser".'
-)
 MSG_ARGUMENT = (
     'The denoiser of this {pipeline} is called with {names}, which components="all" cannot make of a prompt: an '
     'adapter, a ControlNet or the like. Export the denoiser alone, components="denoiser".'
@@ -122,7 +117,10 @@ def recipe_for(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Recipe:
     recipe = RECIPES[pipeline]
     for name in LEFT_OUT:
         if call.get(name):
-            raise UnsupportedModelError(MSG_CALL.format(name=name, given=call[name]))
+            raise UnsupportedModelError(
+                f'components="all" cannot say {name}={call[name]!r}: the runtime has no such option. Leave it out, '
+                'or export the denoiser alone, components="denoiser".'
+            )
     recipe = replace(recipe, encoders=_present(pipe, recipe))
     for encoder, tokenizer in recipe.encoders.items():
         if getattr(pipe, encoder, None) is None:
@@ -155,5 +153,5 @@ def _present(pipe: DiffusionPipeline, recipe: Recipe) -> dict[str, str]:
 def _refuse(pipe: DiffusionPipeline, name: str, expected: str) -> None:
     given = type(getattr(pipe, name, None)).__name__
     raise UnsupportedModelError(
-        MSG_COMPONENT.format(name=name, expected=expected, pipeline=type(pipe).__name__, given=given)
+        f'components="all" needs a {name} that is {expected}, but this {type(pipe).__name__} has {given}.'
     )

@@ -22,26 +22,6 @@ from tgate_compile.engine.weights import rounded_input, wrapped_weight
 from tgate_compile.pipeline.optimized import preview, required_state_of
 
 MSG_FORMAT = "format must be one of {known}, but got {given!r}."
-MSG_DYNAMIC = (
-    'dynamic must be True (whatever the denoiser permits), False, or names of "batch", "height" and "width", but got '
-    "{given!r}."
-)
-MSG_FIXED = (
-    'format="{format}" has graphs of fixed sizes only, but got dynamic={given!r}. Leave it out; `call` says the sizes.'
-)
-MSG_COMPONENTS = "components must be {known}, but got {given!r}."
-MSG_FOLDER = "export() needs a folder, a str or a Path, but got {given!r}."
-MSG_LOADED = (
-    "This {pipeline} is served from a bundle already: copy that, or restore(pipe) and optimize(pipe, ...) first."
-)
-MSG_SEVERAL = (
-    "This {pipeline} has the denoisers {names}, and a bundle holds the graphs of one. Bundles of several are not "
-    "written yet."
-)
-MSG_SIMILARITY = (
-    "This schedule ends guidance by the predictions' similarity (guidance_similarity), so that which graphs a call "
-    "needs is known only while it runs. A bundle needs a gate_step or a guidance_step instead."
-)
 MSG_ROUNDED = (
     "{model} was quantized by torchao so that layers round their inputs to few bits when they run ({name} and others). "
     "Bundles do not take that: most formats have no operator for it, and AOTInductor rounds values between integers "
@@ -107,19 +87,29 @@ def export(
     if not isinstance(format, str) or format not in FORMATS:
         raise ConfigurationError(MSG_FORMAT.format(known=", ".join(f'"{known}"' for known in FORMATS), given=format))
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
-        raise ConfigurationError(MSG_FOLDER.format(given=folder))
+        raise ConfigurationError(f"export() needs a folder, a str or a Path, but got {folder!r}.")
     free = _free(dynamic, format)
     if components not in COMPONENTS:
-        raise ConfigurationError(MSG_COMPONENTS.format(known=" or ".join(map(repr, COMPONENTS)), given=components))
+        raise ConfigurationError(f"components must be {' or '.join(map(repr, COMPONENTS))}, but got {components!r}.")
     state = required_state_of(pipe)
     pipeline = state.pipeline_class.__name__
     if len(state.hooks) > 1:
-        raise UnsupportedModelError(MSG_SEVERAL.format(pipeline=pipeline, names=" and ".join(state.hooks)))
+        raise UnsupportedModelError(
+            f"This {pipeline} has the denoisers {' and '.join(state.hooks)}, and a bundle holds the graphs of one. "
+            "Bundles of several are not written yet."
+        )
     ((component, hook),) = state.hooks.items()
     if not isinstance(hook.store, VariantStore):
-        raise ConfigurationError(MSG_LOADED.format(pipeline=pipeline))
+        raise ConfigurationError(
+            f"This {pipeline} is served from a bundle already: copy that, or restore(pipe) and optimize(pipe, ...) "
+            "first."
+        )
     if hook.config.schedule.guidance_similarity is not None:
-        raise UnsupportedModelError(MSG_SIMILARITY)
+        raise UnsupportedModelError(
+            "This schedule ends guidance by the predictions' similarity (guidance_similarity), so that which "
+            "graphs a call needs is known only while it runs. A bundle needs a gate_step or a guidance_step "
+            "instead."
+        )
     check_can_write(format)
     rounded, quantized = rounded_input(hook.denoiser), wrapped_weight(hook.denoiser)
     told = {"model": type(hook.denoiser).__name__, "format": format}
@@ -177,7 +167,13 @@ def _free(dynamic: object, format: str) -> Collection[FreeSize] | None:
     if dynamic is False:
         return ()
     if isinstance(dynamic, str) or not isinstance(dynamic, Collection) or not set(dynamic) <= set(SYMBOLS):
-        raise ConfigurationError(MSG_DYNAMIC.format(given=dynamic))
+        raise ConfigurationError(
+            'dynamic must be True (whatever the denoiser permits), False, or names of "batch", "height" and '
+            f'"width", but got {dynamic!r}.'
+        )
     if fixed and dynamic:
-        raise ConfigurationError(MSG_FIXED.format(format=format, given=dynamic))
+        raise ConfigurationError(
+            f'format="{format}" has graphs of fixed sizes only, but got dynamic={dynamic!r}. Leave it out; `call` '
+            "says the sizes."
+        )
     return tuple(dynamic)

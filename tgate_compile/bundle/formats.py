@@ -54,15 +54,6 @@ class Refittable(Protocol):
 #: Told what is being done, one line a stage.
 Progress = Callable[[str], None]
 
-MSG_NO_GPU = (
-    'A bundle of format "{format}" runs on an NVIDIA GPU, and PyTorch {torch} finds none here: there is no GPU, no '
-    "driver, or no CUDA in this PyTorch. On this machine, load a bundle of another format."
-)
-MSG_NOT_ON_GPU = (
-    'A bundle of format "{format}" runs on an NVIDIA GPU, and the pipeline is on "{device}". Call pipe.to("cuda") '
-    "first."
-)
-
 
 @dataclass(frozen=True)
 class WrittenGraph:
@@ -216,6 +207,13 @@ def check_can_run(name: str, device: torch.device) -> None:
     if not FORMATS[name].needs_gpu:
         return
     if not torch.cuda.is_available():
-        raise BackendError(MSG_NO_GPU.format(format=name, torch=torch.__version__))
+        raise BackendError(
+            f'A bundle of format "{name}" runs on an NVIDIA GPU, and PyTorch {torch.__version__} finds none here: '
+            "there is no GPU, no driver, or no CUDA in this PyTorch. On this machine, load a bundle of another "
+            "format."
+        )
     if device.type != "cuda":
-        raise BackendError(MSG_NOT_ON_GPU.format(format=name, device=device))
+        raise BackendError(
+            f'A bundle of format "{name}" runs on an NVIDIA GPU, and the pipeline is on "{device}". Call '
+            'pipe.to("cuda") first.'
+        )

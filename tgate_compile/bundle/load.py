@@ -29,11 +29,6 @@ MSG_OTHER_BACKEND = (
     'The bundle {folder} has graphs of the format "{format}", which the backend {backends} runs, not "{given}". Leave '
     "backend out, or export a bundle of another format."
 )
-MSG_FOLDER = "load() needs the folder of a bundle, a str or a Path, but got {given!r}."
-MSG_SEQUENTIAL = "sequential must be True or False, but got {given!r}."
-MSG_OTHER_PIPELINE = (
-    "The bundle {folder} is made from a {expected}, and this is a {given}. Load it into a pipeline of that class."
-)
 MSG_OTHER_MODEL = "The bundle {folder} is made from a {expected}, and the {component} of this pipeline is a {given}."
 MSG_OTHER_WEIGHTS = (
     "The {component} of this pipeline has other weights than the one that the bundle {folder} is made from: another "
@@ -88,9 +83,9 @@ def load(
     if backend is not None and backend not in known:
         raise ConfigurationError(MSG_BACKEND.format(known=", ".join(f'"{name}"' for name in known), given=backend))
     if not isinstance(sequential, bool):
-        raise ConfigurationError(MSG_SEQUENTIAL.format(given=sequential))
+        raise ConfigurationError(f"sequential must be True or False, but got {sequential!r}.")
     if not isinstance(folder, (str, os.PathLike)):
-        raise ConfigurationError(MSG_FOLDER.format(given=folder))
+        raise ConfigurationError(f"load() needs the folder of a bundle, a str or a Path, but got {folder!r}.")
     check_installed("pydantic", what="load()")
     # pydantic is an extra.
     from tgate_compile.bundle.read import read_bundle
@@ -106,7 +101,10 @@ def load(
         raise ConfigurationError(MSG_OTHER_BACKEND.format(folder=bundle.folder, **told))
     if type(pipe).__name__ != made_from:
         given = type(pipe).__name__
-        raise BundleError(MSG_OTHER_PIPELINE.format(folder=bundle.folder, expected=made_from, given=given))
+        raise BundleError(
+            f"The bundle {bundle.folder} is made from a {made_from}, and this is a {given}. Load it into a pipeline "
+            "of that class."
+        )
     options = dict(backend_options or {})
     check_can_load(backends[chosen])
     functions = format_called(backends[chosen])

@@ -26,9 +26,6 @@ FRUGAL: Mapping[str, object] = {"prepacking": False, "frugal": True}
 #: Height and width, in multiples of what the denoiser halves: the deepest layers see 4x4 latents.
 ENOUGH = 4
 
-MSG_NOT_RUN = (
-    "The {graph} graph cannot be checked against PyTorch on the {device}: {problem} Nothing has been written.{hint}"
-)
 MSG_ON_CPU = " ONNX Runtime runs float32 and float16 there, and no bfloat16."
 MSG_TOO_FAR = (
     "The {graph} graph in {provider} is {relative:.1e} from PyTorch's on the same inputs, relative to the largest "
@@ -70,7 +67,10 @@ def measure_parity(
             dtypes.update(tensor.dtype for tensor in (*inputs, *results) if tensor.is_floating_point())
     except BackendError as error:
         hint = MSG_ON_CPU if device.type == "cpu" else ""
-        raise BundleError(MSG_NOT_RUN.format(graph=planned.name, device=device, problem=error, hint=hint)) from error
+        raise BundleError(
+            f"The {planned.name} graph cannot be checked against PyTorch on the {device}: {error} Nothing has been "
+            f"written.{hint}"
+        ) from error
     dtype = coarsest(dtypes)
     tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[dtype]
     relative = max(one.relative for one in measured)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from tgate_compile._errors import BundleError, CaptureError
+from tgate_compile._errors import BundleError, CaptureError, first_line
 from tgate_compile.bundle.manifest import CacheInput, CacheOutput, Facts, Graph, Returns, TensorSpec, phase_spec
 from tgate_compile.bundle.read_manifest import Size, shape_at
 from tgate_compile.bundle.weights import dtype_name
@@ -311,7 +311,7 @@ def _checked(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) -> dic
                     _run_without_numbers(planned, sizes)
             except Exception as error:  # whatever an operator raises
                 shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
-                told = {"free": ", ".join(free), "sizes": shown, "error": str(error).splitlines()[0]}
+                told = {"free": ", ".join(free), "sizes": shown, "error": first_line(error)}
                 raise CaptureError(MSG_NOT_FREE.format(model=type(hook.denoiser).__name__, **told)) from error
     return graphs
 
@@ -341,11 +341,6 @@ def _run_without_numbers(planned: PlannedGraph, sizes: Mapping[str, int]) -> Non
         planned.variant.program.graph_module(*weights, *inputs)
 
 
-MSG_NO_CLASS = (
-    "The bundle's denoiser returns a {name}, and {module} has no such output class. Its diffusers was {version}."
-)
-
-
 def returns_of(spec: pytree.TreeSpec) -> Returns | None:
     """What `spec` puts outputs into; None if it is neither."""
     if spec == pytree.tree_structure(tuple(range(spec.num_leaves))):
@@ -367,5 +362,8 @@ def unflatten_as(returns: Returns, denoiser: torch.nn.Module, version: str) -> C
     module = type(denoiser).__module__
     found = getattr(sys.modules[module], returns.class_name, None)
     if not (isinstance(found, type) and issubclass(found, BaseOutput)):
-        raise BundleError(MSG_NO_CLASS.format(name=returns.class_name, module=module, version=version))
+        raise BundleError(
+            f"The bundle's denoiser returns a {returns.class_name}, and {module} has no such output class. Its "
+            f"diffusers was {version}."
+        )
     return lambda outputs: found(**dict(zip(returns.fields, outputs, strict=True)))

@@ -27,21 +27,6 @@ BLOCKS = (16, 32, 64, 128, 256)
 #: Little of the size, and of the pruned graph's error half: the first and the last layer, and what is told of the time.
 KEPT = ("conv_in", "conv_out", "time_embedding.*", "pos_embed.*", "proj_out")
 
-MSG_QUANTIZE = (
-    "quantize must be None, one of {known}, or a mapping with one of these as its `scheme`, but got {given!r}."
-)
-MSG_UNKNOWN = "quantize does not know {unknown}. It knows {known}."
-MSG_SCHEME = "The scheme of quantize must be one of {known}, but got {given!r}."
-MSG_GRAPHS = 'graphs of quantize must be "all" or "pruned", but got {given!r}.'
-MSG_KEEP = (
-    "keep of quantize must be a list of patterns of layers, such as ['conv_in', 'up_blocks.*'], but got {given!r}."
-)
-MSG_BLOCK = "block of quantize must be one of {known}, but got {given!r}."
-MSG_PROMPTS = "calibration_prompts of quantize must be a list of texts, but got {given!r}."
-MSG_STEPS = "calibration_steps of quantize must be a whole number from 1 on, but got {given!r}."
-MSG_NOT_CALIBRATED = 'calibration_prompts are for the schemes {calibrated}, and "{given}" measures no values.'
-MSG_FORMAT = 'format="{format}" takes {known}, but got quantize={given!r}.'
-
 
 @dataclass(frozen=True)
 class Quantization:
@@ -66,20 +51,34 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
-            raise ConfigurationError(MSG_SCHEME.format(known=_listed(SCHEMES), given=self.scheme))
+            raise ConfigurationError(
+                f"The scheme of quantize must be one of {_listed(SCHEMES)}, but got {self.scheme!r}."
+            )
         if self.graphs not in get_args(Graphs):
-            raise ConfigurationError(MSG_GRAPHS.format(given=self.graphs))
+            raise ConfigurationError(f'graphs of quantize must be "all" or "pruned", but got {self.graphs!r}.')
         if not _are_texts(self.keep):
-            raise ConfigurationError(MSG_KEEP.format(given=self.keep))
+            raise ConfigurationError(
+                "keep of quantize must be a list of patterns of layers, such as ['conv_in', 'up_blocks.*'], but "
+                f"got {self.keep!r}."
+            )
         if isinstance(self.block, bool) or self.block not in BLOCKS:
-            raise ConfigurationError(MSG_BLOCK.format(known=", ".join(map(str, BLOCKS)), given=self.block))
+            raise ConfigurationError(
+                f"block of quantize must be one of {', '.join(map(str, BLOCKS))}, but got {self.block!r}."
+            )
         if not _are_texts(self.calibration_prompts):
-            raise ConfigurationError(MSG_PROMPTS.format(given=self.calibration_prompts))
+            raise ConfigurationError(
+                f"calibration_prompts of quantize must be a list of texts, but got {self.calibration_prompts!r}."
+            )
         steps = self.calibration_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ConfigurationError(MSG_STEPS.format(given=steps))
+            raise ConfigurationError(
+                f"calibration_steps of quantize must be a whole number from 1 on, but got {steps!r}."
+            )
         if self.calibration_prompts and not self.calibrated:
-            raise ConfigurationError(MSG_NOT_CALIBRATED.format(calibrated=_listed(CALIBRATED), given=self.scheme))
+            raise ConfigurationError(
+                f'calibration_prompts are for the schemes {_listed(CALIBRATED)}, and "{self.scheme}" measures no '
+                "values."
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -102,16 +101,19 @@ def read_quantization(given: object, format: str, schemes: Sequence[str]) -> Qua
         return None
     told = {"scheme": given} if isinstance(given, str) else given
     if not isinstance(told, Mapping) or "scheme" not in told:
-        raise ConfigurationError(MSG_QUANTIZE.format(known=_listed(SCHEMES), given=given))
+        raise ConfigurationError(
+            f"quantize must be None, one of {_listed(SCHEMES)}, or a mapping with one of these as its `scheme`, but "
+            f"got {given!r}."
+        )
     known = [field.name for field in fields(Quantization)]
     unknown = [name for name in told if name not in known]
     if unknown:
-        raise ConfigurationError(MSG_UNKNOWN.format(unknown=_listed(unknown), known=", ".join(known)))
+        raise ConfigurationError(f"quantize does not know {_listed(unknown)}. It knows {', '.join(known)}.")
     chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
     quantization = Quantization(**chosen)
     if quantization.scheme not in schemes:
         takes = f"quantize={' or '.join(map(repr, schemes))}" if schemes else "no quantize"
-        raise ConfigurationError(MSG_FORMAT.format(format=format, known=takes, given=quantization.scheme))
+        raise ConfigurationError(f'format="{format}" takes {takes}, but got quantize={quantization.scheme!r}.')
     return quantization
 
 

@@ -31,9 +31,6 @@ class Bundle:
         return sum(file.size for file in self.manifest.files.values())
 
 
-MSG_FORMAT = "The bundle {folder} has graphs of the format {given!r}, and this tgate_compile reads {known}."
-
-
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     """The bundle in `folder`, verified: its manifest, that its files are all there, their hashes, and its graphs.
 
@@ -46,7 +43,10 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     root = Path(folder)
     manifest = read_manifest(root)
     if manifest.graph_format not in FORMATS:
-        raise BundleError(MSG_FORMAT.format(folder=root, given=manifest.graph_format, known=", ".join(FORMATS)))
+        raise BundleError(
+            f"The bundle {root} has graphs of the format {manifest.graph_format!r}, and this tgate_compile reads "
+            f"{', '.join(FORMATS)}."
+        )
     check_can_load(manifest.graph_format)
     functions = format_called(manifest.graph_format)
     try:

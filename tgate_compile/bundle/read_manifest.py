@@ -116,10 +116,6 @@ def file_of(path: Path) -> File:
     return File(size=size, sha256=digest.hexdigest())
 
 
-MSG_WIRE = "The manifest {path} wires {wire}, which is not there, or has another shape or dtype at its other end."
-MSG_STEP = "The manifest {path} has a graph {graph!r} in its example, which is none of its graphs."
-
-
 def wiring_of(graphs: Mapping[str, Graph]) -> list[Wire]:
     """A wire from each value that is handed on to each cache input of the same site, shape and dtype.
 
@@ -142,32 +138,22 @@ def check_wiring(manifest: Manifest, path: Path) -> None:
     for wire in manifest.wiring:
         if wire not in possible:
             shown = f"{wire.graph}.{wire.output} to {wire.to_graph}.{wire.to_input}"
-            raise BundleError(MSG_WIRE.format(path=path, wire=shown))
+            raise BundleError(
+                f"The manifest {path} wires {shown}, which is not there, or has another shape or dtype at its other "
+                "end."
+            )
     for step in manifest.example.steps:
         if step.graph not in manifest.graphs:
-            raise BundleError(MSG_STEP.format(path=path, graph=step.graph))
+            raise BundleError(
+                f"The manifest {path} has a graph {step.graph!r} in its example, which is none of its graphs."
+            )
 
 
 #: A manifest has some kilobytes, and more with many graphs.
 MAX_MANIFEST_BYTES = 50_000_000
 
-MSG_NO_BUNDLE = "{folder} is no bundle: there is no {manifest} in it ({reason})."
-MSG_TOO_LARGE = "{path} has more than {limit} bytes, and is no manifest."
 MSG_INVALID = "The manifest {path} is not valid: {where}: {problem}."
-MSG_NEWER = (
-    "The manifest {path} has schema version {given}, and this tgate_compile reads versions up to {known}. "
-    "Install a newer tgate_compile."
-)
-MSG_PATH = (
-    "The manifest {path} names the file {given!r}. The files of a bundle are named relative to its folder, with "
-    "forward slashes, and lie inside of it."
-)
 MSG_LINK = "{path} is a link, and a bundle has plain files and folders only. It has been changed since it was written."
-MSG_MISSING = "The bundle {folder} is not complete: {files} of its manifest are not there."
-MSG_EXTRA = "In the bundle {folder} are {files}, which its manifest does not name."
-MSG_SIZE = "{path} has {given} bytes, and the manifest says {expected}. The copy is not complete, or was changed."
-MSG_HASH = "{path} has been changed: its SHA-256 is not the one in the manifest."
-MSG_UNLISTED = "The manifest {path} uses the file {given!r}, but does not name it among its files."
 MSG_UNREADABLE = "{path} cannot be read: {reason}."
 
 
@@ -205,13 +191,16 @@ def _manifest(root: Path) -> Manifest:
             raw = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         reason = error.strerror or error
-        raise BundleError(MSG_NO_BUNDLE.format(folder=root, manifest=MANIFEST_FILE, reason=reason)) from error
+        raise BundleError(f"{root} is no bundle: there is no {MANIFEST_FILE} in it ({reason}).") from error
     if len(raw) > MAX_MANIFEST_BYTES:
-        raise BundleError(MSG_TOO_LARGE.format(path=path, limit=MAX_MANIFEST_BYTES))
+        raise BundleError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes, and is no manifest.")
     try:
         version = _Header.model_validate_json(raw).schema_version
         if version > SCHEMA_VERSION:
-            raise BundleError(MSG_NEWER.format(path=path, given=version, known=SCHEMA_VERSION))
+            raise BundleError(
+                f"The manifest {path} has schema version {version}, and this tgate_compile reads versions up to "
+                f"{SCHEMA_VERSION}. Install a newer tgate_compile."
+            )
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
         raise BundleError(_invalid(path, error)) from error
@@ -223,7 +212,7 @@ def _manifest(root: Path) -> Manifest:
         # A Core ML package is a folder, whose files are named.
         is_folder = manifest.graph_format == "coreml" and any(name.startswith(f"{used}/") for name in manifest.files)
         if used is not None and used not in manifest.files and not is_folder:
-            raise BundleError(MSG_UNLISTED.format(path=path, given=used))
+            raise BundleError(f"The manifest {path} uses the file {used!r}, but does not name it among its files.")
     if manifest.weights not in (WEIGHTS_FILE, None) or (
         manifest.graph_format in ("onnx", "openvino") and manifest.weights is None
     ):
@@ -304,24 +293,30 @@ def _check_files(root: Path, manifest: Manifest, *, hashes: bool) -> None:
         found.update(Path(parent, name).relative_to(root).as_posix() for name in files)
     named = {MANIFEST_FILE, *manifest.files}
     if named - found:
-        raise BundleError(MSG_MISSING.format(folder=root, files=_listed(named - found)))
+        raise BundleError(f"The bundle {root} is not complete: {_listed(named - found)} of its manifest are not there.")
     if found - named:
-        raise BundleError(MSG_EXTRA.format(folder=root, files=_listed(found - named)))
+        raise BundleError(f"In the bundle {root} are {_listed(found - named)}, which its manifest does not name.")
     for name, expected in manifest.files.items():
         path = root / name
         size = path.stat().st_size
         if size != expected.size:
-            raise BundleError(MSG_SIZE.format(path=path, given=size, expected=expected.size))
+            raise BundleError(
+                f"{path} has {size} bytes, and the manifest says {expected.size}. The copy is not complete, or was "
+                "changed."
+            )
     for name, expected in manifest.files.items() if hashes else ():
         if file_of(root / name) != expected:
-            raise BundleError(MSG_HASH.format(path=root / name))
+            raise BundleError(f"{root / name} has been changed: its SHA-256 is not the one in the manifest.")
 
 
 def _check_path(name: str, manifest: Path) -> None:
     parts = PurePosixPath(name).parts
     plain = name == "/".join(parts) and not any(part in ("..", "/") or set(part) & set("\\:\0") for part in parts)
     if not plain or name == MANIFEST_FILE:
-        raise BundleError(MSG_PATH.format(path=manifest, given=name))
+        raise BundleError(
+            f"The manifest {manifest} names the file {name!r}. The files of a bundle are named relative to its "
+            "folder, with forward slashes, and lie inside of it."
+        )
 
 
 def _listed(names: set[str]) -> str:

@@ -21,14 +21,6 @@ from tgate_compile.engine.weights import fingerprint, live_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
 
-MSG_NO_GRAPH = (
-    "The bundle {folder} has no graph for what this call needs ({phase}). It has {graphs}. Export one with a call like "
-    "this one."
-)
-MSG_SHAPES = (
-    "The bundle {folder} is made for {expected}, but this call has {given}. Call the pipeline with the sizes, the "
-    "number of images and the prompts' lengths that the bundle was made for, or export one for these."
-)
 MSG_ARGUMENTS = (
     "The bundle {folder} is made for a denoiser that is called with {expected}, but this call has {given}. Export a "
     "bundle with a call like this one."
@@ -180,7 +172,10 @@ class BundleStore:
         if phase not in self._graphs:
             needed = f"{phase.name}, {'with' if phase.guided else 'without'} guidance"
             graphs = ", ".join(name for name, _ in self._graphs.values())
-            raise BundleError(MSG_NO_GRAPH.format(folder=self._bundle.folder, phase=needed, graphs=graphs))
+            raise BundleError(
+                f"The bundle {self._bundle.folder} has no graph for what this call needs ({needed}). It has "
+                f"{graphs}. Export one with a call like this one."
+            )
         return self._graphs[phase][1]
 
     def _sizes(self, graph: Graph, call: Call, names: Sequence[str]) -> Mapping[str, int]:
@@ -209,7 +204,11 @@ class BundleStore:
         free = self._bundle.manifest.sizes.items()
         if free:
             wanted += " with " + ", ".join(f"{name} from {size.least} to {size.most}" for name, size in free)
-        raise BundleError(MSG_SHAPES.format(folder=self._bundle.folder, expected=wanted, given=got))
+        raise BundleError(
+            f"The bundle {self._bundle.folder} is made for {wanted}, but this call has {got}. Call the pipeline "
+            "with the sizes, the number of images and the prompts' lengths that the bundle was made for, or export "
+            "one for these."
+        )
 
     def _within(self, sizes: Mapping[str, int]) -> bool:
         free = self._bundle.manifest.sizes

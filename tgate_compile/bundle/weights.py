@@ -16,9 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from tgate_compile._errors import BundleError
 from tgate_compile.bundle.manifest import WEIGHTS_FILE, Count, Dtype, Name
+from tgate_compile.engine.trust import as_integers
 from tgate_compile.engine.weights import plain_tensors
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -42,10 +41,7 @@ def weights_digest(denoiser: torch.nn.Module) -> str:
 
 def bit_sums(denoiser: torch.nn.Module) -> tuple[int, ...]:
     """A sum over the bits of each weight: far quicker than the digest, and unequal after any ordinary change."""
-    return tuple(
-        int(tensor.detach().contiguous().view(_INTEGERS[tensor.itemsize]).sum())
-        for tensor in plain_tensors(denoiser).values()
-    )
+    return tuple(int(as_integers(tensor).sum()) for tensor in plain_tensors(denoiser).values())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -137,9 +133,6 @@ def read_index(path: Path, weights_size: int) -> dict[str, Place]:
     return places
 
 
-MSG_NO_TENSOR = "The bundle {root} has no weights called {names}, which its graphs ask for."
-
-
 class MappedWeights:
     """The tensors of the weights file of the bundle at `root`, on `device`.
 
@@ -168,7 +161,9 @@ class MappedWeights:
         names = list(names)
         missing = [name for name in names if name not in self._places]
         if missing:
-            raise BundleError(MSG_NO_TENSOR.format(root=self._root, names=", ".join(missing[:5])))
+            raise BundleError(
+                f"The bundle {self._root} has no weights called {', '.join(missing[:5])}, which its graphs ask for."
+            )
         for name in names:
             if name not in self._tensors:
                 self._tensors[name] = self._tensor(name).to(self._device)

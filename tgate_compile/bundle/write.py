@@ -41,22 +41,19 @@ from tgate_compile.methods.schedule_file import schedule_data
 from tgate_compile.pipeline.generation import Plan, strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
 
-MSG_EXISTS = "{folder} exists already. Choose another folder, or give overwrite=True to replace the bundle in it."
-MSG_NOT_A_BUNDLE = "{folder} exists and is no bundle, and is not replaced: it has no {manifest}."
-MSG_NO_PARENT = "{folder} cannot be written: {parent} is no folder."
-MSG_NOT_WRITTEN = "The bundle {folder} cannot be written: {reason}. Nothing is left of it."
-
 
 def check_target(folder: Path, *, overwrite: bool) -> None:
     """Raise BundleError unless a bundle can be put at `folder`, as far as can be told beforehand."""
     if not folder.parent.is_dir():
-        raise BundleError(MSG_NO_PARENT.format(folder=folder, parent=folder.parent))
+        raise BundleError(f"{folder} cannot be written: {folder.parent} is no folder.")
     if os.path.lexists(folder):
         if not overwrite:
-            raise BundleError(MSG_EXISTS.format(folder=folder))
+            raise BundleError(
+                f"{folder} exists already. Choose another folder, or give overwrite=True to replace the bundle in it."
+            )
         is_empty = folder.is_dir() and not any(folder.iterdir())
         if folder.is_symlink() or not (is_empty or (folder / MANIFEST_FILE).is_file()):
-            raise BundleError(MSG_NOT_A_BUNDLE.format(folder=folder, manifest=MANIFEST_FILE))
+            raise BundleError(f"{folder} exists and is no bundle, and is not replaced: it has no {MANIFEST_FILE}.")
 
 
 @contextmanager
@@ -79,7 +76,9 @@ def written_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         check_target(folder, overwrite=overwrite)
         _move(temporary, folder, folder.with_name(f".{folder.name}.{mark}.old"))
     except OSError as error:
-        raise BundleError(MSG_NOT_WRITTEN.format(folder=folder, reason=error.strerror or error)) from error
+        raise BundleError(
+            f"The bundle {folder} cannot be written: {error.strerror or error}. Nothing is left of it."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -104,10 +103,6 @@ def _move(temporary: Path, folder: Path, old: Path) -> None:
         raise
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
-
-
-MSG_RETURNS = "The denoiser {model} returns {given}; a bundle can say a tuple, or one of diffusers' output classes."
-MSG_CONSTANT = "The denoiser {model} is called with {name}={given!r}, which a manifest cannot say."
 
 
 def write_bundle(
@@ -277,11 +272,16 @@ def _denoiser(component: str, hook: GatedDenoiser, planned: PlannedGraph, progre
     model = type(hook.denoiser).__name__
     returns = returns_of(planned.captured.out_spec)
     if returns is None:
-        raise UnsupportedModelError(MSG_RETURNS.format(model=model, given=planned.captured.out_spec))
+        raise UnsupportedModelError(
+            f"The denoiser {model} returns {planned.captured.out_spec}; a bundle can say a tuple, or one of "
+            "diffusers' output classes."
+        )
     constants = {name: value for name, value in planned.arguments.items() if not torch.is_tensor(value)}
     for name, value in constants.items():
         if type(value) not in (bool, int, float, str, type(None)):
-            raise UnsupportedModelError(MSG_CONSTANT.format(model=model, name=name, given=value))
+            raise UnsupportedModelError(
+                f"The denoiser {model} is called with {name}={value!r}, which a manifest cannot say."
+            )
     progress("Hashing the weights")
     return m.Denoiser(
         component=component,

@@ -2,14 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Protocol
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 from tgate_compile._errors import ConfigurationError, is_installed
 from tgate_compile._runtimes import BACKENDS, FORMATS, home_of
 from tgate_compile.passes.graphs import Variant
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option must be.
+
+    Attributes:
+        expected: in words, for "must be ...".
+        fits: whether a value is that.
+    """
+
+    expected: str
+    fits: Callable[[Any], bool]
+
+
+SWITCH = Option("True or False", lambda given: isinstance(given, bool))
+
+
+def one_of(names: Collection[str]) -> Option:
+    """An option that is one of `names`."""
+    return Option(" or ".join(f'"{name}"' for name in names), lambda given: isinstance(given, str) and given in names)
+
+
+def at_least(least: int, expected: str) -> Option:
+    """An option that is a whole number from `least`."""
+    return Option(expected, lambda given: isinstance(given, int) and not isinstance(given, bool) and given >= least)
+
+
+def check_known_options(
+    owner: str,
+    argument: Literal["backend_options", "format_options"],
+    options: Mapping[str, object],
+    known: Mapping[str, Option],
+    note: str = "",
+) -> None:
+    """Check the `options` that were given as `argument` for `owner`, such as `format="onnx"`.
+
+    Args:
+        known: every option that `owner` has, by name.
+        note: a sentence that ends the message of an `owner` without options.
+
+    Raises:
+        ConfigurationError: one is not among `known`, or its value does not fit.
+    """
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        if not known:
+            raise ConfigurationError(f"{owner} has no options, but {argument} has {names}. {note}".rstrip())
+        close = difflib.get_close_matches(str(unknown[0]), known, 1)
+        hint = f' Did you mean "{close[0]}"?' if close else ""
+        raise ConfigurationError(
+            f"{argument} has {names}, which {owner} does not know.{hint} It knows: {', '.join(known)}."
+        )
+    for name, given in options.items():
+        if not known[name].fits(given):
+            raise ConfigurationError(f'{argument}["{name}"] must be {known[name].expected}, but got {given!r}.')
+
 
 #: Runs a variant: (weights, inputs and caches) -> outputs and caches, all flat and in the variant's order. The
 #: weights are passed in every call, so that a backend has no copy that could go stale.
@@ -56,8 +116,7 @@ class EagerBackend:
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
-        if options:
-            raise ConfigurationError(f'backend "eager" has no options, but got {dict(options)!r}.')
+        check_known_options('backend="eager"', "backend_options", options, {})
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
         return None
@@ -72,12 +131,6 @@ class EagerBackend:
         return run
 
 
-MSG_FOR_BUNDLES = (
-    'backend="{name}" runs graphs that are built beforehand: export(pipe, folder, format="{name}") of a pipeline that '
-    'is optimized with another backend, such as "eager", then load(pipe, folder) into a plain one.'
-)
-
-
 def check_backend(name: object, options: Mapping[str, object]) -> None:
     """Raise ConfigurationError unless `name` is a backend, or `auto`, that takes `options`."""
     if name == "auto":
@@ -85,7 +138,11 @@ def check_backend(name: object, options: Mapping[str, object]) -> None:
             raise ConfigurationError('backend_options need a named backend, but backend is "auto".')
         return
     if isinstance(name, str) and name in FORMATS and name not in BACKENDS:
-        raise ConfigurationError(MSG_FOR_BUNDLES.format(name=name))
+        raise ConfigurationError(
+            f'backend="{name}" runs graphs that are built beforehand: export(pipe, folder, format="{name}") of a '
+            'pipeline that is optimized with another backend, such as "eager", then load(pipe, folder) into a '
+            "plain one."
+        )
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(f'"{known}"' for known in BACKENDS)
         raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.')

@@ -110,17 +110,6 @@ def _differing(mine: Any, its: Any) -> tuple[int, ...] | None:
 
 aten = torch.ops.aten
 
-MSG_ROWS = (
-    "{output} does not have the rows of the batch in its first dimension, each following its own row of the inputs "
-    "alone, so that the guidance halves cannot be told apart. Put the batch first, let no row depend on another, and "
-    "return nothing that belongs to no row."
-)
-
-
-MSG_TRAINING = (
-    "The denoiser is in training mode, and its dropout makes each run another. Call its eval() before the pipeline."
-)
-
 
 class BatchDims:
     """Runs a captured denoiser twice: on the inputs of `call`, and with the second half of their rows changed.
@@ -144,7 +133,10 @@ class BatchDims:
             UnsupportedModelError: what the denoiser returns has none, or not the first.
         """
         if any(node.target is aten.dropout.default and node.args[1] and node.args[2] for node in self._graph.nodes):
-            raise UnsupportedModelError(MSG_TRAINING)
+            raise UnsupportedModelError(
+                "The denoiser is in training mode, and its dropout makes each run another. Call its eval() before "
+                "the pipeline."
+            )
         if self._batch % 2:
             return dict.fromkeys(nodes, 0)  # there are no halves, and nothing is merged
         outputs = outputs_of(self._graph)
@@ -154,7 +146,11 @@ class BatchDims:
         for i, node in enumerate(outputs):
             if dims[node] != 0:
                 output = "What forward() returns" if len(outputs) == 1 else f"Value {i} of what forward() returns"
-                raise UnsupportedModelError(MSG_ROWS.format(output=output))
+                raise UnsupportedModelError(
+                    f"{output} does not have the rows of the batch in its first dimension, each following its own "
+                    "row of the inputs alone, so that the guidance halves cannot be told apart. Put the batch "
+                    "first, let no row depend on another, and return nothing that belongs to no row."
+                )
         return {node: dim for node in nodes if (dim := dims[node]) is not None}
 
     def _values(self, watched: Iterable[Node], *, changed: bool) -> dict[Node, torch.Tensor]:

@@ -38,32 +38,10 @@ MSG_NO_SITES = (
     "its keys and values from the text alone. Joint attention (SD3, Flux) mixes both in one sequence. "
     "What works instead: fewer steps, or dropping guidance after some steps."
 )
-MSG_NO_SELF_ATTENTION = (
-    "sp_interval and fi_interval cache self-attention, and {model} has none that could be found. Leave them at 1."
-)
-MSG_NO_MATCH = "sites: {pattern!r} matches none of the attentions that can be cached: {sites}."
-MSG_NO_MODULE = "sites: {pattern!r} matches no module of {model}. Its attentions are called {examples}, for example."
-MSG_NO_UNET = (
-    "DeepCache needs a UNet laid out as diffusers' are, with `up_blocks` that have `resnets`: by these its branch is "
-    "found. {model} has none. Leave deepcache_interval out."
-)
-MSG_NO_BRANCH = (
-    "deepcache_branch={branch} is not there: {model} has {blocks} up blocks, and branches are counted three to a block "
-    "from the outside, as far as the block has layers. Take a smaller one; 0 saves the most."
-)
 MSG_WHAT_WAS_FOUND = (
     "Found in its graph: {count} attentions, of which {own} take keys and values that follow the latents, and {others} "
     "have queries that do not, or keys and values that follow no input. The latents are taken to be {latents}. "
     "docs/own_denoiser.md says which forms of attention are recognized."
-)
-MSG_LATENTS = (
-    "It is not clear which input of the denoiser carries the latents: {taken!r} was taken for them, but the prediction "
-    "has the shape of {other!r}, [{shape}]. Call the parameter `sample` or `hidden_states`, as diffusers' models do."
-)
-MSG_SITES_DIFFER = (
-    "Found {found} cross-attentions in the graph of {model}, but {expected} of its modules call themselves so. In "
-    "these, no attention was recognized: {missing}. docs/own_denoiser.md says which forms are; please report the model "
-    "class and its attention processors."
 )
 
 
@@ -133,7 +111,10 @@ def capture(
     if required and "cross" in kinds:
         _check_sites(denoiser, program, inputs, sites)
     if required and "self" in kinds and not any(site.kind == "self" for site in sites):
-        raise UnsupportedModelError(MSG_NO_SELF_ATTENTION.format(model=model))
+        raise UnsupportedModelError(
+            f"sp_interval and fi_interval cache self-attention, and {model} has none that could be found. Leave "
+            "them at 1."
+        )
     if required and "temporal" in kinds and not any(site.kind == "temporal" for site in sites):
         raise UnsupportedModelError(
             f"{model} has no attention between frames that could be found, to cache. Leave temporal_interval at 1."
@@ -155,7 +136,10 @@ def capture(
 def _selected(sites: tuple[Site, ...], patterns: Sequence[str]) -> tuple[Site, ...]:
     for pattern in patterns:
         if not any(fnmatchcase(site.name, pattern) for site in sites):
-            raise ConfigurationError(MSG_NO_MATCH.format(pattern=pattern, sites=", ".join(site.name for site in sites)))
+            raise ConfigurationError(
+                f"sites: {pattern!r} matches none of the attentions that can be cached: "
+                f"{', '.join(site.name for site in sites)}."
+            )
     return tuple(site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns))
 
 
@@ -202,7 +186,8 @@ def check_patterns(denoiser: torch.nn.Module, patterns: Sequence[str]) -> None:
         if not any(fnmatchcase(name, pattern) for name in names):
             examples = ", ".join((cross_attention_modules(denoiser) or names)[:2])
             raise ConfigurationError(
-                MSG_NO_MODULE.format(pattern=pattern, model=type(denoiser).__name__, examples=examples)
+                f"sites: {pattern!r} matches no module of {type(denoiser).__name__}. Its attentions are called "
+                f"{examples}, for example."
             )
 
 
@@ -217,12 +202,19 @@ def deep_layer(denoiser: torch.nn.Module, branch: int) -> str:
     """
     up_blocks = getattr(denoiser, "up_blocks", None)
     if up_blocks is None or not all(hasattr(block, "resnets") for block in up_blocks):
-        raise UnsupportedModelError(MSG_NO_UNET.format(model=type(denoiser).__name__))
+        raise UnsupportedModelError(
+            "DeepCache needs a UNet laid out as diffusers' are, with `up_blocks` that have `resnets`: by these its "
+            f"branch is found. {type(denoiser).__name__} has none. Leave deepcache_interval out."
+        )
     block, layer = divmod(branch, 3)
     if block < len(up_blocks) and layer < len(up_blocks[-1 - block].resnets):
         up_block = len(up_blocks) - 1 - block
         return f"up_blocks.{up_block}.resnets.{len(up_blocks[up_block].resnets) - 1 - layer}"
-    raise ConfigurationError(MSG_NO_BRANCH.format(branch=branch, model=type(denoiser).__name__, blocks=len(up_blocks)))
+    raise ConfigurationError(
+        f"deepcache_branch={branch} is not there: {type(denoiser).__name__} has {len(up_blocks)} up blocks, and "
+        "branches are counted three to a block from the outside, as far as the block has layers. Take a smaller "
+        "one; 0 saves the most."
+    )
 
 
 def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call) -> Inputs:
@@ -246,7 +238,11 @@ def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call
     better = [node for node in others if _sizes(node) in outputs]
     if better and _sizes(main) not in outputs and names[id(latents)] not in LATENTS_NAMES:
         shape = ", ".join(_sizes(better[0]))
-        raise UnsupportedModelError(MSG_LATENTS.format(taken=main.name, shape=shape, other=better[0].name))
+        raise UnsupportedModelError(
+            f"It is not clear which input of the denoiser carries the latents: {main.name!r} was taken for them, "
+            f"but the prediction has the shape of {better[0].name!r}, [{shape}]. Call the parameter `sample` or "
+            "`hidden_states`, as diffusers' models do."
+        )
     of_main = next((shape for shape in outputs if fits(_sizes(main), shape)), None)
     if of_main is not None:
         outputs.remove(of_main)
@@ -281,7 +277,9 @@ def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: In
     if missing:
         found = len(expected) - len(missing)
         raise UnsupportedModelError(
-            MSG_SITES_DIFFER.format(model=model, found=found, expected=len(expected), missing=", ".join(missing))
+            f"Found {found} cross-attentions in the graph of {model}, but {len(expected)} of its modules call "
+            f"themselves so. In these, no attention was recognized: {', '.join(missing)}. docs/own_denoiser.md "
+            "says which forms are; please report the model class and its attention processors."
         )
     if not any(site.kind == "cross" for site in sites):
         counts = count_roles(program.graph, inputs)

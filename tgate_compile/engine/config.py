@@ -22,12 +22,6 @@ AUTO_PROMPTS = (
 #: What caches can be kept in. fp8 has no scale: attention's outputs are of order one.
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
-MSG_SITES = 'sites must be patterns of module names, such as ["up_blocks.*"], or None for all, but got {given!r}.'
-MSG_GRAPH_MEMORY = (
-    "graph_memory must be a number of bytes above 0, or None for a quarter of the machine's memory, but got {given!r}."
-)
-MSG_CACHE_DTYPE = "cache_dtype must be one of {expected}, or None for the model's own, but got {given!r}."
-
 
 @dataclass(frozen=True)
 class Config:
@@ -55,14 +49,22 @@ class Config:
         if self.sites is not None:
             given = (self.sites,) if isinstance(self.sites, str) else self.sites
             if not (isinstance(given, Sequence) and given and all(isinstance(pattern, str) for pattern in given)):
-                raise ConfigurationError(MSG_SITES.format(given=self.sites))
+                raise ConfigurationError(
+                    'sites must be patterns of module names, such as ["up_blocks.*"], or None for all, but got '
+                    f"{self.sites!r}."
+                )
             object.__setattr__(self, "sites", tuple(given))
         memory = self.graph_memory
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0):
-            raise ConfigurationError(MSG_GRAPH_MEMORY.format(given=memory))
+            raise ConfigurationError(
+                "graph_memory must be a number of bytes above 0, or None for a quarter of the machine's memory, "
+                f"but got {memory!r}."
+            )
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
             expected = ", ".join(map(str, CACHE_DTYPES))
-            raise ConfigurationError(MSG_CACHE_DTYPE.format(expected=expected, given=self.cache_dtype))
+            raise ConfigurationError(
+                f"cache_dtype must be one of {expected}, or None for the model's own, but got {self.cache_dtype!r}."
+            )
         if not isinstance(self.backend_options, Mapping):
             raise ConfigurationError(
                 f"backend_options must be a mapping of option names to values, but got {self.backend_options!r}."

@@ -24,11 +24,6 @@ _CONDITION = re.compile(
     r"|^[cy]$"
 )
 
-MSG_NO_LATENTS = (
-    "The denoiser was called without a tensor that could be its latents: {given}. It must take them as a tensor of at "
-    "least two dimensions, the batch first."
-)
-
 
 def named_leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The leaves of a call's bound `arguments`, each with its innermost name: a key's in a dict, or the parameter's."""
@@ -55,7 +50,10 @@ def latents_of(arguments: Mapping[str, Any]) -> torch.Tensor:
     unnamed = [leaf for name, leaf in tensors if not is_time(name) and _CONDITION.search(name.lower()) is None]
     if not tensors:
         given = ", ".join(f"{name}: {_in_words(leaf)}" for name, leaf in leaves) or "nothing"
-        raise UnsupportedModelError(MSG_NO_LATENTS.format(given=given))
+        raise UnsupportedModelError(
+            f"The denoiser was called without a tensor that could be its latents: {given}. It must take them as a "
+            "tensor of at least two dimensions, the batch first."
+        )
     return (unnamed or [leaf for _, leaf in tensors])[0]
 
 

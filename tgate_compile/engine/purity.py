@@ -36,13 +36,6 @@ MSG_IMPURE = (
     "or, if its result depends on its arguments alone, say so: tgate_compile.pure({name}). " + INSTEAD
 )
 MSG_STATEFUL = "{model} keeps state from call to call, which a graph cannot: {reason}. " + INSTEAD
-MSG_NOT_CALLABLE = (
-    "pure() needs a hook, an attention processor or a forward: a function, a method, a callable object or a class, but "
-    "got a {given}."
-)
-MSG_NO_MARK = (
-    "pure() cannot mark {given!r}, which takes no attributes. Put it into a function of your own, or mark its class."
-)
 #: Packages that put code of their own into a denoiser, and how to be rid of it.
 _PATCHES = {
     "DeepCache": "Disable it (helper.disable()): optimize(pipe, ..., deepcache_interval=3) does the same",
@@ -77,11 +70,17 @@ def pure(code: Code) -> Code:
         ConfigurationError: `code` is not callable, or cannot have attributes.
     """
     if not callable(code):
-        raise ConfigurationError(MSG_NOT_CALLABLE.format(given=type(code).__name__))
+        raise ConfigurationError(
+            "pure() needs a hook, an attention processor or a forward: a function, a method, a callable object or "
+            f"a class, but got a {type(code).__name__}."
+        )
     try:
         setattr(code.__func__ if isinstance(code, types.MethodType) else code, PURE_MARK, True)
     except (AttributeError, TypeError):
-        raise ConfigurationError(MSG_NO_MARK.format(given=code)) from None
+        raise ConfigurationError(
+            f"pure() cannot mark {code!r}, which takes no attributes. Put it into a function of your own, or mark "
+            "its class."
+        ) from None
     return code
 
 

@@ -106,13 +106,18 @@ class MadeOfWeights(Generic[Made]):
         return self._made[0]
 
 
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of each element of `tensor`, as whole numbers in one dimension."""
+    return tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
+
+
 def weight_sample(tensor: torch.Tensor) -> tuple[int, int]:
     """What tells a changed `tensor` from the old one: torch's count of changes, and a sum over samples.
 
     The samples are for what goes past torch's count, as peft's merging through `.data` does, which changes all of a
     weight. Summing all of it would take a second per image of an SD-1.5.
     """
-    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
+    bits = as_integers(tensor)
     version = 0 if tensor.is_inference() else tensor._version
     return version, int(bits[:: max(1, bits.numel() // SAMPLES)].sum())
 
@@ -181,14 +186,12 @@ MSG_DIFFERS = (
     'The {graph} graph in the backend "{name}" is {distance} PyTorch\'s on the same inputs, and a relative difference '
     "of {tolerance:.0e} is allowed for {dtype}."
 )
-MSG_RELATIVE = "{relative:.1e} (relative to the largest value) from"
 MSG_NOT_FINITE = "NaN or infinite in other places than"
 MSG_ADVICE = (
     'This backend computes an operator of it differently. optimize(pipe, backend="eager") or backend="inductor" runs '
     'the same graph, and backend="auto" takes the first backend that agrees with PyTorch. Please report this.'
 )
 MSG_FAILED = 'The backend "{name}" could not run the {graph} graph ({problem}). backend="eager" runs the same graph.'
-MSG_FALLS_BACK = 'backend="auto" goes on with "{name}", for this denoiser\'s other graphs as well: {problem}'
 
 #: Are rounded to when a value is stored, and never computed in.
 _STORED = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
@@ -277,7 +280,10 @@ class Served:
             raise BackendError(f"{error} {MSG_ADVICE}") if isinstance(error, _DiffersError) else error
         if self.backend in self._left:
             self._left.remove(self.backend)
-            logger.warning(MSG_FALLS_BACK.format(name=self._left[0].name, problem=error))
+            logger.warning(
+                f'backend="auto" goes on with "{self._left[0].name}", for this denoiser\'s other graphs as well: '
+                f"{error}"
+            )
         else:
             logger.debug("the %s graph leaves %s: %s", self._variant.phase.name, name, error)
 
@@ -302,7 +308,9 @@ class Served:
                     MSG_DIFFERS.format(
                         graph=self._variant.phase.name,
                         name=self.backend.name,
-                        distance=MSG_NOT_FINITE if math.isinf(relative) else MSG_RELATIVE.format(relative=relative),
+                        distance=MSG_NOT_FINITE
+                        if math.isinf(relative)
+                        else f"{relative:.1e} (relative to the largest value) from",
                         tolerance=tolerance,
                         dtype=str(dtype).removeprefix("torch."),
                     )

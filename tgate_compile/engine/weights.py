@@ -15,17 +15,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.purity import foreign_code, has_global_hooks, settings_of, settings_of_classes
 
-MSG_BITSANDBYTES = (
-    "{model} was quantized by bitsandbytes (its layer {layer}, for example), whose weights keep state beside their "
-    "numbers that torch.export cannot follow, so that there is no graph to optimize. What works: torchao's "
-    "quantize_(model, Int8WeightOnlyConfig()), optimum-quanto's weights, or the model as it was."
-)
-MSG_ACTIVATIONS = (
-    "{model} was quantized by optimum-quanto with its layers' inputs (activations=..., in {layer}, for example), which "
-    "torch.export cannot follow, so that there is no graph to optimize. What works: quantize(model, weights=...) "
-    "alone, or torchao's Int8DynamicActivationInt8WeightConfig."
-)
-
 
 def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All parameters and buffers by their names; those with several names are there several times.
@@ -82,9 +71,18 @@ def check_quantization(module: torch.nn.Module) -> None:
     model = type(module).__name__
     for name, layer in module.named_modules():
         if any(type(each).__module__.startswith("bitsandbytes") for each in layer.parameters(recurse=False)):
-            raise UnsupportedModelError(MSG_BITSANDBYTES.format(model=model, layer=name))
+            raise UnsupportedModelError(
+                f"{model} was quantized by bitsandbytes (its layer {name}, for example), whose weights keep state "
+                "beside their numbers that torch.export cannot follow, so that there is no graph to optimize. What "
+                "works: torchao's quantize_(model, Int8WeightOnlyConfig()), optimum-quanto's weights, or the model "
+                "as it was."
+            )
         if getattr(layer, "activation_qtype", None) is not None:
-            raise UnsupportedModelError(MSG_ACTIVATIONS.format(model=model, layer=name))
+            raise UnsupportedModelError(
+                f"{model} was quantized by optimum-quanto with its layers' inputs (activations=..., in {name}, for "
+                "example), which torch.export cannot follow, so that there is no graph to optimize. What works: "
+                "quantize(model, weights=...) alone, or torchao's Int8DynamicActivationInt8WeightConfig."
+            )
 
 
 def _named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -117,10 +115,6 @@ MSG_OFFLOADED = (
 MSG_HOOKED = (
     "{denoiser} is under diffusers' hook {hook!r}, which decides anew in every step what is computed, so that no graph "
     "can hold it. Disable it first (disable_cache() for caches); tgate_compile has schedules of its own for that."
-)
-MSG_UNKNOWN_HOOK = (
-    "{denoiser} is under the hook {hook!r} of diffusers' hook registry ({kind}), whose Python code cannot be part of a "
-    "graph. Remove it first: module._diffusers_hook.remove_hook({hook!r})."
 )
 
 #: diffusers' hooks that move or cast weights, by the beginnings of their names.
@@ -176,7 +170,10 @@ def _problem(denoiser: str, module: torch.nn.Module, *, is_root: bool) -> str | 
     if name.startswith(_SKIPPING):
         return MSG_HOOKED.format(denoiser=denoiser, hook=name)
     kind = f"{type(hook).__module__}.{type(hook).__qualname__}"
-    return MSG_UNKNOWN_HOOK.format(denoiser=denoiser, hook=name, kind=kind)
+    return (
+        f"{denoiser} is under the hook {name!r} of diffusers' hook registry ({kind}), whose Python code cannot be "
+        f"part of a graph. Remove it first: module._diffusers_hook.remove_hook({name!r})."
+    )
 
 
 # Bookkeeping of torch and of the hook mechanism, which no graph depends on.

@@ -28,36 +28,11 @@ _IN_PARTS = frozenset({"helios", "helios-pyramid", "wan-animate-2", "wan-animate
 #: Of an image, of tokens, of a video.
 _PREDICTION_SHAPES = ((1, 4, 16, 16), (1, 16, 8), (1, 4, 2, 16, 16))
 
-MSG_NOT_LOADED = (
-    "The components {names} of this {pipeline} are not loaded yet. Call pipe.load_components() first, or give them by "
-    "pipe.update_components(...)."
-)
-MSG_NO_GUIDER = (
-    "{pipeline} cannot be gated: its blocks use no guider, so that nothing says whether guidance is on and which "
-    "denoiser call belongs to which half. "
-    "What works instead: the pipeline without tgate_compile, or an ordinary pipeline for the same model."
-)
-MSG_NO_SCHEDULER = "{pipeline} cannot be gated: its blocks have no scheduler, whose timesteps are the steps to count."
-MSG_GUIDER = (
-    "{pipeline} cannot be gated with the guider {guider}: {reason}. "
-    "What works instead: pipe.update_components(guider=ClassifierFreeGuidance(...)), or the pipeline without "
-    "tgate_compile."
-)
 MSG_NOT_BY_GUIDER = (
     "The {name} of this {pipeline} was called, but not for a prediction of the guider's: these begin with "
     "guider.set_state() and guider.prepare_models(), as in diffusers' own blocks. "
     "One of the pipeline's blocks calls the {name} by itself. "
     "What works instead: the pipeline without that block, or without tgate_compile."
-)
-MSG_IN_PARTS = (
-    "{pipeline} cannot be gated: it denoises a video part by part, each part in a pass over the timesteps of its own, "
-    "and a generation is one pass. "
-    "What works instead: the pipeline without tgate_compile."
-)
-MSG_ORDINARY_ONLY = (
-    "{function} needs an ordinary diffusers pipeline, whose call takes `guidance_scale` and `output_type` and returns "
-    "images, but got a {pipeline}, which is modular. Use an ordinary pipeline with the same components; a schedule "
-    "found with it can be given to optimize(pipe, schedule=...) here."
 )
 
 
@@ -69,7 +44,11 @@ def is_modular(pipe: object) -> bool:
 def check_ordinary(pipe: object, function: str) -> None:
     """Raise ConfigurationError for a modular pipeline, which `function` cannot take."""
     if is_modular(pipe):
-        raise ConfigurationError(MSG_ORDINARY_ONLY.format(function=function, pipeline=type(pipe).__name__))
+        raise ConfigurationError(
+            f"{function} needs an ordinary diffusers pipeline, whose call takes `guidance_scale` and `output_type` "
+            f"and returns images, but got a {type(pipe).__name__}, which is modular. Use an ordinary pipeline with "
+            "the same components; a schedule found with it can be given to optimize(pipe, schedule=...) here."
+        )
 
 
 def family_of_pipeline(pipe: object) -> Family:
@@ -92,7 +71,10 @@ def check_loaded(pipe: Any) -> None:
     parts = ("unet", "transformer", "transformer_2", "scheduler", "guider", "guider_2")
     missing = [name for name in parts if name in pipe.component_names and getattr(pipe, name) is None]
     if missing:
-        raise ConfigurationError(MSG_NOT_LOADED.format(names=", ".join(missing), pipeline=type(pipe).__name__))
+        raise ConfigurationError(
+            f"The components {', '.join(missing)} of this {type(pipe).__name__} are not loaded yet. Call "
+            "pipe.load_components() first, or give them by pipe.update_components(...)."
+        )
 
 
 def check_guidance(pipe: Any, denoisers: Iterable[str]) -> None:
@@ -103,17 +85,28 @@ def check_guidance(pipe: Any, denoisers: Iterable[str]) -> None:
     """
     pipeline = type(pipe).__name__
     if getattr(pipe._blocks, "model_name", None) in _IN_PARTS:
-        raise UnsupportedModelError(MSG_IN_PARTS.format(pipeline=pipeline))
+        raise UnsupportedModelError(
+            f"{pipeline} cannot be gated: it denoises a video part by part, each part in a pass over the timesteps "
+            "of its own, and a generation is one pass. What works instead: the pipeline without tgate_compile."
+        )
     if "scheduler" not in pipe.component_names:
-        raise UnsupportedModelError(MSG_NO_SCHEDULER.format(pipeline=pipeline))
+        raise UnsupportedModelError(
+            f"{pipeline} cannot be gated: its blocks have no scheduler, whose timesteps are the steps to count."
+        )
     for name in denoisers:
         guider = getattr(pipe, guider_name(pipe, name), None)
         if not isinstance(guider, BaseGuidance):
-            raise UnsupportedModelError(MSG_NO_GUIDER.format(pipeline=pipeline))
+            raise UnsupportedModelError(
+                f"{pipeline} cannot be gated: its blocks use no guider, so that nothing says whether guidance is on "
+                "and which denoiser call belongs to which half. What works instead: the pipeline without "
+                "tgate_compile, or an ordinary pipeline for the same model."
+            )
         reason = refusal(guider)
         if reason is not None:
             raise UnsupportedModelError(
-                MSG_GUIDER.format(pipeline=pipeline, guider=type(guider).__name__, reason=reason)
+                f"{pipeline} cannot be gated with the guider {type(guider).__name__}: {reason}. What works "
+                "instead: pipe.update_components(guider=ClassifierFreeGuidance(...)), or the pipeline without "
+                "tgate_compile."
             )
 
 

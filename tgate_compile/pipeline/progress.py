@@ -12,11 +12,6 @@ from torch.utils import _pytree as pytree
 from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.halves import timestep_of
 
-MSG_NO_TIMESTEPS = (
-    "The scheduler {scheduler} has no timesteps yet, so steps cannot be counted. Call its set_timesteps() before the "
-    "first denoiser call of the generation."
-)
-
 
 @dataclass(frozen=True)
 class StepCounter:
@@ -45,7 +40,10 @@ class StepCounter:
         """
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or len(timesteps) == 0:
-            raise ConfigurationError(MSG_NO_TIMESTEPS.format(scheduler=type(scheduler).__name__))
+            raise ConfigurationError(
+                f"The scheduler {type(scheduler).__name__} has no timesteps yet, so steps cannot be counted. Call "
+                "its set_timesteps() before the first denoiser call of the generation."
+            )
         order = int(getattr(scheduler, "order", 1))
         requested = getattr(scheduler, "num_inference_steps", None) or -(-len(timesteps) // order)
         # The pipelines' own rule (`num_warmup_steps`): calls beyond steps x order come first and are no steps. They are
@@ -64,15 +62,6 @@ class StepCounter:
 #: one more call for the timestep of the last one.
 Event = Literal["new pass", "next", "again"]
 
-MSG_TOO_MANY = (
-    "The denoiser was called for more timesteps than the {expected} that this pass over them has ({scheduler} has "
-    "{timesteps}), so which step this call belongs to is not known. A loop of your own says how many timesteps it "
-    "visits: tgate_compile.generation(pipe, guidance=..., num_timesteps=...). {instead}"
-)
-MSG_AFTER_THE_STEP = (
-    "The denoiser was called again for a timestep that {scheduler} has already stepped over, so which step this call "
-    "belongs to is not known. {instead}"
-)
 
 MSG_BETWEEN = (
     "The denoiser was called for other timesteps between two steps of {scheduler} (midpoints, or a solver of the "
@@ -182,12 +171,10 @@ class Progress:
         assert self.counter is not None
         if self.done >= self.counter.num_calls:
             raise UnsupportedModelError(
-                MSG_TOO_MANY.format(
-                    expected=self.counter.num_calls,
-                    scheduler=type(self._scheduler).__name__,
-                    timesteps=len(self._timesteps),
-                    instead=INSTEAD,
-                )
+                f"The denoiser was called for more timesteps than the {self.counter.num_calls} that this pass "
+                f"over them has ({type(self._scheduler).__name__} has {len(self._timesteps)}), so which step "
+                "this call belongs to is not known. A loop of your own says how many timesteps it visits: "
+                f"tgate_compile.generation(pipe, guidance=..., num_timesteps=...). {INSTEAD}"
             )
         return self.counter.step(self.done)
 
@@ -250,7 +237,8 @@ class Progress:
             return "next"  # neighbouring timesteps that are equal in bfloat16, as Cosmos has at the start
         if stepped:
             raise UnsupportedModelError(
-                MSG_AFTER_THE_STEP.format(scheduler=type(self._scheduler).__name__, instead=INSTEAD)
+                f"The denoiser was called again for a timestep that {type(self._scheduler).__name__} has "
+                f"already stepped over, so which step this call belongs to is not known. {INSTEAD}"
             )
         return "again"
 

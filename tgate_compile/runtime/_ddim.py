@@ -10,11 +10,6 @@ import numpy as np
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.runtime._noise import COMMON, COMMON_CHOICES, Array, checked_config, cumulative_alphas
 
-MSG_BEYOND = (
-    "With {steps} steps and its steps_offset, DDIM begins at timestep {given}, and the model was trained up to {most}. "
-    "Take fewer steps."
-)
-
 DEFAULTS: Mapping[str, Any] = {
     **COMMON,
     "clip_sample": True,
@@ -45,7 +40,8 @@ class Ddim:
         self.timesteps = self._timesteps(steps)
         if self.timesteps[0] >= len(self._alphas):
             raise ConfigurationError(
-                MSG_BEYOND.format(steps=steps, given=self.timesteps[0], most=len(self._alphas) - 1)
+                f"With {steps} steps and its steps_offset, DDIM begins at timestep {self.timesteps[0]}, and the "
+                f"model was trained up to {len(self._alphas) - 1}. Take fewer steps."
             )
 
     def model_input(self, latents: Array, step: int) -> Array:

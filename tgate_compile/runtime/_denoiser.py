@@ -30,11 +30,6 @@ MSG_NO_GRAPH = (
     "The bundle {folder} has no graph for what this call needs ({phase}, {guidance} guidance). It has {graphs}. Export "
     "one with a call like this one."
 )
-MSG_SHAPES = (
-    "The bundle {folder} is made for {expected}, but this call has {given}. Ask for images of another size, or for "
-    "another number at a time, or export a bundle that takes these."
-)
-MSG_LIMITS = "The bundle {folder} takes {name} from {least} to {most}, but this call has {given}."
 
 #: For each half of guidance, what is known of it besides latents and timesteps; the first dimension is that of images.
 Conditions = Mapping[Half, Mapping[Source, Array]]
@@ -190,12 +185,16 @@ class Denoiser:
             others = others or list(zip(specs, shapes, strict=True))[:1]
             expected = ", ".join(f"{spec.name} {spec.shape}" for spec, _ in others)
             given = ", ".join(f"{spec.name} {list(shape)}" for spec, shape in others)
-            raise BundleError(MSG_SHAPES.format(folder=self._folder, expected=expected, given=given))
+            raise BundleError(
+                f"The bundle {self._folder} is made for {expected}, but this call has {given}. Ask for images of "
+                "another size, or for another number at a time, or export a bundle that takes these."
+            )
         for name, value in sizes.items():
             limits = self._manifest.sizes[name]
             if not limits.least <= value <= limits.most:
                 raise BundleError(
-                    MSG_LIMITS.format(folder=self._folder, name=name, least=limits.least, most=limits.most, given=value)
+                    f"The bundle {self._folder} takes {name} from {limits.least} to {limits.most}, but this "
+                    f"call has {value}."
                 )
 
 

@@ -77,11 +77,6 @@ def _products(betas: Array) -> Array:
     return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
 
 
-MSG_VALUE = (
-    "{scheduler} with {key}={given!r} is not in this runtime, which has {known} there. Export the bundle from a "
-    "pipeline with a scheduler of that kind, or run it with another: {names}."
-)
-
 #: All of these schedulers have them. The values are diffusers' defaults, for keys that a configuration leaves out.
 COMMON: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
@@ -128,12 +123,8 @@ def checked_config(
     for key, known in choices.items():
         if config[key] not in known:
             raise ConfigurationError(
-                MSG_VALUE.format(
-                    scheduler=scheduler,
-                    key=key,
-                    given=config[key],
-                    known=" and ".join(map(repr, known)),
-                    names=", ".join(NAMES),
-                )
+                f"{scheduler} with {key}={config[key]!r} is not in this runtime, which has "
+                f"{' and '.join(map(repr, known))} there. Export the bundle from a pipeline with a scheduler of "
+                f"that kind, or run it with another: {', '.join(NAMES)}."
             )
     return config

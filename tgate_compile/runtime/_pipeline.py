@@ -32,20 +32,6 @@ if TYPE_CHECKING:
 #: What it needs.
 NEEDS = ("onnxruntime", "tokenizers")
 
-MSG_NO_COMPONENTS = (
-    "The bundle {folder} has the denoiser alone, so that there is nothing to read prompts and to decode latents. "
-    'Export one with tgate_compile.export(..., components="all"), or `tgate-compile export --components all`.'
-)
-MSG_FORMAT = 'The bundle {folder} has graphs of the format {given!r}, and this runtime runs "onnx".'
-MSG_PROMPT = "prompt must be a text or a list of texts, but got {given!r}."
-MSG_NEGATIVE = "negative_prompt must be None, a text, or a list of {count} texts as prompt is, but got {given!r}."
-MSG_SCALE = "guidance_scale must be a number, but got {given!r}."
-MSG_SIZE = "{name} must be a multiple of {scale} pixels, but got {given!r}."
-MSG_LATENTS = "latents must be an array of the shape {expected}, but got {given}."
-MSG_SEED = "seed must be None or a whole number from 0 on, but got {given!r}."
-MSG_OUTPUT = 'output must be "pil" or "numpy", but got {given!r}.'
-MSG_THREADS = "threads must be None or a whole number from 1 on, but got {given!r}."
-
 
 @dataclass(frozen=True)
 class Step:
@@ -102,15 +88,22 @@ class BundlePipeline:
         """
         check_installed(*NEEDS, extra="runtime", what="tgate_compile.runtime")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ConfigurationError(MSG_THREADS.format(given=threads))
+            raise ConfigurationError(f"threads must be None or a whole number from 1 on, but got {threads!r}.")
         self._settings = Settings(tuple(providers or Settings.providers), threads)
         self._settings.check()
         self._folder = Path(os.path.abspath(folder))
         self._manifest = read_manifest(self._folder, hashes=verify)
         if self._manifest.graph_format != "onnx":
-            raise BundleError(MSG_FORMAT.format(folder=self._folder, given=self._manifest.graph_format))
+            raise BundleError(
+                f"The bundle {self._folder} has graphs of the format {self._manifest.graph_format!r}, and this "
+                'runtime runs "onnx".'
+            )
         if self._manifest.components is None:
-            raise BundleError(MSG_NO_COMPONENTS.format(folder=self._folder))
+            raise BundleError(
+                f"The bundle {self._folder} has the denoiser alone, so that there is nothing to read prompts and to "
+                'decode latents. Export one with tgate_compile.export(..., components="all"), or `tgate-compile '
+                "export --components all`."
+            )
         self._components: Components = self._manifest.components
         self._sequential = sequential
         self._call = threading.Lock() if sequential else nullcontext()
@@ -173,7 +166,7 @@ class BundlePipeline:
         """
         prompts = _texts(prompt)
         if output not in ("pil", "numpy"):
-            raise ConfigurationError(MSG_OUTPUT.format(given=output))
+            raise ConfigurationError(f'output must be "pil" or "numpy", but got {output!r}.')
         steps = self._components.num_inference_steps if num_inference_steps is None else num_inference_steps
         noise_scheduler = make_scheduler(self._manifest.scheduler, scheduler, steps)
         steps = len(noise_scheduler.timesteps) - noise_scheduler.warm_up
@@ -229,14 +222,18 @@ class BundlePipeline:
         }
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % decoder.scale_factor:
-                raise ConfigurationError(MSG_SIZE.format(name=name, scale=decoder.scale_factor, given=size))
+                raise ConfigurationError(
+                    f"{name} must be a multiple of {decoder.scale_factor} pixels, but got {size!r}."
+                )
         shape = (decoder.latent_channels, *(size // decoder.scale_factor for size in sizes.values()))
         if given is not None:
             if np.shape(given) != (count, *shape):
-                raise ConfigurationError(MSG_LATENTS.format(expected=(count, *shape), given=np.shape(given)))
+                raise ConfigurationError(
+                    f"latents must be an array of the shape {(count, *shape)}, but got {np.shape(given)}."
+                )
             return np.asarray(given, dtype=np.float32)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ConfigurationError(MSG_SEED.format(given=seed))
+            raise ConfigurationError(f"seed must be None or a whole number from 0 on, but got {seed!r}.")
         seeds = [None if seed is None else seed + index for index in range(count)]
         return np.stack([np.random.default_rng(one).standard_normal(shape, dtype=np.float32) for one in seeds])
 
@@ -280,7 +277,7 @@ class BundlePipeline:
 def _texts(prompt: object) -> list[str]:
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ConfigurationError(MSG_PROMPT.format(given=prompt))
+        raise ConfigurationError(f"prompt must be a text or a list of texts, but got {prompt!r}.")
     return list(texts)
 
 
@@ -290,10 +287,12 @@ def _negatives(negative: object, count: int) -> list[str] | None:
     texts = [negative] * count if isinstance(negative, str) else negative
     if isinstance(texts, Sequence) and len(texts) == count and all(isinstance(text, str) for text in texts):
         return list(texts)
-    raise ConfigurationError(MSG_NEGATIVE.format(count=count, given=negative))
+    raise ConfigurationError(
+        f"negative_prompt must be None, a text, or a list of {count} texts as prompt is, but got {negative!r}."
+    )
 
 
 def _number(scale: object) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise ConfigurationError(MSG_SCALE.format(given=scale))
+        raise ConfigurationError(f"guidance_scale must be a number, but got {scale!r}.")
     return float(scale)

@@ -10,15 +10,6 @@ import numpy as np
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.runtime._noise import COMMON, COMMON_CHOICES, Array, checked_config, cumulative_alphas
 
-MSG_FEW = (
-    "PNDM begins with Runge-Kutta steps, which take 4 steps or more, but num_inference_steps is {steps}. Take more, or "
-    "export the bundle with a scheduler that has skip_prk_steps=True."
-)
-MSG_BEYOND = (
-    "With {steps} steps and its steps_offset, PNDM begins at timestep {given}, and the model was trained up to {most}. "
-    "Take fewer steps."
-)
-
 DEFAULTS: Mapping[str, Any] = {
     **COMMON,
     "skip_prk_steps": False,
@@ -65,14 +56,18 @@ class Pndm:
             plms = np.concatenate([spaced[:-1], spaced[-2:-1], spaced[-1:]])[::-1]
         else:
             if steps < 4:
-                raise ConfigurationError(MSG_FEW.format(steps=steps))
+                raise ConfigurationError(
+                    "PNDM begins with Runge-Kutta steps, which take 4 steps or more, but num_inference_steps is "
+                    f"{steps}. Take more, or export the bundle with a scheduler that has skip_prk_steps=True."
+                )
             between = spaced[-4:].repeat(2) + np.tile([0, self._stride // 2], 4)
             self._prk = between[:-1].repeat(2)[1:-1][::-1]
             plms = spaced[:-3][::-1]
         self.timesteps: Array = np.concatenate([self._prk, plms]).astype(np.int64)
         if self.timesteps.max() >= len(self._alphas):
             raise ConfigurationError(
-                MSG_BEYOND.format(steps=steps, given=self.timesteps.max(), most=len(self._alphas) - 1)
+                f"With {steps} steps and its steps_offset, PNDM begins at timestep {self.timesteps.max()}, and "
+                f"the model was trained up to {len(self._alphas) - 1}. Take fewer steps."
             )
         self.warm_up = len(self.timesteps) - steps
         self._predictions: list[Array] = []  # the latest first

@@ -13,13 +13,6 @@ from tgate_compile.runtime._euler import Euler
 from tgate_compile.runtime._noise import NAMES, Array
 from tgate_compile.runtime._pndm import Pndm
 
-MSG_NAME = "scheduler must be one of {names}, or None for the bundle's own, but got {given!r}."
-MSG_CLASS = (
-    "The bundle's scheduler is a {given}, which is not in this runtime. It has {classes}; ask for one of them by "
-    "scheduler={names}."
-)
-MSG_STEPS = "num_inference_steps must be a whole number from 1 to {most}, but got {given!r}."
-
 
 class Scheduler(Protocol):
     """A scheduler of one generation: its methods are called for each denoiser call in order.
@@ -53,12 +46,17 @@ def make_scheduler(spec: SchedulerSpec, name: str | None, steps: int) -> Schedul
         ConfigurationError: there is none here of that name, of that class or with that configuration.
     """
     if name is not None and name not in NAMES:
-        raise ConfigurationError(MSG_NAME.format(names=", ".join(map(repr, NAMES)), given=name))
+        raise ConfigurationError(
+            f"scheduler must be one of {', '.join(map(repr, NAMES))}, or None for the bundle's own, but got {name!r}."
+        )
     wanted = spec.class_name if name is None else NAMES[name]
     if wanted not in _CLASSES:
         names = " or ".join(map(repr, NAMES))
-        raise ConfigurationError(MSG_CLASS.format(given=wanted, classes=", ".join(_CLASSES), names=names))
+        raise ConfigurationError(
+            f"The bundle's scheduler is a {wanted}, which is not in this runtime. It has {', '.join(_CLASSES)}; ask "
+            f"for one of them by scheduler={names}."
+        )
     most = spec.config.get("num_train_timesteps", 1000)
     if isinstance(steps, bool) or not hasattr(steps, "__index__") or not 1 <= steps.__index__() <= most:
-        raise ConfigurationError(MSG_STEPS.format(most=most, given=steps))
+        raise ConfigurationError(f"num_inference_steps must be a whole number from 1 to {most}, but got {steps!r}.")
     return _CLASSES[wanted](spec.config, steps.__index__())

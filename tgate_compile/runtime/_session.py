@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgate_compile._errors import BackendError, BundleError, ConfigurationError
+from tgate_compile._errors import BackendError, BundleError, ConfigurationError, first_line
 from tgate_compile.bundle.manifest import TensorSpec
 from tgate_compile.runtime._noise import Array
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
-
-MSG_PROVIDER = "This onnxruntime has no {missing}. It has {known}."
-MSG_FAILED = "ONNX Runtime could not {verb} {path} ({problem})."
-MSG_OTHER = "{path} takes and returns {given}, and the manifest says {expected}."
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Settings:
         known = onnxruntime.get_available_providers()
         missing = [name for name in self.providers if name not in known]
         if missing:
-            raise ConfigurationError(MSG_PROVIDER.format(missing=" and no ".join(missing), known=", ".join(known)))
+            raise ConfigurationError(f"This onnxruntime has no {' and no '.join(missing)}. It has {', '.join(known)}.")
 
     @property
     def device(self) -> str:
@@ -68,7 +64,7 @@ class Session:
         ]
         expected = [[spec.name for spec in specs] for specs in (inputs, outputs)]
         if given != expected:
-            raise BundleError(MSG_OTHER.format(path=path, given=given, expected=expected))
+            raise BundleError(f"{path} takes and returns {given}, and the manifest says {expected}.")
         self._path = path
         self._outputs = expected[1]
         self._device = settings.device
@@ -111,4 +107,4 @@ def detached(value: OrtValue) -> OrtValue:
 
 
 def _failed(verb: str, path: Path, error: Exception) -> str:
-    return MSG_FAILED.format(verb=verb, path=path, problem=f"{type(error).__name__}: {error}".splitlines()[0])
+    return f"ONNX Runtime could not {verb} {path} ({first_line(error, named=True)})."

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MSG_CUT = "The end of this prompt is beyond the %d tokens that the text encoder takes, and is left out: %r"
-MSG_TOKENIZER = "{path} is no tokenizer of the tokenizers library: {problem}."
-MSG_LENGTH = "{path} makes {given} tokens of a text, and the manifest says {expected}."
 
 #: What is known of some prompts, by what the manifest calls it; the first dimension is that of the prompts.
 Encoded = dict[Source, Array]
@@ -59,7 +57,7 @@ class _Encoder:
         try:
             self._tokenizer = Library.from_file(str(self._path))
         except Exception as error:  # it raises plain exceptions
-            raise BundleError(MSG_TOKENIZER.format(path=self._path, problem=error)) from error
+            raise BundleError(f"{self._path} is no tokenizer of the tokenizers library: {error}.") from error
         self._session = Session(folder / spec.file, spec.inputs, spec.outputs, settings)
 
     def encoded(self, texts: Sequence[str]) -> Encoded:
@@ -84,7 +82,9 @@ class _Encoder:
             if encoding.overflowing:
                 logger.warning(MSG_CUT, spec.length, text[-60:])
             if len(encoding.ids) != spec.length:
-                raise BundleError(MSG_LENGTH.format(path=self._path, given=len(encoding.ids), expected=spec.length))
+                raise BundleError(
+                    f"{self._path} makes {len(encoding.ids)} tokens of a text, and the manifest says {spec.length}."
+                )
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         return {"input_ids": ids, "attention_mask": np.array([encoding.attention_mask for encoding in encodings])}
 

@@ -25,8 +25,6 @@ from tgate_compile.passes.find_sites import find_deep_feature
 from tgate_compile.passes.graphs import Captured
 from tgate_compile.passes.specialize import specialize
 
-MSG_MODEL = "The model must be one of {known}, but got {given!r}."
-
 #: Dimensions of one input; the words stand for the batch, and for the size of the latents. None: the input is None.
 Shape = tuple[int | str, ...] | None
 
@@ -133,7 +131,7 @@ def model_named(name: str) -> Model:
         ConfigurationError: there is none.
     """
     if name not in MODELS:
-        raise ConfigurationError(MSG_MODEL.format(known=", ".join(MODELS), given=name))
+        raise ConfigurationError(f"The model must be one of {', '.join(MODELS)}, but got {name!r}.")
     return MODELS[name]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,20 @@ INK = "#1a1c20"
 SOFT = "#6a707a"
 LINE = "#d9dce1"
 
-MSG_NEEDS_MATPLOTLIB = (
-    "Pictures of schedules need matplotlib, and it is not installed. Run: pip install 'tgate_compile[plots]'."
-)
-MSG_FORMAT = "A picture is written as one of {known}, told by its name, but got {given!r}."
-MSG_NOT_WRITTEN = "The picture {path} cannot be written: {reason}."
 
 FORMATS = (".pdf", ".png", ".svg")
 _DPI = 144
+
+
+def aligned(rows: Sequence[tuple[str, ...]], *, texts: int = 1) -> list[str]:
+    """Lines of a table: the first `texts` columns to the left, the numbers after them to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:texts], widths, strict=False)]
+        right = [cell.rjust(width) for cell, width in zip(row[texts:], widths[texts:], strict=True)]
+        lines.append("  ".join([*left, *right]).rstrip())
+    return lines
 
 
 def check_figure(path: str | Path) -> None:
@@ -36,14 +42,18 @@ def check_figure(path: str | Path) -> None:
     """
     _check_matplotlib()
     if Path(path).suffix.lower() not in FORMATS:
-        raise ConfigurationError(MSG_FORMAT.format(known=", ".join(FORMATS), given=str(path)))
+        raise ConfigurationError(
+            f"A picture is written as one of {', '.join(FORMATS)}, told by its name, but got {str(path)!r}."
+        )
 
 
 def _check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigurationError(MSG_NEEDS_MATPLOTLIB) from error
+        raise ConfigurationError(
+            "Pictures of schedules need matplotlib, and it is not installed. Run: pip install 'tgate_compile[plots]'."
+        ) from error
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -75,11 +85,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     try:
         figure.savefig(target, dpi=_DPI, metadata=without[target.suffix.lower()])
     except OSError as error:
-        raise ConfigurationError(MSG_NOT_WRITTEN.format(path=target, reason=error.strerror or error)) from error
+        raise ConfigurationError(f"The picture {target} cannot be written: {error.strerror or error}.") from error
 
-
-MSG_NO_STRIPS = "strip_picture() needs schedules or strips by their labels, but got {given!r}."
-MSG_NO_STRIP = "{label!r}: a strip has the letters {known}, but got {given!r}."
 
 # Okabe and Ito's colours, which people tell apart whatever their colour vision; the letters say it once more.
 _LOOKS: Mapping[frozenset[Kind], tuple[str, str]] = {
@@ -111,7 +118,7 @@ def strip_picture(rows: Mapping[str, Schedule | Method | str], path: str | Path,
         ConfigurationError: a strip has unknown letters, matplotlib is not installed, or the file cannot be written.
     """
     if not isinstance(rows, Mapping) or not rows:
-        raise ConfigurationError(MSG_NO_STRIPS.format(given=rows))
+        raise ConfigurationError(f"strip_picture() needs schedules or strips by their labels, but got {rows!r}.")
     strips = {label: _strip(label, row, num_steps) for label, row in rows.items()}
     save_figure(_draw(strips), path)
 
@@ -120,7 +127,7 @@ def _strip(label: str, row: Schedule | Method | str, num_steps: int) -> str:
     if isinstance(row, (Schedule, Method)):
         return schedule_of(row).strip(num_steps)
     if not isinstance(row, str) or not row or not set(row) <= set(_BY_LETTER):
-        raise ConfigurationError(MSG_NO_STRIP.format(label=label, known=" ".join(_BY_LETTER), given=row))
+        raise ConfigurationError(f"{label!r}: a strip has the letters {' '.join(_BY_LETTER)}, but got {row!r}.")
     return row
 
 

@@ -1,49 +1,81 @@
 /**
- * What makes numbers of a text: a tokenizer.json of the `tokenizers` library, as far as CLIP's tokenizers and the embedded
- * models' go. Whatever else such a file may ask for is refused by name.
+ * Turns a text into token ids, as a tokenizer.json of the `tokenizers` library says.
+ *
+ * tokenizers.min.mjs does the work: `dist/tokenizers.min.mjs` of npm's @huggingface/tokenizers 0.2.0, unchanged; its licence is
+ * tokenizers.LICENSE.txt. It is a port of the library, and differs from it on some characters: `\w` and `\s` of a few components
+ * are ASCII's or JavaScript's, and a capital sigma at the end of a word becomes a final one. Other tokens would mean another
+ * image, so `EXACT` names the components that both agree on, and states the others in their terms. Whatever it does not name is
+ * refused.
  */
 
 import { BundleError } from "./errors.js";
-import { modelOf } from "./tokenizer_models.js";
+import { Tokenizer as Library } from "./tokenizers.min.mjs";
 
-/** How byte-level tokenizers cut words; the library's own. */
-const BYTE_LEVEL_WORDS = /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
-/** The library's `\w+|[^\w\s]+`, as Rust understands it. */
-const WORDS = /[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]+|[^\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}\p{White_Space}]+/gu;
-const BYTE_LETTERS = byteLetters();
+const SPACE = "\\p{White_Space}";
+const WORD = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}"; // `\w` of Rust's regular expressions
+const BYTE_LEVEL_WORDS = `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^${SPACE}\\p{L}\\p{N}]+|${SPACE}+(?!\\P{White_Space})|${SPACE}+`;
+
+/** What no error message quotes. */
+const BULKY = ["vocab", "merges", "precompiled_charsmap"];
+
+/** By part of the file and type: what gives the same tokens in the port, or null where nothing does. */
+const EXACT = {
+  normalizer: {
+    Sequence: (data) => ({ ...data, normalizers: data.normalizers.map((one) => exact("normalizer", one)) }),
+    NFC: (data) => data,
+    NFD: (data) => data,
+    NFKC: (data) => data,
+    NFKD: (data) => data,
+    Lowercase: (data) => ({ type: "Sequence", normalizers: [{ type: "Replace", pattern: { String: "Σ" }, content: "σ" }, data] }),
+    Replace: (data) => ({ ...data, content: data.content.replaceAll("$", "$$$$") }), // the port's `$` has a meaning
+  },
+  pre_tokenizer: {
+    Sequence: (data) => ({ ...data, pretokenizers: data.pretokenizers.map((one) => exact("pre_tokenizer", one)) }),
+    Split: (data) => (data.behavior === "Removed" && data.invert ? data : null),
+    Whitespace: () => pieces(`[${WORD}]+|[^${WORD}${SPACE}]+`),
+    WhitespaceSplit: () => pieces(`[^${SPACE}]+`),
+    ByteLevel: (data) => (data.add_prefix_space ? null : data.use_regex === false ? data : inTurn(pieces(BYTE_LEVEL_WORDS), { ...data, use_regex: false })),
+    Metaspace: (data) => (data.replacement === "▁" && data.prepend_scheme === "always" && data.split ? inTurn(data, pieces("▁[^▁]*|[^▁]+")) : null),
+  },
+  model: {
+    BPE: (data) => (data.dropout || data.byte_fallback || data.continuing_subword_prefix || data.fuse_unk ? null : data),
+    Unigram: (data) => (data.byte_fallback ? null : data),
+    WordLevel: (data) => data,
+  },
+};
 
 export class Tokenizer {
   #added;
   #addedPattern;
-  #normalize;
-  #cut;
-  #model;
+  #library;
   #frame;
   #truncation;
   #padding;
 
-  /** `data` is what the file has as JSON. Throws BundleError for what is not written here. */
+  /** `data` is the file's JSON. Throws BundleError for a tokenizer that may make other tokens here. */
   constructor(data) {
-    const rules = (data.added_tokens ?? []).filter((token) => token.single_word || token.lstrip || token.rstrip || token.normalized);
-    if (rules.length) throw unknown("added token", `${rules[0].content} with rules of its own`);
-    this.#added = new Map((data.added_tokens ?? []).map((token) => [token.content, token.id]));
-    this.#addedPattern = this.#added.size ? new RegExp(`(${[...this.#added.keys()].map(escaped).join("|")})`, "u") : null;
-    this.#normalize = normalizerOf(data.normalizer);
-    this.#cut = preTokenizerOf(data.pre_tokenizer);
-    this.#model = modelOf(data.model);
-    this.#frame = postProcessorOf(data.post_processor);
+    const added = data.added_tokens ?? [];
+    const odd = added.find((token) => token.single_word || token.lstrip || token.rstrip);
+    if (odd) throw unsupported("added token", JSON.stringify(odd));
+    // The port would also find these in text that reads so only once it is normalized: "<|ENDOFTEXT|>".
+    this.#added = new Map(added.filter((token) => !token.normalized).map((token) => [token.content, token.id]));
+    this.#addedPattern = anyOf([...this.#added.keys()]);
+    const parts = Object.fromEntries(Object.keys(EXACT).map((part) => [part, exact(part, data[part])]));
+    const file = { added_tokens: added.filter((token) => token.normalized), ...parts, post_processor: null, decoder: null };
+    try {
+      this.#library = new Library(file, { unk_token: data.model.unk_token });
+    } catch (error) {
+      throw unsupported("definition", `that cannot be read (${error.message})`);
+    }
+    this.#frame = frameOf(data.post_processor);
     this.#truncation = data.truncation;
     this.#padding = data.padding;
-    if (this.#padding && !Number.isInteger(this.#padding.strategy?.Fixed)) throw unknown("padding", JSON.stringify(this.#padding.strategy));
+    if (this.#padding && !Number.isInteger(this.#padding.strategy?.Fixed)) throw unsupported("padding", JSON.stringify(this.#padding.strategy));
   }
 
   /** `ids` and `mask` (1 for a token, 0 for padding), both arrays, and whether the end of `text` was `cut` off. */
   encode(text) {
-    let ids = [];
-    for (const part of this.#addedPattern ? text.split(this.#addedPattern) : [text]) {
-      if (this.#added.has(part)) ids.push(this.#added.get(part));
-      else if (part) for (const piece of this.#cut([this.#normalize(part)])) ids.push(...this.#model(piece));
-    }
+    let ids = text.split(this.#addedPattern).flatMap((part) => this.#added.get(part) ?? this.#library.encode(part).ids);
     const [before, after] = this.#frame, most = this.#truncation ? this.#truncation.max_length - before.length - after.length : Infinity;
     const cut = ids.length > most;
     if (cut) ids = this.#truncation.direction === "Left" ? ids.slice(-most) : ids.slice(0, most);
@@ -55,82 +87,42 @@ export class Tokenizer {
   }
 }
 
-function normalizerOf(data) {
-  if (!data) return (text) => text;
-  switch (data.type) {
-    case "Sequence": {
-      const all = data.normalizers.map(normalizerOf);
-      return (text) => all.reduce((given, one) => one(given), text);
-    }
-    case "NFC": case "NFD": case "NFKC": case "NFKD":
-      return (text) => text.normalize(data.type);
-    case "Lowercase":
-      return (text) => Array.from(text, (letter) => letter.toLowerCase()).join(""); // letter by letter: no final sigma
-    case "Replace": {
-      const pattern = patternOf(data.pattern);
-      return (text) => text.replace(pattern, () => data.content);
-    }
-    default:
-      throw unknown("normalizer", data.type);
-  }
+/** An expression that splits a text at each of `words`, which it keeps, and takes the longest of those that begin together. */
+function anyOf(words) {
+  const escaped = words.map((word) => word.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
+  return words.length ? new RegExp(`(${escaped.sort((a, b) => b.length - a.length).join("|")})`, "u") : undefined;
 }
 
-/** From a list of pieces to a list of smaller ones. */
-function preTokenizerOf(data) {
-  if (!data) return (pieces) => pieces;
-  switch (data.type) {
-    case "Sequence": {
-      const all = data.pretokenizers.map(preTokenizerOf);
-      return (pieces) => all.reduce((given, one) => one(given), pieces);
-    }
-    case "Split": {
-      if (data.behavior !== "Removed" || !data.invert) throw unknown("pre-tokenizer", `Split with ${data.behavior}`);
-      const pattern = patternOf(data.pattern);
-      return (pieces) => pieces.flatMap((piece) => piece.match(pattern) ?? []);
-    }
-    case "ByteLevel":
-      if (data.add_prefix_space) throw unknown("pre-tokenizer", "ByteLevel with a space in front");
-      return (pieces) => pieces.flatMap((piece) => (data.use_regex ? piece.match(BYTE_LEVEL_WORDS) ?? [] : [piece]).map(asBytes));
-    case "Whitespace":
-      return (pieces) => pieces.flatMap((piece) => piece.match(WORDS) ?? []);
-    default:
-      throw unknown("pre-tokenizer", data.type);
-  }
+/** One part of the file, for the port. Throws BundleError unless it is known to give the same tokens there. */
+function exact(part, data) {
+  if (!data && part !== "model") return null;
+  const found = Object.hasOwn(EXACT[part], data.type) ? EXACT[part][data.type](data) : null;
+  if (found === null) throw unsupported(part.replace("_", "-"), JSON.stringify(data, (key, value) => (BULKY.includes(key) ? undefined : value)));
+  return found;
 }
 
-/** The tokens that are put before and after those of a text. */
-function postProcessorOf(data) {
+/** A pre-tokenizer that takes all matches of an expression, and nothing between them. */
+function pieces(regex) {
+  return { type: "Split", pattern: { Regex: regex }, behavior: "Removed", invert: true };
+}
+
+function inTurn(...pretokenizers) {
+  return { type: "Sequence", pretokenizers };
+}
+
+/** The ids before and after those of a text. The port would look them up by their names, which need not be in the vocabulary. */
+function frameOf(data) {
   if (!data || data.type === "ByteLevel") return [[], []];
   if (data.type === "RobertaProcessing") return [[data.cls[1]], [data.sep[1]]];
-  if (data.type !== "TemplateProcessing") throw unknown("post-processor", data.type);
+  if (data.type !== "TemplateProcessing") throw unsupported("post-processor", data.type);
   const text = data.single.findIndex((part) => "Sequence" in part);
   const idsOf = (parts) => parts.flatMap((part) => data.special_tokens[part.SpecialToken.id].ids);
   return [idsOf(data.single.slice(0, text)), idsOf(data.single.slice(text + 1))];
 }
 
-/** Oniguruma's `\s` is Unicode's white space, JavaScript's is not quite. */
-function patternOf({ String: text, Regex: regex }) {
-  return text === undefined ? new RegExp(regex.replaceAll("\\s", "\\p{White_Space}"), "gu") : new RegExp(escaped(text), "gu");
-}
-
-function escaped(text) {
-  return text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&");
-}
-
-function asBytes(piece) {
-  return Array.from(new TextEncoder().encode(piece), (byte) => BYTE_LETTERS[byte]).join("");
-}
-
-/** A letter that can be seen for each byte. Source: GPT-2's encoder.py, `bytes_to_unicode`. */
-function byteLetters() {
-  const isPlain = (byte) => (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
-  let others = 256;
-  return Array.from({ length: 256 }, (_, byte) => String.fromCodePoint(isPlain(byte) ? byte : others++));
-}
-
-function unknown(what, name) {
+function unsupported(what, given) {
   return new BundleError(
-    `The bundle's tokenizer has a ${what} that is not on this page: ${name}. The page has those of CLIP: export a bundle of ` +
-      "Stable Diffusion or SDXL, or run this one with `tgate-compile run`.",
+    `This page does not support the bundle's tokenizer, which has the ${what} ${given}. Export a bundle of Stable Diffusion or ` +
+      "SDXL, or run this one with `tgate-compile run`.",
   );
 }

@@ -124,10 +124,6 @@ def _draw_curve(axes: Axes, curve: Curve, colour: str, label: str, style: str = 
     axes.fill_between(curve.steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-MSG_NO_PICTURES = "This analysis has no pictures. Call analyze(..., pictures=True)."
-MSG_NOT_WRITTEN = "The analysis cannot be written to {path}: {reason}."
-
-
 @dataclass(frozen=True)
 class Trajectories:
     """Generations that have their text in a part of the steps only, from the same noise as S, which has it in all.
@@ -195,7 +191,7 @@ class Analysis:
         try:
             Path(path).write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ConfigurationError(MSG_NOT_WRITTEN.format(path=path, reason=error.strerror or error)) from error
+            raise ConfigurationError(f"The analysis cannot be written to {path}: {error.strerror or error}.") from error
 
     def plot(self, path: str | Path) -> None:
         """Draw the convergence, the norms and the trajectories to a .png, .svg or .pdf file.
@@ -213,7 +209,7 @@ class Analysis:
             ConfigurationError: there are none, matplotlib is not installed, or the file cannot be written.
         """
         if not self.pictures:
-            raise ConfigurationError(MSG_NO_PICTURES)
+            raise ConfigurationError("This analysis has no pictures. Call analyze(..., pictures=True).")
         draw_pictures(self.pictures, self.prompts[0] if self.prompts else "", path)
 
     def __str__(self) -> str:

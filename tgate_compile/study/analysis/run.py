@@ -55,7 +55,6 @@ def suggested_gate(difference: Curve, converged_within: float) -> int | None:
 #: Called after each generation: how many are done, how many there will be, and what was run.
 Progress = Callable[[int, int, str], None]
 
-MSG_SWITCH = "switch_steps must be steps between 0 and {steps}, which the call makes, but got {given!r}."
 REMARK_NO_GUIDANCE = "No trajectories: without guidance the denoiser is given no null text."
 REMARK_NO_TEXT = "No trajectories: {pipeline} follows no text."
 REMARK_NO_PICTURES = "No pictures: the pipeline does not make single images."
@@ -152,7 +151,9 @@ class Run:
         steps = self._num_steps
         switches = grid_of(steps) if self._switch_steps is None else list(self._switch_steps)
         if not all(0 <= m <= steps for m in switches):
-            raise ConfigurationError(MSG_SWITCH.format(steps=steps, given=switches))
+            raise ConfigurationError(
+                f"switch_steps must be steps between 0 and {steps}, which the call makes, but got {switches!r}."
+            )
         if not switches:
             return
         family = family_of(type(self._pipe))
@@ -188,10 +189,6 @@ def _when(way: str, m: int) -> Callable[[int], bool]:
     if way == "L":
         return lambda step: step < m
     return lambda step: False
-
-
-MSG_KINDS = 'kinds must be "cross", or "cross" and "self", but got {given!r}.'
-MSG_WITHIN = "converged_within must be a number between 0 and 1 (0.1: a tenth of the way up), but got {given!r}."
 
 
 def analyze(
@@ -237,9 +234,12 @@ def analyze(
         UnsupportedModelError: the pipeline has no cross-attention that could be looked at.
     """
     if not kinds or "cross" not in kinds or not set(kinds) <= {"cross", "self"}:
-        raise ConfigurationError(MSG_KINDS.format(given=kinds))
+        raise ConfigurationError(f'kinds must be "cross", or "cross" and "self", but got {kinds!r}.')
     if isinstance(converged_within, bool) or not isinstance(converged_within, float) or not 0 < converged_within < 1:
-        raise ConfigurationError(MSG_WITHIN.format(given=converged_within))
+        raise ConfigurationError(
+            "converged_within must be a number between 0 and 1 (0.1: a tenth of the way up), but got "
+            f"{converged_within!r}."
+        )
     check_ordinary(pipe, "analyze()")
     runs = Runs(prompts, num_inference_steps, seeds, {} if call is None else call, "analyze")
     names = denoiser_names(pipe, denoiser)

@@ -25,8 +25,6 @@ from tgate_compile.engine.capture import deep_layer
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.cost import MODELS, PIXELS_PER_LATENT, Architecture
 
-MSG_NAME = "The models with random weights are {known}, but got {given!r}."
-
 #: Of `MODELS`, those whose pipelines are made here.
 NAMES = ("sd15", "sd21", "sdxl", "pixart_alpha")
 
@@ -46,7 +44,7 @@ def random_pipeline(
         ConfigurationError: there is no such model.
     """
     if name not in NAMES:
-        raise ConfigurationError(MSG_NAME.format(known=", ".join(NAMES), given=name))
+        raise ConfigurationError(f"The models with random weights are {', '.join(NAMES)}, but got {name!r}.")
     architecture = MODELS[name].architecture
     size = architecture.size if size is None else size
     latents = size // PIXELS_PER_LATENT
@@ -169,11 +167,6 @@ def steps_at_equal_cost(steps: int, share: float | None) -> tuple[int, str | Non
     return fewer, WHY_NO_STEP.format(saved=1 - share, steps=steps) if fewer >= steps else None
 
 
-MSG_NO_LOADER = "tgate {version} has no loader for {pipeline}. It has them for {known}."
-MSG_NO_MIXIN = "{denoiser} takes none of diffusers' cache hooks (it is no CacheMixin)."
-MSG_NO_HELPER = "DeepCache's helper is for UNets, and {pipeline} has none."
-MSG_NO_CUTOFF = "diffusers' callback that stops guidance is for SD and SDXL, not for {pipeline}."
-
 #: The authors' loaders, by the pipeline's class; those with DeepCache are for the first two.
 _LOADERS = {
     "StableDiffusionPipeline": "TgateSD",
@@ -238,14 +231,14 @@ def _loader(pipe: Any, known: tuple[str, ...], suffix: str) -> Any:
     name = type(pipe).__name__
     if name not in known:
         raise UnsupportedModelError(
-            MSG_NO_LOADER.format(version=version("tgate"), pipeline=name, known=", ".join(known))
+            f"tgate {version('tgate')} has no loader for {name}. It has them for {', '.join(known)}."
         )
     return getattr(importlib.import_module("tgate"), f"{_LOADERS[name]}{suffix}Loader")
 
 
 def _deepcache(pipe: Any, gate: int) -> Ready:
     if not hasattr(pipe, "unet"):
-        raise UnsupportedModelError(MSG_NO_HELPER.format(pipeline=type(pipe).__name__))
+        raise UnsupportedModelError(f"DeepCache's helper is for UNets, and {type(pipe).__name__} has none.")
     helper = importlib.import_module("DeepCache").DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=3, cache_branch_id=0)
 
@@ -273,7 +266,9 @@ def _guidance_cutoff(pipe: Any, gate: int) -> Ready:
 
     kinds = {"StableDiffusionPipeline": SDCFGCutoffCallback, "StableDiffusionXLPipeline": SDXLCFGCutoffCallback}
     if type(pipe).__name__ not in kinds:
-        raise UnsupportedModelError(MSG_NO_CUTOFF.format(pipeline=type(pipe).__name__))
+        raise UnsupportedModelError(
+            f"diffusers' callback that stops guidance is for SD and SDXL, not for {type(pipe).__name__}."
+        )
     cutoff = kinds[type(pipe).__name__](cutoff_step_ratio=None, cutoff_step_index=gate - 1)
     return Ready(partial(pipe, callback_on_step_end=cutoff, callback_on_step_end_tensor_inputs=cutoff.tensor_inputs))
 
@@ -281,7 +276,9 @@ def _guidance_cutoff(pipe: Any, gate: int) -> Ready:
 def _cache_hook(pipe: Any, gate: int, *, make: Callable[[Any], Any]) -> Ready:
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     if not hasattr(denoiser, "enable_cache"):
-        raise UnsupportedModelError(MSG_NO_MIXIN.format(denoiser=type(denoiser).__name__))
+        raise UnsupportedModelError(
+            f"{type(denoiser).__name__} takes none of diffusers' cache hooks (it is no CacheMixin)."
+        )
     denoiser.enable_cache(make(pipe))
     return Ready(pipe, denoiser.disable_cache)
 

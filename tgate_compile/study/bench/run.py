@@ -45,7 +45,6 @@ CUDA_GRAPHS = "inductor_cuda_graphs"
 #: A gate that no generation reaches: what a backend brings by itself.
 _NEVER = 100_000
 
-MSG_NOT_INSTALLED = "{package} is not installed"
 MSG_NO_TIME = "left out: the time for this benchmark was over"
 
 
@@ -137,7 +136,7 @@ def _optimized(schedule: Schedule, backend: str) -> Callable[[Any], Ready]:
 def _changed_by(peer: Peer, gate: int) -> Callable[[Any], Ready]:
     def prepare(pipe: Any) -> Ready:
         if peer.version is None:
-            raise UnsupportedModelError(MSG_NOT_INSTALLED.format(package=peer.package))
+            raise UnsupportedModelError(f"{peer.package} is not installed")
         return peer.prepare(of_its_own_class(pipe), gate)
 
     return prepare

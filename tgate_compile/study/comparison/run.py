@@ -23,6 +23,7 @@ from tgate_compile.study.bench.methods import FEWER_STEPS, TGATE, Method, method
 from tgate_compile.study.bench.twin import twin_of
 from tgate_compile.study.comparison.result import ImageFigures, MethodFigures, ModelFigures, Pictures
 from tgate_compile.study.convergence import Convergence
+from tgate_compile.study.evaluation.result import decibels
 from tgate_compile.study.tuning.measure import relative_distances
 from tgate_compile.study.tuning.recorder import Recorder
 from tgate_compile.study.tuning.request import setting_of
@@ -30,8 +31,7 @@ from tgate_compile.study.tuning.request import setting_of
 
 def psnr(image: Image, plain: Image) -> float | None:
     """Peak signal-to-noise ratio of two 8-bit images in dB; None if they are identical."""
-    error = float(np.mean((_pixels(image) - _pixels(plain)) ** 2))
-    return 10 * float(np.log10(1 / error)) if error else None
+    return decibels(float(np.mean((_pixels(image) - _pixels(plain)) ** 2)))
 
 
 def ssim(image: Image, plain: Image) -> float | None:
@@ -71,8 +71,6 @@ Progress = Callable[[int, int, str], None]
 
 #: Of each method, at the least.
 _LEAST_RUNS = 3
-
-MSG_NO_IMAGES = "Comparisons are of images, and {pipeline} returns {given}. `tune` measures latents."
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,9 @@ class _Comparing:
     def _check_images(self, output: Any) -> None:
         if not isinstance(output, list) or not output or not isinstance(output[0], Image):
             given = f"a {type(output).__name__}"
-            raise UnsupportedModelError(MSG_NO_IMAGES.format(pipeline=type(self._pipe).__name__, given=given))
+            raise UnsupportedModelError(
+                f"Comparisons are of images, and {type(self._pipe).__name__} returns {given}. `tune` measures latents."
+            )
 
     def _prepare_optimized(self, rows: Mapping[str, int], plain: _Runner, *, guided: bool) -> list[_Runner]:
         task = self._task

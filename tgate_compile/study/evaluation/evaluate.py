@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 #: Called after each image, and after each contender that is measured: how many are done, of how many, and what.
 Progress = Callable[[int, int, str], None]
 
-MSG_BATCH = "batch_size must be a whole number, at least 1, but got {given!r}."
 
 _VERSIONS = ("tgate_compile", "torch", "diffusers", "python")
 _POLL_SECONDS = 0.5
@@ -98,7 +97,7 @@ def evaluate(
     check_ordinary(pipe, "evaluate()")
     runs = Runs(prompts, num_inference_steps, seeds, {} if call is None else call, "evaluate")
     if not is_whole(batch_size) or batch_size < 1:
-        raise ConfigurationError(MSG_BATCH.format(given=batch_size))
+        raise ConfigurationError(f"batch_size must be a whole number, at least 1, but got {batch_size!r}.")
     contenders = contenders_of(schedules, num_inference_steps)
     instruments = Instruments(
         _path(fid_weights), _path(fid_reference), fid_size, _path(lpips_weights), _path(clip), attributes

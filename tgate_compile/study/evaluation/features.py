@@ -19,8 +19,6 @@ from torch.nn import functional as F
 
 from tgate_compile._errors import ConfigurationError
 
-MSG_NO_FILE = "{option}: there is no file {given}."
-MSG_NO_WEIGHTS = "{option}: {given} has no weights of {what}: {reason}."
 ABSENT = "its weights are not at hand: give {option}, the file {name} ({source})"
 
 
@@ -55,7 +53,7 @@ class WeightsFile:
             downloaded = Path(torch.hub.get_dir()) / "checkpoints" / self.name
             return downloaded if downloaded.is_file() else None
         if not given.is_file():
-            raise ConfigurationError(MSG_NO_FILE.format(option=self.option, given=given))
+            raise ConfigurationError(f"{self.option}: there is no file {given}.")
         return given
 
     def load(self, path: Path) -> dict[str, torch.Tensor]:
@@ -75,9 +73,7 @@ class WeightsFile:
     def refused(self, path: Path, error: Exception) -> ConfigurationError:
         """The error that says what is wrong with a file."""
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return ConfigurationError(
-            MSG_NO_WEIGHTS.format(option=self.option, given=path, what=self.what, reason=reason[:200])
-        )
+        return ConfigurationError(f"{self.option}: {path} has no weights of {self.what}: {reason[:200]}.")
 
 
 INCEPTION = WeightsFile(
@@ -338,11 +334,6 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 BATCH = 16
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
-MSG_REFERENCE = (
-    "fid_reference must be a folder with at least two images ({endings}), or an .npz file of their statistics, but got "
-    "{given}."
-)
-
 
 @dataclass(frozen=True)
 class Features:
@@ -428,7 +419,10 @@ def reference_statistics(given: Path, features: Features, folder: Path) -> Stati
         return Statistics.load(given)
     files = sorted(path for path in given.rglob("*") if path.suffix.lower() in ENDINGS) if given.is_dir() else []
     if len(files) < 2:
-        raise ConfigurationError(MSG_REFERENCE.format(endings=", ".join(ENDINGS), given=given))
+        raise ConfigurationError(
+            f"fid_reference must be a folder with at least two images ({', '.join(ENDINGS)}), or an .npz file of "
+            f"their statistics, but got {given}."
+        )
     listing = hashlib.sha256()
     for path in files:
         listing.update(f"{path.relative_to(given).as_posix()} {path.stat().st_size}\n".encode())

@@ -30,12 +30,6 @@ from tgate_compile.study.tuning.request import is_whole
 
 PLAIN = "plain"
 
-MSG_SCHEDULES = (
-    "schedules must be a sequence, or a mapping from labels, of tgate_compile.Schedule or numbers of steps of the "
-    "plain pipeline, at least one, but got {given!r}."
-)
-MSG_LABELS = "The labels {first!r} and {second!r} are too much alike to name files by. Give others."
-
 
 @dataclass(frozen=True)
 class Contender:
@@ -77,7 +71,10 @@ def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ..
     else:
         items = []
     if not items or not all(isinstance(label, str) and label.strip() and _is_known(item) for label, item in items):
-        raise ConfigurationError(MSG_SCHEDULES.format(given=given))
+        raise ConfigurationError(
+            "schedules must be a sequence, or a mapping from labels, of tgate_compile.Schedule or numbers of steps "
+            f"of the plain pipeline, at least one, but got {given!r}."
+        )
     contenders = [Contender(PLAIN, None, num_inference_steps)]
     for label, item in items:
         schedule = item if isinstance(item, Schedule) else None
@@ -86,7 +83,9 @@ def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ..
     for contender in contenders:
         other = names.setdefault(contender.file_name, contender.label)
         if other != contender.label or (contender.label == PLAIN and contender is not contenders[0]):
-            raise ConfigurationError(MSG_LABELS.format(first=other, second=contender.label))
+            raise ConfigurationError(
+                f"The labels {other!r} and {contender.label!r} are too much alike to name files by. Give others."
+            )
     return tuple(dict.fromkeys(contenders))
 
 
@@ -102,7 +101,6 @@ MSG_OTHER = (
     "the same arguments."
 )
 MSG_NO_RECORD = "{path} is no record of an evaluation: {reason}. Give another folder."
-MSG_NOT_WRITTEN = "The results folder {folder} cannot be written to: {reason}."
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ class Folder:
             write_json(target, {**record, "contenders": {**found["contenders"], **asked}})
         except OSError as error:
             raise ConfigurationError(
-                MSG_NOT_WRITTEN.format(folder=self.path, reason=error.strerror or error)
+                f"The results folder {self.path} cannot be written to: {error.strerror or error}."
             ) from error
 
     def _check(self, where: str, found: object, asked: object, *, partly: bool = False) -> None:
@@ -258,10 +256,6 @@ def _short(value: object) -> str:
 
 Each = TypeVar("Each")
 
-MSG_RANK = (
-    "The environment says RANK={rank} and WORLD_SIZE={world}: expected whole numbers with 0 <= RANK < WORLD_SIZE."
-)
-
 
 @dataclass(frozen=True)
 class Share:
@@ -284,7 +278,10 @@ class Share:
         """
         rank, world = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-            raise ConfigurationError(MSG_RANK.format(rank=rank, world=world))
+            raise ConfigurationError(
+                f"The environment says RANK={rank} and WORLD_SIZE={world}: expected whole numbers with 0 <= RANK < "
+                "WORLD_SIZE."
+            )
         return cls(int(rank), int(world))
 
     def of(self, items: Sequence[Each]) -> list[Each]:
@@ -296,8 +293,6 @@ class Share:
 Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
 
 _TEXTS = ("negative_prompt", *(f"{half}prompt_{number}" for half in ("", "negative_") for number in (2, 3)))
-
-MSG_NO_IMAGES = "Evaluations are of images, and {pipeline} returns {given}. `tune` measures its latents."
 
 
 class Maker:
@@ -381,7 +376,10 @@ class Maker:
             )[0]
         if not isinstance(images, list) or not all(isinstance(image, Image.Image) for image in images):
             given = f"a {type(images).__name__}" + (f" of {type(images[0]).__name__}" if len(images) else "")
-            raise UnsupportedModelError(MSG_NO_IMAGES.format(pipeline=type(self._pipe).__name__, given=given))
+            raise UnsupportedModelError(
+                f"Evaluations are of images, and {type(self._pipe).__name__} returns {given}. `tune` measures its "
+                "latents."
+            )
         has_latents = self._keep_latents and latents and latents[0].shape[0] == len(batch)
         return images, latents[0].cpu() if has_latents else None
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tgate_compile._demo.attribute_reader import WEIGHTS, AttributeReader, targets_of
 from tgate_compile._demo.captions import IMAGE_SIZE, parse_caption, render
-from tgate_compile._errors import ConfigurationError, check_installed
+from tgate_compile._errors import ConfigurationError, check_installed, first_line
 from tgate_compile.study.evaluation.features import (
     ALEXNET,
     INCEPTION,
@@ -31,7 +31,7 @@ from tgate_compile.study.evaluation.features import (
     sha256_of,
 )
 from tgate_compile.study.evaluation.images import Contender, Folder, Item
-from tgate_compile.study.evaluation.result import Row, mean_and_error
+from tgate_compile.study.evaluation.result import Row, decibels, mean_and_error
 from tgate_compile.study.tuning.measure import relative_distances
 from tgate_compile.study.tuning.request import is_whole
 
@@ -171,7 +171,7 @@ class Clip:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._processor = processors.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ConfigurationError(MSG_NO_CLIP.format(given=folder, reason=reason)) from error
         self._model = model.eval().requires_grad_(False).to(device)
         self._device = device
@@ -197,7 +197,6 @@ BATCH = 16
 #: With fewer images than features the covariance is singular, and the distance depends on their number above all.
 ENOUGH_FOR_FID = 2048
 
-MSG_FID_SIZE = "fid_size must be a whole number of pixels, at least 16, but got {given!r}."
 MSG_ATTRIBUTES = "attributes=True, but {reason}."
 NO_CLIP = "no CLIP model is at hand: give clip, a folder with one as save_pretrained writes it"
 NO_REFERENCE = "give fid_reference, a folder of real images or an .npz file with their statistics"
@@ -232,7 +231,9 @@ class Instruments:
 
     def __post_init__(self) -> None:
         if not is_whole(self.fid_size) or self.fid_size < 16:
-            raise ConfigurationError(MSG_FID_SIZE.format(given=self.fid_size))
+            raise ConfigurationError(
+                f"fid_size must be a whole number of pixels, at least 16, but got {self.fid_size!r}."
+            )
         check_installed("torchmetrics", extra="evaluate", what="An evaluation")
 
     def check(self, prompts: Sequence[str]) -> None:
@@ -389,7 +390,8 @@ class Measurer:
             pixels, of_plain = pixels_of(images), pixels_of(plain)
             for error in (pixels - of_plain).double().square().mean((1, 2, 3)).tolist():
                 identical += error == 0.0
-                values["psnr"] += [-10 * math.log10(error)] if error else []
+                ratio = decibels(error)
+                values["psnr"] += [] if ratio is None else [ratio]
             found = ssim(pixels, of_plain, data_range=1.0, reduction="none")
             assert isinstance(found, torch.Tensor)
             values["ssim"] += found.tolist()

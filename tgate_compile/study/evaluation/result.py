@@ -10,7 +10,7 @@ from typing import Any
 
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.evaluation.images import write_json
-from tgate_compile.study.figures import INK, LINE, SOFT, new_figure, save_figure
+from tgate_compile.study.figures import INK, LINE, SOFT, aligned, new_figure, save_figure
 
 # Okabe and Ito's colours, for any colour vision; the markers say it once more.
 _COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -178,7 +178,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         headings = ("", *(HEADINGS[name][0] for name in self.shown))
-        lines = _aligned([headings, *((row.label, *self.cells(row)) for row in self.rows)])
+        lines = aligned([headings, *((row.label, *self.cells(row)) for row in self.rows)])
         missing = [f"not measured: {name}: {reason}" for name, reason in self.not_measured.items()]
         return "\n".join([*lines, *missing, *self.remarks])
 
@@ -198,9 +198,6 @@ def _shown(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
+def decibels(square_error: float) -> float | None:
+    """The peak signal-to-noise ratio of images in [0, 1] whose mean squared difference this is; None if it is 0."""
+    return -10 * math.log10(square_error) if square_error else None

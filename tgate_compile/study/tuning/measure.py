@@ -58,10 +58,6 @@ class GraphCosts:
         return sum(self.per_row[phase.name] * (self.guided if phase.guided else self.unguided) for phase in calls)
 
 
-MSG_NO_LATENTS = (
-    'Schedules are compared by the final latents, and {pipeline} returns {given} for output_type="latent". '
-    "Choose the gate step by looking at its images."
-)
 MSG_NOT_FINITE = (
     "The plain pipeline's own latents are not finite, so that nothing can be compared with them. "
     "Check that it makes images as it is; if it is in fp16, try bf16 or fp32."
@@ -210,7 +206,10 @@ def final_latents(pipe: DiffusionPipeline, call: Mapping[str, Any], seed: int) -
     result = pipe(**call, generator=generator, output_type="latent", return_dict=False)[0]
     if not torch.is_tensor(result):
         given = f"a {type(result).__name__}"
-        raise ConfigurationError(MSG_NO_LATENTS.format(pipeline=type(pipe).__name__, given=given))
+        raise ConfigurationError(
+            f"Schedules are compared by the final latents, and {type(pipe).__name__} returns {given} for "
+            'output_type="latent". Choose the gate step by looking at its images.'
+        )
     return result.detach().to("cpu", torch.float32)
 
 

@@ -21,16 +21,11 @@ MSG_PROMPTS = (
     'prompts must be a sequence of texts, such as ["a red fox in snow", "a harbour at night"], or None with '
     'call={{"prompt_embeds": ..., ...}}, but got {given!r}.'
 )
-MSG_TOLERANCE = "tolerance must be a number above 0 (0.1: ten per cent of the latents' norm), but got {given!r}."
-MSG_STEPS = "num_inference_steps must be a whole number, at least 2, but got {given!r}."
 MSG_SEEDS = "seeds must be different whole numbers, at least one, such as (0, 1), but got {given!r}."
 MSG_CANDIDATES = (
     "candidates must be a sequence of tgate_compile.Schedule, or None for the default ones, but got {given!r}."
 )
-MSG_CALL = "call must be a mapping of further arguments of the pipeline's call, but got {given!r}."
 MSG_RESERVED = "call: {names} cannot be in it, since {verb}() sets {names} itself."
-MSG_UNKNOWN = "call: {pipeline} takes no {names}."
-MSG_PIPELINE = "{verb}() needs a pipeline whose call takes {missing}, and that of {pipeline} does not."
 
 _OWN = ("num_inference_steps", "generator", "output_type", "return_dict")
 
@@ -59,11 +54,15 @@ class Runs:
             if isinstance(self.prompts, str) or not all(prompt.strip() for prompt in self.prompts):
                 raise ConfigurationError(MSG_PROMPTS.format(given=self.prompts))
         if not isinstance(self.call, Mapping):
-            raise ConfigurationError(MSG_CALL.format(given=self.call))
+            raise ConfigurationError(
+                f"call must be a mapping of further arguments of the pipeline's call, but got {self.call!r}."
+            )
         if self.prompts is None and not self.call:
             raise ConfigurationError(MSG_PROMPTS.format(given=None))
         if not is_whole(self.num_inference_steps) or self.num_inference_steps < 2:
-            raise ConfigurationError(MSG_STEPS.format(given=self.num_inference_steps))
+            raise ConfigurationError(
+                f"num_inference_steps must be a whole number, at least 2, but got {self.num_inference_steps!r}."
+            )
         _check_sequence(self.seeds, int, MSG_SEEDS)
         if not all(map(is_whole, self.seeds)) or len(set(self.seeds)) < len(self.seeds):
             raise ConfigurationError(MSG_SEEDS.format(given=self.seeds))
@@ -80,14 +79,15 @@ class Runs:
         missing = [name for name in needed if name not in parameters]
         if missing:
             raise ConfigurationError(
-                MSG_PIPELINE.format(missing=" and ".join(missing), pipeline=pipeline, verb=self.verb)
+                f"{self.verb}() needs a pipeline whose call takes {' and '.join(missing)}, and that of "
+                f"{pipeline} does not."
             )
         reserved = [name for name in self.call if name in needed]
         if reserved:
             raise ConfigurationError(MSG_RESERVED.format(names=", ".join(reserved), verb=self.verb))
         unknown = [str(name) for name in self.call if name not in parameters]
         if unknown:  # also where there is a **kwargs, which diffusers has for names that it has given up
-            raise ConfigurationError(MSG_UNKNOWN.format(pipeline=pipeline, names=", ".join(unknown)))
+            raise ConfigurationError(f"call: {pipeline} takes no {', '.join(unknown)}.")
         shared = {**self.call, "num_inference_steps": self.num_inference_steps}
         return [{**shared, "prompt": prompt} for prompt in self.prompts] if self.prompts is not None else [shared]
 
@@ -107,7 +107,9 @@ class Request(Runs):
         super().__post_init__()
         tolerance = self.tolerance
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
-            raise ConfigurationError(MSG_TOLERANCE.format(given=tolerance))
+            raise ConfigurationError(
+                f"tolerance must be a number above 0 (0.1: ten per cent of the latents' norm), but got {tolerance!r}."
+            )
         if self.candidates is not None:
             _check_sequence(self.candidates, Schedule, MSG_CANDIDATES)
 

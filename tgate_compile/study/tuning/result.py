@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import save_schedule
 from tgate_compile.study.convergence import Convergence
-from tgate_compile.study.figures import INK, LINE, SOFT, new_figure, save_figure
+from tgate_compile.study.figures import INK, LINE, SOFT, aligned, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,7 +207,7 @@ class Tuning:
                 f"(tolerance {self.tolerance:g})",
                 f"{self.setting['pipeline']}, {self.num_steps} steps of {self.setting['scheduler']}, {images}",
                 "",
-                *_aligned([_HEADINGS, *(self._cells(row) for row in self.table)]),
+                *aligned([_HEADINGS, *(self._cells(row) for row in self.table)], texts=4),
                 "",
                 "cost: multiply-accumulates of the denoiser; drift: of the final latents, relative; time: noisy.",
                 "*: chosen; x: not within the tolerance; ?: the machine was too busy to tell.",
@@ -237,16 +237,6 @@ class Tuning:
             f"Fewer steps would {as_well}: {closest.label} without a schedule cost {closest.cost:.3f}, with drift "
             f"{closest.drift:.3f}.",
         )
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        texts = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
-        numbers = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
-        lines.append("  ".join([*texts, *numbers]).rstrip())
-    return lines
 
 
 def _listed(seeds: Sequence[int]) -> str:

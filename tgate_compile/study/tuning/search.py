@@ -93,20 +93,6 @@ Progress = Callable[[int, int, str], None]
 
 DEFAULT_TOLERANCE = 0.1
 
-MSG_NONE_WITHIN = (
-    "No schedule stays within tolerance={tolerance:g} of the plain pipeline on these prompts. The closest is "
-    "{schedule}, with drift {drift:.3f} at {cost:.3f} of the operations. Give a larger tolerance, or leave the "
-    "pipeline plain."
-)
-MSG_NOTHING_SAVED = (
-    "None of the schedules costs less than the plain pipeline, in {steps} steps. The cheapest is {schedule}, at "
-    "{cost:.3f} of the operations."
-)
-MSG_TOO_FEW_STEPS = (
-    "The call makes {steps} of {asked} steps, and at least 2 are needed to gate any. Give more num_inference_steps, or "
-    "a larger strength."
-)
-
 
 def search(
     pipe: DiffusionPipeline, request: Request, gated: Gated, *, backend: str, progress: Progress | None = None
@@ -163,7 +149,8 @@ class _Search:
             plain = self._bench.run_plain()
             if plain.num_steps < 2:
                 raise ConfigurationError(
-                    MSG_TOO_FEW_STEPS.format(steps=plain.num_steps, asked=request.num_inference_steps)
+                    f"The call makes {plain.num_steps} of {request.num_inference_steps} steps, and at least 2 "
+                    "are needed to gate any. Give more num_inference_steps, or a larger strength."
                 )
             if timed:
                 self._plain_seconds += self._bench.time_plain()
@@ -323,15 +310,16 @@ class _Search:
         if not saving:
             cheapest = min(rows, key=lambda row: row.cost)
             raise ConfigurationError(
-                MSG_NOTHING_SAVED.format(steps=plain.num_steps, schedule=cheapest.label, cost=cheapest.cost)
+                f"None of the schedules costs less than the plain pipeline, in {plain.num_steps} steps. The "
+                f"cheapest is {cheapest.label}, at {cheapest.cost:.3f} of the operations."
             )
         within = [row for row in saving if row.within]
         if not within:
             closest = min(saving, key=lambda row: (row.drift, row.cost))
             raise ConfigurationError(
-                MSG_NONE_WITHIN.format(
-                    tolerance=self._request.tolerance, schedule=closest.label, drift=closest.drift, cost=closest.cost
-                )
+                f"No schedule stays within tolerance={self._request.tolerance:g} of the plain pipeline on these "
+                f"prompts. The closest is {closest.label}, with drift {closest.drift:.3f} at {closest.cost:.3f} "
+                "of the operations. Give a larger tolerance, or leave the pipeline plain."
             )
         chosen = min(within, key=lambda row: (row.cost, row.drift)).schedule
         assert chosen is not None

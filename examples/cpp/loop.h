@@ -1,0 +1,166 @@
+// One denoising loop from a bundle, for any runtime: full graph, then pruned graph. docs/bundle.md explains what is in a
+// bundle. The scheduler is DDIM without noise.
+//
+//     denoise BUNDLE INPUTS GUIDANCE_SCALE OUT.npy
+//
+// INPUTS is a folder that write_inputs.py has made: an .npy file for each argument of the denoiser (under guidance with
+// both halves in its batch), for the first latents, for the timesteps, and for the cumulative products of alphas before
+// and after each step.
+//
+// A `Runtime` runs the graphs of a bundle on tensors of its own:
+//
+//     using Tensor = ...;
+//     Runtime(const std::string& bundle, const Json& manifest);
+//     std::vector<Tensor> run(const std::string& graph, std::vector<Tensor> inputs);
+//     static Tensor from(Array array);
+//     static Array to(const Tensor& tensor);
+//     static Tensor half(const Tensor& tensor, int position);  // of the first dimension
+//     static Tensor twice(const Tensor& tensor);               // in the first dimension
+//     static Tensor sum(double a, const Tensor& x, double b, const Tensor& y);  // a * x + b * y
+#pragma once
+
+#include <cmath>
+#include <exception>
+#include <iostream>
+#include <map>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "json.h"
+#include "npy.h"
+
+// The denoiser of one generation.
+template <typename Runtime>
+class Denoiser {
+ public:
+  using Tensor = typename Runtime::Tensor;
+
+  explicit Denoiser(const std::string& bundle)
+      : manifest_(Json::read(bundle + "/manifest.json")), runtime_(bundle, manifest_) {
+    const Json& family = manifest_["family"];
+    for (const char* key : {"calls", "interleaved", "repeated", "shared"})
+      if (!family[key].items().empty()) throw std::runtime_error(std::string("not in this example: family.") + key);
+    kept_half_ = family["order"].items()[0].text() == manifest_["method"]["keep"].text() ? 0 : 1;
+    cond_half_ = family["order"].items()[0].text() == "cond" ? 0 : 1;
+    guided_ = manifest_["example"]["guided"].is_true();
+  }
+
+  const Json& manifest() const { return manifest_; }
+  const std::vector<Json>& steps() const { return manifest_["example"]["steps"].items(); }
+  const std::string& latents() const { return manifest_["denoiser"]["latents"].text(); }
+
+  // The guided prediction for `latents` in step number `number`; `arguments` are those that all steps have.
+  Tensor predict(size_t number, const Tensor& latents, float timestep, double scale,
+                 const std::map<std::string, Tensor>& arguments) {
+    const Json& step = steps()[number];
+    const std::string& name = step["graph"].text();
+    const Json& graph = manifest_["graphs"][name];
+    const bool guided = step["phase"]["guided"].is_true();
+    const bool halved = guided_ && !guided;
+
+    std::vector<Tensor> inputs;
+    for (const Json& spec : graph["inputs"].items()) {
+      const std::string& input = spec["name"].text();
+      if (input == this->latents()) {
+        inputs.push_back(guided ? Runtime::twice(latents) : latents);
+      } else if (input == "timestep") {
+        inputs.push_back(Runtime::from({{}, {timestep}}));
+      } else {
+        inputs.push_back(halved ? Runtime::half(arguments.at(input), kept_half_) : arguments.at(input));
+      }
+    }
+    for (const Json& spec : graph["cache_inputs"].items()) {
+      const Cache& cache = caches_.at({spec["kind"].text(), spec["site"].text()});
+      inputs.push_back(halved && cache.has_halves ? Runtime::half(cache.value, kept_half_) : cache.value);
+    }
+
+    std::vector<Tensor> outputs = runtime_.run(name, std::move(inputs));
+    size_t position = graph["outputs"].items().size();
+    for (const Json& spec : graph["cache_outputs"].items()) {
+      const bool merged = spec["merged"].is_true();
+      if (names(step["phase"][merged ? "merge" : "emit"]).count(spec["kind"].text()))
+        caches_[{spec["kind"].text(), spec["site"].text()}] = {outputs[position], guided && !merged};
+      ++position;
+    }
+    if (!guided) return outputs[0];  // it stands for both halves: guidance of a prediction with itself
+    const Tensor cond = Runtime::half(outputs[0], cond_half_), uncond = Runtime::half(outputs[0], 1 - cond_half_);
+    return Runtime::sum(1 - scale, uncond, scale, cond);
+  }
+
+ private:
+  struct Cache {
+    Tensor value;
+    bool has_halves;
+  };
+
+  static std::set<std::string> names(const Json& list) {
+    std::set<std::string> found;
+    for (const Json& name : list.items()) found.insert(name.text());
+    return found;
+  }
+
+  Json manifest_;
+  Runtime runtime_;
+  std::map<std::pair<std::string, std::string>, Cache> caches_;  // by kind and site
+  int kept_half_ = 0, cond_half_ = 1;
+  bool guided_ = false;
+};
+
+// One step of DDIM without noise, from the cumulative product of alphas `now` to that after the step.
+template <typename Runtime>
+typename Runtime::Tensor ddim(const typename Runtime::Tensor& latents, const typename Runtime::Tensor& prediction,
+                              double now, double next, const std::string& prediction_type) {
+  const double image = std::sqrt(now), noise = std::sqrt(1 - now);
+  const double next_image = std::sqrt(next), next_noise = std::sqrt(1 - next);
+  if (prediction_type == "epsilon")
+    return Runtime::sum(next_image / image, latents, next_noise - next_image * noise / image, prediction);
+  if (prediction_type == "v_prediction")
+    return Runtime::sum(next_image * image + next_noise * noise, latents, next_noise * image - next_image * noise,
+                        prediction);
+  throw std::runtime_error("no prediction type " + prediction_type + " in this example");
+}
+
+template <typename Runtime>
+void denoise(const std::string& bundle, const std::string& inputs, double scale, const std::string& out) {
+  using Tensor = typename Runtime::Tensor;
+  Denoiser<Runtime> denoiser(bundle);
+  const Json& manifest = denoiser.manifest();
+  const std::string scheduler = manifest["scheduler"]["class_name"].text();
+  if (scheduler != "DDIMScheduler")
+    throw std::runtime_error("The bundle's scheduler is a " + scheduler + ", and this program has DDIMScheduler alone. " +
+                             "Export the bundle from a pipeline with that one.");
+  const std::string prediction_type = manifest["scheduler"]["config"]["prediction_type"].text();
+  Tensor latents = Runtime::from(read_npy(inputs + "/latents.npy"));
+  const Array timesteps = read_npy(inputs + "/timesteps.npy"), alphas = read_npy(inputs + "/alphas.npy");
+  std::map<std::string, Tensor> arguments;
+  for (const Json& argument : manifest["denoiser"]["arguments"].items()) {
+    const std::string& name = argument.text();
+    if (name != denoiser.latents() && name != "timestep")
+      arguments.emplace(name, Runtime::from(read_npy(inputs + "/" + name + ".npy")));
+  }
+  for (size_t i = 0; i < denoiser.steps().size(); ++i) {
+    const Tensor prediction = denoiser.predict(i, latents, timesteps.data.at(i), scale, arguments);
+    latents = ddim<Runtime>(latents, prediction, alphas.data.at(2 * i), alphas.data.at(2 * i + 1), prediction_type);
+    std::cout << "step " << i << ": " << denoiser.steps()[i]["graph"].text() << "\n";
+  }
+  write_npy(out, Runtime::to(latents));
+}
+
+// What a program's `main` does and returns.
+template <typename Runtime>
+int denoise_main(int count, char** given) {
+  if (count != 5) {
+    std::cerr << "usage: denoise BUNDLE INPUTS GUIDANCE_SCALE OUT.npy\n";
+    return 2;
+  }
+  try {
+    denoise<Runtime>(given[1], given[2], std::stod(given[3]), given[4]);
+    return 0;
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << "\n";
+    return 1;
+  }
+}

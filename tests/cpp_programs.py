@@ -1,0 +1,61 @@
+"""The C++ examples: how they are built, and what each must do with a bundle."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tgate_compile
+from tests.comparing import difference
+from tests.exported import COMPILED_GATE, COMPILED_STEPS, plain
+from tests.tiny_pipelines import PROMPT, run
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def built(example: str, build: Path, options: Sequence[str], environment: Mapping[str, str] | None = None) -> Path:
+    """The program of a folder of `EXAMPLES`, built in the folder `build` with `options` of CMake."""
+    configure = ["cmake", "-S", str(EXAMPLES / example), "-B", str(build), *options]
+    for command in (configure, ["cmake", "--build", str(build)]):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build / "denoise"
+
+
+def write_inputs(folder: Path) -> Path:
+    """The inputs of a program for the bundles of `exported.compiled`."""
+    runpy.run_path(str(EXAMPLES / "cpp" / "write_inputs.py"))["write_inputs"](plain(), folder, PROMPT, COMPILED_STEPS)
+    return folder
+
+
+def assert_same_latents(program: Path, bundle: Path, folder: Path) -> None:
+    """The program ends with the latents that the pipeline's own call ends with."""
+    inputs, out = write_inputs(folder / "inputs"), folder / "out.npy"
+    command = [str(program), str(bundle), str(inputs), "5", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["step 0: full", "step 1: full", "step 2: pruned", "step 3: pruned"]
+
+    pipe = tgate_compile.optimize(plain(), COMPILED_GATE, backend="eager")
+    latents = torch.from_numpy(np.load(inputs / "latents.npy"))
+    expected = run(pipe, steps=COMPILED_STEPS, guidance_scale=5.0, latents=latents)
+    assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4
+
+
+def assert_refused(program: Path, bundle: Path, inputs: Path, *parts: str) -> None:
+    """The program fails, and says why."""
+    command = [str(program), str(bundle), str(inputs), "5", str(inputs / "out.npy")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+def assert_checks_arguments(program: Path, folder: Path) -> None:
+    """The program explains its arguments, and names what is missing from the empty `folder`."""
+    assert subprocess.run([str(program)], capture_output=True).returncode == 2
+    assert_refused(program, folder, folder, "cannot read", "manifest.json")
