@@ -150,7 +150,7 @@ def test_pab_is_as_in_diffusers(build: Callable[[], Any], call: Callable[[], Any
         return torch.as_tensor(pipe(**call(), num_inference_steps=STEPS, generator=generator, output_type="latent")[0])
 
     pipe = build()
-    pipe.scheduler = DDIMScheduler()  # timesteps 901, 801, ..., 1: within (100, 800) are the steps 2 to 8
+    pipe.scheduler = DDIMScheduler(steps_offset=1)  # timesteps 901, 801, ..., 1: within (100, 800) are the steps 2 to 8
     plain = images(pipe)
     tgate_compile.optimize(pipe, method, backend="eager")
     ours = images(pipe)

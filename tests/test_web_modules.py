@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import random
@@ -22,9 +23,9 @@ from tests.programs import pixart_with_text, program
 from tests.test_runtime_schedulers import BETAS, LATENT_DIFFUSION, OPTIONS
 from tgate_compile import load_demo_pipeline
 from tgate_compile._demo.variants import DEMO_VARIANTS
-from tgate_compile.bundle.manifest import plain_config
+from tgate_compile.bundle.manifest import phase_spec, plain_config
+from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.read_manifest import shape_at
-from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule import Schedule
 
 SHAPE = (1, 4, 4, 4)
@@ -198,29 +199,31 @@ SCHEDULES = [
 ]
 
 
-def _plain(phase: Phase) -> dict[str, Any]:
-    kinds = {name: sorted(getattr(phase, name)) for name in ("emit", "merge", "reuse")}
-    return {"guided": phase.guided, **kinds}
-
-
-def test_schedules_as_here() -> None:
-    cases, expected = [], []
-    for schedule in SCHEDULES:
-        for guided in (True, False):
-            for steps in (1, 5, 12, 25):
-                plan = schedule.plan(steps, guided=guided)
-                cases.append({"schedule": vars(schedule), "steps": steps, "guided": guided})
-                graphs = [_plain(schedule.graph_phase(phase)) for phase in plan]
-                strip = schedule.strip(steps, guided=guided)
-                expected.append({"plan": [_plain(phase) for phase in plan], "graphs": graphs, "strip": strip})
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_schedules_as_here(schedule: Schedule) -> None:
+    plans = plans_of(schedule, {})
+    assert plans is not None
+    cases: list[dict[str, Any]] = []
+    expected = []
+    for guided in (True, False):
+        for steps in (1, 5, 12, 25):
+            for gate in (None, 1, 7, 40) if schedule.gate_step is not None else (None,):
+                moved = schedule if gate is None else dataclasses.replace(schedule, gate_step=gate)
+                plan = moved.plan(steps, guided=guided)
+                cases.append({"steps": steps, "guided": guided, **({} if gate is None else {"gateStep": gate})})
+                phases = [phase_spec(phase).model_dump() for phase in plan]
+                gate_of = None if gate is not None else min(schedule.gate(steps), steps)
+                expected.append({"phases": phases, "strip": moved.strip(steps, guided=guided), "gate": gate_of})
     script = """
-    const { graphPhase, letterOf, planOf } = await import("./schedule.js");
-    return given.map(({ schedule, steps, guided }) => {
-      const plan = planOf(schedule, steps, guided);
-      return { plan, graphs: plan.map((phase) => graphPhase(schedule, phase)), strip: plan.map(letterOf).join("") };
+    const { gateOf, planOf, stripOf } = await import("./schedule.js");
+    const { plans, cases } = given;
+    return cases.map(({ steps, guided, gateStep }) => {
+      const plan = planOf({ plans }, steps, guided, gateStep);
+      const gate = gateStep === undefined ? gateOf({ plans }, steps) : null;
+      return { phases: plan.map(({ phase }) => phase), strip: stripOf(plan), gate };
     });
     """
-    assert run_in_node(script, cases) == expected
+    assert run_in_node(script, {"plans": plans.model_dump(), "cases": cases}) == expected
 
 
 def manifest() -> dict[str, Any]:
@@ -238,6 +241,7 @@ def manifest() -> dict[str, Any]:
         (["components"], None, "--components all"),
         (["family", "calls"], ["cond", "uncond"], "calls of their own"),
         (["method", "schedule", "guidance_similarity"], 0.9, "guidance_similarity"),
+        (["method", "plans"], None, "written by an older tgate_compile"),
         (["components", "arguments", "sample"], "magic", 'asks for "magic"'),
         (["graphs", "pruned", "cache_inputs", 0, "dtype"], "float8_e5m2", "float8_e5m2, which browsers do not run"),
         (["graphs", "full", "inputs", 0, "shape", 0], 4, "several images at a time"),

@@ -1,7 +1,6 @@
 /** The denoiser of a bundle: its graphs, chosen step by step, with the caches carried along. As `runtime/_denoiser.py`. */
 
 import { BundleError } from "./errors.js";
-import { graphPhase, keyOf } from "./schedule.js";
 import { tensor } from "./session.js";
 import { floats } from "./text.js";
 
@@ -17,7 +16,7 @@ export class Denoiser {
   #made = new Map();
 
   /**
-   * `plan` has a phase for each step; `conditions` what is known besides latents and timesteps, by half of guidance and
+   * `plan` is that of `schedule.js`; `conditions` what is known besides latents and timesteps, by half of guidance and
    * source, `{values, shape}`. Throws BundleError if the bundle has no graph for a step.
    */
   constructor(manifest, runtime, sessions, plan, conditions) {
@@ -50,7 +49,7 @@ export class Denoiser {
    * step's graph is open.
    */
   async run(step, latents, shape, timestep, guidanceScale) {
-    const phase = this.plan[step], [, graph] = this.#graphs[step];
+    const { phase } = this.plan[step], [, graph] = this.#graphs[step];
     const feeds = {};
     for (const spec of graph.inputs) feeds[spec.name] = this.#argument(spec, latents, shape, timestep, phase.guided);
     for (const spec of graph.cache_inputs) feeds[spec.name] = this.#caches.get(`${spec.kind} ${spec.site}`);
@@ -103,16 +102,14 @@ export class Denoiser {
 
 /** The name and the description of the graph of each step of `plan`. Throws BundleError where there is none. */
 export function graphsOf(manifest, plan) {
-  const graphs = new Map(Object.entries(manifest.graphs).map((entry) => [keyOf(entry[1].phase), entry]));
-  return plan.map((phase) => {
-    const found = graphs.get(keyOf(graphPhase(manifest.method.schedule, phase)));
-    if (found === undefined) {
+  return plan.map(({ graph, phase }) => {
+    if (graph === null) {
       throw new BundleError(
         `The bundle has no graph for what this call needs (${phase.reuse.join(" and ") || "nothing"} reused, ` +
           `${phase.guided ? "with" : "without"} guidance). It has ${Object.keys(manifest.graphs).join(", ")}.`,
       );
     }
-    return found;
+    return [graph, manifest.graphs[graph]];
   });
 }
 

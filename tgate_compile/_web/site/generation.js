@@ -4,7 +4,7 @@ import { Denoiser, graphsOf } from "./denoiser.js";
 import { BundleError } from "./errors.js";
 import { decoded } from "./images.js";
 import { normalNoise } from "./noise.js";
-import { gateOf, letterOf, planOf, plainPlan } from "./schedule.js";
+import { gateOf, planOf, plainPlan, stripOf } from "./schedule.js";
 import { makeScheduler } from "./schedulers.js";
 
 /** A graph that has just been opened runs up to so often, and so long, before it is timed: browsers compile it meanwhile. */
@@ -30,18 +30,16 @@ export class Generation {
 
   /** Throws BundleError for a call that the bundle is not made for; nothing is loaded for that. */
   constructor(parts, call) {
-    const { manifest } = parts, { components } = manifest, schedule = { ...manifest.method.schedule };
+    const { manifest } = parts, { components } = manifest, { method } = manifest;
     const { steps = components.num_inference_steps, guidanceScale = components.guidance_scale } = call;
     const { prompt, gateStep, seed = 0, plain = false } = call;
     if (typeof prompt !== "string") throw new BundleError(`prompt must be a text, but got ${JSON.stringify(prompt)}.`);
-    if (gateStep !== undefined && schedule.gate_step === null) throw new BundleError("The bundle's schedule has no gate that could be moved.");
-    if (gateStep !== undefined) schedule.gate_step = gateStep;
     this.#parts = parts;
     this.#call = { ...call, steps, guidanceScale };
     this.#guided = guidanceScale > 1;
     this.#scheduler = makeScheduler(manifest.scheduler, steps);
-    this.#plan = plain ? plainPlan(steps, this.#guided) : planOf(schedule, steps, this.#guided);
-    this.#gate = plain ? steps : Math.min(gateOf(schedule, steps), steps);
+    this.#plan = plain ? plainPlan(method, steps, this.#guided) : planOf(method, steps, this.#guided, gateStep);
+    this.#gate = plain ? steps : Math.min(gateStep ?? gateOf(method, steps), steps);
     this.#graphs = graphsOf(manifest, this.#plan).map(([, graph]) => graph);
     const { latent_channels: channels, scale_factor: scale } = components.vae_decoder;
     this.#shape = [1, channels, components.height / scale, components.width / scale];
@@ -87,7 +85,7 @@ export class Generation {
     const began = performance.now();
     this.#latents = this.#scheduler.step(await this.#prediction(step), step, this.#latents);
     const seconds = (performance.now() - began) / 1000;
-    this.done.push({ step, steps: this.steps, graph: this.#denoiser.graphName(step), letter: letterOf(this.#plan[step]), seconds });
+    this.done.push({ step, steps: this.steps, graph: this.#denoiser.graphName(step), letter: this.#plan[step].letter, seconds });
     this.#call.onStep?.(this.done[step]);
   }
 
@@ -112,7 +110,7 @@ export class Generation {
       ...image,
       done: this.done,
       seconds: this.done.reduce((sum, { seconds }) => sum + seconds, 0),
-      strip: this.done.map(({ letter }) => letter).join(""),
+      strip: stripOf(this.done),
       gate: this.#gate,
       openSeconds: this.#openSeconds,
       warmUpSeconds: this.#warmUpSeconds,

@@ -49,6 +49,9 @@ export function checkManifest(manifest) {
   if (manifest.method.schedule.guidance_similarity !== null) {
     throw new BundleError(`The bundle's guidance ends by likeness (guidance_similarity), which this page does not watch. ${COMMAND}`);
   }
+  if (!manifest.method.plans) {
+    throw new BundleError("The bundle was written by an older tgate_compile, without the plans that this page reads. Export it again.");
+  }
   const source = Object.values(manifest.components.arguments).find((one) => !SOURCES.includes(one));
   if (source !== undefined) throw new BundleError(`The bundle's denoiser asks for ${JSON.stringify(source)}, which this page does not make. ${COMMAND}`);
   checkDtypes(manifest);

@@ -7,7 +7,7 @@ import { fetched } from "./files.js";
 import { psnr } from "./images.js";
 import { cacheBytes, readManifest } from "./manifest.js";
 import { canUseThreads, defaultThreads } from "./runtime.js";
-import { gateOf, letterOf, planOf } from "./schedule.js";
+import { gateOf, hasMovableGate, mostSteps, planOf, stripOf } from "./schedule.js";
 
 const WORDS = {
   F: "all, with guidance", f: "all, without guidance",
@@ -69,9 +69,10 @@ function fillForm() {
   get("steps").value = components.num_inference_steps;
   get("guidance").value = components.guidance_scale;
   get("gate").max = components.num_inference_steps;
-  get("gate").value = gateOf(method.schedule, components.num_inference_steps);
+  get("gate").value = gateOf(method, components.num_inference_steps);
   get("method").textContent = method.schedule.gate_step === null ? "With the bundle\u2019s schedule" : "With T-GATE";
-  get("gate").hidden = get("gate-label").hidden = method.schedule.gate_step === null;
+  get("gate").hidden = get("gate-label").hidden = !hasMovableGate(method);
+  get("steps").max = Math.min(get("steps").max || Infinity, mostSteps(method));
   const most = canUseThreads() ? Math.min(8, navigator.hardwareConcurrency || 1) : 1;
   for (let count = 1; count <= most; count++) get("threads").add(new Option(count, count, false, count === defaultThreads()));
   get("threads").disabled = most === 1;
@@ -126,8 +127,7 @@ function settings() {
 function currentPlan() {
   const { components, method } = manifest;
   const form = get("steps").value ? asked() : { steps: components.num_inference_steps, guidanceScale: components.guidance_scale };
-  const schedule = form.gateStep === undefined ? method.schedule : { ...method.schedule, gate_step: form.gateStep };
-  return planOf(schedule, form.steps, form.guidanceScale > 1);
+  return planOf(method, form.steps, form.guidanceScale > 1, form.gateStep);
 }
 
 function showPlan() {
@@ -137,7 +137,7 @@ function showPlan() {
   if (get("gate").valueAsNumber < 1) get("gate").value = 1; // the scale begins at 0 to lie on the strip
   get("gate-shown").textContent = get("gate").value;
   get("steps-shown").textContent = steps;
-  const letters = currentPlan().map(letterOf).join("");
+  const letters = stripOf(currentPlan());
   showStrip(get("plan"), letters);
   if (!running && !shown.plain.length) showLegend(letters);
 }
@@ -185,7 +185,7 @@ async function opened(chosen) {
 
 async function compared(calls, sequential) {
   const figures = RUNS.map(get), { steps, guidanceScale } = calls[0];
-  const strips = [(guidanceScale > 1 ? "F" : "f").repeat(steps), currentPlan().map(letterOf).join("")];
+  const strips = [(guidanceScale > 1 ? "F" : "f").repeat(steps), stripOf(currentPlan())];
   figures.forEach((figure, turn) => {
     figure.querySelector(".time").textContent = "\u2013";
     figure.querySelector(".told").textContent = "";
