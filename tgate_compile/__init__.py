@@ -15,12 +15,15 @@ from tgate_compile._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline
+    from tgate_compile._demo.variants import DEMO_VARIANTS as DEMO_VARIANTS
+    from tgate_compile._demo.variants import DemoVariant as DemoVariant
     from tgate_compile._errors import BackendError as BackendError
     from tgate_compile._errors import BundleError as BundleError
     from tgate_compile._errors import CaptureError as CaptureError
     from tgate_compile._errors import ConcurrentGenerationError as ConcurrentGenerationError
     from tgate_compile._errors import ConfigurationError as ConfigurationError
     from tgate_compile._errors import TGateError as TGateError
+    from tgate_compile._errors import UnsupportedCallError as UnsupportedCallError
     from tgate_compile._errors import UnsupportedModelError as UnsupportedModelError
     from tgate_compile._errors import VerificationError as VerificationError
     from tgate_compile._optimize import optimize as optimize
@@ -28,10 +31,14 @@ if TYPE_CHECKING:
     from tgate_compile.bundle.export import export as export
     from tgate_compile.bundle.load import load as load
     from tgate_compile.engine.purity import pure as pure
+    from tgate_compile.methods.schedule import Phase as Phase
     from tgate_compile.methods.schedule import Schedule as Schedule
     from tgate_compile.methods.schedule_file import load_schedule as load_schedule
     from tgate_compile.methods.schedule_file import save_schedule as save_schedule
+    from tgate_compile.pipeline.describe import Description as Description
+    from tgate_compile.pipeline.describe import VariantDescription as VariantDescription
     from tgate_compile.pipeline.describe import describe as describe
+    from tgate_compile.pipeline.optimized import OwnLoop as OwnLoop
     from tgate_compile.pipeline.optimized import generation as generation
     from tgate_compile.study.analysis.result import Analysis as Analysis
     from tgate_compile.study.analysis.run import analyze as analyze
@@ -44,13 +51,18 @@ if TYPE_CHECKING:
 #: Where each public name comes from.
 _HOMES = {
     "load_demo_pipeline": "_demo.pipeline",
+    "DEMO_VARIANTS": "_demo.variants",
+    "DemoVariant": "_demo.variants",
     "describe": "_describe",
+    "Description": "_describe",
+    "VariantDescription": "_describe",
     "BackendError": "_errors",
     "BundleError": "_errors",
     "CaptureError": "_errors",
     "ConcurrentGenerationError": "_errors",
     "ConfigurationError": "_errors",
     "TGateError": "_errors",
+    "UnsupportedCallError": "_errors",
     "UnsupportedModelError": "_errors",
     "VerificationError": "_errors",
     "export": "_export",
@@ -58,8 +70,10 @@ _HOMES = {
     "optimize": "_optimize",
     "restore": "_optimize",
     "generation": "_optimized",
+    "OwnLoop": "_optimized",
     "pure": "_purity",
     "Schedule": "_schedule",
+    "Phase": "_schedule",
     "load_schedule": "_schedule_file",
     "save_schedule": "_schedule_file",
     "strip_picture": "_strip_picture",
@@ -75,13 +89,18 @@ _SUBPACKAGES = ("exports", "passes", "runtime")
 
 __all__ = [
     "load_demo_pipeline",
+    "DEMO_VARIANTS",
+    "DemoVariant",
     "describe",
+    "Description",
+    "VariantDescription",
     "BackendError",
     "BundleError",
     "CaptureError",
     "ConcurrentGenerationError",
     "ConfigurationError",
     "TGateError",
+    "UnsupportedCallError",
     "UnsupportedModelError",
     "VerificationError",
     "export",
@@ -89,8 +108,10 @@ __all__ = [
     "optimize",
     "restore",
     "generation",
+    "OwnLoop",
     "pure",
     "Schedule",
+    "Phase",
     "load_schedule",
     "save_schedule",
     "strip_picture",

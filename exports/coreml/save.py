@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tgate_compile._arguments import check_names
 from tgate_compile._errors import BackendError, BundleError, ConfigurationError, check_installed
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.formats import Progress, WrittenGraph, inputs_of, outputs_of
@@ -137,9 +138,6 @@ _WEIGHTS = "@model_path/weights/weight.bin"
 TARGETS = ("iOS18", "iOS26")
 PRECISIONS = ("float16", "float32")
 
-MSG_UNKNOWN_OPTIONS = (
-    'format="coreml" does not know the options {unknown}. It knows: minimum_deployment_target, precision.'
-)
 MSG_OPTION = 'format_options["{name}"] must be {expected}, but got {given!r}.'
 MSG_NOT_HERE = (
     'Bundles of format "coreml" run on Apple\'s devices, with iOS 18 or macOS 15 and later, from Swift: '
@@ -157,9 +155,7 @@ MSG_NO_PACKAGE = "{path} is no Core ML package of {expected}: {reason}."
 def check_options(options: Mapping[str, object]) -> None:
     """Raise ConfigurationError for options that the format does not know."""
     known: Mapping[str, Sequence[str]] = {"minimum_deployment_target": TARGETS, "precision": PRECISIONS}
-    unknown = ", ".join(repr(name) for name in options if name not in known)
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
+    check_names(options, known, 'format="coreml"')
     for name, given in options.items():
         if given not in known[name]:
             expected = " or ".join(f'"{value}"' for value in known[name])

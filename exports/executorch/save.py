@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tgate_compile._arguments import check_names
 from tgate_compile._errors import BackendError, BundleError, ConfigurationError, UnsupportedModelError
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.calibration import Quantizing
@@ -36,7 +37,6 @@ _DTYPES: Mapping[int, torch.dtype] = {
     15: torch.bfloat16,
 }
 
-MSG_UNKNOWN_OPTIONS = 'format="executorch" does not know the options {unknown}. It knows: delegate.'
 MSG_DELEGATE = 'format_options["delegate"] must be {expected}, but got {given!r}.'
 MSG_NO_LOAD_OPTIONS = (
     'A bundle of format "executorch" has no backend_options, but got {given}. It runs on as many threads as '
@@ -65,9 +65,7 @@ MSG_OTHER = "The method {method} of {path} has {what} {given}, and the manifest 
 
 def check_options(options: Mapping[str, object]) -> None:
     """Raise ConfigurationError for unknown options."""
-    unknown = ", ".join(repr(name) for name in options if name != "delegate")
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
+    check_names(options, ["delegate"], 'format="executorch"')
     delegate = options.get("delegate", DELEGATES[0])
     if delegate not in DELEGATES:
         known = " or ".join(f'"{name}"' for name in DELEGATES)

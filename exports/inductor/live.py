@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from tgate_compile._arguments import check_names
 from tgate_compile._errors import BackendError, ConfigurationError
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.traffic import exclusive
@@ -118,9 +119,6 @@ class CudaGraph:
 
 logger = logging.getLogger(__name__)
 
-MSG_UNKNOWN_OPTIONS = (
-    'backend "inductor" does not know the options {unknown}; torch._inductor.list_options() lists those that it knows.'
-)
 MSG_SWITCH = 'The option cuda_graphs of backend "inductor" must be True or False, but got {given!r}.'
 MSG_TWO_KINDS = (
     'The options cuda_graphs and triton.cudagraphs of backend "inductor" exclude each other: the second is Inductor\'s '
@@ -166,9 +164,7 @@ class InductorBackend:
         if options.get(CUDA_GRAPHS) and options.get("triton.cudagraphs"):
             raise ConfigurationError(MSG_TWO_KINDS)
         known = [CUDA_GRAPHS, *torch._inductor.list_options()]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
+        check_names(options, known, 'backend="inductor"', source="torch._inductor.list_options()")
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
         return None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
+from tgate_compile._arguments import check_names
 from tgate_compile._errors import BundleError, ConfigurationError
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.formats import Progress, WrittenGraph
@@ -100,7 +101,6 @@ TARGETS: Mapping[str, Mapping[str, Any]] = {
     "x86-64-v3": {"cpp.march": "x86-64-v3", "cpp.simdlen": 256},
 }
 
-MSG_UNKNOWN_OPTIONS = 'format="aoti" does not know the options {unknown}. It knows: target.'
 MSG_TARGET = 'format_options["target"] must be {expected}, but got {given!r}.'
 MSG_NEWER_TORCH = (
     'format_options["target"]={given!r} needs a newer torch than {torch}, whose Inductor has no {missing}.'
@@ -121,9 +121,7 @@ MSG_LAYOUT = "The graphs of the bundle {root} must be entries of {package} with 
 
 def check_options(options: Mapping[str, object]) -> None:
     """Raise ConfigurationError for unknown options, or if nothing can be compiled here."""
-    unknown = ", ".join(repr(name) for name in options if name != "target")
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown))
+    check_names(options, ["target"], 'format="aoti"')
     target = options.get("target", "native")
     if not isinstance(target, str) or target not in TARGETS:
         known = " or ".join(f'"{name}"' for name in TARGETS)

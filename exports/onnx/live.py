@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from tgate_compile._arguments import check_names
 from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_installed
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.trust import MadeOfWeights
@@ -28,7 +29,6 @@ OPTIONS: Mapping[str, str] = {
     "prepacking": "True (faster) or False (weights are not copied)",
 }
 
-MSG_UNKNOWN_OPTIONS = 'backend "onnxruntime" does not know the options {unknown}. It knows: {known}.'
 MSG_OPTION = 'backend_options["{name}"] must be {expected}, but got {given!r}.'
 MSG_NO_PROVIDER = (
     "This build of onnxruntime has no {name}; it has {available}. For NVIDIA GPUs: pip uninstall onnxruntime, then "
@@ -54,9 +54,7 @@ class OnnxRuntimeBackend:
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
         check_installed(*OnnxRuntimeBackend.needs)
-        unknown = [name for name in options if name not in OPTIONS]
-        if unknown:
-            raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(OPTIONS)))
+        check_names(options, OPTIONS, 'backend="onnxruntime"')
         providers, threads = options.get("providers", ["CPUExecutionProvider"]), options.get("threads", 1)
         right = {
             "providers": isinstance(providers, (list, tuple)) and all(isinstance(name, str) for name in providers),

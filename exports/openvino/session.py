@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tgate_compile._arguments import check_names
 from tgate_compile._errors import BackendError, ConfigurationError, check_installed
 from tgate_compile.bundle.formats import inputs_of, output_shapes, outputs_of
 from tgate_compile.bundle.manifest import WEIGHTS_FILE, Graph
@@ -69,7 +70,6 @@ ELEMENT_TYPES: Mapping[torch.dtype, str] = {
     torch.int64: "i64",
 }
 
-MSG_UNKNOWN_OPTIONS = 'backend "openvino" does not know the options {unknown}. It knows: {known}.'
 MSG_OPTION = 'backend_options["{name}"] must be {expected}, but got {given!r}.'
 MSG_NO_DEVICE = (
     'OpenVINO finds no device "{given}" here; it has {available}. Intel\'s GPUs and NPUs need their drivers: '
@@ -84,9 +84,7 @@ MSG_NOT_ON_CPU = (
 def check_options(options: Mapping[str, object]) -> None:
     """Raise ConfigurationError for options that the backend does not know, or a device that is not here."""
     check_installed("openvino", extra="openvino", what='backend="openvino"')
-    unknown = [name for name in options if name not in OPTIONS]
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(OPTIONS)))
+    check_names(options, OPTIONS, 'backend="openvino"')
     device, threads = options.get("device", "CPU"), options.get("threads", 1)
     right = {
         "device": isinstance(device, str) and bool(device),

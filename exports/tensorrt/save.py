@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tgate_compile._arguments import check_names
 from tgate_compile._errors import BackendError, BundleError, ConfigurationError
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.formats import Progress, WrittenGraph, inputs_of, outputs_of
@@ -26,9 +27,7 @@ from tgate_compile.exports.tensorrt.open import TensorRTSession, onnx_beside
 #: The least, the usual and the most of each free size.
 Profile = Mapping[str, tuple[int, int, int]]
 
-MSG_UNKNOWN = 'format="{format}" does not know the options {unknown}. It knows: {known}.'
 MSG_OPTION = 'format_options["{name}"] must be {expected}, but got {given!r}.'
-MSG_LOAD_UNKNOWN = 'backend="{format}" does not know the options {unknown}. It knows: {known}.'
 MSG_LOAD_OPTION = 'backend_options["{name}"] must be {expected}, but got {given!r}.'
 MSG_NEEDS_GPU = (
     "{what} needs an NVIDIA GPU where engines are built, and PyTorch finds none here. {instead} Or export on a machine "
@@ -83,9 +82,7 @@ def engine_options(format: str, package: str, known: Collection[str], options: M
     Raises:
         ConfigurationError: they are wrong.
     """
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ConfigurationError(MSG_UNKNOWN.format(format=format, unknown=unknown, known=", ".join(known)))
+    check_names(options, known, f'format="{format}"')
     capabilities = _capabilities(package) if "compute_capabilities" in options else ()
     checks: Mapping[str, Callable[[Any], bool]] = {
         "profile": _is_profile,
@@ -149,9 +146,7 @@ LOAD_EXPECTED: Mapping[str, str] = {
 
 def check_load_options(format: str, known: Collection[str], options: Mapping[str, object]) -> None:
     """Raise ConfigurationError for options of `load` that are not among `known` of `LOAD_EXPECTED`, or wrong."""
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ConfigurationError(MSG_LOAD_UNKNOWN.format(format=format, unknown=unknown, known=", ".join(known)))
+    check_names(options, known, f'backend="{format}"')
     budget, cache = options.get("weight_budget", 0), options.get("runtime_cache", ".")
     right = {
         "weight_budget": isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0,

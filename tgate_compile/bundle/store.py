@@ -14,7 +14,7 @@ from tgate_compile.bundle.formats import GraphFormat, Refittable, Session, sizes
 from tgate_compile.bundle.manifest import CacheOutput, Graph, TensorSpec, phase_of, return_freed_memory
 from tgate_compile.bundle.plan import argument_names, unflatten_as
 from tgate_compile.bundle.read import Bundle
-from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.bundle.read_manifest import shape_at, wrong_pixels
 from tgate_compile.bundle.weights import bit_sums, dtype_name
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.weights import fingerprint, live_tensors
@@ -28,6 +28,9 @@ MSG_NO_GRAPH = (
 MSG_SHAPES = (
     "The bundle {folder} is made for {expected}, but this call has {given}. Call the pipeline with the sizes, the "
     "number of images and the prompts' lengths that the bundle was made for, or export one for these."
+)
+MSG_PIXELS = (
+    "In images of the bundle {folder}, {wrong}. Call the pipeline with such a size, or export a bundle for this one."
 )
 MSG_ARGUMENTS = (
     "The bundle {folder} is made for a denoiser that is called with {expected}, but this call has {given}. Export a "
@@ -202,6 +205,7 @@ class BundleStore:
         right_dtypes = all(dtype_name(t.dtype) == spec.dtype for t, spec in zip(inputs, graph.inputs, strict=True))
         if sizes is not None and right_dtypes and self._within(sizes):
             return sizes
+        self._check_pixels(graph, inputs)
         expected = [_shown(spec) for spec in graph.inputs]
         found = [_shown_tensor(spec.name, tensor) for spec, tensor in zip(graph.inputs, inputs, strict=True)]
         pairs = [pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]]
@@ -210,6 +214,16 @@ class BundleStore:
         if free:
             wanted += " with " + ", ".join(f"{name} from {size.least} to {size.most}" for name, size in free)
         raise BundleError(MSG_SHAPES.format(folder=self._bundle.folder, expected=wanted, given=got))
+
+    def _check_pixels(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+        """Raise BundleError, which says it in pixels, if the images' height or width does not suit the graph."""
+        manifest = self._bundle.manifest
+        limits = {name: (size.least, size.most) for name, size in manifest.sizes.items()}
+        for spec, tensor in zip(graph.inputs, inputs, strict=True):
+            if spec.name == manifest.denoiser.latents:
+                wrong = wrong_pixels(spec.shape, tensor.shape, manifest.pipeline.vae_scale_factor, limits)
+                if wrong:
+                    raise BundleError(MSG_PIXELS.format(folder=self._bundle.folder, wrong=wrong))
 
     def _within(self, sizes: Mapping[str, int]) -> bool:
         free = self._bundle.manifest.sizes

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from tgate_compile._arguments import did_you_mean
 from tgate_compile._errors import ConfigurationError, is_installed
 from tgate_compile.engine.trust import ChosenBackend
 from tgate_compile.exports.inductor.live import InductorBackend
@@ -106,7 +107,9 @@ def check_backend(name: object, options: Mapping[str, object]) -> None:
         raise ConfigurationError(MSG_FOR_BUNDLES.format(name=name))
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(f'"{known}"' for known in BACKENDS)
-        raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.')
+        hint = " The number of steps to run in full is gate_step." if isinstance(name, (int, float)) else ""
+        nearest = did_you_mean(name, [*BACKENDS, "auto"])
+        raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.{nearest}{hint}')
     BACKENDS[name].check_options(options)
 
 

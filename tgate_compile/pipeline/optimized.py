@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from tgate_compile._arguments import AnyPipeline
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.families import Family, family_of, is_listed
@@ -161,7 +162,7 @@ class OwnLoop:
 
 @contextmanager
 def generation(
-    pipe: DiffusionPipeline,
+    pipe: AnyPipeline,
     *,
     guidance: bool,
     gate_step: GateStep | None = None,

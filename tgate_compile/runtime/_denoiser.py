@@ -10,7 +10,7 @@ import numpy as np
 
 from tgate_compile._errors import BundleError
 from tgate_compile.bundle.manifest import Graph, Manifest, Source, TensorSpec, phase_of, return_freed_memory
-from tgate_compile.bundle.read_manifest import solve
+from tgate_compile.bundle.read_manifest import solve, wrong_pixels
 from tgate_compile.methods.schedule import Half, Kind, Phase, Schedule
 from tgate_compile.runtime._noise import Array
 from tgate_compile.runtime._session import Session, Settings, detached, ort_value
@@ -25,6 +25,9 @@ MSG_NO_GRAPH = (
 MSG_SHAPES = (
     "The bundle {folder} is made for {expected}, but this call has {given}. Ask for images of another size, or for "
     "another number at a time, or export a bundle that takes these."
+)
+MSG_PIXELS = (
+    "In images of the bundle {folder}, {wrong}. Ask for images of such a size, or export a bundle for this one."
 )
 MSG_LIMITS = "The bundle {folder} takes {name} from {least} to {most}, but this call has {given}."
 
@@ -176,11 +179,22 @@ class Denoiser:
             return self._manifest.family.order
         return (self._manifest.method.keep,) if self._guided else tuple(self._conditions)
 
+    def _check_pixels(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
+        """Raise BundleError, which says it in pixels, if the images' height or width does not suit the graph."""
+        limits = {name: (size.least, size.most) for name, size in self._manifest.sizes.items()}
+        pixels = self._manifest.pipeline.vae_scale_factor
+        for spec in graph.inputs:
+            if spec.name == self._manifest.denoiser.latents:
+                wrong = wrong_pixels(spec.shape, inputs[spec.name].shape(), pixels, limits)
+                if wrong:
+                    raise BundleError(MSG_PIXELS.format(folder=self._folder, wrong=wrong))
+
     def _check_shapes(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
         specs = [*graph.inputs, *graph.cache_inputs]
         shapes = [inputs[spec.name].shape() for spec in specs]
         sizes = solve([spec.shape for spec in specs], shapes)
         if sizes is None:
+            self._check_pixels(graph, inputs)
             pairs = zip(specs, shapes, strict=True)
             others = [(spec, shape) for spec, shape in pairs if solve([spec.shape], [shape]) is None]
             others = others or list(zip(specs, shapes, strict=True))[:1]

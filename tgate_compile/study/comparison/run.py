@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
+from tgate_compile._arguments import BackendName
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import parse_caption
 from tgate_compile._errors import UnsupportedModelError, is_installed
@@ -213,7 +214,7 @@ class _Comparing:
                 self._why_not[method.key] = why
                 continue
             try:
-                pipe = optimize(twin_of(self._pipe), schedule=method.schedule, backend=task.backend)
+                pipe = optimize(twin_of(self._pipe), schedule=method.schedule, backend=cast(BackendName, task.backend))
                 first = self._generate(pipe, method, 0, task.steps)
             except Exception as error:  # a method that cannot run is told of, and the others run
                 logger.info("%s on %s failed", method.title, self._name, exc_info=True)
