@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def main() -> None:
             steps = step_times(bundles, options.repeat, dtype, inductor=not options.without_inductor)
     results = {
         "command": "python benchmarks/exports.py " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, {options.threads} threads",
         "torch": torch.__version__,
         "dtype": options.dtype,

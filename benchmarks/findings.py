@@ -19,7 +19,7 @@ import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def write(path: Path, name: str, result: Mapping[str, Any], model: Mapping[str, 
         path,
         {
             "command": "python benchmarks/findings.py --out docs/results/findings.json",
-            "date": datetime.now(timezone.utc).date().isoformat(),
+            "date": datetime.now(UTC).date().isoformat(),
             "machine": machine_of(torch.device("cpu")),
             "images": {
                 "singles": SINGLES,

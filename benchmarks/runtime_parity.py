@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": " ".join(
             ["python", "benchmarks/runtime_parity.py", *(sys.argv[1:] if arguments is None else arguments)]
         ),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine_of(torch.device("cpu")) | {"onnxruntime": onnxruntime.__version__},
         "steps": STEPS,
         "gate": GATE,

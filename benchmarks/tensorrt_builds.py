@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -48,7 +48,7 @@ def main() -> None:
     if arguments.out is not None:
         told = {
             "command": f"python {Path(__file__).relative_to(Path.cwd())} --out {arguments.out}",
-            "date": datetime.now(timezone.utc).date().isoformat(),
+            "date": datetime.now(UTC).date().isoformat(),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
             "versions": {name: version(name) for name in ("torch", "tensorrt-rtx", "onnx")},
             "rows": rows,

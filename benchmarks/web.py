@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "command": " ".join(
                     ["python", "benchmarks/web.py", *(sys.argv[1:] if arguments is None else arguments)]
                 ),
-                "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                 "machine": {
                     "processor": processor(),
                     "cores": os.cpu_count(),

@@ -128,7 +128,7 @@ def test_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         load(str(folder / "model.safetensors"))
     for part in (
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "could not be had",
+        "could not be had: no network",
         "--model-config",
         "save_pretrained",
     ):

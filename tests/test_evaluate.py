@@ -482,7 +482,7 @@ def test_the_embedded_pipeline_is_read(tmp_path: Path) -> None:
         ({"seeds": ()}, "seeds"),
         ({"batch_size": 0}, "batch_size"),
         ({"call": {"output_type": "np"}}, r"evaluate\(\) sets output_type"),
-        ({"call": {"guidance": 5.0}}, "takes no guidance"),
+        ({"call": {"guidance": 5.0}}, 'has no option "guidance".'),
         ({"fid_weights": "none.pth"}, "fid_weights: there is no file none.pth"),
         ({"lpips_weights": "none.pth"}, "lpips_weights: there is no file none.pth"),
         ({"fid_reference": "none"}, "fid_reference: there is no none"),

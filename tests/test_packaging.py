@@ -1,10 +1,18 @@
-"""What is in the tree is in the wheel. `.ci/run` builds one and runs from it."""
+"""What is built from the tree, and for which versions of Python. `.ci/run` also installs the wheel and runs it."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
-from pathlib import Path
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -14,36 +22,174 @@ from tgate_compile._demo.variants import DEMO_VARIANTS
 
 ROOT = Path(__file__).parents[1]
 
+#: The folders at the top of the tree, and where a wheel has their files.
+HOMES = {"tgate_compile": "tgate_compile", "passes": "tgate_compile/passes", "exports": "tgate_compile/exports"}
+
+#: These need a compiler or NVIDIA's index at installation, and have no wheels.
+SOURCE_ONLY = ("antlr4-python3-runtime", "tensorrt-rtx", "tensorrt-rtx-cu13")
+
+#: How uv begins the last line of an error when no index can be reached.
+UNREACHABLE = re.compile(
+    "Failed to fetch|Could not connect|error sending request|dns error|Connection refused", re.IGNORECASE
+)
+
 
 @pytest.fixture(scope="module")
 def project() -> dict[str, Any]:
-    if sys.version_info < (3, 11):
-        pytest.skip("tomllib came with Python 3.11")
-    import tomllib
-
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_every_package_of_the_tree_is_listed(project: dict[str, Any]) -> None:
-    listed = project["tool"]["setuptools"]["packages"]
-    homes = {"tgate_compile": "tgate_compile", "passes": "tgate_compile.passes", "exports": "tgate_compile.exports"}
-    found = set()
-    for folder, package in homes.items():
-        for init in (ROOT / folder).rglob("__init__.py"):
-            parts = init.parent.relative_to(ROOT / folder).parts
-            if folder != "tgate_compile" or parts[:1] not in (("passes",), ("exports",)):
-                found.add(".".join((package, *parts)))
-    assert set(listed) == found
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `sdist/`, `wheel/` and `editable/`, each with what the build backend has made."""
+    folder = tmp_path_factory.mktemp("built")
+    for kind in ("sdist", "wheel", "editable"):
+        (folder / kind).mkdir()
+        build(kind, folder / kind)
+    return folder
 
 
-def test_the_embedded_weights_and_the_type_marker_are_package_data(project: dict[str, Any]) -> None:
-    data = project["tool"]["setuptools"]["package-data"]
-    shipped = {path for pattern in data["tgate_compile._demo"] for path in (ROOT / "tgate_compile/_demo").glob(pattern)}
-    folders = {variant.folder for variant in DEMO_VARIANTS.values()}
-    weights = {path for name in folders for path in (ROOT / "tgate_compile/_demo" / name).rglob("*") if path.is_file()}
-    assert {path.relative_to(ROOT / "tgate_compile/_demo").parts[0] for path in weights} == folders
-    assert weights <= shipped
-    assert (ROOT / "tgate_compile" / data["tgate_compile"][0]).is_file()
+def build(kind: str, out: Path, tree: Path = ROOT) -> None:
+    code = f"import hatchling.build, sys; hatchling.build.build_{kind}(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(out)], cwd=tree, check=True)
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def _sources() -> Iterator[PurePosixPath]:
+    """The files of the library, as paths in the tree, without the links to folders."""
+    for folder in HOMES:
+        for path in sorted((ROOT / folder).rglob("*")):
+            relative = path.relative_to(ROOT)
+            behind_link = any(parent.is_symlink() for parent in (path, *path.parents) if parent != ROOT)
+            if path.is_file() and not behind_link and "__pycache__" not in relative.parts:
+                yield PurePosixPath(relative.as_posix())
+
+
+def _in_wheel(source: PurePosixPath) -> str:
+    return str(PurePosixPath(HOMES[source.parts[0]], *source.parts[1:]))
+
+
+def _code_of(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return sorted(name for name in archive.namelist() if ".dist-info/" not in name)
+
+
+def test_the_wheel_has_every_file_of_the_tree_once(built: Path) -> None:
+    expected = sorted(map(_in_wheel, _sources()))
+    assert _code_of(only(built / "wheel", "*.whl")) == expected
+    # Not merely empty on both sides:
+    assert {"tgate_compile/py.typed", "tgate_compile/passes/__init__.py", "tgate_compile/exports/__init__.py"} <= {
+        *expected
+    }
+    for variant in DEMO_VARIANTS.values():
+        assert any(name.startswith(f"tgate_compile/_demo/{variant.folder}/") for name in expected)
+
+
+def test_the_sdist_has_every_file_once_and_builds_the_same_wheel(built: Path, tmp_path: Path) -> None:
+    with tarfile.open(only(built / "sdist", "*.tar.gz")) as archive:
+        names = [PurePosixPath(member.name) for member in archive.getmembers() if not member.isdir()]
+        archive.extractall(tmp_path, filter="data")
+    inside = [str(PurePosixPath(*name.parts[1:])) for name in names]
+    assert sorted(name for name in inside if PurePosixPath(name).parts[0] in HOMES) == sorted(map(str, _sources()))
+    assert len(inside) == len({*inside})
+    assert {"LICENSE", "NOTICE", "README.md", "CHANGELOG.md", "constraints.txt", "pyproject.toml"} <= {*inside}
+
+    tree = only(tmp_path, "tgate_compile-*")
+    (tmp_path / "wheel").mkdir()
+    build("wheel", tmp_path / "wheel", tree)
+    assert _code_of(only(tmp_path / "wheel", "*.whl")) == _code_of(only(built / "wheel", "*.whl"))
+
+
+def test_an_editable_install_is_a_path_and_offers_nothing_but_the_library(built: Path, tmp_path: Path) -> None:
+    python = environment_with(only(built / "editable", "*.whl"), tmp_path / "venv")
+    code = (
+        "import importlib.util, tgate_compile, tgate_compile.exports, tgate_compile.passes.specialize\n"
+        "print(tgate_compile.__file__)\n"
+        "print([name for name in ('passes', 'exports', 'tests', 'training') if importlib.util.find_spec(name)])"
+    )
+    home, others = _output(python, "-P", "-c", code, cwd=tmp_path).splitlines()
+    assert Path(home).resolve() == ROOT / "tgate_compile" / "__init__.py"
+    assert others == "[]"
+
+
+def environment_with(wheel: Path, folder: Path) -> Path:
+    """The interpreter of a new virtual environment that has an unpacked `wheel`, and this one's packages by a path."""
+    venv.create(folder, symlinks=True)
+    packages = only(folder, "lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    # Names that begin with `z` come after the wheel's, and .pth files of folders on a path are not read.
+    (packages / "z.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin" / "python"
+
+
+def _output(*command: str | Path, cwd: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_the_metadata_names_who_for_what_and_under_which_licence(built: Path) -> None:
+    with zipfile.ZipFile(only(built / "wheel", "*.whl")) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    header, _, body = metadata.partition("\n\n")
+    for line in (
+        f"Version: {tgate_compile.__version__}",
+        "License-Expression: Apache-2.0",
+        "License-File: LICENSE",
+        "License-File: NOTICE",
+        "Requires-Python: >=3.11",
+        "Description-Content-Type: text/markdown",
+        "Classifier: Typing :: Typed",
+    ):
+        assert line in header.splitlines(), line
+    assert re.search("^(Author|Author-email): ", header, flags=re.MULTILINE)
+    assert body.startswith("# tgate_compile")
+
+
+def supported_versions() -> list[str]:
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    found = (re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", text) for text in classifiers)
+    return [match[1] for match in found if match]
+
+
+def test_the_least_version_of_python_is_the_same_everywhere(project: dict[str, Any]) -> None:
+    least, *more = supported_versions()
+    assert more
+    assert project["project"]["requires-python"] == f">={least}"
+    assert project["tool"]["ruff"]["target-version"] == f"py{least.replace('.', '')}"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("version", supported_versions())
+def test_the_tested_set_has_wheels_for_every_supported_version_of_python(version: str) -> None:
+    _resolve(version, ROOT / "constraints.txt", "cli", "dev")
+
+
+@pytest.mark.heavy
+def test_the_oldest_pytorch_resolves_without_the_tested_set(tmp_path: Path) -> None:
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("torch==2.11.*\n")
+    assert "torch==2.11." in _resolve("3.12", constraints, "cli", "aoti")
+
+
+def _resolve(version: str, constraints: Path, *extras: str) -> str:
+    """What pip would install on Linux, from wheels alone; the test is skipped where no index can be reached."""
+    command = ["uv", "pip", "compile", "pyproject.toml", "--quiet", "--no-header", "--constraints", str(constraints)]
+    command += ["--python-version", version, "--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:"]
+    command += [word for name in SOURCE_ONLY for word in ("--no-binary", name)]
+    command += [word for extra in extras for word in ("--extra", extra)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ran.returncode and UNREACHABLE.search(ran.stderr):
+        pytest.skip(f"no package index can be reached: {ran.stderr.strip().splitlines()[0]}")
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def test_the_tested_set_meets_the_stated_ranges(project: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tgate_compile
+from tgate_compile import _errors
 
 
 def test_every_public_name_is_there_and_known_to_type_checkers() -> None:
@@ -21,6 +24,20 @@ def test_every_public_name_is_there_and_known_to_type_checkers() -> None:
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     told = {node.names[0].name: node.module for node in block.body if isinstance(node, ast.ImportFrom)}
     assert told == {name: f"tgate_compile.{home}" for name, home in tgate_compile._HOMES.items()}
+
+
+def test_every_type_that_a_public_function_returns_is_public() -> None:
+    public = {name: getattr(tgate_compile, name) for name in tgate_compile.__all__}
+    for name, function in public.items():
+        if inspect.isfunction(function):
+            returned = inspect.signature(function).return_annotation
+            for word in re.findall(r"[A-Z]\w+", returned):
+                # The caller's own type, or a type of the standard library or diffusers.
+                known = word in ("Pipeline", "Code", "Path", "Iterator", "DiffusionPipeline", "None")
+                assert known or word in public, f"{name}() returns {returned}"
+    errors = {name for name, value in vars(_errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert errors <= {*public}
+    assert public["DEMO_VARIANTS"].keys() >= {"sd", "lcm"}
 
 
 def test_other_names() -> None:

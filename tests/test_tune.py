@@ -411,7 +411,7 @@ def test_joint_attention_has_guidance_to_drop_and_nothing_else() -> None:
         ({"call": ["guidance_scale"]}, "call must"),
         ({"call": {"generator": None}}, "generator"),
         ({"call": {"prompt": "red cat"}}, "prompt cannot"),
-        ({"call": {"guidance": 5.0}}, "takes no guidance"),
+        ({"call": {"guidance": 5.0}}, 'has no option "guidance".'),
         ({"backend": "tensorrt"}, "tensorrt"),
     ],
 )

@@ -15,12 +15,15 @@ from tgate_compile._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline
+    from tgate_compile._demo.variants import DEMO_VARIANTS as DEMO_VARIANTS
+    from tgate_compile._demo.variants import DemoVariant as DemoVariant
     from tgate_compile._errors import BackendError as BackendError
     from tgate_compile._errors import BundleError as BundleError
     from tgate_compile._errors import CaptureError as CaptureError
     from tgate_compile._errors import ConcurrentGenerationError as ConcurrentGenerationError
     from tgate_compile._errors import ConfigurationError as ConfigurationError
     from tgate_compile._errors import TGateError as TGateError
+    from tgate_compile._errors import UnsupportedCallError as UnsupportedCallError
     from tgate_compile._errors import UnsupportedModelError as UnsupportedModelError
     from tgate_compile._errors import VerificationError as VerificationError
     from tgate_compile._optimize import optimize as optimize
@@ -31,12 +34,16 @@ if TYPE_CHECKING:
     from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
     from tgate_compile.methods.deepcache import DeepCache as DeepCache
     from tgate_compile.methods.method import Method as Method
+    from tgate_compile.methods.method import Phase as Phase
     from tgate_compile.methods.pab import PAB as PAB
     from tgate_compile.methods.schedule import Schedule as Schedule
     from tgate_compile.methods.schedule_file import load_schedule as load_schedule
     from tgate_compile.methods.schedule_file import save_schedule as save_schedule
     from tgate_compile.methods.tgate import TGate as TGate
+    from tgate_compile.pipeline.describe import Description as Description
+    from tgate_compile.pipeline.describe import VariantDescription as VariantDescription
     from tgate_compile.pipeline.describe import describe as describe
+    from tgate_compile.pipeline.optimized import OwnLoop as OwnLoop
     from tgate_compile.pipeline.optimized import generation as generation
     from tgate_compile.study.analysis.result import Analysis as Analysis
     from tgate_compile.study.analysis.run import analyze as analyze
@@ -49,12 +56,15 @@ if TYPE_CHECKING:
 #: Where each public name comes from.
 _HOMES = {
     "load_demo_pipeline": "_demo.pipeline",
+    "DEMO_VARIANTS": "_demo.variants",
+    "DemoVariant": "_demo.variants",
     "BackendError": "_errors",
     "BundleError": "_errors",
     "CaptureError": "_errors",
     "ConcurrentGenerationError": "_errors",
     "ConfigurationError": "_errors",
     "TGateError": "_errors",
+    "UnsupportedCallError": "_errors",
     "UnsupportedModelError": "_errors",
     "VerificationError": "_errors",
     "optimize": "_optimize",
@@ -67,11 +77,15 @@ _HOMES = {
     "AdaptiveGuidance": "methods.adaptive_guidance",
     "PAB": "methods.pab",
     "Method": "methods.method",
+    "Phase": "methods.method",
     "Schedule": "methods.schedule",
     "load_schedule": "methods.schedule_file",
     "save_schedule": "methods.schedule_file",
     "describe": "pipeline.describe",
+    "Description": "pipeline.describe",
+    "VariantDescription": "pipeline.describe",
     "generation": "pipeline.optimized",
+    "OwnLoop": "pipeline.optimized",
     "Analysis": "study.analysis.result",
     "analyze": "study.analysis.run",
     "evaluate": "study.evaluation.evaluate",
@@ -85,13 +99,18 @@ _SUBPACKAGES = ("exports", "methods", "passes", "runtime")
 
 __all__ = [
     "load_demo_pipeline",
+    "DEMO_VARIANTS",
+    "DemoVariant",
     "describe",
+    "Description",
+    "VariantDescription",
     "BackendError",
     "BundleError",
     "CaptureError",
     "ConcurrentGenerationError",
     "ConfigurationError",
     "TGateError",
+    "UnsupportedCallError",
     "UnsupportedModelError",
     "VerificationError",
     "export",
@@ -99,6 +118,7 @@ __all__ = [
     "optimize",
     "restore",
     "generation",
+    "OwnLoop",
     "pure",
     "TGate",
     "DeepCache",
@@ -106,6 +126,7 @@ __all__ = [
     "PAB",
     "Method",
     "Schedule",
+    "Phase",
     "load_schedule",
     "save_schedule",
     "strip_picture",

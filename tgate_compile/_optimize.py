@@ -6,11 +6,12 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from diffusers import DiffusionPipeline
 
+from tgate_compile._arguments import BackendName, check_names, check_pipeline_first, did_you_mean
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.engine.config import AUTO_PROMPTS
 from tgate_compile.methods.method import Half, Method
@@ -22,6 +23,9 @@ from tgate_compile.pipeline.optimized import GateStep, split_gate_step
 from tgate_compile.study.tuning.search import tune
 
 Pipeline = TypeVar("Pipeline")
+
+#: What `tuning` may hold.
+_TUNING = [name for name in inspect.signature(tune).parameters if name != "pipe"]
 
 MSG_SCHEDULE = "schedule must be a tgate_compile.Schedule or the path of a schedule file, but got {given!r}."
 MSG_SCHEDULE_AND_MORE = "A schedule says all about the steps, but {given} is given as well. Give one or the other."
@@ -48,7 +52,7 @@ def optimize(
     denoiser: str | None = None,
     sites: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
-    backend: str = "inductor",
+    backend: BackendName = "inductor",
     backend_options: Mapping[str, object] | None = None,
     on_unsupported: OnUnsupported = "error",
     graph_memory: int | None = None,
@@ -109,6 +113,7 @@ def optimize(
         ConfigurationError: an argument is wrong. The pipeline is as it was.
         UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is as it was.
     """
+    check_pipeline_first("optimize", pipe, gate_step)
     names = denoiser_names(pipe, denoiser)
     choices: dict[str, Any] = {
         "sp_interval": sp_interval,
@@ -123,6 +128,9 @@ def optimize(
     }
     if tuning is not None and (gate_step != "auto" or not isinstance(tuning, Mapping)):
         raise ConfigurationError(MSG_TUNING.format(given=tuning))
+    check_names(tuning or {}, _TUNING, "tuning: tune()")
+    if isinstance(gate_step, str) and gate_step != "auto":
+        raise ConfigurationError(_not_a_gate_step(gate_step))
     if isinstance(gate_step, (Method, Schedule)):
         _check_alone({**choices, "schedule": schedule}, MSG_METHOD_AND_MORE)
         schedules = dict.fromkeys(names, schedule_of(gate_step))
@@ -156,6 +164,15 @@ def restore(pipe: Pipeline) -> Pipeline:
     """
     detach(pipe)
     return pipe
+
+
+def _not_a_gate_step(given: str) -> str:
+    expected = f'gate_step must be a number of steps, a fraction of them or "auto", but got "{given}".'
+    if given in get_args(BackendName):
+        return f'{expected} That is a backend. Write: optimize(pipe, gate_step=10, backend="{given}").'
+    if given.endswith(".json"):
+        return f'{expected} For a schedule file, write: optimize(pipe, schedule="{given}").'
+    return f"{expected}{did_you_mean(given, ['auto'])}"
 
 
 def _tuned(pipe: DiffusionPipeline, denoiser: str | None, arguments: Mapping[str, Any]) -> Schedule:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from tgate_compile._arguments import check_names
 from tgate_compile._errors import BackendError, ConfigurationError, first_line
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.traffic import exclusive
@@ -159,12 +160,7 @@ class InductorBackend:
                 "second is Inductor's own, which copies all weights in every step."
             )
         known = [CUDA_GRAPHS, *torch._inductor.list_options()]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ConfigurationError(
-                f'backend "inductor" does not know the options {unknown}; torch._inductor.list_options() lists '
-                "those that it knows."
-            )
+        check_names(options, known, 'backend="inductor"', source="torch._inductor.list_options()")
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
         return None

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch.export import ExportedProgram
 
-from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_installed
+from tgate_compile._arguments import check_names
+from tgate_compile._errors import BackendError, cause_of, check_installed
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.trust import MadeOfWeights, coarsest
 from tgate_compile.passes.editing import copy_graph, flat_program
@@ -56,9 +57,7 @@ class TensorRTBackend:
         import torch_tensorrt
 
         known = [name for name in inspect.signature(torch_tensorrt.dynamo.compile).parameters if name not in _GIVEN]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(known)))
+        check_names(options, known, 'backend="tensorrt"', source="The signature of torch_tensorrt.dynamo.compile")
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
         """By its options: TF32 rounds as float16 does."""

@@ -23,6 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import tgate_compile
+from tgate_compile._arguments import BackendName
 from tgate_compile._cli import options
 from tgate_compile._cli.console import OUT, make_progress, print_json, print_note, work_of
 from tgate_compile._cli.demo_picture import draw_picture, shown_modes
@@ -107,7 +108,7 @@ def measure(mode: Mode, task: Task, index: int) -> None:
     mode.seconds.append(seconds)
 
 
-def _optimized(gate: int, backend: str) -> StableDiffusionPipeline:
+def _optimized(gate: int, backend: BackendName) -> StableDiffusionPipeline:
     return tgate_compile.optimize(load_demo_pipeline(), gate, backend=backend)
 
 

@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from packaging.version import Version
 
 from tgate_compile._cli.console import print_note
@@ -73,6 +74,10 @@ MSG_NOT_FOUND = (
     "There is no folder of this name here either. See that the id is right, the network is up, and, for a gated model, "
     "that you are logged in."
 )
+MSG_OFFLINE = (
+    "No network: {given} is not on this machine, and the hub cannot be reached ({reason}). Download it where there is "
+    "one, and give the folder here. Without a network, the embedded models work: leave --model out."
+)
 MSG_NO_UNET = "--unet puts in another UNet, but {pipeline} has none. Leave it out."
 
 
@@ -109,6 +114,9 @@ def load_pipeline(
         try:
             index = DiffusionPipeline.load_config(model)
         except (OSError, ValueError) as error:
+            unreachable = why_unreachable(error)
+            if unreachable is not None:
+                raise ConfigurationError(MSG_OFFLINE.format(given=model, reason=unreachable)) from error
             message = MSG_NOT_LOADED if Path(model).is_dir() else MSG_NOT_FOUND
             raise ConfigurationError(message.format(given=model, reason=first_line(error))) from error
     chosen = choose_dtype(dtype, str(index.get("_class_name")), device)
@@ -142,7 +150,8 @@ def _config_of_file(model: str, config: str | None) -> tuple[Mapping[str, Any], 
     try:
         return DiffusionPipeline.load_config(config), config
     except (OSError, ValueError) as error:
-        reason = first_line(error)
+        unreachable = why_unreachable(error)
+        reason = first_line(error) if unreachable is None else f"no network; the hub cannot be reached ({unreachable})"
         raise ConfigurationError(MSG_NEEDS_CONFIG.format(given=model, source=source, reason=reason)) from error
 
 
@@ -183,6 +192,9 @@ def _load(kind: Any, source: str, dtype: Dtype, **parts: Any) -> Any:
             logger.info("%s with variant %s: %s", source, variant, error)
             reasons.append((variant, error))
     reason = next(error for variant, error in reasons if variant is None)
+    unreachable = why_unreachable(reason)
+    if unreachable is not None:
+        raise ConfigurationError(MSG_OFFLINE.format(given=source, reason=unreachable)) from reason
     raise ConfigurationError(MSG_NOT_LOADED.format(given=source, reason=first_line(reason))) from reason
 
 
@@ -208,7 +220,19 @@ def _check_exists(model: str) -> None:
         raise ConfigurationError(MSG_NO_FOLDER.format(given=model))
 
 
-def first_line(error: Exception) -> str:
+def why_unreachable(error: BaseException) -> str | None:
+    """Why the hub could not be asked, if that is the reason for `error`, which may say that a file does not exist."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
+        return "the environment sets HF_HUB_OFFLINE"
+    return first_line(chain[-1]) if any(isinstance(each, LocalEntryNotFoundError) for each in chain) else None
+
+
+def first_line(error: BaseException) -> str:
     """The gist of a long message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

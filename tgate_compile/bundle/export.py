@@ -8,14 +8,16 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import DiffusionPipeline
+import torch
 
+from tgate_compile._arguments import AnyPipeline, FormatName, check_call, check_pipeline_first, did_you_mean
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError, check_installed
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.formats import check_can_write, components_format, format_called
-from tgate_compile.bundle.quantization import read_quantization
+from tgate_compile.bundle.quantization import Scheme, read_quantization
+from tgate_compile.bundle.read_manifest import nearest_multiples
 from tgate_compile.engine.config import AUTO_PROMPTS
-from tgate_compile.engine.free_sizes import SYMBOLS, FreeSize
+from tgate_compile.engine.free_sizes import SYMBOLS, FreeSize, downsampling
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import rounded_input, wrapped_weight
@@ -37,15 +39,15 @@ COMPONENTS = ("denoiser", "all")
 
 
 def export(
-    pipe: DiffusionPipeline,
+    pipe: AnyPipeline,
     folder: str | os.PathLike[str],
-    format: str = "onnx",
+    format: FormatName = "onnx",
     *,
     call: Mapping[str, Any] | None = None,
     dynamic: bool | Collection[FreeSize] = True,
     format_options: Mapping[str, object] | None = None,
     components: Literal["denoiser", "all"] = "denoiser",
-    quantize: str | Mapping[str, object] | None = None,
+    quantize: Scheme | Mapping[str, object] | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -84,8 +86,12 @@ def export(
         CaptureError: the denoiser's code depends on a size that `dynamic` names.
         BundleError: the bundle cannot be written, or a graph is not what it must be. `folder` is then as it was.
     """
+    check_pipeline_first("export", pipe, folder, format)
     if not isinstance(format, str) or format not in FORMATS:
-        raise ConfigurationError(MSG_FORMAT.format(known=", ".join(f'"{known}"' for known in FORMATS), given=format))
+        message = MSG_FORMAT.format(known=", ".join(f'"{known}"' for known in FORMATS), given=format)
+        if folder in FORMATS:
+            message += f' The folder comes first: export(pipe, "{format}", format="{folder}").'
+        raise ConfigurationError(message + did_you_mean(format, FORMATS))
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise ConfigurationError(f"export() needs a folder, a str or a Path, but got {folder!r}.")
     free = _free(dynamic, format)
@@ -99,6 +105,10 @@ def export(
             "Bundles of several are not written yet."
         )
     ((component, hook),) = state.hooks.items()
+    if call is not None:
+        check_call(call, state.pipeline_class)
+        for name in ("height", "width"):
+            _check_multiple(pipe, hook.denoiser, name, call.get(name), free)
     if not isinstance(hook.store, VariantStore):
         raise ConfigurationError(
             f"This {pipeline} is served from a bundle already: copy that, or restore(pipe) and optimize(pipe, ...) "
@@ -123,7 +133,9 @@ def export(
     # pydantic is an extra.
     from tgate_compile.bundle.write import check_target, write_bundle
 
-    call = {"prompt": ""} if call is None else call
+    call = {} if call is None else call
+    if "prompt" not in call and call.get("prompt_embeds") is None:
+        call = {"prompt": "", **call}
     says_nothing = not call.get("prompt") and call.get("prompt_embeds") is None
     if says_nothing and quantization is not None and quantization.calibrated:
         prompts = quantization.calibration_prompts or AUTO_PROMPTS
@@ -158,6 +170,22 @@ def export(
             progress=say,
         )
     return target
+
+
+def _check_multiple(
+    pipe: AnyPipeline, denoiser: torch.nn.Module, name: str, size: object, free: Collection[str] | None
+) -> None:
+    """Raise ConfigurationError unless graphs can be captured at this height or width that leave it to each call."""
+    pixels = getattr(pipe, "vae_scale_factor", None)
+    if free is None or name not in free or not isinstance(pixels, int) or not isinstance(size, int):
+        return
+    multiple = pixels * downsampling(denoiser)
+    if size % multiple:
+        raise ConfigurationError(
+            f"For graphs that leave the {name} to each call, {name} must be a multiple of {multiple} pixels; {size} is "
+            f"not. The nearest are {nearest_multiples(size, multiple)}. Or leave {name} out of dynamic, and the bundle "
+            f"has this {name} only."
+        )
 
 
 def _free(dynamic: object, format: str) -> Collection[FreeSize] | None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline
 
+from tgate_compile._arguments import BundleBackendName, check_pipeline_first, did_you_mean
 from tgate_compile._errors import BundleError, ConfigurationError, check_installed
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.formats import GraphFormat, check_can_load, check_can_run, format_called, openers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+Pipeline = TypeVar("Pipeline")
 
 MSG_BACKEND = "load() takes the backend {known}, or None for the one that the bundle is made for, but got {given!r}."
 MSG_OTHER_BACKEND = (
@@ -49,7 +49,7 @@ def load(
     pipe: Pipeline,
     folder: str | os.PathLike[str],
     *,
-    backend: str | None = None,
+    backend: BundleBackendName | None = None,
     backend_options: Mapping[str, object] | None = None,
     sequential: bool = False,
 ) -> Pipeline:
@@ -79,9 +79,11 @@ def load(
             another state: LoRA scales, attention processors, FreeU, hooks.
         BackendError: this machine cannot run the bundle's graphs.
     """
+    check_pipeline_first("load", pipe, folder)
     known = list(dict.fromkeys(row.backend for row in FORMATS.values()))
     if backend is not None and backend not in known:
-        raise ConfigurationError(MSG_BACKEND.format(known=", ".join(f'"{name}"' for name in known), given=backend))
+        message = MSG_BACKEND.format(known=", ".join(f'"{name}"' for name in known), given=backend)
+        raise ConfigurationError(message + did_you_mean(backend, known))
     if not isinstance(sequential, bool):
         raise ConfigurationError(f"sequential must be True or False, but got {sequential!r}.")
     if not isinstance(folder, (str, os.PathLike)):
@@ -109,7 +111,7 @@ def load(
     check_can_load(backends[chosen])
     functions = format_called(backends[chosen])
     functions.check_load_options(options)
-    check_can_run(bundle.manifest.graph_format, pipe._execution_device)
+    check_can_run(bundle.manifest.graph_format, pipe._execution_device)  # type: ignore[attr-defined]
     attach(
         pipe,
         dict.fromkeys(names, read_schedule(method.schedule)),

@@ -90,6 +90,45 @@ def solve(expected: Sequence[Sequence[Size]], given: Sequence[Sequence[int]]) ->
         return None
 
 
+def nearest_multiples(size: int, multiple: int) -> str:
+    """The multiples of `multiple` on both sides of `size`: `480 and 512`."""
+    below = size // multiple * multiple
+    return f"{below} and {below + multiple}" if below else f"{multiple}"
+
+
+def wrong_pixels(
+    expected: Sequence[Size], given: Sequence[int], pixels: int | None, limits: Mapping[str, tuple[int, int]]
+) -> str:
+    """What is wrong with the height and width of images whose latents have the shape `given`; empty if nothing is.
+
+    Args:
+        expected: the latents' shape in a graph.
+        given: the latents' shape in a call.
+        pixels: of an image, for one of its latents; None if these latents are not images'.
+        limits: the least and the most of each name.
+    """
+    if pixels is None or len(expected) != len(given) or len(given) < 4:
+        return ""
+    found = (_wrong(size, number, pixels, limits) for size, number in zip(expected[-2:], given[-2:], strict=True))
+    return ", and ".join(
+        f"{name} must be {wrong}" for name, wrong in zip(("height", "width"), found, strict=True) if wrong
+    )
+
+
+def _wrong(size: Size, given: int, pixels: int, limits: Mapping[str, tuple[int, int]]) -> str:
+    multiple = _MULTIPLE.fullmatch(size) if isinstance(size, str) else None
+    if isinstance(size, int):
+        return "" if given == size else f"{size * pixels} pixels, not {given * pixels}"
+    if multiple is None:
+        return ""
+    unit = int(multiple[1] or 1)
+    least, most = (unit * pixels * limit for limit in limits[multiple[2]])
+    if given % unit:
+        nearest = nearest_multiples(given * pixels, unit * pixels)
+        return f"a multiple of {unit * pixels} pixels, and {given * pixels} is not (the nearest are {nearest})"
+    return "" if least <= given * pixels <= most else f"from {least} to {most} pixels, not {given * pixels}"
+
+
 def _evaluate(node: ast.expr, values: Mapping[str, int]) -> int:
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value

@@ -14,13 +14,16 @@ from tgate_compile.bundle.formats import GraphFormat, Refittable, Session
 from tgate_compile.bundle.manifest import CacheOutput, Graph, TensorSpec, phase_of, return_freed_memory
 from tgate_compile.bundle.plan import argument_names, unflatten_as
 from tgate_compile.bundle.read import Bundle
-from tgate_compile.bundle.read_manifest import shape_at, sizes_for
+from tgate_compile.bundle.read_manifest import shape_at, sizes_for, wrong_pixels
 from tgate_compile.bundle.weights import bit_sums, dtype_name
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.weights import fingerprint, live_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
 
+MSG_PIXELS = (
+    "In images of the bundle {folder}, {wrong}. Call the pipeline with such a size, or export a bundle for this one."
+)
 MSG_ARGUMENTS = (
     "The bundle {folder} is made for a denoiser that is called with {expected}, but this call has {given}. Export a "
     "bundle with a call like this one."
@@ -197,6 +200,7 @@ class BundleStore:
         right_dtypes = all(dtype_name(t.dtype) == spec.dtype for t, spec in zip(inputs, graph.inputs, strict=True))
         if sizes is not None and right_dtypes and self._within(sizes):
             return sizes
+        self._check_pixels(graph, inputs)
         expected = [_shown(spec) for spec in graph.inputs]
         found = [_shown_tensor(spec.name, tensor) for spec, tensor in zip(graph.inputs, inputs, strict=True)]
         pairs = [pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]]
@@ -209,6 +213,16 @@ class BundleStore:
             "with the sizes, the number of images and the prompts' lengths that the bundle was made for, or export "
             "one for these."
         )
+
+    def _check_pixels(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+        """Raise BundleError, which says it in pixels, if the images' height or width does not suit the graph."""
+        manifest = self._bundle.manifest
+        limits = {name: (size.least, size.most) for name, size in manifest.sizes.items()}
+        for spec, tensor in zip(graph.inputs, inputs, strict=True):
+            if spec.name == manifest.denoiser.latents:
+                wrong = wrong_pixels(spec.shape, tensor.shape, manifest.pipeline.vae_scale_factor, limits)
+                if wrong:
+                    raise BundleError(MSG_PIXELS.format(folder=self._bundle.folder, wrong=wrong))
 
     def _within(self, sizes: Mapping[str, int]) -> bool:
         free = self._bundle.manifest.sizes

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
+from tgate_compile._arguments import did_you_mean
 from tgate_compile._errors import ConfigurationError, is_installed
 from tgate_compile._runtimes import BACKENDS, FORMATS, home_of
 from tgate_compile.passes.graphs import Variant
@@ -145,7 +146,9 @@ def check_backend(name: object, options: Mapping[str, object]) -> None:
         )
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(f'"{known}"' for known in BACKENDS)
-        raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.')
+        hint = " The number of steps to run in full is gate_step." if isinstance(name, (int, float)) else ""
+        nearest = did_you_mean(name, [*BACKENDS, "auto"])
+        raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.{nearest}{hint}')
     backend_class(name).check_options(options)
 
 

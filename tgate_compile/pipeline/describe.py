@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch.export.graph_signature import InputKind
 
+from tgate_compile._arguments import AnyPipeline, check_call
 from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.passes.graphs import Variant
 from tgate_compile.pipeline.generation import Generation, Plan, strip_of
@@ -117,7 +117,7 @@ class Description:
         return "\n".join(lines)
 
 
-def describe(pipe: DiffusionPipeline, **call: Any) -> Description:
+def describe(pipe: AnyPipeline, **call: Any) -> Description:
     """The sites found, the graphs made and what the last call ran.
 
     With arguments of the pipeline's call, `describe(pipe, prompt="a fox", height=480, width=832, num_frames=81)`, what
@@ -128,6 +128,7 @@ def describe(pipe: DiffusionPipeline, **call: Any) -> Description:
         ConfigurationError: the pipeline is not optimized.
     """
     state = required_state_of(pipe)
+    check_call(call, state.pipeline_class, argument="describe()")
     plans = preview(pipe, call) if call else {}
     hooks = state.hooks
     lasts = [hook.last for hook in hooks.values() if hook.last is not None and state.last_plain is None]

@@ -13,6 +13,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from tgate_compile._arguments import AnyPipeline
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.traffic import exclusive, running
@@ -167,7 +168,7 @@ class OwnLoop:
 
 @contextmanager
 def generation(
-    pipe: DiffusionPipeline,
+    pipe: AnyPipeline,
     *,
     guidance: bool,
     gate_step: GateStep | None = None,

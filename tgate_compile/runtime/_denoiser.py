@@ -18,7 +18,7 @@ from tgate_compile.bundle.manifest import (
     phase_of,
     return_freed_memory,
 )
-from tgate_compile.bundle.read_manifest import solve
+from tgate_compile.bundle.read_manifest import solve, wrong_pixels
 from tgate_compile.methods.method import Half, Kind
 from tgate_compile.runtime._noise import Array
 from tgate_compile.runtime._session import Session, Settings, detached, ort_value
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 MSG_NO_GRAPH = (
     "The bundle {folder} has no graph for what this call needs ({phase}, {guidance} guidance). It has {graphs}. Export "
     "one with a call like this one."
+)
+
+MSG_PIXELS = (
+    "In images of the bundle {folder}, {wrong}. Ask for images of such a size, or export a bundle for this one."
 )
 
 #: For each half of guidance, what is known of it besides latents and timesteps; the first dimension is that of images.
@@ -175,11 +179,22 @@ class Denoiser:
             return self._manifest.family.order
         return (self._manifest.method.keep,) if self._guided else tuple(self._conditions)
 
+    def _check_pixels(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
+        """Raise BundleError, which says it in pixels, if the images' height or width does not suit the graph."""
+        limits = {name: (size.least, size.most) for name, size in self._manifest.sizes.items()}
+        pixels = self._manifest.pipeline.vae_scale_factor
+        for spec in graph.inputs:
+            if spec.name == self._manifest.denoiser.latents:
+                wrong = wrong_pixels(spec.shape, inputs[spec.name].shape(), pixels, limits)
+                if wrong:
+                    raise BundleError(MSG_PIXELS.format(folder=self._folder, wrong=wrong))
+
     def _check_shapes(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
         specs = [*graph.inputs, *graph.cache_inputs]
         shapes = [inputs[spec.name].shape() for spec in specs]
         sizes = solve([spec.shape for spec in specs], shapes)
         if sizes is None:
+            self._check_pixels(graph, inputs)
             pairs = zip(specs, shapes, strict=True)
             others = [(spec, shape) for spec, shape in pairs if solve([spec.shape], [shape]) is None]
             others = others or list(zip(specs, shapes, strict=True))[:1]

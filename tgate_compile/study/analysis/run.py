@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
+from tgate_compile._arguments import AnyPipeline, check_pipeline_first
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.capture import MSG_NO_SITES
 from tgate_compile.engine.families import family_of
@@ -192,7 +193,7 @@ def _when(way: str, m: int) -> Callable[[int], bool]:
 
 
 def analyze(
-    pipe: DiffusionPipeline,
+    pipe: AnyPipeline,
     prompts: Sequence[str] | None = None,
     *,
     num_inference_steps: int = 25,
@@ -240,6 +241,7 @@ def analyze(
             "converged_within must be a number between 0 and 1 (0.1: a tenth of the way up), but got "
             f"{converged_within!r}."
         )
+    check_pipeline_first("analyze", pipe, prompts)
     check_ordinary(pipe, "analyze()")
     runs = Runs(prompts, num_inference_steps, seeds, {} if call is None else call, "analyze")
     names = denoiser_names(pipe, denoiser)

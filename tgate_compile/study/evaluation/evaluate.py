@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from tgate_compile._arguments import AnyPipeline, BackendName, check_pipeline_first
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.bundle.weights import bit_sums
 from tgate_compile.methods.schedule import Schedule
@@ -40,7 +41,7 @@ _LOG_SECONDS = 60.0
 
 
 def evaluate(
-    pipe: DiffusionPipeline,
+    pipe: AnyPipeline,
     schedules: Given,
     prompts: Sequence[str],
     folder: str | Path,
@@ -49,7 +50,7 @@ def evaluate(
     num_inference_steps: int = 25,
     call: Mapping[str, Any] | None = None,
     batch_size: int = 1,
-    backend: str = "eager",
+    backend: BackendName = "eager",
     keep_latents: bool = True,
     fid_weights: str | Path | None = None,
     fid_reference: str | Path | None = None,
@@ -92,6 +93,7 @@ def evaluate(
         ConfigurationError: an argument is wrong, or `folder` has other images.
         UnsupportedModelError: the pipeline takes one of the schedules not at all, or makes no images.
     """
+    check_pipeline_first("evaluate", pipe, schedules, prompts, folder)
     if prompts is None:
         raise ConfigurationError(MSG_PROMPTS.format(given=None))
     check_ordinary(pipe, "evaluate()")

@@ -13,6 +13,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from tgate_compile._arguments import check_names
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._version import __version__
 from tgate_compile.methods.schedule import Schedule
@@ -26,6 +27,7 @@ MSG_CANDIDATES = (
     "candidates must be a sequence of tgate_compile.Schedule, or None for the default ones, but got {given!r}."
 )
 MSG_RESERVED = "call: {names} cannot be in it, since {verb}() sets {names} itself."
+MSG_PIPELINE = "{verb}() needs a pipeline whose call takes {missing}, and that of {pipeline} does not."
 
 _OWN = ("num_inference_steps", "generator", "output_type", "return_dict")
 
@@ -85,9 +87,9 @@ class Runs:
         reserved = [name for name in self.call if name in needed]
         if reserved:
             raise ConfigurationError(MSG_RESERVED.format(names=", ".join(reserved), verb=self.verb))
-        unknown = [str(name) for name in self.call if name not in parameters]
-        if unknown:  # also where there is a **kwargs, which diffusers has for names that it has given up
-            raise ConfigurationError(f"call: {pipeline} takes no {', '.join(unknown)}.")
+        # Also where there is a **kwargs, which diffusers has for names that it has given up.
+        known = [name for name in parameters if name not in ("self", *needed)]
+        check_names(self.call, known, f"call: the call of {pipeline}")
         shared = {**self.call, "num_inference_steps": self.num_inference_steps}
         return [{**shared, "prompt": prompt} for prompt in self.prompts] if self.prompts is not None else [shared]
 

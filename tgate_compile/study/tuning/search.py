@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from tgate_compile._arguments import AnyPipeline, BackendName, check_pipeline_first
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.capture import denies_cross_attention
 from tgate_compile.engine.families import has_joint_attention
@@ -355,7 +356,7 @@ def _as_schedules(given: Any) -> Any:
 
 
 def tune(
-    pipe: DiffusionPipeline,
+    pipe: AnyPipeline,
     prompts: Sequence[str] | None = None,
     *,
     tolerance: float = DEFAULT_TOLERANCE,
@@ -364,7 +365,7 @@ def tune(
     seeds: Sequence[int] = (0,),
     call: Mapping[str, Any] | None = None,
     denoiser: str | None = None,
-    backend: str = "eager",
+    backend: BackendName = "eager",
     progress: Progress | None = None,
 ) -> Tuning:
     """Measure what schedules cost and how far they take the images from the plain pipeline's; choose the cheapest.
@@ -393,6 +394,7 @@ def tune(
             closest one.
         UnsupportedModelError: the pipeline can take no schedule, or not one of the `candidates`.
     """
+    check_pipeline_first("tune", pipe, prompts)
     check_ordinary(pipe, "tune()")
 
     @contextmanager
