@@ -22,7 +22,7 @@ from tests.tiny_pipelines import (
     stable_diffusion,
 )
 from tgate_compile import ConfigurationError
-from tgate_compile.engine.backends import make_backend
+from tgate_compile.engine.trust import make_backend
 from tgate_compile.exports.onnx.convert import to_onnx
 
 #: ONNX Runtime orders sums in its own way.
