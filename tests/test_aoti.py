@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import plain
-from tests.exported_aoti import GATE, STEPS, exported_aoti
+from tests.exported import COMPILED_GATE as GATE
+from tests.exported import COMPILED_STEPS as STEPS
+from tests.exported import exported_compiled, plain
 from tests.tiny_pipelines import run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
@@ -43,8 +44,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_aoti(tmp_path_factory)
+def bundle() -> Path:
+    return exported_compiled("aoti")
 
 
 def opened(bundle: Path, name: str) -> tuple[AotiSession, list[torch.Tensor]]:

@@ -14,8 +14,8 @@ import torch
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import plain
-from tests.exported_aoti import STEPS, exported_aoti
+from tests.exported import COMPILED_STEPS as STEPS
+from tests.exported import exported_compiled, plain
 from tests.tiny_pipelines import PROMPT, run
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "cpp"
@@ -37,8 +37,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build / "denoise"
 
 
-def test_the_loop_in_cpp(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    bundle, inputs, out = exported_aoti(tmp_path_factory), tmp_path / "inputs", tmp_path / "out.npy"
+def test_the_loop_in_cpp(program: Path, tmp_path: Path) -> None:
+    bundle, inputs, out = exported_compiled("aoti"), tmp_path / "inputs", tmp_path / "out.npy"
     pipe = plain()
     runpy.run_path(str(EXAMPLE / "write_inputs.py"))["write_inputs"](pipe, inputs, PROMPT, STEPS)
     command = [str(program), str(bundle), str(inputs), "5", str(out)]
@@ -51,8 +51,8 @@ def test_the_loop_in_cpp(program: Path, tmp_path: Path, tmp_path_factory: pytest
     assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4
 
 
-def test_another_scheduler(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    bundle = shutil.copytree(exported_aoti(tmp_path_factory), tmp_path / "bundle")
+def test_another_scheduler(program: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(exported_compiled("aoti"), tmp_path / "bundle")
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["scheduler"]["class_name"] = "PNDMScheduler"
     (bundle / "manifest.json").write_text(json.dumps(manifest))

@@ -15,14 +15,17 @@ from typer.testing import CliRunner
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import plain
-from tests.exported_executorch import GATE, STEPS, exported_executorch
+from tests.exported import COMPILED_GATE as GATE
+from tests.exported import COMPILED_STEPS as STEPS
+from tests.exported import exported_compiled, plain
 from tests.tiny_pipelines import pixart, pixart_prompt, run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.executorch import save as executorch_graphs
 from tgate_compile.exports.executorch.open import ExecuTorchSession
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 pytest.importorskip("executorch", reason="needs ExecuTorch")
 
@@ -34,8 +37,8 @@ CALL = {"prompt": "", "num_inference_steps": STEPS}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_executorch(tmp_path_factory)
+def bundle() -> Path:
+    return exported_compiled("executorch")
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ import torch
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import plain
-from tests.exported_executorch import GATE, STEPS, exported_executorch
+from tests.exported import COMPILED_GATE as GATE
+from tests.exported import COMPILED_STEPS as STEPS
+from tests.exported import exported_compiled, plain
 from tests.tiny_pipelines import PROMPT, run
 
 executorch = pytest.importorskip("executorch", reason="needs ExecuTorch")
@@ -47,8 +48,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build / "denoise"
 
 
-def test_the_loop_in_cpp(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    bundle, inputs, out = exported_executorch(tmp_path_factory), tmp_path / "inputs", tmp_path / "out.npy"
+def test_the_loop_in_cpp(program: Path, tmp_path: Path) -> None:
+    bundle, inputs, out = exported_compiled("executorch"), tmp_path / "inputs", tmp_path / "out.npy"
     pipe = plain()
     runpy.run_path(str(EXAMPLES / "cpp" / "write_inputs.py"))["write_inputs"](pipe, inputs, PROMPT, STEPS)
     command = [str(program), str(bundle), str(inputs), "5", str(out)]

@@ -15,7 +15,8 @@ import torch
 import tgate_compile
 from tests.comparing import assert_differ
 from tests.own_loops import NO_TEXT, TEXTS, Looping, looping
-from tests.tiny_pipelines import TEXT_DIM, image, run, seeded, stable_diffusion
+from tests.tiny_pipelines import image, run, stable_diffusion
+from tests.tiny_transformers import stable_diffusion_3
 from tgate_compile import CaptureError, ConfigurationError, UnsupportedModelError
 
 GATE = 3
@@ -112,25 +113,7 @@ def test_pipelines(cause: str, caplog: pytest.LogCaptureFixture, monkeypatch: py
 
 
 def test_joint_attention() -> None:
-    transformer = seeded(
-        lambda: diffusers.SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=TEXT_DIM,
-            caption_projection_dim=16,
-            pooled_projection_dim=TEXT_DIM,
-            out_channels=4,
-        )
-    )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    others = dict.fromkeys(("text_encoder_3", "tokenizer_3"))
-    pipe = diffusers.StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **none, **others)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = stable_diffusion_3()
     call = {
         "prompt_embeds": TEXTS[:1],
         "negative_prompt_embeds": NO_TEXT,

@@ -29,6 +29,7 @@ from tests.tiny_pipelines import (
     seeded,
     stable_diffusion,
 )
+from tests.tiny_transformers import stable_diffusion_3
 from tests.tiny_video import ltx, ltx_call
 from tgate_compile import ConfigurationError, UnsupportedModelError
 
@@ -243,32 +244,9 @@ def test_generation_of_a_plain_pipeline(shared: SimpleNamespace) -> None:
 
 
 def test_sd3() -> None:
-    transformer = seeded(
-        lambda: diffusers.SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=TEXT_DIM,
-            caption_projection_dim=16,
-            pooled_projection_dim=TEXT_DIM,
-            out_channels=4,
-        )
+    refused(
+        stable_diffusion_3(), UnsupportedModelError, "SD3Transformer2DModel", "oint attention", "What works instead"
     )
-    pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-    refused(pipe, UnsupportedModelError, "SD3Transformer2DModel", "oint attention", "What works instead")
 
 
 def test_flux() -> None:

@@ -13,6 +13,8 @@ import pytest
 from tgate_compile import ConfigurationError
 from tgate_compile.methods.schedule import Kind, Phase, Schedule, check_plan
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 CROSS: frozenset[Kind] = frozenset({"cross"})
 SELF: frozenset[Kind] = frozenset({"self"})
 DEEP: frozenset[Kind] = frozenset({"deep"})

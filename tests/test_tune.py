@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
@@ -25,12 +24,15 @@ from tests import tiny_pipelines
 from tests.comparing import ROUNDING
 from tests.denoiser_cases import CASES
 from tests.hook_reference import hook_reference
+from tests.tiny_transformers import stable_diffusion_3
 from tgate_compile import ConfigurationError, UnsupportedModelError, describe, load_demo_pipeline, optimize, restore
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import load_schedule
 from tgate_compile.study.tuning import measure
 from tgate_compile.study.tuning.result import Tuning
 from tgate_compile.study.tuning.search import fewer_steps, grid_of, next_gate, tune
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 STEPS = 6
 PROMPTS = ["red cat", "blue dog"]
@@ -374,25 +376,7 @@ def test_embedded_prompts_and_transformers() -> None:
 
 
 def test_joint_attention_has_guidance_to_drop_and_nothing_else() -> None:
-    transformer = tiny_pipelines.seeded(
-        lambda: diffusers.SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            caption_projection_dim=16,
-            pooled_projection_dim=32,
-            out_channels=4,
-        )
-    )
-    texts = dict.fromkeys(
-        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipe = diffusers.StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=None, **texts)
+    pipe = stable_diffusion_3()
     made = torch.Generator().manual_seed(0)
     shapes = {"prompt_embeds": (1, 5, 32), "pooled_prompt_embeds": (1, 32)}
     call = {half + name: torch.randn(s, generator=made) for name, s in shapes.items() for half in ("", "negative_")}
