@@ -12,6 +12,8 @@ from tests import tiny_pipelines
 from tgate_compile._cli import analyze as analyze_command
 from tgate_compile._cli.app import app
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 run = CliRunner().invoke
 
 

@@ -30,7 +30,10 @@ from tgate_compile._cli.options import CHOSEN, demo_prompts
 from tgate_compile._demo.captions import is_held_out, parse_caption
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 STEPS, GATE, PROMPTS = 4, 2, 2
 

@@ -13,7 +13,10 @@ from tgate_compile._cli.console import planned_calls
 from tgate_compile.methods.schedule import Schedule
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 run = CliRunner().invoke
 

@@ -14,6 +14,8 @@ from tgate_compile import ConfigurationError, Schedule, save_schedule
 from tgate_compile._cli import evaluate as evaluate_command
 from tgate_compile._cli.app import app
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 run = CliRunner().invoke
 
 

@@ -16,6 +16,8 @@ from tests.exported import exported
 from tgate_compile._cli.app import app
 from tgate_compile.bundle.read import read_bundle
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 run = CliRunner().invoke
 
 

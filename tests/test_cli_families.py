@@ -18,6 +18,8 @@ from tgate_compile._cli.loading import Loaded, _may_replace, set_scheduler, sett
 from tgate_compile._cli.options import FAMILIES, MSG_DEVICE, SCHEDULERS, Dtype, choose_device, choose_dtype, recognise
 from tgate_compile._errors import ConfigurationError
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 CPU = torch.device("cpu")
 
 

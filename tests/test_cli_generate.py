@@ -19,7 +19,10 @@ from tgate_compile._cli import loading as checkpoints
 from tgate_compile._cli.app import app
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 run = CliRunner().invoke
 QUICK = ["--steps", "4", "--gate-step", "2", "--seed", "3"]

@@ -20,6 +20,8 @@ from tgate_compile import ConfigurationError
 from tgate_compile._cli.app import COMMANDS, app
 from tgate_compile._cli.loading import load
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 run = CliRunner().invoke
 
 

@@ -32,6 +32,8 @@ from tgate_compile.study.cost import (
     schedule_of,
 )
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 # The paper's, in millions, and how far off they may be. Its SD-2.1 is an eighth of a million smaller than the model,
 # and its SDXL two and a half millions larger, both before and after the gate: what is removed agrees.
 PARAMETERS = paper_tables()["params_millions"]

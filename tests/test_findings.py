@@ -20,7 +20,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

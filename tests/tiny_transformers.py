@@ -202,6 +202,28 @@ def lumina_call(batch: int = 1) -> dict[str, Any]:
     return {**embedded_prompts(batch, masks=True), "height": 8 * LATENT_SIZE, "width": 8 * LATENT_SIZE}
 
 
+def stable_diffusion_3() -> Any:
+    """Its attention is joint: text and latents in one sequence, so that there is no cross-attention."""
+    transformer = seeded(
+        lambda: SD3Transformer2DModel(
+            sample_size=LATENT_SIZE,
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=TEXT_DIM,
+            caption_projection_dim=16,
+            pooled_projection_dim=TEXT_DIM,
+            out_channels=4,
+        )
+    )
+    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=None, **dict.fromkeys(encoders))
+    return silent(pipe)
+
+
 # Sound.
 
 

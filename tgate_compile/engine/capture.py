@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.fx import config as fx_config
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.call import BatchDims, Call
@@ -80,7 +81,7 @@ def capture(
     model = type(denoiser).__name__
     args, kwargs = call.arguments
     began = time.perf_counter()
-    with _forward_of(denoiser, forward), torch.no_grad():
+    with _forward_of(denoiser, forward), without_stack_traces(), torch.no_grad():
         try:
             program = torch.export.export(
                 denoiser,
@@ -293,6 +294,17 @@ def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: In
 
 def _runs(program: ExportedProgram, name: str) -> bool:
     return any(is_inside(node, name) for node in program.graph.nodes)
+
+
+@contextmanager
+def without_stack_traces() -> Iterator[None]:
+    """Do not record which lines of Python led to each node: nothing reads it, and it takes a sixth of a capture."""
+    before = getattr(fx_config, "do_not_emit_stack_traces", False)  # torch 2.11 may not have it
+    fx_config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
 
 
 @contextmanager
