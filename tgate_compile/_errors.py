@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 #: The last sentence of messages about what cannot be gated.
 INSTEAD = 'What works instead: the pipeline without tgate_compile, or optimize(..., on_unsupported="plain").'
@@ -56,6 +58,31 @@ HINTS = {
 }
 
 
+@dataclass(frozen=True)
+class Packages:
+    """What something needs beyond the library itself.
+
+    Attributes:
+        modules: by the names that they are imported by.
+        extra: of tgate_compile, which installs them.
+    """
+
+    modules: tuple[str, ...] = ()
+    extra: str = ""
+
+
+#: What the backends of `optimize` need.
+BACKEND_PACKAGES: Mapping[str, Packages] = {
+    "inductor": Packages(),
+    "onnxruntime": Packages(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    "openvino": Packages(("onnx", "onnxscript", "openvino"), "openvino"),
+    "tensorrt": Packages(("torch_tensorrt", "tensorrt"), "tensorrt"),
+    "eager": Packages(),
+}
+#: Those that `backend="auto"` takes on a CPU, the fastest first, by what is installed.
+FASTEST_ON_CPU = ("openvino", "onnxruntime", "eager")
+
+
 def is_installed(*modules: str) -> bool:
     """Whether all of these modules are there."""
     return all(importlib.util.find_spec(name) is not None for name in modules)
@@ -66,6 +93,18 @@ def check_installed(*modules: str, extra: str = "onnx", what: str = "ONNX") -> N
     missing = ", ".join(name for name in modules if not is_installed(name))
     if missing:
         raise ConfigurationError(MSG_MISSING.format(what=what, missing=missing, extra=extra, hint=HINTS.get(extra, "")))
+
+
+def is_backend_installed(name: str) -> bool:
+    """Whether everything that the backend `name` needs is there."""
+    return is_installed(*BACKEND_PACKAGES[name].modules)
+
+
+def check_backend_installed(name: str) -> None:
+    """Raise ConfigurationError, which says what to install, unless the backend `name`, or `auto`, can run here."""
+    if name != "auto":
+        needs = BACKEND_PACKAGES[name]
+        check_installed(*needs.modules, extra=needs.extra, what=f'backend="{name}"')
 
 
 #: Lines of OpenVINO's that say where in its source an error was raised.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_installed
+from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_backend_installed
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.trust import MadeOfWeights
 from tgate_compile.exports.onnx.convert import OnnxGraph, to_onnx
@@ -46,14 +46,13 @@ class OnnxRuntimeBackend:
     name: ClassVar[str] = "onnxruntime"
     packs_weights: ClassVar[bool] = True
     is_reference: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
 
     def __init__(self, options: Mapping[str, object]) -> None:
         self._options = options
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
-        check_installed(*OnnxRuntimeBackend.needs)
+        check_backend_installed("onnxruntime")
         unknown = [name for name in options if name not in OPTIONS]
         if unknown:
             raise ConfigurationError(MSG_UNKNOWN_OPTIONS.format(unknown=unknown, known=", ".join(OPTIONS)))

@@ -286,6 +286,8 @@ def check_can_run(name: str, device: torch.device) -> None:
     """Raise BackendError, which says what is missing, unless graphs of this format run here, for inputs on `device`."""
     if not FORMATS[name].needs_gpu:
         return
+    import torch  # not above: the command line reads the table for its help
+
     if not torch.cuda.is_available():
         raise BackendError(MSG_NO_GPU.format(format=name, torch=torch.__version__))
     if device.type != "cuda":

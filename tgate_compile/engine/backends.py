@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from tgate_compile._errors import ConfigurationError, is_installed
+from tgate_compile._errors import FASTEST_ON_CPU, ConfigurationError, is_backend_installed
 from tgate_compile.engine.trust import ChosenBackend
 from tgate_compile.exports.inductor.live import InductorBackend
 from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
@@ -123,5 +123,4 @@ def _automatic(device: torch.device) -> list[str]:
     """
     if device.type != "cpu":
         return ["inductor", "eager"]
-    installed = [backend.name for backend in (OpenVinoBackend, OnnxRuntimeBackend) if is_installed(*backend.needs)]
-    return [*installed, "eager"]
+    return [name for name in FASTEST_ON_CPU if is_backend_installed(name)]

@@ -25,6 +25,8 @@ from tgate_compile.study.tuning.measure import Bench, Measured, Plain, relative_
 from tgate_compile.study.tuning.request import Request, setting_of
 from tgate_compile.study.tuning.result import Row, Tuning
 
+#: The drift of the final latents that is allowed, as a fraction of their norm.
+DEFAULT_TOLERANCE = 0.1
 #: Where the gates of the grid lie, as fractions of the steps; the paper's gate is at 0.4.
 GRID = (0.12, 0.24, 0.4, 0.6, 0.8)
 #: The number of steps of the baseline "fewer steps", as fractions of the steps; schedulers of several stages need some.
@@ -89,8 +91,6 @@ logger = logging.getLogger(__name__)
 Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
 #: Called after each generation: how many are done, how many there will be as far as is known, and what was measured.
 Progress = Callable[[int, int, str], None]
-
-DEFAULT_TOLERANCE = 0.1
 
 MSG_NONE_WITHIN = (
     "No schedule stays within tolerance={tolerance:g} of the plain pipeline on these prompts. The closest is "
