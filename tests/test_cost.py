@@ -156,7 +156,7 @@ def test_what_is_counted_otherwise_than_the_row_says_is_noted(
 # A UNet of two blocks, to look at the sums themselves.
 TINY = Model(
     Architecture(
-        UNet2DConditionModel,
+        "UNet2DConditionModel",
         {
             "block_out_channels": (32, 64),
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -227,29 +227,6 @@ def stable_diffusion_3() -> Any:
 # Sound.
 
 
-def stable_diffusion_3() -> Any:
-    """A model with joint attention: there is no cross-attention to cache."""
-    transformer = seeded(
-        lambda: SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=TEXT_DIM,
-            caption_projection_dim=16,
-            pooled_projection_dim=TEXT_DIM,
-            out_channels=4,
-        )
-    )
-    encoders = dict.fromkeys(
-        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    return silent(StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=None, **encoders))
-
-
 def stable_audio(sample_size: int = SIZE) -> Any:
     transformer = seeded(
         lambda: StableAudioDiTModel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.loop import OnUnsupported
 from tgate_compile.pipeline.optimized import GateStep, split_gate_step
 from tgate_compile.study.tuning.search import tune
+
+logger = logging.getLogger(__name__)
 
 Pipeline = TypeVar("Pipeline")
 
@@ -177,7 +180,9 @@ def _not_a_gate_step(given: str) -> str:
 
 def _tuned(pipe: DiffusionPipeline, denoiser: str | None, arguments: Mapping[str, Any]) -> Schedule:
     own = {} if "call" in arguments else {"prompts": AUTO_PROMPTS}
-    return tune(pipe, **{**own, "denoiser": denoiser, **arguments}).schedule
+    schedule = tune(pipe, **{**own, "denoiser": denoiser, **arguments}).schedule
+    logger.info('gate_step="auto" chose: %s', schedule)
+    return schedule
 
 
 def _check_alone(others: Mapping[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import diffusers
 import numpy as np
@@ -19,25 +19,33 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from PIL.Image import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
-from rich.progress import Progress
 from rich.table import Table
 
 import tgate_compile
 from tgate_compile._arguments import BackendName
 from tgate_compile._cli import options
-from tgate_compile._cli.console import OUT, make_progress, print_json, print_note, work_of
-from tgate_compile._cli.demo_picture import draw_picture, shown_modes
-from tgate_compile._cli.loading import MSG_NEVER_GATED, quieten_libraries
-from tgate_compile._cli.options import demo_prompts
+from tgate_compile._cli.console import ERR, OUT, make_progress, print_json, print_note, work_of
+from tgate_compile._cli.loading import MSG_NEVER_GATED
+from tgate_compile._cli.options import EMBEDDED
 from tgate_compile._cli.pictures import check_folder
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.pipeline import load_demo_pipeline
+from tgate_compile._runtimes import automatic_backends
 from tgate_compile.methods.schedule import Schedule
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from rich.progress import Progress
 
-Key = Literal["plain", "guidance_dropped", "eager", "inductor"]
+#: Rows that are not T-GATE's. The keys of the others are their backends' names.
+UNGATED = ("plain", "guidance_dropped")
+
+_TITLES = {
+    "eager": "T-GATE eager",
+    "inductor": "T-GATE compiled",
+    "onnxruntime": "T-GATE ONNX RT",
+    "openvino": "T-GATE OpenVINO",
+}
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Mode:
         images: of the later calls.
     """
 
-    key: Key
+    key: str
     title: str
     pipe: StableDiffusionPipeline
     callback: SDCFGCutoffCallback | None = None
@@ -65,7 +73,7 @@ class Mode:
     @property
     def is_gated(self) -> bool:
         """Whether T-GATE runs."""
-        return self.key in ("eager", "inductor")
+        return self.key not in UNGATED
 
 
 @dataclass(frozen=True)
@@ -79,18 +87,13 @@ class Task:
     seed: int
 
 
-def make_modes(gate: int, *, compiled: bool) -> list[Mode]:
-    """The modes, plain first; with `compiled` the one by Inductor, too."""
+def make_modes(gate: int, backends: Sequence[BackendName]) -> list[Mode]:
+    """The modes, plain first, then T-GATE on each of the backends, the fastest last."""
     plain = load_demo_pipeline()
     # At the end of step gate - 1, and keeping the cond half: diffusers' own way to stop guidance.
     cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=gate - 1)
-    modes = [
-        Mode("plain", "plain", plain),
-        Mode("guidance_dropped", "guidance drop", plain, cutoff),
-        Mode("eager", "T-GATE eager", _optimized(gate, "eager")),
-    ]
-    if compiled:
-        modes.append(Mode("inductor", "T-GATE compiled", _optimized(gate, "inductor")))
+    modes = [Mode("plain", "plain", plain), Mode("guidance_dropped", "guidance drop", plain, cutoff)]
+    modes += [Mode(backend, _TITLES[backend], _optimized(gate, backend)) for backend in backends]
     for mode in modes:
         mode.pipe.set_progress_bar_config(disable=True)
     return modes
@@ -128,6 +131,10 @@ def _run(mode: Mode, task: Task, index: int) -> tuple[Image, float]:
         **options,
     )
     return result.images[0], time.perf_counter() - began
+
+
+#: Of the plain pipeline's time. Below that, the machine's noise is larger than what is saved.
+LEAST_SAVED = 0.05
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,7 @@ def results_of(modes: Sequence[Mode], task: Task) -> Results:
     description = tgate_compile.describe(eager.pipe)
     graphs = {variant.name: variant for variant in description.variants}
     pruned = graphs.get("pruned", graphs["full"])
-    work = work_of(description, "".join("F" if name == "full" else "p" for _, name in description.last_steps))
+    work = work_of(description, description.strip)
     macs = {"plain": work.plain, "guidance_dropped": work.guidance_dropped}
     rows = []
     for mode in modes:
@@ -236,10 +243,13 @@ def psnr(one: Image, other: Image) -> float | None:
 
 
 def saving_by_guidance(rows: Sequence[Row]) -> float | None:
-    """Of the time that T-GATE saves uncompiled, the share that dropping guidance alone saves; None if it saves none."""
+    """Of the time that T-GATE saves uncompiled, the share that dropping guidance alone saves.
+
+    None if T-GATE saves nothing, or so little that the share would be noise.
+    """
     seconds = {row.key: row.seconds for row in rows}
     saved = seconds["plain"] - seconds["eager"]
-    return (seconds["plain"] - seconds["guidance_dropped"]) / saved if saved > 0 else None
+    return (seconds["plain"] - seconds["guidance_dropped"]) / saved if saved > LEAST_SAVED * seconds["plain"] else None
 
 
 # Two lines each, so that the table fits into 80 columns.
@@ -324,32 +334,48 @@ def _cells(row: Row, count: int) -> tuple[str, ...]:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for demo.png and demo.json.")] = Path("tgate-demo"),
-    gate_step: Annotated[
-        float,
-        typer.Option(
-            "--gate-step", "-g", parser=options.parse_gate_step, metavar="INT|FRACTION", help=options.GATE_HELP
-        ),
-    ] = 10,
-    steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 5.0,
-    prompts: Annotated[int, typer.Option(min=1, max=1000, help="How many prompts.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first image; the next one's is one more.")] = 0,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder for demo.png and demo.json.", rich_help_panel=options.OUTPUT),
+    ] = Path("tgate-demo"),
+    gate_step: options.GateStep = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    count: Annotated[
+        int, typer.Option(min=1, max=1000, help="Take so many of the prompts.", rich_help_panel=options.IMAGE)
+    ] = 8,
+    seed: options.Seed = 0,
     compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Also compile with Inductor, which takes a minute or two.")
-    ] = True,
+        bool, typer.Option("--compiled", help="A row compiled with Inductor as well, which takes a minute or two.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Prompts become images with T-GATE and without, on the embedded model: a picture, and a table of what it saves."""
     check_folder(out)
+    steps = EMBEDDED.steps if steps is None else steps
+    gate_step = max(1, round(steps * EMBEDDED.gate_step / EMBEDDED.steps)) if gate_step is None else gate_step
     gate = Schedule(gate_step).gate(steps)
     if gate >= steps:
         print_note(MSG_NEVER_GATED.format(gate=gate, steps=steps).replace(", or --no-tgate", ""))
-    task = Task(tuple(demo_prompts(prompts)), steps, guidance, gate, seed)
-    quieten_libraries()
+    fastest = automatic_backends("cpu")[0]
+    backends = dict.fromkeys(["eager", fastest, *(["inductor"] if compiled else [])])
+    ERR.print(f"[dim]Backends: {', '.join(backends)}. The fastest that is installed here: {fastest}.[/]")
     with make_progress(shown=True) as progress:
-        modes = _run_all(progress, task, compiled=compiled)
-    results = results_of(modes, task)
+        loading = progress.add_task("Loading the embedded model", total=1)
+        # PyTorch and diffusers take seconds.
+        from tgate_compile._cli.demo_picture import draw_picture, shown_modes
+        from tgate_compile._cli.loading import quieten_libraries
+        from tgate_compile._cli.options import demo_prompts
+
+        quieten_libraries()
+        scale = EMBEDDED.guidance if guidance is None else guidance
+        task = Task(tuple(demo_prompts(count)), steps, scale, gate, seed)
+        modes = make_modes(gate, list(backends))
+        progress.advance(loading)
+        _run_all(progress, task, modes)
+        judging = progress.add_task("Reading the images", total=1)
+        results = results_of(modes, task)
+        progress.advance(judging)
     data = results.as_dict()
     picture_path, data_path = out / "demo.png", out / "demo.json"
     draw_picture(results, *shown_modes(modes)).save(picture_path)
@@ -361,15 +387,14 @@ def demo(
         OUT.print(f"Picture: {picture_path}\nFigures: {data_path}", soft_wrap=True)
 
 
-def _run_all(progress: Progress, task: Task, *, compiled: bool) -> Sequence[Mode]:
-    loading = progress.add_task("Loading the embedded model", total=1)
-    modes = make_modes(task.gate, compiled=compiled)
-    progress.advance(loading)
+def _run_all(progress: Progress, task: Task, modes: Sequence[Mode]) -> None:
+
     preparing = progress.add_task("", total=len(modes))
     for mode in modes:
         what = "Compiling (a minute or two)" if mode.key == "inductor" else "Warming up"
         progress.update(preparing, description=f"{what}: {mode.title}")
-        warm_up(mode, task)
+        if mode.key != "guidance_dropped":  # it is the plain pipeline's object, which is warm by then
+            warm_up(mode, task)
         progress.advance(preparing)
     progress.update(preparing, description="Warmed up")
     images = progress.add_task("", total=len(task.prompts) * len(modes))
@@ -381,4 +406,3 @@ def _run_all(progress: Progress, task: Task, *, compiled: bool) -> Sequence[Mode
             measure(mode, task, index)
             progress.advance(images)
     progress.update(images, description="Images made")
-    return modes

@@ -130,5 +130,5 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def shown_modes(modes: Sequence[Mode]) -> tuple[Mode, Mode]:
-    """The two modes to draw: plain, and the compiled one if it ran, else the eager one."""
+    """The two modes to draw: plain, and T-GATE on the last of the backends."""
     return modes[0], modes[-1]

@@ -3,63 +3,61 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 import tgate_compile
 from tgate_compile._cli import options
-from tgate_compile._cli.console import ERR, OUT, Work, planned_calls, print_json, work_of
-from tgate_compile._cli.loading import load, settings_for
-from tgate_compile.methods.schedule import Schedule
-from tgate_compile.pipeline import describe as _describe
+from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.loading import chosen_for
+from tgate_compile._cli.options import ScheduleOptions
+from tgate_compile._cli.pictures import coloured
+from tgate_compile.methods.method import GRAPH_NAMES
+
+if TYPE_CHECKING:
+    from tgate_compile._cli.console import Work
+    from tgate_compile.pipeline.describe import Description
 
 
 def describe(
     model: options.Model = None,
-    model_config: options.ModelConfig = None,
-    gate_step: options.GateStep = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    scheduler: options.Scheduler = None,
-    unet: options.Unet = None,
-    lora: options.Lora = None,
-    device: options.Device = "auto",
-    dtype: options.DtypeOption = options.Dtype.auto,
+    *,
+    loading: options.Loading,
+    image: options.Image,
+    schedule: ScheduleOptions,
     json: options.Json = False,
 ) -> None:
-    """Show what T-GATE does to a model: sites, graphs, parameters, multiply-accumulates. Runs two denoising steps."""
-    with ERR.status("Loading the model"):
-        loaded = load(
-            model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
-        )
-    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
-    pipe = tgate_compile.optimize(loaded.pipe, settings.gate_step, backend="eager")
+    """Show what a schedule does to a model: sites, graphs, parameters, multiply-accumulates. Computes no step."""
+    schedule.check_known_in_advance()
+    loaded = loading.load(model)
+    settings, chosen = chosen_for(loaded, loading, image, schedule, shown=not json)
+    pipe = tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
     call: dict[str, Any] = {"prompt": "", "guidance_scale": settings.guidance, "output_type": "latent", **loaded.call}
-    call |= {name: value for name, value in {"height": height, "width": width}.items() if value is not None}
-    with ERR.status("Capturing the graphs, on two steps"):
-        # One step in full and one gated are every graph that there is, however many steps follow.
-        pipe(**call, num_inference_steps=2, gate_step=1)
-    description = tgate_compile.describe(pipe)
-    schedule = Schedule(settings.gate_step)
-    strip = schedule.strip(settings.steps)
-    work = work_of(description, planned_calls(pipe.scheduler, schedule, settings.steps))
+    call |= image.size
+    with ERR.status("Capturing the graphs"):
+        from tgate_compile._cli.console import planned_calls, work_of
+
+        description = tgate_compile.describe(pipe, **call, num_inference_steps=settings.steps)
+    strip = description.strip
+    work = work_of(description, planned_calls(pipe.scheduler, strip, settings.steps))
     if json:
-        # The two steps of the capture say nothing about the model: the planned ones stand in their place.
         about = {k: v for k, v in description.as_dict().items() if k not in ("last_steps", "strip")}
-        plan = {"steps": settings.steps, "guidance": settings.guidance, "gate": settings.gate, "strip": strip}
-        print_json({"model": loaded.source, "family": loaded.family.name} | about | {"plan": plan | work.as_dict()})
+        plan: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "strip": strip}
+        plan |= {"gate": chosen.gate(settings.steps)} | work.as_dict()
+        print_json({"model": loaded.source, "family": loaded.family.name} | about | {"plan": plan})
     else:
-        _print_tables(description, strip, work)
+        _print_tables(description, chosen.kinds, work)
 
 
-def _print_tables(description: _describe.Description, strip: str, work: Work) -> None:
+def _print_tables(description: Description, kinds: Collection[str], work: Work) -> None:
+    what = "cross-attention sites" if kinds == {"cross"} else "sites"
     OUT.print(
         f"[bold]{description.pipeline}[/]: {description.denoiser}, {description.parameters / 1e6:.3f} M parameters, "
-        f"{len(description.sites)} cross-attention sites",
+        f"{len(description.sites)} {what}",
         soft_wrap=True,
     )
     graphs = Table("graph", "latents", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -76,19 +74,17 @@ def _print_tables(description: _describe.Description, strip: str, work: Work) ->
             f"{variant.cache_bytes / 1e6:.3f}",
         )
     OUT.print(graphs)
-    sites = Table("cross-attentions in", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    sites = Table("block", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     sites.add_column("sites", justify="right")
     for block, count in Counter(_block(site) for site in description.sites).items():
         sites.add_row(block, f"{count}")
     OUT.print(sites)
-    full = strip.upper().count("F")
+    strip = description.strip
+    counted = ", ".join(f"{count} {GRAPH_NAMES[letter]}" for letter, count in Counter(strip.upper()).items())
+    OUT.print(Text.assemble("plan: ", coloured(strip), f"  {counted}"), soft_wrap=True)
     OUT.print(
-        f"plan: [bold cyan]{strip[:full]}[/][green]{strip[full:]}[/]  {full} full, {len(strip) - full} pruned",
-        soft_wrap=True,
-    )
-    OUT.print(
-        f"MACs per image: {work.plain / 1e9:.1f} G plain, {work.guidance_dropped / 1e9:.1f} G with guidance dropped "
-        f"after the gate, {work.gated / 1e9:.1f} G with T-GATE",
+        f"MACs per image: {work.plain / 1e9:.1f} G plain, {work.guidance_dropped / 1e9:.1f} G with guidance dropped at "
+        f"the same step, {work.gated / 1e9:.1f} G with this schedule",
         soft_wrap=True,
     )
 

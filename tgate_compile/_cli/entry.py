@@ -28,7 +28,8 @@ def main() -> None:
     if not sys.warnoptions:
         # Deprecations between the libraries underneath are nothing that a user of the command line can act on.
         warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it gives advice while it is imported
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # they give advice while they are imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
     from tgate_compile._cli.app import app
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -17,20 +17,26 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from packaging.version import Version
 
-from tgate_compile._cli.console import print_note
+from tgate_compile._cli.console import ERR, make_progress, print_note
 from tgate_compile._cli.options import (
+    DEFAULT_EMBEDDED,
     DTYPES,
     EMBEDDED,
+    MSG_CONFIG_ALONE,
     SCHEDULERS,
     Dtype,
     Family,
     choose_device,
     choose_dtype,
+    embedded_name,
     recognise,
 )
 from tgate_compile._demo.variants import DemoVariant, demo_variant
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.schedule import Schedule
+
+if TYPE_CHECKING:
+    from tgate_compile._cli.options import Image, Loading, ScheduleOptions
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +64,6 @@ MSG_NEEDS_CONFIG = (
     "be had: {reason}\n"
     "Give it by --model-config: the hub id of a pipeline of this kind, or, without a network, a folder made by such a "
     "pipeline's save_pretrained (of which the weights are not read)."
-)
-MSG_CONFIG_ALONE = (
-    "--model-config is the configuration for a --model that is a single-file checkpoint, and {given} is none. Leave it "
-    "out."
 )
 MSG_CONFIG_FILE = (
     "--model-config {given} is a file. Give a folder made by a pipeline's save_pretrained, or a hub id: an original "
@@ -237,9 +239,6 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-DEFAULT_EMBEDDED = "sd"
-EMBEDDED_PREFIX = "embedded:"
-
 MSG_SCHEDULER = "The scheduler must be one of {known}, but got {given!r}."
 MSG_NO_PEFT = "--lora needs the package peft. Install it with\n  pip install peft"
 MSG_UNET_ALONE = "--unet puts another UNet into the pipeline of --model, which is missing. Add it."
@@ -321,13 +320,6 @@ def load(
     return Loaded(pipe, family, model or "embedded", torch_device, chosen.value, variant)
 
 
-def embedded_name(model: str | None) -> str | None:
-    """The name of the embedded pipeline that is asked for; None for a folder, a file or a hub id."""
-    if model is None:
-        return DEFAULT_EMBEDDED
-    return model.removeprefix(EMBEDDED_PREFIX) if model.startswith(EMBEDDED_PREFIX) else None
-
-
 def set_scheduler(pipe: Any, name: str) -> None:
     """Put in the scheduler of this short name, with the noise schedule of the checkpoint's own."""
     class_name, overrides = SCHEDULERS[name]
@@ -397,3 +389,75 @@ def settings_for(
     if tgate and gate >= chosen_steps:
         print_note(MSG_NEVER_GATED.format(gate=gate, steps=chosen_steps))
     return Settings(chosen_steps, family.guidance if guidance is None else guidance, gate_step, gate)
+
+
+def schedule_for(
+    loaded: Loaded, options: ScheduleOptions, settings: Settings, size: Mapping[str, int], *, shown: bool
+) -> Schedule:
+    """The schedule of the options, measured on the model for `--gate-step auto`.
+
+    Args:
+        loaded: the model, plain.
+        options: as they were given.
+        settings: of the generations to come, whose gate is the family's unless one is given.
+        size: height and width, as far as they are given.
+        shown: whether to show the progress of a measurement.
+    """
+    if not options.is_automatic:
+        return options.schedule(settings.gate_step)
+    from tgate_compile._cli.options import demo_prompts
+    from tgate_compile.engine.config import AUTO_PROMPTS
+    from tgate_compile.study.tuning.search import tune
+
+    prompts = demo_prompts(len(AUTO_PROMPTS)) if loaded.is_embedded else list(AUTO_PROMPTS)
+    with make_progress(shown=shown) as progress:
+        bar = progress.add_task("Measuring schedules", total=None)
+        return tune(
+            loaded.pipe,
+            prompts,
+            num_inference_steps=settings.steps,
+            call={**loaded.call, "guidance_scale": settings.guidance, **size},
+            progress=lambda done, total, what: progress.update(
+                bar, completed=done, total=total, description=f"Measuring schedules: {what}"
+            ),
+        ).schedule
+
+
+def chosen_for(
+    loaded: Loaded, loading: Loading, image: Image, options: ScheduleOptions, *, shown: bool
+) -> tuple[Settings, Schedule]:
+    """The settings and the schedule of a command's generations. What the user has not given is printed.
+
+    Args:
+        loaded: the model, plain.
+        loading: the options that it was loaded with.
+        image: the options for images.
+        options: the options for the schedule.
+        shown: whether to show the progress of a measurement.
+    """
+    gate_step = None if options.is_automatic else options.gate_step
+    settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=gate_step, tgate=False)
+    schedule = schedule_for(loaded, options, settings, image.size, shown=shown)
+    gate = schedule.gate(settings.steps)
+    if schedule.gate_step is not None and gate >= settings.steps:
+        print_note(MSG_NEVER_GATED.format(gate=gate, steps=settings.steps))
+    print_chosen(loaded, loading, image, settings, None if options.is_chosen_by_user else schedule)
+    return settings, schedule
+
+
+def print_chosen(
+    loaded: Loaded, loading: Loading, image: Image, settings: Settings, schedule: Schedule | None = None
+) -> None:
+    """One line on stderr with what the user has left open, and what was taken."""
+    given: dict[str, Any] = {**loading.arguments(), "steps": image.steps, "guidance": image.guidance}
+    chosen = {
+        "device": str(loaded.device),
+        "dtype": loaded.dtype,
+        "scheduler": type(loaded.pipe.scheduler).__name__,
+        "steps": settings.steps,
+        "guidance": f"{settings.guidance:g}",
+    }
+    taken = [f"{name} {value}" for name, value in chosen.items() if given[name] in (None, "auto")]
+    taken += [str(schedule)] if schedule is not None else []
+    if taken:
+        ERR.print(f"[dim]Chosen for {loaded.source} ({loaded.family.name}): {', '.join(taken)}[/]", soft_wrap=True)

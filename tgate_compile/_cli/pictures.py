@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from rich.text import Text
 
 from tgate_compile._cli import options
-from tgate_compile._cli import options as schedule_options
 from tgate_compile._cli.console import OUT, print_json
+from tgate_compile._cli.options import ScheduleOptions
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.study.figures import check_figure, strip_picture
 
@@ -81,50 +81,48 @@ _STYLES = {"F": "cyan", "S": "blue", "D": "green", "P": "yellow", "Q": "red", "R
 
 
 def strip(
-    gate_step: schedule_options.GateStep = None,
-    sp_interval: schedule_options.SpInterval = None,
-    fi_interval: schedule_options.FiInterval = None,
-    warm_up: schedule_options.WarmUp = None,
-    deepcache_interval: schedule_options.DeepcacheInterval = None,
-    guidance_step: schedule_options.GuidanceStep = None,
-    schedule: schedule_options.File = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance: Annotated[bool, typer.Option("--guidance/--no-guidance", help="Whether guidance is on.")] = True,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Draw it, as .png, .svg or .pdf. Needs matplotlib.")
+    *,
+    schedule: ScheduleOptions,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.", rich_help_panel=options.IMAGE)] = 25,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Guidance scale; up to 1 means no guidance.",
+            show_default="with guidance",
+            rich_help_panel=options.IMAGE,
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw it: .png, .svg or .pdf. Needs matplotlib.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Show a schedule, one character a step. Runs nothing and needs no model."""
-    given = schedule_options.given_options(
-        gate_step=gate_step,
-        sp_interval=sp_interval,
-        fi_interval=fi_interval,
-        warm_up=warm_up,
-        deepcache_interval=deepcache_interval,
-        guidance_step=guidance_step,
-    )
-    chosen = schedule_options.schedule_from(schedule, given)
-    if out is not None:
-        check_figure(out)
-        check_targets([out], force=force)
-    plan = chosen.plan(steps, guided=guidance)
+    schedule.check_known_in_advance()
+    chosen = schedule.schedule(None)
+    guided = guidance is None or guidance > 1
+    if plot is not None:
+        check_figure(plot)
+        check_targets([plot], force=force)
+    plan = chosen.plan(steps, guided=guided)
     letters = "".join(phase.character for phase in plan)
-    if out is not None:
-        strip_picture({str(chosen): letters}, out)
+    if plot is not None:
+        strip_picture({str(chosen): letters}, plot)
     if json:
-        picture = None if out is None else str(out)
+        picture = None if plot is None else str(plot)
         print_json({"schedule": str(chosen), "steps": steps, "strip": letters, "picture": picture})
         return
-    OUT.print(f"{chosen}, {steps} steps{'' if guidance else ' without guidance'}", soft_wrap=True)
+    OUT.print(f"{chosen}, {steps} steps{'' if guided else ' without guidance'}", soft_wrap=True)
     OUT.print(coloured(letters), soft_wrap=True)
     meanings = {phase.character: phase for phase in plan}
     for letter, count in Counter(letters).items():
         words = f"{meanings[letter].name}, {'guided' if letter.isupper() else 'no guidance: half the batch'}"
         OUT.print(Text.assemble("  ", coloured(letter), f"  {count:3} x {words}"), soft_wrap=True)
-    if out is not None:
-        OUT.print(f"written {out}", soft_wrap=True)
+    if plot is not None:
+        OUT.print(f"written {plot}", soft_wrap=True)
 
 
 def coloured(letters: str) -> Text:

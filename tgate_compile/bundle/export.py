@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.utils.logging import tqdm
 
 from tgate_compile._arguments import AnyPipeline, FormatName, check_call, check_pipeline_first, did_you_mean
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError, check_installed
@@ -22,6 +25,8 @@ from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import rounded_input, wrapped_weight
 from tgate_compile.pipeline.optimized import preview, required_state_of
+
+logger = logging.getLogger(__name__)
 
 MSG_FORMAT = "format must be one of {known}, but got {given!r}."
 MSG_ROUNDED = (
@@ -75,7 +80,9 @@ def export(
             a `scheme` and more; `docs/edge.md` has the schemes, and what each costs. The text encoders and the VAE stay
             as they are.
         overwrite: replace the bundle that is in `folder`.
-        progress: called with a line at the beginning of each stage.
+        progress: called with a line at the beginning of each stage. None shows the stages on stderr as diffusers shows
+            its progress bars, unless these are disabled (`diffusers.utils.logging.disable_progress_bar()`) or stderr
+            is not a terminal. They are logged at INFO in any case.
 
     Returns:
         `folder`.
@@ -150,9 +157,9 @@ def export(
     target = Path(folder)
     target = target.parent.resolve() / target.name if target.name else target.resolve()
     check_target(target, overwrite=overwrite)
-    say = progress or (lambda stage: None)
-    with exclusive():  # exporters change state of the whole process, as torch.export does
-        say("Capturing the graphs")
+    # Exporters change state of the whole process, as torch.export does.
+    with exclusive(), _stages(progress) as report:
+        report("Capturing the graphs")
         plan = preview(pipe, call)[component]
         write_bundle(
             pipe,
@@ -167,7 +174,7 @@ def export(
             quantization=quantization,
             call=call,
             overwrite=overwrite,
-            progress=say,
+            progress=report,
         )
     return target
 
@@ -186,6 +193,21 @@ def _check_multiple(
             f"not. The nearest are {nearest_multiples(size, multiple)}. Or leave {name} out of dynamic, and the bundle "
             f"has this {name} only."
         )
+
+
+@contextmanager
+def _stages(progress: Callable[[str], None] | None) -> Iterator[Callable[[str], None]]:
+    """What to call at the beginning of each stage."""
+    # disable=None: not unless stderr is a terminal.
+    with tqdm(desc="Exporting", bar_format="{desc} [{elapsed}]", disable=None if progress is None else True) as bar:
+
+        def report(stage: str) -> None:
+            logger.info("%s", stage)
+            if progress is not None:
+                progress(stage)
+            bar.set_description_str(stage)
+
+        yield report
 
 
 def _free(dynamic: object, format: str) -> Collection[FreeSize] | None:

@@ -206,6 +206,8 @@ def check_can_run(name: str, device: torch.device) -> None:
     """Raise BackendError, which says what is missing, unless graphs of this format run here, for inputs on `device`."""
     if not FORMATS[name].needs_gpu:
         return
+    import torch  # not above: the command line reads the table for its help
+
     if not torch.cuda.is_available():
         raise BackendError(
             f'A bundle of format "{name}" runs on an NVIDIA GPU, and PyTorch {torch.__version__} finds none here: '

@@ -12,7 +12,6 @@ from importlib import resources
 from typing import Any
 
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch.export.graph_signature import InputKind
 
 from tgate_compile._errors import ConfigurationError
@@ -34,16 +33,24 @@ class Architecture:
     """A denoiser and its call. Compared by identity: two models may have the very same one.
 
     Attributes:
-        denoiser: its class.
+        denoiser_class: the name of its class in diffusers.
         config: its configuration, as in the published checkpoint; what is the class's default is left out.
         inputs: the shapes of its call's inputs, one level of dicts included.
         size: height and width of the image that it was trained for, in pixels.
     """
 
-    denoiser: type[Any]
+    denoiser_class: str
     config: Mapping[str, Any]
     inputs: Mapping[str, Shape | Mapping[str, Shape]]
     size: int
+
+    @property
+    def denoiser(self) -> type[Any]:
+        """The denoiser's class."""
+        import diffusers  # not above: the command line reads the table for its help
+
+        found: type[Any] = getattr(diffusers, self.denoiser_class)
+        return found
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ _LATENTS: Shape = ("batch", 4, "height", "width")
 
 def _unet(size: int, text: Shape, inputs: Mapping[str, Shape | Mapping[str, Shape]], **config: Any) -> Architecture:
     call = {"sample": _LATENTS, "timestep": (), "encoder_hidden_states": text, **inputs}
-    return Architecture(UNet2DConditionModel, config, call, size)
+    return Architecture("UNet2DConditionModel", config, call, size)
 
 
 _SD15 = _unet(512, ("batch", 77, 768), {}, cross_attention_dim=768)
@@ -106,7 +113,7 @@ def _pixart(tokens: int, conditions: Mapping[str, Shape], **config: Any) -> Arch
         "encoder_attention_mask": ("batch", tokens),
     }
     shared = {"sample_size": 128, "cross_attention_dim": 1152, "caption_channels": 4096, "interpolation_scale": 2}
-    return Architecture(PixArtTransformer2DModel, {**shared, **config}, inputs, 1024)
+    return Architecture("PixArtTransformer2DModel", {**shared, **config}, inputs, 1024)
 
 
 _PIXART_ALPHA = _pixart(120, {"resolution": ("batch", 2), "aspect_ratio": ("batch", 1)})

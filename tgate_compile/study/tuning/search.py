@@ -23,6 +23,7 @@ from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.study.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unreliable
+from tgate_compile.study.tuning import DEFAULT_TOLERANCE
 from tgate_compile.study.tuning.measure import Bench, Measured, Plain, relative_distances, silent
 from tgate_compile.study.tuning.request import Request, setting_of
 from tgate_compile.study.tuning.result import Row, Tuning
@@ -91,8 +92,6 @@ logger = logging.getLogger(__name__)
 Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
 #: Called after each generation: how many are done, how many there will be as far as is known, and what was measured.
 Progress = Callable[[int, int, str], None]
-
-DEFAULT_TOLERANCE = 0.1
 
 
 def search(
