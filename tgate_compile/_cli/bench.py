@@ -15,9 +15,9 @@ from rich.table import Table
 from tgate_compile._cli import options
 from tgate_compile._cli import options as schedule_options
 from tgate_compile._cli.console import OUT, make_progress, print_json, print_note
-from tgate_compile._cli.loading import print_chosen, settings_for
-from tgate_compile._cli.options import demo_prompts, recognise
+from tgate_compile._cli.options import recognise
 from tgate_compile._cli.pictures import check_targets
+from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._runtimes import BACKENDS, is_backend_installed
 from tgate_compile.methods.schedule import Schedule
@@ -172,7 +172,7 @@ def _peers(given: list[str] | None) -> list[Peer]:
 
 
 def _backends(given: list[options.Backend] | None, device: str, cuda_graphs: bool | None) -> list[str]:
-    from tgate_compile._cli.options import choose_device
+    from tgate_compile._cli.loading import choose_device
     from tgate_compile.study.bench.run import CUDA_GRAPHS
 
     on_gpu = choose_device(device).type == "cuda"
@@ -193,10 +193,10 @@ def _load(
     model: str | None, loading: options.Loading, prompt: str | None, image: options.Image, gate_step: float | None
 ) -> tuple[Any, dict[str, Any], int, int]:
     """The pipeline, the arguments of its call, its steps and its gate."""
-    from tgate_compile._cli.loading import Loaded, load
+    from tgate_compile._cli.loading import Loaded, demo_prompts, load
 
     if model is not None and model.startswith(RANDOM_PREFIX):
-        from tgate_compile._cli.options import DTYPES, choose_device, choose_dtype
+        from tgate_compile._cli.loading import DTYPES, choose_device, choose_dtype
 
         device = choose_device(loading.device)
         dtype = choose_dtype(loading.dtype, "StableDiffusionPipeline", device)

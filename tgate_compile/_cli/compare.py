@@ -17,9 +17,9 @@ from rich.table import Table
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
 from tgate_compile._cli.console import OUT, make_progress, print_json, print_note
-from tgate_compile._cli.loading import print_chosen, settings_for
 from tgate_compile._cli.options import EMBEDDED_PREFIX, MSG_CONFIG_ALONE, embedded_name
 from tgate_compile._cli.pictures import check_targets
+from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._demo.variants import DEMO_VARIANTS
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.schedule import Schedule
@@ -114,7 +114,7 @@ def compare(
                 print_note(MSG_FAILED.format(model=name, reason=error))
             figures.append(of_model)
             progress.update(bar, completed=1, total=1, description=name)
-    from tgate_compile._cli.options import choose_device
+    from tgate_compile._cli.loading import choose_device
     from tgate_compile.study.bench.measure import machine_of
 
     command = shlex.join(["tgate-compile", *sys.argv[1:]])

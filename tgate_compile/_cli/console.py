@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -24,8 +24,9 @@ from rich.progress import (
 )
 
 from tgate_compile.methods.method import GRAPH_NAMES
-from tgate_compile.pipeline.describe import Description
-from tgate_compile.pipeline.progress import StepCounter
+
+if TYPE_CHECKING:
+    from tgate_compile.pipeline.describe import Description
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
@@ -94,6 +95,8 @@ class Work:
 def planned_calls(scheduler: Any, strip: str, num_steps: int) -> str:
     """The letter of each denoiser call, for a strip with one of each step. Sets the scheduler's timesteps."""
     scheduler.set_timesteps(num_steps)
+    from tgate_compile.pipeline.progress import StepCounter  # PyTorch takes seconds
+
     counter = StepCounter.of(scheduler, None)
     return "".join(strip[counter.step(call)] for call in range(len(scheduler.timesteps)))
 

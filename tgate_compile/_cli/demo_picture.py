@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from tgate_compile._cli.demo import Mode, Results, Row
+from tgate_compile._cli.demo_runs import Mode, Results, Row
 
 TILE = 168
 MARGIN = 28

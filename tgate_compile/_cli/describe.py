@@ -13,9 +13,9 @@ from rich.text import Text
 import tgate_compile
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json
-from tgate_compile._cli.loading import chosen_for
 from tgate_compile._cli.options import ScheduleOptions
 from tgate_compile._cli.pictures import coloured
+from tgate_compile._cli.settings import chosen_for
 from tgate_compile.methods.method import GRAPH_NAMES
 
 if TYPE_CHECKING:

@@ -18,13 +18,12 @@ from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
 from tgate_compile._cli import options as schedule_options
 from tgate_compile._cli.console import OUT, make_progress, print_json
-from tgate_compile._cli.loading import print_chosen, settings_for
 from tgate_compile._cli.options import embedded_name
 from tgate_compile._cli.pictures import check_folder, check_targets
+from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._errors import ConfigurationError, check_installed
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import load_schedule, read_schedule
-from tgate_compile.study.evaluation.images import Share
 from tgate_compile.study.figures import check_figure
 
 if TYPE_CHECKING:
@@ -121,6 +120,8 @@ def evaluate(
     if plot is not None:
         check_figure(plot)
         check_targets([plot], force=force)
+    from tgate_compile.study.evaluation.images import Share  # PyTorch takes seconds
+
     first = Share.from_environment().rank == 0
     loaded = replace(loading, device=_own_device(loading.device)).load(model)
     settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)

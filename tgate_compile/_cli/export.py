@@ -14,8 +14,8 @@ import typer
 import tgate_compile
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json
-from tgate_compile._cli.loading import chosen_for
 from tgate_compile._cli.options import ScheduleOptions
+from tgate_compile._cli.settings import chosen_for
 from tgate_compile._errors import ConfigurationError, check_installed
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.formats import check_can_write
@@ -105,7 +105,7 @@ def export(
     loaded = loading.load(model)
     settings, chosen = chosen_for(loaded, loading, image, schedule, shown=not json)
     if loaded.is_embedded and quantization is not None and quantization["scheme"] in CALIBRATED:
-        from tgate_compile._cli.options import demo_prompts
+        from tgate_compile._cli.loading import demo_prompts
 
         quantization = {"calibration_prompts": demo_prompts(CALIBRATION_PROMPTS), **quantization}
     tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")

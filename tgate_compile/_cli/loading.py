@@ -11,32 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from packaging.version import Version
 
-from tgate_compile._cli.console import ERR, make_progress, print_note
 from tgate_compile._cli.options import (
     DEFAULT_EMBEDDED,
-    DTYPES,
     EMBEDDED,
     MSG_CONFIG_ALONE,
     SCHEDULERS,
     Dtype,
     Family,
-    choose_device,
-    choose_dtype,
     embedded_name,
+    gpu_dtype,
     recognise,
 )
+from tgate_compile._demo.captions import caption_of, random_scene
 from tgate_compile._demo.variants import DemoVariant, demo_variant
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.methods.schedule import Schedule
 
 if TYPE_CHECKING:
-    from tgate_compile._cli.options import Image, Loading, ScheduleOptions
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -354,110 +352,74 @@ def _may_replace(scheduler: Any, family: Family) -> bool:
     return type(scheduler).__name__ in family.replaced and scheduler.config.get("timestep_spacing") != "trailing"
 
 
-MSG_NEVER_GATED = (
-    "Gate step {gate} is at or beyond the last of {steps} steps, so that nothing is gated. "
-    "Give a smaller --gate-step, or --no-tgate."
+DTYPES = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
+
+
+MSG_DEVICE = "The device must be auto, cpu, cuda, cuda:<number> or mps, but got {given!r}."
+
+
+MSG_NO_DEVICE = "There is no {given} device here that torch {version} can use. Use --device cpu, or leave it out."
+
+
+def choose_device(given: str) -> torch.device:
+    """The device called `given`; `auto` is the best one here.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if given == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if usable[name]))
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        raise ConfigurationError(MSG_DEVICE.format(given=given)) from None
+    if device.type not in usable:
+        raise ConfigurationError(MSG_DEVICE.format(given=given))
+    is_missing_gpu = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not usable[device.type] or is_missing_gpu:
+        raise ConfigurationError(MSG_NO_DEVICE.format(given=given, version=torch.__version__))
+    return device
+
+
+def choose_dtype(given: Dtype, pipeline_class: str, device: torch.device) -> Dtype:
+    """The number format asked for, or the best one for a pipeline of this class on `device`."""
+    if given is not Dtype.auto:
+        return given
+    if device.type == "cpu":
+        return Dtype.fp32
+    chosen = Dtype(gpu_dtype(pipeline_class))
+    if chosen is Dtype.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return Dtype.fp16
+    return chosen
+
+
+#: Shown first, in this order. Six single objects, two pairs; every combination is held out (a test checks that).
+CHOSEN = (
+    "a large red circle on a blue background",
+    "a large yellow star on a green background",
+    "a red square left of a yellow star on a white background",
+    "a large purple triangle at the top of a white background",
+    "a small orange square on a white background",
+    "a large black square on an orange background",
+    "a yellow circle above a green triangle on a blue background",
+    "a small green star at the right of a blue background",
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of one generation.
-
-    Attributes:
-        steps: denoising steps.
-        guidance: guidance scale.
-        gate_step: as `optimize` takes it.
-        gate: the first gated step.
-    """
-
-    steps: int
-    guidance: float
-    gate_step: int | float
-    gate: int
+_SEED = 0
 
 
-def settings_for(
-    loaded: Loaded, *, steps: int | None, guidance: float | None, gate_step: float | None, tgate: bool = True
-) -> Settings:
-    """What is None is the family's; its gate moves along with the number of steps."""
-    family = loaded.family
-    chosen_steps = family.steps if steps is None else steps
-    if gate_step is None:
-        gate_step = max(1, round(chosen_steps * family.gate_step / family.steps))
-    gate = Schedule(gate_step).gate(chosen_steps)
-    if tgate and gate >= chosen_steps:
-        print_note(MSG_NEVER_GATED.format(gate=gate, steps=chosen_steps))
-    return Settings(chosen_steps, family.guidance if guidance is None else guidance, gate_step, gate)
+_SHARE_OF_PAIRS = 4  # one of so many
 
 
-def schedule_for(
-    loaded: Loaded, options: ScheduleOptions, settings: Settings, size: Mapping[str, int], *, shown: bool
-) -> Schedule:
-    """The schedule of the options, measured on the model for `--gate-step auto`.
-
-    Args:
-        loaded: the model, plain.
-        options: as they were given.
-        settings: of the generations to come, whose gate is the family's unless one is given.
-        size: height and width, as far as they are given.
-        shown: whether to show the progress of a measurement.
-    """
-    if not options.is_automatic:
-        return options.schedule(settings.gate_step)
-    from tgate_compile._cli.options import demo_prompts
-    from tgate_compile.engine.config import AUTO_PROMPTS
-    from tgate_compile.study.tuning.search import tune
-
-    prompts = demo_prompts(len(AUTO_PROMPTS)) if loaded.is_embedded else list(AUTO_PROMPTS)
-    with make_progress(shown=shown) as progress:
-        bar = progress.add_task("Measuring schedules", total=None)
-        return tune(
-            loaded.pipe,
-            prompts,
-            num_inference_steps=settings.steps,
-            call={**loaded.call, "guidance_scale": settings.guidance, **size},
-            progress=lambda done, total, what: progress.update(
-                bar, completed=done, total=total, description=f"Measuring schedules: {what}"
-            ),
-        ).schedule
-
-
-def chosen_for(
-    loaded: Loaded, loading: Loading, image: Image, options: ScheduleOptions, *, shown: bool
-) -> tuple[Settings, Schedule]:
-    """The settings and the schedule of a command's generations. What the user has not given is printed.
-
-    Args:
-        loaded: the model, plain.
-        loading: the options that it was loaded with.
-        image: the options for images.
-        options: the options for the schedule.
-        shown: whether to show the progress of a measurement.
-    """
-    gate_step = None if options.is_automatic else options.gate_step
-    settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=gate_step, tgate=False)
-    schedule = schedule_for(loaded, options, settings, image.size, shown=shown)
-    gate = schedule.gate(settings.steps)
-    if schedule.gate_step is not None and gate >= settings.steps:
-        print_note(MSG_NEVER_GATED.format(gate=gate, steps=settings.steps))
-    print_chosen(loaded, loading, image, settings, None if options.is_chosen_by_user else schedule)
-    return settings, schedule
-
-
-def print_chosen(
-    loaded: Loaded, loading: Loading, image: Image, settings: Settings, schedule: Schedule | None = None
-) -> None:
-    """One line on stderr with what the user has left open, and what was taken."""
-    given: dict[str, Any] = {**loading.arguments(), "steps": image.steps, "guidance": image.guidance}
-    chosen = {
-        "device": str(loaded.device),
-        "dtype": loaded.dtype,
-        "scheduler": type(loaded.pipe.scheduler).__name__,
-        "steps": settings.steps,
-        "guidance": f"{settings.guidance:g}",
-    }
-    taken = [f"{name} {value}" for name, value in chosen.items() if given[name] in (None, "auto")]
-    taken += [str(schedule)] if schedule is not None else []
-    if taken:
-        ERR.print(f"[dim]Chosen for {loaded.source} ({loaded.family.name}): {', '.join(taken)}[/]", soft_wrap=True)
+def demo_prompts(count: int) -> list[str]:
+    """The first `count` prompts; those beyond the chosen ones are drawn from the held-out captions, always the same."""
+    rng = np.random.default_rng(_SEED)
+    prompts = list(CHOSEN[:count])
+    while len(prompts) < count:
+        objects = 2 if len(prompts) % _SHARE_OF_PAIRS == 0 else 1
+        prompt = caption_of(random_scene(rng, objects, held_out=True))
+        if prompt not in prompts:
+            prompts.append(prompt)
+    return prompts

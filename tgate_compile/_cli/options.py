@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
 import typer
 
 from tgate_compile._arguments import BackendName
 from tgate_compile._cli.console import ERR
-from tgate_compile._demo.captions import caption_of, random_scene
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._runtimes import BACKENDS, check_backend_installed
-from tgate_compile.methods.method import checked_gate_step
-from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.method import Method, checked_gate_step, methods, options_of
+from tgate_compile.methods.schedule import IN_SHORT, Schedule
 from tgate_compile.methods.schedule_file import load_schedule
-from tgate_compile.study.bench.methods import Method
+from tgate_compile.study.bench.methods import Method as Compared
 
 if TYPE_CHECKING:
     from tgate_compile._cli.loading import Loaded
@@ -358,45 +355,6 @@ def gpu_dtype(pipeline_class: str) -> str:
     return next((f.gpu_dtype for f in FAMILIES if f.pipelines and pipeline_class in f.pipelines), "fp16")
 
 
-DTYPES = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
-
-MSG_DEVICE = "The device must be auto, cpu, cuda, cuda:<number> or mps, but got {given!r}."
-MSG_NO_DEVICE = "There is no {given} device here that torch {version} can use. Use --device cpu, or leave it out."
-
-
-def choose_device(given: str) -> torch.device:
-    """The device called `given`; `auto` is the best one here.
-
-    Raises:
-        ConfigurationError: there is no such device.
-    """
-    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if given == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if usable[name]))
-    try:
-        device = torch.device(given)
-    except RuntimeError:
-        raise ConfigurationError(MSG_DEVICE.format(given=given)) from None
-    if device.type not in usable:
-        raise ConfigurationError(MSG_DEVICE.format(given=given))
-    is_missing_gpu = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    if not usable[device.type] or is_missing_gpu:
-        raise ConfigurationError(MSG_NO_DEVICE.format(given=given, version=torch.__version__))
-    return device
-
-
-def choose_dtype(given: Dtype, pipeline_class: str, device: torch.device) -> Dtype:
-    """The number format asked for, or the best one for a pipeline of this class on `device`."""
-    if given is not Dtype.auto:
-        return given
-    if device.type == "cpu":
-        return Dtype.fp32
-    chosen = Dtype(gpu_dtype(pipeline_class))
-    if chosen is Dtype.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return Dtype.fp16
-    return chosen
-
-
 AUTO = "auto"
 
 MSG_FILE_ALONE = "--schedule has the whole schedule. Leave out {given}, or leave out --schedule."
@@ -411,8 +369,11 @@ MSG_SIMILARITY = (
     "--guidance-step or --gate-step instead."
 )
 
+#: The methods that `Schedule` has no fields for, by their keys; their options are `--KEY-FIELD`.
+_FURTHER: dict[str, type[Method]] = {key: kind for key, kind in methods().items() if kind not in IN_SHORT}
+
 #: Methods that run without a gate, unless one is asked for.
-_ALONE = {"guidance_step", "guidance_similarity", "deepcache_interval"}
+_ALONE = {"guidance_step", "guidance_similarity", "deepcache_interval", *_FURTHER}
 
 
 MSG_TWICE = "Two schedule files are called {name!r}. Give them different names."
@@ -435,8 +396,8 @@ def parse_gate_step_or_auto(text: object) -> float | str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleOptions:
-    """A schedule. An argument of a command that is annotated with this becomes these options."""
+class _ShortOptions:
+    """The options that are fields of `Schedule`, and the schedule that all options make."""
 
     gate_step: Annotated[
         Any,
@@ -538,10 +499,20 @@ class ScheduleOptions:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were given, by the names of the fields of `Schedule`."""
+        """The options that were given, by their names."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "file")
         plain = ((name, value.value if isinstance(value, Keep) else value) for name, value in values)
         return {name: value for name, value in plain if value is not None}
+
+    @property
+    def others(self) -> tuple[Method, ...]:
+        """The further methods that were asked for, by any of their options."""
+        given = self.given
+        return tuple(
+            kind(**{field.name: given[name] for name, field in options_of(kind).items() if name in given})
+            for kind in _FURTHER.values()
+            if any(name in given for name in options_of(kind))
+        )
 
     @property
     def is_automatic(self) -> bool:
@@ -572,54 +543,64 @@ class ScheduleOptions:
             return load_schedule(self.file)
         if self.is_automatic:
             raise ConfigurationError(MSG_NO_MODEL)
-        gate = default_gate if _ALONE.isdisjoint(self.given) else None
-        return Schedule(**{"gate_step": gate, **self.given})
+        short = {name: value for name, value in self.given.items() if name in Schedule.__dataclass_fields__}
+        gate = default_gate if _ALONE.isdisjoint(short) and not self.others else None
+        return Schedule(**{"gate_step": gate, **short}, others=self.others)
 
 
-def methods_in(files: list[Path] | None) -> tuple[Method, ...]:
+def _further_options() -> list[tuple[str, Any, Any]]:
+    """Return a field for each option of the further methods: its name, its type with its help, its default."""
+    return [
+        (
+            name,
+            Annotated[
+                type(field.default) | None,
+                typer.Option(
+                    min=field.metadata["least"],
+                    help=f"{kind.title}: {field.metadata['help']}",
+                    show_default=f"{field.default}, with any of {kind.title}'s options",
+                    rich_help_panel=SCHEDULE,
+                ),
+            ],
+            None,
+        )
+        for kind in _FURTHER.values()
+        for name, field in options_of(kind).items()
+    ]
+
+
+if TYPE_CHECKING:
+
+    class ScheduleOptions(_ShortOptions):
+        """A schedule. An argument of a command that is annotated with this becomes these options."""
+
+else:
+    ScheduleOptions = make_dataclass(
+        "ScheduleOptions",
+        _further_options(),
+        bases=(_ShortOptions,),
+        frozen=True,
+        kw_only=True,
+        namespace={"__module__": __name__},
+    )
+
+
+def methods_in(files: list[Path] | None) -> tuple[Compared, ...]:
     """The schedules in files as methods to compare, each with the name of its file.
 
     Raises:
         ConfigurationError: a file is not a schedule's, or two have the same name.
     """
-    methods: dict[str, Method] = {}
+    compared: dict[str, Compared] = {}
     for file in files or ():
-        if file.stem in methods:
+        if file.stem in compared:
             raise ConfigurationError(MSG_TWICE.format(name=file.stem))
-        methods[file.stem] = Method(f"schedule_{file.stem}", file.stem, load_schedule(file))
-    return tuple(methods.values())
+        compared[file.stem] = Compared(f"schedule_{file.stem}", file.stem, load_schedule(file))
+    return tuple(compared.values())
 
 
 def _options(names: Any) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
-
-
-#: Shown first, in this order. Six single objects, two pairs; every combination is held out (a test checks that).
-CHOSEN = (
-    "a large red circle on a blue background",
-    "a large yellow star on a green background",
-    "a red square left of a yellow star on a white background",
-    "a large purple triangle at the top of a white background",
-    "a small orange square on a white background",
-    "a large black square on an orange background",
-    "a yellow circle above a green triangle on a blue background",
-    "a small green star at the right of a blue background",
-)
-
-_SEED = 0
-_SHARE_OF_PAIRS = 4  # one of so many
-
-
-def demo_prompts(count: int) -> list[str]:
-    """The first `count` prompts; those beyond the chosen ones are drawn from the held-out captions, always the same."""
-    rng = np.random.default_rng(_SEED)
-    prompts = list(CHOSEN[:count])
-    while len(prompts) < count:
-        objects = 2 if len(prompts) % _SHARE_OF_PAIRS == 0 else 1
-        prompt = caption_of(random_scene(rng, objects, held_out=True))
-        if prompt not in prompts:
-            prompts.append(prompt)
-    return prompts
 
 
 MSG_NO_PROMPTS = (
@@ -688,6 +669,8 @@ def chosen_prompts(given: list[str] | None, file: Path | None, count: int | None
     if file is None:
         if embedded is None:
             raise ConfigurationError(MSG_NO_PROMPTS)
+
+        from tgate_compile._cli.loading import demo_prompts  # PyTorch takes seconds
 
         return demo_prompts(embedded if count is None else count)
     try:

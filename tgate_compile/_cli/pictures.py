@@ -6,11 +6,9 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from PIL.Image import Image
-from PIL.PngImagePlugin import PngInfo
 from rich.text import Text
 
 from tgate_compile._cli import options
@@ -18,6 +16,9 @@ from tgate_compile._cli.console import OUT, print_json
 from tgate_compile._cli.options import ScheduleOptions
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.study.figures import check_figure, strip_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MSG_NOT_PNG = "--out {given} is no .png file: images are written as PNG, which keeps the settings. Use {better}."
 MSG_EXISTS = "{given} exists already. Give another --out, or --force to overwrite it."
@@ -70,6 +71,8 @@ def check_folder(folder: Path) -> None:
 
 def save_png(image: Image, path: Path, texts: Mapping[str, object]) -> None:
     """Write `image` with `texts` as text chunks, which image viewers show and PIL reads as `image.text`."""
+    from PIL.PngImagePlugin import PngInfo
+
     info = PngInfo()
     for key, value in texts.items():
         if value is not None:

@@ -109,8 +109,8 @@ def _export(
 ) -> list[str]:
     """Write a bundle of `model` with fixed sizes, which run fastest; prompts to suggest for it."""
     import tgate_compile
-    from tgate_compile._cli.loading import chosen_for
-    from tgate_compile._cli.options import demo_prompts
+    from tgate_compile._cli.loading import demo_prompts
+    from tgate_compile._cli.settings import chosen_for
 
     def show(stage: str) -> None:
         if shown:

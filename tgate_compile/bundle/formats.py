@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-
 from tgate_compile._errors import BackendError, check_installed
 from tgate_compile._runtimes import FORMATS, home_of
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
     from tgate_compile.bundle.calibration import Quantizing

@@ -9,20 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import resources
-from typing import Any
-
-import torch
-from torch.export.graph_signature import InputKind
+from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.engine.call import Call
-from tgate_compile.engine.capture import capture, deep_layer
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.passes.count_macs import Macs, count_macs
-from tgate_compile.passes.find_sites import find_deep_feature
-from tgate_compile.passes.graphs import Captured
-from tgate_compile.passes.specialize import specialize
+
+if TYPE_CHECKING:
+    import torch
+
+    from tgate_compile.passes.count_macs import Macs
+    from tgate_compile.passes.graphs import Captured
 
 #: Dimensions of one input; the words stand for the batch, and for the size of the latents. None: the input is None.
 Shape = tuple[int | str, ...] | None
@@ -178,6 +175,14 @@ def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, bra
         UnsupportedModelError: DeepCache was asked for, and the denoiser is no UNet.
         ConfigurationError: it has no such branch.
     """
+    # Not above: the command line reads the models' names for its help, and PyTorch takes seconds.
+    from torch.export.graph_signature import InputKind
+
+    from tgate_compile.engine.capture import deep_layer
+    from tgate_compile.passes.count_macs import count_macs
+    from tgate_compile.passes.find_sites import find_deep_feature
+    from tgate_compile.passes.specialize import specialize
+
     # A wrong branch is told before the capture, which takes a while.
     layer = None if branch is None else deep_layer(_denoiser(architecture), branch)
     captured = _captured(architecture, geometry)
@@ -199,6 +204,8 @@ def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, bra
 
 @cache
 def _denoiser(architecture: Architecture) -> torch.nn.Module:
+    import torch
+
     with torch.device("meta"):
         denoiser: torch.nn.Module = architecture.denoiser(**architecture.config)
     return denoiser.eval()
@@ -206,6 +213,11 @@ def _denoiser(architecture: Architecture) -> torch.nn.Module:
 
 @lru_cache(maxsize=4)  # of SDXL's, with thousands of nodes each
 def _captured(architecture: Architecture, geometry: Geometry) -> Captured:
+    import torch
+
+    from tgate_compile.engine.call import Call
+    from tgate_compile.engine.capture import capture
+
     denoiser = _denoiser(architecture)
     sizes = {
         "batch": geometry.batch,

@@ -18,6 +18,7 @@ from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.facts import guidance_of
 from tgate_compile.pipeline.modular import check_ordinary
+from tgate_compile.study.analysis import CONVERGED_WITHIN
 from tgate_compile.study.analysis.measures import Collected, Curve, NullText, Tallies
 from tgate_compile.study.analysis.result import Analysis, Trajectories
 from tgate_compile.study.tuning.measure import MSG_NOT_FINITE, final_latents, relative_distances, silent
@@ -27,9 +28,6 @@ from tgate_compile.study.tuning.search import grid_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-#: What counts as converged: the fraction of the way from the smallest change up to the largest.
-CONVERGED_WITHIN = 0.1
 
 
 def suggested_gate(difference: Curve, converged_within: float) -> int | None:
