@@ -14,7 +14,7 @@ from tgate_compile import Schedule
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "findings.json"
-PAGE = ROOT / "docs" / "findings.md"
+PAGE = ROOT / "docs" / "evidence" / "findings.md"
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")

@@ -72,7 +72,7 @@ def optimize(
 
     Args:
         pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attentions, or an
-            object like one (see `docs/own_denoiser.md`). It is changed, and returned; `restore(pipe)` undoes it.
+            object like one (see `docs/guides/own-denoiser.md`). It is changed, and returned; `restore(pipe)` undoes it.
         gate_step: steps to run in full: a number >= 1, or a fraction of the steps strictly between 0 and 1. A gate at
             or beyond the last step means that nothing is gated; None is no gate. One call may differ:
             `pipe(..., gate_step=8)`. Where two denoisers share the steps (Wan 2.2), each counts its own from 0, and

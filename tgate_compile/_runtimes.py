@@ -120,7 +120,7 @@ def check_backend_installed(name: str) -> None:
 def automatic_backends(device: str) -> list[str]:
     """Return what `backend="auto"` tries on a type of device, in order: what is installed, the fastest first.
 
-    The ranks in the table are measured; benchmarks/README.md has the figures.
+    The ranks in the table are measured; docs/evidence/benchmarks.md has the figures.
     """
     considered = [entry for entry in BACKENDS.values() if device in entry.automatic and is_installed(*entry.needs)]
     return [entry.name for entry in sorted(considered, key=lambda entry: entry.automatic[device])] or ["eager"]

@@ -38,7 +38,7 @@ class Components(str, Enum):
 #: Of the embedded pipelines' own kind, for schemes that are calibrated.
 CALIBRATION_PROMPTS = 4
 #: What writing and checking ONNX graphs takes after their capture, as a multiple of its time: between 2.3 (the embedded
-#: model) and 3.8 (SDXL, docs/exports.md).
+#: model) and 3.8 (SDXL, docs/guides/exporting.md).
 AFTER_CAPTURE = 3.5
 
 MSG_NO_SCHEME = "--quantize-option is for --quantize, which is not given."
@@ -58,7 +58,7 @@ def export(
         typer.Option(
             "--format-option",
             metavar="NAME=VALUE",
-            help="An option of the format (docs/exports.md has them); several times.",
+            help="An option of the format (docs/guides/exporting.md has them); several times.",
         ),
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Fix batch, height and width.")] = False,
@@ -70,7 +70,7 @@ def export(
         typer.Option(
             "--quantize",
             metavar="NAME",
-            help=f"Store or compute in fewer bits: {', '.join(SCHEMES)} (docs/edge.md has the schemes).",
+            help=f"Store or compute in fewer bits: {', '.join(SCHEMES)} (docs/guides/edge.md has the schemes).",
         ),
     ] = None,
     quantize_option: Annotated[

@@ -59,7 +59,7 @@ def export(
     """Write the graphs of an optimized pipeline's schedule to `folder`, as a bundle that `load` serves from.
 
     A bundle has an ONNX file for each graph, one file with the weights of all of them, and a manifest with all that
-    another runtime needs to know (`docs/bundle.md`). Each graph is checked against PyTorch as it is written.
+    another runtime needs to know (`docs/reference/bundle.md`). Each graph is checked against PyTorch as it is written.
 
     Args:
         pipe: what `optimize` has returned.
@@ -73,11 +73,11 @@ def export(
             is as many as the denoiser permits: all three, or the batch alone (transformers that compute tables from
             the size), or none. False is none, and so is True where the format's graphs have fixed sizes: `executorch`
             and `coreml`.
-        format_options: see the format in `docs/exports.md`; `onnx` has none, `aoti` has `target`.
+        format_options: see the format in `docs/guides/exporting.md`; `onnx` has none, `aoti` has `target`.
         components: `"all"` also writes the text encoders, the tokenizers and the VAE's decoder, so that
             `tgate_compile.runtime` makes images of prompts without PyTorch; for Stable Diffusion, SDXL and PixArt.
         quantize: store the graphs' weights, or compute, in fewer bits: `"int8"` (weights alone), or a mapping with such
-            a `scheme` and more; `docs/edge.md` has the schemes, and what each costs. The text encoders and the VAE stay
+            a `scheme` and more; `docs/guides/edge.md` has the schemes, and what each costs. The text encoders and the VAE stay
             as they are.
         overwrite: replace the bundle that is in `folder`.
         progress: called with a line at the beginning of each stage. None shows the stages on stderr as diffusers shows

@@ -194,7 +194,7 @@ class StateDifference(_Strict):
 
 
 class DenoiserState(_Strict):
-    """What the denoiser computes beyond its class, configuration and weights: docs/bundle.md says more."""
+    """What the denoiser computes beyond its class, configuration and weights: docs/reference/bundle.md says more."""
 
     baseline: Literal["config", "none"] = Field(
         description="config: what a new denoiser of this class and configuration does not have; none: everything."
@@ -208,7 +208,7 @@ class Denoiser(_Strict):
     component: Name = Field(description="The pipeline's name for it.")
     class_name: Name
     config: dict[str, Any]
-    weights_digest: Sha256 = Field(description="Of all parameters and buffers: docs/bundle.md says how.")
+    weights_digest: Sha256 = Field(description="Of all parameters and buffers: docs/reference/bundle.md says how.")
     state: DenoiserState | None = Field(
         default=None, description="LoRA scales, attention processors, FreeU, hooks and the like; None: not recorded."
     )
@@ -285,7 +285,7 @@ class Example(_Strict):
     """A generation's steps."""
 
     guided: bool
-    strip: str = Field(description="One character a step; docs/schedules.md has the letters.")
+    strip: str = Field(description="One character a step; docs/reference/schedules.md has the letters.")
     steps: list[Step]
 
 
@@ -348,7 +348,7 @@ class VaeDecoder(_Strict):
     parity: Parity
 
 
-#: Where an argument of the denoiser comes from: docs/bundle.md has them all.
+#: Where an argument of the denoiser comes from: docs/reference/bundle.md has them all.
 Source = Literal[
     "latents", "timestep", "hidden_states", "attention_mask", "pooled", "sizes", "resolution", "aspect_ratio"
 ]

@@ -42,7 +42,7 @@ MSG_NO_SITES = (
 MSG_WHAT_WAS_FOUND = (
     "Found in its graph: {count} attentions, of which {own} take keys and values that follow the latents, and {others} "
     "have queries that do not, or keys and values that follow no input. The latents are taken to be {latents}. "
-    "docs/own_denoiser.md says which forms of attention are recognized."
+    "docs/guides/own-denoiser.md says which forms of attention are recognized."
 )
 
 
@@ -279,7 +279,7 @@ def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: In
         found = len(expected) - len(missing)
         raise UnsupportedModelError(
             f"Found {found} cross-attentions in the graph of {model}, but {len(expected)} of its modules call "
-            f"themselves so. In these, no attention was recognized: {', '.join(missing)}. docs/own_denoiser.md "
+            f"themselves so. In these, no attention was recognized: {', '.join(missing)}. docs/guides/own-denoiser.md "
             "says which forms are; please report the model class and its attention processors."
         )
     if not any(site.kind == "cross" for site in sites):

@@ -63,7 +63,7 @@ class Description:
         variants: the graphs made so far.
         last_steps: for each graph that the last generation ran, in order, the step and the graph's name.
         strip: the last generation, or the one asked about, one character a step: `F` full, `p` pruned;
-            `docs/schedules.md` has them all. Two denoisers' steps have a `|` in between.
+            `docs/reference/schedules.md` has them all. Two denoisers' steps have a `|` in between.
         cache_bytes: the most that this generation keeps from one step to the next.
         plain_because: why the last call, or the one asked about, ran in full although the schedule has more to it
             (`on_unsupported="plain"`); None if it was not for such a reason.

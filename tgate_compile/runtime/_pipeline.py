@@ -41,7 +41,7 @@ class Step:
         number: from 0.
         steps: of the whole generation.
         graph: the name of the graph that it ran.
-        letter: what it did; `docs/schedules.md` has the letters.
+        letter: what it did; `docs/reference/schedules.md` has the letters.
         seconds: how long it took.
         latents: after it, [images, channels, h, w].
     """

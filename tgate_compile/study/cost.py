@@ -244,7 +244,7 @@ class ImageCost:
     """The cost of the denoiser over all steps of one generation.
 
     Attributes:
-        strip: one character a step, as in `docs/schedules.md`.
+        strip: one character a step, as in `docs/reference/schedules.md`.
         macs: multiply-accumulates in linear and convolution layers: the paper's convention.
         macs_with_attention: the same with attention's own products.
         parameters: of the denoiser; with a gate without the cross-attentions' own weights, as the paper counts them.

@@ -1,4 +1,4 @@
-/** A bundle's manifest: read, and refused where it asks for what is not on this page. The format is docs/bundle.md. */
+/** A bundle's manifest: read, and refused where it asks for what is not on this page. The format is docs/reference/bundle.md. */
 
 import { BundleError } from "./errors.js";
 import { makeScheduler } from "./schedulers.js";
