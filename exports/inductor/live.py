@@ -121,8 +121,8 @@ logger = logging.getLogger(__name__)
 
 
 # Where oneDNN is present, Inductor wants every convolution in channels-last and copies the weights there inside the
-# graph, in every call, which costs more than the rest gains (docs/evidence/benchmarks.md). Its own cure is to freeze the
-# weights, which copies them once and for all: twice the memory, and LoRA changes go unseen.
+# graph, in every call, which costs more than the rest gains (docs/evidence/benchmarks.md). Its own cure is to freeze
+# the weights, which copies them once and for all: twice the memory, and LoRA changes go unseen.
 CPU_OPTIONS: Mapping[str, Any] = {"layout_optimization": False}
 
 #: The one option that is not Inductor's.

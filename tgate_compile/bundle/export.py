@@ -77,8 +77,8 @@ def export(
         components: `"all"` also writes the text encoders, the tokenizers and the VAE's decoder, so that
             `tgate_compile.runtime` makes images of prompts without PyTorch; for Stable Diffusion, SDXL and PixArt.
         quantize: store the graphs' weights, or compute, in fewer bits: `"int8"` (weights alone), or a mapping with such
-            a `scheme` and more; `docs/guides/edge.md` has the schemes, and what each costs. The text encoders and the VAE stay
-            as they are.
+            a `scheme` and more; `docs/guides/edge.md` has the schemes, and what each costs. The text encoders and the
+            VAE stay as they are.
         overwrite: replace the bundle that is in `folder`.
         progress: called with a line at the beginning of each stage. None shows the stages on stderr as diffusers shows
             its progress bars, unless these are disabled (`diffusers.utils.logging.disable_progress_bar()`) or stderr

@@ -66,7 +66,8 @@ def load(
         backend: what runs the bundle's graphs: `"onnxruntime"` or `"openvino"` for the format `onnx`, otherwise what
             the format is called. None: what they are made for.
         backend_options: those of `optimize` with the same backend: of ONNX Runtime `providers`, `threads`,
-            `prepacking`; of OpenVINO `device`, `precision`, `threads`, `cache`. Of engines: see `docs/guides/exporting.md`.
+            `prepacking`; of OpenVINO `device`, `precision`, `threads`, `cache`. Of engines: see
+            `docs/guides/exporting.md`.
         sequential: have one graph open at a time: less memory, and a graph is opened whenever the schedule changes to
             it, which is twice per generation with T-GATE, and often with others (a warning says how often).
 

@@ -211,7 +211,8 @@ def analyze(
     - What becomes of the images if the text is taken away from step m on (S^F_m), or given from step m on (S^L_m).
     - The gate that the convergence suggests.
 
-    Source: arXiv 2404.02747 v1, section 4, figures 2 and 3. `docs/evidence/analysis.md` shows it on the embedded pipeline.
+    Source: arXiv 2404.02747 v1, section 4, figures 2 and 3. `docs/evidence/analysis.md` shows it on the embedded
+    pipeline.
 
     Args:
         pipe: a plain pipeline, not an optimized one. It is plain again afterwards, also after an error.

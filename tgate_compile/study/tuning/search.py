@@ -371,8 +371,8 @@ def tune(
 
     Each prompt is run once as it is and once with every candidate, from the same noise. Drift is
     ||x - plain x|| / ||plain x|| of the final latents; cost is counted in multiply-accumulates of the denoiser.
-    The schedule chosen is the one of the least cost whose mean drift is within `tolerance`. `docs/guides/tuning.md` says what
-    drifts are like, and how the default came about.
+    The schedule chosen is the one of the least cost whose mean drift is within `tolerance`. `docs/guides/tuning.md`
+    says what drifts are like, and how the default came about.
 
     Args:
         pipe: a plain pipeline, not an optimized one. It is plain again afterwards, also after an error.
