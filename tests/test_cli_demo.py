@@ -14,8 +14,20 @@ from typer.testing import CliRunner
 
 from tgate_compile._cli.app import app
 from tgate_compile._cli.demo import guidance_sentence, sentences
-from tgate_compile._cli.demo_picture import GAP, MAX_ROWS, TILE, draw_picture
-from tgate_compile._cli.demo_runs import Mode, Results, Row, Task, make_modes, measure, psnr, saving_by_guidance
+from tgate_compile._cli.demo_runs import (
+    GAP,
+    MAX_ROWS,
+    TILE,
+    Mode,
+    Results,
+    Row,
+    Task,
+    draw_picture,
+    make_modes,
+    measure,
+    psnr,
+    saving_by_guidance,
+)
 from tgate_compile._cli.loading import CHOSEN, demo_prompts
 from tgate_compile._demo.captions import is_held_out, parse_caption
 from tgate_compile._runtimes import automatic_backends

@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from tgate_compile._cli.app import COMMANDS, app
-from tgate_compile._cli.options import ScheduleOptions
+from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile.methods.method import methods, options_of
 from tgate_compile.methods.schedule import Schedule
 

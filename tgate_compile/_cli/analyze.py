@@ -12,9 +12,8 @@ from rich.table import Table
 import tgate_compile
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
-from tgate_compile._cli.console import OUT, make_progress, print_json
+from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json
 from tgate_compile._cli.options import embedded_name
-from tgate_compile._cli.pictures import check_targets
 from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile.study.analysis import CONVERGED_WITHIN
 from tgate_compile.study.figures import check_figure

@@ -21,8 +21,8 @@ from tgate_compile._errors import TGateError
 _USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
-#: In the order of `--help`. Each is a function of that name in a module of that name. The modules import PyTorch and
-#: other large packages only inside the functions, so that `--help` is quick and `run` does without PyTorch.
+#: In the order of `--help`. Each is a function in the module of its name, or in that of `_MODULES`. The modules import
+#: PyTorch and other large packages only inside the functions, so that `--help` is quick and `run` needs no PyTorch.
 COMMANDS = (
     "demo",
     "generate",
@@ -40,6 +40,8 @@ COMMANDS = (
     "evaluate",
 )
 
+
+_MODULES = {"inspect": "describe"}
 
 _TYPES = {"int": "N", "int range": "N", "float": "X", "float range": "X", "str": "TEXT", "path": "PATH"}
 _TYPE = re.compile(f"<({'|'.join(_TYPES)})>")
@@ -78,7 +80,7 @@ class _Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        function = getattr(importlib.import_module(f"tgate_compile._cli.{cmd_name}"), cmd_name)
+        function = getattr(importlib.import_module(f"tgate_compile._cli.{_MODULES.get(cmd_name, cmd_name)}"), cmd_name)
         alone.command(cmd_name, cls=_Command)(with_groups(function))
         return typer.main.get_command(alone)
 

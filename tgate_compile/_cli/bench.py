@@ -13,10 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tgate_compile._cli import options
-from tgate_compile._cli import options as schedule_options
-from tgate_compile._cli.console import OUT, make_progress, print_json, print_note
+from tgate_compile._cli import settings as schedule_options
+from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json, print_note
 from tgate_compile._cli.options import recognise
-from tgate_compile._cli.pictures import check_targets
 from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._runtimes import BACKENDS, is_backend_installed

@@ -16,9 +16,8 @@ from rich.table import Table
 
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
-from tgate_compile._cli.console import OUT, make_progress, print_json, print_note
+from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json, print_note
 from tgate_compile._cli.options import EMBEDDED_PREFIX, MSG_CONFIG_ALONE, embedded_name
-from tgate_compile._cli.pictures import check_targets
 from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._demo.variants import DEMO_VARIANTS
 from tgate_compile._errors import ConfigurationError

@@ -13,9 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from tgate_compile._cli import options
-from tgate_compile._cli.console import ERR, OUT, make_progress, print_json, print_note
+from tgate_compile._cli.console import ERR, OUT, check_folder, make_progress, print_json, print_note
 from tgate_compile._cli.options import EMBEDDED
-from tgate_compile._cli.pictures import check_folder
 from tgate_compile._cli.settings import MSG_NEVER_GATED
 from tgate_compile._runtimes import automatic_backends
 from tgate_compile.methods.schedule import Schedule
@@ -140,8 +139,7 @@ def demo(
     with make_progress(shown=True) as progress:
         loading = progress.add_task("Loading the embedded model", total=1)
         # PyTorch and diffusers take seconds.
-        from tgate_compile._cli.demo_picture import draw_picture, shown_modes
-        from tgate_compile._cli.demo_runs import Task, make_modes, results_of
+        from tgate_compile._cli.demo_runs import Task, draw_picture, make_modes, results_of, shown_modes
         from tgate_compile._cli.loading import demo_prompts, quieten_libraries
 
         quieten_libraries()

@@ -16,10 +16,9 @@ from rich.table import Table
 import tgate_compile
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
-from tgate_compile._cli import options as schedule_options
-from tgate_compile._cli.console import OUT, make_progress, print_json
+from tgate_compile._cli import settings as schedule_options
+from tgate_compile._cli.console import OUT, check_folder, check_targets, make_progress, print_json
 from tgate_compile._cli.options import embedded_name
-from tgate_compile._cli.pictures import check_folder, check_targets
 from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._errors import ConfigurationError, check_installed
 from tgate_compile.methods.schedule import Schedule

@@ -14,8 +14,7 @@ import typer
 import tgate_compile
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json
-from tgate_compile._cli.options import ScheduleOptions
-from tgate_compile._cli.settings import chosen_for
+from tgate_compile._cli.settings import ScheduleOptions, chosen_for
 from tgate_compile._errors import ConfigurationError, check_installed
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.formats import check_can_write

@@ -14,10 +14,18 @@ from rich.text import Text
 
 import tgate_compile
 from tgate_compile._cli import options
-from tgate_compile._cli.console import OUT, make_progress, print_json, print_note, steps_shown
-from tgate_compile._cli.options import ScheduleOptions
-from tgate_compile._cli.pictures import check_targets, coloured, image_paths, save_png
-from tgate_compile._cli.settings import Settings, chosen_for, print_chosen, settings_for
+from tgate_compile._cli.console import (
+    OUT,
+    check_targets,
+    image_paths,
+    make_progress,
+    print_json,
+    print_note,
+    save_png,
+    steps_shown,
+)
+from tgate_compile._cli.settings import ScheduleOptions, Settings, chosen_for, print_chosen, settings_for
+from tgate_compile._cli.strip import coloured
 from tgate_compile.methods.method import GRAPH_NAMES
 
 if TYPE_CHECKING:

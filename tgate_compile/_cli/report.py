@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_note
-from tgate_compile._cli.options import ScheduleOptions
+from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.cost import MODELS, model_named, paper_tables, schedule_of
 

@@ -13,7 +13,7 @@ import typer
 
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json, print_note
-from tgate_compile._cli.options import ScheduleOptions
+from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile._errors import ConfigurationError, check_installed
 
 MSG_BUNDLE_ALONE = "--bundle is a model with all its settings. Leave out {given}, or leave out --bundle."
