@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tgate_compile.study.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, spread_of, why_unreliable
 
@@ -152,7 +152,7 @@ class ModelFigures:
 
 
 #: By method, an image for each prompt.
-Pictures = Mapping[str, Sequence[Image]]
+Pictures: TypeAlias = "Mapping[str, Sequence[Image]]"
 
 
 @dataclass(frozen=True)
