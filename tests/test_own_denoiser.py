@@ -264,7 +264,7 @@ class Ambiguous(Denoiser):
 @pytest.mark.parametrize(
     ("build", "predict", "message"),
     [
-        (Joint, None, r"Joint has no cross-attention.*Found in its graph: 2 attentions, of which 2 take keys"),
+        (Joint, None, r"Joint has no cross-attention.*Its graph has 2 attentions, of which 2 take keys"),
         (MixesRows, None, "let no row depend on another"),
         (Scalar, lambda model, x, t, text: model(x, t, text)[0], "Value 1 of what forward.. returns"),
         (
