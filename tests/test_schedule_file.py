@@ -62,14 +62,14 @@ def test_a_short_file_by_hand_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "shown"),
     [
-        ("", "no JSON"),
-        ("\x00", "no JSON"),
-        ("{", "no JSON"),
-        ("[" * 100_000, "no JSON"),
-        ("9" * 10_000, "no JSON"),
+        ("", "not valid JSON"),
+        ("\x00", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 10_000, "not valid JSON"),
         ('{"version": NaN}', "NaN"),
-        ('{"version": 1, "version": 1}', "'version' is there twice"),
-        ([], "expected the whole to be a JSON object"),
+        ('{"version": 1, "version": 1}', "duplicate key 'version'"),
+        ([], "expected the file to be a JSON object"),
         ({}, '"format"'),
         (file_of() | {"format": "png"}, "'png'"),
         (file_of() | {"version": 2}, "newer"),
@@ -111,7 +111,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(b'"\xff"')
     (tmp_path / "large.json").write_bytes(b" " * (MAX_BYTES + 1))
     for name, shown in (
-        ("latin.json", "no JSON"),
+        ("latin.json", "not valid JSON"),
         ("large.json", "bytes"),
         ("none.json", "No such"),
         (".", "director"),

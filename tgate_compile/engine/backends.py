@@ -146,7 +146,9 @@ def check_backend(name: object, options: Mapping[str, object]) -> None:
         )
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(f'"{known}"' for known in BACKENDS)
-        hint = " The number of steps to run in full is the argument gate_step." if isinstance(name, (int, float)) else ""
+        hint = (
+            " The number of steps to run in full is the argument gate_step." if isinstance(name, (int, float)) else ""
+        )
         nearest = did_you_mean(name, [*BACKENDS, "auto"])
         raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.{nearest}{hint}')
     backend_class(name).check_options(options)

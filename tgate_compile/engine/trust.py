@@ -282,8 +282,7 @@ class Served:
         if self.backend in self._left:
             self._left.remove(self.backend)
             logger.warning(
-                f'backend="auto" switches to "{self._left[0].name}", for this denoiser\'s other graphs as well: '
-                f"{error}"
+                f'backend="auto" switches to "{self._left[0].name}", for this denoiser\'s other graphs as well: {error}'
             )
         else:
             logger.debug("the %s graph no longer runs with %s: %s", self._variant.phase.name, name, error)

@@ -98,7 +98,7 @@ def layout_of(phase: Phase, emission: Emission, half: Half | None) -> Layout:
 
 
 def batch_ratio(batch: torch.Size, sample: torch.Size) -> float:
-    """Return the number of latents in the denoiser's input, of shape `batch`, per latent in the scheduler's `sample`."""
+    """Return how many latents the denoiser sees (shape `batch`) for each latent of the scheduler (shape `sample`)."""
     ratio = batch[0] / max(sample[0], 1)
     if ratio not in (1, 2) and len(batch) != len(sample):  # the scheduler steps the frames of a video separately
         return batch.numel() / max(sample.numel(), 1)

@@ -51,8 +51,8 @@ MSG_OTHER_FORWARD = (
     "optimized, and does not call the previous one. Undo that, or call tgate_compile.restore(pipe) before it."
 )
 MSG_NOT_CALLED = (
-    "The {name} of this {pipeline} was not called, so there is nothing to gate: the pipeline runs parts of it directly, "
-    "or another model. Call tgate_compile.restore(pipe) to run it without gating, or select another denoiser: "
+    "The {name} of this {pipeline} was not called, so there is nothing to gate: the pipeline runs parts of it, or "
+    "another model. Call tgate_compile.restore(pipe) to run it without gating, or select another denoiser: "
     'optimize(pipe, denoiser="...").'
 )
 MSG_CALLED_APART = (
@@ -74,8 +74,8 @@ MSG_COMPILED_SINCE = (
     "optimized denoiser are already compiled."
 )
 MSG_PAIR = (
-    "gate_step={given}: a pipeline takes several gate steps only if it has as many denoisers, and this one has {names}. "
-    "Pass one number, or one for each denoiser."
+    "gate_step={given}: a pipeline takes several gate steps only if it has as many denoisers, but this one has "
+    "{names}. Pass one number, or one for each denoiser."
 )
 
 
