@@ -169,7 +169,7 @@ def test_a_backend_as_the_gate_step_and_the_other_way_round(plain: Any) -> None:
 def test_a_schedule_file_as_the_gate_step(plain: Any) -> None:
     gate_step: Any = "schedule.json"
     message = message_of(lambda: tgate_compile.optimize(plain, gate_step))
-    assert 'write: optimize(pipe, schedule="schedule.json")' in message
+    assert 'call optimize(pipe, schedule="schedule.json")' in message
 
 
 def test_the_folder_and_the_format_of_an_export_swapped(plain: Any) -> None:

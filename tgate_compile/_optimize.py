@@ -60,8 +60,8 @@ def optimize(
     """Speed up the calls of a pipeline with T-GATE, DeepCache, PAB or guidance that ends early.
 
     With T-GATE, `gate_step` steps run in full. The outputs of all cross-attentions are cached at the last of them
-    (under guidance as the mean of the two halves). From step `gate_step` on, guidance is off, and a pruned graph without
-    the cross-attentions and their weights runs at half the batch.
+    (under guidance as the mean of the two halves). From step `gate_step` on, guidance is off, and a pruned graph runs
+    at half the batch, without the cross-attentions and their weights.
     Source: arXiv 2404.02747 v1, section 3.2. The classes of the methods describe their rules and sources.
 
     The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes.

@@ -65,7 +65,7 @@ def check_known_options(
         close = difflib.get_close_matches(str(unknown[0]), known, 1)
         hint = f' Did you mean "{close[0]}"?' if close else ""
         raise ConfigurationError(
-            f"{argument} has {names}, which {owner} does not support.{hint} It supports: {', '.join(known)}."
+            f"{argument} has {names}, which {owner} does not accept.{hint} It accepts: {', '.join(known)}."
         )
     for name, given in options.items():
         if not known[name].fits(given):

@@ -22,7 +22,7 @@ MSG_DEEP_AND_SELF = (
 )
 MSG_SEVERAL_ENDS = (
     "Guidance ends in one way: at gate_step, after guidance_step, or at guidance_similarity. "
-    "Set one of them, not {given}."
+    "Give one of them, not {given}."
 )
 MSG_NOTHING = "Nothing to do: set a gate_step, a deepcache_interval above 1, a guidance_step or a guidance_similarity."
 
@@ -43,7 +43,7 @@ class Schedule:
         warm_up: `warm_up` of `TGate`.
         deepcache_interval: `interval` of `DeepCache`; 1 switches it off.
         deepcache_branch: `branch` of `DeepCache`.
-        guidance_step: `step` of `AdaptiveGuidance`; None means that guidance does not end at a step of its own.
+        guidance_step: `step` of `AdaptiveGuidance`; None means that guidance ends at the gate, if there is one.
         guidance_similarity: `similarity` of `AdaptiveGuidance`; None means that guidance does not depend on it.
         keep: the half that is kept once guidance has ended. None means the papers' choice: uncond with a gate, cond
             without one.
