@@ -144,7 +144,7 @@ def _selected(sites: tuple[Site, ...], patterns: Sequence[str]) -> tuple[Site, .
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
-    """Return `program` without in-place operators, which have no users and would be removed as dead code."""
+    """Return `program` without in-place operators, which may have no users and would be removed as dead code."""
     if not any(is_mutable(node) for node in program.graph.nodes):
         return program
     # An empty table decomposes nothing else, so that the results stay bit-identical.
@@ -205,7 +205,7 @@ def deep_layer(denoiser: torch.nn.Module, branch: int) -> str:
     if up_blocks is None or not all(hasattr(block, "resnets") for block in up_blocks):
         raise UnsupportedModelError(
             "DeepCache needs a UNet with the layout of diffusers' UNets, whose `up_blocks` have `resnets`, but "
-            f"{type(denoiser).__name__} has another one. Leave deepcache_interval out."
+            f"{type(denoiser).__name__} has a different layout. Leave deepcache_interval out."
         )
     block, layer = divmod(branch, 3)
     if block < len(up_blocks) and layer < len(up_blocks[-1 - block].resnets):

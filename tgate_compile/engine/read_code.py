@@ -141,7 +141,7 @@ class Reader:
         return None if owner is None or isinstance(owner, type) else self._value(owner, f"{code.__name__}()'s owner")
 
     def _attributes(self, owner: object) -> str | None:
-        """Return why an object's own attributes, or the plain ones of its class, cannot be read by a graph."""
+        """Return why a graph cannot depend on an object's own attributes, or on the plain ones of its class."""
         found = dict(getattr(owner, "__dict__", {}))
         for base in _own_bases(type(owner)):
             plain = {name: value for name, value in vars(base).items() if isinstance(value, PLAIN_VALUES)}
@@ -151,7 +151,7 @@ class Reader:
         )
 
     def _class(self, kind: type, names: Collection[str]) -> str | None:
-        """Return why the attributes `names` of a class (functions to call, values to read) do not fit a graph."""
+        """Return why a graph cannot depend on the attributes `names` of a class (functions to call, values to read)."""
         found = [
             (getattr(value, "__func__", getattr(value, "fget", value)), f"the attribute {name!r} of {base.__name__}")
             for base in _own_bases(kind)
@@ -169,7 +169,7 @@ class Reader:
         )
 
     def _value(self, value: object, what: str, names: Collection[str] = ()) -> str | None:
-        """Return why code cannot refer to `value`; `names` are the attributes that it looks up on any value."""
+        """Return why a graph cannot depend on `value`; `names` are the attributes that the code looks up."""
         if isinstance(value, PLAIN_VALUES):
             self.read.append((what, type(value), value))
             return None
