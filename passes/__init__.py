@@ -1,4 +1,4 @@
-"""Graph passes: find the sites of a captured denoiser, emit or reuse their values, remove what is dead.
+"""Graph passes: find the sites of a captured denoiser, emit or reuse their values, and remove dead code.
 
-Everything here knows torch only: no diffusers, no pipelines, no configuration objects.
+The passes depend on torch and on the phases of schedules, but not on diffusers, pipelines or configuration objects.
 """

@@ -1,15 +1,15 @@
-"""Attention cores: the places of a graph in which queries meet keys and values.
+"""Find attention cores: the places in a graph where queries, keys and values are combined.
 
-Three forms are recognized, whoever wrote them:
+Three forms are recognized, independent of the module that they come from:
 
 - One operator: `scaled_dot_product_attention`, and other operators named after attention that take a query, a key and
   a value first (a fused kernel of another package).
 - Products around a softmax: a matrix product (`matmul`, `bmm`, `baddbmm`, `einsum`), a softmax, and a second product.
-  Scaling, masks, casts and changes of layout may stand between them, and the softmax may be written out with `exp`.
+  Scaling, masks, casts and changes of layout may occur between them, and the softmax may be written out with `exp`.
 - Linear attention (Sana), which has no softmax: a product of keys and values, and its product with the queries.
 
-Which operand of a product is the query is not read off its position, since keys may stand on either side and
-transposed: whoever asks knows it from what the operands depend on.
+The position of an operand does not show which one is the query, since keys may be on either side and transposed. The
+caller determines it from the inputs that the operands depend on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.fx import Node
 aten = torch.ops.aten
 
 FUSED = {aten.scaled_dot_product_attention.default}
-#: The positions of the two operands of products that may compute scores or mix values.
+#: The positions of the two operands in matrix products, which may compute scores or combine values.
 PRODUCT_OPERANDS: dict[object, tuple[int, int]] = {
     aten.bmm.default: (0, 1),
     aten.matmul.default: (0, 1),
@@ -33,7 +33,7 @@ PRODUCT_OPERANDS: dict[object, tuple[int, int]] = {
     aten.addmm.default: (1, 2),
 }
 NORMALIZING = {aten.softmax.int, aten._softmax.default, aten.exp.default}
-#: Changes of layout, casts, dropout and scaling: they mix no tokens, and are linear in their first operand.
+#: Changes of layout, casts, dropout and scaling, which do not mix tokens and are linear in their first operand.
 LAYOUT = {
     aten.alias.default,
     aten.view.default,
@@ -67,7 +67,8 @@ LAYOUT = {
     aten.div.Scalar,
 }
 SCALING = {aten.mul.Tensor, aten.div.Tensor}
-#: What else may stand between the products of an attention with a softmax: masks, soft capping, stabilizing.
+#: All operators that may occur between the products of an attention with a softmax, including masks, soft capping and
+#: numerical stabilization.
 TRANSPARENT = LAYOUT | SCALING | {
     aten.add.Tensor,
     aten.add.Scalar,
@@ -86,14 +87,14 @@ TRANSPARENT = LAYOUT | SCALING | {
 
 @dataclass(frozen=True)
 class AttentionCore:
-    """One attention.
+    """One attention in a graph.
 
     Attributes:
-        node: produces its result.
-        scores: the two operands of each product that makes scores: query and key, in any order. There are several
-            where scores are sums, as with relative positions.
-        value: what is mixed.
-        is_ordered: whether the query comes first in `scores`, as is known of operators and of linear attention.
+        node: the node that produces the result.
+        scores: the two operands, query and key in any order, of each product that computes scores. There are several
+            if scores are sums, as with relative positions.
+        value: the node of the values.
+        is_ordered: whether the query comes first in `scores`, as in fused operators and linear attention.
         is_linear: whether it is linear attention.
     """
 
@@ -105,7 +106,7 @@ class AttentionCore:
 
 
 def attention_cores(graph: torch.fx.Graph) -> Iterator[AttentionCore]:
-    """Every attention of `graph`, in graph order."""
+    """Yield all attentions of `graph`, in graph order."""
     cores = []
     products_of_scores: set[Node] = set()
     for node in graph.nodes:
@@ -129,12 +130,12 @@ def attention_cores(graph: torch.fx.Graph) -> Iterator[AttentionCore]:
                 if pair is not None:
                     cores.append(AttentionCore(node, ((query, pair[0]),), pair[1], is_ordered=True, is_linear=True))
                     break
-    # A product of scores is no linear attention, whatever its operands were made by.
+    # A product that computes scores is not linear attention, whatever produces its operands.
     yield from (core for core in cores if not (core.is_linear and core.node in products_of_scores))
 
 
 def product_operands(node: Node) -> tuple[Node, Node] | None:
-    """The two operands of a matrix product; None if `node` is something else."""
+    """Return the two operands of a matrix product; None if `node` is not one."""
     if node.target is aten.einsum.default:
         operands = node.args[1]
         assert isinstance(operands, (list, tuple))
@@ -159,18 +160,18 @@ def _is_fused(node: Node) -> bool:
 
 
 def _first_result(node: Node) -> Node:
-    """`node`, or the first of its results if it has several (the others are statistics)."""
+    """Return `node`, or the node of its first result if it has several (the others are statistics)."""
     if not isinstance(node.meta.get("val"), (tuple, list)):
         return node
     return next((user for user in node.users if user.target is operator.getitem and user.args[1] == 0), node)
 
 
 def _scores_above(weights: Node) -> set[Node]:
-    """The products that made the scores of which `weights` are the softmax; none if it is no softmax of products."""
+    """Return the products whose scores are normalized in `weights`; empty if it is not a softmax of products."""
     found: set[Node] = set()
     seen = {(weights, False)}
     queue = [(weights, False)]
-    for node, normalized in queue:  # which grows
+    for node, normalized in queue:  # grows during the loop
         if product_operands(node) is not None:
             if normalized:
                 found.add(node)
@@ -187,7 +188,7 @@ def _scores_above(weights: Node) -> set[Node]:
 
 
 def _state_above(node: Node) -> Node:
-    """The node of which `node` is another layout or scale."""
+    """Return the node that `node` is derived from by changes of layout and scale only."""
     while node.target in LAYOUT or (node.target in SCALING and not isinstance(node.args[1], Node)):
         source = node.args[0]
         assert isinstance(source, Node)

@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates of a graph, from the shapes on its nodes."""
+"""Count the multiply-accumulates of a graph from the shapes of its nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONVOLUTION = {
     aten.conv3d.default,
     aten.convolution.default,
 }
-# The left operand's position: its elements times the result's last dimension are the products.
+# The position of the left operand: its number of elements times the result's last dimension is the count.
 PRODUCTS = {
     aten.bmm.default: 0,
     aten.matmul.default: 0,
@@ -35,8 +35,8 @@ class Macs:
     """Multiply-accumulates of one call.
 
     Attributes:
-        layers: linear and convolution layers only: the convention of the paper's tables.
-        attention: the other matrix products, which are attention's: queries by keys, weights by values.
+        layers: the number in linear and convolution layers, as in the paper's tables.
+        attention: the number in the other matrix products, those of attention: queries by keys, weights by values.
     """
 
     layers: int
@@ -44,14 +44,14 @@ class Macs:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of both."""
         return self.layers + self.attention
 
 
 def count_macs(graph: torch.fx.Graph) -> Macs:
-    """The multiply-accumulates of one run of `graph`, whose nodes carry fake tensors.
+    """Return the multiply-accumulates of one run of `graph`, whose nodes carry fake tensors.
 
-    Free sizes count as what they were in the call that was captured.
+    Free sizes count with their values in the captured call.
     """
     layers = attention = 0
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""What passes share: their result, operands of nodes, new calls, and copies of graphs and programs."""
+"""Helpers for passes: their result type, operands of nodes, new calls, and copies of graphs and programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class PassResult:
-    """How many places a pass changed; 0 means that it left the graph alone."""
+    """The result of a pass.
+
+    Attributes:
+        changes: the number of places that the pass changed; 0 means that the graph is unchanged.
+    """
 
     changes: int
 
@@ -30,7 +34,7 @@ class PassResult:
 def add_call(
     graph: torch.fx.Graph, target: torch._ops.OpOverload, source: Node, *args: object, **kwargs: object
 ) -> Node:
-    """A new node, where `graph` inserts, that calls `target` on `source` and further arguments, nodes or not."""
+    """Insert a node that calls `target` on `source` and further arguments, which may be nodes or constants."""
     node = graph.call_function(target, (source, *args), kwargs)  # type: ignore[arg-type]
     fake = source.meta["val"]
     with fake.fake_mode:
@@ -39,52 +43,52 @@ def add_call(
 
 
 def operand(node: Node, position: int) -> Node:
-    """The node that is positional argument `position` of `node`."""
+    """Return the positional argument `position` of `node`, which must be a node."""
     value = node.args[position]
-    assert isinstance(value, Node), f"{node.format_node()}: argument {position} is no node"
+    assert isinstance(value, Node), f"{node.format_node()}: argument {position} is not a node"
     return value
 
 
 def argument(node: Node, position: int, name: str, default: object = None) -> object:
-    """What `node` is given as argument `name`, by position or by name."""
+    """Return the argument `name` of `node`, passed by position or by keyword."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def outputs_of(graph: torch.fx.Graph) -> tuple[Node, ...]:
-    """The values that `graph` returns: one flat tuple."""
+    """Return the values that `graph` returns, which must be one flat tuple."""
     values = graph.output_node().args[0]
     assert isinstance(values, (tuple, list)), "the graph's output is not flat"
     return tuple(value for value in values if isinstance(value, Node))
 
 
 def shape_of(node: Node) -> torch.Size:
-    """The shape of the value that `node` produces."""
+    """Return the shape of the value of `node`."""
     shape: torch.Size = node.meta["val"].shape
     return shape
 
 
 def is_mutable(node: Node) -> bool:
-    """Whether `node` writes into one of its operands."""
+    """Return whether `node` writes into one of its operands."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def copy_graph(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """`graph_module` with a graph of its own, to be changed; submodules and fake tensors are shared.
+    """Return `graph_module` with a copy of its graph that can be changed; submodules and fake tensors are shared.
 
-    The output of the copy is a flat tuple, as that of the graph must be.
+    The output of the graph must be a flat tuple, and so is the output of the copy.
     """
     graph = torch.fx.Graph()
     output = graph.graph_copy(graph_module.graph, val_map={})
     graph.output(tuple(output))  # type: ignore[arg-type]
     for node in graph.nodes:
-        node.meta = copy.copy(node.meta)  # what a pass notes on a node is not to appear on the original's
+        node.meta = copy.copy(node.meta)  # so that changes by a pass do not affect the original's node
     return torch.fx.GraphModule(graph_module, graph)
 
 
 def flat_program(source: ExportedProgram, graph_module: torch.fx.GraphModule) -> ExportedProgram:
-    """An exported program of `graph_module`: flat tensors in, a flat tuple out, and of `source`'s state what is used.
+    """Return an exported program of `graph_module` that takes flat tensors and returns a flat tuple.
 
-    Parameters are shared with `source`, never copied.
+    It has only the part of the state of `source` that the graph uses. Parameters are shared with `source`, not copied.
     """
     specs = {spec.arg.name: spec for spec in source.graph_signature.input_specs}
     inputs = [

@@ -1,4 +1,4 @@
-"""Find what can be cached in a captured graph: attentions by data flow, and a UNet's deep feature."""
+"""Find the sites of a captured graph: attentions, by their data flow, and a UNet's deep feature."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tgate_compile.passes.graphs import Site
 
 aten = torch.ops.aten
 
-# Take of their second operand, or of their only one, no more than its dtype or shape.
+# Operators that use only the dtype or shape of their second operand (`_AS`), or of their only one (`_LIKE`).
 _AS = {aten.type_as.default, aten.view_as.default, aten.expand_as.default, aten.reshape_as.default}
 _LIKE = {
     aten.empty_like.default,
@@ -37,10 +37,10 @@ _LIKE = {
 def depends_on(
     graph: torch.fx.Graph, roots: Iterable[torch.fx.Node], *, cut: Collection[torch.fx.Node] = ()
 ) -> set[torch.fx.Node]:
-    """The nodes of `graph` whose value depends on that of one of `roots` (these included).
+    """Return the nodes of `graph` whose value depends on that of one of `roots`, including the roots.
 
-    What a node depends on only through the nodes of `cut` does not count. Neither do sizes and dtypes: in a graph with
-    free sizes even the text's keys are reshaped by the latents' batch.
+    Dependencies through the nodes of `cut` do not count. Neither do sizes and dtypes: in a graph with free sizes even
+    the text's keys are reshaped by the latents' batch.
     """
     dependent = set(roots)
     for node in graph.nodes:  # in topological order
@@ -50,7 +50,7 @@ def depends_on(
 
 
 def value_inputs(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """The nodes whose values `node` uses, and not their shape, dtype or device alone."""
+    """Return the nodes whose values `node` uses, beyond their shape, dtype or device."""
     if node.target in _LIKE:
         return []
     return node.all_input_nodes[:1] if node.target in _AS else node.all_input_nodes
@@ -61,7 +61,7 @@ def _is_size(node: torch.fx.Node) -> bool:
 
 
 def innermost_call(node: Node) -> tuple[str, str]:
-    """The innermost call of a module that `node` was traced in, and the module's path; both are "" outside of any.
+    """Return the innermost module call that `node` was traced in, and the module's path; both are "" if there is none.
 
     A module that is called several times has several calls and one path.
     """
@@ -71,35 +71,36 @@ def innermost_call(node: Node) -> tuple[str, str]:
 
 
 def is_in_call(node: Node, call: str) -> bool:
-    """Whether `node` was traced in this call of a module, or in one below it."""
+    """Return whether `node` was traced in the module call `call`, or in one below it."""
     return call in node.meta.get("nn_module_stack", {})
 
 
 def is_inside(node: Node, path: str) -> bool:
-    """Whether `node` was traced in the module at `path`, or in one below it."""
+    """Return whether `node` was traced in the module at `path`, or in one below it."""
     return any(entry[0] == path for entry in node.meta.get("nn_module_stack", {}).values())
 
 
 logger = logging.getLogger(__name__)
 
-#: "other": neither; its queries do not follow the latents, say, or its keys and values are weights.
+#: The role of an attention. "other" is neither of the two: for example, its queries do not depend on the latents, or
+#: its keys and values are weights.
 Role = Literal["cross", "self", "other"]
 
-#: What modules call themselves whose attention is between the frames of a video, in diffusers and in models like its.
+#: Names of modules with attention between the frames of a video, in diffusers and similar models.
 _TEMPORAL = re.compile(r"(^|[._])(temporal|temp|motion)")
 
-#: Multiplies its first operand by weights.
+#: Operators that multiply their first operand by weights.
 PROJECTING = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a denoiser's graph, by what they are for.
+    """The inputs of a denoiser's graph, by role.
 
     Attributes:
-        latents: what is denoised. There are several if the denoiser has several modalities.
-        times: the timestep, or noise level, under whatever name.
-        conditions: everything else that is a tensor: text, masks, images, labels.
+        latents: the latents; several if the denoiser has several modalities.
+        times: the timestep or noise level, under any name.
+        conditions: all other tensors: text, masks, images, labels.
     """
 
     latents: tuple[Node, ...]
@@ -113,26 +114,26 @@ def find_attention(
     kinds: Collection[Kind] = ("cross", "self"),
     batch_dims: Callable[[Sequence[Node]], Mapping[Node, int]] | None = None,
 ) -> list[Site]:
-    """The attention sites of `graph_module` of these kinds, in graph order; the graph is left alone.
+    """Return the attention sites of `graph_module` of these kinds, in graph order. The graph is not changed.
 
-    An attention is a cross-attention when its query depends on the latents, its key and value do not, and these depend
-    on a condition (on the timestep as well, perhaps). It is a self-attention when query, key and value depend on the
-    latents. Joint attention (SD3, Flux) has keys of both kinds in one tensor, and looks like the latter; a model that
-    has nothing else is refused where it is captured.
+    An attention is a cross-attention if its query depends on the latents, and its key and value do not but depend on a
+    condition (and possibly on the timestep). It is a self-attention if query, key and value depend on the latents.
+    Joint attention (SD3, Flux) has keys of both kinds in one tensor, and looks like self-attention; `capture` refuses a
+    model that has no other attention.
 
-    The site's value is what the enclosing module returns, after its output projection and dropout and before its
-    residual connection and rescaling, where it has these (diffusers' `Attention`): what the paper caches. Such a value
-    depends on the latents and the timestep through attention alone. If what the module returns does not, because the
-    attention is written out in a larger block, then the value is that of the attention itself, followed through its
-    output projection as far as it is only reshaped, cast, scaled and multiplied with weights.
+    The value of a site is the return value of the enclosing module, after its output projection and dropout, but before
+    its residual connection and rescaling, if it has these (diffusers' `Attention`). This is what the paper caches. It
+    depends on the latents and the timestep through attention alone. If the module's return value does not, because the
+    attention is part of a larger block, the value is the result of the attention itself, followed through its output
+    projection as long as it is only reshaped, cast, scaled and multiplied by weights.
 
     Args:
         graph_module: a captured denoiser.
         inputs: its inputs.
         kinds: the kinds of attention to find. With `temporal`, self-attention between the frames of a video, which is
-            told by the names of its modules, is of that kind, and of `self` otherwise.
-        batch_dims: says for values which of their dimensions has the rows of the batch; a value that is left out has
-            them in none. By default it is the first.
+            recognized by the names of its modules, has that kind; otherwise its kind is `self`.
+        batch_dims: returns the batch dimension of each of the given values; values without a batch dimension are left
+            out. By default it is the first dimension.
     """
     graph = graph_module.graph
     roles = attention_roles(graph, inputs)
@@ -140,15 +141,15 @@ def find_attention(
     values: dict[AttentionCore, list[Node]] = {}
     for kind in ("cross", "self"):
         cores = [core for core, role in roles if role == kind]
-        # What follows the present step other than through attentions of this kind: it must stay live.
+        # Values that depend on the present step other than through attentions of this kind cannot be cached.
         live = depends_on(graph, (*inputs.latents, *inputs.times), cut={core.node for core in cores})
         values.update((core, list(_possible_values(core.node, live, of_inputs))) for core in cores)
 
-    roles_wanted = {"self" if kind == "temporal" else kind for kind in kinds}
-    wanted = [node for core, role in roles if role in roles_wanted for node in values[core]]
-    dims = dict.fromkeys(wanted, 0) if batch_dims is None else batch_dims(wanted)
+    selected_roles = {"self" if kind == "temporal" else kind for kind in kinds}
+    candidates = [node for core, role in roles if role in selected_roles for node in values[core]]
+    dims = dict.fromkeys(candidates, 0) if batch_dims is None else batch_dims(candidates)
     sites: dict[Node, Site] = {}
-    names: dict[Node, str] = {}  # of attentions of all kinds, so that they depend on nothing but the model
+    names: dict[Node, str] = {}  # names of attentions of all kinds, so that they do not depend on `kinds`
     for core, role in roles:
         if role == "other":
             continue
@@ -170,14 +171,14 @@ def find_attention(
 
 
 def attention_roles(graph: torch.fx.Graph, inputs: Inputs) -> list[tuple[AttentionCore, Role]]:
-    """What each attention of `graph` is, in graph order."""
+    """Return the attentions of `graph` with their roles, in graph order."""
     of_latents = depends_on(graph, inputs.latents)
     of_conditions = depends_on(graph, inputs.conditions)
     return [(core, _role(core, of_latents, of_conditions)) for core in attention_cores(graph)]
 
 
 def count_roles(graph: torch.fx.Graph, inputs: Inputs) -> Counter[Role]:
-    """How many attentions of each role `graph` has."""
+    """Return the number of attentions of each role in `graph`."""
     return Counter(role for _, role in attention_roles(graph, inputs))
 
 
@@ -188,29 +189,29 @@ def _role(core: AttentionCore, of_latents: set[Node], of_conditions: set[Node]) 
     if any(all(pair) for pair in pairs) or not any(any(pair) for pair in pairs):
         return "other"
     if core.is_ordered and pairs[0] != (True, False):
-        return "other"  # the keys follow the latents, and the queries do not
+        return "other"  # the keys depend on the latents, but the queries do not
     keys = {one for pair in core.scores for one in pair if one not in of_latents}
     follows_a_condition = [core.value in of_conditions, any(key in of_conditions for key in keys)]
-    # A product with weights on both sides is no attention, and linear attention has nothing else to be known by.
+    # Linear attention is just two products, so key and value must both depend on a condition to rule out weights.
     return "cross" if (all if core.is_linear else any)(follows_a_condition) else "other"
 
 
 def _unique(path: str, names: Collection[str]) -> str:
-    """`path`, with a number if the module has several attentions, or is called several times."""
+    """Return `path`, with a number if the name is taken: the module has several attentions or several calls."""
     path = path or "attention"
     numbered = (path if i == 1 else f"{path}#{i}" for i in range(1, len(names) + 2))
-    # Names that differ in punctuation alone would be the same as names of a graph's inputs.
+    # Names that differ only in punctuation would give the same names of graph inputs.
     taken = {re.sub(r"\W", "_", name) for name in names}
     return next(name for name in numbered if re.sub(r"\W", "_", name) not in taken)
 
 
 def _without_processor(path: str) -> str:
-    # Some attention processors (IP-Adapter's) are modules too; the site is named after the attention.
+    # Some attention processors (IP-Adapter's) are modules too; the site has the name of the attention.
     return path.removesuffix(".processor")
 
 
 def _possible_values(core: Node, live: set[Node], of_inputs: set[Node]) -> Iterator[Node]:
-    """The values that may stand for the attention `core`, the best first: none depends on what is `live`."""
+    """Yield the values that can be cached for the attention `core`, the best first; none of them is in `live`."""
     call, _ = innermost_call(core)
     outlet = _outlet(core, call)
     if outlet is not None:
@@ -221,10 +222,10 @@ def _possible_values(core: Node, live: set[Node], of_inputs: set[Node]) -> Itera
 
 
 def _outlet(core: Node, call: str) -> Node | None:
-    """The one value that this `call` of a module makes of its attention `core` and that is used outside of it."""
+    """Return the only value derived from the attention `core` in its module call that is used outside of the call."""
     made = {core: None}
     queue = [core]
-    for node in queue:  # which grows
+    for node in queue:  # grows during the loop
         new = [user for user in node.users if is_in_call(user, call) and user not in made]
         made.update(dict.fromkeys(new))
         queue += new
@@ -248,9 +249,9 @@ def _before_residual_and_rescale(node: Node, call: str) -> Node:
 
 
 def _projected(core: Node, of_inputs: set[Node]) -> Iterator[Node]:
-    """`core`, and what becomes of it while only layout, dtype, scale and weights have a part in it.
+    """Yield `core`, and the values derived from it by changes of layout, dtype and scale and by weights only.
 
-    All of this is affine, so that the mean of the guidance halves is the same wherever it is taken.
+    All of these operations are affine, so the mean of the guidance halves can be taken at any of the values.
     """
     node = core
     while True:
@@ -268,20 +269,20 @@ def _is_affine(user: Node, node: Node, of_inputs: set[Node]) -> bool:
     if user.target in LAYOUT or user.target in PROJECTING:
         return user.args[0] is node
     if user.target in SCALING or user.target is aten.add.Tensor:
-        # Divided by, the value would be no linear one any more; and added to itself, it has no other operand.
+        # A quotient is not linear in its divisor. A value added to itself has no other operand.
         return user.args[0] is node or (user.target is not aten.div.Tensor and user.args[1] is node)
     return product_operands(user) is not None
 
 
 def find_deep_feature(graph_module: torch.fx.GraphModule, layer: str) -> Site:
-    """The deep feature that enters up layer `layer`, a module path; the graph is left alone.
+    """Return the site of the deep feature that enters the up layer at the path `layer`. The graph is not changed.
 
-    A UNet's up layer takes cat([feature from below, skip connection]); the feature is its first operand. Replaced by
-    a cached one, all of the layers below are dead: nothing says which these are, they simply are not needed any more.
+    A UNet's up layer takes cat([feature from below, skip connection]); the feature is the first operand. Once it is
+    replaced by a cached value, all layers below it are dead code.
     Source: DeepCache, arXiv 2312.00858, section 3.2.
 
     Raises:
-        UnsupportedModelError: there is no such concatenation, or several.
+        UnsupportedModelError: there is not exactly one such concatenation.
     """
     joins = {
         source
@@ -292,8 +293,8 @@ def find_deep_feature(graph_module: torch.fx.GraphModule, layer: str) -> Site:
     }
     if len(joins) != 1:
         raise UnsupportedModelError(
-            f"Cannot find where {layer!r} joins the feature from below with its skip connection, so that DeepCache "
-            "cannot be used. Please report the model class."
+            f"Cannot find where {layer!r} joins the feature from below with its skip connection, so DeepCache cannot "
+            "be used. Please report the model class."
         )
     feature = _joined(joins.pop())[0]
     value = feature.meta["val"]

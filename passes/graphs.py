@@ -1,4 +1,4 @@
-"""The graphs that everything else is about: a captured denoiser, and the variants made of it."""
+"""The central data types: a captured denoiser, its sites, and the variants derived from it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Site:
     """A value inside the denoiser that can be cached and reused.
 
     Attributes:
-        kind: what it is.
+        kind: the kind of the value.
         name: the path of the module that produces it, e.g. `mid_block.attentions.0.transformer_blocks.0.attn2`;
-            with a number, `block#2`, where that module has several attentions or is called several times.
+            with a number, as in `block#2`, if that module has several attentions or is called several times.
         node: the name of its node in the captured graph.
-        shape: its shape as it is cached, [batch, tokens, dim] (batch 2B under guidance).
-        dtype: its dtype.
-        cache_dtype: the dtype that it is cached in.
-        batch: the dimension of the batch in the graph, which comes first in the cache.
+        shape: the shape of the cached value, [batch, tokens, dim] (batch 2B under guidance).
+        dtype: the dtype of the value in the graph.
+        cache_dtype: the dtype of the cached value.
+        batch: the batch dimension in the graph; in the cached value it is always the first.
     """
 
     kind: Kind
@@ -38,7 +38,7 @@ class Site:
 
     @property
     def nbytes(self) -> int:
-        """Of the value, as it is cached."""
+        """The size of the cached value, in bytes."""
         return prod(self.shape) * self.cache_dtype.itemsize
 
 
@@ -47,11 +47,11 @@ class Captured:
     """A denoiser as one graph, for inputs of one shape.
 
     Attributes:
-        program: the exported program. Its parameters are those of the user's module, not copies.
-        input_names: for each leaf of the call's (args, kwargs), in pytree order, the graph's name for it.
+        program: the exported program, which shares the parameters of the user's module.
+        input_names: the names of the graph's inputs, for each leaf of the call's (args, kwargs) in pytree order.
         latents: the name of the input that carries the latents.
-        out_spec: how the graph's flat outputs make up what the denoiser returns.
-        sites: what can be cached: cross-attentions, then self-attentions, then the deep feature; each in graph order.
+        out_spec: the pytree structure of the denoiser's return value.
+        sites: the values that can be cached, grouped by kind and in graph order, with the deep feature last.
     """
 
     program: ExportedProgram
@@ -66,9 +66,9 @@ class Emission:
     """A site whose value is an output of a graph.
 
     Attributes:
-        site: which.
-        anchor: the weight of the second half of the batch (the cond half, as a rule) where the guidance halves are
-            merged into one; None hands on the value as it is.
+        site: the site.
+        anchor: the weight of the second half of the batch (usually the cond half) if the guidance halves are merged;
+            None means that the value is emitted unchanged.
     """
 
     site: Site
@@ -76,12 +76,12 @@ class Emission:
 
     @property
     def merged(self) -> bool:
-        """Whether its batch is half the site's."""
+        """Whether the guidance halves are merged, so that the batch is half the site's."""
         return self.anchor is not None
 
     @property
     def nbytes(self) -> int:
-        """Of what is handed on."""
+        """The size of the emitted value, in bytes."""
         return self.site.nbytes // (2 if self.merged else 1)
 
 
@@ -89,15 +89,15 @@ class Emission:
 class Variant:
     """The graph of one phase, for inputs of one shape.
 
-    Its program takes flat tensors, `inputs` then the caches of `reused`, and returns a flat tuple: what the
-    denoiser returns, then the caches of `emitted`.
+    Its program takes flat tensors, `inputs` followed by the caches of `reused`, and returns a flat tuple: the
+    denoiser's outputs, followed by the caches of `emitted`.
 
     Attributes:
         phase: the phase that it serves.
         program: the graph with its parameters, which are shared with the user's module.
-        inputs: the names of its inputs, caches left out. An input that nothing uses is not among them.
-        reused: the sites whose values are inputs, in order. A reused site that nothing needs, since all that it feeds
-            is reused as well, is not among them.
+        inputs: the names of its inputs without the caches. Unused inputs are left out.
+        reused: the sites whose values are inputs, in order. A reused site is left out if everything that depends on it
+            is reused as well.
         emitted: the sites whose values are outputs, in order.
     """
 

@@ -1,4 +1,4 @@
-"""Rewrites for runtimes that know fewer operators than PyTorch: unfuse, expand, promote."""
+"""Passes for runtimes that have fewer operators than PyTorch: unfuse operators, expand masks, promote dtypes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tgate_compile.passes.editing import PassResult, add_call, argument, operand
 
 
 def contiguous_inputs(graph_module: torch.fx.GraphModule, names: Collection[str]) -> PassResult:
-    """Say of the inputs `names` that they lie in C order, for runtimes that take nothing else.
+    """Mark the inputs `names` as contiguous, for runtimes that require it.
 
-    A call may have been captured with others: a pipeline that expands one timestep for all images has strides of 0,
-    which stay even where there is one image, and count as C order for `contiguous`. Only what is known of the inputs is
-    changed: what is known of the values that are made of them is as it was, until the graph is traced again.
+    A call may have been captured with other strides: a pipeline that expands one timestep for all images has strides of
+    0, which remain even with one image, where `contiguous` considers them contiguous. Only the metadata of the inputs
+    is changed; that of values derived from them is updated when the graph is traced again.
     """
     count = 0
     for node in graph_module.graph.find_nodes(op="placeholder"):
@@ -38,9 +38,9 @@ aten = torch.ops.aten
 
 
 def expand_masks(graph_module: torch.fx.GraphModule) -> PassResult:
-    """Expand the masks of fused attentions to [..., queries, keys], where one row stands for all queries.
+    """Expand the masks of fused attentions that have one row for all queries to [..., queries, keys].
 
-    torch broadcasts such a row. ONNX's Attention says so too, but ONNX Runtime's CPU kernel refuses it.
+    torch broadcasts such a row. The specification of ONNX's Attention does too, but ONNX Runtime's CPU kernel does not.
     """
     graph = graph_module.graph
     count = 0
@@ -76,9 +76,9 @@ CONCATENATIONS = {aten.cat.default, aten.concat.default, aten.concatenate.defaul
 
 
 def promote_concatenated(graph_module: torch.fx.GraphModule) -> PassResult:
-    """Cast the operands of each concatenation to its result's dtype, where they have another.
+    """Cast the operands of concatenations to the dtype of the result, if they have another one.
 
-    torch promotes them by itself: SDXL joins its pooled text, in float16, with an embedding of sizes, in float32.
+    torch promotes them automatically: SDXL joins its pooled text, in float16, with an embedding of sizes, in float32.
     ONNX's Concat does not.
     """
     graph = graph_module.graph
@@ -100,11 +100,12 @@ def promote_concatenated(graph_module: torch.fx.GraphModule) -> PassResult:
 
 
 def unfuse_attention(graph_module: torch.fx.GraphModule) -> PassResult:
-    """Replace fused attentions without a mask, or with one that is added, by products in three dimensions.
+    """Replace fused attentions without a mask, or with an additive one, by three-dimensional matrix products.
 
-    torch's own decomposition looks for rows that are masked entirely, with operators that runtimes for devices leave to
-    slow kernels; a mask of finite numbers has no such rows. Causal attentions, boolean masks, and keys with fewer heads
-    than queries are left alone. Shapes must be fixed. Views become reshapes: the result is laid out differently.
+    torch's own decomposition handles rows that are masked entirely, with operators for which on-device runtimes have
+    only slow kernels; a mask of finite numbers has no such rows. Causal attentions, boolean masks, and keys with fewer
+    heads than queries are left unchanged. Shapes must be fixed. Views become reshapes, since the result has another
+    memory layout.
     """
     graph = graph_module.graph
     count = 0
@@ -150,14 +151,15 @@ def _unfused_attention(graph: Graph, node: Node) -> Node:
     return add_call(graph, aten.reshape.default, mixed, [*outer, queries, value_dim])
 
 
-#: Of the approximation: `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + CUBE * x ** 3)))`.
+#: The coefficient in the approximation `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + CUBE * x ** 3)))`.
 CUBE = 0.044715
 
 
 def unfuse_gelu(graph_module: torch.fx.GraphModule) -> PassResult:
-    """Replace approximated GELUs in float32 by arithmetic and a tanh.
+    """Replace tanh-approximated GELUs in float32 by arithmetic and a tanh.
 
-    ExecuTorch 1.4 hands them to XNNPACK as exact ones, which are up to 5e-4 away. In other dtypes XNNPACK takes none.
+    ExecuTorch 1.4 passes them to XNNPACK as exact GELUs, which differ by up to 5e-4. XNNPACK has no GELU for other
+    dtypes.
     """
     graph = graph_module.graph
     count = 0
@@ -182,9 +184,9 @@ def _unfused_gelu(graph: Graph, value: Node) -> Node:
 
 
 def unfuse_halves(graph_module: torch.fx.GraphModule) -> PassResult:
-    """Replace what chunks a tensor, and means over a first dimension of 2, by slices and arithmetic.
+    """Replace chunks, and means over a first dimension of size 2, by slices and arithmetic.
 
-    These are a gated linear unit's halves, and the guidance halves of what is cached. Shapes must be fixed.
+    They compute the halves of gated linear units, and merge the guidance halves of caches. Shapes must be fixed.
     """
     graph = graph_module.graph
     count = 0
@@ -230,10 +232,10 @@ def _mean(graph: Graph, node: Node) -> Node:
 
 
 def unfuse_norms(graph_module: torch.fx.GraphModule) -> PassResult:
-    """Replace group and layer norms in float32, for runtimes that have kernels for products and none for norms.
+    """Replace group and layer norms in float32, for runtimes that have kernels for products but not for norms.
 
-    A mean is a product with a constant row, whose sums are as exact as the dtype: norms in float16 are left alone, for
-    their kernels sum in float32. Shapes must be fixed.
+    A mean becomes a product with a constant row, which sums in the precision of the dtype. Norms in float16 are left
+    unchanged, because their kernels sum in float32. Shapes must be fixed.
     """
     graph = graph_module.graph
     count = 0
@@ -248,7 +250,7 @@ def unfuse_norms(graph_module: torch.fx.GraphModule) -> PassResult:
 
 
 def _group_norm(graph: Graph, node: Node) -> Node:
-    """`group_norm(input, num_groups, weight, bias, eps)`: [batch, channels, *]."""
+    """Replace `group_norm(input, num_groups, weight, bias, eps)`; the input is [batch, channels, *]."""
     value, groups = operand(node, 0), cast(int, node.args[1])
     batch, channels, *rest = shape_of(value)
     normed = _standardized(graph, value, batch * groups, argument(node, 4, "eps", 1e-5))
@@ -257,7 +259,7 @@ def _group_norm(graph: Graph, node: Node) -> Node:
 
 
 def _layer_norm(graph: Graph, node: Node) -> Node:
-    """`layer_norm(input, normalized_shape, weight, bias, eps)`: [*, *normalized_shape]."""
+    """Replace `layer_norm(input, normalized_shape, weight, bias, eps)`; the input is [*, *normalized_shape]."""
     value, normalized = operand(node, 0), cast("list[int]", node.args[1])
     rows = prod(shape_of(value)) // prod(normalized)
     normed = _standardized(graph, value, rows, argument(node, 4, "eps", 1e-5))
@@ -268,7 +270,7 @@ _UNFUSED = {aten.group_norm.default: _group_norm, aten.layer_norm.default: _laye
 
 
 def _standardized(graph: Graph, value: Node, rows: int, eps: object) -> Node:
-    """`value`, taken as so many rows, each with mean 0 and variance 1."""
+    """Return `value` normalized to mean 0 and variance 1 in each of its `rows` rows."""
     shape = list(shape_of(value))
     dim = prod(shape) // rows
     flat = add_call(graph, aten.reshape.default, value, [rows, dim])
@@ -281,7 +283,7 @@ def _standardized(graph: Graph, value: Node, rows: int, eps: object) -> Node:
 
 
 def _constant_row(graph: Graph, size: int, number: float, like: Node) -> Node:
-    """[1, size], to be folded: that nobody computes it while the graph runs is left to the caller."""
+    """Return a constant of shape [1, size]. The caller must fold it, so that it is not computed at run time."""
     fake = like.meta["val"]
     kwargs = {"dtype": fake.dtype, "device": fake.device}
     row = graph.call_function(aten.full.default, ([1, size], number), kwargs)
@@ -291,7 +293,7 @@ def _constant_row(graph: Graph, size: int, number: float, like: Node) -> Node:
 
 
 def _scaled(graph: Graph, normed: Node, weights: tuple[object, object], shape: list[int]) -> Node:
-    """`normed` times a weight plus a bias, if there are such, which have `shape`."""
+    """Return `normed` times a weight plus a bias, if they exist, reshaped to `shape`."""
     for weight, target in zip(weights, (aten.mul.Tensor, aten.add.Tensor), strict=True):
         if isinstance(weight, Node):
             normed = add_call(graph, target, normed, add_call(graph, aten.reshape.default, weight, shape))

@@ -1,4 +1,4 @@
-"""Write complex arithmetic as arithmetic on real and imaginary parts."""
+"""Rewrite complex arithmetic as arithmetic on real and imaginary parts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Parts:
-    """A complex value: two real ones of its shape. An imaginary part of None is zero."""
+    """The real and imaginary parts of a complex value. An imaginary part of None is zero."""
 
     real: Node
     imaginary: Node | None
 
 
-#: What a node becomes: parts if it was complex, else one value.
+#: The replacement of a node: the parts of a complex value, or the node of a real one.
 _Lowered = _Parts | Node
 _Rule = Callable[["_Lowering", Node], _Lowered]
 
@@ -33,9 +33,9 @@ _Rule = Callable[["_Lowering", Node], _Lowered]
 def lower_complex(graph_module: GraphModule) -> PassResult:
     """Replace complex values by pairs of real ones, and Fourier transforms by products with their matrices.
 
-    For runtimes that have no complex numbers, or compute with them wrongly: OpenVINO broadcasts a real factor over
-    real and imaginary parts as if they were one more dimension. Shapes may be free. A graph that has a complex input
-    or output, or an operator on complex values that has no rule here, is left alone as a whole.
+    This is for runtimes without complex numbers, or with wrong results for them: OpenVINO broadcasts a real factor over
+    real and imaginary parts as if these were another dimension. Shapes may be free. A graph is left unchanged if it has
+    a complex input or output, or an operator on complex values that has no rule here.
     """
     graph = graph_module.graph
     nodes = [node for node in graph.nodes if _is_complex(node) or any(map(_is_complex, node.all_input_nodes))]
@@ -70,7 +70,7 @@ def _has_rule(node: Node) -> bool:
 
 
 class _Lowering:
-    """Nodes that are put into `graph`, where it inserts, and what complex nodes have become."""
+    """Inserts nodes into `graph`, and keeps the parts of the complex nodes lowered so far."""
 
     def __init__(self, graph: Graph, nodes: Sequence[Node]) -> None:
         self.graph = graph
@@ -78,23 +78,23 @@ class _Lowering:
         self._mode: Any = next((value.fake_mode for node in nodes for value in _tensors(node)), None)  # type: ignore[attr-defined]
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A new call, with what it produces."""
+        """Insert a call of `target`, with the metadata of its result."""
         node = self.graph.call_function(target, args, kwargs)
         with self._mode:
             node.meta["val"] = target(*map_arg(args, _value), **map_arg(kwargs, _value))
         return node
 
     def of(self, value: object) -> _Parts:
-        """The parts of a node, complex or not."""
+        """Return the parts of a node, which may be complex or real."""
         assert isinstance(value, Node)
         return self.parts.get(value) or _Parts(value, None)
 
     def imaginary(self, parts: _Parts) -> Node:
-        """The imaginary part, also where it is zero."""
+        """Return the imaginary part as a node, even if it is zero."""
         return self.call(aten.zeros_like.default, parts.real) if parts.imaginary is None else parts.imaginary
 
     def sum(self, left: Node | None, right: Node | None, operator: Any = aten.add.Tensor) -> Node | None:
-        """`left` plus or minus `right`, where None is zero."""
+        """Return `left` plus or minus `right`, where None means zero."""
         if right is None:
             return left
         if left is None:
@@ -102,11 +102,11 @@ class _Lowering:
         return self.call(operator, left, right)
 
     def product(self, left: Node | None, right: object) -> Node | None:
-        """`left` times `right`, where None is zero."""
+        """Return `left` times `right`, where None means zero."""
         return None if left is None or right is None else self.call(aten.mul.Tensor, left, right)
 
     def size(self, node: Node, dim: int) -> Any:
-        """A size of what `node` produces, as a number or as a node."""
+        """Return the size of the value of `node` in `dim`, as a number or as a node."""
         size = shape_of(node)[dim]
         if isinstance(size, int):
             return size
@@ -120,9 +120,9 @@ def _value(node: Node) -> Any:
 
 
 def _each(lowering: _Lowering, node: Node) -> _Lowered:
-    """An operator that does the same to both parts."""
+    """Lower an operator that does the same to both parts."""
     parts = lowering.of(node.args[0])
-    # What was one piece of memory may be none in parts.
+    # A view of a complex tensor may not be a view of its parts.
     target = aten.reshape.default if node.target is aten.view.default else node.target
     real, imaginary = (
         None if part is None else lowering.call(target, part, *node.args[1:], **node.kwargs)
@@ -137,7 +137,7 @@ def _each_unchanged(lowering: _Lowering, node: Node) -> _Lowered:
 
 
 def _shifted(lowering: _Lowering, node: Node) -> _Lowered:
-    """By half the size, as `fftshift` does, or back: runtimes know `roll`."""
+    """Lower `fftshift` and its inverse to `roll` by half the size, which runtimes have."""
     given = argument(node, 1, "dim")
     dims = list(range(len(shape_of(node)))) if given is None else [given] if isinstance(given, int) else given
     sizes = [shape_of(node)[dim] for dim in cast("list[int]", dims)]
@@ -151,12 +151,12 @@ def _shifted(lowering: _Lowering, node: Node) -> _Lowered:
 
 
 def _on_real(lowering: _Lowering, node: Node) -> _Lowered:
-    """An operator that looks at the shape."""
+    """Lower an operator that reads the shape."""
     return lowering.call(node.target, lowering.of(node.args[0]).real, *node.args[1:])
 
 
 def _cast(lowering: _Lowering, node: Node) -> _Lowered:
-    """To another complex dtype, or to a real one, for which the imaginary part is dropped."""
+    """Lower a cast to another complex dtype, or to a real dtype, which drops the imaginary part."""
     value, parts = node.meta["val"], lowering.of(node.args[0])
     if not value.is_complex():
         return lowering.call(aten.to.dtype, parts.real, value.dtype)
@@ -209,7 +209,7 @@ def _product(lowering: _Lowering, node: Node, left: _Parts, right: object) -> _L
 
 
 def _broadcast(lowering: _Lowering, node: Node, real: Node | None, imaginary: Node | None) -> _Parts:
-    """The parts of `node`, each of its shape: one that came from a single operand may be smaller."""
+    """Return the parts of `node`, each broadcast to its shape: a part from a single operand may be smaller."""
     assert real is not None
     shape = shape_of(node)
     if shape_of(real) != shape and imaginary is not None:
@@ -220,7 +220,7 @@ def _broadcast(lowering: _Lowering, node: Node, real: Node | None, imaginary: No
 
 
 def _divided(lowering: _Lowering, node: Node) -> _Lowered:
-    """By a real value, or a complex one: times its conjugate, over its square."""
+    """Lower a division; by a complex value, it is a product with the conjugate over the square of the magnitude."""
     left, right = lowering.of(node.args[0]), node.args[1]
     if not isinstance(right, Node):
         return _product(lowering, node, left, 1 / complex(cast(complex, right)))
@@ -290,7 +290,7 @@ def _imaginary(lowering: _Lowering, node: Node) -> _Lowered:
 
 
 def _transformed(lowering: _Lowering, node: Node) -> _Lowered:
-    """A discrete Fourier transform over one dimension or several, without padding."""
+    """Lower a discrete Fourier transform over one or several dimensions, without padding."""
     value = lowering.of(node.args[0])
     rank = len(shape_of(node))
     dims: object
@@ -311,12 +311,12 @@ def _transformed(lowering: _Lowering, node: Node) -> _Lowered:
 
 
 def _transformed_over(lowering: _Lowering, value: _Parts, dim: int, sign: int, norm: str) -> _Parts:
-    """`value` times a matrix of cosines and sines, which fold into constants where the size is fixed."""
+    """Return `value` times a matrix of cosines and sines, which become constants if the size is fixed."""
     last = len(shape_of(value.real)) - 1
     count = lowering.size(value.real, dim)
     dtype = value.real.meta["val"].dtype
     device = value.real.meta["val"].device
-    # Products of positions modulo the size: cosines and sines of large angles would be rounded.
+    # Reduce the products of positions modulo the size, since cosines and sines of large angles are less precise.
     positions = lowering.call(aten.arange.default, count, dtype=torch.int64, device=device)
     rows = lowering.call(aten.unsqueeze.default, positions, 1)
     turns = lowering.call(aten.remainder.Scalar, lowering.call(aten.mul.Tensor, rows, positions), count)

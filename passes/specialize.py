@@ -1,4 +1,4 @@
-"""Make a phase's graph of the captured one: emit values, reuse values, remove what is dead, verify."""
+"""Derive a phase's graph from the captured one: emit values, reuse values, remove dead code, verify."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ aten = torch.ops.aten
 def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> PassResult:
     """Append the values at sites to the outputs, in the order of `emissions`.
 
-    A merged one is the weighted mean of the guidance halves of [uncond; cond], batch B (arXiv 2404.02747, section
-    3.2: equal weights), accumulated in fp32 at least. What is handed on has the site's `cache_dtype`.
-    Its batch comes first, wherever the graph has it. `graph_module` is changed in place; its output is one flat tuple.
+    A merged value is the weighted mean of the guidance halves [uncond; cond], batch B, accumulated in at least fp32
+    (arXiv 2404.02747, section 3.2, with equal weights). An emitted value has the site's `cache_dtype`, and its batch in
+    the first dimension. `graph_module` is changed in place; its output is one flat tuple.
     """
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -44,14 +44,14 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
         with graph.inserting_before(output):
             if emission.site.batch != 0:
                 value = add_call(graph, aten.movedim.int, value, emission.site.batch, 0)
-            handed_on = value if emission.anchor is None else _merged(graph, value, emission.anchor)
-            emitted.append(_cast(graph, handed_on, emission))
+            result = value if emission.anchor is None else _merged(graph, value, emission.anchor)
+            emitted.append(_cast(graph, result, emission))
     output.args = ((*outputs_of(graph), *emitted),)
     return PassResult(len(emitted))
 
 
 def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
-    # Not chunk(2): on a dynamic batch it exports as a sequence, which ONNX optimizers trip over.
+    # Not chunk(2): with a free batch it is exported as a sequence, which ONNX optimizers cannot handle.
     dtype = value.meta["val"].dtype
     accumulated = torch.promote_types(dtype, torch.float32)
     halves = add_call(graph, aten.unflatten.int, value, 0, [2, -1])
@@ -71,23 +71,23 @@ def _cast(graph: torch.fx.Graph, value: Node, emission: Emission) -> Node:
         return value
     within = emission.anchor is None or 0.0 <= emission.anchor <= 1.0
     if not within or limit < torch.finfo(emission.site.dtype).max:
-        # fp8 and fp16 are narrow: what lies beyond becomes the largest number, not infinity.
+        # fp8 and fp16 have a small range: values beyond it become the largest number instead of infinity.
         value = add_call(graph, aten.clamp.default, value, -limit, limit)
     return add_call(graph, aten.to.dtype, value, target)
 
 
-def cache_name(site: Site) -> str:
-    """The name of the input that stands for `site`: an identifier, since it becomes a Python argument."""
+def cache_input_name(site: Site) -> str:
+    """Return the name of the graph input for the cache of `site`, which is a valid Python identifier."""
     return f"cache_{site.kind}_" + re.sub(r"\W", "_", site.name)
 
 
 def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResult:
-    """Give `graph_module` one more input for each site, after the others, used wherever the value was.
+    """Append an input to `graph_module` for each site, and use it instead of the site's value.
 
-    It has the site's `cache_dtype` and the batch first; where the value's own dtype or layout differs, it is cast and
-    moved.
+    The input has the site's `cache_dtype` and the batch in the first dimension; it is cast and transposed if the dtype
+    or layout of the value in the graph differs.
 
-    What computed the value is left in place, dead, for `remove_dead`.
+    The nodes that computed the value become dead code, which `remove_dead` removes.
     """
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -96,7 +96,7 @@ def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResu
     for site in sites:
         value = nodes[site.node]
         with graph.inserting_after(last_input):
-            cached = graph.placeholder(cache_name(site))
+            cached = graph.placeholder(cache_input_name(site))
         fake = value.meta["val"]
         same = site.batch == 0 and site.cache_dtype == site.dtype
         with fake.fake_mode:
@@ -116,8 +116,8 @@ def remove_dead(graph_module: torch.fx.GraphModule) -> PassResult:
     """Remove the nodes that no output needs, then the inputs and parameters that no node uses."""
     graph = graph_module.graph
     before = len(graph.nodes)
-    # By default fx keeps "impure" nodes, to which it counts dropout and assertions; diffusers' output
-    # projections end in a dropout, so that by default nothing at all would be removed.
+    # By default fx keeps "impure" nodes, which include dropout and assertions. diffusers' output projections end in a
+    # dropout, so by default nothing would be removed.
     graph.eliminate_dead_code(is_impure_node=_is_interface)
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users:
@@ -131,10 +131,10 @@ def _is_interface(node: Node) -> bool:
 
 
 def remove_identities(graph_module: torch.fx.GraphModule) -> PassResult:
-    """Take the operand of each such operator in its place; the operators themselves are left dead.
+    """Replace operators that do nothing by their operand; the operators themselves become dead code.
 
-    They cost an eager run a little, and other formats know some of them only where they do something: ONNX has no
-    squeeze of a dimension that is not 1.
+    They have a small cost in an eager run, and other formats lack some of them: ONNX cannot squeeze a dimension that is
+    not 1.
     """
     count = 0
     for node in graph_module.graph.nodes:
@@ -153,16 +153,16 @@ def _is_identity(node: Node) -> bool:
 
 
 def verify(variant: Variant, captured: Captured) -> None:
-    """Check that `variant` is a valid graph of its phase, made of `captured`.
+    """Check that `variant` is a valid graph of its phase, derived from `captured`.
 
-    - It returns what the denoiser returns, then one value for each emission: batch B when it is merged, else the
-      site's own shape.
-    - It takes one cache for each reused site; no attention or weight is left that only cached values need.
-    - Every value has its `meta["val"]`, and nothing works in place.
+    - It returns the denoiser's outputs, followed by one value for each emission: with batch B if it is merged, else
+      with the site's own shape.
+    - It takes one cache for each reused site, and has no attention or weight that only cached values need.
+    - Every node has `meta["val"]`, and no operator works in place.
     - No output is an input, and no two outputs are the same value.
 
     Raises:
-        VerificationError: it is not; the message says in what.
+        VerificationError: the variant violates one of these conditions, which the message names.
     """
     graph = variant.program.graph
     outputs = outputs_of(graph)
@@ -192,15 +192,15 @@ def verify(variant: Variant, captured: Captured) -> None:
 
 
 def _needed(variant: Variant, captured: Captured) -> set[str]:
-    """The names of the captured graph's nodes that are needed if the values of the reused sites are given."""
+    """Return the names of the captured graph's nodes that are needed if the reused sites are inputs."""
     given = {site.node for site in captured.sites if site.kind in variant.phase.reuse}
     nodes = {node.name: node for node in captured.program.graph.nodes}
-    wanted = [*outputs_of(captured.program.graph), *(nodes[emission.site.node] for emission in variant.emitted)]
-    needed = set(wanted)
-    for node in wanted:  # which grows
+    queue = [*outputs_of(captured.program.graph), *(nodes[emission.site.node] for emission in variant.emitted)]
+    needed = set(queue)
+    for node in queue:  # grows during the loop
         new = [] if node.name in given else [source for source in node.all_input_nodes if source not in needed]
         needed.update(new)
-        wanted += new
+        queue += new
     return {node.name for node in needed}
 
 
@@ -213,10 +213,10 @@ logger = logging.getLogger(__name__)
 
 
 def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant:
-    """The variant of `captured` that serves `phase`; `captured` is left alone.
+    """Return the variant of `captured` that serves `phase`. `captured` is not changed.
 
-    Where the phase merges the guidance halves, `anchor` is the weight of the second half.
-    The parameters are shared, never copied, and those that nothing uses any more are not part of the result.
+    If the phase merges the guidance halves, `anchor` is the weight of the second half.
+    The parameters are shared, not copied, and unused ones are left out.
 
     Raises:
         VerificationError: the rewritten graph is not a valid variant.
@@ -241,7 +241,7 @@ def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant
 
     program = flat_program(captured.program, graph_module)
     taken = program.graph_signature.user_inputs
-    caches = {cache_name(site): site for site in reused}
+    caches = {cache_input_name(site): site for site in reused}
     variant = Variant(
         phase,
         program,

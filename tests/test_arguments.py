@@ -160,16 +160,16 @@ def test_evaluates_pipeline_comes_first(plain: Any, tmp_path: Path) -> None:
 def test_a_backend_as_the_gate_step_and_the_other_way_round(plain: Any) -> None:
     gate_step: Any = "eager"
     message = message_of(lambda: tgate_compile.optimize(plain, gate_step))
-    assert 'That is a backend. Write: optimize(pipe, gate_step=10, backend="eager").' in message
+    assert 'That is the name of a backend. Use optimize(pipe, gate_step=10, backend="eager").' in message
     backend: Any = 10
     message = message_of(lambda: tgate_compile.optimize(plain, backend=backend))
-    assert "but got 10. The number of steps to run in full is gate_step." in message
+    assert "but got 10. The number of steps to run in full is the argument gate_step." in message
 
 
 def test_a_schedule_file_as_the_gate_step(plain: Any) -> None:
     gate_step: Any = "schedule.json"
     message = message_of(lambda: tgate_compile.optimize(plain, gate_step))
-    assert 'write: optimize(pipe, schedule="schedule.json")' in message
+    assert 'call optimize(pipe, schedule="schedule.json")' in message
 
 
 def test_the_folder_and_the_format_of_an_export_swapped(plain: Any) -> None:

@@ -232,5 +232,5 @@ def test_wrong_models_and_branches() -> None:
         model_named("sd14")
     with pytest.raises(UnsupportedModelError, match="DeepCache needs a UNet"):
         image_cost(MODELS["pixart_alpha"], Schedule(None, deepcache_interval=2))
-    with pytest.raises(ConfigurationError, match="deepcache_branch=7 is not there"):
+    with pytest.raises(ConfigurationError, match="deepcache_branch=7 does not exist"):
         image_cost(TINY, Schedule(None, deepcache_interval=2, deepcache_branch=7))

@@ -34,7 +34,7 @@ def test_fewer_steps_than_the_default_gate(said: Callable[[], list[str]]) -> Non
     (message,) = said()
     assert message == (
         "The gate did not act in this call of StableDiffusionPipeline: it ran 5 steps, and gate_step is 10. "
-        "A gate_step of at most 4 acts here; a fraction such as gate_step=0.4 follows the number of steps."
+        "A gate_step of at most 4 acts here; a fraction such as gate_step=0.4 adapts to the number of steps."
     )
     # The number is right.
     run(pipe, steps=5, gate_step=4)

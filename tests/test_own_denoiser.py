@@ -264,13 +264,13 @@ class Ambiguous(Denoiser):
 @pytest.mark.parametrize(
     ("build", "predict", "message"),
     [
-        (Joint, None, r"Joint has no cross-attention.*Found in its graph: 2 attentions, of which 2 take keys"),
-        (MixesRows, None, "let no row depend on another"),
+        (Joint, None, r"Joint has no cross-attention.*Its graph has 2 attentions, of which 2 take keys"),
+        (MixesRows, None, "make no row depend on another"),
         (Scalar, lambda model, x, t, text: model(x, t, text)[0], "Value 1 of what forward.. returns"),
         (
             Ambiguous,
             lambda model, x, t, text: model(torch.cat([x, x], 1)[:, :TEXT], t, x),
-            "'first' was taken for them, but the prediction has the shape of 'second'",
+            "'first' was chosen, but the prediction has the shape of 'second'",
         ),
         (lambda: Denoiser(Layer).train(), None, r"Call its eval\(\)"),
     ],

@@ -61,7 +61,10 @@ def test_gate_step(shared: SimpleNamespace, gate: Any) -> None:
         ({"sp_interval": 0}, ("sp_interval", "at least 1", "got 0")),
         ({"warm_up": -1}, ("warm_up", "at least 0", "got -1")),
         ({"deepcache_interval": 2.5}, ("deepcache_interval", "got 2.5")),
-        ({"deepcache_interval": 3, "deepcache_branch": 40}, ("deepcache_branch=40 is not there", "Take a smaller one")),
+        (
+            {"deepcache_interval": 3, "deepcache_branch": 40},
+            ("deepcache_branch=40 does not exist", "Choose a smaller one"),
+        ),
         ({"guidance_step": 5}, ("gate_step", "guidance_step", "Give one of them")),
         ({"gate_step": None, "guidance_similarity": 2}, ("guidance_similarity", "got 2")),
     ],

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tgate_compile._errors import ConfigurationError
+from tgate_compile.methods.pab import PAB
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import MAX_BYTES, load_schedule, read_schedule, save_schedule
 
@@ -24,7 +25,9 @@ SCHEDULES = [
     Schedule(None, deepcache_interval=3, deepcache_branch=1),
     Schedule(None, guidance_step=0.3, keep="uncond"),
     Schedule(None, guidance_similarity=0.991),
+    PAB(4, 2, begin=0.25) + Schedule(6),
 ]
+SHORT = [field.name for field in fields(Schedule) if field.name != "others"]
 
 
 def written(folder: Path, content: object) -> Path:
@@ -47,7 +50,7 @@ def test_what_is_saved_is_loaded(schedule: Schedule, tmp_path: Path) -> None:
     }
     content = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert content["about"] == {"prompts": ["ein Fuchs im Schnee, 雪"], "drift": 0.05}
-    assert list(content["schedule"]) == [field.name for field in fields(Schedule)]
+    assert list(content["schedule"]) == [*SHORT, *(method.key for method in schedule.others)]
 
 
 def test_the_schedules_of_these_tests_set_every_field() -> None:
@@ -64,14 +67,14 @@ def test_a_short_file_by_hand_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "shown"),
     [
-        ("", "no JSON"),
-        ("\x00", "no JSON"),
-        ("{", "no JSON"),
-        ("[" * 100_000, "no JSON"),
-        ("9" * 10_000, "no JSON"),
+        ("", "not valid JSON"),
+        ("\x00", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 10_000, "not valid JSON"),
         ('{"version": NaN}', "NaN"),
-        ('{"version": 1, "version": 1}', "'version' is there twice"),
-        ([], "expected the whole to be a JSON object"),
+        ('{"version": 1, "version": 1}', "duplicate key 'version'"),
+        ([], "expected the file to be a JSON object"),
         ({}, '"format"'),
         (file_of() | {"format": "png"}, "'png'"),
         (file_of() | {"version": 2}, "newer"),
@@ -113,7 +116,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(b'"\xff"')
     (tmp_path / "large.json").write_bytes(b" " * (MAX_BYTES + 1))
     for name, shown in (
-        ("latin.json", "no JSON"),
+        ("latin.json", "not valid JSON"),
         ("large.json", "bytes"),
         ("none.json", "No such"),
         (".", "director"),
@@ -151,7 +154,7 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=10,
 )
-_FIELDS = st.dictionaries(st.sampled_from([field.name for field in fields(Schedule)]), _JSON)
+_FIELDS = st.dictionaries(st.sampled_from([*SHORT, "pab"]), _JSON)
 _VALID = st.fixed_dictionaries({"format": st.just("tgate_compile.schedule"), "version": st.just(1)})
 
 

@@ -79,7 +79,7 @@ def test_the_names_that_are_used() -> None:
         ({"hardware_compatible": ["same"]}, "['same']"),
         ({"timing_cache": "no/such/folder/x"}, "in a folder that exists"),
         ({"version_compatible": 1}, "True or False"),
-        ({"compute_capabilities": ["8.9"]}, "It knows: profile, timing_cache"),
+        ({"compute_capabilities": ["8.9"]}, "It accepts: profile, timing_cache"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], part: str) -> None:

@@ -67,7 +67,7 @@ def eager(pipe: Any, gate: int = 2) -> torch.Tensor:
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Those about backends."""
-    return [record.getMessage() for record in caplog.records if record.name.startswith("tgate_compile.engine.backends")]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("tgate_compile.engine.trust")]
 
 
 @pytest.mark.parametrize("function", [hashed, in_64_bits])

@@ -1,9 +1,9 @@
-"""tgate_compile: make text-conditioned diffusion cheap to serve, by rewriting the denoiser's graph.
+"""tgate_compile: speed up text-conditioned diffusion pipelines by rewriting the denoiser's graph.
 
 pipe = tgate_compile.optimize(pipe, gate_step=10)
 image = pipe("a red fox in snow", num_inference_steps=25).images[0]
 
-A name is imported when it is first used, so that what needs no PyTorch (`tgate_compile.runtime`) does not wait for it.
+Names are imported when they are first used, so that modules without PyTorch (`tgate_compile.runtime`) load quickly.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from tgate_compile.study.tuning.result import Tuning as Tuning
     from tgate_compile.study.tuning.search import tune as tune
 
-#: Where each public name comes from.
+#: The module that defines each public name.
 _HOMES = {
     "load_demo_pipeline": "_demo.pipeline",
     "DEMO_VARIANTS": "_demo.variants",

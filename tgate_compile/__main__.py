@@ -1,4 +1,4 @@
-"""`python -m tgate_compile`: the same as `tgate-compile`."""
+"""Run the command line: `python -m tgate_compile` is the same as `tgate-compile`."""
 
 from tgate_compile._cli import main
 

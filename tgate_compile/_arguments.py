@@ -1,4 +1,4 @@
-"""The names that arguments of the public functions may have, and checks that several of these functions share."""
+"""Literal types for arguments of the public functions, and checks that several of these functions share."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from tgate_compile._errors import ConfigurationError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-#: `backend=` of `optimize`, `tune` and `evaluate`. A test compares these names with the tables of backends and formats.
+#: Values of `backend=` in `optimize`, `tune` and `evaluate`. A test compares these names with the tables of runtimes.
 BackendName = Literal["inductor", "onnxruntime", "openvino", "tensorrt", "eager", "auto"]
-#: `format=` of `export`.
+#: Values of `format=` in `export`.
 FormatName = Literal["onnx", "tensorrt-rtx", "tensorrt", "openvino", "aoti", "executorch", "coreml"]
-#: `backend=` of `load`.
+#: Values of `backend=` in `load`.
 BundleBackendName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti", "executorch", "coreml"]
 
-#: A pipeline, or an object like one. `Any` is for mypy: it takes the pipelines that diffusers exports for the
-#: placeholders of `diffusers.utils.dummy_torch_and_transformers_objects`, which do not derive from DiffusionPipeline.
+#: A pipeline, or a similar object. `Any` is for mypy, which resolves the pipelines that diffusers exports to the
+#: placeholders in `diffusers.utils.dummy_torch_and_transformers_objects`; these do not derive from DiffusionPipeline.
 AnyPipeline: TypeAlias = "DiffusionPipeline | Any"
 
 #: Names that diffusers' pipelines still accept, although their signatures no longer list them.
 _DEPRECATED = ("callback", "callback_steps")
-#: Longer lists of names are not printed.
+#: The largest number of names that a message lists.
 _MOST_LISTED = 40
 
 
 def did_you_mean(given: object, known: Collection[str]) -> str:
-    """A sentence with the spelling in `known` that is nearest to `given`, after a space; empty if none is near."""
+    """Return a hint with the most similar name in `known`, with a leading space; empty if none is similar."""
     nearest = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
     return f' Did you mean "{nearest[0]}"?' if nearest else ""
 
@@ -40,9 +40,9 @@ def check_names(given: Mapping[str, object], known: Collection[str], what: str, 
 
     Args:
         given: the options, by name.
-        known: the names that are accepted.
-        what: what has these options, at the beginning of a sentence.
-        source: where to look up a list of names that is too long to print.
+        known: the accepted names.
+        what: the owner of the options, as the beginning of a sentence.
+        source: the place that lists the names, if there are too many to print.
     """
     for name in given:
         if name not in known:
@@ -52,13 +52,14 @@ def check_names(given: Mapping[str, object], known: Collection[str], what: str, 
 
 
 def check_call(call: object, pipeline: type, *, argument: str = "call") -> None:
-    """Raise ConfigurationError unless `call` holds arguments that the call of this class of pipelines accepts.
+    """Raise ConfigurationError unless `call` holds arguments that the call of the class `pipeline` accepts.
 
-    A call with `**kwargs` accepts every name, except for those of diffusers' own pipelines, which ignore unknown names.
+    A pipeline whose call has `**kwargs` accepts every name, except for diffusers' own pipelines, which ignore unknown
+    names.
     """
     if not isinstance(call, Mapping):
         raise ConfigurationError(
-            f"{argument} must be a mapping of arguments of the pipeline's call, such as "
+            f"{argument} must be a mapping of arguments for the pipeline's call, such as "
             f'{{"height": 512, "width": 512}}, but got {brief(call)}.'
         )
     parameters = inspect.signature(pipeline.__call__).parameters
@@ -70,7 +71,7 @@ def check_call(call: object, pipeline: type, *, argument: str = "call") -> None:
 
 
 def check_pipeline_first(function: str, first: object, *others: object) -> None:
-    """Raise ConfigurationError if the pipeline is not the first argument of `function` but a later one."""
+    """Raise ConfigurationError if the pipeline was passed to `function` as a later argument, not as the first."""
     if _is_like_pipeline(first) or not any(map(_is_like_pipeline, others)):
         return
     pipeline = next(type(other).__name__ for other in others if _is_like_pipeline(other))
@@ -81,7 +82,7 @@ def check_pipeline_first(function: str, first: object, *others: object) -> None:
 
 
 def brief(value: object) -> str:
-    """`value` for a message: what is long, or is a pipeline, by its type."""
+    """Return `value` for a message; a pipeline, or a value with a long representation, is described by its type."""
     if _is_like_pipeline(value):
         return f"a {type(value).__name__}"
     shown = repr(value)

@@ -1,28 +1,28 @@
-"""What goes wrong: the library's exceptions, the cause of another library's, and packages that are missing."""
+"""The library's exceptions, the causes of other libraries' exceptions, and checks for missing packages."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 
-#: The last sentence of messages about what cannot be gated.
+#: The last sentence of messages about pipelines and calls that cannot be gated.
 INSTEAD = 'What works instead: the pipeline without tgate_compile, or optimize(..., on_unsupported="plain").'
 
 
 class TGateError(Exception):
-    """Base class of the library's own errors."""
+    """Base class of the library's errors."""
 
 
 class ConfigurationError(TGateError, ValueError):
-    """An argument is wrong: the message says what was given, what was expected and what to do."""
+    """An argument is wrong. The message states what was given, what was expected and how to fix it."""
 
 
 class UnsupportedModelError(TGateError):
-    """The pipeline or denoiser cannot be gated: the message says why and what works instead."""
+    """The pipeline or denoiser cannot be gated. The message states the reason and what works instead."""
 
 
 class UnsupportedCallError(UnsupportedModelError, ConfigurationError):
-    """A call cannot be gated as it is made: the message says why and what to change."""
+    """A call cannot be gated with its arguments. The message states the reason and what to change."""
 
 
 class CaptureError(TGateError, RuntimeError):
@@ -34,7 +34,7 @@ class BackendError(TGateError, RuntimeError):
 
 
 class VerificationError(TGateError, RuntimeError):
-    """A rewritten graph is not what it must be. This is a bug of ours: please report it."""
+    """A rewritten graph is not valid. This is a bug in tgate_compile: please report it."""
 
 
 class ConcurrentGenerationError(TGateError, RuntimeError):
@@ -42,13 +42,13 @@ class ConcurrentGenerationError(TGateError, RuntimeError):
 
 
 class BundleError(TGateError, RuntimeError):
-    """A bundle cannot be written, is damaged, or does not belong to the pipeline: the message says which."""
+    """A bundle cannot be written, is damaged, or does not belong to the pipeline, as the message states."""
 
 
 def first_line(error: BaseException, *, named: bool = False) -> str:
-    """The first line of another package's error, without its full stop; `named` puts the error's class before it.
+    """Return the first line of another package's error, without its full stop; `named` prepends the error's class.
 
-    Of an error without a text it is the name of the class.
+    For an error without a message it is the name of the class.
     """
     name = type(error).__name__
     line = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
@@ -57,7 +57,7 @@ def first_line(error: BaseException, *, named: bool = False) -> str:
     return f"{name}: {line}" if named else line
 
 
-#: What else to say.
+#: Additions to the message of `check_installed`, by extra.
 HINTS = {
     "onnx": " (or 'tgate_compile[onnx-gpu]' on a machine with an NVIDIA GPU)",
     "tensorrt": ", which fetches NVIDIA's packages from NVIDIA's own index",
@@ -65,12 +65,12 @@ HINTS = {
 
 
 def is_installed(*modules: str) -> bool:
-    """Whether all of these modules are there."""
+    """Return whether all of these modules are installed."""
     return all(importlib.util.find_spec(name) is not None for name in modules)
 
 
 def check_installed(*modules: str, extra: str = "onnx", what: str = "ONNX") -> None:
-    """Raise ConfigurationError, which says what to install, unless all of these modules are there."""
+    """Raise ConfigurationError, with the command to install them, unless all of these modules are installed."""
     missing = ", ".join(name for name in modules if not is_installed(name))
     if missing:
         raise ConfigurationError(
@@ -79,16 +79,16 @@ def check_installed(*modules: str, extra: str = "onnx", what: str = "ONNX") -> N
         )
 
 
-#: Lines of OpenVINO's that say where in its source an error was raised.
+#: Lines of OpenVINO's errors that only locate the error in OpenVINO's source.
 _PLACES = re.compile(r"^(Exception from |Check .* failed at |While validating |Error loading )")
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 def cause_of(error: BaseException) -> str:
-    """What `error` goes back to, on one line.
+    """Return the root cause of `error` on one line.
 
-    torch.onnx wraps it in general advice, and OpenVINO puts places in its own source before it.
-    Of an error of this library it is the text alone, else the class as well.
+    torch.onnx wraps the cause in general advice, and OpenVINO puts locations in its source code before it. For an error
+    of this library the result is the message alone; otherwise the error's class precedes it.
     """
     while error.__cause__ is not None:
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""`optimize` and `restore`."""
+"""The public functions `optimize` and `restore`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 Pipeline = TypeVar("Pipeline")
 
-#: What `tuning` may hold.
+#: The keys that `tuning` accepts.
 _TUNING = [name for name in inspect.signature(tune).parameters if name != "pipe"]
 
 MSG_SCHEDULE = "schedule must be a tgate_compile.Schedule or the path of a schedule file, but got {given!r}."
-MSG_SCHEDULE_AND_MORE = "A schedule says all about the steps, but {given} is given as well. Give one or the other."
-MSG_METHOD_AND_MORE = "A method says all about the steps, but {given} is given as well. Give one or the other."
-MSG_AUTO_AND_MORE = 'gate_step="auto" chooses the whole schedule, but {given} is given as well. Give one or the other.'
-MSG_TUNING = 'tuning is for gate_step="auto", and must be a mapping of arguments of tune(), but got {given!r}.'
+MSG_SCHEDULE_AND_MORE = "A schedule defines all steps, but {given} is given as well. Pass one or the other."
+MSG_METHOD_AND_MORE = "A method defines all steps, but {given} is given as well. Pass one or the other."
+MSG_AUTO_AND_MORE = 'gate_step="auto" chooses the whole schedule, but {given} is given as well. Pass one or the other.'
+MSG_TUNING = 'tuning requires gate_step="auto", and must be a mapping of arguments for tune(), but got {given!r}.'
 
 
 def optimize(
@@ -60,61 +60,60 @@ def optimize(
     on_unsupported: OnUnsupported = "error",
     graph_memory: int | None = None,
 ) -> Pipeline:
-    """Make the pipeline's ordinary call skip what no longer matters: T-GATE, DeepCache, or guidance that ends early.
+    """Speed up the calls of a pipeline with T-GATE, DeepCache, PAB or guidance that ends early.
 
-    With T-GATE, `gate_step` steps run in full. The outputs of every cross-attention are cached at the last of them
-    (under guidance the mean of the two halves), and from step `gate_step` on a pruned graph runs that has neither the
-    cross-attentions nor their weights, at half the batch, since guidance has done its work too.
-    Source: arXiv 2404.02747 v1, section 3.2. `Schedule` has the other methods' rules and sources.
+    With T-GATE, `gate_step` steps run in full. The outputs of all cross-attentions are cached at the last of them
+    (under guidance as the mean of the two halves). From step `gate_step` on, guidance is off, and a pruned graph runs
+    at half the batch, without the cross-attentions and their weights.
+    Source: arXiv 2404.02747 v1, section 3.2. The classes of the methods describe their rules and sources.
 
     The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes.
-    They hold no copy of the weights. Outside a pipeline call the denoiser runs as if never optimized.
+    They hold no copy of the weights. Outside of a pipeline call the denoiser runs as if it were not optimized.
 
     Args:
-        pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attentions, or an
-            object like one (see `docs/guides/own-denoiser.md`). It is changed, and returned; `restore(pipe)` undoes it.
-        gate_step: steps to run in full: a number >= 1, or a fraction of the steps strictly between 0 and 1. A gate at
-            or beyond the last step means that nothing is gated; None is no gate. One call may differ:
-            `pipe(..., gate_step=8)`. Where two denoisers share the steps (Wan 2.2), each counts its own from 0, and
-            a pair gives each its own gate. `"auto"` measures schedules on a few prompts first, and takes the cheapest
-            that is close enough, by `tune`, whose arguments `tuning` may have. In place of all these arguments, a
-            method or several: `TGate(10)`, `DeepCache(3) + TGate(10)`, `AdaptiveGuidance(similarity=0.991)`,
-            `PAB(6, 2)`; the arguments below are the same in short.
-        sp_interval: T-GATE v2: before the gate, compute self-attention at every such step only.
-        fi_interval: T-GATE v2: the same after the gate.
+        pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attentions, or a
+            similar object (see `docs/guides/own-denoiser.md`). It is changed in place; `restore(pipe)` undoes that.
+        gate_step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), that run in full. If it is not
+            less than the number of steps, nothing is gated; None means no gate. A single call can override it:
+            `pipe(..., gate_step=8)`. If two denoisers share the steps (Wan 2.2), each counts its own steps from 0, and
+            a pair sets a gate for each. `"auto"` measures schedules on a few prompts with `tune`, and chooses the
+            cheapest one within the tolerance. Instead of all these arguments it can be one or several methods:
+            `TGate(10)`, `DeepCache(3) + TGate(10)`, `AdaptiveGuidance(similarity=0.991)`, `PAB(6, 2)`.
+        sp_interval: T-GATE v2: the interval of self-attention before the gate, in steps.
+        fi_interval: T-GATE v2: the interval of self-attention after the gate, in steps.
         warm_up: T-GATE v2: the step, from 0, after which `sp_interval` begins.
-        deepcache_interval: compute a UNet's deep part at every such step only (DeepCache), with a gate or without.
+        deepcache_interval: the interval of a UNet's deep layers, in steps (DeepCache), with or without a gate.
         deepcache_branch: the skip connection at which the deep part begins; 0 is the outermost.
-        guidance_step: without a gate: guidance stops after so many steps, or such a fraction of them.
-        guidance_similarity: without a gate: guidance stops when the two predictions are this similar (Adaptive
-            Guidance; costs a synchronization with the device per guided step).
-        keep: the guidance half that goes on once guidance has stopped, with its pooled text and other conditioning:
-            `"uncond"` or `"cond"`. None is the papers' choice: uncond with a gate, cond without.
-        anchor_weight: weight of the cond half in what the gate caches; 0.5 is the paper's mean of the halves, 1 the
-            cond half alone, and more goes beyond it.
-        schedule: all of the above in one: a `Schedule`, or a file that `tune` or `save_schedule` has written. The
-            other arguments then stay at their defaults.
-        tuning: for `gate_step="auto"`: arguments of `tune`, such as `prompts`, `tolerance` and `call`. Without prompts
-            it is done on four of our own; give some that are like those to come.
-        denoiser: the attribute of `pipe` that is the denoiser, if it is neither `unet` nor `transformer`.
-        sites: cache only the attentions whose names match one of these patterns, as in a shell: `["up_blocks.*"]`.
-        cache_dtype: keep the caches in this dtype: half of fp32's memory with `torch.bfloat16`, a quarter with
-            `torch.float8_e4m3fn`. None keeps the model's own.
-        backend: `"inductor"` (compiled), `"onnxruntime"`, `"openvino"`, `"tensorrt"` (on NVIDIA's GPUs), `"eager"` (the
-            rewritten graphs, uncompiled: no compile time), or `"auto"` (the fastest for the device, as measured).
-        backend_options: options for the backend: Inductor's configuration, and `cuda_graphs=True` for it on a GPU.
-        on_unsupported: what to do with a pipeline, or a call, that cannot be gated: `"error"` refuses it; `"plain"`
-            runs it in full, as the plain pipeline does, and logs a warning once per cause. If gated steps have run
-            before the cause is found, the whole call is repeated, callbacks included.
-        graph_memory: bytes that the graphs may take, by estimate. Beyond that, the least recently used ones are
-            dropped. None is a quarter of the machine's memory.
+        guidance_step: without a gate: the number or the fraction of steps after which guidance ends.
+        guidance_similarity: without a gate: the cosine similarity of the two predictions at which guidance ends
+            (Adaptive Guidance). Computing it synchronizes with the device at every guided step.
+        keep: the guidance half that is kept once guidance has ended, with its pooled text and other conditioning:
+            `"uncond"` or `"cond"`. None means the papers' choice: uncond with a gate, cond without one.
+        anchor_weight: the weight of the cond half in the cached values; 0.5 is the paper's mean of the halves, 1 is
+            the cond half alone, and larger values extrapolate beyond it.
+        schedule: a `Schedule`, or a file written by `tune` or `save_schedule`, instead of all the arguments above,
+            which must be left at their defaults.
+        tuning: for `gate_step="auto"`: arguments for `tune`, such as `prompts`, `tolerance` and `call`. Without
+            prompts, four built-in ones are used; prompts that resemble the later ones give better results.
+        denoiser: the name of the attribute of `pipe` that is the denoiser, if it is neither `unet` nor `transformer`.
+        sites: shell-style patterns of the names of the attentions to cache: `["up_blocks.*"]`. None means all.
+        cache_dtype: the dtype of the caches: `torch.bfloat16` takes half the memory of fp32, `torch.float8_e4m3fn` a
+            quarter. None means the model's own dtype.
+        backend: `"inductor"` (compiled), `"onnxruntime"`, `"openvino"`, `"tensorrt"` (on NVIDIA GPUs), `"eager"` (the
+            rewritten graphs without compilation), or `"auto"` (the fastest for the device, according to measurements).
+        backend_options: options of the backend: Inductor's configuration, and its `cuda_graphs=True` on a GPU.
+        on_unsupported: how to handle a pipeline or a call that cannot be gated: `"error"` refuses it; `"plain"` runs it
+            in full, like the plain pipeline, and logs a warning once per cause. If gated steps have run before the
+            cause is found, the whole call is repeated, including its callbacks.
+        graph_memory: the estimated number of bytes that the graphs may take. Beyond it, the least recently used graphs
+            are dropped. None means a quarter of the machine's memory.
 
     Returns:
         `pipe` itself.
 
     Raises:
-        ConfigurationError: an argument is wrong. The pipeline is as it was.
-        UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is as it was.
+        ConfigurationError: an argument is wrong. The pipeline is left unchanged.
+        UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is left unchanged.
     """
     check_pipeline_first("optimize", pipe, gate_step)
     names = denoiser_names(pipe, denoiser)
@@ -159,22 +158,25 @@ def optimize(
 
 
 def restore(pipe: Pipeline) -> Pipeline:
-    """Undo `optimize`: the pipeline and its denoiser are exactly as they were, and the graphs are freed.
+    """Undo `optimize`: restore the pipeline and its denoiser exactly, and free the graphs.
 
     Raises:
         ConfigurationError: the pipeline is not optimized.
-        ConcurrentGenerationError: it is in the middle of a generation.
+        ConcurrentGenerationError: the pipeline is in the middle of a generation.
     """
     detach(pipe)
     return pipe
 
 
 def _not_a_gate_step(given: str) -> str:
-    expected = f'gate_step must be a number of steps, a fraction of them or "auto", but got "{given}".'
+    expected = (
+        'gate_step must be a number of steps (at least 1), a fraction of them (between 0 and 1) or "auto", but got '
+        f"{given!r}."
+    )
     if given in get_args(BackendName):
-        return f'{expected} That is a backend. Write: optimize(pipe, gate_step=10, backend="{given}").'
+        return f'{expected} That is the name of a backend. Use optimize(pipe, gate_step=10, backend="{given}").'
     if given.endswith(".json"):
-        return f'{expected} For a schedule file, write: optimize(pipe, schedule="{given}").'
+        return f'{expected} To use a schedule file, call optimize(pipe, schedule="{given}").'
     return f"{expected}{did_you_mean(given, ['auto'])}"
 
 

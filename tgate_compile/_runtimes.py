@@ -1,8 +1,8 @@
-"""The table of runtimes, gathered from the folders of `exports/`: what runs graphs live, and what bundles are made of.
+"""The tables of backends and formats, gathered from the folders of `exports/`.
 
-Each folder of `exports/` describes itself in its `__init__.py`, in plain data: `BACKENDS` for `optimize(backend=...)`
-and `FORMATS` for `export(format=...)`. Every other list (the command line's choices, the manifest's, the order of
-`backend="auto"`) is derived from here, and nothing that is heavy is imported before it is used.
+The `__init__.py` of each folder describes the runtime as plain data: `BACKENDS` for `optimize(backend=...)` and
+`FORMATS` for `export(format=...)`. Every other list (the choices of the command line, those of the manifest, the order
+of `backend="auto"`) is derived from these tables. Heavy packages are not imported before they are used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from tgate_compile._errors import check_installed, is_installed
 
-#: The package whose subpackages are the runtimes. It is found at run time: what is here is below it.
+#: The package whose subpackages are the runtimes. It is imported by name, since its modules import this one.
 _EXPORTS = "tgate_compile.exports"
 
 
@@ -25,11 +25,11 @@ class BackendEntry:
 
     Attributes:
         name: the value of `backend=`.
-        home: where its class is, as `module:name`; the class implements `tgate_compile.engine.backends.Backend`.
+        home: the location of its class, as `module:name`; it implements `tgate_compile.engine.backends.Backend`.
         needs: the modules that must be installed.
         extra: the extra of tgate_compile that installs them.
-        automatic: for each type of device on which `backend="auto"` considers it, its rank: the lowest comes first.
-        needs_gpu: it runs on NVIDIA GPUs only.
+        automatic: its rank for each device type on which `backend="auto"` considers it; the lowest is tried first.
+        needs_gpu: whether it runs on NVIDIA GPUs only.
     """
 
     name: str
@@ -46,15 +46,16 @@ class FormatEntry:
 
     Attributes:
         name: the value of `format=`.
-        home: where its functions are, as `module` or `module:object`; see `tgate_compile.bundle.formats.GraphFormat`.
-        backend: what `load` runs it with.
+        home: the location of its functions, as `module` or `module:object`; see
+            `tgate_compile.bundle.formats.GraphFormat`.
+        backend: the backend that `load` uses by default.
         extra: the extra of tgate_compile that installs its packages.
         to_write: the modules that `export` needs.
         to_load: the modules that `load` needs.
-        needs_gpu: its graphs run on NVIDIA GPUs only.
-        fixed_sizes: every size of its graphs is fixed when they are written.
+        needs_gpu: whether its graphs run on NVIDIA GPUs only.
+        fixed_sizes: whether all sizes of its graphs are fixed when they are written.
         also: other backends that `load` accepts, each with the format whose functions open the graphs for it.
-        quantized_weights: it accepts weights that torchao has quantized.
+        quantized_weights: whether it accepts weights that torchao has quantized.
         schemes: the quantization schemes that it supports; if there are any, its functions are a `QuantizingFormat`.
         components: the module that writes text encoders, tokenizers and VAE decoders in this format, if there is one.
     """
@@ -86,7 +87,7 @@ def _gathered(attribute: str, kind: type[Entry]) -> dict[str, Entry]:
         runtime = importlib.import_module(f"{_EXPORTS}.{found.name}")
         for entry in getattr(runtime, attribute, ()):
             assert isinstance(entry, kind), f"{runtime.__name__}.{attribute} holds {entry!r}"
-            assert entry.name not in entries, f"two runtimes call themselves {entry.name!r}"
+            assert entry.name not in entries, f"two runtimes have the name {entry.name!r}"
             entries[entry.name] = entry
     return entries
 
@@ -99,7 +100,7 @@ FORMATS: Mapping[str, FormatEntry] = _gathered("FORMATS", FormatEntry)
 
 
 def home_of(entry: BackendEntry | FormatEntry) -> Any:
-    """Import what `entry.home` names. Its packages must be installed."""
+    """Import and return the object that `entry.home` refers to, whose packages must be installed."""
     module, _, attribute = entry.home.partition(":")
     found = importlib.import_module(module)
     return getattr(found, attribute) if attribute else found

@@ -73,7 +73,7 @@ def test_a_layer_without_a_skip_connection_is_refused(unet: UNet2DConditionModel
 def test_a_branch_that_is_not_there_is_refused(unet: UNet2DConditionModel) -> None:
     assert deep_layer(unet, 3) == "up_blocks.0.resnets.1"
     for branch in (2, 6):
-        with pytest.raises(ConfigurationError, match=f"deepcache_branch={branch} is not there"):
+        with pytest.raises(ConfigurationError, match=f"deepcache_branch={branch} does not exist"):
             deep_layer(unet, branch)
     with pytest.raises(UnsupportedModelError, match="needs a UNet"):
         deep_layer(torch.nn.Linear(1, 1), 0)

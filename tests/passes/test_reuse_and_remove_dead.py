@@ -6,7 +6,7 @@ import torch
 
 from tests.passes.tiny_denoiser import tiny_capture, tiny_denoiser
 from tgate_compile.passes.editing import copy_graph
-from tgate_compile.passes.specialize import cache_name, remove_dead, reuse
+from tgate_compile.passes.specialize import cache_input_name, remove_dead, reuse
 
 
 def _placeholders(graph_module: torch.fx.GraphModule) -> list[str]:
@@ -21,7 +21,7 @@ def test_one_input_per_site_after_the_others() -> None:
     assert _placeholders(graph_module) == [*before, "cache_cross_blocks_0_attn2", "cache_cross_blocks_1_attn2"]
     nodes = {node.name: node for node in graph_module.graph.nodes}
     assert all(not nodes[site.node].users for site in captured.sites)
-    assert all(nodes[cache_name(site)].meta["val"].shape == site.shape for site in captured.sites)
+    assert all(nodes[cache_input_name(site)].meta["val"].shape == site.shape for site in captured.sites)
 
 
 def test_only_the_sites_given() -> None:

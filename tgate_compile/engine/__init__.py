@@ -1,1 +1,1 @@
-"""From a denoiser's call to compiled graphs: capture, variants, backends."""
+"""Capture a denoiser, derive its variants and compile them with a backend."""

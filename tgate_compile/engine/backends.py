@@ -1,4 +1,4 @@
-"""Backends run the graph of a variant: the interface that each implements, the eager one, and the choice of one."""
+"""Backends, which run the graphs of variants: their interface, the eager backend, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tgate_compile.passes.graphs import Variant
 
 @dataclass(frozen=True)
 class Option:
-    """What an option must be.
+    """A constraint on the value of a backend or format option.
 
     Attributes:
-        expected: in words, for "must be ...".
-        fits: whether a value is that.
+        expected: description of valid values, to follow "must be" in a message.
+        fits: returns whether a value is valid.
     """
 
     expected: str
@@ -32,12 +32,12 @@ SWITCH = Option("True or False", lambda given: isinstance(given, bool))
 
 
 def one_of(names: Collection[str]) -> Option:
-    """An option that is one of `names`."""
+    """Return an option whose value is one of `names`."""
     return Option(" or ".join(f'"{name}"' for name in names), lambda given: isinstance(given, str) and given in names)
 
 
 def at_least(least: int, expected: str) -> Option:
-    """An option that is a whole number from `least`."""
+    """Return an option whose value is an integer >= `least`; `expected` describes it in messages."""
     return Option(expected, lambda given: isinstance(given, int) and not isinstance(given, bool) and given >= least)
 
 
@@ -48,14 +48,14 @@ def check_known_options(
     known: Mapping[str, Option],
     note: str = "",
 ) -> None:
-    """Check the `options` that were given as `argument` for `owner`, such as `format="onnx"`.
+    """Check the `options` that the user passed as `argument` to `owner`, such as `format="onnx"`.
 
     Args:
-        known: every option that `owner` has, by name.
-        note: a sentence that ends the message of an `owner` without options.
+        known: every option of `owner`, by name.
+        note: a sentence appended to the message when `owner` has no options.
 
     Raises:
-        ConfigurationError: one is not among `known`, or its value does not fit.
+        ConfigurationError: an option is unknown, or its value is not valid.
     """
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -65,39 +65,39 @@ def check_known_options(
         close = difflib.get_close_matches(str(unknown[0]), known, 1)
         hint = f' Did you mean "{close[0]}"?' if close else ""
         raise ConfigurationError(
-            f"{argument} has {names}, which {owner} does not know.{hint} It knows: {', '.join(known)}."
+            f"{argument} has {names}, which {owner} does not accept.{hint} It accepts: {', '.join(known)}."
         )
     for name, given in options.items():
         if not known[name].fits(given):
             raise ConfigurationError(f'{argument}["{name}"] must be {known[name].expected}, but got {given!r}.')
 
 
-#: Runs a variant: (weights, inputs and caches) -> outputs and caches, all flat and in the variant's order. The
-#: weights are passed in every call, so that a backend has no copy that could go stale.
+#: Runs a variant: (weights, inputs + caches) -> outputs + caches, as flat sequences in the variant's order. The
+#: weights are passed in every call, so that a backend holds no copy that could become stale.
 Runner = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 class Backend(Protocol):
-    """Makes runners."""
+    """Compiles variants into runners."""
 
     name: ClassVar[str]
-    #: Whether each graph has its own copy of the weights, in the order that its runtime wants.
+    #: Whether each graph holds its own copy of the weights, in the layout that the runtime requires.
     packs_weights: ClassVar[bool] = False
-    #: Whether its results are PyTorch's own, so that there is nothing to compare them with.
+    #: Whether the results are computed by PyTorch itself, so that they need not be compared with PyTorch.
     is_reference: ClassVar[bool]
 
     def __init__(self, options: Mapping[str, object]) -> None: ...
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
-        """Raise ConfigurationError for options that the backend does not know."""
+        """Raise ConfigurationError if the backend does not support one of the options."""
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
-        """The dtype that it computes in on `device` where that may round more than the values' own; else None."""
+        """Return the dtype that it computes in on `device` if that is less precise than the values' own, else None."""
         ...
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
-        """A runner of `variant` for inputs and caches of the shapes, dtypes and devices of these.
+        """Compile `variant` for inputs and caches with the shapes, dtypes and devices of `inputs`.
 
         Raises:
             BackendError: the graph cannot be compiled.
@@ -106,14 +106,14 @@ class Backend(Protocol):
 
 
 class EagerBackend:
-    """Runs the graph's ATen operators one by one: no compile time, the plain pipeline's numbers to the bit."""
+    """Runs the graph's ATen operators one by one: no compile time, and bit-identical to the plain pipeline."""
 
     name: ClassVar[str] = "eager"
     packs_weights: ClassVar[bool] = False
     is_reference: ClassVar[bool] = True
 
     def __init__(self, options: Mapping[str, object]) -> None:
-        del options  # there are none
+        del options  # it has no options
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
@@ -133,26 +133,28 @@ class EagerBackend:
 
 
 def check_backend(name: object, options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError unless `name` is a backend, or `auto`, that takes `options`."""
+    """Raise ConfigurationError unless `name` is `auto` or a backend that supports `options`."""
     if name == "auto":
         if options:
             raise ConfigurationError('backend_options need a named backend, but backend is "auto".')
         return
     if isinstance(name, str) and name in FORMATS and name not in BACKENDS:
         raise ConfigurationError(
-            f'backend="{name}" runs graphs that are built beforehand: export(pipe, folder, format="{name}") of a '
-            'pipeline that is optimized with another backend, such as "eager", then load(pipe, folder) into a '
-            "plain one."
+            f'backend="{name}" runs graphs that are built in advance. Optimize the pipeline with another backend, '
+            f'such as "eager", call export(pipe, folder, format="{name}"), then load(pipe, folder) into a plain '
+            "pipeline."
         )
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(f'"{known}"' for known in BACKENDS)
-        hint = " The number of steps to run in full is gate_step." if isinstance(name, (int, float)) else ""
+        hint = (
+            " The number of steps to run in full is the argument gate_step." if isinstance(name, (int, float)) else ""
+        )
         nearest = did_you_mean(name, [*BACKENDS, "auto"])
         raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.{nearest}{hint}')
     backend_class(name).check_options(options)
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Import the class of the backend `name`; its packages must be installed."""
+    """Import and return the class of the backend `name`, whose packages must be installed."""
     found: type[Backend] = home_of(BACKENDS[name])
     return found

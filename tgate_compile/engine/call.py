@@ -1,4 +1,4 @@
-"""The arguments of a denoiser's call: their names, what differs between two calls, and where the batch is."""
+"""The arguments of a denoiser call: their names, the differences between two calls, and the batch dimension."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Call:
     """The arguments of one call of the denoiser.
 
     Attributes:
-        leaves: tensors and constants, in pytree order.
-        spec: how the leaves make up (args, kwargs).
+        leaves: the tensors and constants, in pytree order.
+        spec: the pytree structure of (args, kwargs).
     """
 
     leaves: tuple[Any, ...]
@@ -35,15 +35,15 @@ class Call:
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) again."""
+        """The call's (args, kwargs)."""
         args, kwargs = pytree.tree_unflatten(list(self.leaves), self.spec)
         return args, kwargs
 
     @property
     def key(self) -> Hashable:
-        """What a captured graph depends on: structure, shapes, dtypes, devices, and the constants themselves.
+        """The properties that a captured graph depends on: structure, shapes, dtypes, devices and constant values.
 
-        Not strides: a VAE's latents are channels-last, the scheduler's are not, and one graph serves both.
+        Strides are left out: a VAE's latents are channels-last, the scheduler's are not, and one graph serves both.
         """
         return (
             self.spec,
@@ -54,42 +54,42 @@ class Call:
         )
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
-        """This call with `function(tensor)` in place of each tensor."""
+        """Return this call with each tensor replaced by `function(tensor)`."""
         return Call(tuple(function(leaf) if torch.is_tensor(leaf) else leaf for leaf in self.leaves), self.spec)
 
 
 def _constant(leaf: object) -> Hashable:
-    # True == 1 == 1.0, but graphs made for them differ.
+    # True == 1 == 1.0, but the graphs captured for them differ.
     return (type(leaf), leaf if isinstance(leaf, Hashable) else repr(leaf))
 
 
-#: Sizes that may differ: by the position of a tensor among a call's leaves, its dimensions.
+#: Dimensions whose sizes may vary, by the position of the tensor among the call's leaves.
 FreeDims = Mapping[int, tuple[int, ...]]
 
 
 def fits(key: Any, other: Any, free: FreeDims, only: Collection[int] | None = None) -> bool:
-    """Whether calls with these keys (`Call.key`) can have the same graph, whose sizes `free` are left open.
+    """Return whether calls with these keys (`Call.key`) can share a graph in which the sizes `free` are dynamic.
 
-    With `only`, the tensors at other positions do not matter.
+    If `only` is given, tensors at other positions are ignored.
     """
     if key[0] != other[0]:
         return False
-    for position, (mine, its) in enumerate(zip(key[1], other[1], strict=True)):
-        if mine == its or (only is not None and position not in only and _is_tensor(mine) and _is_tensor(its)):
+    for position, (left, right) in enumerate(zip(key[1], other[1], strict=True)):
+        if left == right or (only is not None and position not in only and _is_tensor(left) and _is_tensor(right)):
             continue
-        dims = _differing(mine, its)
+        dims = _differing(left, right)
         if dims is None or not set(dims) <= set(free.get(position, ())):
             return False
     return True
 
 
 def differing_dims(key: Any, other: Any) -> FreeDims:
-    """The sizes in which calls with these keys differ, beyond their batch; empty if they differ in anything else."""
+    """Return the sizes in which calls with these keys differ; empty if anything else, or the batch, differs."""
     found: dict[int, tuple[int, ...]] = {}
     if key[0] != other[0]:
         return {}
-    for position, (mine, its) in enumerate(zip(key[1], other[1], strict=True)):
-        dims = () if mine == its else _differing(mine, its)
+    for position, (left, right) in enumerate(zip(key[1], other[1], strict=True)):
+        dims = () if left == right else _differing(left, right)
         if dims is None or 0 in dims:
             return {}
         if dims:
@@ -101,22 +101,23 @@ def _is_tensor(part: Any) -> bool:
     return isinstance(part[0], torch.Size)
 
 
-def _differing(mine: Any, its: Any) -> tuple[int, ...] | None:
-    """The dimensions of two tensors that differ; None if more does, or these are no tensors."""
-    if not (_is_tensor(mine) and _is_tensor(its)) or mine[1:] != its[1:] or len(mine[0]) != len(its[0]):
+def _differing(left: Any, right: Any) -> tuple[int, ...] | None:
+    """Return the dimensions in which two tensors differ; None if they differ otherwise, or are not tensors."""
+    if not (_is_tensor(left) and _is_tensor(right)) or left[1:] != right[1:] or len(left[0]) != len(right[0]):
         return None
-    return tuple(dim for dim, (a, b) in enumerate(zip(mine[0], its[0], strict=True)) if a != b)
+    return tuple(dim for dim, (a, b) in enumerate(zip(left[0], right[0], strict=True)) if a != b)
 
 
 aten = torch.ops.aten
 
 
 class BatchDims:
-    """Runs a captured denoiser twice: on the inputs of `call`, and with the second half of their rows changed.
+    """Finds the batch dimension of values in a captured denoiser.
 
-    The guidance halves of a value are merged and taken apart along the dimension of its batch, which is not always the
-    first: `torch.nn.MultiheadAttention` has it second by default. Shapes alone do not tell, since a denoiser may have
-    as many tokens as rows.
+    It runs the graph twice: on the inputs of `call`, and with the second half of their rows changed. The guidance
+    halves of a value are merged and split along its batch dimension, which is not always the first:
+    `torch.nn.MultiheadAttention` has it second by default. Shapes alone are ambiguous, since a denoiser may have as
+    many tokens as rows.
     """
 
     def __init__(self, program: ExportedProgram, call: Call, latents: Node) -> None:
@@ -127,18 +128,18 @@ class BatchDims:
 
     @torch.no_grad()
     def of(self, nodes: Sequence[Node]) -> Mapping[Node, int]:
-        """The dimensions of the batch in the values of `nodes`; those that have no such dimension are left out.
+        """Return the batch dimension of the value of each of `nodes`; values without one are left out.
 
         Raises:
-            UnsupportedModelError: what the denoiser returns has none, or not the first.
+            UnsupportedModelError: the batch is not the first dimension of every value that the denoiser returns.
         """
         if any(node.target is aten.dropout.default and node.args[1] and node.args[2] for node in self._graph.nodes):
             raise UnsupportedModelError(
-                "The denoiser is in training mode, and its dropout makes each run another. Call its eval() before "
-                "the pipeline."
+                "The denoiser is in training mode, so that its dropout makes every run different. Call its eval() "
+                "method before the pipeline."
             )
         if self._batch % 2:
-            return dict.fromkeys(nodes, 0)  # there are no halves, and nothing is merged
+            return dict.fromkeys(nodes, 0)  # without two halves nothing is merged
         outputs = outputs_of(self._graph)
         watched = {*nodes, *outputs}
         before, after = (self._values(watched, changed=changed) for changed in (False, True))
@@ -147,9 +148,9 @@ class BatchDims:
             if dims[node] != 0:
                 output = "What forward() returns" if len(outputs) == 1 else f"Value {i} of what forward() returns"
                 raise UnsupportedModelError(
-                    f"{output} does not have the rows of the batch in its first dimension, each following its own "
-                    "row of the inputs alone, so that the guidance halves cannot be told apart. Put the batch "
-                    "first, let no row depend on another, and return nothing that belongs to no row."
+                    f"{output} does not have the batch in its first dimension, with each row depending only on the "
+                    "same row of the inputs, so the guidance halves cannot be separated. Put the batch first, make "
+                    "no row depend on another, and return only values that have one entry per row."
                 )
         return {node: dim for node in nodes if (dim := dims[node]) is not None}
 
@@ -191,7 +192,7 @@ class _Recorder(torch.fx.Interpreter):
 
 
 def _dim_of_change(before: torch.Tensor, after: torch.Tensor) -> int | None:
-    """The dimension in whose second half all changes are; None if there is none, or nothing has changed."""
+    """Return the dimension whose second half contains all changes; None if there is none or nothing has changed."""
     changed = (before != after) & ~(before.isnan() & after.isnan())
     for dim, size in enumerate(changed.shape):
         if size % 2 == 0:

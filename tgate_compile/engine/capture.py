@@ -30,8 +30,8 @@ from tgate_compile.passes.graphs import Captured, Site
 logger = logging.getLogger(__name__)
 
 MSG_EXPORT_FAILED = (
-    "Could not capture {model} as a graph with torch.export ({error}). The model must run without data-dependent "
-    "Python control flow; a custom attention processor, a hook or a patched forward is the usual cause."
+    "Could not capture {model} as a graph with torch.export ({error}). The model must run without Python control flow "
+    "that depends on data. The usual cause is a custom attention processor, a hook or a patched forward."
 )
 _CHANGES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 MSG_NO_SITES = (
@@ -40,9 +40,9 @@ MSG_NO_SITES = (
     "What works instead: fewer steps, or dropping guidance after some steps."
 )
 MSG_WHAT_WAS_FOUND = (
-    "Found in its graph: {count} attentions, of which {own} take keys and values that follow the latents, and {others} "
-    "have queries that do not, or keys and values that follow no input. The latents are taken to be {latents}. "
-    "docs/guides/own-denoiser.md says which forms of attention are recognized."
+    "Its graph has {count} attentions, of which {own} take keys and values that depend on the latents, and {others} "
+    "have queries that do not, or keys and values that depend on no input. The latents are taken to be {latents}. "
+    "docs/guides/own-denoiser.md describes which forms of attention are recognized."
 )
 
 
@@ -59,23 +59,23 @@ def capture(
     shapes: ShapesCollection | None = None,
     required: bool = True,
 ) -> Captured:
-    """The graph of `denoiser` for inputs like those of `call`, with its sites.
+    """Return the graph of `denoiser` for inputs like those of `call`, with its sites.
 
     Args:
-        denoiser: the module; its parameters become the graph's, not copies.
+        denoiser: the module; the graph shares its parameters.
         forward: its original forward, without our hook.
         call: the inputs, [2B, ...] under guidance.
-        kinds: the kinds of site to look for.
-        deep_layer: for the kind `deep`, the up layer at which the shallow part begins.
-        only: patterns of the names of the attentions to cache; None means all.
-        cache_dtype: what they are cached in; None means their own dtype.
-        shapes: sizes of the call's tensors that are left free; None means that all are those of `call`.
-        required: refuse a denoiser that has no site of one of `kinds`.
+        kinds: the kinds of sites to find.
+        deep_layer: for the kind `deep`, the path of the up layer at which the shallow part begins.
+        only: shell-style patterns of the names of the attentions to cache; None means all.
+        cache_dtype: the dtype of the caches; None means the sites' own.
+        shapes: the sizes of the call's tensors that are left free; None means that all are fixed.
+        required: whether to refuse a denoiser that lacks sites of one of `kinds`.
 
     Raises:
         CaptureError: torch.export failed.
-        UnsupportedModelError: there is no cross-attention, or not every one of the model's was found; or there is no
-            self-attention, and the kind `self` is asked for.
+        UnsupportedModelError: the model has no cross-attention, or not all of its cross-attentions were found, or
+            `kinds` has another kind of attention that the model lacks.
         ConfigurationError: a pattern of `only` matches nothing.
     """
     model = type(denoiser).__name__
@@ -88,7 +88,7 @@ def capture(
                 args,
                 kwargs,
                 strict=False,
-                dynamic_shapes=shapes,  # type: ignore[arg-type]  # which it takes, but does not say so
+                dynamic_shapes=shapes,  # type: ignore[arg-type]  # accepted, but missing in the annotation
             )
         except Exception as error:  # torch.export raises whatever the model's code raises
             raise CaptureError(
@@ -102,8 +102,8 @@ def capture(
     ):
         changed = [spec.target for spec in program.graph_signature.output_specs if spec.kind in _CHANGES]
         shown = ", ".join(map(str, changed[:3]))
-        what = f"it changes {shown} when it runs" if changed else "it returns something else than plain tensors"
-        raise CaptureError(MSG_EXPORT_FAILED.format(model=model, error=what))
+        reason = f"it changes {shown} when it runs" if changed else "it returns something other than plain tensors"
+        raise CaptureError(MSG_EXPORT_FAILED.format(model=model, error=reason))
 
     inputs = _inputs_of(program, forward, call)
     batch_dims = None if _is_from_diffusers(denoiser) else BatchDims(program, call, inputs.latents[0]).of
@@ -113,12 +113,12 @@ def capture(
         _check_sites(denoiser, program, inputs, sites)
     if required and "self" in kinds and not any(site.kind == "self" for site in sites):
         raise UnsupportedModelError(
-            f"sp_interval and fi_interval cache self-attention, and {model} has none that could be found. Leave "
-            "them at 1."
+            f"sp_interval and fi_interval cache self-attention, but none was found in {model}. Leave them at 1."
         )
     if required and "temporal" in kinds and not any(site.kind == "temporal" for site in sites):
         raise UnsupportedModelError(
-            f"{model} has no attention between frames that could be found, to cache. Leave temporal_interval at 1."
+            f"temporal_interval caches attention between frames, but no attention between frames was found in {model}. "
+            "Leave it at 1."
         )
     if only is not None:
         sites = _selected(sites, only)
@@ -145,84 +145,85 @@ def _selected(sites: tuple[Site, ...], patterns: Sequence[str]) -> tuple[Site, .
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
-    """`program` without in-place operators: their results may have no users, and would be removed as dead."""
+    """Return `program` without in-place operators, which may have no users and would be removed as dead code."""
     if not any(is_mutable(node) for node in program.graph.nodes):
         return program
-    # An empty table decomposes nothing else, so that the numbers stay the same to the bit.
+    # An empty table decomposes nothing else, so that the results stay bit-identical.
     functional: ExportedProgram = program.run_decompositions({})
     return functional
 
 
 def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
-    """The paths of the modules that call themselves cross-attentions: diffusers' `Attention`, most of its relatives."""
+    """Return the paths of the modules that set `is_cross_attention`, such as diffusers' `Attention`."""
     return [name for name, module in denoiser.named_modules() if getattr(module, "is_cross_attention", False) is True]
 
 
 def denies_cross_attention(denoiser: torch.nn.Module) -> bool:
-    """Whether it is a fact, without a graph, that `denoiser` has no cross-attention.
+    """Return whether `denoiser` certainly has no cross-attention, which is known without a graph.
 
-    It is if it has attentions of diffusers' kind, and all say of themselves that they are none, or compute joint
-    attention. One that says nothing may be one, and a denoiser without such attentions may have others: then only the
-    graph tells.
+    That is the case if it has attentions like diffusers', and each of them sets `is_cross_attention` to False or
+    computes joint attention. An attention without that attribute may be a cross-attention, and a denoiser without such
+    modules may have attentions of another form: these can be found in the graph only.
     """
     attentions = [module for module in denoiser.modules() if hasattr(module, "to_k")]
     if any(vars(module).get("self_attn") is False for module in denoiser.modules()):
-        return False  # Würstchen's blocks give an attention the text alone if this is off, whatever that says of itself
-    is_unet = type(denoiser).__module__.startswith("diffusers.models.unets.")  # which have no others
+        return False  # Würstchen's blocks then give the attention only the text, whatever `is_cross_attention` is
+    # diffusers' UNets have no other attentions.
+    is_unet = type(denoiser).__module__.startswith("diffusers.models.unets.")
     return bool(attentions or is_unet) and all(
         getattr(module, "is_cross_attention", None) is False or _is_joint(module) for module in attentions
     )
 
 
 def _is_joint(attention: torch.nn.Module) -> bool:
-    """Whether an attention puts the text's keys beside the latents' own: Kandinsky 2's, DeepFloyd IF's, unCLIP's."""
+    """Return whether an attention appends the text's keys to the latents' (Kandinsky 2, DeepFloyd IF, unCLIP)."""
     processor = type(getattr(attention, "processor", None)).__name__
     return processor.startswith("AttnAddedKV") and not getattr(attention, "only_cross_attention", False)
 
 
 def check_patterns(denoiser: torch.nn.Module, patterns: Sequence[str]) -> None:
-    """Raise ConfigurationError for a pattern that no module's path matches; what it selects is seen at the capture."""
+    """Raise ConfigurationError if a pattern matches no module's path. `capture` checks that it matches a site."""
     names = [name for name, _ in denoiser.named_modules()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             examples = ", ".join((cross_attention_modules(denoiser) or names)[:2])
             raise ConfigurationError(
-                f"sites: {pattern!r} matches no module of {type(denoiser).__name__}. Its attentions are called "
-                f"{examples}, for example."
+                f"sites: {pattern!r} matches no module of {type(denoiser).__name__}. Its attentions have names such as "
+                f"{examples}."
             )
 
 
 def deep_layer(denoiser: torch.nn.Module, branch: int) -> str:
-    """The path of the up layer at which DeepCache's shallow part begins, for cache branch `branch`.
+    """Return the path of the up layer at which DeepCache's shallow part begins, for cache branch `branch`.
 
-    Branches count skip connections from the outside, three to a block, as the authors' package does.
+    Branches count skip connections from the outside, three per block, as in the authors' package.
 
     Raises:
-        UnsupportedModelError: the denoiser is no UNet.
-        ConfigurationError: it has no such branch.
+        UnsupportedModelError: the denoiser is not a UNet.
+        ConfigurationError: the denoiser does not have that branch.
     """
     up_blocks = getattr(denoiser, "up_blocks", None)
     if up_blocks is None or not all(hasattr(block, "resnets") for block in up_blocks):
         raise UnsupportedModelError(
-            "DeepCache needs a UNet laid out as diffusers' are, with `up_blocks` that have `resnets`: by these its "
-            f"branch is found. {type(denoiser).__name__} has none. Leave deepcache_interval out."
+            "DeepCache needs a UNet with the layout of diffusers' UNets, whose `up_blocks` have `resnets`, but "
+            f"{type(denoiser).__name__} has a different layout. Leave deepcache_interval out."
         )
     block, layer = divmod(branch, 3)
     if block < len(up_blocks) and layer < len(up_blocks[-1 - block].resnets):
         up_block = len(up_blocks) - 1 - block
         return f"up_blocks.{up_block}.resnets.{len(up_blocks[up_block].resnets) - 1 - layer}"
     raise ConfigurationError(
-        f"deepcache_branch={branch} is not there: {type(denoiser).__name__} has {len(up_blocks)} up blocks, and "
-        "branches are counted three to a block from the outside, as far as the block has layers. Take a smaller "
+        f"deepcache_branch={branch} does not exist: {type(denoiser).__name__} has {len(up_blocks)} up blocks, and "
+        "branches are counted from the outside, three per block, as far as the block has layers. Choose a smaller "
         "one; 0 saves the most."
     )
 
 
 def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call) -> Inputs:
-    """The graph's inputs by what they are for.
+    """Return the graph's inputs by their role.
 
     Raises:
-        UnsupportedModelError: what has been taken for the latents cannot be them.
+        UnsupportedModelError: the prediction does not have the shape of the supposed latents.
     """
     args, kwargs = call.arguments
     arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
@@ -240,14 +241,14 @@ def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call
     if better and _sizes(main) not in outputs and names[id(latents)] not in LATENTS_NAMES:
         shape = ", ".join(_sizes(better[0]))
         raise UnsupportedModelError(
-            f"It is not clear which input of the denoiser carries the latents: {main.name!r} was taken for them, "
-            f"but the prediction has the shape of {better[0].name!r}, [{shape}]. Call the parameter `sample` or "
+            f"It is not clear which input of the denoiser carries the latents: {main.name!r} was chosen, but the "
+            f"prediction has the shape of {better[0].name!r}, [{shape}]. Name the parameter `sample` or "
             "`hidden_states`, as diffusers' models do."
         )
     of_main = next((shape for shape in outputs if fits(_sizes(main), shape)), None)
     if of_main is not None:
         outputs.remove(of_main)
-    # A denoiser of several modalities predicts each.
+    # A denoiser of several modalities makes a prediction for each.
     further = [node for node in others if _sizes(node) in outputs]
     return Inputs(
         latents=(main, *further),
@@ -259,28 +260,29 @@ def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call
 
 
 def _sizes(node: torch.fx.Node) -> tuple[str, ...]:
-    # As text: to compare free sizes would fix them.
+    # As strings, because comparing free sizes would fix them.
     value = node.meta["val"]
     return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def _is_from_diffusers(denoiser: torch.nn.Module) -> bool:
-    """Whether the class is one of diffusers' own, in all of which the batch is the first dimension."""
+    """Return whether the class is part of diffusers, where the batch is always the first dimension."""
     return type(denoiser).__module__.partition(".")[0] == "diffusers"
 
 
 def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: Inputs, sites: tuple[Site, ...]) -> None:
     model = type(denoiser).__name__
-    # What an attention says of itself is no more than a reason to look: is there an attention in its part of the graph?
+    # `is_cross_attention` alone proves nothing: look for an attention in the module's part of the graph.
     expected = [name for name in cross_attention_modules(denoiser) if _runs(program, name)]
     cores = [core.node for core in attention_cores(program.graph)]
     missing = [name for name in expected if not any(is_inside(node, name) for node in cores)]
     if missing:
         found = len(expected) - len(missing)
         raise UnsupportedModelError(
-            f"Found {found} cross-attentions in the graph of {model}, but {len(expected)} of its modules call "
-            f"themselves so. In these, no attention was recognized: {', '.join(missing)}. docs/guides/own-denoiser.md "
-            "says which forms are; please report the model class and its attention processors."
+            f"Found {found} cross-attentions in the graph of {model}, but {len(expected)} of its modules have "
+            f"is_cross_attention set. In these, no attention was recognized: {', '.join(missing)}. "
+            "docs/guides/own-denoiser.md describes which forms are recognized; please report the model class and its "
+            "attention processors."
         )
     if not any(site.kind == "cross" for site in sites):
         counts = count_roles(program.graph, inputs)
@@ -309,9 +311,9 @@ def without_stack_traces() -> Iterator[None]:
 
 @contextmanager
 def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Put `forward` in place of the hooked one while the module is traced, so that names have no prefix.
+    """Replace the hooked forward with `forward` while the module is traced, so that names have no prefix.
 
-    The module's own torch hooks stay out of the graph: they run around it, in each call.
+    The module's own torch hooks stay out of the graph; they run before and after it, in each call.
     """
     replaced = {"forward": forward, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
     before = {name: module.__dict__[name] for name in replaced if name in module.__dict__}

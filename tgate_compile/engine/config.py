@@ -1,4 +1,4 @@
-"""The choices of one `optimize` call, checked."""
+"""The validated configuration of one `optimize` call."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ AUTO_PROMPTS = (
 )
 
 
-#: What caches can be kept in. fp8 has no scale: attention's outputs are of order one.
+#: The dtypes that caches can be stored in. fp8 is used without a scale, since attention outputs are of order one.
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class Config:
-    """What `optimize` was asked for.
+    """The configuration of an optimized denoiser.
 
     Attributes:
-        schedule: from step to phase.
-        family: what is specific to the pipeline's class.
-        sites: patterns of the names of the attentions to cache, as in a shell (`up_blocks.*`); None means all.
-        cache_dtype: what they are cached in; None means their own dtype.
+        schedule: the schedule, which assigns a phase to each step.
+        family: the properties of the pipeline's class.
+        sites: shell-style patterns (`up_blocks.*`) of the names of the attentions to cache; None means all.
+        cache_dtype: the dtype of the caches; None means the model's own.
         backend: the name of a backend, or `auto`.
-        backend_options: options for the backend's compiler, e.g. Inductor's configuration.
-        graph_memory: bytes that the graphs may take, by estimate; None is a quarter of the machine's memory.
+        backend_options: options of the backend's compiler, such as Inductor's configuration.
+        graph_memory: the estimated number of bytes that the graphs may take; None means a quarter of the machine's
+            memory.
     """
 
     schedule: Schedule
@@ -57,7 +58,7 @@ class Config:
         memory = self.graph_memory
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0):
             raise ConfigurationError(
-                "graph_memory must be a number of bytes above 0, or None for a quarter of the machine's memory, "
+                "graph_memory must be a positive number of bytes, or None for a quarter of the machine's memory, "
                 f"but got {memory!r}."
             )
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:

@@ -1,7 +1,7 @@
-"""What is specific to a family of pipelines: one row of data each, no code elsewhere.
+"""Properties that are specific to a family of pipelines, as one row of data each.
 
-Rows are about diffusers' own classes, and a subclass has the row of its nearest base. `docs/reference/denoisers.md`
-is made from them, and `tests/test_pipeline_walk.py` finds every class of the installed diffusers in one of them.
+The rows describe diffusers' own classes; a subclass has the row of its nearest base. `docs/reference/denoisers.md` is
+generated from them, and `tests/test_pipeline_walk.py` checks that every class of the installed diffusers is in one.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from tgate_compile.methods.method import Half
 
 Row = TypeVar("Row")
 
-#: The components that may be a pipeline's denoiser, in the order in which they are looked for.
+#: The components that may be a pipeline's denoiser, in the order of preference.
 DENOISER_NAMES = ("unet", "transformer")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Facts about one pipeline class.
+    """The properties of one or several pipeline classes.
+
+    `interleaved`, `repeated` and `shared` hold paths of keywords in the denoiser call.
 
     Attributes:
-        interleaved: inputs whose rows alternate between the halves, [uncond, cond, uncond, cond, ...],
-            instead of being [uncond...; cond...]; each a path of keywords in the denoiser's call.
-        repeated: inputs with several rows for each of the latents' (one per frame), the halves one after the other;
-            paths likewise.
-        shared: inputs that both halves share, even where one has as many rows as the batch (a table of positions);
-            paths likewise.
-        order: the halves in the order in which they stand in a batch of both.
-        calls: the guidance halves in the order in which they are evaluated, each in a denoiser call of its own;
-            empty where one call has both.
-        only: the half that can go on once guidance has stopped, where not both can.
-        second: the component that is the denoiser of the timesteps below the boundary, where there are two.
-        boundary: the pipeline's setting for that boundary, as a fraction of the training timesteps; None: no boundary.
+        interleaved: the inputs whose rows alternate between the halves, [uncond, cond, uncond, cond, ...],
+            instead of being [uncond...; cond...].
+        repeated: the inputs with several rows for each row of the latents (one per frame), one half after the other.
+        shared: the inputs that both halves share, even if one has as many rows as the batch (a table of positions).
+        order: the order of the halves in a batch that has both.
+        calls: the guidance halves in the order in which they are evaluated, each in a separate denoiser call;
+            empty if one call evaluates both.
+        only: the only half that can be kept once guidance has stopped; None if either can.
+        second: the component that denoises the timesteps below the boundary, if there are two denoisers.
+        boundary: the name of the pipeline setting that holds the boundary, as a fraction of the training timesteps.
         unguided: whether there are never two halves. `guidance_scale`, if the call has one, is then an input of the
-            denoiser, which has been distilled to it.
+            denoiser, which has been distilled with it.
     """
 
     interleaved: tuple[tuple[str, ...], ...] = ()
@@ -58,7 +58,7 @@ class Family:
     unguided: bool = False
 
 
-# One call with [uncond; cond], and nothing else to know.
+# One call with [uncond; cond], and no special properties.
 _ONE_CALL = Family()
 
 # `StableDiffusionXLPipeline.__call__` concatenates the negative and positive time ids *before* it repeats them
@@ -75,14 +75,14 @@ _TEXT_AND_RESIDUALS_PER_FRAME = Family(
     )
 )
 
-# The image goes in with the cond half only: without it, the other half does not know what to animate.
+# Only the cond half gets the image: the other half alone has nothing to animate.
 _IMAGE_TO_VIDEO = Family(only="cond")
 
 _PROMPT_FIRST = Family(order=("cond", "uncond"))
 _UNGUIDED = Family(unguided=True)
 _SHARED_POSITIONS = Family(shared=(("image_rotary_emb",),))
 
-# The second call of a timestep is handed what the first has computed, so that the first's half goes on.
+# After the gate, the second call of a timestep returns the result of the first, so the half of the first is kept.
 _TWO_CALLS = Family(calls=("cond", "uncond"), only="cond")
 _TWO_CALLS_TWO_EXPERTS = replace(_TWO_CALLS, second="transformer_2", boundary="boundary_ratio")
 
@@ -206,14 +206,14 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
     ),
 )
 
-#: diffusers' pipeline classes that can be gated, and what is to be known of each.
+#: The pipeline classes of diffusers that can be gated, with their properties.
 FAMILIES: Mapping[str, Family] = {name: family for family, names in _GROUPS for name in names}
 
 
 def refusal(pipeline: type, denoiser: type | None = None, *, caches_cross: bool = True) -> str | None:
-    """Why pipelines of class `pipeline` with a `denoiser` cannot be gated; None if nothing speaks against it.
+    """Return why pipelines of class `pipeline` with a `denoiser` cannot be gated; None if they can.
 
-    That there is no cross-attention speaks only against a schedule that caches it.
+    A lack of cross-attention matters only if the schedule caches it (`caches_cross`).
     """
     reason = _row_of(pipeline, {**REFUSED, **REFUSED_BASES})
     if reason in (_ADDED_KEYS, _TEXT_IN_CHANNELS) and not caches_cross:
@@ -224,24 +224,24 @@ def refusal(pipeline: type, denoiser: type | None = None, *, caches_cross: bool 
 
 
 def is_listed(pipeline: type) -> bool:
-    """Whether class `pipeline` has a row of facts, or one of its bases has."""
+    """Return whether the class `pipeline` or one of its bases has a row."""
     return _row_of(pipeline, FAMILIES) is not None
 
 
 def has_joint_attention(denoiser: type) -> bool:
-    """Whether text and image tokens share one sequence in denoisers of this class."""
+    """Return whether text and image tokens share one sequence in denoisers of this class."""
     return _row_of(denoiser, dict.fromkeys(JOINT_ATTENTION, True)) is not None
 
 
 def family_of(pipeline: type) -> Family:
-    """The facts about class `pipeline`: the row of the nearest of its bases that has one."""
+    """Return the properties of the class `pipeline`: the row of its nearest base that has one."""
     return _row_of(pipeline, FAMILIES) or Family()
 
 
 def _row_of(cls: type, rows: Mapping[str, Row]) -> Row | None:
-    """The row of `cls`, or of its nearest base that has one.
+    """Return the row of `cls`, or of its nearest base that has one.
 
-    Only diffusers' classes have rows: another's class that happens to have the same name is judged like an unknown one.
+    Only diffusers' classes have rows: a class of another package with the same name is treated as unknown.
     """
     for base in cls.__mro__:
         if base.__module__.partition(".")[0] == "diffusers" and base.__name__ in rows:

@@ -1,4 +1,4 @@
-"""Which sizes of a denoiser's inputs a graph leaves free: the batch, the height and width of the latents."""
+"""Free sizes of a graph's inputs: the batch, and the height and width of the latents."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tgate_compile.engine.halves import latents_of, leaves_at
 
 FreeSize = Literal["batch", "height", "width"]
 
-#: How each is called in shapes: `[2*b, 4, 8*h, 8*w]`.
+#: The symbol of each free size in shapes: `[2*b, 4, 8*h, 8*w]`.
 SYMBOLS: Mapping[FreeSize, str] = {"batch": "b", "height": "h", "width": "w"}
-#: diffusers' upsampling branches at a batch of 64, which 31 prompts under guidance do not reach.
+#: The upsampling layers of diffusers branch at a batch of 64, which 31 prompts under guidance do not reach.
 LARGEST: Mapping[FreeSize, int] = {"batch": 31, "height": 1024, "width": 1024}
 
 
 @dataclass(frozen=True)
 class FreeShapes:
-    """A call to capture, and which of its sizes are free.
+    """A call to capture with some of its sizes left free.
 
     Attributes:
-        call: the arguments; a free batch is at least 2 prompts, for torch takes a size of 1 as part of the graph.
+        call: the arguments. A free batch has at least 2 prompts, since torch.export specializes on a size of 1.
         shapes: the free dimensions of each tensor; None if there are none.
-        units: what one of each symbol stands for in the latents' shape, e.g. `{"b": 2, "h": 8, "w": 8}`: the batch of
-            a guided call is twice the prompts, and a UNet that halves three times takes multiples of 8.
+        units: the factor of each symbol in the latents' shape, such as `{"b": 2, "h": 8, "w": 8}`: the batch of a
+            guided call is twice the number of prompts, and a UNet with three downsamplings takes multiples of 8.
     """
 
     call: Call
@@ -48,10 +48,11 @@ def free_shapes(
     guided: bool,
     free: Collection[FreeSize],
 ) -> FreeShapes:
-    """`call` with the sizes `free` left open; `guided` if its batch has both guidance halves.
+    """Return `call` with the sizes `free` left free; `guided` means that its batch has both guidance halves.
 
-    Tensors whose first dimension is the latents' batch have that batch, except those that both halves share; tensors of
-    as many dimensions as the latents are as high and wide, or an even part of it (a ControlNet's residuals).
+    A tensor has the batch in its first dimension if that has the size of the latents' batch, unless both halves share
+    the tensor. A tensor with as many dimensions as the latents has their height and width, or a whole fraction of them
+    (a ControlNet's residuals).
     """
     if not free:
         return FreeShapes(call, None, {})
@@ -78,7 +79,7 @@ def free_shapes(
             spec[0] = _times(leaf.shape[0] // batch * per_prompt, dims["batch"])
             leaf = leaf.repeat(tiles, *[1] * (leaf.ndim - 1))
         else:
-            leaf = leaf.clone()  # ShapesCollection knows tensors by identity
+            leaf = leaf.clone()  # ShapesCollection identifies tensors by id
         if leaf.ndim == latents.ndim >= 4:
             for name, position in (("height", -2), ("width", -1)):
                 size, whole = leaf.shape[position], latents.shape[position]
@@ -95,7 +96,10 @@ def free_shapes(
 
 
 def downsampling(denoiser: torch.nn.Module) -> int:
-    """What height and width of the latents must be multiples of: a UNet's downsampling, a transformer's patch."""
+    """Return the number that the latents' height and width must be multiples of.
+
+    It comes from a UNet's downsampling and a transformer's patch size.
+    """
     blocks = getattr(denoiser, "down_blocks", ())
     halvings = sum(1 for block in blocks if getattr(block, "downsamplers", None) is not None)
     patch = getattr(getattr(denoiser, "config", None), "patch_size", None)

@@ -1,4 +1,4 @@
-"""The latents among a call's arguments, and the two halves of classifier-free guidance."""
+"""Find the latents among a call's arguments, and handle the two halves of classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tgate_compile.engine.call import Call
 from tgate_compile.engine.families import Family
 from tgate_compile.methods.method import Half
 
-#: Names under which denoisers take the latents, the surest first.
+#: Parameter names that denoisers use for the latents, the least ambiguous first.
 LATENTS_NAMES = ("sample", "hidden_states", "latents", "noisy_latents", "latent", "x", "x_t", "z", "z_t")
 
 _TIME = re.compile(r"^[trs]$|(^|_)(time|times|time_?steps?|sigmas?|noise_levels?|noise_labels?|log_?snr)($|_)|^t_")
@@ -26,46 +26,46 @@ _CONDITION = re.compile(
 
 
 def named_leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The leaves of a call's bound `arguments`, each with its innermost name: a key's in a dict, or the parameter's."""
+    """Yield the leaves of a call's bound `arguments` with their innermost names: a dict key or the parameter."""
     for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]:
         keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
         yield next(key for key in reversed(keys) if isinstance(key, str)), leaf
 
 
 def latents_of(arguments: Mapping[str, Any]) -> torch.Tensor:
-    """The latents among a denoiser call's bound `arguments`, which may be nested.
+    """Return the latents among a denoiser call's bound `arguments`, which may be nested.
 
-    They are the argument with one of `LATENTS_NAMES`, else the first tensor of floating-point numbers with two
-    dimensions or more whose name is not one for time, text or another condition.
+    They are the argument with one of `LATENTS_NAMES`, else the first floating-point tensor with at least two
+    dimensions whose name does not stand for a time, a text or another condition.
 
     Raises:
         UnsupportedModelError: there is no such tensor.
     """
     leaves = list(named_leaves(arguments))
     tensors: list[tuple[str, torch.Tensor]] = [(name, leaf) for name, leaf in leaves if _may_be_latents(leaf)]
-    for wanted in LATENTS_NAMES:
+    for expected in LATENTS_NAMES:
         for name, leaf in tensors:
-            if name == wanted:
+            if name == expected:
                 return leaf
     unnamed = [leaf for name, leaf in tensors if not is_time(name) and _CONDITION.search(name.lower()) is None]
     if not tensors:
         given = ", ".join(f"{name}: {_in_words(leaf)}" for name, leaf in leaves) or "nothing"
         raise UnsupportedModelError(
-            f"The denoiser was called without a tensor that could be its latents: {given}. It must take them as a "
-            "tensor of at least two dimensions, the batch first."
+            f"The denoiser was called without a tensor that could be the latents: {given}. It must take them as a "
+            "floating-point tensor of at least two dimensions, the batch first."
         )
     return (unnamed or [leaf for _, leaf in tensors])[0]
 
 
 def timestep_of(arguments: Mapping[str, Any]) -> Any:
-    """The timestep among a denoiser call's bound `arguments`: a tensor, or a number; None if nothing looks like one.
+    """Return the timestep among a denoiser call's bound `arguments`: a tensor or a number; None if there is none.
 
-    It is called `timestep`, or has another name for time, or is a tensor of no dimensions.
+    It is the argument called `timestep`, else one with another name for a time, else a tensor without dimensions.
     """
     leaves = [
         (name, leaf)
         for name, leaf in named_leaves(arguments)
-        # One for each frame, in more dimensions, is told by its name alone.
+        # A tensor with more dimensions (one timestep for each frame) is recognized by its name alone.
         if (torch.is_tensor(leaf) and (leaf.ndim <= 2 or name == "timestep"))
         or (isinstance(leaf, (int, float)) and not isinstance(leaf, bool))
     ]
@@ -76,12 +76,12 @@ def timestep_of(arguments: Mapping[str, Any]) -> Any:
 
 
 def is_time(name: str) -> bool:
-    """Whether an argument called `name` is a timestep or a noise level."""
+    """Return whether an argument called `name` is a timestep or a noise level."""
     return _TIME.search(name.lower()) is not None
 
 
 def fits(latents: Sequence[str], output: Sequence[str]) -> bool:
-    """Whether a prediction of these sizes may be one for `latents`: they differ in the channels at most."""
+    """Return whether `output` can be the sizes of a prediction for `latents`: at most one size differs (channels)."""
     return len(latents) == len(output) and sum(a != b for a, b in zip(latents, output, strict=True)) <= 1
 
 
@@ -94,53 +94,58 @@ def _in_words(leaf: object) -> str:
 
 
 MSG_NOT_TWO_HALVES = (
-    "Guidance is on, but the denoiser's batch {shape} is not [uncond; cond] over the same latents, so its halves "
-    "cannot be merged at the gate. " + INSTEAD
+    "Guidance is on, but the denoiser's batch {shape} does not consist of the halves [uncond; cond] for the same "
+    "latents, so they cannot be merged at the gate. " + INSTEAD
 )
 
 MSG_ROWS = (
-    "The call's extra arguments for attention have tensors with as many rows as the batch ({shapes}), and the denoiser "
-    "does not compute the same for one half of them as for both. " + INSTEAD
+    "The call's extra arguments for attention have tensors with as many rows as the batch ({shapes}), and the "
+    "denoiser's result for one half differs from that for both, however these tensors are split. " + INSTEAD
 )
 
 #: Arguments of denoisers that are passed on to attention processors.
 _EXTRA = ("cross_attention_kwargs", "attention_kwargs", "joint_attention_kwargs")
-#: SDXL's sizes and crops, whose halves some pipelines concatenate before they repeat them for the images.
+#: SDXL's sizes and crops, which some pipelines concatenate into halves before they repeat them for each image.
 _TIME_IDS = ("added_cond_kwargs", "time_ids")
 
 
 def check_halves(latents: torch.Tensor, *, same: bool) -> None:
-    """Check that `latents`, [2B, ...], are two halves; with `same`, of the same latents.
+    """Check that `latents`, [2B, ...], consist of two halves, which must be equal if `same` is set.
 
     Raises:
-        UnsupportedModelError: they are not.
+        UnsupportedModelError: they do not.
     """
     if not are_halves(latents, same=same):
         raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
 
 
 def are_halves(latents: torch.Tensor, *, same: bool) -> bool:
-    """Whether `latents`, [2B, ...], can be two halves; with `same`, of the same latents."""
+    """Return whether `latents`, [2B, ...], can be two halves, which must be equal if `same` is set."""
     batch = latents.shape[0]
     return batch % 2 == 0 and (not same or torch.equal(latents[: batch // 2], latents[batch // 2 :]))
 
 
 def are_two_of_each(latents: torch.Tensor) -> bool:
-    """Whether `latents` are two equal blocks, and these no blocks again: two predictions of each of B latents."""
+    """Return whether `latents` consist of two equal blocks that cannot be split into equal blocks again.
+
+    Such a batch has two predictions for each of B latents.
+    """
     return are_halves(latents, same=True) and not are_halves(latents[: latents.shape[0] // 2], same=True)
 
 
 def first_is_cond(halves: torch.Tensor, prediction: torch.Tensor) -> bool:
-    """Whether the first of `halves`, [2B, ...], is the prompt's, judging by the `prediction`, [B, ...], made of them.
+    """Return whether the first of `halves`, [2B, ...], belongs to the prompt.
 
-    Guidance goes from the negative prompt's prediction to the prompt's and beyond. So the prediction is on the far side
-    of one of them, seen from the other, and that one is the prompt's. Guidance rescale does not change the side.
+    This follows from the guided `prediction`, [B, ...], that was computed from them: guidance extrapolates from the
+    prediction for the negative prompt through that for the prompt, so the guided prediction lies beyond the latter.
+    Guidance rescale does not change that.
     """
     first, second = halves.float().chunk(2)
     if first.shape != prediction.shape:
         if first.ndim != prediction.ndim or first.shape[0] != prediction.shape[0]:
             return False
-        first, second = first[:, : prediction.shape[1]], second[:, : prediction.shape[1]]  # without a learned variance
+        # Leave out a learned variance.
+        first, second = first[:, : prediction.shape[1]], second[:, : prediction.shape[1]]
         if first.shape != prediction.shape:
             return False
     difference = second - first
@@ -149,10 +154,10 @@ def first_is_cond(halves: torch.Tensor, prediction: torch.Tensor) -> bool:
 
 
 def alternating(call: Call, batch: int, family: Family) -> frozenset[int]:
-    """The ids of the tensors of `call` whose rows alternate between the halves, [uncond, cond, uncond, cond, ...].
+    """Return the ids of the tensors of `call` whose rows alternate between the halves, [uncond, cond, uncond, ...].
 
-    Sizes and crops are the same for all images of a call, so that their rows tell how they are laid out. Other inputs
-    are those that the `family` names.
+    The sizes and crops are the same for all images of a call, so their layout can be read from their rows. The other
+    inputs are those that `family` lists.
     """
     ids = {id(leaf) for path in family.interleaved for leaf in leaves_at(call, path)}
     for leaf in leaves_at(call, _TIME_IDS):
@@ -160,7 +165,7 @@ def alternating(call: Call, batch: int, family: Family) -> frozenset[int]:
             halves = torch.stack(leaf.chunk(2))  # [2, B, ...]
             pairs = torch.stack([leaf[0::2], leaf[1::2]])
             in_halves, in_turn = (bool((rows == rows[:, :1]).all()) for rows in (halves, pairs))
-            if in_halves != in_turn:  # else all rows are equal, or neither explains them
+            if in_halves != in_turn:  # else all rows are equal, or have neither layout
                 ids = ids | {id(leaf)} if in_turn else ids - {id(leaf)}
     return frozenset(ids)
 
@@ -168,9 +173,9 @@ def alternating(call: Call, batch: int, family: Family) -> frozenset[int]:
 def one_half(
     call: Call, batch: int, keep: Half, family: Family, shared_positions: Collection[int] = frozenset()
 ) -> Call:
-    """`call`, whose latents have a batch of `batch` = 2B, for its half `keep` alone.
+    """Return the part of `call` for the half `keep`; its latents have the batch `batch` = 2B.
 
-    The tensors at `shared_positions` among its leaves are both halves' alike, besides those that the `family` names.
+    The tensors at `shared_positions` among its leaves are shared by both halves, as are those that `family` lists.
     """
     position = family.order.index(keep)
     interleaved = alternating(call, batch, family)
@@ -183,16 +188,16 @@ def one_half(
     def half(leaf: torch.Tensor) -> torch.Tensor:
         has_halves = leaf.ndim > 0 and leaf.shape[0] == batch and id(leaf) not in shared
         if not has_halves and id(leaf) not in repeated:
-            return leaf  # both halves' alike: a timestep, a mask
+            return leaf  # shared by both halves: a timestep, a mask
         return leaf[position::2].contiguous() if id(leaf) in interleaved else leaf.chunk(2)[position]
 
     return call.map_tensors(half)
 
 
 def uncertain_rows(call: Call, batch: int) -> tuple[int, ...]:
-    """The positions of tensors that have as many rows as the batch, and of which only the user knows what these are.
+    """Return the positions of tensors with as many rows as the batch whose rows may or may not be the halves.
 
-    Those are the extra arguments of attention processors: masks of regions, for example.
+    These are the extra arguments of attention processors, such as masks of regions.
     """
     extra = {id(leaf) for name in _EXTRA for leaf in leaves_at(call, (name,)) if torch.is_tensor(leaf)}
     return tuple(
@@ -205,10 +210,10 @@ def uncertain_rows(call: Call, batch: int) -> tuple[int, ...]:
 def shared_rows(
     call: Call, batch: int, keep: Half, family: Family, uncertain: Sequence[int], forward: Callable[..., Any]
 ) -> frozenset[int]:
-    """Which of the `uncertain` tensors are both halves' alike, found by running the denoiser on one half.
+    """Return which of the `uncertain` tensors both halves share, found by running the denoiser on one half.
 
     Raises:
-        UnsupportedModelError: it does not compute for one half what it does for both, whichever they are.
+        UnsupportedModelError: with no choice of them does the denoiser compute the same for one half as for both.
     """
 
     def predicted(inputs: Call) -> torch.Tensor:
@@ -232,16 +237,16 @@ def shared_rows(
 
 
 def similarity(prediction: torch.Tensor, channels: int) -> float:
-    """The cosine similarity of the halves of `prediction`, [2B, channels or more, ...]: the least in the batch.
+    """Return the smallest cosine similarity in the batch of the halves of `prediction`, [2B, >= channels, ...].
 
-    Source: arXiv 2312.12487, equation 7. Channels beyond the latents' own are a learned variance, and left out.
+    Source: arXiv 2312.12487, equation 7. Channels beyond `channels` are a learned variance, and are left out.
     """
     uncond, cond = prediction[:, :channels].float().flatten(1).chunk(2)
     return float(torch.cosine_similarity(uncond, cond, dim=1).min())
 
 
 def leaves_at(call: Call, path: tuple[str, ...]) -> list[Any]:
-    """What is at `path` of the call's keyword arguments, e.g. ("added_cond_kwargs", "time_ids")."""
+    """Return the leaves at `path` in the call's keyword arguments, e.g. ("added_cond_kwargs", "time_ids")."""
     value: Any = call.arguments[1]
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None

@@ -1,10 +1,10 @@
-"""Python code inside a denoiser: what can be part of a graph, and what cannot.
+"""Check that the Python code inside a denoiser can be part of a graph.
 
-A graph holds what the code did while it was captured. Code that counts its calls, stores what it sees, or reads
-something that others change does different things later on, and a graph would not. So forward hooks, attention
-processors and replaced forwards from outside the known libraries are read before they are captured. Code that is seen
-to depend on nothing but its arguments and its own plain settings is accepted; the rest is refused, unless its author
-says that it is `pure`.
+A graph records what the code did while it was captured. Code that counts its calls, stores what it sees, or reads
+something that other code changes behaves differently later on, whereas a graph does not. So forward hooks, attention
+processors and replaced forwards from outside the known libraries are analysed before they are captured. Code that
+depends on nothing but its arguments and its own plain settings is accepted; the rest is refused, unless its author
+marks it as `pure`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from tgate_compile.engine.read_code import (
 )
 
 MSG_IMPURE = (
-    "{what} {where} cannot be part of a graph: {reason}. A graph would go on repeating what it did once. Remove it, "
-    "or, if its result depends on its arguments alone, say so: tgate_compile.pure({name}). " + INSTEAD
+    "{what} {where} cannot be part of a graph: {reason}. A graph would repeat what it did while it was captured. "
+    "Remove it or, if its result depends on its arguments alone, mark it: tgate_compile.pure({name}). " + INSTEAD
 )
-MSG_STATEFUL = "{model} keeps state from call to call, which a graph cannot: {reason}. " + INSTEAD
-#: Packages that put code of their own into a denoiser, and how to be rid of it.
+MSG_STATEFUL = "{model} keeps state from call to call, which a graph cannot do: {reason}. " + INSTEAD
+#: Packages that put their code into a denoiser, with the way to remove it.
 _PATCHES = {
-    "DeepCache": "Disable it (helper.disable()): optimize(pipe, ..., deepcache_interval=3) does the same",
+    "DeepCache": "Disable it (helper.disable()); optimize(pipe, ..., deepcache_interval=3) does the same",
     "cache_dit": "Disable it: cache_dit.disable_cache(pipe)",
     "para_attn": "Load the pipeline again, without it",
-    "tgate": "Load the pipeline again, without its loader: optimize(pipe, gate_step=10) does the same",
+    "tgate": "Load the pipeline again, without that package's loader; optimize(pipe, gate_step=10) does the same",
 }
 MSG_PATCHED = (
-    "The package {package} has changed {where} so that it decides anew in every step what is computed, which cannot be "
-    "part of a graph. {remedy}. " + INSTEAD
+    "The package {package} has changed {where} so that it decides at every step what to compute, which cannot be part "
+    "of a graph. {remedy}. " + INSTEAD
 )
 MSG_GLOBAL_HOOKS = (
     "torch has forward hooks for all modules (torch.nn.modules.module.register_module_forward_hook), which cannot be "
@@ -56,9 +56,9 @@ MSG_GLOBAL_HOOKS = (
 def pure(code: Code) -> Code:
     """Declare that a forward hook, an attention processor or a replaced forward is safe to capture.
 
-    Its result must depend on nothing but its arguments, the weights, and plain values (numbers and strings, also in
-    lists and dictionaries) that it reads; a change of these values leads to a new capture. It must not change anything
-    else. It is captured once, on symbolic tensors, and the graph repeats what it did then.
+    Its result must depend only on its arguments, the weights, and plain values that it reads (numbers and strings,
+    also in lists and dictionaries); a change of these values leads to a new capture. It must not have side effects.
+    It is captured once, on symbolic tensors, and the graph repeats what it did then.
 
     Args:
         code: a function, a bound method, a callable object, or the class of callable objects.
@@ -78,19 +78,19 @@ def pure(code: Code) -> Code:
         setattr(code.__func__ if isinstance(code, types.MethodType) else code, PURE_MARK, True)
     except (AttributeError, TypeError):
         raise ConfigurationError(
-            f"pure() cannot mark {code!r}, which takes no attributes. Put it into a function of your own, or mark "
-            "its class."
+            f"pure() cannot mark {code!r}, which does not accept attributes. Wrap it in a function, or mark its class."
         ) from None
     return code
 
 
 def check_python(denoiser: torch.nn.Module) -> None:
-    """Check the Python code that others have put inside `denoiser`.
+    """Check the Python code inside `denoiser` that is not part of the known libraries.
 
-    Hooks on the denoiser itself are fine: they stay outside of the graph, and act as in the plain pipeline.
+    Hooks on the denoiser itself are allowed: they stay outside of the graph, and act as in the plain pipeline.
 
     Raises:
-        UnsupportedModelError: some of it cannot be part of a graph; the message names it, where it is, and why.
+        UnsupportedModelError: some of the code cannot be part of a graph. The message names it, its place and the
+            reason.
     """
     if has_global_hooks():
         raise UnsupportedModelError(MSG_GLOBAL_HOOKS)
@@ -124,19 +124,19 @@ def _place(path: str, module: torch.nn.Module) -> str:
 
 
 def has_global_hooks() -> bool:
-    """Whether torch has forward hooks for all modules."""
+    """Return whether torch has global forward hooks, which apply to all modules."""
     return bool(torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks)
 
 
 def settings_of(code: object) -> tuple[Hashable, ...]:
-    """The functions that `code` consists of, and the plain values that they read from outside."""
+    """Return the functions that `code` consists of, and the plain values that they read from outside."""
     reader = Reader()
     reader.impurity(code)
     return tuple(reader.read)
 
 
 def settings_of_classes(denoiser: torch.nn.Module) -> tuple[Hashable, ...]:
-    """The same for the modules' classes that are not of known libraries."""
+    """Return the same as `settings_of` for the classes of modules that are not part of the known libraries."""
     return tuple((kind, *_read(kind).read) for kind in _own_classes(denoiser))
 
 
@@ -146,7 +146,7 @@ def _own_classes(denoiser: torch.nn.Module) -> list[type[torch.nn.Module]]:
 
 
 def _read(kind: type[torch.nn.Module]) -> Reader:
-    """What the forward of a class reads."""
+    """Analyse the forward of a class, and return the reader with its findings."""
     reader = Reader()
     if isinstance(kind.forward, types.FunctionType):
         reader.function(kind.forward, kind)
@@ -155,11 +155,11 @@ def _read(kind: type[torch.nn.Module]) -> Reader:
 
 @dataclass(frozen=True)
 class Foreign:
-    """Code inside a denoiser that is not of a library known here.
+    """Code inside a denoiser that is not part of a known library.
 
     Attributes:
-        kind: what it is: `hook`, `processor`, `forward`, `method`, or `attention` for PyTorch's own function.
-        path: of the module that it is on.
+        kind: `hook`, `processor`, `forward`, `method`, or `attention` for a replacement of PyTorch's function.
+        path: the path of the module that it is attached to.
         module: that module.
         code: the callable.
     """
@@ -171,7 +171,7 @@ class Foreign:
 
     @property
     def described(self) -> tuple[str, str]:
-        """What it is, and where."""
+        """A description of the code and of its place."""
         where = _place(self.path, self.module)
         if self.kind == "attention":
             return f"The function {_name(self.code)}", "in place of torch's scaled_dot_product_attention"
@@ -185,7 +185,7 @@ class Foreign:
 
 
 def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
-    """Hooks, attention processors and replaced forwards inside `denoiser` that are not of known libraries."""
+    """Yield the hooks, attention processors and replaced forwards in `denoiser` that known libraries do not define."""
     kinds = {type(owner) for module in denoiser.modules() for owner in (module, *_processors(module))}
     patched = {
         kind for kind in kinds if _is_patched(kind, "forward" if issubclass(kind, torch.nn.Module) else "__call__")
@@ -198,7 +198,7 @@ def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
                     if is_function(hook) or not is_trusted(type(hook).__module__):
                         yield Foreign("hook", path, module, hook)
         forward = attributes.get("forward")
-        # What accelerate and diffusers put there is looked at where offloading is.
+        # Forwards replaced by accelerate and diffusers are checked in `check_weights_stay`.
         if forward is not None and "_hf_hook" not in attributes and not _has_diffusers_hooks(module):
             yield Foreign("forward", path, module, forward)
         elif not path and (below := _replaced_forward_below_hook(module)) is not None:
@@ -224,7 +224,7 @@ def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
 
 
 def _patched_methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
-    """Functions of other authors that have been put into a known library's class, for all of its objects."""
+    """Yield functions from elsewhere that have been put into a known library's class, for all of its objects."""
     for base in kind.__mro__:
         if is_trusted(base.__module__) and base is not torch.nn.Module:
             own = sys.modules[base.__module__].__dict__
@@ -234,14 +234,14 @@ def _patched_methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
 
 
 def _is_foreign(function: object) -> bool:
-    # Not by `__module__`, which `functools.wraps` takes over. Generated methods (dataclasses) have no module there.
+    # Not by `__module__`, which `functools.wraps` copies. The globals of generated methods (dataclasses) have no name.
     module = getattr(function, "__globals__", {}).get("__name__")
     package = (module or "").partition(".")[0]
     return bool(package) and not is_known(module) and package not in _LIBRARIES
 
 
 def _replaced_forward_below_hook(denoiser: torch.nn.Module) -> object | None:
-    """What stands in place of the denoiser's forward under our hook; None: its class's own does."""
+    """Return the replacement of the denoiser's forward below our hook; None if it is the class's own forward."""
     hooks = getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {})
     forward = getattr(hooks.get("tgate_compile"), "own_forward", None)
     own = forward is None or getattr(forward, "__func__", None) is type(denoiser).forward
@@ -249,13 +249,13 @@ def _replaced_forward_below_hook(denoiser: torch.nn.Module) -> object | None:
 
 
 def _processors(module: torch.nn.Module) -> tuple[Callable[..., Any], ...]:
-    """A module's attention processor, if it has one."""
+    """Return a module's attention processor, if it has one."""
     processor = module.__dict__.get("processor", module._modules.get("processor"))
     return (processor,) if callable(processor) else ()
 
 
 def _is_patched(kind: type, name: str) -> bool:
-    """Whether a class of a known library has a function of another author under this name."""
+    """Return whether a class of a known library has a function from elsewhere under this name."""
     function = getattr(kind, name, None)
     return (
         isinstance(function, types.FunctionType)
@@ -275,13 +275,13 @@ def _name(code: object) -> str:
 
 
 def check_stateless(denoiser: torch.nn.Module, run: Callable[[], object]) -> None:
-    """Check that running the denoiser changes nothing that it reads, if it has code that is not known here.
+    """Check that running the denoiser does not change its state, if it has code outside the known libraries.
 
-    `run` calls it once, on real inputs. What is computed in the first call and kept (tables) may change once. If there
-    is more, everything is put back to what it was.
+    `run` calls the denoiser once, on real inputs. Values that the first call computes and keeps (tables) may change
+    once. If anything changes again, the original state is restored.
 
     Raises:
-        UnsupportedModelError: it counts calls, collects results, or keeps other state.
+        UnsupportedModelError: the denoiser counts calls, collects results, or keeps other state.
     """
     if not _own_classes(denoiser) and next(foreign_code(denoiser), None) is None:
         return
@@ -302,9 +302,9 @@ def check_stateless(denoiser: torch.nn.Module, run: Callable[[], object]) -> Non
 
 
 def remember(denoiser: torch.nn.Module) -> Callable[[], None]:
-    """Give a function that puts the Python state of `denoiser` back to what it is now.
+    """Return a function that restores the present Python state of `denoiser`.
 
-    That is hooks, processors, attributes and what is in them, and buffers; not the values of parameters.
+    The state consists of hooks, processors, attributes with their contents, and buffers, but not of parameter values.
     """
     restores: list[Callable[[], None]] = []
     for module in denoiser.modules():
@@ -322,16 +322,16 @@ def remember(denoiser: torch.nn.Module) -> Callable[[], None]:
     return restore
 
 
-#: Where accelerate and diffusers keep their hooks, which have state of their own.
+#: Attributes in which accelerate and diffusers keep their hooks, which have their own state.
 _HOOK_NAMES = ("_hf_hook", "_diffusers_hook", "_internal_dict")
 
 
 def _state(denoiser: torch.nn.Module) -> dict[str, object]:
-    """What the code in `denoiser` may change: attributes of modules and processors, and what its functions read."""
+    """Return the state that the code in `denoiser` may change: attributes, and values that its functions read."""
     ignored = vars(torch.nn.Module()).keys() | {*_HOOK_NAMES, "forward", "processor"}
     state: dict[str, object] = {}
     for path, module in denoiser.named_modules():
-        # What torch's own weight_norm and spectral_norm compute anew in each call.
+        # torch's weight_norm and spectral_norm recompute these attributes in each call.
         computed = {getattr(hook, "name", None) for hook in module._forward_pre_hooks.values()}
         owners = {path: module, f"{path}.processor": getattr(module, "processor", None)}
         for where, owner in owners.items():
@@ -346,10 +346,10 @@ def _state(denoiser: torch.nn.Module) -> dict[str, object]:
 
 
 class _Snapshot:
-    """A value at a moment: equal to a later one if nothing has replaced or changed it."""
+    """A snapshot of a value, which equals a later one if the value has been neither replaced nor changed."""
 
     def __init__(self, value: object) -> None:
-        self._held = value  # alive, so that identities say something
+        self._held = value  # kept alive, so that ids stay unique
         self._seen = _seen(value, 3)
 
     def __eq__(self, other: object) -> bool:
@@ -359,7 +359,7 @@ class _Snapshot:
 
 
 def _contents(value: object, depth: int) -> list[Callable[[], None]]:
-    """What brings back the contents of a container, of a tensor, and of all inside it."""
+    """Return functions that restore the contents of a container or a tensor, and of everything inside it."""
     if torch.is_tensor(value):
         is_weight = isinstance(value, torch.nn.Parameter)
         return [] if is_weight else [functools.partial(_copy, value, value.detach().clone())]

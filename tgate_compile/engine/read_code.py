@@ -1,4 +1,4 @@
-"""Read the bytecode of a function: what it reads, stores and calls that a graph would not repeat."""
+"""Analyse the bytecode of functions for reads, stores and calls that a graph would not repeat."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import torch
 Code = TypeVar("Code", bound=Callable[..., Any])
 
 
-#: Packages whose functions known libraries have in their own classes, as decorators for example.
+#: Packages whose functions appear in the classes of known libraries, for example as decorators.
 _LIBRARIES = sys.stdlib_module_names | {"huggingface_hub", "accelerate", "numpy", "typing_extensions"}
 
 
 PURE_MARK = "__tgate_compile_pure__"
 
 
-#: Packages whose code inside a denoiser is known to work in a graph, but for their pipelines' attention processors.
+#: Packages whose code inside a denoiser is known to work in a graph, except for the modules in `_NOT_TRUSTED`.
 TRUSTED = ("torch", "diffusers", "transformers", "peft", "optimum", "torchao", "tomesd", "tgate_compile", "xformers")
 
 
 _NOT_TRUSTED = ("diffusers.pipelines", "diffusers.modular_pipelines", "diffusers.guiders", "diffusers.hooks")
 
 
-#: Modules that code may use: what they compute depends on the arguments alone.
+#: Modules that code may use, since their results depend on the arguments alone.
 _PURE_MODULES = frozenset(
     {
         "builtins",
@@ -51,27 +51,27 @@ _PURE_MODULES = frozenset(
 
 @functools.cache
 def is_trusted(module_name: str | None) -> bool:
-    """Whether code of the Python module called `module_name` is known to work in a graph."""
+    """Return whether code of the Python module `module_name` is known to work in a graph."""
     name = module_name or ""
     return name.partition(".")[0] in TRUSTED and not name.startswith(_NOT_TRUSTED)
 
 
 class Reader:
-    """Follows what a callable refers to, and collects the values that it reads.
+    """Follows the references of a callable, and collects the values that it reads.
 
     Args:
-        own: the denoiser's modules by their ids. Code may refer to these.
+        own: the ids of the denoiser's modules, which the code may refer to.
     """
 
     def __init__(self, own: Collection[int] = ()) -> None:
-        self.read: list[Hashable] = []  # code and plain values, which are part of what identifies a graph
+        self.read: list[Hashable] = []  # code and plain values, which become part of a graph's key
         self.held: list[tuple[str, object]] = []  # the other values, which may change from call to call
-        self.rebinds: list[str] = []  # changes of variables outside of the code
+        self.rebinds: list[str] = []  # assignments to variables outside of the code
         self._own = own
-        self._seen: dict[int, object] = {}  # kept alive, so that no two have the same id
+        self._seen: dict[int, object] = {}  # kept alive, so that ids stay unique
 
     def impurity(self, code: object) -> str | None:
-        """Why `code` may not be repeated by a graph; None if nothing speaks against it."""
+        """Return why a graph cannot repeat `code`; None if it can."""
         if id(code) in self._seen:
             return None
         self._seen[id(code)] = code
@@ -79,7 +79,7 @@ class Reader:
         return None if _is_marked(code) else reason
 
     def function(self, function: types.FunctionType, owner: type | None = None) -> str | None:
-        """The same for a function; methods that it calls are looked for in `owner`."""
+        """Return the same as `impurity` for a function; the methods that it calls are looked up in `owner`."""
         self._seen[id(function)] = function
         found = _instructions_of(function.__code__)
         self.read.append(function.__code__)
@@ -109,7 +109,7 @@ class Reader:
         if isinstance(code, types.MethodType):
             return self._method(code.__func__, code.__self__)
         if isinstance(code, types.FunctionType):
-            # Not by `__module__`, which `functools.wraps` takes over from the function that is wrapped.
+            # Not by `__module__`, which `functools.wraps` copies from the wrapped function.
             if is_known(code.__globals__.get("__name__")):
                 return _first([self._value(value, "a function") for _, value in _cells(code) if is_function(value)])
             return self.function(code)
@@ -123,7 +123,7 @@ class Reader:
         return self._method(call, code)
 
     def _method(self, function: object, owner: object) -> str | None:
-        """`function`, called as a method of the object or class `owner`."""
+        """Return why `function` cannot be repeated when it is called as a method of the object or class `owner`."""
         kind = owner if isinstance(owner, type) else type(owner)
         if isinstance(function, types.FunctionType) and not is_known(function.__globals__.get("__name__")):
             reason = self.function(function, kind)
@@ -137,11 +137,11 @@ class Reader:
         owner = code.__self__
         if code.__name__ in _OPAQUE:
             return f"it calls {code.__name__}()"
-        # A method of a list or a generator of random numbers, say.
+        # A method of a list or of a random number generator, for example.
         return None if owner is None or isinstance(owner, type) else self._value(owner, f"{code.__name__}()'s owner")
 
     def _attributes(self, owner: object) -> str | None:
-        """An object's own attributes, and the plain ones of its class."""
+        """Return why a graph cannot depend on an object's own attributes, or on the plain ones of its class."""
         found = dict(getattr(owner, "__dict__", {}))
         for base in _own_bases(type(owner)):
             plain = {name: value for name, value in vars(base).items() if isinstance(value, PLAIN_VALUES)}
@@ -151,7 +151,7 @@ class Reader:
         )
 
     def _class(self, kind: type, names: Collection[str]) -> str | None:
-        """What a class has under these names: functions that may be called, values that may be read."""
+        """Return why a graph cannot depend on the attributes `names` of a class (functions to call, values to read)."""
         found = [
             (getattr(value, "__func__", getattr(value, "fget", value)), f"the attribute {name!r} of {base.__name__}")
             for base in _own_bases(kind)
@@ -169,7 +169,7 @@ class Reader:
         )
 
     def _value(self, value: object, what: str, names: Collection[str] = ()) -> str | None:
-        """A value that code refers to; `names` are the attributes that it looks up, of this value or of others."""
+        """Return why a graph cannot depend on `value`; `names` are the attributes that the code looks up."""
         if isinstance(value, PLAIN_VALUES):
             self.read.append((what, type(value), value))
             return None
@@ -196,7 +196,7 @@ PLAIN_VALUES = (
 )
 
 
-#: Functions that change or read something without showing it in the code.
+#: Functions whose effects cannot be seen in the bytecode.
 _OPAQUE = frozenset({"setattr", "delattr", "exec", "eval", "globals", "vars", "next", "open", "input", "print"})
 
 
@@ -208,7 +208,7 @@ def _first(reasons: list[str | None]) -> str | None:
 
 
 def _is_marked(code: object) -> bool:
-    """Whether `code` itself, its function or its class is said to be pure; subclasses of the latter are not."""
+    """Return whether `code`, its function or its class is marked as pure. Subclasses do not inherit the mark."""
     owners = (code.__func__ if isinstance(code, types.MethodType) else code, type(code))
     return any(PURE_MARK in getattr(owner, "__dict__", ()) for owner in owners)
 
@@ -218,24 +218,24 @@ def is_function(value: object) -> bool:
 
 
 def is_known(module_name: str | None) -> bool:
-    """Whether the functions of a Python module may be used."""
+    """Return whether code may use the functions of the Python module `module_name`."""
     return is_trusted(module_name) or (module_name or "").partition(".")[0] in _PURE_MODULES
 
 
 def _own_bases(kind: type) -> Iterator[type]:
-    """A class and its bases, but for those of known libraries."""
+    """Yield a class and its bases, except for those of known libraries."""
     return (base for base in kind.__mro__ if base is not object and not is_trusted(base.__module__))
 
 
 def _cells(function: types.FunctionType) -> Iterator[tuple[str, object]]:
-    """The variables of the functions around `function`, or those that a decorator has put around it."""
+    """Yield the variables that `function` uses of its enclosing functions, with their values."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # of a variable that has no value yet
+        with suppress(ValueError):  # the variable has no value yet
             yield name, cell.cell_contents
 
 
 def _frozen(value: object, depth: int) -> Hashable:
-    """Plain values in `value`, in a form that can be compared; the rest by its type."""
+    """Return the plain values in `value` in a hashable form, and the type of everything else."""
     if isinstance(value, PLAIN_VALUES):
         return type(value), value
     if depth and isinstance(value, dict):
@@ -249,13 +249,13 @@ def _frozen(value: object, depth: int) -> Hashable:
 
 @dataclass(frozen=True)
 class _Instructions:
-    """What the instructions of a function show.
+    """The findings in the instructions of a function.
 
     Attributes:
-        reasons: why it may not be repeated.
-        rebinds: those of them that change variables outside of it.
+        reasons: the reasons why a graph cannot repeat it.
+        rebinds: the reasons that are assignments to variables outside of it.
         globals: the global names that it reads.
-        attributes: the names of the attributes that it reads, of whatever object.
+        attributes: the names of the attributes that it reads, of any object.
     """
 
     reasons: tuple[str, ...]
@@ -287,7 +287,7 @@ def _instructions_of(code: types.CodeType) -> _Instructions:
 
 
 def _all_instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
-    """Those of `code`, and of the functions and comprehensions inside of it."""
+    """Yield the instructions of `code`, and of the functions and comprehensions inside it."""
     yield from dis.get_instructions(code)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -1,11 +1,11 @@
-"""One capture at a time, while nothing else of ours runs in this process.
+"""Locks that let one thread capture or compile at a time, while no other thread runs an optimized pipeline.
 
-`torch.export` and the compilers change state of the whole process while they work: `torch.nn.Module.__call__` is
-patched, and `torch.compiler.is_exporting()` is true in every thread. A module that another thread calls meanwhile ends
-up in the wrong graph, or computes with other kernels. So captures and compilations take turns, and wait until the other
-threads' pipeline calls are at a denoiser call, where they wait in turn.
+`torch.export` and the compilers change process-wide state while they work: `torch.nn.Module.__call__` is patched, and
+`torch.compiler.is_exporting()` is true in every thread. A module that another thread calls meanwhile ends up in the
+wrong graph, or computes with other kernels. So captures and compilations take turns. Each waits until the pipeline
+calls of other threads have reached a denoiser call, where these pause until it is done.
 
-Only calls of optimized pipelines and denoisers take part. Modules that a thread of yours calls by itself do not.
+Only calls of optimized pipelines and denoisers take part. Modules that a thread calls directly do not.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-#: How long a capture waits for the others, in seconds. A callback of theirs may be waiting for this very thread.
+#: Seconds that a capture waits for the other threads: one of their callbacks may be waiting for this very thread.
 PATIENCE = 60.0
 
 _changed = threading.Condition()
-_running: Counter[int] = Counter()  # by thread: how many nested calls
-_waiting: set[int] = set()  # threads that want to capture
-_stuck: set[int] = set()  # running threads that have been waited for in vain, until they show that they live
-_owner: int | None = None  # the thread that captures, or is the next to
+_running: Counter[int] = Counter()  # the number of nested calls, by thread
+_waiting: set[int] = set()  # threads that are waiting to capture
+_stuck: set[int] = set()  # running threads that did not pause in time, until their next denoiser call
+_owner: int | None = None  # the thread that is capturing, or will capture next
 _depth = 0
 
 
 @contextmanager
 def running() -> Iterator[None]:
-    """The thread runs modules, so that no other thread may capture."""
+    """Mark the thread as running modules inside the context, so that no other thread captures."""
     me = threading.get_ident()
     with _changed:
         _changed.wait_for(lambda: _owner in (None, me) or _running[me] > 0)
@@ -49,9 +49,9 @@ def running() -> Iterator[None]:
 
 
 def give_way() -> None:
-    """Between two computations of a thread that is `running`: let a thread capture that waits for this one."""
+    """Let a waiting thread capture; called between two computations of a thread that is `running`."""
     me = threading.get_ident()
-    if _owner in (None, me) and not _waiting:  # read without the lock: whoever waits is seen at the next call
+    if _owner in (None, me) and not _waiting:  # read without the lock: a waiting thread is noticed at the next call
         return
     with _changed:
         if _owner == me:
@@ -65,13 +65,13 @@ def give_way() -> None:
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """No other thread runs modules of ours. Contexts may be nested."""
+    """Keep other threads from running optimized pipelines inside the context. Contexts may be nested."""
     global _owner, _depth
     me = threading.get_ident()
     depth = 0
     with _changed:
         if _owner != me:
-            depth = _stop(me)  # so that threads that want to capture do not wait for each other
+            depth = _stop(me)  # so that two threads that wait to capture do not wait for each other
             _waiting.add(me)
             try:
                 _changed.wait_for(lambda: _owner is None)
@@ -101,7 +101,7 @@ def exclusive() -> Iterator[None]:
 
 
 def _stop(thread: int) -> int:
-    """With the lock held: the thread does not run modules until it resumes. Returns how many calls it is inside of."""
+    """Mark `thread` as not running, and return its number of nested calls. The lock must be held."""
     depth = _running.pop(thread, 0)
     _stuck.discard(thread)
     _changed.notify_all()
@@ -109,7 +109,7 @@ def _stop(thread: int) -> int:
 
 
 def _resume(thread: int, depth: int) -> None:
-    """With the lock held: the thread is inside of so many calls again."""
+    """Mark `thread` as running `depth` nested calls again. The lock must be held."""
     if depth:
         _running[thread] = depth
     _changed.notify_all()

@@ -1,4 +1,4 @@
-"""Compare what a backend computes with PyTorch, and take the first backend that agrees."""
+"""Compare the results of backends with PyTorch's, and choose the first backend that agrees."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind
 from tgate_compile.passes.graphs import Site, Variant
 
-#: The largest difference that rounding may explain, relative to an output's largest value, by the coarsest dtype.
+#: The largest difference that rounding can explain, relative to an output's largest value, by the coarsest dtype.
 TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-6,
     torch.float32: 1e-4,
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
-    # A value may be rounded to another of fp8's few numbers: one step is an eighth, or a quarter.
+    # A value may be rounded to a neighbouring fp8 number; these are an eighth, or a quarter, apart.
     torch.float8_e4m3fn: 0.13,
     torch.float8_e5m2: 0.26,
 }
 
 
 def coarsest(dtypes: Collection[torch.dtype]) -> torch.dtype:
-    """The one of `dtypes` that rounds most."""
+    """Return the least precise of `dtypes`."""
     return max(dtypes, key=lambda dtype: TOLERANCES[dtype])
 
 
 def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference of any element, relative to the largest finite element that is expected.
+    """Return the largest difference of any element, relative to the largest finite element of `expected`.
 
-    Infinite if the shapes differ, or if an element is NaN or infinite in one tensor and not the same in the other;
-    NaN if no element is finite, so that there is nothing to compare.
+    It is infinite if the shapes differ, or if an element is NaN or infinite in one tensor and not the same in the
+    other, and NaN if no element is finite, so that there is nothing to compare.
     """
     if result.shape != expected.shape:
         return float("inf")
-    given, wanted = result.double(), expected.double()
-    equal = (given == wanted) | (given.isnan() & wanted.isnan())
-    finite = wanted.isfinite()
+    given, target = result.double(), expected.double()
+    equal = (given == target) | (given.isnan() & target.isnan())
+    finite = target.isfinite()
     if not bool((equal | (finite & given.isfinite())).all()):
         return float("inf")
     if not bool(finite.any()):
         return float("nan")
-    difference = (given - wanted).abs().masked_fill(equal, 0.0)
-    largest = wanted.abs().masked_fill(~finite, 0.0).max()
+    difference = (given - target).abs().masked_fill(equal, 0.0)
+    largest = target.abs().masked_fill(~finite, 0.0).max()
     return float(difference.max() / largest.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute float32 in float32.
+    """Compute in full float32 precision inside the context.
 
-    On a GPU, PyTorch convolves float32 in TF32 unless told otherwise, and would then be further off than what it is
-    compared with.
+    On a GPU, PyTorch computes float32 convolutions in TF32 by default, which would make the reference less precise
+    than the results compared with it.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -73,7 +73,7 @@ def full_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-#: Elements of a weight that are looked at once per image, at least.
+#: The minimum number of elements of a weight that are sampled once per image.
 SAMPLES = 1024
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -82,7 +82,7 @@ Made = TypeVar("Made")
 
 
 class MadeOfWeights(Generic[Made]):
-    """What `make` makes of the weights, made anew when they have changed."""
+    """A value that `make` computes from the weights, recomputed when they have changed."""
 
     def __init__(self, make: Callable[[Sequence[torch.Tensor]], Made]) -> None:
         self._make = make
@@ -91,12 +91,12 @@ class MadeOfWeights(Generic[Made]):
         self._made: list[Made] = []
 
     def release(self) -> None:
-        """Let go of it, and of the weights."""
+        """Release the value and the weights."""
         self._made, self._samples, self._seen = [], [], None
 
     def of(self, weights: Sequence[torch.Tensor], used: Sequence[int] | None = None) -> Made:
-        """It, for `weights`, or those at the positions `used` of them."""
-        # The library hands over a new list at the start of each generation: only then can anything have changed.
+        """Return the value for `weights`, or for those at the positions `used`."""
+        # The library passes a new list at the start of each generation; only then can a weight have changed.
         if not self._made or weights is not self._seen:
             tensors = weights if used is None else [weights[position] for position in used]
             samples = [weight_sample(tensor) for tensor in tensors]
@@ -108,15 +108,15 @@ class MadeOfWeights(Generic[Made]):
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of each element of `tensor`, as whole numbers in one dimension."""
+    """Return the bits of the elements of `tensor` as a one-dimensional integer tensor."""
     return tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
 
 
 def weight_sample(tensor: torch.Tensor) -> tuple[int, int]:
-    """What tells a changed `tensor` from the old one: torch's count of changes, and a sum over samples.
+    """Return a value that differs once `tensor` has changed: torch's version counter, and a sum over samples.
 
-    The samples are for what goes past torch's count, as peft's merging through `.data` does, which changes all of a
-    weight. Summing all of it would take a second per image of an SD-1.5.
+    The samples detect changes that bypass the counter, such as peft's merging through `.data`, which changes a weight
+    everywhere. Summing all elements would take a second per image for an SD-1.5.
     """
     bits = as_integers(tensor)
     version = 0 if tensor.is_inference() else tensor._version
@@ -124,10 +124,10 @@ def weight_sample(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 class Reference:
-    """Runs the denoiser's own code on `call`, at most once for each way that it is asked.
+    """The results of the denoiser's own code on `call`, computed when they are needed.
 
     Args:
-        denoiser: the module.
+        denoiser: the denoiser.
         forward: its original forward.
         call: the inputs.
     """
@@ -147,7 +147,7 @@ class Reference:
     def outputs_with(
         self, sites: Sequence[Site], caches: Mapping[tuple[Kind, str], torch.Tensor]
     ) -> list[torch.Tensor] | None:
-        """The flat outputs with cached values in the places of these `sites`; None if their places are not modules."""
+        """Return the flat outputs with the values of `sites` taken from `caches`; None if a site is not a module."""
         modules = dict(self._denoiser.named_modules())
         if any(site.kind == "deep" or site.batch or site.name not in modules for site in sites):
             return None
@@ -158,13 +158,13 @@ class Reference:
 
 
 def agree(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
-    """Whether a graph's results are the expected ones but for the last bits, which free sizes may change."""
+    """Return whether results equal the expected ones up to the last bits, which free sizes may change."""
     return len(results) == len(expected) and all(map(_close, results, expected))
 
 
 @contextmanager
 def _returning(values: Mapping[torch.nn.Module, torch.Tensor]) -> Iterator[None]:
-    """Let these modules return these values."""
+    """Make the modules return the given values inside the context."""
     with ExitStack() as stack:
         for module, value in values.items():
             hook = module.register_forward_hook(lambda module, args, output, value=value: value)
@@ -189,24 +189,25 @@ MSG_DIFFERS = (
 )
 MSG_NOT_FINITE = "NaN or infinite in other places than"
 MSG_ADVICE = (
-    'This backend computes an operator of it differently. optimize(pipe, backend="eager") or backend="inductor" runs '
-    'the same graph, and backend="auto" takes the first backend that agrees with PyTorch. Please report this.'
+    "This backend computes one of the graph's operators differently. Run the same graph with "
+    'optimize(pipe, backend="eager") or backend="inductor", or use backend="auto", which chooses the first backend '
+    "that agrees with PyTorch. Please report this."
 )
 MSG_FAILED = 'The backend "{name}" could not run the {graph} graph ({problem}). backend="eager" runs the same graph.'
 
-#: Are rounded to when a value is stored, and never computed in.
+#: Dtypes that values are only stored in, never computed in.
 _STORED = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 class _DiffersError(BackendError):
-    """A backend's results are not PyTorch's."""
+    """A backend's results differ from PyTorch's."""
 
 
 class ChosenBackend:
     """Compiles graphs with the first of `candidates` that compiles them, runs them, and agrees with PyTorch.
 
-    A candidate that failed is not tried again; graphs that it already runs, and was right about, stay with it. With a
-    single candidate, as for a backend that was asked for by name, its error is raised.
+    A candidate that has failed is not tried again; graphs that it already runs correctly stay with it. The error of the
+    last candidate, or of a backend selected by name, is raised.
     """
 
     def __init__(self, candidates: Sequence[Backend]) -> None:
@@ -219,14 +220,14 @@ class ChosenBackend:
 
     @property
     def packs_weights(self) -> bool:
-        """Whether its graphs have copies of the weights."""
+        """Whether the graphs of that backend hold copies of the weights."""
         return self._left[0].packs_weights
 
     def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Served:
-        """A runner of `variant` for inputs and caches like these, compared with PyTorch on them.
+        """Return a runner of `variant` for inputs and caches like these, compared with PyTorch on them.
 
         Raises:
-            BackendError: the last candidate cannot compile or run it, or its results differ by more than rounding.
+            BackendError: the last candidate cannot compile or run the graph, or its results differ beyond rounding.
         """
         served = Served(self._left, variant)
         served.start(weights, inputs)
@@ -234,11 +235,11 @@ class ChosenBackend:
 
 
 class Served:
-    """A runner of one graph. If its backend fails later on, the next one that is left takes over.
+    """A runner of one graph. If its backend fails later on, the next remaining one takes over.
 
     Attributes:
-        backend: what runs it.
-        compared: whether its results need not be compared with PyTorch's any more.
+        backend: the backend that runs the graph.
+        compared: whether the results have been compared with PyTorch's.
     """
 
     def __init__(self, left: list[Backend], variant: Variant) -> None:
@@ -248,7 +249,7 @@ class Served:
         self.compared = False
 
     def start(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
-        """Compile the graph with the first backend left that agrees with PyTorch on these inputs."""
+        """Compile the graph with the first remaining backend that agrees with PyTorch on these inputs."""
         while True:
             self.backend = self._left[0]
             try:
@@ -269,40 +270,39 @@ class Served:
         return self._runner(weights, inputs)
 
     def release(self) -> None:
-        """Let go of the weights that it has seen, and of what it has made of them; the next call makes it anew."""
+        """Release the weights and everything computed from them, which the next call recomputes."""
         release = getattr(self._runner, "release", None)
         if release is not None:
             release()
 
     def _give_up(self, error: BackendError) -> None:
-        """Have the next backend take over; raise `error` if there is none."""
+        """Switch to the next backend; raise `error` if there is none."""
         name = self.backend.name
         if self._left == [self.backend]:
             raise BackendError(f"{error} {MSG_ADVICE}") if isinstance(error, _DiffersError) else error
         if self.backend in self._left:
             self._left.remove(self.backend)
             logger.warning(
-                f'backend="auto" goes on with "{self._left[0].name}", for this denoiser\'s other graphs as well: '
-                f"{error}"
+                f'backend="auto" switches to "{self._left[0].name}", for this denoiser\'s other graphs as well: {error}'
             )
         else:
-            logger.debug("the %s graph leaves %s: %s", self._variant.phase.name, name, error)
+            logger.debug("the %s graph no longer runs with %s: %s", self._variant.phase.name, name, error)
 
-    @exclusive()  # `full_float32` holds for all threads
+    @exclusive()  # `full_float32` affects all threads
     def compare(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
-        """Whether there was anything finite to compare, in each of the outputs, if all of them are close to PyTorch's.
+        """Compare all outputs with PyTorch's, and return whether each had finite elements to compare.
 
         Raises:
-            BackendError: they are not, or the runner fails.
+            BackendError: an output differs beyond rounding, or the runner fails.
         """
         results = self._results(weights, inputs)
         with torch.no_grad(), full_float32():
             expected: Sequence[torch.Tensor] = self._variant.program.graph_module(*weights, *inputs)
         computed = self._computed_in(inputs[0].device)
         compared = True
-        for result, wanted in zip(results, expected, strict=True):
-            dtype = coarsest({computed, wanted.dtype} & TOLERANCES.keys())
-            relative, tolerance = relative_difference(result, wanted), TOLERANCES[dtype]
+        for result, target in zip(results, expected, strict=True):
+            dtype = coarsest({computed, target.dtype} & TOLERANCES.keys())
+            relative, tolerance = relative_difference(result, target), TOLERANCES[dtype]
             compared = compared and not math.isnan(relative)
             if relative > tolerance:
                 raise _DiffersError(
@@ -323,12 +323,12 @@ class Served:
             return self._runner(weights, inputs)
         except TGateError:
             raise
-        except Exception as error:  # a runtime has errors of its own
-            told = {"name": self.backend.name, "graph": self._variant.phase.name, "problem": cause_of(error)}
-            raise BackendError(MSG_FAILED.format(**told)) from error
+        except Exception as error:  # each runtime has its own exception classes
+            name, graph = self.backend.name, self._variant.phase.name
+            raise BackendError(MSG_FAILED.format(name=name, graph=graph, problem=cause_of(error))) from error
 
     def _computed_in(self, device: torch.device) -> torch.dtype:
-        """The coarsest dtype that the graph or the backend computes in."""
+        """Return the least precise dtype that the graph or the backend computes in."""
         values = (node.meta.get("val") for node in self._variant.program.graph.nodes)
         dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)} & (TOLERANCES.keys() - _STORED)
         lowered = self.backend.lowered_to(device)
@@ -336,6 +336,6 @@ class Served:
 
 
 def make_backend(name: str, options: Mapping[str, object], device: torch.device) -> ChosenBackend:
-    """Make the backend called `name`; for `auto`, those that can serve the type of `device`, the fastest first."""
+    """Return the backend called `name`; for `auto`, those that support the type of `device`, fastest first."""
     names = automatic_backends(device.type) if name == "auto" else [name]
     return ChosenBackend([backend_class(name)(options) for name in names])

@@ -1,4 +1,4 @@
-"""What cannot be gated, and why: pipelines and denoisers of diffusers, by the names of their classes."""
+"""Tables of the pipelines and denoisers of diffusers that cannot be gated, by class name, with the reasons."""
 
 from __future__ import annotations
 
@@ -235,15 +235,15 @@ _REFUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-#: diffusers' pipeline classes that cannot be gated, and why.
+#: Pipeline classes of diffusers that cannot be gated, with the reason.
 REFUSED: Mapping[str, str] = {name: reason for reason, names in _REFUSED_GROUPS for name in names}
 
 
-#: Base classes of pipelines that cannot be gated, and why.
+#: Base classes of pipelines that cannot be gated, with the reason.
 REFUSED_BASES: Mapping[str, str] = {"PAGMixin": _PERTURBED}
 
 
-#: Denoiser classes with joint attention: text and image tokens in one sequence, so that there is nothing to cache.
+#: Denoiser classes with joint attention: text and image tokens form one sequence, so that nothing can be cached.
 JOINT_ATTENTION = frozenset(
     {
         "AuraFlowTransformer2DModel",
@@ -289,7 +289,7 @@ JOINT_ATTENTION = frozenset(
 )
 
 
-#: Denoiser classes that cannot be gated in any pipeline, and why.
+#: Denoiser classes that cannot be gated in any pipeline, with the reason.
 REFUSED_DENOISERS: Mapping[str, str] = {
     "AnyFlowFARTransformer3DModel": _PIECES,
     "HeliosTransformer3DModel": _PIECES,
@@ -362,11 +362,11 @@ _NOT_DENOISING_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-#: diffusers' pipeline classes that do not make images, video or sound from latents and a text, and what they are.
-NOT_DENOISING: Mapping[str, str] = {name: what for what, names in _NOT_DENOISING_GROUPS for name in names}
+#: Pipeline classes of diffusers that do not denoise latents conditioned on text, each with a description.
+NOT_DENOISING: Mapping[str, str] = {name: reason for reason, names in _NOT_DENOISING_GROUPS for name in names}
 
 
-#: Modular pipelines whose denoiser can be gated, and the pipeline class that has the same one.
+#: Modular pipelines whose denoiser can be gated, with the pipeline class that uses the same denoiser.
 MODULAR: Mapping[str, str] = {
     "AnimaModularPipeline": "Cosmos2TextToImagePipeline",
     "LTXModularPipeline": "LTXPipeline",
@@ -379,7 +379,7 @@ MODULAR: Mapping[str, str] = {
 }
 
 
-#: Modular pipelines that cannot be gated, and the class of their denoiser, which says why.
+#: Modular pipelines that cannot be gated, with the class of the denoiser that is the reason.
 MODULAR_REFUSED: Mapping[str, str] = {
     "Cosmos3DistilledModularPipeline": "Cosmos3OmniTransformer",
     "Cosmos3OmniModularPipeline": "Cosmos3OmniTransformer",

@@ -1,4 +1,4 @@
-"""The compiled variants of one denoiser, made when they are first needed."""
+"""The compiled variants of one denoiser, captured and compiled when they are first needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 from tgate_compile._errors import BackendError, CaptureError
 from tgate_compile.engine.call import Call, FreeDims, differing_dims, fits
 from tgate_compile.engine.capture import capture, deep_layer
-from tgate_compile.engine.compiled import Caches, CompiledVariant, inputs_for
+from tgate_compile.engine.compiled import CachedValues, CompiledVariant, inputs_for
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.halves import latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
@@ -32,19 +32,19 @@ from tgate_compile.passes.specialize import specialize
 logger = logging.getLogger(__name__)
 
 
-#: Estimate of what the graphs take, in bytes, of which the weights are no part: torch.fx's nodes with what is known of
-#: their values, and what the backend makes of them. It is how the resident memory of a process grew for each node of
-#: captures and variants together, as further sizes were made of a UNet like Stable Diffusion's: 4 kB in eager mode
-#: (7,400 nodes for each size), 14 kB with Inductor and 15 kB with ONNX Runtime (2,200 nodes; its copies of the weights
-#: count by themselves).
+#: Estimate of a graph's memory per node, in bytes: torch.fx's nodes with their metadata, and the backend's compiled
+#: form of them, without weights. It is the growth of a process's resident memory per node of captures and variants
+#: together, as a UNet like Stable Diffusion's was captured at further sizes: 4 kB in eager mode (7,400 nodes for each
+#: size), 14 kB with Inductor and 15 kB with ONNX Runtime (2,200 nodes; its copies of the weights are counted
+#: separately).
 BYTES_PER_NODE = 15_000
-#: What all graphs of a denoiser may take, as a part of the machine's memory, unless `graph_memory` says otherwise.
+#: The fraction of the machine's memory that all graphs of a denoiser may take, unless `graph_memory` is set.
 SHARE_OF_MEMORY = 0.25
 
 
 @dataclass(frozen=True)
 class _Address:
-    """Where a capture is: the denoiser as it was then, and the call that it was made of."""
+    """The key of a capture: the number of the denoiser's state, and the key of the call that was captured."""
 
     model: int
     key: Hashable
@@ -52,16 +52,16 @@ class _Address:
 
 @dataclass
 class _Held:
-    """A capture, and what is known about it.
+    """A capture and its bookkeeping.
 
     Attributes:
         captured: the graph.
-        free: the sizes that other calls may have, by the position of the tensor among the call's leaves.
+        free: the free dimensions, by the position of the tensor among the call's leaves.
         last_used: the number of the generation that used it last.
-        nbytes: what it and its variants take, by estimate.
-        checked: calls with other sizes for which it was seen to compute what the denoiser does.
-        compared: phases and calls with other sizes for which its compiled variants were seen to do what they should.
-        alone: it serves no call but the one that it was made of.
+        nbytes: the estimated memory of the capture and its variants, in bytes.
+        checked: the keys of calls with other sizes for which its results agreed with the denoiser's.
+        compared: the phases and keys of calls with other sizes for which its compiled variants were correct.
+        alone: whether it serves only the call that it was captured from.
     """
 
     captured: Captured
@@ -73,41 +73,41 @@ class _Held:
     alone: bool = False
 
     def used(self, variant: Variant) -> set[int]:
-        """The positions of the call's leaves that `variant` takes: the others may have any size."""
+        """Return the positions of the call's leaves that `variant` takes; the other leaves may have any size."""
         return {position for position, name in enumerate(self.captured.input_names) if name in variant.inputs}
 
 
 class VariantStore:
-    """Captures and compiled variants of `denoiser`, by its state, by phase and by the inputs' shapes.
+    """The captures and compiled variants of `denoiser`, by its state, the phase and the shapes of the inputs.
 
-    A new shape, dtype, device or constant argument is a new capture, with a log line; so is a denoiser that has changed
-    (see `fingerprint`). Graphs of earlier states and shapes are kept as long as there is room for them.
+    A new shape, dtype, device or constant argument leads to a new capture, which is logged; so does a change of the
+    denoiser (see `fingerprint`). Graphs of earlier states and shapes are kept as long as there is room for them.
 
-    Sizes that only some of the inputs have (the length of the text) are left free once a second one has come, and do
-    not matter to graphs that do without these inputs.
+    A size that does not concern the latents (the length of the text) is left free once a second value of it has
+    occurred. It does not matter for graphs that do not take the inputs that have this size.
     """
 
     def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
         self.denoiser = denoiser
         self._config = config
-        self._models: dict[Hashable, int] = {}  # states of the denoiser by their fingerprints
+        self._models: dict[Hashable, int] = {}  # numbers of the denoiser's states, by fingerprint
         self._model = -1
         self._next_model = 0
         self._stateless: set[int] = set()
         self._captures: OrderedDict[_Address, _Held] = OrderedDict()
         self._variants: dict[tuple[_Address, Phase], Variant] = {}
         self._compiled: dict[tuple[_Address, Phase], CompiledVariant] = {}
-        self._found: dict[tuple[_Address, Phase], _Address] = {}  # calls that are served by another call's graph
-        self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # by state: another one may suit it
-        self._failed: dict[_Address, str] = {}  # calls that cannot be captured, and why
-        self._not_free: set[Hashable] = set()  # sizes that a state's code fixes
+        self._found: dict[tuple[_Address, Phase], _Address] = {}  # the captures that serve calls
+        self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # a state may need another backend
+        self._failed: dict[_Address, str] = {}  # calls that cannot be captured, with the reason
+        self._not_free: set[Hashable] = set()  # sizes that the denoiser's code fixes, by state
         self._generations = 0
-        self._said_full = False
+        self._warned_full = False
         self.compilations = 0
 
     @staticmethod
     def key_of(config: Config) -> Hashable:
-        """What the graphs depend on: pipelines whose configurations agree in it can share a store."""
+        """Return the part of a configuration that the graphs depend on. Pipelines with equal keys can share a store."""
         schedule = config.schedule
         return (
             schedule.kinds,
@@ -123,17 +123,17 @@ class VariantStore:
 
     @property
     def folder(self) -> None:
-        """None: the graphs are made here."""
+        """None, since the graphs are captured in this process."""
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """What can be cached: cross-attentions, then self-attentions; none before the first capture."""
+        """The names of the sites that can be cached, cross-attentions first; empty before the first capture."""
         held = next(iter(self._captures.values()), None)
         return () if held is None else tuple(site.name for site in held.captured.sites)
 
     @property
     def variants(self) -> list[tuple[Variant, Captured]]:
-        """The variants of the denoiser as it was last seen, compiled or not, and what each is made of."""
+        """The variants of the denoiser's present state, compiled or not, each with the capture it was derived from."""
         return [
             (variant, self._captures[address].captured)
             for (address, _), variant in self._variants.items()
@@ -142,11 +142,11 @@ class VariantStore:
 
     @property
     def compiled(self) -> list[CompiledVariant]:
-        """The compiled ones."""
+        """The compiled variants of all states."""
         return list(self._compiled.values())
 
     def refresh(self, *, begins: bool = True) -> None:
-        """Look at the denoiser again, which may have changed, and fetch its parameters anew."""
+        """Check the denoiser for changes, and fetch its present parameters; `begins` starts a new generation."""
         self._generations += begins
         current = fingerprint(self.denoiser)
         model = self._models.get(current)
@@ -159,18 +159,18 @@ class VariantStore:
             if self._captures:
                 logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
         live = live_tensors(self.denoiser)
-        self._let_go_of_old_tensors(model, live)
+        self._release_old_tensors(model, live)
         self._model = model
         for key, compiled in self._compiled.items():
-            # The graphs of other states let go of the tensors, which may have been replaced.
+            # The graphs of other states release the tensors, which may have been replaced.
             weights = _tensors_of(compiled.variant.program, live) if key[0].model == model else []
             self._compiled[key] = dataclasses.replace(compiled, weights=weights)
 
-    def _let_go_of_old_tensors(self, model: int, live: Mapping[str, torch.Tensor]) -> None:
-        """Graphs hold parameters, some of which may have been replaced.
+    def _release_old_tensors(self, model: int, live: Mapping[str, torch.Tensor]) -> None:
+        """Release parameters that the denoiser has replaced from the graphs that hold them.
 
-        Those of the present state take the new ones. Those of another state let go of the old ones; if it comes back,
-        by a LoRA that is loaded again, they take what there is then.
+        Graphs of the present state `model` get the new parameters. Graphs of other states hold none until their state
+        returns, for example when a LoRA is loaded again.
         """
         for address, held in self._captures.items():
             variants = {key: variant for key, variant in self._variants.items() if key[0] == address}
@@ -188,11 +188,12 @@ class VariantStore:
                     runner.release()
 
     def variant(
-        self, phase: Phase, call: Call, forward: Callable[..., Any], caches: Caches | None = None
+        self, phase: Phase, call: Call, forward: Callable[..., Any], caches: CachedValues | None = None
     ) -> tuple[Variant, Captured]:
-        """A variant of `phase` for inputs like those of `call`, not compiled yet, and what it is made of.
+        """Return a variant of `phase` for inputs like those of `call`, uncompiled, and the capture behind it.
 
-        Without `caches` it says how such calls are computed, but may have been made of a call with a longer text.
+        Without `caches` the variant is not checked for inputs that it does not take, so that it may have been captured
+        with a text of another length.
         """
         own = _Address(self._model, call.key)
         address = self._found.get((own, phase)) or next(self._right(own, phase, call, caches, forward))
@@ -210,13 +211,13 @@ class VariantStore:
         return variant
 
     def _right(
-        self, own: _Address, phase: Phase, call: Call, caches: Caches | None, forward: Callable[..., Any]
+        self, own: _Address, phase: Phase, call: Call, caches: CachedValues | None, forward: Callable[..., Any]
     ) -> Iterator[_Address]:
-        """Captures that serve `phase` for `call`, the best first; those that there are not yet are made.
+        """Yield captures that serve `phase` for `call`, the best first; missing ones are captured.
 
-        One that has been made of another call, or with free sizes, is compared with the denoiser first. The denoiser's
-        code may do something else from a certain length on, and for which ones a graph is valid is known to
-        torch.export only in part. The last one, with the sizes of `call` alone, needs no such look.
+        A capture of another call, or with free sizes, is first compared with the denoiser: the denoiser's code may
+        behave differently from a certain length on, and torch.export does not know all the conditions under which a
+        graph is valid. The last capture, with exactly the sizes of `call`, needs no comparison.
         """
         reference = Reference(self.denoiser, forward, call)
         for address in self._possible(own, phase, call, forward):
@@ -233,9 +234,9 @@ class VariantStore:
 
     @torch.no_grad()
     def _is_right(
-        self, address: _Address, phase: Phase, call: Call, caches: Caches | None, reference: Reference
+        self, address: _Address, phase: Phase, call: Call, caches: CachedValues | None, reference: Reference
     ) -> bool:
-        """Whether the capture at `address` stands for what the denoiser does with the sizes of `call`."""
+        """Return whether the capture at `address` computes what the denoiser does with the sizes of `call`."""
         held, live = self._captures[address], live_tensors(self.denoiser)
         captured = held.captured
         if fits(call.key, address.key, held.free):
@@ -244,9 +245,9 @@ class VariantStore:
             if right:
                 held.checked.add(call.key)
             return right
-        # The variant does without the inputs whose sizes differ.
+        # The variant does not take the inputs whose sizes differ.
         if caches is None:
-            return True  # nothing is going to be computed
+            return True  # nothing will be computed
         expected = reference.outputs_with([site for site in captured.sites if site.kind in phase.reuse], caches)
         if expected is None:
             return False
@@ -256,7 +257,7 @@ class VariantStore:
         return agree(results[: len(expected)], expected)
 
     def _possible(self, own: _Address, phase: Phase, call: Call, forward: Callable[..., Any]) -> Iterator[_Address]:
-        """Captures that may serve `phase` for `call`; at last one is made that certainly does."""
+        """Yield captures that may serve `phase` for `call`, and finally a new one that certainly does."""
         if own in self._captures:
             yield own
         mine = [(address, held) for address, held in self._captures.items() if address.model == self._model]
@@ -268,7 +269,7 @@ class VariantStore:
                 variant is not None and fits(call.key, address.key, held.free, held.used(variant))
             ):
                 yield address
-        # As torch.compile does: a size is taken for fixed until it has been another one.
+        # As in torch.compile, a size is assumed to be fixed until it has had a second value.
         free = next((dims for address, _ in mine if (dims := differing_dims(call.key, address.key))), {})
         if free and not fitting and own not in self._captures:
             made = self._free_capture(call, forward, free)
@@ -285,7 +286,7 @@ class VariantStore:
                     self._failed[own] = str(error)
                 raise
         if own in self._captures:
-            self._drop(own)  # sizes are free in it, and that is wrong, or cannot be compiled
+            self._drop(own)  # a capture with free sizes that gives wrong results, or cannot be compiled
         yield self._keep(own, made)
 
     def _keep(self, address: _Address, made: _Held) -> _Address:
@@ -294,11 +295,11 @@ class VariantStore:
         return address
 
     def _free_capture(self, call: Call, forward: Callable[..., Any], free: FreeDims) -> _Held | None:
-        """A capture with these sizes left open; None if the denoiser's code does not permit it."""
+        """Capture the denoiser with the sizes `free` left free; return None if its code does not permit it."""
         tried = self._model, tuple(free.items())
         if _latents_of(call, forward) in free or tried in self._not_free:
             return None
-        copy = call.map_tensors(torch.Tensor.clone)  # ShapesCollection knows tensors by identity
+        copy = call.map_tensors(torch.Tensor.clone)  # ShapesCollection identifies tensors by id
         shapes = ShapesCollection()  # type: ignore[no-untyped-call]
         for position, dims in free.items():
             shapes[copy.leaves[position]] = dict.fromkeys(dims, torch.export.Dim.AUTO)
@@ -324,12 +325,12 @@ class VariantStore:
         return _Held(captured, free, self._generations, BYTES_PER_NODE * len(captured.program.graph.nodes))
 
     def _check_stateless(self, call: Call, forward: Callable[..., Any]) -> None:
-        """Before the first capture of a denoiser in this state."""
+        """Check that the denoiser is stateless, before its first capture in this state."""
         if self._model in self._stateless:
             return
 
         def run() -> None:
-            args, kwargs = call.map_tensors(torch.Tensor.clone).arguments  # so that a kept input is another one
+            args, kwargs = call.map_tensors(torch.Tensor.clone).arguments  # to detect inputs that are kept
             with torch.no_grad(), torch.random.fork_rng():
                 forward(*args, **kwargs)
 
@@ -340,7 +341,7 @@ class VariantStore:
     def free_variants(
         self, phases: Sequence[Phase], call: Call, forward: Callable[..., Any], shapes: ShapesCollection | None
     ) -> tuple[list[Variant], Captured]:
-        """The variants of `phases` for inputs like those of `call`, but for the sizes in `shapes`; nothing is kept.
+        """Return the variants of `phases` for inputs like those of `call` with the free sizes `shapes`, uncached.
 
         Raises:
             CaptureError: the denoiser's code depends on these sizes.
@@ -367,11 +368,11 @@ class VariantStore:
         return specialize(captured, phase, cond_weight if cond_is_second else 1.0 - cond_weight)
 
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
-        """What the variant of `phase` for inputs like those of `call` hands on; it is captured, but not compiled."""
+        """Return what the variant of `phase` emits for inputs like those of `call`, captured but not compiled."""
         return self.variant(phase, call, forward)[0].emitted
 
-    def get(self, phase: Phase, call: Call, caches: Caches, forward: Callable[..., Any]) -> CompiledVariant:
-        """The variant of `phase` for inputs like those of `call`; `forward` is the denoiser's original one."""
+    def get(self, phase: Phase, call: Call, caches: CachedValues, forward: Callable[..., Any]) -> CompiledVariant:
+        """Return the compiled variant of `phase` for `call`; `forward` is the denoiser's original one."""
         own = _Address(self._model, call.key)
         found = self._found.get((own, phase))
         for address in self._right(own, phase, call, caches, forward) if found is None else (found,):
@@ -381,8 +382,8 @@ class VariantStore:
                 return compiled
         raise AssertionError("a capture of a call does not serve it")
 
-    def _ready(self, address: _Address, phase: Phase, call: Call, caches: Caches) -> CompiledVariant | None:
-        """The compiled variant of the capture at `address`; None if the backend is not up to its free sizes."""
+    def _ready(self, address: _Address, phase: Phase, call: Call, caches: CachedValues) -> CompiledVariant | None:
+        """Return the compiled variant of the capture at `address`; None if the backend fails with its free sizes."""
         variant, held = self._variant(address, phase), self._captures[address]
         try:
             compiled = self._compiled.get((address, phase)) or self._compile(address, phase, call, caches)
@@ -397,7 +398,7 @@ class VariantStore:
             return None
         return compiled
 
-    def _compile(self, address: _Address, phase: Phase, call: Call, caches: Caches) -> CompiledVariant:
+    def _compile(self, address: _Address, phase: Phase, call: Call, caches: CachedValues) -> CompiledVariant:
         variant, held = self._variants[address, phase], self._captures[address]
         weights = _tensors_of(variant.program, live_tensors(self.denoiser))
         inputs = inputs_for(variant, held.captured, call, caches)
@@ -413,7 +414,7 @@ class VariantStore:
         return compiled
 
     def _make_room(self) -> None:
-        """Drop the graphs that were used least recently, but none that this generation has used."""
+        """Drop the least recently used graphs, except for those used by the present generation."""
         limit = self._config.graph_memory or int(SHARE_OF_MEMORY * _physical_memory())
         taken = sum(held.nbytes for held in self._captures.values())
         for address, held in list(self._captures.items()):
@@ -422,7 +423,7 @@ class VariantStore:
             if held.last_used < self._generations:
                 taken -= held.nbytes
                 self._drop(address)
-                self._say_full(limit)
+                self._warn_full(limit)
 
     def _drop(self, address: _Address) -> None:
         del self._captures[address]
@@ -435,18 +436,18 @@ class VariantStore:
             self._models = {state: number for state, number in self._models.items() if number != model}
             self._backends = {key: backend for key, backend in self._backends.items() if key[0] != model}
 
-    def _say_full(self, limit: int) -> None:
-        if not self._said_full:
-            self._said_full = True
+    def _warn_full(self, limit: int) -> None:
+        if not self._warned_full:
+            self._warned_full = True
             logger.warning(
-                "The graphs of %s take more than %.1f GB (%d compiled so far), so the least recently used are dropped, "
-                "and made again when they are needed. optimize(..., graph_memory=<bytes>) raises the limit.",
+                "The graphs of %s take more than %.1f GB (%d compiled so far), so the least recently used are dropped "
+                "and recompiled when they are needed. optimize(..., graph_memory=<bytes>) raises the limit.",
                 type(self.denoiser).__name__, limit / 1e9, self.compilations,
             )  # fmt: skip
 
 
 def _tensors_of(program: ExportedProgram, live: Mapping[str, torch.Tensor]) -> list[Any]:
-    """What `program` takes before its inputs."""
+    """Return the parameters, buffers and constants that `program` takes before its inputs."""
     specs = program.graph_signature.input_specs
     names = [str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT]
     return [live[name] if name in live else program.constants[name] for name in names]
@@ -458,7 +459,7 @@ def _has_free_inputs(variant: Variant) -> bool:
 
 
 def _held_tensors(program: ExportedProgram) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where `program` holds the denoiser's tensors: a dictionary of its own, and the tensor's name there."""
+    """Yield the places where `program` holds the denoiser's tensors: a dictionary, and the tensor's name in it."""
     for name in program.state_dict:
         yield program.state_dict, name
     for name in program.graph_signature.non_persistent_buffers:
@@ -467,7 +468,7 @@ def _held_tensors(program: ExportedProgram) -> Iterator[tuple[dict[str, Any], st
 
 
 def _is_same(live: torch.Tensor | None, held: torch.Tensor) -> bool:
-    """Whether a program's tensor is the denoiser's present one, or has the same memory (that of a quantized weight)."""
+    """Return whether a program's tensor is the denoiser's present one, or shares its memory (a quantized weight)."""
     if live is None or live is held or live.is_meta != held.is_meta:
         return live is held or (live is None and held.is_meta)
     return live.shape == held.shape and live.data_ptr() == held.data_ptr()
@@ -478,14 +479,14 @@ def _without_data(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _latents_of(call: Call, forward: Callable[..., Any]) -> int:
-    """The position of the latents among the leaves of `call`."""
+    """Return the position of the latents among the leaves of `call`."""
     args, kwargs = call.arguments
     latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
     return next(position for position, leaf in enumerate(call.leaves) if leaf is latents)
 
 
 def _physical_memory() -> int:
-    """Of this machine, in bytes; 16 GB where the system does not say."""
+    """Return the machine's memory in bytes; 16 GB if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows

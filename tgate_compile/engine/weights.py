@@ -1,4 +1,4 @@
-"""The weights of a denoiser: quantized, offloaded, and a fingerprint of all that a graph depends on."""
+"""A denoiser's weights: checks of quantization and offloading, and a fingerprint of what a graph depends on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tgate_compile.engine.purity import foreign_code, has_global_hooks, settings
 
 
 def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by their names; those with several names are there several times.
+    """Return all parameters and buffers by name; a tensor with several names is listed under each of them.
 
-    A tensor of a subclass is there as it is, and so are the tensors inside it, by the names that `torch.export` gives
-    them: `linear.parametrizations.weight.original0`, `...1` and so on. They are the module's own, not copies.
+    A tensor subclass is listed itself, and so are the tensors inside it, under the names that `torch.export` gives
+    them: `linear.parametrizations.weight.original0`, `...1` and so on. They are the module's tensors, not copies.
     """
     return {**_named(module), **plain_tensors(module)}
 
 
 def plain_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """`live_tensors` without those of a subclass: each byte of the module is in a plain tensor here."""
+    """Return `live_tensors` without the tensor subclasses, whose data is in the plain tensors inside them."""
     live: dict[str, torch.Tensor] = {}
     for name, tensor in _named(module).items():
         if is_traceable_wrapper_subclass(tensor):
@@ -40,7 +40,10 @@ def plain_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def make_up(tensor: torch.Tensor) -> Hashable:
-    """What a graph depends on of a subclass: its class, its settings, and the tensors inside; () for a plain tensor."""
+    """Return the properties of a tensor subclass that a graph depends on; () for a plain tensor.
+
+    They are its class, its settings, and the layout of the tensors inside it.
+    """
     if not is_traceable_wrapper_subclass(tensor):
         return ()
     settings = tensor.__tensor_flatten__()[1]
@@ -49,7 +52,7 @@ def make_up(tensor: torch.Tensor) -> Hashable:
 
 
 def rounded_input(module: torch.nn.Module) -> str | None:
-    """The name of the first parameter whose layer rounds its input to few bits as well, by torchao; None: none does."""
+    """Return the name of the first parameter whose layer also quantizes its input with torchao; None if none does."""
     for name, tensor in module.named_parameters():
         by_tensor = getattr(tensor, "act_quant_kwargs", None) is not None
         if by_tensor or type(tensor).__name__ == "LinearActivationQuantizedTensor":
@@ -58,30 +61,30 @@ def rounded_input(module: torch.nn.Module) -> str | None:
 
 
 def wrapped_weight(module: torch.nn.Module) -> str | None:
-    """The name of the first parameter that is of a subclass with tensors inside it; None: none is."""
+    """Return the name of the first parameter that is a tensor subclass with tensors inside; None if there is none."""
     return next((name for name, tensor in module.named_parameters() if is_traceable_wrapper_subclass(tensor)), None)
 
 
 def check_quantization(module: torch.nn.Module) -> None:
-    """Check that `torch.export` can follow what has quantized the module's layers, if anything has.
+    """Check that `torch.export` supports the quantization of the module's layers, if they are quantized.
 
     Raises:
-        UnsupportedModelError: it cannot.
+        UnsupportedModelError: it does not.
     """
     model = type(module).__name__
     for name, layer in module.named_modules():
         if any(type(each).__module__.startswith("bitsandbytes") for each in layer.parameters(recurse=False)):
             raise UnsupportedModelError(
-                f"{model} was quantized by bitsandbytes (its layer {name}, for example), whose weights keep state "
-                "beside their numbers that torch.export cannot follow, so that there is no graph to optimize. What "
-                "works: torchao's quantize_(model, Int8WeightOnlyConfig()), optimum-quanto's weights, or the model "
-                "as it was."
+                f"{model} was quantized by bitsandbytes (its layer {name}, for example). torch.export cannot follow "
+                "the state that such weights keep beside their values, so the model cannot be captured as a graph. "
+                "What works instead: torchao's quantize_(model, Int8WeightOnlyConfig()), optimum-quanto's weights, or "
+                "the original model."
             )
         if getattr(layer, "activation_qtype", None) is not None:
             raise UnsupportedModelError(
                 f"{model} was quantized by optimum-quanto with its layers' inputs (activations=..., in {name}, for "
-                "example), which torch.export cannot follow, so that there is no graph to optimize. What works: "
-                "quantize(model, weights=...) alone, or torchao's Int8DynamicActivationInt8WeightConfig."
+                "example), which torch.export cannot follow, so the model cannot be captured as a graph. What works "
+                "instead: quantize(model, weights=...) alone, or torchao's Int8DynamicActivationInt8WeightConfig."
             )
 
 
@@ -93,7 +96,7 @@ def _named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors in `tensor`, in the order of `torch.export`."""
+    """Yield the plain tensors in `tensor`, in the order of `torch.export`."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
@@ -103,23 +106,23 @@ def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 HOOK_NAME = "tgate_compile"
 
-#: Hooks of accelerate's kind that move the module as a whole before it runs: those of `enable_model_cpu_offload()`, and
-#: of a `ComponentsManager` with `enable_auto_cpu_offload()`.
+#: Hooks that move the whole module before it runs: those of `enable_model_cpu_offload()`, and those of a
+#: `ComponentsManager` with `enable_auto_cpu_offload()`.
 _WHOLE = frozenset({"CpuOffload", "CustomOffloadHook"})
 
 MSG_OFFLOADED = (
-    "{denoiser} is under {hook}, which moves or casts its weights layer by layer while it runs, so that no graph can "
-    "hold them. Remove it (for offloading: pipe.remove_all_hooks(), then pipe.to(device)). "
+    "{denoiser} has {hook}, which moves or casts its weights layer by layer while it runs, so a graph cannot hold "
+    "them. Remove the hook (for offloading: pipe.remove_all_hooks(), then pipe.to(device)). "
     "enable_model_cpu_offload(), which moves the denoiser as a whole, works."
 )
 MSG_HOOKED = (
-    "{denoiser} is under diffusers' hook {hook!r}, which decides anew in every step what is computed, so that no graph "
-    "can hold it. Disable it first (disable_cache() for caches); tgate_compile has schedules of its own for that."
+    "{denoiser} has diffusers' hook {hook!r}, which decides at every step what to compute, so it cannot be part of a "
+    "graph. Disable it first (disable_cache() for caches), and use a schedule of tgate_compile instead."
 )
 
-#: diffusers' hooks that move or cast weights, by the beginnings of their names.
+#: Prefixes of the names of diffusers' hooks that move or cast weights.
 _MOVING = ("group_offloading", "layerwise_casting", "lazy_prefetch", "peft_autocast_disable")
-#: Those that skip or change computations, likewise.
+#: Prefixes of the names of diffusers' hooks that skip or change computations.
 _SKIPPING = (
     "faster_cache",
     "fbc_",
@@ -134,10 +137,10 @@ _SKIPPING = (
 
 
 def check_weights_stay(denoiser: torch.nn.Module) -> None:
-    """Check that no hook of accelerate's or diffusers' moves or casts weights, or skips layers, while it runs.
+    """Check that no hook of accelerate or diffusers moves or casts weights, or skips layers, while `denoiser` runs.
 
     Raises:
-        ConfigurationError: one does.
+        ConfigurationError: there is such a hook.
     """
     for module in denoiser.modules():
         problem = _problem(type(denoiser).__name__, module, is_root=module is denoiser)
@@ -148,7 +151,7 @@ def check_weights_stay(denoiser: torch.nn.Module) -> None:
 def after_offload_hook(
     denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let `enable_model_cpu_offload`'s hook bring the whole denoiser to its device, as it does before each forward."""
+    """Run the hook of `enable_model_cpu_offload`, which moves the denoiser to its device, and return the arguments."""
     offload = getattr(denoiser, "_hf_hook", None)
     if offload is not None:
         args, kwargs = offload.pre_forward(denoiser, *args, **kwargs)
@@ -156,7 +159,7 @@ def after_offload_hook(
 
 
 def _problem(denoiser: str, module: torch.nn.Module, *, is_root: bool) -> str | None:
-    """What speaks against capturing `module` of the model `denoiser`; None if nothing does."""
+    """Return why `module` of the model `denoiser` cannot be captured; None if it can."""
     offload = getattr(module, "_hf_hook", None)
     if offload is not None and not (is_root and type(offload).__name__ in _WHOLE):
         return MSG_OFFLOADED.format(denoiser=denoiser, hook=f"accelerate's {type(offload).__name__}")
@@ -171,36 +174,36 @@ def _problem(denoiser: str, module: torch.nn.Module, *, is_root: bool) -> str | 
         return MSG_HOOKED.format(denoiser=denoiser, hook=name)
     kind = f"{type(hook).__module__}.{type(hook).__qualname__}"
     return (
-        f"{denoiser} is under the hook {name!r} of diffusers' hook registry ({kind}), whose Python code cannot be "
-        f"part of a graph. Remove it first: module._diffusers_hook.remove_hook({name!r})."
+        f"{denoiser} has the hook {name!r} in diffusers' hook registry ({kind}), and its Python code cannot be part of "
+        f"a graph. Remove it first: module._diffusers_hook.remove_hook({name!r})."
     )
 
 
-# Bookkeeping of torch and of the hook mechanism, which no graph depends on.
+# Attributes for the bookkeeping of torch and of the hook mechanism, which no graph depends on.
 _IGNORED = frozenset(vars(torch.nn.Module())) - {"training", "_forward_hooks", "_forward_pre_hooks"} | {
     "_diffusers_hook",
-    "_internal_dict",  # diffusers' configuration, of which the denoiser's own is looked at
+    "_internal_dict",  # diffusers' configuration; that of the denoiser itself is read separately
     "forward",
 }
-# On the whole denoiser: what diffusers notes when it has fused LoRAs into its weights, and then unloaded them; and its
+# Ignored on the denoiser itself: notes of diffusers about LoRAs that it has fused and then unloaded, and the denoiser's
 # hooks, which stay outside of the graph.
 _NOTES = _IGNORED | {"_hf_peft_config_loaded", "_safe_fusing", "lora_scale", "_forward_hooks", "_forward_pre_hooks"}
-# Of UNet blocks: diffusers' disable_freeu() leaves them at None, and its code asks by getattr(block, "s1", None).
+# Attributes of UNet blocks. disable_freeu() leaves them at None, which diffusers reads like a missing attribute.
 _FREEU = frozenset({"s1", "s2", "b1", "b2"})
 _SCALARS = frozenset({bool, int, float, str, type(None)})
-#: How far to look into containers and objects: a list in a list in a processor's attribute.
+#: The depth to which containers and objects are inspected: a list in a list in a processor's attribute.
 _DEPTH = 5
-#: Up to so many numbers of a tensor or an array are compared themselves.
+#: The largest number of elements of a tensor that is compared by value.
 _FEW = 64
 
 
 def fingerprint(denoiser: torch.nn.Module) -> Hashable:
-    """What a captured graph bakes in: equal fingerprints mean that graph and compiled code still hold.
+    """Return a fingerprint of what a captured graph depends on. Graphs stay valid as long as it is equal.
 
-    Covered: the modules and their plain attributes (LoRA scales and active adapters, FreeU's factors, attention
-    processors with theirs), hooks inside of it, plain values that code of others reads, and each parameter's shape,
-    strides, dtype, device and quantization. The parameters' *values* are not: graphs read them live, so changing
-    weights in place needs no new capture.
+    It covers the modules and their plain attributes (LoRA scales and active adapters, FreeU's factors, attention
+    processors and their attributes), hooks inside the denoiser, plain values that foreign code reads, and each
+    parameter's shape, strides, dtype, device and quantization. It does not cover the parameters' *values*: graphs read
+    them live, so changing weights in place does not require a new capture.
     """
     modules = tuple(
         (
@@ -219,7 +222,7 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
     foreign = tuple((code.path, code.kind, settings_of(code.code)) for code in foreign_code(denoiser))
     config = dict(getattr(denoiser, "config", {})) if isinstance(denoiser, ConfigMixin) else {}
     named = tuple((name, _plain(value, _DEPTH)) for name, value in config.items() if not name.startswith("_"))
-    # Attention is often replaced here, for all models (SageAttention, Flash Attention).
+    # Some packages replace torch's attention function for all models (SageAttention, Flash Attention).
     attention = torch.nn.functional.scaled_dot_product_attention
     return modules, tensors, foreign, settings_of_classes(denoiser), has_global_hooks(), named, attention
 
@@ -234,7 +237,7 @@ def _attributes(module: torch.nn.Module, ignored: frozenset[str]) -> Hashable:
 
 
 def _plain(value: Any, depth: int) -> Hashable:
-    """`value` in a form that can be compared: numbers and strings themselves, objects by type and attributes."""
+    """Return `value` in a hashable form: numbers and strings themselves, objects by type and attributes."""
     if type(value) in _SCALARS or isinstance(value, (torch.dtype, torch.device, FunctionType, BuiltinFunctionType)):
         return value  # type: ignore[no-any-return]
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
@@ -255,9 +258,9 @@ def _plain(value: Any, depth: int) -> Hashable:
 
 
 def _numbers(value: torch.Tensor | np.ndarray | np.generic) -> Hashable:
-    """A tensor or array that is not a parameter or buffer: by its values if these are few, else by its identity."""
+    """Return the key of a tensor or array that is not a parameter or buffer: its values if they are few, or its id."""
     if isinstance(value, np.generic):
-        return value.item()  # type: ignore[no-any-return]  # as NumPy's ranges and random numbers come
+        return value.item()  # type: ignore[no-any-return]  # elements of NumPy's ranges and random numbers
     kind = type(value), str(value.dtype), tuple(value.shape)
     if isinstance(value, np.ndarray):
         return (*kind, value.tobytes() if value.dtype != object else id(value))

@@ -1,1 +1,1 @@
-"""Caching methods: one file each. A method says for each step what it emits, merges and reuses."""
+"""Caching methods, one per file. A method defines for each step which values it emits, merges and reuses."""

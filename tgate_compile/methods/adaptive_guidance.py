@@ -1,4 +1,4 @@
-"""Adaptive Guidance: guidance ends early, and nothing is cached."""
+"""Adaptive Guidance: end guidance early, without caching."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tgate_compile.methods.method import NONE, Kind, Method, Share, Timeline, ch
 
 @dataclass(frozen=True)
 class AdaptiveGuidance(Method):
-    """Adaptive Guidance (arXiv 2312.12487, section 5): guidance ends at a step, or by the predictions' similarity.
+    """Adaptive Guidance (arXiv 2312.12487, section 5): guidance ends at a step, or when the predictions are similar.
 
-    With a fixed step it is the honest baseline for T-GATE, whose gate ends guidance as well.
+    With a fixed step it is the fair baseline for T-GATE, whose gate ends guidance as well.
 
     Attributes:
-        step: a number of steps, or a fraction of them.
-        similarity: the cosine similarity, above 0 and below 1, of the conditional and the unconditional prediction
-            after which guidance stops. It costs a synchronization with the device at every guided step.
+        step: the number of guided steps, or the fraction of the steps that is guided.
+        similarity: the cosine similarity of the conditional and the unconditional prediction, between 0 and 1, at
+            which guidance ends. Computing it synchronizes with the device at every guided step.
     """
 
     key: ClassVar[str] = "guidance"
     title: ClassVar[str] = "Adaptive Guidance"
 
-    step: int | float | None = option(None, "Guidance ends after so many steps, or such a fraction of them.")
-    similarity: float | None = option(None, "Guidance ends when the two predictions are this similar.")
+    step: int | float | None = option(None, "The number or the fraction of steps after which guidance ends.")
+    similarity: float | None = option(None, "The cosine similarity of the two predictions at which guidance ends.")
 
     def __post_init__(self) -> None:
         if self.step is not None:
@@ -33,10 +33,10 @@ class AdaptiveGuidance(Method):
         similarity = self.similarity
         if similarity is not None and not (isinstance(similarity, float) and 0.0 < similarity < 1.0):
             raise ConfigurationError(
-                f"guidance_similarity must be a number between 0 and 1 (the paper's: 0.991), but got {similarity!r}."
+                f"guidance_similarity must be a number between 0 and 1 (the paper uses 0.991), but got {similarity!r}."
             )
         if (self.step is None) == (similarity is None):
-            raise ConfigurationError("AdaptiveGuidance needs a step or a similarity, one of the two.")
+            raise ConfigurationError("AdaptiveGuidance needs either a step or a similarity.")
 
     @property
     def kinds(self) -> frozenset[Kind]:

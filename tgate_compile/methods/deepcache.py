@@ -1,4 +1,4 @@
-"""DeepCache: a UNet's deep layers at every n-th step only."""
+"""DeepCache: compute a UNet's deep layers at every n-th step only."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from tgate_compile.methods.method import DEEP, Kind, Method, Share, Timeline, ch
 class DeepCache(Method):
     """DeepCache (arXiv 2312.00858, section 3.3, uniform).
 
-    All but the outermost layers of a UNet are computed at every `interval`-th step only. The count starts anew at the
+    All but the outermost layers of a UNet are computed at every `interval`-th step only. The count restarts at the
     step before a gate, at the gate, and where guidance stops.
 
     Attributes:
-        interval: see above; at least 1, and 1 changes nothing.
-        branch: which of the skip connections the shallow part ends at; 0 is the outermost.
+        interval: the number of steps from one computation of the deep layers to the next; 1 computes them at every
+            step.
+        branch: the skip connection at which the deep part begins; 0 is the outermost.
     """
 
     key: ClassVar[str] = "deepcache"
     title: ClassVar[str] = "DeepCache"
 
-    interval: int = option(3, "A UNet's deep layers every so many steps (DeepCache).", least=1)
+    interval: int = option(3, "Compute a UNet's deep layers at every n-th step only (DeepCache).", least=1)
     branch: int = option(0, "The skip connection at which the deep part begins; 0 is the outermost.", least=0)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a caching method is: for each step of a generation, the values it computes, hands on and reuses."""
+"""The interface of caching methods, which define for each step which values are computed, emitted and reused."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tgate_compile._errors import ConfigurationError
 if TYPE_CHECKING:
     from tgate_compile.methods.schedule import Schedule
 
-#: What can be cached: the outputs of cross-attentions, of self-attentions (of the temporal ones among them apart, for
-#: methods that ask for this kind), and the deep feature of a UNet (DeepCache).
+#: A kind of value that can be cached: the output of a cross-attention, of a self-attention, of a temporal attention
+#: (which counts as self-attention unless a method uses this kind), or the deep feature of a UNet (DeepCache).
 Kind = Literal["cross", "self", "temporal", "deep"]
 
-#: One of the two predictions of classifier-free guidance.
+#: One of the two halves of classifier-free guidance.
 Half = Literal["uncond", "cond"]
 
 NONE: frozenset[Kind] = frozenset()
@@ -30,22 +30,22 @@ TEMPORAL: frozenset[Kind] = frozenset({"temporal"})
 DEEP: frozenset[Kind] = frozenset({"deep"})
 
 MSG_GATE_STEP = (
-    "{name} must be a whole number of steps, at least 1 (10: ten steps in full), or a fraction of the "
-    "steps strictly between 0 and 1 (0.4: the first 40 %), but got {given!r}."
+    "{name} must be a whole number of steps, at least 1 (10 means ten steps in full), or a fraction of the "
+    "steps strictly between 0 and 1 (0.4 means the first 40 %), but got {given!r}."
 )
 MSG_COUNT = "{name} must be a whole number, at least {least}, but got {given!r}."
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What one step does.
+    """The behaviour of one step.
 
     Attributes:
-        guided: the denoiser sees both guidance halves, [uncond; cond], batch 2B.
-        emit: kinds of site whose values are handed on to later steps, as they are.
-        merge: kinds whose values are handed on as the mean of the two halves, so that they have batch B
+        guided: whether the denoiser gets both guidance halves, [uncond; cond], batch 2B.
+        emit: the kinds of sites whose values are kept unchanged for later steps.
+        merge: the kinds of sites whose values are kept for later steps as the mean of the two halves, batch B
             (arXiv 2404.02747, section 3.2); only under guidance.
-        reuse: kinds of site whose values come from an earlier step, and are not computed.
+        reuse: the kinds of sites whose values are taken from an earlier step instead of being computed.
     """
 
     guided: bool
@@ -60,12 +60,12 @@ class Phase:
 
     @property
     def character(self) -> str:
-        """The phase in a strip: a capital letter under guidance."""
+        """The character of the phase in a strip: upper case under guidance, else lower case."""
         letter = _LETTERS[self.reuse]
         return letter if self.guided else letter.lower()
 
 
-#: What a graph is called that reuses values of a kind, in this order. "cross" alone has its weights pruned.
+#: The names of graphs by the kinds that they reuse, in this order.
 _WORDS: Mapping[Kind, str] = {
     "cross": "pruned",
     "self": "self-reused",
@@ -85,7 +85,7 @@ _FIRST_LETTERS: Mapping[frozenset[Kind], str] = {
     CROSS | DEEP: "R",
     TEMPORAL: "T",
 }
-#: Every set of reused kinds has a letter: those above, and the rest of the alphabet in order.
+#: The letter of every set of reused kinds: those above, and further letters for the other sets in order.
 _LETTERS: Mapping[frozenset[Kind], str] = {
     **_FIRST_LETTERS,
     **dict(
@@ -100,13 +100,13 @@ _LETTERS: Mapping[frozenset[Kind], str] = {
 #: The sets of kinds that a step may reuse, the common ones first.
 REUSED: tuple[frozenset[Kind], ...] = tuple(_LETTERS)
 
-#: What the letters of a strip mean, capital ones.
+#: The names of graphs by the upper-case letters of a strip.
 GRAPH_NAMES: Mapping[str, str] = {letter: _NAMES[kinds] for kinds, letter in _LETTERS.items()}
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one method contributes to a step; see `Phase`."""
+    """The contribution of one method to a step; see `Phase` for the attributes."""
 
     emit: frozenset[Kind] = NONE
     merge: frozenset[Kind] = NONE
@@ -115,13 +115,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a method knows of the generation when it is asked about a step.
+    """The properties of a generation that a method can use to plan a step.
 
     Attributes:
-        num_steps: of the generation.
-        starts: steps at which the denoiser changes (0, the gate, the end of guidance); methods that count steps
-            begin anew there, because what was cached before does not fit.
-        in_full: steps that must compute everything, because a later one takes all from them.
+        num_steps: the number of steps.
+        starts: the steps at which the denoiser changes (0, the gate, the end of guidance). Methods that count steps
+            restart there, because values cached before do not fit.
+        in_full: the steps that must compute everything, because later steps reuse it.
     """
 
     num_steps: int
@@ -129,30 +129,30 @@ class Timeline:
     in_full: frozenset[int] = frozenset()
 
     def since_start(self, step: int) -> int:
-        """Return how many steps ago the denoiser last changed."""
+        """Return the number of steps since the denoiser last changed."""
         return step - max(start for start in self.starts if start <= step)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A caching method. A new one is a file in this folder with a subclass; nothing else has to be told.
+    """A caching method. To add one, put a file with a subclass into this folder; no other file needs a change.
 
-    A method is a frozen dataclass. Each of its fields is also an option of the command line, `--KEY-FIELD`, with the
-    help that `option(default, help)` gives it, and a value in schedule files.
+    A method is a frozen dataclass. Each of its fields becomes an option of the command line, `--KEY-FIELD`, with the
+    help text from `option(default, help)`, and a value in schedule files.
     """
 
-    #: The method in files and options: lower-case letters.
+    #: The name of the method in files and options, in lower-case letters.
     key: ClassVar[str]
-    #: The method in tables.
+    #: The name of the method in tables and messages.
     title: ClassVar[str]
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        """The kinds of site that some step reuses."""
+        """The kinds of sites that some step reuses."""
         raise NotImplementedError
 
     def guided_steps(self, num_steps: int) -> int:
-        """Return after how many steps the method ends guidance; `num_steps` if it does not."""
+        """Return the number of steps after which the method ends guidance; `num_steps` if it does not."""
         return num_steps
 
     def gate(self, num_steps: int) -> int | None:
@@ -161,19 +161,19 @@ class Method:
         return None
 
     def share(self, step: int, guided: bool, timeline: Timeline) -> Share:
-        """Return what the method does at `step`, which runs under guidance or not."""
+        """Return the contribution of the method to `step`, which runs with or without guidance."""
         raise NotImplementedError
 
     def hands_on(self, guided: bool, reuse: frozenset[Kind]) -> Share:
-        """Return all that any step may emit or merge for this method that reuses these kinds.
+        """Return everything that steps reusing these kinds may emit or merge for this method.
 
-        One graph serves all steps that take the same inputs, so it hands on all of it, at every step.
+        One graph serves all steps that take the same inputs, so it emits all of these values at every step.
         """
         raise NotImplementedError
 
     @classmethod
     def candidates(cls) -> Iterable[Method]:
-        """Return settings that `tune` tries beside its own."""
+        """Return further settings of the method that `tune` tries."""
         return ()
 
     def __add__(self, other: Method | Schedule) -> Schedule:
@@ -187,13 +187,13 @@ class Method:
 
 
 def option(default: Any, text: str, *, least: int | None = None) -> Any:
-    """Define a field of a method: its default, its help on the command line, and the least number that it takes."""
+    """Define a field of a method: its default, its help text on the command line, and its smallest valid number."""
     return field(default=default, metadata={"help": text, "least": least})
 
 
 @cache
 def methods() -> Mapping[str, type[Method]]:
-    """Return the methods of this package, by their keys."""
+    """Return the methods of this package, by key."""
     package = importlib.import_module(__package__ or "tgate_compile.methods")
     found: dict[str, type[Method]] = {}
     for module in pkgutil.iter_modules(package.__path__):
@@ -204,12 +204,12 @@ def methods() -> Mapping[str, type[Method]]:
 
 
 def options_of(kind: type[Method]) -> dict[str, Field[Any]]:
-    """Return the fields of a method, by the names of their options: `pab_cross_interval`."""
+    """Return the fields of a method by option name, such as `pab_cross_interval`."""
     return {f"{kind.key}_{f.name}": f for f in fields(kind)}
 
 
 def steps_of(given: int | float | None, num_steps: int) -> int:
-    """Return a number of steps, given as that or as a fraction of `num_steps`; None means all."""
+    """Return the number of steps for an absolute number or a fraction of `num_steps`; None means all."""
     if given is None:
         return num_steps
     return max(1, round(given * num_steps)) if isinstance(given, float) else given
@@ -252,7 +252,7 @@ def checked_number(given: object, name: str) -> float:
     if isinstance(given, (int, float)) and not isinstance(given, bool):
         try:
             number = float(given)
-        except OverflowError:  # an int beyond all floats
+        except OverflowError:  # an int too large for a float
             number = math.inf
         if math.isfinite(number):
             return number

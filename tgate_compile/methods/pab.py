@@ -1,4 +1,4 @@
-"""Pyramid Attention Broadcast: attention outputs are computed at intervals, within a window of the steps."""
+"""Pyramid Attention Broadcast: compute attention outputs at intervals, within a window of the steps."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ from tgate_compile.methods.method import (
 class PAB(Method):
     """Pyramid Attention Broadcast (arXiv 2408.12588, section 3.2).
 
-    Between `begin` and `end` the outputs of attentions are computed at every so many steps and reused in between;
-    outside of this window everything is computed. The paper caches cross-attention longest and spatial attention
-    shortest: `PAB(cross_interval=6, self_interval=2, temporal_interval=4)` for video models.
+    Between `begin` and `end`, attention outputs are computed at intervals and reused in between; outside of this window
+    everything is computed. The paper reuses cross-attention longest and spatial attention shortest:
+    `PAB(cross_interval=6, self_interval=2, temporal_interval=4)` for video models.
+
+    An interval is the number of steps from one computation to the next; 1 computes the attention at every step.
 
     Attributes:
-        cross_interval: for cross-attention; 1 computes it in every step, here and below.
-        self_interval: for self-attention, and where `temporal_interval` is above 1 for spatial self-attention.
-        temporal_interval: for self-attention between the frames of a video.
-        begin: the part of the steps after which the window begins. diffusers' timesteps (100, 800) of 1000 are
-            about (0.2, 0.9).
-        end: the part of the steps after which it ends.
+        cross_interval: the interval of cross-attention.
+        self_interval: the interval of self-attention, or of spatial self-attention if `temporal_interval` is above 1.
+        temporal_interval: the interval of self-attention between the frames of a video.
+        begin: the fraction of the steps after which the window begins. diffusers' timesteps (100, 800) of 1000
+            correspond to about (0.2, 0.9).
+        end: the fraction of the steps after which the window ends.
     """
 
     key: ClassVar[str] = "pab"
     title: ClassVar[str] = "PAB"
 
-    cross_interval: int = option(6, "Cross-attention every so many steps.", least=1)
-    self_interval: int = option(2, "Self-attention every so many steps; in videos, spatial attention.", least=1)
-    temporal_interval: int = option(1, "Attention between a video's frames every so many steps.", least=1)
-    begin: float = option(0.2, "The part of the steps after which the window begins.")
-    end: float = option(0.9, "The part of the steps after which the window ends.")
+    cross_interval: int = option(6, "Compute cross-attention at every n-th step only.", least=1)
+    self_interval: int = option(2, "Compute self-attention (spatial, in videos) at every n-th step only.", least=1)
+    temporal_interval: int = option(1, "Compute attention between frames at every n-th step only.", least=1)
+    begin: float = option(0.2, "The fraction of the steps after which the window begins.")
+    end: float = option(0.9, "The fraction of the steps after which the window ends.")
 
     def __post_init__(self) -> None:
         for name in ("cross_interval", "self_interval", "temporal_interval"):
@@ -53,7 +55,7 @@ class PAB(Method):
         if not 0.0 <= self.begin < self.end <= 1.0:
             raise ConfigurationError(f"PAB needs 0 <= begin < end <= 1, but got {self.begin} and {self.end}.")
         if not self.kinds:
-            raise ConfigurationError("PAB with every interval at 1 caches nothing; give one of them at least 2.")
+            raise ConfigurationError("PAB with every interval at 1 caches nothing; set one of them to at least 2.")
 
     @property
     def kinds(self) -> frozenset[Kind]:

@@ -1,4 +1,4 @@
-"""Schedules: one or several methods together, from step to phase. Pure data, checked before anything runs."""
+"""Schedules: one or several methods that assign a phase to each step, as validated plain data."""
 
 from __future__ import annotations
 
@@ -24,28 +24,30 @@ MSG_SEVERAL_ENDS = (
     "Guidance ends in one way: at gate_step, after guidance_step, or at guidance_similarity. "
     "Give one of them, not {given}."
 )
-MSG_NOTHING = "Nothing to do: give a gate_step, a deepcache_interval above 1, a guidance_step or a guidance_similarity."
+MSG_NOTHING = "Nothing to do: set a gate_step, a deepcache_interval above 1, a guidance_step or a guidance_similarity."
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When what is cached, and when guidance stops: one method, or several that go together.
+    """A schedule of one or several methods, which defines what is cached at each step and when guidance ends.
 
-    `TGate(10)`, `DeepCache(3) + TGate(10)` and `AdaptiveGuidance(step=10)` are schedules wherever one is expected. The
-    fields below are the same in short: `Schedule(10, deepcache_interval=3)` equals `DeepCache(3) + TGate(10)`.
+    `TGate(10)`, `DeepCache(3) + TGate(10)` and `AdaptiveGuidance(step=10)` are accepted wherever a schedule is
+    expected. The fields below are a short form: `Schedule(10, deepcache_interval=3)` equals
+    `DeepCache(3) + TGate(10)`.
 
     Attributes:
-        gate_step: of `TGate`: a number of steps (>= 1), or a fraction of the steps (0 < x < 1); None for no gate.
-        sp_interval: of `TGate`.
-        fi_interval: of `TGate`.
-        warm_up: of `TGate`.
-        deepcache_interval: `interval` of `DeepCache`; 1 is off.
+        gate_step: `gate_step` of `TGate`: a number of steps (>= 1), or a fraction of the steps (0 < x < 1); None means
+            no gate.
+        sp_interval: `sp_interval` of `TGate`.
+        fi_interval: `fi_interval` of `TGate`.
+        warm_up: `warm_up` of `TGate`.
+        deepcache_interval: `interval` of `DeepCache`; 1 switches it off.
         deepcache_branch: `branch` of `DeepCache`.
-        guidance_step: `step` of `AdaptiveGuidance`; None leaves guidance to the gate.
-        guidance_similarity: `similarity` of `AdaptiveGuidance`; None leaves it to the steps.
-        keep: the half that goes on once guidance has stopped. None is the papers' choice: uncond with a gate, cond
+        guidance_step: `step` of `AdaptiveGuidance`; None means that guidance ends at the gate, if there is one.
+        guidance_similarity: `similarity` of `AdaptiveGuidance`; None means that guidance does not depend on it.
+        keep: the half that is kept once guidance has ended. None means the papers' choice: uncond with a gate, cond
             without one.
-        anchor_weight: of `TGate`.
+        anchor_weight: `anchor_weight` of `TGate`.
         others: further methods, such as `PAB`.
     """
 
@@ -62,7 +64,7 @@ class Schedule:
     others: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
-        # Each method checks its own options, whether it is in use or not.
+        # Each method validates its own options, even if it is not in use.
         gated = TGate(
             10 if self.gate_step is None else self.gate_step,
             self.sp_interval,
@@ -83,8 +85,8 @@ class Schedule:
         if self.gate_step is None:
             refuse_intervals_without_gate(self.sp_interval, self.fi_interval, self.anchor_weight)
         if self.deepcache_interval > 1 and max(self.sp_interval, self.fi_interval) > 1:
-            told = {"deep": self.deepcache_interval, "sp": self.sp_interval, "fi": self.fi_interval}
-            raise ConfigurationError(MSG_DEEP_AND_SELF.format(**told))
+            values = {"deep": self.deepcache_interval, "sp": self.sp_interval, "fi": self.fi_interval}
+            raise ConfigurationError(MSG_DEEP_AND_SELF.format(**values))
         ends = {name: getattr(self, name) for name in ("gate_step", "guidance_step", "guidance_similarity")}
         given = {name: value for name, value in ends.items() if value is not None}
         if len(given) > 1:
@@ -111,7 +113,7 @@ class Schedule:
         if isinstance(method, AdaptiveGuidance):
             return cls(**off, guidance_step=method.step, guidance_similarity=method.similarity)
         if isinstance(method, DeepCache):
-            raise ConfigurationError("DeepCache(1) computes everything in every step; give an interval of at least 2.")
+            raise ConfigurationError("DeepCache(1) computes everything in every step; set an interval of at least 2.")
         return cls(**off, others=(method,))
 
     def __add__(self, other: Method | Schedule) -> Schedule:
@@ -134,39 +136,39 @@ class Schedule:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The methods that it consists of."""
+        """The methods of the schedule."""
         return _methods(self)
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        """The kinds of site that some step reuses."""
+        """The kinds of sites that some step reuses."""
         return frozenset().union(*(method.kinds for method in self.methods))
 
     @property
     def kept(self) -> Half:
-        """The half that goes on once guidance has stopped."""
+        """The half that is kept once guidance has ended."""
         return self.keep or ("uncond" if self.gate_step is not None else "cond")
 
     def gate(self, num_steps: int) -> int:
-        """The first step after the gate, for a generation of `num_steps` steps; `num_steps` if there is none."""
+        """Return the first step after the gate, in a generation of `num_steps` steps; `num_steps` without a gate."""
         gates = [gate for method in self.methods if (gate := method.gate(num_steps)) is not None]
         return min(gates, default=num_steps)
 
     def plan(self, num_steps: int, *, guided: bool) -> tuple[Phase, ...]:
-        """What each of `num_steps` steps does; `guided` says whether guidance is on to begin with."""
+        """Return the phase of each of `num_steps` steps; `guided` means that guidance is on at the start."""
         return _plan(self, num_steps, guided)
 
     def graph_phase(self, phase: Phase) -> Phase:
-        """The phase whose graph serves `phase`: it hands on all that any phase with these inputs does, at any step.
+        """Return the phase whose graph serves `phase`: it emits everything that phases with the same inputs may emit.
 
-        One graph then serves them all, whatever the number of steps; the runtime keeps only what `phase` asks for.
+        One graph then serves all of them, for any number of steps; the runtime keeps only what `phase` emits.
         """
         shares = [method.hands_on(phase.guided, phase.reuse) for method in self.methods]
         emit, merge, _ = _united(shares)
         return Phase(phase.guided, emit=emit - phase.reuse, merge=merge - phase.reuse, reuse=phase.reuse)
 
     def strip(self, num_steps: int, *, guided: bool = True) -> str:
-        """One character a step; see `docs/reference/schedules.md` for the letters."""
+        """Return one character for each step; `docs/reference/schedules.md` explains the letters."""
         return "".join(phase.character for phase in self.plan(num_steps, guided=guided))
 
 
@@ -189,7 +191,10 @@ def _methods(schedule: Schedule) -> tuple[Method, ...]:
 
 
 def _check_together(methods: Iterable[Method]) -> None:
-    """Check that no two methods decide about the same values. Cross-attention may be cached until a gate, and after."""
+    """Check that no two methods cache the same kind of values.
+
+    Cross-attention is an exception: one method may cache it before a gate, and another after it.
+    """
     claimed: dict[Kind, Method] = {}
     for method in methods:
         for kind in method.kinds - CROSS:
@@ -201,8 +206,8 @@ def _check_together(methods: Iterable[Method]) -> None:
     for method in methods:
         if deep is not None and method is not deep and method.kinds and not isinstance(method, TGate):
             raise ConfigurationError(
-                f"{deep.title} cannot be combined with {method.title}: the layers that it leaves out have no values "
-                f"for {method.title} to cache."
+                f"{deep.title} cannot be combined with {method.title}: the layers that {deep.title} skips have no "
+                f"values for {method.title} to cache."
             )
 
 
@@ -227,15 +232,15 @@ def _united(shares: Iterable[Share]) -> tuple[frozenset[Kind], frozenset[Kind], 
 
 
 def check_plan(plan: Iterable[Phase]) -> None:
-    """Check that nothing is reused that no earlier step handed on with the same batch.
+    """Check that every reused value was emitted by an earlier step with the same batch.
 
     Raises:
-        ConfigurationError: a step reuses what is not there.
+        ConfigurationError: a step reuses a value that does not exist.
     """
-    at_hand: dict[Kind, bool] = {}  # kind -> whether what is at hand has both halves
+    cached: dict[Kind, bool] = {}  # for each cached kind, whether its values have both halves
     for step, phase in enumerate(plan):
         for kind in phase.reuse:
-            if at_hand.get(kind) is not phase.guided:
-                raise ConfigurationError(f"Step {step} reuses the {kind} cache, which no earlier step has made for it.")
-        at_hand.update(dict.fromkeys(phase.emit, phase.guided))
-        at_hand.update(dict.fromkeys(phase.merge, False))
+            if cached.get(kind) is not phase.guided:
+                raise ConfigurationError(f"Step {step} reuses the {kind} cache, which no earlier step has filled.")
+        cached.update(dict.fromkeys(phase.emit, phase.guided))
+        cached.update(dict.fromkeys(phase.merge, False))

@@ -1,4 +1,4 @@
-"""Schedules as small JSON files, to be kept beside a model: written all or nothing, read with suspicion."""
+"""Read and write schedules as small JSON files. They are written atomically, and validated when they are read."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from tgate_compile.methods.schedule import IN_SHORT, Schedule
 
 FORMAT = "tgate_compile.schedule"
 VERSION = 1
-#: A schedule with the table that justifies it has a few kilobytes.
+#: The size limit. A schedule file with the table of its tuning has a few kilobytes.
 MAX_BYTES = 1_000_000
 
 MSG_NO_PATH = "A schedule file needs a path, a str or a Path, but got {given!r}."
 MSG_NOT_READ = "The schedule file {where} cannot be read: {reason}."
 MSG_NOT_WRITTEN = "The schedule file {where} cannot be written: {reason}."
-MSG_TOO_LARGE = "{where} has more than {limit} bytes, and is no schedule file."
-MSG_NO_JSON = "{where} is no JSON file, and a schedule file is one: {reason}."
+MSG_TOO_LARGE = "{where} has more than {limit} bytes, so it is not a schedule file."
+MSG_NO_JSON = "The schedule file {where} is not valid JSON: {reason}."
 MSG_NO_OBJECT = "{where}: expected {key} to be a JSON object, but got {given}."
-MSG_FORMAT = '{where}: expected "format" to be "{expected}", but got {given}. It is no schedule file.'
+MSG_FORMAT = '{where}: expected "format" to be "{expected}", but got {given}. It is not a schedule file.'
 MSG_VERSION = '{where}: expected "version" to be {expected}, but got {given}.'
 MSG_NEWER = (
-    '{where}: its "version" is {given}, and this tgate_compile reads versions up to {expected}. '
+    '{where}: its "version" is {given}, but this tgate_compile reads versions up to {expected}. '
     "Install a newer tgate_compile."
 )
-MSG_UNKNOWN = "{where}: unknown key {given} in {key}. Known ones: {known}."
-MSG_TWICE = "the key {key!r} is there twice"
-MSG_NO_NUMBER = "{given} is no number of JSON"
-MSG_ABOUT = "What a schedule file says about its schedule must be plain data for JSON: {reason}."
+MSG_UNKNOWN = "{where}: unknown key {given} in {key}. Known keys: {known}."
+MSG_TWICE = "duplicate key {key!r}"
+MSG_NO_NUMBER = "{given} is not a valid number"
+MSG_ABOUT = "about must be plain data that can be written as JSON: {reason}."
 
 
 def save_schedule(schedule: Schedule, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write `schedule` to `path`, for `load_schedule`. An older file there is replaced as a whole or not at all.
+    """Write `schedule` to the file `path`, for `load_schedule`. An existing file is replaced atomically.
 
     Args:
-        schedule: what to write. All of its fields are, so that other defaults in a later version change nothing.
-        path: a file, usually called *.json, in a folder that exists.
-        about: plain data on where the schedule comes from; kept in the file, and not needed to load it.
+        schedule: the schedule. All of its fields are written, so it does not depend on the defaults of a later version.
+        path: the path of the file, usually `*.json`, in an existing folder.
+        about: plain data about the origin of the schedule, stored in the file but not needed to load it.
 
     Raises:
-        ConfigurationError: the file cannot be written, or `about` is no plain data.
+        ConfigurationError: the file cannot be written, or `about` is not plain data.
     """
     target = _path(path)
     content = {"format": FORMAT, "version": VERSION, "schedule": schedule_data(schedule), "about": dict(about or {})}
@@ -61,10 +61,11 @@ def save_schedule(schedule: Schedule, path: str | Path, about: Mapping[str, Any]
 
 
 def load_schedule(path: str | Path) -> Schedule:
-    """The schedule in the file at `path`, which `save_schedule`, `Tuning.save` or a person has written.
+    """Read the schedule in the file `path`, written by `save_schedule`, `Tuning.save` or by hand.
 
     Raises:
-        ConfigurationError: there is no such file, or it is none of a schedule. The message names the file and the key.
+        ConfigurationError: the file does not exist or is not a valid schedule file. The message names the file and the
+            key.
     """
     where = _path(path)
     try:
@@ -82,14 +83,14 @@ def load_schedule(path: str | Path) -> Schedule:
 
 
 def read_schedule(given: Mapping[str, Any], where: str = "schedule") -> Schedule:
-    """The schedule with these fields, e.g. `{"gate_step": 10, "sp_interval": 5}`; those left out have their defaults.
+    """Return the schedule with these fields, e.g. `{"gate_step": 10, "sp_interval": 5}`, and defaults for the others.
 
     Args:
-        given: values by the names of `Schedule`'s fields.
-        where: what messages call it.
+        given: the values, by the names of the fields of `Schedule`.
+        where: the name of the source, for messages.
 
     Raises:
-        ConfigurationError: there is no such field, or its value is none that it takes.
+        ConfigurationError: a field does not exist, or its value is not valid.
     """
     further = {key: kind for key, kind in methods().items() if kind not in IN_SHORT}
     _check_keys(given, [*_fields(), *further], where, "the schedule")
@@ -119,7 +120,7 @@ def _method(kind: type[Method], given: object) -> Method:
 
 def _schedule_of(content: object, where: str) -> Schedule:
     if not isinstance(content, dict):
-        raise ConfigurationError(MSG_NO_OBJECT.format(where=where, key="the whole", given=_shown(content)))
+        raise ConfigurationError(MSG_NO_OBJECT.format(where=where, key="the file", given=_shown(content)))
     if content.get("format") != FORMAT:
         given = _shown(content.get("format"))
         raise ConfigurationError(MSG_FORMAT.format(where=where, expected=FORMAT, given=given))
@@ -145,7 +146,7 @@ def _check_keys(given: Mapping[str, Any], known: list[str], where: str, key: str
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that is there twice, Python would silently take the last."""
+    """Return a JSON object as a dict, and refuse duplicate keys, of which `json` would silently keep the last."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -159,7 +160,7 @@ def _no_constant(name: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """`value` in a message, cut short."""
+    """Return `value` for a message, shortened."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -175,7 +176,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _replace(target: Path, data: bytes) -> None:
-    # Beside the target: a rename is atomic only within one file system.
+    # In the folder of the target, since a rename is atomic only within one file system.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:

@@ -1,4 +1,4 @@
-"""T-GATE: cross-attention, and guidance, up to a gate step only; self-attention at intervals."""
+"""T-GATE: compute cross-attention and guidance up to a gate step only, and self-attention at intervals."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from tgate_compile.methods.method import (
 class TGate(Method):
     """T-GATE (arXiv 2404.02747).
 
-    Version 1 (section 3.2 and algorithm 1): everything runs for `gate_step` steps. The cross-attentions are cached at
-    the last of them, under guidance as the mean of both halves; from step `gate_step` on they are reused, and guidance
-    does not run.
+    Version 1 (section 3.2 and algorithm 1): `gate_step` steps run in full. The cross-attention outputs are cached at
+    the last of them, under guidance as the mean of both halves. From step `gate_step` on they are reused, and guidance
+    is off.
 
     Version 2 (section 4, and the authors' package, 1.0.0): before the gate, self-attention is computed up to step
-    `warm_up`, then at every `sp_interval`-th step and at the last one; after it at every `fi_interval`-th. Steps are
-    counted from 0.
+    `warm_up`, then at every `sp_interval`-th step and at the last one; after the gate it is computed at every
+    `fi_interval`-th step. Steps are counted from 0.
 
     Attributes:
-        gate_step: a number of steps (>= 1), or a fraction of the steps (0 < x < 1). A gate at or beyond the last step
-            means: never gated.
-        sp_interval: see above; 1 computes self-attention in every step before the gate.
-        fi_interval: see above; 1 computes it in every step after the gate.
-        warm_up: see above.
-        anchor_weight: the weight w of the cond half in what the gate caches, `(1 - w) * uncond + w * cond`. 0.5 is
-            the paper's mean, 1 the cond half alone, and more goes beyond it.
+        gate_step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), that run in full. If it is not
+            less than the number of steps, nothing is gated.
+        sp_interval: the interval of self-attention before the gate, in steps; 1 computes it at every step.
+        fi_interval: the interval of self-attention after the gate, in steps; 1 computes it at every step.
+        warm_up: the step, from 0, up to which self-attention is computed at every step.
+        anchor_weight: the weight w of the cond half in the cached value, `(1 - w) * uncond + w * cond`. 0.5 is the
+            paper's mean, 1 is the cond half alone, and larger values extrapolate beyond it.
     """
 
     key: ClassVar[str] = "tgate"
     title: ClassVar[str] = "T-GATE"
 
-    gate_step: int | float = option(10, "Steps in full; from then on the pruned graph.")
-    sp_interval: int = option(1, "Self-attention every so many steps before the gate.", least=1)
-    fi_interval: int = option(1, "Self-attention every so many steps after the gate.", least=1)
+    gate_step: int | float = option(10, "The number or the fraction of steps that run in full.")
+    sp_interval: int = option(1, "Compute self-attention at every n-th step only before the gate.", least=1)
+    fi_interval: int = option(1, "Compute self-attention at every n-th step only after the gate.", least=1)
     warm_up: int = option(2, "The step, from 0, after which sp_interval begins.", least=0)
-    anchor_weight: float = option(0.5, "The weight of the cond half in what the gate caches.")
+    anchor_weight: float = option(0.5, "The weight of the cond half in the cached mean.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gate_step", checked_gate_step(self.gate_step))
@@ -95,20 +95,18 @@ class TGate(Method):
 
     @staticmethod
     def _at(applies: bool, computed: bool) -> tuple[frozenset[Kind], frozenset[Kind]]:
-        """Return what is reused and emitted of self-attention at a step."""
+        """Return the kinds reused and emitted at a step: self-attention in one of the two, if the interval applies."""
         if not applies:
             return NONE, NONE
         return (NONE, SELF) if computed else (SELF, NONE)
 
 
 def refuse_intervals_without_gate(sp_interval: int, fi_interval: int, anchor_weight: float) -> None:
-    """Raise ConfigurationError for options of T-GATE that are given without a gate."""
+    """Raise ConfigurationError if options of T-GATE are set without a gate."""
     if max(sp_interval, fi_interval) > 1:
         raise ConfigurationError(
-            "sp_interval and fi_interval are T-GATE's, and need a gate_step; got gate_step=None with "
+            "sp_interval and fi_interval are options of T-GATE and need a gate_step, but got gate_step=None with "
             f"sp_interval={sp_interval} and fi_interval={fi_interval}."
         )
     if anchor_weight != 0.5:
-        raise ConfigurationError(
-            "anchor_weight is how T-GATE's cache is merged, and needs a gate_step; got gate_step=None."
-        )
+        raise ConfigurationError("anchor_weight is an option of T-GATE and needs a gate_step, but got gate_step=None.")

@@ -1,1 +1,1 @@
-"""Follow a pipeline's generation, and run its denoisers by a schedule."""
+"""Follow a pipeline's generation, and run its denoisers according to a schedule."""

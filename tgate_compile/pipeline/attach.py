@@ -1,4 +1,4 @@
-"""Put schedules on a pipeline, and take them off: everything is checked before anything is changed."""
+"""Attach schedules to a pipeline, and detach them. Everything is checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ from tgate_compile.pipeline.modular import check_guidance, check_loaded, family_
 from tgate_compile.pipeline.optimized import Optimized, required_state_of, state_of
 
 MSG_NO_PIPELINE = (
-    "optimize() needs a loaded diffusers pipeline, or an object like one, with a scheduler that has timesteps, a "
-    "denoiser and a call, but got {given}. "
-    "For example: optimize(StableDiffusionPipeline.from_pretrained(...), gate_step=10)."
+    "optimize() needs a loaded diffusers pipeline, or a similar callable object with a scheduler that has timesteps "
+    "and a denoiser, but got {given}. For example: "
+    "optimize(StableDiffusionPipeline.from_pretrained(...), gate_step=10)."
 )
 MSG_NO_DENOISER = (
-    "{pipeline} has no denoiser called {names}. It has {modules}. If one of these denoises, name it: "
+    "{pipeline} has no denoiser called {names}. It has {modules}. If one of these is the denoiser, pass its name: "
     'optimize(pipe, denoiser="...").'
 )
 MSG_NO_SUCH_DENOISER = "denoiser={given!r}: {pipeline} has no such module. It has {modules}."
 MSG_ALREADY = (
-    "This {pipeline} is already optimized. Call tgate_compile.restore(pipe) first to optimize it in another way."
+    "This {pipeline} is already optimized. To optimize it differently, call tgate_compile.restore(pipe) first."
 )
 MSG_ON_UNSUPPORTED = 'on_unsupported must be "error" or "plain", but got {given!r}.'
-#: What denoises in the pipelines of models of several stages: unCLIP, Kandinsky 2, Würstchen, Stable Cascade.
+#: The denoisers in pipelines of models with several stages: unCLIP, Kandinsky 2, Würstchen, Stable Cascade.
 _STAGES = ("prior", "decoder")
 
 MSG_REFUSED = "{pipeline} cannot be gated: {reason}."
 MSG_COMPILED = (
-    "The denoiser of this {pipeline} has been compiled with torch.compile. Pass it uncompiled: tgate_compile compiles "
-    "its own graphs of it."
+    "The denoiser of this {pipeline} has been compiled with torch.compile. Use the uncompiled denoiser: tgate_compile "
+    "compiles its own graphs."
 )
 MSG_RETURNS_EARLY = (
-    "it returns before its first step has run (its call is a generator, or asynchronous), and what is gated ends when "
-    "the call returns. A loop of your own can be gated in tgate_compile.generation(pipe, guidance=...)"
+    "it returns before its first step has run (its call is a generator, or asynchronous), and gating ends when the "
+    "call returns. What works instead: your own loop in tgate_compile.generation(pipe, guidance=...)"
 )
 MSG_OWN_GATE_STEP = (
-    "{pipeline} has an argument gate_step of its own, as the pipelines of other packages for T-GATE have. Pass a "
-    "pipeline that has not been gated yet."
+    "The call of {pipeline} already has an argument gate_step, like the pipelines of other packages for T-GATE. Pass a "
+    "pipeline that is not gated yet."
 )
 MSG_ONLY_HALF = (
-    "keep={given!r} is not possible with {pipeline}: only its {only} half can go on once guidance has stopped. "
-    "Leave keep out."
+    "keep={given!r} is not possible with {pipeline}: only its {only} half can be kept once guidance has stopped. "
+    "Omit keep."
 )
 
 
@@ -72,13 +72,13 @@ def attach(
     graph_memory: int | None = None,
     from_bundle: bool = False,
 ) -> None:
-    """Let the denoisers of `pipe` run by `schedules`, which has one for each of `denoiser_names(pipe)`.
+    """Make the denoisers of `pipe` follow `schedules`, which has one for each of `denoiser_names(pipe)`.
 
-    Those whose graphs come `from_bundle` have a backend that `load` has checked.
+    With `from_bundle`, `load` has already checked the backend.
 
     Raises:
-        ConfigurationError: an argument is wrong. The pipeline is as it was.
-        UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is as it was.
+        ConfigurationError: an argument is wrong. The pipeline is left unchanged.
+        UnsupportedModelError: this pipeline or denoiser cannot be gated. The pipeline is left unchanged.
     """
     options = {} if backend_options is None else backend_options
     if on_unsupported not in get_args(OnUnsupported):
@@ -126,13 +126,13 @@ def detach(pipe: DiffusionPipeline) -> None:
 
 
 def denoiser_names(pipe: DiffusionPipeline, denoiser: str | None = None) -> tuple[str, ...]:
-    """The components of `pipe` that denoise: one, or two where the family says so; or the one that is named.
+    """Return the names of the components of `pipe` that denoise: one, two in some families, or only `denoiser`.
 
-    `pipe` may be of a class that is not diffusers', if it has a scheduler, a denoiser and a call.
+    `pipe` may be an object of another package, if it is callable and has a scheduler and a denoiser.
 
     Raises:
-        ConfigurationError: `pipe` is no pipeline, or has no such component.
-        UnsupportedModelError: it has none, and cannot be gated for another reason.
+        ConfigurationError: `pipe` is not a pipeline, or has no such component.
+        UnsupportedModelError: `pipe` has no such component because it is of a class that cannot be gated.
     """
     if is_modular(pipe):
         check_loaded(pipe)
@@ -169,7 +169,7 @@ def _is_pipeline(pipe: object) -> bool:
 
 
 def _modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The loaded modules that `pipe` has as attributes."""
+    """Return the loaded modules that are attributes of `pipe`, by name."""
     if is_modular(pipe):
         names = pipe.component_names
     elif isinstance(pipe, DiffusionPipeline):
@@ -185,7 +185,7 @@ def _listed(modules: Mapping[str, torch.nn.Module]) -> str:
 
 
 def _with_possible_half(pipe: DiffusionPipeline, schedule: Schedule) -> Schedule:
-    """`schedule`, keeping the one half that can be kept, if the family has no choice."""
+    """Return `schedule` with `keep` set to the only half that the family can keep, if there is no choice."""
     only = family_of_pipeline(pipe).only
     if only is None:
         return schedule

@@ -1,4 +1,4 @@
-"""The sites' values that are at hand in a generation, and which calls they are good for."""
+"""The cached values of a generation, and the calls that they can be used in."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tgate_compile.methods.method import Half, Kind, Phase
 from tgate_compile.passes.graphs import Emission
 
 Key = tuple[Kind, str]
-#: A value has both halves in one tensor, [2B, ...]; or each half has its own; or there is one for all, [B, ...].
+#: The layout of a value: both halves in one tensor, [2B, ...], a separate tensor for each half, or one, [B, ...].
 Layout = Literal["both", "separate", "one"]
 
 MSG_GUIDANCE_SWITCHED_ON = (
-    "Guidance has been switched on in the middle of a generation, and what is cached was made without it. "
+    "Guidance has been switched on in the middle of a generation, but the cached values were computed without it. "
     "Switch it on from the start. " + INSTEAD
 )
 
 
 class Caches:
-    """Values by kind and site. All sites of a kind have the layout of the step that made them."""
+    """Cached values by kind and site. All sites of a kind have the layout of the step that computed them."""
 
     def __init__(self) -> None:
         self._values: dict[tuple[Half | None, Key], torch.Tensor] = {}
@@ -33,16 +33,16 @@ class Caches:
 
     @property
     def nbytes(self) -> int:
-        """Of all values together."""
+        """The size of all values together, in bytes."""
         return sum(value.nbytes for value in self._values.values())
 
     def put(self, key: Key, value: torch.Tensor, layout: Layout, half: Half | None = None) -> None:
-        """Keep `value`; `half` says whose it is, if the layout is `separate`."""
+        """Store `value`; `half` is the half that it belongs to, if the layout is `separate`."""
         self._values[half, key] = value
         self._layouts[key[0]] = layout
 
     def merge_halves(self, anchor: float) -> None:
-        """Take the values of a call whose batch, as it turns out, has both halves: merge those of cross-attentions."""
+        """Change the layout of values whose batch has turned out to have both halves, and merge cross-attentions'."""
         for kind, layout in list(self._layouts.items()):
             if layout != "one":
                 continue
@@ -54,7 +54,7 @@ class Caches:
                     self.merge(key, anchor)
 
     def merge(self, key: Key, anchor: float) -> None:
-        """Make one value of the halves' own: their weighted mean, accumulated in fp32 at least."""
+        """Replace the halves' values by their weighted mean, accumulated in at least fp32."""
         uncond, cond = (self._values.pop((half, key)) for half in ("uncond", "cond"))
         accumulated = torch.promote_types(uncond.dtype, torch.float32) if uncond.itemsize > 1 else torch.float32
         mean = (1.0 - anchor) * uncond.to(accumulated) + anchor * cond.to(accumulated)
@@ -63,12 +63,12 @@ class Caches:
         self._layouts[key[0]] = "one"
 
     def fit(self, kind: Kind, *, guided: bool, keep: Half, order: tuple[Half, Half]) -> None:
-        """Make the values of `kind` suit a step that is `guided`, or else keep those of the half `keep` alone.
+        """Prepare the values of `kind` for a step: unless it is `guided`, reduce them to those of the half `keep`.
 
-        `order` is that of the halves where a value has both.
+        `order` is the order of the halves in a value that has both.
 
         Raises:
-            UnsupportedModelError: they have been made without guidance, which is on now.
+            UnsupportedModelError: the values were computed without guidance, but the step is guided.
         """
         layout = self._layouts[kind]
         if guided and layout == "one":
@@ -82,23 +82,24 @@ class Caches:
         self._layouts[kind] = "one"
 
     def values(self, half: Half | None) -> Mapping[Key, torch.Tensor]:
-        """What a call of one `half`, of both or of no guidance (None), can use."""
+        """Return the values for a call of one `half`; None stands for a call of both, or without guidance."""
         return {key: value for (owner, key), value in self._values.items() if owner is None or owner == half}
 
     def clear(self) -> None:
-        """Free them all."""
+        """Free all values."""
         self._values.clear()
 
 
 def layout_of(phase: Phase, emission: Emission, half: Half | None) -> Layout:
+    """Return the layout of an emitted value in a call of `phase` for `half`, or for both or no guidance (None)."""
     if half is not None:
         return "separate"
     return "both" if phase.guided and not emission.merged else "one"
 
 
 def batch_ratio(batch: torch.Size, sample: torch.Size) -> float:
-    """How many latents the denoiser sees, of shape `batch`, for each that the scheduler steps, of shape `sample`."""
+    """Return how many latents the denoiser sees (shape `batch`) for each latent of the scheduler (shape `sample`)."""
     ratio = batch[0] / max(sample[0], 1)
-    if ratio not in (1, 2) and len(batch) != len(sample):  # a video whose frames are steps of their own
+    if ratio not in (1, 2) and len(batch) != len(sample):  # the scheduler steps the frames of a video separately
         return batch.numel() / max(sample.numel(), 1)
     return ratio

@@ -1,4 +1,4 @@
-"""What an optimized pipeline is made of, in numbers."""
+"""Describe an optimized pipeline: its sites, its graphs and its last call."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tgate_compile.pipeline.optimized import preview, required_state_of
 
 @dataclass(frozen=True)
 class VariantDescription:
-    """One graph.
+    """The description of one graph.
 
     Attributes:
-        denoiser: the component that it is made of: `unet`, `transformer`.
-        name: `full`, `pruned`, or another phase's name.
-        batch: the batch of the latents that it takes (2B under guidance).
-        latents: their shape.
-        dtype: their dtype.
-        nodes: operators of the graph.
-        parameters: elements of the parameters that it uses.
-        macs: multiply-accumulates of a call in linear and convolution layers (the paper's convention).
-        macs_total: the same with attention's own products.
-        cache_bytes: of the caches that it takes or hands on.
+        denoiser: the name of the denoiser component, such as `unet` or `transformer`.
+        name: the name of the phase, such as `full` or `pruned`.
+        batch: the batch size of the latents (2B under guidance).
+        latents: the shape of the latents.
+        dtype: the dtype of the latents.
+        nodes: the number of operators.
+        parameters: the number of elements of the parameters that the graph uses.
+        macs: the multiply-accumulates of a call in linear and convolution layers (the paper's convention).
+        macs_total: the same, including the matrix products of attention.
+        cache_bytes: the size in bytes of the caches that the graph takes or returns.
     """
 
     denoiser: str
@@ -48,27 +48,27 @@ class VariantDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` says; printing it gives a page for a person, `as_dict` plain data for a program.
+    """The result of `describe`. Print it for a readable summary, or call `as_dict` for plain data.
 
     Attributes:
-        pipeline: class of the pipeline.
-        denoiser: class of the denoiser.
-        backend: the backend asked for.
-        served_by: the backends that run the graphs compiled so far, which says what `"auto"` has chosen.
-        schedule: what was chosen, in words: `gate step 10, sp interval 5`.
-        gate_step: as given to `optimize`.
-        keep: the guidance half that goes on after the gate.
-        parameters: of the denoiser, or of both where there are two.
-        sites: what is cached, in graph order; empty before the first call.
-        variants: the graphs made so far.
-        last_steps: for each graph that the last generation ran, in order, the step and the graph's name.
-        strip: the last generation, or the one asked about, one character a step: `F` full, `p` pruned;
-            `docs/reference/schedules.md` has them all. Two denoisers' steps have a `|` in between.
-        cache_bytes: the most that this generation keeps from one step to the next.
-        plain_because: why the last call, or the one asked about, ran in full although the schedule has more to it
-            (`on_unsupported="plain"`); None if it was not for such a reason.
-        bundle: the folder of the bundle that it is served from, which says itself what its graphs are
-            (`tgate-compile inspect`); None if the graphs are made here.
+        pipeline: the class name of the pipeline.
+        denoiser: the class name of the denoiser.
+        backend: the selected backend.
+        served_by: the backends that run the graphs compiled so far, which shows what `"auto"` has chosen.
+        schedule: the schedule in words, such as `gate step 10, sp interval 5`.
+        gate_step: the gate step passed to `optimize`.
+        keep: the guidance half that is kept after the gate.
+        parameters: the number of parameter elements of all denoisers.
+        sites: the names of the cached sites, in graph order; empty before the first call.
+        variants: the graphs captured so far.
+        last_steps: the step and the graph's name for each denoiser call of the last generation, in order.
+        strip: the last generation, or the one described, with one character per step: `F` for full, `p` for pruned;
+            `docs/reference/schedules.md` lists them all. A `|` separates the steps of two denoisers.
+        cache_bytes: the largest size in bytes of the caches kept between two steps of that generation.
+        plain_because: the reason why the last call, or the one described, ran without the schedule
+            (`on_unsupported="plain"`); None if it ran with it.
+        bundle: the folder of the bundle that the graphs are loaded from (`tgate-compile inspect` describes them);
+            None if they are captured in this process.
     """
 
     pipeline: str
@@ -91,7 +91,7 @@ class Description:
         return f" ({', '.join(self.served_by)})" if self.backend == "auto" and self.served_by else ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return the description as plain data that can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -116,8 +116,8 @@ class Description:
                 for v in self.variants
             ]
         if self.strip:
-            what = f"last call: {self.strip}  ({len(self.last_steps)} denoiser calls)"
-            lines.append(what if self.last_steps else f"such a call: {self.strip}")
+            last_call = f"last call: {self.strip}  ({len(self.last_steps)} denoiser calls)"
+            lines.append(last_call if self.last_steps else f"such a call: {self.strip}")
             lines.append(f"caches: {self.cache_bytes / 1e6:.3f} MB at most")
         if self.plain_because is not None:
             lines.append(f"runs in full: {self.plain_because}")
@@ -125,11 +125,11 @@ class Description:
 
 
 def describe(pipe: AnyPipeline, **call: Any) -> Description:
-    """The sites found, the graphs made and what the last call ran.
+    """Describe the sites and graphs of an optimized pipeline, and its last call.
 
-    With arguments of the pipeline's call, `describe(pipe, prompt="a fox", height=480, width=832, num_frames=81)`, what
-    that call would run, beforehand: how large its caches are, above all. Its graphs are captured, which makes the
-    call itself faster later on, but nothing is compiled and no step is computed.
+    With arguments for the pipeline, as in `describe(pipe, prompt="a fox", height=480, width=832, num_frames=81)`, it
+    describes what that call would run, and in particular how large its caches would be. The graphs for the call are
+    captured, which saves time when it is made, but nothing is compiled and no step is computed.
 
     Raises:
         ConfigurationError: the pipeline is not optimized.

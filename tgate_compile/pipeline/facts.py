@@ -1,4 +1,4 @@
-"""What a pipeline's call says about its generation: whether guidance is on, and how many timesteps it visits."""
+"""Read from a pipeline's call whether guidance is on, and how many timesteps it visits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a pipeline's call, or the user for a loop of their own, says about the generation.
+    """Facts about a generation, from a pipeline's call or, for a custom loop, from the user.
 
     Attributes:
-        guided: whether guidance is on for the denoiser of this name, at the present call.
-        num_timesteps: how many of the scheduler's timesteps the loop visits; None for all.
-        watch: look for changes of the denoiser at every call.
-        guided_at: whether guidance will be on for a denoiser at a timestep; None where it stays as it begins.
+        guided: returns whether guidance is on for the denoiser with a given name, at the present call.
+        num_timesteps: returns the number of the scheduler's timesteps that the loop visits; None for all.
+        watch: whether to check the denoiser for changes at every call.
+        guided_at: returns whether guidance will be on for a denoiser at a timestep; None if guidance does not change.
     """
 
     guided: Callable[[str], bool]
@@ -40,7 +40,7 @@ NO_FACTS = Facts(lambda name: False, lambda: None, watch=False)
 def num_calls_of(
     pipe: DiffusionPipeline, family: Family, name: str, num_timesteps: Callable[[], int | None]
 ) -> int | None:
-    """For how many timesteps the denoiser called `name` runs; None for all of the scheduler's."""
+    """Return the number of timesteps that the denoiser called `name` runs for; None for all of the scheduler's."""
     boundary = boundary_of(pipe, family)
     if boundary is None:
         return num_timesteps()
@@ -49,13 +49,13 @@ def num_calls_of(
 
 
 def boundary_of(pipe: DiffusionPipeline, family: Family) -> float | None:
-    """The timestep below which the second denoiser takes over; None if there is none."""
+    """Return the timestep below which the second denoiser takes over; None if there is only one denoiser."""
     ratio = pipe.config.get(family.boundary) if family.second is not None else None
     return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
 
 
 def facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Facts:
-    """What a pipeline's call with these arguments says about the generation."""
+    """Return the facts about the generation of a pipeline's call with these arguments."""
     if is_modular(pipe):
         guidance = Guidance(pipe, tuple(state.hooks))
         return Facts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
@@ -64,10 +64,10 @@ def facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[
 
 
 def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
-    """Whether code that is not diffusers' runs during the loop, and may change the denoiser in the middle of it.
+    """Return whether code outside of diffusers runs during the loop, which may change the denoiser.
 
-    Such as callbacks, hooks on the denoiser, a pipeline or scheduler of the user's own. To look at the denoiser in each
-    step takes milliseconds, which other calls are spared.
+    Examples are callbacks, hooks on the denoiser, and custom pipelines or schedulers. Other calls do not need the
+    check of the denoiser at every step, which takes milliseconds.
     """
     scheduler = getattr(pipe, "scheduler", None)
     classes = (*state.pipeline_class.__mro__, *type(scheduler).__mro__)
@@ -81,29 +81,32 @@ def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[st
     )
 
 
-#: Where base classes of diffusers' pipelines and schedulers come from.
+#: Modules that define base classes of diffusers' pipelines and schedulers.
 _OF_BASES = ("builtins", "huggingface_hub.hub_mixin", "enum", "abc", "collections", "typing")
 
 
 class _Earlier(int):
-    """A pipeline's number of timesteps that it has set for an earlier loop."""
+    """A number of timesteps that a pipeline has set for an earlier loop."""
 
 
 def _num_timesteps(pipe: DiffusionPipeline) -> int | None:
-    """How many of the scheduler's timesteps the present loop of the pipeline visits, if it says so."""
+    """Return the number of timesteps that the pipeline has set for its present loop; None if it has not."""
     given = getattr(pipe, "_num_timesteps", None)
     return None if isinstance(given, _Earlier) else given
 
 
 def note_new_loop(pipe: DiffusionPipeline) -> None:
-    """From now on, what the pipeline has said about its timesteps is about an earlier loop."""
+    """Mark the pipeline's number of timesteps as belonging to an earlier loop."""
     given = vars(pipe).get("_num_timesteps") if hasattr(pipe, "__dict__") else None
     if type(given) is int:
         vars(pipe)["_num_timesteps"] = _Earlier(given)
 
 
 def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:
-    """Whether guidance is on, now: the pipeline's own word if it has one, which a callback may change in mid-loop."""
+    """Return a function that reports whether guidance is on, which a callback may change during the loop.
+
+    It reads the pipeline's `do_classifier_free_guidance` if there is one, else the argument `guidance_scale`.
+    """
     if family_of(type(pipe)).unguided:
         return lambda: False
     scale = arguments.get("guidance_scale")
@@ -114,14 +117,14 @@ def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callab
     def by_property() -> bool:
         try:
             return bool(pipe.do_classifier_free_guidance)
-        except AttributeError:  # a subclass has a loop of its own, which does not set what the property reads
+        except AttributeError:  # a subclass has its own loop, which does not set what the property reads
             return by_scale()
 
     return by_property if hasattr(type(pipe), "do_classifier_free_guidance") else by_scale
 
 
-def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
-    """Whether there is such a word of the pipeline's."""
+def reports_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
+    """Return whether the pipeline or its arguments define if guidance is on, as `guidance_of` reads it."""
     return (
         family_of(type(pipe)).unguided
         or hasattr(type(pipe), "do_classifier_free_guidance")
@@ -130,6 +133,6 @@ def says_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool
 
 
 def knows_order(pipeline_class: type) -> bool:
-    """Whether the pipeline's call is code of diffusers' whose batches are known to begin with the family's half."""
+    """Return whether the pipeline's call is diffusers' code, with the order of the halves that its row has."""
     author = next((base for base in pipeline_class.__mro__ if "__call__" in vars(base)), pipeline_class)
     return author.__module__.partition(".")[0] == "diffusers" and is_listed(pipeline_class)

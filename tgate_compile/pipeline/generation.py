@@ -1,4 +1,4 @@
-"""One generation: from denoiser call to step, phase and variant, with the caches carried along."""
+"""One generation: it maps each denoiser call to a step, a phase and a variant, and keeps the caches."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ logger = logging.getLogger(__name__)
 
 MSG_CONCURRENT = (
     "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
-    "scheduler's state. Use a lock, or one pipeline per thread: they may have the same weights, but need a denoiser, a "
-    "scheduler and tokenizers of their own."
+    "scheduler's state. Use a lock, or one pipeline per thread: they may share weights, but each needs its own "
+    "denoiser, scheduler and tokenizers."
 )
 MSG_AUTOCAST = (
-    "torch.autocast is on, and would change dtypes inside a graph that is made for fixed ones. Leave it, and put the "
-    "pipeline into the dtype instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
+    "torch.autocast is on, and would change dtypes inside a graph that was captured for fixed ones. Switch it off, and "
+    "convert the pipeline instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
 )
 MSG_TWO_CALLS = (
-    "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline denoises tiles of its "
-    "latents one by one, or evaluates its guidance halves in separate calls, and in which order is not known, or its "
-    "guidance needs further predictions. " + INSTEAD
+    "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline denoises its latents in "
+    "tiles, or evaluates its guidance halves in separate calls of unknown order, or its guidance needs more than two "
+    "predictions. " + INSTEAD
 )
 MSG_NEVER_GUIDED = (
-    "Guidance begins at step {step}, where the schedule ({schedule}) has ended it already, so that it would never act. "
-    "Let guidance begin earlier, or end later."
+    "Guidance begins at step {step}, but the schedule ({schedule}) has already ended it, so it would never act. Make "
+    "guidance begin earlier or end later."
 )
 MSG_NO_PAIR = (
-    "Guidance is on, and the guidance halves of this pipeline's kind come in separate calls, {first} then {second}, "
-    "but the call after the first is for another timestep or has other shapes. " + INSTEAD
+    "Guidance is on, and pipelines of this kind evaluate the guidance halves in separate calls, {first} then {second}, "
+    "but the second call is for another timestep or has other shapes. " + INSTEAD
 )
 MSG_ORDER_AND_ANCHOR = (
-    "This pipeline's batch has the prompt's half first, which is known only after the first step, and anchor_weight "
-    "depends on it. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
+    "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
+    "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
 )
 
 MSG_GRADIENTS = (
@@ -75,9 +75,9 @@ MSG_GRADIENTS = (
 
 
 class Previewed(BaseException):
-    """Leaves a pipeline's call at its first denoiser call, and tells what that was.
+    """Raised at the first denoiser call of a pipeline, to leave the pipeline's call with the denoiser's arguments.
 
-    It is no error, and no `except Exception` in a pipeline or its blocks may log or stop it.
+    It is not an error: it derives from BaseException so that no `except Exception` in a pipeline logs or stops it.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> None:
@@ -89,12 +89,12 @@ class Previewed(BaseException):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a generation would run.
+    """The plan of a generation, which has not run.
 
     Attributes:
-        steps: each step, and what it does.
-        graphs: for each step the phase whose graph serves it, and the denoiser call that this is made for.
-        cache_bytes: the most that is kept from one timestep to the next.
+        steps: each step with its phase.
+        graphs: for each step the phase whose graph serves it, and the denoiser call that the graph is captured for.
+        cache_bytes: the largest size in bytes of the caches kept between two timesteps.
     """
 
     steps: list[tuple[int, Phase]]
@@ -104,7 +104,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _FirstCall:
-    """A timestep of a pipeline with a call for each half, after the first of the two."""
+    """The state between the two calls of a timestep, in a pipeline that calls the denoiser once for each half."""
 
     step: int
     phase: Phase
@@ -114,24 +114,26 @@ class _FirstCall:
 
 
 class Generation:
-    """The state of one generation of one denoiser, made when it begins and thrown away when it ends.
+    """The state of one generation of one denoiser, which is discarded when the generation ends.
 
-    A pipeline's call may go over the timesteps several times (FreeInit; one image or ensemble member after the other).
-    Each such pass begins anew, with steps counted from 0 and without caches.
+    A pipeline's call may visit the timesteps several times (FreeInit; one image or ensemble member after the other).
+    Each such pass starts without caches and counts its steps from 0.
 
     Args:
         store: the variants of the denoiser.
         forward: the denoiser's original forward.
-        schedule: from step to phase.
-        family: what is specific to the pipeline's class.
-        guided: called at each step: whether guidance is on.
-        scheduler: called at the first denoiser call, when the timesteps are set, and after it.
-        num_calls: called likewise: for how many of the timesteps this denoiser is called; None for all.
-        watch: look for changes of the denoiser at every call, not only at the first one.
-        loop: what the denoisers of the call have in common.
-        preview: raise `Previewed` at the first call.
-        guided_at: whether guidance will be on at a timestep, by its index; None where it stays as it begins.
-        before: the generation of the denoiser whose steps come before this one's, if there are two.
+        schedule: the schedule, which assigns a phase to each step.
+        family: the properties of the pipeline's class.
+        guided: returns whether guidance is on; called at each step.
+        scheduler: returns the scheduler; called at the first denoiser call, when the timesteps are set, or later.
+        num_calls: returns the number of timesteps that this denoiser is called for, or None for all; called like
+            `scheduler`.
+        watch: whether to check the denoiser for changes at every call, not only at the first one.
+        loop: the state shared by the denoisers of the pipeline's call.
+        preview: whether to raise `Previewed` at the first call.
+        guided_at: returns whether guidance will be on at a timestep, given its index; None if guidance does not
+            change.
+        before: the generation of the denoiser whose steps precede this one's, if there are two.
     """
 
     def __init__(
@@ -169,25 +171,25 @@ class Generation:
         self._was_guided = False
         self._guidance_over = False
         self._halves = TwoHalves(loop, family, scheduler)
-        self._shared: frozenset[int] | None = None  # the positions of tensors that look like halves, and are not
+        self._shared: frozenset[int] | None = None  # positions of tensors that both halves share, once determined
         self._finished = False
         self.progress = Progress(steps_once=loop.knows_order)
-        self.steps: list[tuple[int, Phase]] = []  # of all passes, numbered through
+        self.steps: list[tuple[int, Phase]] = []  # the steps of all passes, numbered consecutively
         self.calls_apart = 0  # calls from within callbacks
-        self.cache_bytes = 0  # the most that has been kept from one timestep to the next
+        self.cache_bytes = 0  # the largest size of the caches kept between two timesteps
 
     @property
     def num_steps(self) -> int:
-        """Steps of a pass; 0 before the first one."""
+        """The number of steps of a pass; 0 before the first one."""
         return 0 if self.progress.counter is None else self.progress.counter.num_steps
 
     @property
     def may_be_interrupted(self) -> bool:
-        """Whether another generation may run now: within a callback, which leaves this one alone."""
+        """Whether another generation may run now: only within a callback, while this one is paused."""
         return self._loop.paused > 0 and threading.get_ident() == self._thread
 
     def finish(self) -> None:
-        """Free the caches; `steps` goes on saying what ran. May be called again."""
+        """Free the caches; `steps` is kept. May be called more than once."""
         if self._finished:
             return
         self._finished = True
@@ -198,7 +200,7 @@ class Generation:
             logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
 
     def denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Stand in for the denoiser's forward."""
+        """Run a denoiser call in place of the denoiser's forward."""
         if threading.get_ident() != self._thread:
             raise ConcurrentGenerationError(MSG_CONCURRENT)
         if self._preview and not self._loop.paused:
@@ -216,7 +218,7 @@ class Generation:
         return self._forward(*args, **kwargs)
 
     def _check_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check that nobody differentiates through the denoiser, with respect to its inputs."""
+        """Check that no input of the denoiser requires gradients."""
         if torch.is_grad_enabled():
             for name, leaf in named_leaves(self._signature.bind(*args, **kwargs).arguments):
                 if torch.is_tensor(leaf) and leaf.requires_grad:
@@ -250,7 +252,7 @@ class Generation:
     def _with_tensor_timestep(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call with its timestep as a tensor, which one graph serves; a number would be a constant of a graph."""
+        """Return the call with its timestep as a tensor; a number would become a constant of the graph."""
         given = arguments.get("timestep")
         dtype = _dtype_of_number(given)
         kind = type(self._store.denoiser)
@@ -264,7 +266,7 @@ class Generation:
         return (*args[:place], tensor, *args[place + 1 :]), kwargs
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> Plan:
-        """Make the variants for a generation that begins with this denoiser call, without running any."""
+        """Plan a generation that begins with this denoiser call: capture its variants without running them."""
         arguments = self._signature.bind(*args, **kwargs).arguments
         self.progress.event(self.scheduler(), arguments)
         counter = self._begin(arguments, guided)
@@ -291,10 +293,10 @@ class Generation:
         return Plan(steps, graphs, most)
 
     def check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
-        """Compare the last denoiser call's batch with what the scheduler steps: as many latents, or half as many.
+        """Check that the scheduler steps as many latents as the last denoiser call had, or half as many.
 
         Raises:
-            UnsupportedModelError: neither, or not what the pipeline says about guidance.
+            UnsupportedModelError: the numbers do not fit, or contradict what the pipeline reports about guidance.
         """
         try:
             self._check_step(prediction, sample)
@@ -302,7 +304,7 @@ class Generation:
             self._loop.run_plain(error)
 
     def _check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
-        if self._separate(self._halves.said):
+        if self._separate(self._halves.reported_guided):
             return
         learnt = self._halves.compare(prediction, sample)
         if learnt is None:
@@ -316,7 +318,7 @@ class Generation:
             self._caches.merge_halves(self.schedule.anchor_weight)
 
     def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
-        """At the first denoiser call of a pass: count the steps, check the inputs, look at the denoiser."""
+        """Begin a pass at its first denoiser call: check the inputs, count the steps, and refresh the store."""
         latents = latents_of(arguments)
         if torch.is_autocast_enabled(latents.device.type):
             raise UnsupportedCallError(MSG_AUTOCAST)
@@ -328,7 +330,7 @@ class Generation:
         if guided and not self._family.calls:
             self._halves.begin(latents)
         if self._before is not None:
-            self._before.finish()  # so that the caches of both are never there at a time
+            self._before.finish()  # so that the caches of both never exist at the same time
         self._store.refresh()
         return counter
 
@@ -336,7 +338,7 @@ class Generation:
         return guided and bool(self._family.calls)
 
     def _in_one_call(self, call: Call, latents: torch.Size, guided: bool) -> Any:
-        """A timestep of a pipeline that has guidance off, or both halves in one call, with `latents` of this shape."""
+        """Run a timestep in one denoiser call: without guidance, or with both halves; `latents` is their shape."""
         step, phase = self._next_step(guided)
         if guided and not phase.guided:
             call = self._kept(call, latents[0])
@@ -346,16 +348,16 @@ class Generation:
         if phase.guided:
             self._after_guided_step(outputs, latents)
         elif guided:
-            # uncond + scale * (cond - uncond) is then the prediction itself, whatever the scale, and guidance
-            # rescale is the identity: the pipeline's own arithmetic stays as it is.
+            # uncond + scale * (cond - uncond) is then the prediction itself for every scale, and guidance rescale is
+            # the identity, so the pipeline's own arithmetic needs no change.
             outputs = [torch.cat([output, output]) for output in outputs]
         self._end_timestep()
         return compiled.unflatten(outputs)
 
     def _in_two_calls(self, call: Call, arguments: dict[str, Any]) -> Any:
-        """One of the two calls of a timestep of a pipeline that evaluates the guidance halves one by one.
+        """Run one of the two calls of a timestep, in a pipeline that evaluates the guidance halves separately.
 
-        Once guidance has stopped, the first call computes, and the second is handed what the first has computed.
+        Once guidance has stopped, the first call computes the prediction, and the second returns a copy of it.
         """
         first, second = self._family.calls
         if self._first_call is None:
@@ -380,7 +382,7 @@ class Generation:
         return made.compiled.unflatten(halves[second])
 
     def _next_step(self, guided: bool) -> tuple[int, Phase]:
-        """The step, and what it does; `guided` is what the pipeline says now, since a callback may change it."""
+        """Return the step and its phase; `guided` is reported by the pipeline now, since a callback may change it."""
         assert self.progress.counter is not None
         step = self.progress.step()
         plan = self.schedule.plan(self.progress.counter.num_steps, guided=guided and not self._guidance_over)
@@ -389,7 +391,7 @@ class Generation:
             raise UnsupportedCallError(MSG_NEVER_GUIDED.format(step=step, schedule=self.schedule))
         self._was_guided |= guided
         for kind in phase.reuse:
-            # A callback that switches guidance off keeps the prompt's half, as diffusers' own do.
+            # A callback that switches guidance off keeps the prompt's half, as diffusers' own callbacks do.
             keep = self.schedule.kept if guided else "cond"
             self._caches.fit(kind, guided=phase.guided, keep=keep, order=self._family.order)
         return step, phase
@@ -399,27 +401,27 @@ class Generation:
         self.cache_bytes = max(self.cache_bytes, self._caches.nbytes)
 
     def _graph(self, phase: Phase, half: Half | None) -> Phase:
-        """The phase whose graph serves `phase`, or the call of one `half` in it."""
+        """Return the phase whose graph serves `phase`, or the call of one `half` in it."""
         if half is not None:
             phase = Phase(False, emit=phase.emit | phase.merge, reuse=phase.reuse)
         return self.schedule.graph_phase(phase)
 
     def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
-        """Run the variant of `phase` for one half, or (None) for both or without guidance; keep what it emits."""
+        """Run the variant of `phase` for one half, for both or without guidance (None), and store what it emits."""
         caches = self._caches.values(half)
         compiled = self._store.get(self._graph(phase, half), call, caches, self._forward)
         outputs, emitted = compiled.run(call, caches)
         for emission, value in zip(compiled.emitted, emitted, strict=True):
             kind = emission.site.kind
-            wanted = phase.merge if emission.merged else phase.emit
-            if kind in (wanted if half is None else phase.emit | phase.merge):
+            kinds = phase.merge if emission.merged else phase.emit
+            if kind in (kinds if half is None else phase.emit | phase.merge):
                 self._caches.put((kind, emission.site.name), value, layout_of(phase, emission, half), half)
         self.steps.append((self.progress.steps_before + step, phase))
         self._loop.gated = self._loop.gated or bool(phase.reuse)
         return compiled, outputs
 
     def _after_guided_step(self, predictions: list[torch.Tensor], latents: torch.Size) -> None:
-        """See from the `predictions` of both halves whether guidance has done its work."""
+        """Determine from the `predictions` of both halves whether guidance can end."""
         threshold = self.schedule.guidance_similarity
         if threshold is not None:
             self._guidance_over = similarity(predictions[0], channels=latents[1]) >= threshold
@@ -432,24 +434,24 @@ class Generation:
         return one_half(call, batch, kept, self._family, self._shared or frozenset())
 
 
-#: Denoisers that make a tensor of a number, as `_with_tensor_timestep` does; others may compute with the number itself.
+#: Denoisers that convert a number to a tensor, as `_with_tensor_timestep` does; others may use the number itself.
 _TAKE_NUMBERS = "diffusers.models.unets."
 
 
 def _dtype_of_number(timestep: object) -> torch.dtype | None:
-    """The dtype that diffusers' UNets give a timestep that is a number; None if it is none."""
+    """Return the dtype that diffusers' UNets give a timestep that is a number; None if it is not a number."""
     if isinstance(timestep, float):
         return torch.float64
     return torch.int64 if isinstance(timestep, (int, np.integer)) and not isinstance(timestep, bool) else None
 
 
 def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:
-    """What ran, one character a step."""
+    """Return one character for each step that ran."""
     return "".join({step: phase.character for step, phase in steps}.values())
 
 
 def _check_pair(first: dict[str, Any], second: dict[str, Any], calls: Sequence[Half], *, values: bool) -> None:
-    """Check that two calls are the halves of one timestep; `values`: not only by their shapes."""
+    """Check that two calls are the halves of one timestep; `values` also compares their timesteps."""
     same = latents_of(first).shape == latents_of(second).shape
     if same and values and timestep_of(first) is not None:
         same = torch.equal(torch.as_tensor(timestep_of(first)), torch.as_tensor(timestep_of(second)))

@@ -1,4 +1,4 @@
-"""The hook on a denoiser, which hands its calls to the generation in progress."""
+"""The hook on a denoiser, which passes its calls to the generation in progress."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ logger = logging.getLogger(__name__)
 
 MSG_NO_COPY = (
     "An optimized pipeline or denoiser cannot be copied or pickled. Call tgate_compile.restore(pipe) first; "
-    "save_pretrained() works as it is."
+    "save_pretrained() works without that."
 )
 
 
 class DenoiserHook(ModelHook):  # type: ignore[misc]
-    """Hands the denoiser's calls to the generation in progress; without one, the denoiser runs as it is.
+    """Passes the denoiser's calls to the generation in progress; without one, the denoiser runs unchanged.
 
-    Several pipelines may share the denoiser, and with it this hook. One generation runs at a time.
+    Several pipelines may share the denoiser, and so this hook. One generation runs at a time.
     """
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
-        # The denoiser's own forward: under our hook, and under accelerate's offload hook if there is one already.
+        # The denoiser's own forward, below our hook and below accelerate's offload hook if there is one.
         self.own_forward: Callable[..., Any] = (
             denoiser._old_forward if hasattr(denoiser, "_hf_hook") else denoiser.forward  # type: ignore[assignment]
         )
@@ -52,22 +52,22 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
         self._calls_outside = 0
 
     def attach(self) -> None:
-        """Put this hook on the denoiser for one more pipeline."""
+        """Register this hook on the denoiser for one more pipeline."""
         if not self._pipelines:
             HookRegistry.check_if_exists_or_initialize(self.denoiser).register_hook(self, HOOK_NAME)
         self._pipelines += 1
 
     def detach(self) -> None:
-        """Take it off again after the last pipeline; hooks that others have put on since then stay."""
+        """Remove the hook after the last pipeline; hooks that others have registered since then stay."""
         self._pipelines -= 1
         if self._pipelines:
             return
         registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
         registry.remove_hook(HOOK_NAME, recurse=False)
-        # The registry restores `forward` as an attribute of the instance, and stays behind itself. Hooks that others
-        # have put on since then need both.
+        # The registry restores `forward` as an attribute of the instance, and stays on the denoiser. Hooks that others
+        # have registered since then need both.
         if self._was_offloaded and not hasattr(self.denoiser, "_hf_hook"):
-            # The offload hook has been taken off meanwhile; the registry remembers its `forward`, which is dead.
+            # The offload hook has been removed in the meantime; the registry has restored its `forward`, now unused.
             vars(self.denoiser)["forward"] = self.own_forward
         elif not registry.hooks and not self._was_offloaded:
             if self._had_forward:
@@ -78,7 +78,7 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
             del self.denoiser._diffusers_hook
 
     def store_for(self, config: Config) -> VariantStore:
-        """The graphs for `config`, shared with other pipelines that want the same."""
+        """Return the graphs for `config`, which are shared by pipelines with equivalent configurations."""
         key = VariantStore.key_of(config)
         store = self._stores.get(key)
         if store is None:
@@ -97,12 +97,12 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
             return generation.denoise(args, kwargs)
 
     def _note_call_outside(self) -> None:
-        """A loop of one's own that forgets `generation()` would run in full for ever, without a word."""
+        """Warn at the second call outside of a generation: a custom loop without `generation()` is never gated."""
         self._calls_outside += not torch.is_grad_enabled()
         if self._calls_outside == 2:
             logger.warning(
-                "%s has been called outside of its pipeline's call, where nothing is gated. Run a denoising loop of "
-                "your own in `with tgate_compile.generation(pipe, guidance=...)`.",
+                "%s has been called outside of its pipeline's call, where nothing is gated. Run your own denoising "
+                "loop in `with tgate_compile.generation(pipe, guidance=...)`.",
                 type(self.denoiser).__name__,
             )
 
@@ -119,15 +119,15 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
         return self._lock.locked()
 
     @contextmanager
-    def generation(self, generation: Generation) -> Iterator[None]:
-        """Hand the denoiser's calls to `generation` inside the context, however it is left."""
-        around = self._active
-        if around is not None and around.may_be_interrupted and generation.scheduler() is not around.scheduler():
+    def activated(self, generation: Generation) -> Iterator[None]:
+        """Pass the denoiser's calls to `generation` inside the context, and finish it when the context is left."""
+        outer = self._active
+        if outer is not None and outer.may_be_interrupted and generation.scheduler() is not outer.scheduler():
             try:
                 self._active = generation
                 yield
             finally:
-                self._active = around
+                self._active = outer
                 generation.finish()
             return
         if not self._lock.acquire(blocking=False):
@@ -142,7 +142,7 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
 
 
 class GatedDenoiser:
-    """A denoiser as one pipeline uses it: what was asked for, its graphs, and what ran last."""
+    """A denoiser as one pipeline uses it: its configuration, its graphs, and its last generation."""
 
     def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
         self._hook = hook_of(denoiser) or DenoiserHook(denoiser)
@@ -158,7 +158,7 @@ class GatedDenoiser:
 
     @property
     def busy(self) -> bool:
-        """Whether a generation is running, of this pipeline or of another one with this denoiser."""
+        """Whether a generation is running, of this pipeline or of another one that shares the denoiser."""
         return self._hook.busy
 
     @property
@@ -169,17 +169,17 @@ class GatedDenoiser:
         return by_registry and hook_of(self.denoiser) is self._hook
 
     def attach(self) -> None:
-        """Put the hook on the denoiser, if it is not there yet."""
+        """Register the hook on the denoiser, if it is not registered yet."""
         self._hook.attach()
 
     def detach(self) -> None:
-        """Take it off, if no other pipeline needs it."""
+        """Remove the hook from the denoiser, if no other pipeline needs it."""
         self._hook.detach()
 
     @contextmanager
-    def generation(self, generation: Generation) -> Iterator[None]:
-        """Hand the denoiser's calls to `generation` inside the context, however it is left."""
-        with self._hook.generation(generation):
+    def activated(self, generation: Generation) -> Iterator[None]:
+        """Pass the denoiser's calls to `generation` inside the context, and finish it when the context is left."""
+        with self._hook.activated(generation):
             try:
                 yield
             finally:
@@ -187,7 +187,7 @@ class GatedDenoiser:
 
 
 def hook_of(denoiser: torch.nn.Module) -> DenoiserHook | None:
-    """Our hook on `denoiser`; None if it has none."""
+    """Return our hook on `denoiser`; None if there is none."""
     registry = getattr(denoiser, "_diffusers_hook", None)
     hook = None if registry is None else registry.get_hook(HOOK_NAME)
     return hook if isinstance(hook, DenoiserHook) else None

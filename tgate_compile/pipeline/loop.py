@@ -1,4 +1,4 @@
-"""The loop that calls the denoisers: shared by all of one call, paused, and started over."""
+"""The denoising loop: the state shared by its denoisers, pausing during callbacks, and starting over."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from tgate_compile.engine.purity import remember
 from tgate_compile.pipeline.progress import Progress
 
-#: What becomes of a pipeline or a call that cannot be gated.
+#: How to handle a pipeline or a call that cannot be gated.
 OnUnsupported = Literal["error", "plain"]
 
 
@@ -25,19 +25,19 @@ FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, fu
 
 
 class Denoising(Protocol):
-    """What a loop knows of each of its denoisers: a generation."""
+    """The part of a generation that its loop uses."""
 
     progress: Progress
 
     def check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
-        """Hear of the first step of the scheduler after a call of this denoiser."""
+        """Check the first step of the scheduler after a call of this denoiser."""
         ...
 
 
 class StartOver(BaseException):
-    """Leaves a pipeline call that turned out not to be gateable after gated steps had run; it is run again, in full.
+    """Raised to leave a pipeline's call that cannot be gated although gated steps have run; it is repeated in full.
 
-    It is not an error, and no `except Exception` in a pipeline or its blocks may log or stop it.
+    It is not an error: it derives from BaseException so that no `except Exception` in a pipeline logs or stops it.
     """
 
     def __init__(self, cause: Exception) -> None:
@@ -46,14 +46,14 @@ class StartOver(BaseException):
 
 
 class Loop:
-    """One run of a pipeline's call, or of a denoising loop of one's own.
+    """One run of a pipeline's call, or of a custom denoising loop.
 
     Args:
-        on_unsupported: what to do if it cannot be gated.
+        on_unsupported: how to handle a loop that cannot be gated.
         can_start_over: whether the whole call can be repeated.
-        report: told the reason when the rest of the loop runs plain.
-        is_pipeline: whether it is a pipeline's own call, of which no one has said what its batches are.
-        says_guidance: whether the pipeline says by itself if guidance is on.
+        report: called with the reason when the rest of the loop runs without gating.
+        is_pipeline: whether it is a pipeline's call, for which the user has not specified the guidance.
+        reports_guidance: whether the pipeline or its arguments define if guidance is on.
         knows_order: whether it is known which half of a batch is the prompt's.
     """
 
@@ -64,35 +64,35 @@ class Loop:
         can_start_over: bool = False,
         report: Callable[[Exception], None] = lambda cause: None,
         is_pipeline: bool = False,
-        says_guidance: bool = True,
+        reports_guidance: bool = True,
         knows_order: bool = True,
     ) -> None:
         self.on_unsupported = on_unsupported
         self.can_start_over = can_start_over
         self.is_pipeline = is_pipeline
-        self.says_guidance = says_guidance
+        self.reports_guidance = reports_guidance
         self.knows_order = knows_order
-        self.observable = False  # whether the scheduler's calls are seen
-        self.paused = 0  # inside this many callbacks
-        self.plain = False
-        self.gated = False  # whether a step has been different from the plain pipeline's
-        self.stepped = 0  # calls of the scheduler's step
+        self.observable = False  # whether the scheduler's calls are observed
+        self.paused = 0  # the number of nested callbacks
+        self.plain = False  # whether the rest of the loop runs without gating
+        self.gated = False  # whether a step has differed from the plain pipeline's
+        self.stepped = 0  # the number of calls of the scheduler's step
         self.generations: list[Denoising] = []
-        self.current: Denoising | None = None  # that made the last denoiser call
-        self.cause: Exception | None = None  # why it runs plain
+        self.current: Denoising | None = None  # the generation that made the last denoiser call
+        self.cause: Exception | None = None  # the reason why the loop runs without gating
         self._report = report
         self.on_new_timesteps: Callable[[], None] = lambda: None
 
     @property
     def knows_guidance(self) -> bool:
-        """Whether the pipeline's word on guidance is final: user code may call something else `guidance_scale`."""
-        return self.says_guidance and self.knows_order
+        """Whether the reported guidance is reliable; user code may use `guidance_scale` for something else."""
+        return self.reports_guidance and self.knows_order
 
     def run_plain(self, cause: Exception) -> None:
-        """Run the rest of the loop in full, since it cannot be gated; or raise `cause`.
+        """Run the rest of the loop in full, since it cannot be gated, or raise `cause`.
 
         Raises:
-            StartOver: steps have been gated already, so that the call must be repeated.
+            StartOver: steps have already been gated, so the call must be repeated.
         """
         if self.on_unsupported == "error" or (self.gated and not self.can_start_over):
             raise cause
@@ -103,15 +103,15 @@ class Loop:
         self.plain = True
 
     def on_set_timesteps(self) -> None:
-        """The scheduler's timesteps are set anew."""
+        """Note that the scheduler's timesteps are set again."""
         if self.paused:
-            return  # the loop goes on over those that it has
+            return  # the loop keeps its present timesteps
         self.on_new_timesteps()
         for generation in self.generations:
             generation.progress.on_set_timesteps()
 
     def on_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
-        """The scheduler steps from the latents `sample`, by `prediction`."""
+        """Note that the scheduler steps the latents `sample` with `prediction`."""
         self.stepped += 1
         if self.paused or self.plain:
             return
@@ -123,7 +123,7 @@ class Loop:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Denoiser calls inside the context are not part of the loop."""
+        """Exclude denoiser calls inside the context from the loop."""
         self.paused += 1
         try:
             yield
@@ -131,7 +131,7 @@ class Loop:
             self.paused -= 1
 
     def outside(self, name: str, value: Any) -> Any:
-        """The argument `name` of the pipeline's call; if it is a callback, its denoiser calls are not the loop's."""
+        """Return the argument `name` of the pipeline's call; a callback is wrapped so that it pauses the loop."""
         if isinstance(value, (PipelineCallback, MultiPipelineCallbacks)):
             return _PausingCallbacks(self, value)
         if not is_callback(name, value):
@@ -148,9 +148,9 @@ class Loop:
 
 
 def is_callback(name: str, value: Any) -> bool:
-    """Whether the argument `name` of a pipeline's call is something that it will call.
+    """Return whether the argument `name` of a pipeline's call is a function that the pipeline will call.
 
-    Other callable objects (tokenizers, modules) have attributes that the pipeline may need.
+    Other callable objects (tokenizers, modules) are not wrapped, since the pipeline may need their attributes.
     """
     if isinstance(value, (list, tuple)):
         return "callback" in name and any(callable(item) for item in value)
@@ -158,7 +158,7 @@ def is_callback(name: str, value: Any) -> bool:
 
 
 class _PausingCallbacks(MultiPipelineCallbacks):  # type: ignore[misc]
-    """diffusers' own callbacks, which a pipeline recognizes by their class."""
+    """A wrapper of diffusers' callback objects, which a pipeline recognizes by their class."""
 
     def __init__(self, loop: Loop, callback: Any) -> None:
         super().__init__([callback])
@@ -173,11 +173,12 @@ class _PausingCallbacks(MultiPipelineCallbacks):  # type: ignore[misc]
 def rewindable(
     arguments: Mapping[str, Any], denoisers: Sequence[torch.nn.Module], scheduler: Any = None, *, keep: bool
 ) -> Iterator[Callable[[], bool]]:
-    """Give a function that puts things back to what they are now; it does nothing unless `keep`.
+    """Yield a function that restores the present state before a call is repeated; it does nothing unless `keep`.
 
-    These are torch's random number generators and those among a call's `arguments`, and the scheduler; and, if there
-    are callbacks among the arguments, the Python state of the `denoisers`, on which they may put hooks. It returns
-    whether the call can be repeated: not if tensors among the arguments have been changed meanwhile.
+    The state consists of torch's random number generators, the generators among the call's `arguments`, and the
+    scheduler. If there are callbacks among the arguments, it includes the Python state of the `denoisers`, which they
+    may put hooks on. The function returns whether the call can be repeated, which it cannot be if tensors among the
+    arguments have been changed.
     """
     if not keep:
         yield lambda: False

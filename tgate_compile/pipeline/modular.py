@@ -1,8 +1,8 @@
-"""Modular pipelines: what `optimize` needs to know of a `diffusers.ModularPipeline`, and of its guider.
+"""Support for modular pipelines (`diffusers.ModularPipeline`) and their guiders.
 
-A modular pipeline is a tree of blocks over named components. Its call takes what its blocks ask for, and nothing in it
-says whether guidance is on: the component `guider` decides that anew at every timestep. The guider's predictions come
-in denoiser calls of their own, the conditional one first.
+A modular pipeline is a tree of blocks over named components. Its call takes the inputs of its blocks, and does not show
+whether guidance is on: the component `guider` decides that at every timestep. Each of the guider's predictions is a
+separate denoiser call, the conditional one first.
 """
 
 from __future__ import annotations
@@ -19,42 +19,41 @@ from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.families import Family, family_of
 from tgate_compile.methods.method import Half
 
-#: The guidance halves by the names that guiders give to their predictions, in the order of the calls.
+#: The guidance halves by the guiders' names for their predictions, in the order of the calls.
 _PREDICTIONS: dict[str, Half] = {"pred_cond": "cond", "pred_uncond": "uncond"}
 
-#: Models whose blocks denoise a video part by part, each in a loop over the timesteps of its own.
+#: Models whose blocks denoise a video part by part, with a separate loop over the timesteps for each part.
 _IN_PARTS = frozenset({"helios", "helios-pyramid", "wan-animate-2", "wan-animate-2-distilled"})
 
-#: Of an image, of tokens, of a video.
+#: Shapes of predictions for an image, for tokens and for a video.
 _PREDICTION_SHAPES = ((1, 4, 16, 16), (1, 16, 8), (1, 4, 2, 16, 16))
 
 MSG_NOT_BY_GUIDER = (
-    "The {name} of this {pipeline} was called, but not for a prediction of the guider's: these begin with "
-    "guider.set_state() and guider.prepare_models(), as in diffusers' own blocks. "
-    "One of the pipeline's blocks calls the {name} by itself. "
-    "What works instead: the pipeline without that block, or without tgate_compile."
+    "The {name} of this {pipeline} was called, but not for a prediction of the guider, which begins with "
+    "guider.set_state() and guider.prepare_models() in diffusers' own blocks. One of the pipeline's blocks calls the "
+    "{name} directly. What works instead: the pipeline without that block, or without tgate_compile."
 )
 
 
 def is_modular(pipe: object) -> bool:
-    """Whether `pipe` is a modular pipeline."""
+    """Return whether `pipe` is a modular pipeline."""
     return isinstance(pipe, ModularPipeline)
 
 
 def check_ordinary(pipe: object, function: str) -> None:
-    """Raise ConfigurationError for a modular pipeline, which `function` cannot take."""
+    """Raise ConfigurationError if `pipe` is a modular pipeline, which `function` does not support."""
     if is_modular(pipe):
         raise ConfigurationError(
             f"{function} needs an ordinary diffusers pipeline, whose call takes `guidance_scale` and `output_type` "
             f"and returns images, but got a {type(pipe).__name__}, which is modular. Use an ordinary pipeline with "
-            "the same components; a schedule found with it can be given to optimize(pipe, schedule=...) here."
+            "the same components, and pass a schedule found with it to optimize(pipe, schedule=...) here."
         )
 
 
 def family_of_pipeline(pipe: object) -> Family:
-    """The facts about `pipe`: those of its class or, for a modular pipeline, those of its components.
+    """Return the properties of the class of `pipe` or, for a modular pipeline, of its components.
 
-    A modular pipeline's class says little: blocks of Wan 2.2 may run in a `WanModularPipeline`.
+    The class of a modular pipeline determines little: blocks of Wan 2.2 may run in a `WanModularPipeline`.
     """
     if not is_modular(pipe):
         return family_of(type(pipe))
@@ -63,7 +62,7 @@ def family_of_pipeline(pipe: object) -> Family:
 
 
 def check_loaded(pipe: Any) -> None:
-    """Check that a modular pipeline has the models and the settings that its denoising loop is made of.
+    """Check that a modular pipeline has loaded the components of its denoising loop.
 
     Raises:
         ConfigurationError: some are not loaded yet.
@@ -73,33 +72,33 @@ def check_loaded(pipe: Any) -> None:
     if missing:
         raise ConfigurationError(
             f"The components {', '.join(missing)} of this {type(pipe).__name__} are not loaded yet. Call "
-            "pipe.load_components() first, or give them by pipe.update_components(...)."
+            "pipe.load_components() first, or set them with pipe.update_components(...)."
         )
 
 
 def check_guidance(pipe: Any, denoisers: Iterable[str]) -> None:
-    """Check that the `denoisers` of a modular pipeline run under guiders whose two halves can become one.
+    """Check that the guiders of a modular pipeline's `denoisers` can be gated.
 
     Raises:
-        UnsupportedModelError: they do not.
+        UnsupportedModelError: one of them cannot.
     """
     pipeline = type(pipe).__name__
     if getattr(pipe._blocks, "model_name", None) in _IN_PARTS:
         raise UnsupportedModelError(
-            f"{pipeline} cannot be gated: it denoises a video part by part, each part in a pass over the timesteps "
-            "of its own, and a generation is one pass. What works instead: the pipeline without tgate_compile."
+            f"{pipeline} cannot be gated: it denoises a video part by part, with a separate pass over the timesteps "
+            "for each part, but a generation is one pass. What works instead: the pipeline without tgate_compile."
         )
     if "scheduler" not in pipe.component_names:
         raise UnsupportedModelError(
-            f"{pipeline} cannot be gated: its blocks have no scheduler, whose timesteps are the steps to count."
+            f"{pipeline} cannot be gated: its blocks have no scheduler, whose timesteps define the steps."
         )
     for name in denoisers:
         guider = getattr(pipe, guider_name(pipe, name), None)
         if not isinstance(guider, BaseGuidance):
             raise UnsupportedModelError(
-                f"{pipeline} cannot be gated: its blocks use no guider, so that nothing says whether guidance is on "
-                "and which denoiser call belongs to which half. What works instead: the pipeline without "
-                "tgate_compile, or an ordinary pipeline for the same model."
+                f"{pipeline} cannot be gated: its blocks use no guider, so it is not known whether guidance is on and "
+                "which denoiser call belongs to which half. What works instead: the pipeline without tgate_compile, "
+                "or an ordinary pipeline for the same model."
             )
         reason = refusal(guider)
         if reason is not None:
@@ -111,65 +110,67 @@ def check_guidance(pipe: Any, denoisers: Iterable[str]) -> None:
 
 
 def guider_name(pipe: Any, denoiser: str) -> str:
-    """The component that guides `denoiser`: Wan 2.2 has a guider for each of its two."""
+    """Return the name of the guider of `denoiser`; Wan 2.2 has one for each of its two denoisers."""
     _, underscore, number = denoiser.partition("_")
     own = f"guider{underscore}{number}"
     return own if own in pipe.component_names else "guider"
 
 
 def refusal(guider: BaseGuidance) -> str | None:
-    """Why a denoiser under `guider` cannot be gated; None if nothing speaks against it.
+    """Return why a denoiser with this `guider` cannot be gated; None if it can.
 
-    After the gate there is one prediction, which the guider gets for both. So it must need no more than two, of the
-    same model for different conditions, and must make of two equal predictions that prediction.
+    After the gate there is one prediction, which the guider gets as both of its predictions. So the guider must use
+    exactly two, from the same model with different conditions, and must combine two equal predictions into the same
+    prediction.
     """
     predictions = list(guider._input_predictions)
     if predictions != list(_PREDICTIONS):
-        return f"it combines the predictions {', '.join(predictions)}, and the gate knows {' and '.join(_PREDICTIONS)}"
+        expected = " and ".join(_PREDICTIONS)
+        return f"it combines the predictions {', '.join(predictions)}, but the gate supports only {expected}"
     for method in ("prepare_models", "cleanup_models"):
         if getattr(type(guider), method) is not getattr(BaseGuidance, method):
             return (
-                "it changes the denoiser for one of its predictions (prepare_models), so that the two halves are "
+                "it changes the denoiser for one of its predictions (prepare_models), so the two halves are "
                 "predictions of different models"
             )
     failure: Exception | None = None
-    for shape in _PREDICTION_SHAPES:  # MagnitudeAwareGuidance, for one, takes tokens only
+    for shape in _PREDICTION_SHAPES:  # MagnitudeAwareGuidance, for example, takes tokens only
         try:
             return _tried(copy.deepcopy(guider), shape)
-        except Exception as error:  # a guider is anybody's code
+        except Exception as error:  # a guider may be user code
             failure = error
     return f"trying it on two predictions failed ({type(failure).__name__}: {failure})"
 
 
 def _tried(guider: BaseGuidance, shape: tuple[int, ...]) -> str | None:
-    """Try `guider`, a copy, with guidance on: which conditions come first, and what becomes of equal predictions."""
+    """Test `guider`, a copy, with guidance on: the order of its calls, and its result for two equal predictions."""
     guider.enable()
     guider.set_state(step=0, num_inference_steps=None, timestep=torch.zeros(()))  # no number of steps: always on
     conditions = [batch.condition for batch in guider.prepare_inputs({"condition": ("cond", "uncond")})]
     if conditions not in (["cond", "uncond"], ["cond"]):
-        return f"its denoiser calls are for the conditions {', '.join(conditions)}, and not for cond, then uncond"
+        return f"its denoiser calls are for the conditions {', '.join(conditions)}, not for cond and then uncond"
     random = torch.Generator().manual_seed(0)
     cond, uncond, later = (torch.randn(shape, generator=random) for _ in range(3))
     guider.forward(pred_cond=cond, pred_uncond=uncond)
-    guider.set_state(step=10**6, num_inference_steps=None, timestep=torch.zeros(()))  # after any step that it counts to
+    guider.set_state(step=10**6, num_inference_steps=None, timestep=torch.zeros(()))  # beyond any step it may count to
     result = guider.forward(pred_cond=later, pred_uncond=later)[0]
     if torch.allclose(result, later, rtol=1e-3, atol=1e-3):
         return None
     return (
-        "what it makes of two equal predictions is not that prediction, so that it would go on guiding after the gate. "
-        "A momentum does so: set adaptive_projected_guidance_momentum to None"
+        "its result for two equal predictions is not that prediction, so it would continue to guide after the gate. A "
+        "momentum has this effect: set adaptive_projected_guidance_momentum to None"
     )
 
 
 class Guidance:
-    """Whether guidance is on in a generation of a modular pipeline: its guiders' own word.
+    """Reports whether guidance is on in a generation of a modular pipeline, according to its guiders.
 
-    Made when the generation begins. Called with the denoiser's name, once at each of its calls.
+    It is created when the generation begins, and called with the denoiser's name once for each denoiser call.
 
     Raises:
-        ConfigurationError: a component is not there.
-        UnsupportedModelError: a guider cannot be gated, also when it has been exchanged on the way; or the denoiser is
-            called in another way than a guider's predictions are.
+        ConfigurationError: a component is not loaded.
+        UnsupportedModelError: a guider cannot be gated, including one that was exchanged during the generation, or a
+            denoiser call is not one of a guider's predictions.
     """
 
     def __init__(self, pipe: Any, denoisers: tuple[str, ...]) -> None:
@@ -192,14 +193,14 @@ class Guidance:
         return bool(guider.num_conditions > 1)
 
     def at(self, denoiser: str, timestep: int) -> bool:
-        """Whether it will be on at the timestep of this index, counted from the first one of the denoiser."""
+        """Return whether guidance will be on at the timestep with this index, counted from the denoiser's first."""
         guider = copy.deepcopy(self._guiders[denoiser])
         guider._step = timestep + self._timesteps_before(denoiser)
         guider._num_inference_steps = self._running._num_inference_steps
         return bool(guider.num_conditions > 1)
 
     def _timesteps_before(self, denoiser: str) -> int:
-        """How many timesteps of the loop belong to another denoiser, before this one takes over."""
+        """Return the number of the loop's timesteps before this denoiser takes over from another."""
         if denoiser == next(iter(self._guiders)):
             return 0
         scheduler = self._pipe.scheduler
@@ -207,7 +208,7 @@ class Guidance:
         return int((scheduler.timesteps >= boundary).sum())
 
     def num_timesteps(self) -> int | None:
-        """How many of the scheduler's timesteps the loop visits, once it has begun; None for all."""
+        """Return the number of the scheduler's timesteps that the loop visits, once it has begun; None for all."""
         guider, scheduler = self._running, self._pipe.scheduler
         steps, order, total = guider._num_inference_steps, scheduler.order, len(scheduler.timesteps)
         requested = getattr(scheduler, "num_inference_steps", None) or -(-total // order)
@@ -215,23 +216,22 @@ class Guidance:
         rest = total - (getattr(scheduler, "begin_index", None) or 0)
         if -(-(rest - warmup) // order) == steps:
             return rest
-        # The loop ends early: its number of steps then counts timesteps, also where a step has two.
+        # The loop ends early: its number of steps then counts timesteps, even if a step has two.
         return min(int(steps) + warmup, rest) if order == 1 else min(int(steps), rest)
 
     def _follow(self, denoiser: str, guider: BaseGuidance) -> None:
         """Check that this call is the next prediction of the guider, or the first one of a later timestep."""
         at, last = (guider._step, guider._count_prepared), self._last.get(denoiser)
-        told = {"name": denoiser, "pipeline": type(self._pipe).__name__}
         if last is not None and at[0] is not None and at[0] < last[0]:
             last = None  # a new pass over the timesteps
         expected = last[1] + 1 if last is not None and at[0] == last[0] else 1
         if at[0] is None or at[1] != expected or expected > guider.num_conditions:
-            raise UnsupportedModelError(MSG_NOT_BY_GUIDER.format(**told))
+            raise UnsupportedModelError(MSG_NOT_BY_GUIDER.format(name=denoiser, pipeline=type(self._pipe).__name__))
         self._last[denoiser] = at
 
 
 def has_own_blocks(pipe: Any) -> bool:
-    """Whether a modular pipeline has blocks that are not diffusers' own: these may do anything to the denoiser."""
+    """Return whether a modular pipeline has blocks outside of diffusers, which may change the denoiser."""
     return any(not type(block).__module__.startswith("diffusers.") for block in _blocks(pipe._blocks))
 
 

@@ -1,4 +1,4 @@
-"""What `optimize` leaves on a pipeline: a hook on each denoiser, and a call that is one generation."""
+"""The state of an optimized pipeline: a hook on each denoiser, and a call that runs as one generation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tgate_compile.pipeline.facts import (
     knows_order,
     note_new_loop,
     num_calls_of,
-    says_guidance,
+    reports_guidance,
 )
 from tgate_compile.pipeline.generation import Generation, Plan, Previewed
 from tgate_compile.pipeline.hook import MSG_NO_COPY, GatedDenoiser, hook_of
@@ -37,31 +37,31 @@ logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_tgate_compile"
 
-#: A gate step as users give it: for a pipeline with two denoisers it may be a pair, one for each.
+#: A gate step as passed by the user: for a pipeline with two denoisers it may be a pair, one for each.
 GateStep = int | float | tuple[int | float, int | float]
 
 MSG_NOT_OPTIMIZED = "This {pipeline} is not optimized. Call tgate_compile.optimize(pipe, gate_step=10) first."
 MSG_BYPASSED = (
-    "The {name} of this {pipeline} ran without tgate_compile: its hook has been taken off since the pipeline was "
+    "The {name} of this {pipeline} ran without tgate_compile: its hook has been removed since the pipeline was "
     "optimized, as pipe.remove_all_hooks() and enable_model_cpu_offload() do. "
     "Call tgate_compile.restore(pipe), then optimize(pipe, ...) again."
 )
 MSG_OTHER_FORWARD = (
     "The {name} of this {pipeline} ran without tgate_compile: its forward has been replaced since the pipeline was "
-    "optimized, and does not call the one that was there. Undo that, or call tgate_compile.restore(pipe) before it."
+    "optimized, and does not call the previous one. Undo that, or call tgate_compile.restore(pipe) before it."
 )
 MSG_NOT_CALLED = (
-    "The {name} of this {pipeline} was not called: the pipeline runs parts of it by itself, or another model, so that "
-    "there is nothing to gate. Call tgate_compile.restore(pipe) to run it as it is, or name what denoises: "
+    "The {name} of this {pipeline} was not called, so there is nothing to gate: the pipeline runs parts of it, or "
+    "another model. Call tgate_compile.restore(pipe) to run it without gating, or select another denoiser: "
     'optimize(pipe, denoiser="...").'
 )
 MSG_CALLED_APART = (
-    "Nothing was gated in this call of {pipeline}: its denoiser was called from within a function among the call's "
-    "arguments only, and those are taken for callbacks. If that function is the loop, run it in "
+    "Nothing was gated in this call of {pipeline}: its denoiser was called only from a function among the call's "
+    "arguments, which is assumed to be a callback. If that function is the denoising loop, run it in "
     "tgate_compile.generation(pipe, guidance=...)."
 )
 MSG_NO_GATE = (
-    "This call asks for gate_step={gate}, but the pipeline was optimized without a gate. "
+    "This call has gate_step={gate}, but the pipeline was optimized without a gate. "
     "Call restore(pipe), then optimize(pipe, gate_step=...)."
 )
 MSG_REPLACED = (
@@ -70,23 +70,23 @@ MSG_REPLACED = (
 )
 MSG_COMPILED_SINCE = (
     "The {name} of this {pipeline} has been compiled with torch.compile since it was optimized, which would compile "
-    "tgate_compile's hook instead of its graphs. Undo that (pipe.{name}._compiled_call_impl = None): the optimized "
-    "denoiser runs compiled graphs of its own."
+    "tgate_compile's hook instead of its graphs. Undo that (pipe.{name}._compiled_call_impl = None): the graphs of the "
+    "optimized denoiser are already compiled."
 )
 MSG_PAIR = (
-    "gate_step={given}: several gate steps are for a pipeline with as many denoisers, and this one has {names}. "
-    "Give one number, or one for each."
+    "gate_step={given}: a pipeline takes several gate steps only if it has as many denoisers, but this one has "
+    "{names}. Pass one number, or one for each denoiser."
 )
 
 
 class Optimized:
-    """What `optimize` knows of a pipeline: its gated denoisers, by the component's name.
+    """The state of an optimized pipeline: its gated denoisers, by the component's name.
 
     Args:
         pipe: the pipeline.
-        configs: what was asked for, for each denoiser.
-        on_unsupported: what to do with calls that cannot be gated.
-        plain_because: why no call can be gated; None if calls can.
+        configs: the configuration of each denoiser.
+        on_unsupported: how to handle calls that cannot be gated.
+        plain_because: the reason why no call can be gated; None if calls can be gated.
     """
 
     def __init__(
@@ -103,31 +103,31 @@ class Optimized:
         self.on_unsupported = on_unsupported
         self.plain_because = plain_because
         self.previewing = False
-        self.last_plain: Exception | None = plain_because  # why the last call ran in full, if it could not be gated
-        self._said: set[str] = set()
+        self.last_plain: Exception | None = plain_because  # the reason why the last call could not be gated, if any
+        self._warned: set[str] = set()
 
-    def say_once(self, message: str, *, about: str) -> None:
-        """Log a warning, unless there was one `about` this already."""
-        if about not in self._said:
-            self._said.add(about)
+    def warn_once(self, message: str, *, about: str) -> None:
+        """Log a warning, unless there has already been one with the same `about`."""
+        if about not in self._warned:
+            self._warned.add(about)
             logger.warning("%s", message)
 
     def report_plain(self, cause: Exception) -> None:
-        """Say, once per cause, that a call runs without tgate_compile."""
+        """Log, once per cause, that a call runs without tgate_compile."""
         self.last_plain = cause
         name = self.pipeline_class.__name__
-        self.say_once(
+        self.warn_once(
             f"This call of {name} runs in full, since it cannot be gated. {cause}",
             about=type(cause).__name__ + str(cause),
         )
 
     @property
     def hook(self) -> GatedDenoiser:
-        """That of the first denoiser, which most pipelines have alone."""
+        """The gated denoiser, or the first of two."""
         return next(iter(self.hooks.values()))
 
     def attach(self, pipe: DiffusionPipeline) -> None:
-        """Put the hooks on, and let `pipe`'s call be a generation."""
+        """Register the hooks, and make the call of `pipe` run as a generation."""
         for hook in self.hooks.values():
             hook.attach()
         setattr(pipe, _ATTRIBUTE, self)
@@ -142,13 +142,17 @@ class Optimized:
 
 
 def state_of(pipe: object) -> Optimized | None:
-    """What `optimize` left on `pipe`; None if it is not optimized."""
+    """Return the state that `optimize` stored on `pipe`; None if the pipeline is not optimized."""
     state = vars(pipe).get(_ATTRIBUTE) if hasattr(pipe, "__dict__") else None
     return state if isinstance(state, Optimized) else None
 
 
 def required_state_of(pipe: object) -> Optimized:
-    """What `optimize` left on `pipe`, which must be optimized."""
+    """Return the state that `optimize` stored on `pipe`.
+
+    Raises:
+        ConfigurationError: the pipeline is not optimized.
+    """
     state = state_of(pipe)
     if state is None:
         raise ConfigurationError(MSG_NOT_OPTIMIZED.format(pipeline=type(pipe).__name__))
@@ -162,7 +166,7 @@ class OwnLoop:
         self._loop = loop
 
     def paused(self) -> AbstractContextManager[None]:
-        """A context inside which the denoiser runs as if never optimized, and its calls are not part of the loop."""
+        """Return a context in which the denoiser runs as if it were not optimized, and its calls are not counted."""
         return self._loop.pause()
 
 
@@ -174,12 +178,12 @@ def generation(
     gate_step: GateStep | None = None,
     num_timesteps: int | None = None,
 ) -> Iterator[OwnLoop]:
-    """Run one generation of your own denoising loop through the optimized denoiser.
+    """Run one generation of your own denoising loop with the optimized denoiser.
 
-    The pipeline's call does this itself. Set the scheduler's timesteps before the first denoiser call, and make the
+    The pipeline's call does this by itself. Set the scheduler's timesteps before the first denoiser call, and make the
     calls in the order of the timesteps, as the pipeline does: with the batch [uncond; cond] if guidance is on, or with
-    a call for each half where the pipeline makes two. Calls that are not part of the loop, such as those for a preview,
-    go inside `paused()` of what the context yields:
+    a call for each half if the pipeline makes two. Put calls that are not part of the loop, such as those for a
+    preview, inside `paused()` of the yielded object:
 
         with tgate_compile.generation(pipe, guidance=True) as loop:
             for timestep in pipe.scheduler.timesteps:
@@ -188,10 +192,10 @@ def generation(
                     preview = pipe.unet(latents, timestep, encoder_hidden_states=text).sample
 
     Args:
-        pipe: an optimized pipeline; its scheduler is the loop's.
+        pipe: an optimized pipeline, whose scheduler the loop uses.
         guidance: whether the denoiser gets both halves.
-        gate_step: instead of the one given to `optimize`.
-        num_timesteps: how many of the scheduler's timesteps the loop visits, if not all.
+        gate_step: a gate step that replaces the one passed to `optimize`.
+        num_timesteps: the number of the scheduler's timesteps that the loop visits, if not all.
 
     Raises:
         ConfigurationError: the pipeline is not optimized, or `gate_step` is wrong.
@@ -201,16 +205,16 @@ def generation(
     state.last_plain = None
     loop = Loop(on_unsupported=state.on_unsupported, report=state.report_plain)
     facts = Facts(lambda name: guidance, lambda: num_timesteps, watch=True)
-    with _generation(state, pipe, gate_step, lambda: facts, loop):
+    with _generations_of_call(state, pipe, gate_step, lambda: facts, loop):
         yield OwnLoop(loop)
 
 
 @exclusive()  # another thread's call may use the same graphs
 def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]:
-    """What `pipe(**call)` would run, by denoiser: its first denoiser call is the last thing that really happens.
+    """Return the plan of `pipe(**call)` for each denoiser, by running the call up to its first denoiser call.
 
-    Prompts are encoded and latents made, graphs are captured and rewritten, but nothing is compiled or denoised. There
-    are no plans for a call that cannot be gated and runs in full (`state.last_plain` has the reason).
+    Prompts are encoded, latents prepared, and graphs captured and rewritten, but nothing is compiled or denoised. The
+    result is empty for a call that cannot be gated and runs in full (`state.last_plain` holds the reason).
     """
     state = required_state_of(pipe)
     state.previewing = True
@@ -236,10 +240,10 @@ def preview(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Plan]
 
 
 def split_gate_step(gate_step: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """The gate step of each denoiser.
+    """Return the gate step of each of the denoisers `names`.
 
     Raises:
-        ConfigurationError: there are several, and not as many denoisers.
+        ConfigurationError: there are several gate steps, and their number differs from that of the denoisers.
     """
     if not isinstance(gate_step, tuple):
         return dict.fromkeys(names, gate_step)
@@ -249,9 +253,10 @@ def split_gate_step(gate_step: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextmanager
-def _generation(
+def _generations_of_call(
     state: Optimized, pipe: DiffusionPipeline, gate_step: GateStep | None, facts: Callable[[], Facts], loop: Loop
 ) -> Iterator[None]:
+    """Activate a generation for each denoiser of `pipe`, and observe its scheduler, inside the context."""
     gates = split_gate_step(gate_step, tuple(state.hooks))
     schedules = {name: _schedule(hook.config.schedule, gates[name]) for name, hook in state.hooks.items()}
     pipeline = state.pipeline_class.__name__
@@ -286,13 +291,13 @@ def _generation(
                 before=begun,
             )
             loop.generations.append(begun)
-            stack.enter_context(hook.generation(begun))
+            stack.enter_context(hook.activated(begun))
         loop.observable = stack.enter_context(observed(getattr(pipe, "scheduler", None), loop))
         yield
 
 
 def _schedule(given: Schedule, gate_step: int | float | None) -> Schedule:
-    """The schedule of one call, which may have a gate step of its own."""
+    """Return the schedule of one call, which may override the gate step."""
     if gate_step is None:
         return given
     if given.gate_step is None:
@@ -302,7 +307,7 @@ def _schedule(given: Schedule, gate_step: int | float | None) -> Schedule:
 
 @functools.cache
 def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """A subclass with the same name, whose call is one generation. Only optimized objects get it."""
+    """Return a subclass with the same name whose call runs as one generation. Only optimized objects get it."""
     original = pipeline_class.__call__
     signature = inspect.signature(original)
     parameters = list(signature.parameters.values())
@@ -313,7 +318,7 @@ def _gated_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
     def call(self: DiffusionPipeline, *args: Any, gate_step: GateStep | None = None, **kwargs: Any) -> Any:
         state = required_state_of(self)
         bound = signature.bind(self, *args, **kwargs)
-        given = {**bound.arguments, **kwargs}  # in which further keyword arguments have their own names
+        given = {**bound.arguments, **kwargs}  # with the entries of **kwargs under their own names
         bound.apply_defaults()
         arguments = {**bound.arguments, **kwargs}
         denoisers = [hook.denoiser for hook in state.hooks.values()]
@@ -352,14 +357,14 @@ def _run(
     kwargs: Mapping[str, Any],
     plain_because: Exception | None = None,
 ) -> Any:
-    """Run the pipeline's own `call` as one generation; `arguments` are all of its arguments by name."""
+    """Run the pipeline's original `call` as one generation; `arguments` holds all of its arguments by name."""
     state.last_plain = None
     loop = Loop(
         on_unsupported=state.on_unsupported,
         can_start_over=True,
         report=state.report_plain,
         is_pipeline=True,
-        says_guidance=says_guidance(pipe, arguments),
+        reports_guidance=reports_guidance(pipe, arguments),
         knows_order=knows_order(state.pipeline_class),
     )
     if plain_because is not None:
@@ -367,7 +372,7 @@ def _run(
     loop.on_new_timesteps = functools.partial(note_new_loop, pipe)
     note_new_loop(pipe)
     names = [*inspect.signature(call).parameters][1:]
-    with running(), _generation(state, pipe, gate_step, lambda: facts_of_call(state, pipe, arguments), loop):
+    with running(), _generations_of_call(state, pipe, gate_step, lambda: facts_of_call(state, pipe, arguments), loop):
         in_order = [loop.outside(name, value) for name, value in zip_longest(names[: len(args)], args, fillvalue="")]
         by_name = {name: loop.outside(name, value) for name, value in kwargs.items()}
         result = call(pipe, *in_order, **by_name)
@@ -376,14 +381,14 @@ def _run(
 
 
 def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop) -> None:
-    """After a call: whether the denoiser went through our hook at all, and whether the gate had a step to act on."""
+    """Check after a call that the denoiser ran through our hook, and warn if the gate did not act."""
     ran = [hook.last for hook in state.hooks.values() if hook.last is not None and hook.last.steps]
     if loop.plain or loop.gated:
         return
     if not ran:
-        # Without a step of the scheduler there was nothing to do: an image-to-image call of no steps, say.
+        # Without a step of the scheduler there was nothing to do, as in an image-to-image call of no steps.
         if any(hook.last is not None and hook.last.calls_apart for hook in state.hooks.values()):
-            state.say_once(MSG_CALLED_APART.format(pipeline=state.pipeline_class.__name__), about="apart")
+            state.warn_once(MSG_CALLED_APART.format(pipeline=state.pipeline_class.__name__), about="apart")
             return
         if (loop.stepped or not loop.observable) and not getattr(pipe, "_interrupt", False):
             raise ConfigurationError(_bypassed(state))
@@ -394,14 +399,15 @@ def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop) -> No
         acting = (
             f"A gate_step of at most {steps - 1} acts here" if steps > 1 else "A single step leaves nothing to gate"
         )
-        state.say_once(
+        state.warn_once(
             f"The gate did not act in this call of {state.pipeline_class.__name__}: it ran {steps} steps, and "
-            f"gate_step is {max(gates)}. {acting}; a fraction such as gate_step=0.4 follows the number of steps.",
+            f"gate_step is {max(gates)}. {acting}; a fraction such as gate_step=0.4 adapts to the number of steps.",
             about="gate",
         )
 
 
 def _bypassed(state: Optimized) -> str:
+    """Return the message for a call whose denoiser did not run through our hook."""
     if all(hook.is_attached for hook in state.hooks.values()):
         message = MSG_NOT_CALLED
     else:

@@ -1,4 +1,4 @@
-"""Where a generation is: its steps, and its passes over the timesteps."""
+"""The progress of a generation: its steps, and its passes over the timesteps."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tgate_compile.engine.halves import timestep_of
 
 @dataclass(frozen=True)
 class StepCounter:
-    """Which step a denoiser call belongs to. A Heun step makes two calls, PNDM's warm-up call is no step.
+    """Assigns denoiser calls to steps. A Heun step makes two calls, and PNDM's warm-up call is not a step.
 
     Attributes:
-        warmup_calls: calls at the start that belong to step 0 and are no steps of their own.
-        calls_per_step: the scheduler's order.
-        num_calls: timesteps that the denoiser is called for.
-        num_steps: steps of the whole pass.
+        warmup_calls: the number of additional calls at the start, which belong to step 0.
+        calls_per_step: the number of calls per step, which is the scheduler's order.
+        num_calls: the number of timesteps that the denoiser is called for.
+        num_steps: the number of steps of the whole pass.
     """
 
     warmup_calls: int
@@ -31,107 +31,107 @@ class StepCounter:
 
     @classmethod
     def of(cls, scheduler: Any, num_calls: int | None) -> StepCounter:
-        """Count for `scheduler`, whose timesteps are set.
+        """Return a counter for `scheduler`, whose timesteps must be set.
 
         Args:
             scheduler: a diffusers scheduler.
-            num_calls: how many of its timesteps the loop visits (fewer than all for `strength < 1` or
+            num_calls: the number of its timesteps that the loop visits (fewer than all for `strength < 1` or
                 `denoising_end`); None means all.
         """
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or len(timesteps) == 0:
             raise ConfigurationError(
-                f"The scheduler {type(scheduler).__name__} has no timesteps yet, so steps cannot be counted. Call "
+                f"The scheduler {type(scheduler).__name__} has no timesteps yet, so the steps cannot be counted. Call "
                 "its set_timesteps() before the first denoiser call of the generation."
             )
         order = int(getattr(scheduler, "order", 1))
         requested = getattr(scheduler, "num_inference_steps", None) or -(-len(timesteps) // order)
-        # The pipelines' own rule (`num_warmup_steps`): calls beyond steps x order come first and are no steps. They are
-        # for timesteps that come again (PNDM); SCM's one more timestep is where the last step ends.
+        # The rule of the pipelines (`num_warmup_steps`): calls beyond steps x order come first and are not steps. They
+        # are for timesteps that are repeated (PNDM); SCM's additional timestep is the end of the last step.
         values = torch.as_tensor(timesteps).tolist()
         warmup = max(len(timesteps) - requested * order, 0) if len(set(values)) < len(values) else 0
         calls = len(timesteps) if num_calls is None else num_calls
         return cls(warmup, order, calls, max(-(-(calls - warmup) // order), 1))
 
     def step(self, call: int) -> int:
-        """The step, from 0, of denoiser call `call`, from 0."""
+        """Return the step, from 0, of the denoiser call with index `call`, from 0."""
         return max(call - self.warmup_calls, 0) // self.calls_per_step
 
 
-#: What a denoiser call is: the first of a pass over the timesteps, the first of another timestep of this pass, or
-#: one more call for the timestep of the last one.
+#: The role of a denoiser call: the first of a pass over the timesteps, the first of a later timestep of this pass, or
+#: another call for the timestep of the last call.
 Event = Literal["new pass", "next", "again"]
 
 
 MSG_BETWEEN = (
-    "The denoiser was called for other timesteps between two steps of {scheduler} (midpoints, or a solver of the "
-    "loop's own), so which step a call belongs to is not known. {instead}"
+    "The denoiser was called for other timesteps between two steps of {scheduler} (midpoints, or the loop's own "
+    "solver), so it is not known which step a call belongs to. {instead}"
 )
 
 
 @dataclass
 class _Timestep:
-    """How a call names its timestep: by its place in the scheduler's tensor, or else by value."""
+    """The timestep of a call: its index in the scheduler's tensor, or else its value (minimum, maximum)."""
 
     place: int | None
     value: tuple[float, ...] | None
-    is_rounded: bool = False  # to less than single precision
+    is_rounded: bool = False  # whether the value has less than single precision
 
 
 class Progress:
     """Follows the denoiser calls of one generation.
 
-    A new pass begins where the scheduler's timesteps have been set again, or where the loop goes back to a timestep
-    that it has visited. Nothing is read from the device as long as the calls' timesteps are views of the scheduler's.
+    A new pass begins when the scheduler's timesteps have been set again, or when the loop returns to a timestep that it
+    has visited. Nothing is read from the device as long as the calls' timesteps are views of the scheduler's.
 
     Args:
-        steps_once: whether the loop is known to go on to the next timestep with each step of the scheduler.
+        steps_once: whether each step of the scheduler is known to advance the loop to the next timestep.
     """
 
     def __init__(self, *, steps_once: bool = False) -> None:
         self._steps_once = steps_once
-        self.counter: StepCounter | None = None  # of this pass
-        self.done = 0  # timesteps of this pass that are over
-        self.steps_before = 0  # steps of the passes before this one
-        self.stepped = False  # the scheduler has stepped since the last call
-        self.was_stepped = False  # it has ever, in this generation
+        self.counter: StepCounter | None = None  # the counter of this pass
+        self.done = 0  # the number of completed timesteps of this pass
+        self.steps_before = 0  # the number of steps of earlier passes
+        self.stepped = False  # whether the scheduler has stepped since the last call
+        self.was_stepped = False  # whether the scheduler has stepped in this generation
         self._scheduler: Any = None
         self._scheduler_class: type | None = None
-        self._timesteps: Any = None  # the tensor itself, so that another one cannot take its address
+        self._timesteps: Any = None  # kept alive, so that no other tensor gets its address
         self._set_again = False
         self._repeats = False
         self._last: _Timestep | None = None
         self._visited: set[Any] = set()
 
     def on_set_timesteps(self) -> None:
-        """The scheduler's timesteps are set anew."""
+        """Note that the scheduler's timesteps are set again."""
         self._set_again = True
 
     def on_step(self) -> None:
-        """The scheduler steps."""
+        """Note that the scheduler steps."""
         self.stepped = self.was_stepped = True
 
     def event(self, scheduler: Any, arguments: Mapping[str, Any]) -> Event:
-        """What the call with these `arguments` is.
+        """Return the role of the denoiser call with these `arguments`.
 
         Raises:
-            UnsupportedModelError: it does not follow the calls before it in any way that is understood.
+            UnsupportedModelError: the call does not fit the calls before it.
         """
         timesteps = getattr(scheduler, "timesteps", None)
         last, self._last = self._last, self._timestep(timesteps, arguments)
         stepped, self.stepped = self.stepped, False
         if scheduler is not self._scheduler or type(scheduler) is not self._scheduler_class:
-            self.was_stepped = False  # what has replaced it is not observed
+            self.was_stepped = False  # the scheduler that has replaced it is not observed
         if self.counter is None or self._set_again:
             return self._new_pass(scheduler, timesteps)
-        if not self._goes_on(timesteps, last, arguments) and not self._same_timesteps(timesteps):
+        if not self._continues(timesteps, last, arguments) and not self._same_timesteps(timesteps):
             return self._new_pass(scheduler, timesteps)
         here = self._last
         if last is None or (here.place is None and here.value is None):
             return "next"  # nothing to compare; steps are counted
         if (here.place is None) != (last.place is None):
             if self.done >= self.counter.num_calls and not self._is_one(here):
-                return "next"  # one too many, as `step` says
+                return "next"  # one call too many: `step` raises the error
             last, here = self._placed(last), self._placed(here)
             self._last = here
             assert last.place is not None
@@ -151,8 +151,8 @@ class Progress:
         """Count the steps of the pass that begins with the present call.
 
         Args:
-            num_calls: for how many of the scheduler's timesteps the denoiser is called; None means all that are left
-                from the present one on.
+            num_calls: the number of the scheduler's timesteps that the denoiser is called for; None means all from the
+                present one.
         """
         if self.counter is not None:
             self.steps_before += self.counter.step(max(self.done - 1, 0)) + 1
@@ -163,7 +163,7 @@ class Progress:
         return self.counter
 
     def step(self) -> int:
-        """The step, from 0, of the present call within its pass.
+        """Return the step, from 0, of the present call within its pass.
 
         Raises:
             UnsupportedModelError: there are more calls than timesteps.
@@ -171,9 +171,9 @@ class Progress:
         assert self.counter is not None
         if self.done >= self.counter.num_calls:
             raise UnsupportedModelError(
-                f"The denoiser was called for more timesteps than the {self.counter.num_calls} that this pass "
-                f"over them has ({type(self._scheduler).__name__} has {len(self._timesteps)}), so which step "
-                "this call belongs to is not known. A loop of your own says how many timesteps it visits: "
+                f"The denoiser was called for more timesteps than the {self.counter.num_calls} of this pass "
+                f"({type(self._scheduler).__name__} has {len(self._timesteps)}), so it is not known which step this "
+                "call belongs to. In your own loop, pass the number of timesteps that it visits: "
                 f"tgate_compile.generation(pipe, guidance=..., num_timesteps=...). {INSTEAD}"
             )
         return self.counter.step(self.done)
@@ -188,10 +188,10 @@ class Progress:
         self._visited = {key}
         return "new pass"
 
-    def _goes_on(self, timesteps: Any, last: _Timestep | None, arguments: Mapping[str, Any]) -> bool:
-        """Whether the loop goes on over the timesteps that it began with, although its scheduler has others now.
+    def _continues(self, timesteps: Any, last: _Timestep | None, arguments: Mapping[str, Any]) -> bool:
+        """Return whether the loop continues with the timesteps that it began with, although the scheduler has others.
 
-        A callback may have replaced the scheduler, or the scheduler drops the timesteps that are over.
+        A callback may have replaced the scheduler, or the scheduler may drop the timesteps that are completed.
         """
         if timesteps is self._timesteps or last is None or last.place is None:
             return False
@@ -202,7 +202,7 @@ class Progress:
         return True
 
     def _placed(self, timestep: _Timestep) -> _Timestep:
-        """The timestep by its place among the scheduler's, one of which it must be."""
+        """Return `timestep`, which must be one of the scheduler's, by its index."""
         if timestep.place is not None:
             return timestep
         if not self._is_one(timestep):
@@ -211,14 +211,14 @@ class Progress:
         return _Timestep(torch.as_tensor(self._timesteps).tolist().index(timestep.value[0]), None)
 
     def _is_one(self, timestep: _Timestep) -> bool:
-        """Whether it is one of the scheduler's timesteps."""
+        """Return whether `timestep` is one of the scheduler's timesteps."""
         if timestep.place is not None:
             return True
         values = torch.as_tensor(self._timesteps).tolist()
         return timestep.value is not None and timestep.value[0] == timestep.value[-1] and timestep.value[0] in values
 
     def _same_timesteps(self, timesteps: Any) -> bool:
-        """Whether they are those of this pass. A copy with the same values is (some schedulers move theirs)."""
+        """Return whether `timesteps` are those of this pass, or a copy (some schedulers move theirs to a device)."""
         if timesteps is self._timesteps:
             return True
         if not (torch.is_tensor(timesteps) and torch.is_tensor(self._timesteps)):
@@ -230,15 +230,15 @@ class Progress:
 
     def _same(self, stepped: bool) -> Event:
         assert self._last is not None
-        # Second-order schedulers have equal timesteps one after the other, though never at the start.
+        # Second-order schedulers have consecutive equal timesteps, though never at the start.
         if self._last.place is None and self._repeats and self.done and (stepped or not self.was_stepped):
             return "next"
         if stepped and self._steps_once and self._last.is_rounded:
-            return "next"  # neighbouring timesteps that are equal in bfloat16, as Cosmos has at the start
+            return "next"  # consecutive timesteps that are equal in bfloat16, as at the start of Cosmos
         if stepped:
             raise UnsupportedModelError(
                 f"The denoiser was called again for a timestep that {type(self._scheduler).__name__} has "
-                f"already stepped over, so which step this call belongs to is not known. {INSTEAD}"
+                f"already stepped over, so it is not known which step this call belongs to. {INSTEAD}"
             )
         return "again"
 
@@ -251,7 +251,7 @@ class Progress:
                 return _Timestep(place, None)
         if given is None:
             return _Timestep(None, None)
-        # One timestep for all rows, as a rule; where rows or tokens have their own, the extremes tell them apart.
+        # Usually there is one timestep for all rows; if rows or tokens have their own, the extremes identify them.
         values = torch.as_tensor(given).detach()
         least, most = torch.stack([values.min(), values.max()]).tolist() if values.numel() else (0.0, 0.0)
         is_rounded = values.is_floating_point() and torch.finfo(values.dtype).eps > torch.finfo(torch.float32).eps
@@ -259,7 +259,7 @@ class Progress:
 
 
 def _place(timestep: Any, timesteps: Any) -> int | None:
-    """Which element of `timesteps` the tensor `timestep` is a view of; None if of none."""
+    """Return the index of the element of `timesteps` that `timestep` is a view of; None if there is none."""
     if not (torch.is_tensor(timestep) and torch.is_tensor(timesteps)) or timesteps.ndim != 1 or not timesteps.numel():
         return None
     if any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True)):

@@ -1,8 +1,8 @@
-"""Observe a scheduler during a generation: when its timesteps are set, and what it is stepped with.
+"""Observe a scheduler during a generation: calls of its `set_timesteps` and `step`.
 
-The pipeline's own call of `scheduler.step(prediction, timestep, sample)` is the most reliable thing that there is to
-know about a denoising loop: it says that a step is over, how many latents there are, and how the two predictions of
-guidance were combined.
+The pipeline's call of `scheduler.step(prediction, timestep, sample)` is the most reliable information about a denoising
+loop: it shows that a step is complete, how many latents there are, and how the two predictions of guidance were
+combined.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 
 
 class SchedulerObserver(Protocol):
-    """Hears about one scheduler."""
+    """Receives notifications about one scheduler."""
 
     def on_set_timesteps(self) -> None:
-        """The timesteps are about to be set."""
+        """Called before the timesteps are set."""
         ...
 
     def on_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
-        """The scheduler is about to step: `prediction` of the denoiser, after guidance, and the latents `sample`."""
+        """Called before a step, with the denoiser's `prediction` after guidance, and the latents `sample`."""
         ...
 
 
@@ -37,10 +37,10 @@ _lock = threading.Lock()
 
 @contextmanager
 def observed(scheduler: Any, observer: SchedulerObserver) -> Iterator[bool]:
-    """Report the calls of `scheduler` to `observer` inside the context; False if this object cannot be observed.
+    """Report the calls of `scheduler` to `observer` inside the context; yield whether the object can be observed.
 
-    The object gets a subclass of its own class with the same name, and its class back at the end. Copies that are made
-    of it meanwhile are not observed.
+    The class of the object is replaced by a subclass with the same name, and restored at the end. Copies of the object
+    are not observed.
     """
     scheduler = _stepping(scheduler)
     own_class = type(scheduler)
@@ -64,12 +64,12 @@ def observed(scheduler: Any, observer: SchedulerObserver) -> Iterator[bool]:
                 watched.remove(observer)
                 if not watched:
                     del _observers[id(scheduler)]
-                    if _OBSERVED in vars(type(scheduler)):  # else somebody has changed the class meanwhile
+                    if _OBSERVED in vars(type(scheduler)):  # else other code has replaced the class in the meantime
                         scheduler.__class__ = type(scheduler).__mro__[1]
 
 
 def _stepping(scheduler: Any) -> Any:
-    """The object whose method `scheduler.step` is: another one where `scheduler` is a wrapper that passes all on."""
+    """Return the object that `scheduler.step` is bound to, which differs if `scheduler` is a forwarding wrapper."""
     if "step" in dir(type(scheduler)):
         return scheduler
     owner = getattr(getattr(scheduler, "step", None), "__self__", scheduler)
@@ -90,7 +90,7 @@ def _observed_class(scheduler_class: type) -> type:
         namespace["step"] = _reporting(scheduler_class.step, _reporter_of_steps(scheduler_class.step))
 
     def reduce(self: Any, protocol: Any) -> Any:
-        """Let copies, which are not observed, be of the scheduler's own class."""
+        """Give copies, which are not observed, the scheduler's original class."""
         reduced: Any = scheduler_class.__reduce_ex__
         made, arguments, *state = reduced(self, protocol)
         return (made, tuple(scheduler_class if each is observed_class else each for each in arguments), *state)
@@ -101,7 +101,7 @@ def _observed_class(scheduler_class: type) -> type:
 
 
 def _reporting(original: Callable[..., Any], report: Callable[..., None]) -> Callable[..., Any]:
-    # `wraps`, since pipelines look at the signature of `step` to see whether it takes `eta` and `generator`.
+    # `wraps`, since pipelines inspect the signature of `step` to find whether it takes `eta` and `generator`.
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         for observer in tuple(_observers.get(id(self), ())):
@@ -125,7 +125,7 @@ def _reporter_of_steps(step: Callable[..., Any]) -> Callable[..., None]:
             given = signature.bind(scheduler, *args, **kwargs).arguments
         except TypeError:
             return  # the call itself is about to fail, with a better message
-        # Under other names in schedulers of one's own, though in this order.
+        # Custom schedulers may use other names, but have them in this order.
         tensors = [value for value in given.values() if torch.is_tensor(value) and value.ndim > 1]
         prediction = given.get("model_output", tensors[0] if tensors else None)
         sample = given.get("sample", tensors[1] if len(tensors) > 1 else None)

@@ -1,4 +1,4 @@
-"""Whether the batches of a pass hold two guidance halves: learnt from what the scheduler steps, not guessed."""
+"""Determine from the scheduler's steps whether the batches of a pass consist of two guidance halves."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MSG_PREDICTIONS = (
 )
 
 MSG_NO_STEP = (
-    "The denoiser's batch of {rows} may be the two halves of guidance or {rows} images, and this pipeline does not "
-    "call its scheduler's step(), which would tell. If this is a loop of your own, run it in "
+    "The denoiser's batch of {rows} may be the two halves of guidance or {rows} images. They cannot be distinguished, "
+    "because this pipeline does not call its scheduler's step(). If this is your own loop, run it in "
     "tgate_compile.generation(pipe, guidance=...). " + INSTEAD
 )
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """What the first step of a pass has shown about a batch that is two halves.
+    """The information from the first step of a pass about a batch that consists of two halves.
 
     Attributes:
-        first_is_cond: its first half is the prompt's, by the arithmetic of the prediction that was stepped.
-        served: it was taken for two halves already when it ran.
+        first_is_cond: whether the first half belongs to the prompt, as computed from the guided prediction.
+        served: whether the batch was already treated as two halves when it ran.
     """
 
     first_is_cond: bool
@@ -41,11 +41,11 @@ class Learnt:
 
 
 class TwoHalves:
-    """What one pass over the timesteps shows about its batches, where the pipeline's own word is not enough.
+    """Tracks whether the batches of one pass over the timesteps are two halves, whatever the pipeline reports.
 
     Args:
-        loop: the loop that makes the pass.
-        family: what is specific to the pipeline's class.
+        loop: the loop that the pass belongs to.
+        family: the properties of the pipeline's class.
         scheduler: returns the pipeline's scheduler.
     """
 
@@ -53,23 +53,25 @@ class TwoHalves:
         self._loop = loop
         self._family = family
         self._scheduler = scheduler
-        #: Guidance is said to be on, but the batch is not two halves of the same latents.
+        #: Whether guidance is reported to be on, although the batch is not two halves of the same latents.
         self.undecided = False
-        #: What the pipeline said about guidance at the last denoiser call.
-        self.said = False
-        self._has_halves: bool | None = None  # the denoiser's batch is twice the scheduler's; None: not seen yet
-        self._batch = self._batch_before = torch.Size()  # the latents of the last denoiser call, and the one before
-        self._served = False  # whether that call was taken for two halves
-        self._sample: torch.Size | None = None  # the latents that the scheduler stepped last
-        self._first_latents: torch.Tensor | None = None  # of the pass, until the scheduler has stepped
-        self._predictions: torch.Tensor | None = None  # of the first guided step, likewise
-        self._merged = False  # a cache of this pass is a mean of halves
+        #: Whether the pipeline reported guidance to be on at the last denoiser call.
+        self.reported_guided = False
+        # Whether the denoiser's batch is twice the scheduler's; None before the first step.
+        self._has_halves: bool | None = None
+        # The shapes of the latents in the last denoiser call, and in the one before.
+        self._batch = self._batch_before = torch.Size()
+        self._served = False  # whether the last denoiser call was treated as two halves
+        self._sample: torch.Size | None = None  # the shape of the latents that the scheduler stepped last
+        self._first_latents: torch.Tensor | None = None  # the first latents of the pass, until the scheduler steps
+        self._predictions: torch.Tensor | None = None  # the predictions for them, until the scheduler steps
+        self._merged = False  # whether a cache of this pass is a mean of halves
 
     def begin(self, latents: torch.Tensor) -> None:
-        """Look at the first batch of a pass that is said to be guided.
+        """Check the first batch of a pass that the pipeline reports to be guided.
 
         Raises:
-            UnsupportedModelError: it is not two halves, and no step of a scheduler will show what it is.
+            UnsupportedModelError: it is not two halves, and no step of the scheduler will be observed to decide.
         """
         if are_halves(latents, same=self._family.only is None):
             return
@@ -77,16 +79,16 @@ class TwoHalves:
             raise UnsupportedModelError(MSG_NOT_TWO_HALVES.format(shape=list(latents.shape)))
         self.undecided = True
 
-    def see(self, latents: torch.Size, said: bool) -> None:
-        """Note the latents of a denoiser call, and what the pipeline says about guidance."""
+    def see(self, latents: torch.Size, guided: bool) -> None:
+        """Note the shape of the latents of a denoiser call, and whether the pipeline reports guidance to be on."""
         self._batch_before, self._batch = self._batch, latents
-        self._served = self.said = said
+        self._served = self.reported_guided = guided
 
     def served(self, latents: torch.Tensor, guided: bool, *, first: bool) -> bool:
-        """Return whether to run a batch as two halves; `first`: no step of the pass has run yet.
+        """Return whether to run a batch as two halves; `first` means that no step of the pass has run yet.
 
         Raises:
-            UnsupportedModelError: it has changed its size to something else than one or two of each latent.
+            UnsupportedModelError: the batch has a new size, which is not one or two rows for each latent.
         """
         if self._has_halves is None:
             self._first_latents = latents if guided or first else None
@@ -99,13 +101,13 @@ class TwoHalves:
         return guided
 
     def ran(self, prediction: torch.Tensor, *, merged: bool) -> None:
-        """Note what the denoiser has predicted, and whether a cache was merged from both halves."""
+        """Note the denoiser's prediction, and whether a cache was merged from both halves."""
         self._merged = self._merged or merged
         if self._first_latents is not None and not self._loop.knows_order:
             self._predictions = prediction
 
     def _is_guided_now(self, latents: torch.Tensor) -> bool:
-        """Whether a batch has both halves that is not of the size of the last one: guidance begins or ends here."""
+        """Return whether a batch of a new size has both halves: guidance begins or ends at this call."""
         assert self._sample is not None
         ratio = batch_ratio(latents.shape, self._sample)
         if ratio not in (1, 2):
@@ -116,29 +118,31 @@ class TwoHalves:
         return self._has_halves
 
     def compare(self, prediction: torch.Tensor, sample: torch.Tensor) -> Learnt | None:
-        """Compare the last batch with what the scheduler steps: as many latents, or half as many.
+        """Check that the scheduler steps as many latents as the last batch has, or half as many.
 
-        Returns what the first step of the pass shows, if its batch turns out to be two halves.
+        Returns:
+            The information from the first step of the pass, if its batch turns out to be two halves; else None.
 
         Raises:
-            UnsupportedModelError: neither, or not what the pipeline says about guidance.
+            UnsupportedModelError: the numbers do not fit, or contradict what the pipeline reports about guidance.
         """
         latents, self._first_latents = self._first_latents, None
         predictions, self._predictions = self._predictions, None
         ratio = batch_ratio(self._batch, sample.shape)
         self._sample = sample.shape
-        if ratio == 2 and (self.said or self._served or not self._loop.knows_guidance):
+        if ratio == 2 and (self.reported_guided or self._served or not self._loop.knows_guidance):
             if latents is not None:
                 return self._learn(latents, predictions, prediction)
             if not self._served:
                 raise UnsupportedModelError(self._wrong_batch(sample.shape, "as many were expected"))
         elif ratio == 1:
-            # The scale is given to the denoiser as a number, or there is no guidance at all.
+            # The denoiser takes the guidance scale as an input, or guidance is off.
             if self._served and (self._merged or latents is None):
                 raise UnsupportedModelError(self._wrong_batch(sample.shape, "two halves were expected"))
             self._has_halves = False
         else:
-            expected = "twice as many were expected" if self.said else "as many were expected, since guidance is off"
+            off = "as many were expected, since guidance is off"
+            expected = "twice as many were expected" if self.reported_guided else off
             raise UnsupportedModelError(self._wrong_batch(sample.shape, expected))
         return None
 
@@ -150,19 +154,21 @@ class TwoHalves:
         return Learnt(cond_first, self._served)
 
     def check_unseen(self) -> None:
-        """After the first step of a loop that has not stepped its scheduler, so that only the latents can tell.
+        """Check the first batch of a loop that has not stepped its scheduler, where only the latents can decide.
 
         Raises:
-            UnsupportedModelError: they are not two of each.
+            UnsupportedModelError: it is not certain that the batch has two rows for each latent.
         """
         if self._has_halves is not None:
             return
         latents, self._first_latents = self._first_latents, None
-        if self._loop.is_pipeline and latents is not None and self.said and not are_two_of_each(latents):
+        if latents is None or not (self._loop.is_pipeline and self.reported_guided):
+            return
+        if not are_two_of_each(latents):
             raise UnsupportedModelError(MSG_NO_STEP.format(rows=latents.shape[0]))
 
     def free(self) -> None:
-        """Let go of the tensors."""
+        """Release the tensors."""
         self._first_latents = self._predictions = None
 
     def _wrong_batch(self, sample: torch.Size, expected: str) -> str:
