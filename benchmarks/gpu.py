@@ -28,8 +28,8 @@ import torch
 from tgate_compile import optimize, restore
 from tgate_compile._errors import TGateError
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.study.bench.methods import PEERS, PLAIN, Method, Peer, methods_for, random_pipeline
-from tgate_compile.study.bench.result import Benchmark, Row
+from tgate_compile.study.bench.methods import PEERS, PLAIN, ComparedMethod, Peer, methods_for, random_pipeline
+from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 from tgate_compile.study.bench.run import COMPILED, CUDA_GRAPHS, Task, run_benchmark, to_channels_last
 
 _CHOSEN = ("tgate", "tgate_v2", "deepcache_tgate")
@@ -144,9 +144,9 @@ def measure(
     }
 
 
-def _methods(suite: Suite) -> list[Method]:
+def _methods(suite: Suite) -> list[ComparedMethod]:
     methods = [method for method in methods_for(suite.gates[0]) if method.key in (PLAIN, *_CHOSEN)]
-    earlier = [Method(f"tgate_{gate}", f"T-GATE v1, gate {gate}", Schedule(gate)) for gate in suite.gates[1:]]
+    earlier = [ComparedMethod(f"tgate_{gate}", f"T-GATE v1, gate {gate}", Schedule(gate)) for gate in suite.gates[1:]]
     return [*methods[:2], *earlier, *methods[2:]]
 
 
@@ -167,7 +167,7 @@ def goals_of(suite: Suite, benchmark: Benchmark) -> Iterator[Goal]:
                 yield Goal(f"{row.title}: 25 steps, s", 0.75, True, image)
 
 
-def crossing_cost(row: Row) -> float | None:
+def crossing_cost(row: BenchmarkRow) -> float | None:
     """What the steps on both sides of the gate take beyond their like, of a step before it."""
     if not row.steps or not row.early or not row.late:
         return None

@@ -16,7 +16,7 @@ from tgate_compile._cli.console import ERR, OUT, make_progress, print_json
 from tgate_compile._cli.loading import embedded_name, load
 from tgate_compile._cli.pictures import check_targets, coloured
 from tgate_compile.study.figures import check_figure
-from tgate_compile.study.tuning.result import Row, Tuning
+from tgate_compile.study.tuning.result import Tuning, TuningRow
 from tgate_compile.study.tuning.search import DEFAULT_TOLERANCE
 from tgate_compile.study.tuning.search import tune as tune_pipeline
 
@@ -104,7 +104,7 @@ def _print_table(tuning: Tuning) -> None:
         OUT.print(remark, soft_wrap=True)
 
 
-def _cells(row: Row, *, chosen: bool) -> list[Text]:
+def _cells(row: TuningRow, *, chosen: bool) -> list[Text]:
     style = "bold green" if chosen else "" if row.within else "dim"
     time = "" if row.time is None else f"{row.time:.2f}"
     numbers = [f"{value:.3f}" for value in (row.cost, row.drift, row.worst)]

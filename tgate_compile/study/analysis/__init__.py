@@ -1,1 +1,1 @@
-"""When attentions settle."""
+"""Analyze when the attentions of a pipeline converge."""
