@@ -89,7 +89,7 @@ def test_an_unknown_setting_is_an_error(
 ) -> None:
     with pytest.raises(SystemExit):
         benchmarks[0].main(["--out", str(tmp_path / "results.json"), "--only", "flux*"])
-    assert "no setting is called flux*" in capsys.readouterr().err
+    assert "no setting matches flux*" in capsys.readouterr().err
 
 
 def test_the_page_has_the_results_tables(benchmarks: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
