@@ -16,7 +16,7 @@ from tgate_compile._cli.app import app
 from tgate_compile._cli.bench import _backends
 from tgate_compile._cli.options import Backend
 from tgate_compile.study.bench.measure import macs_counted, timed_generation
-from tgate_compile.study.bench.methods import NAMES, PEERS, methods_for, of_its_own_class, random_pipeline
+from tgate_compile.study.bench.methods import NAMES, PEERS, methods_for, random_pipeline, with_private_class
 from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 from tgate_compile.study.bench.run import CUDA_GRAPHS, Task, run_benchmark
 
@@ -150,7 +150,7 @@ def test_operations_of_layers_only() -> None:
 def test_a_class_of_its_own() -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     kind = type(pipe)
-    changed = of_its_own_class(pipe)
+    changed = with_private_class(pipe)
     assert type(changed) is not kind
     assert type(changed).__name__ == kind.__name__
     assert isinstance(changed, kind)

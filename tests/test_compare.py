@@ -166,7 +166,7 @@ def test_a_method_that_fails_is_told_of() -> None:
         'ConfigurationError: backend must be one of "inductor", "onnxruntime", "openvino", "tensorrt", "eager" or '
         "\"auto\", but got 'abacus'."
     )
-    assert "not known" in str(method_of(model, "fewer_steps").why_not)
+    assert "unknown" in str(method_of(model, "fewer_steps").why_not)
     page = page_of(Comparison("command", {"device": "cpu"}, (model,), {"lcm": pictures}))
     assert page.count("but got &#39;abacus&#39;.") >= 2
 

@@ -329,7 +329,7 @@ PEERS: tuple[Peer, ...] = (
 )
 
 
-def of_its_own_class(pipe: Any) -> Any:
+def with_private_class(pipe: Any) -> Any:
     """Give `pipe` a class that no other object has, because some packages modify the class of the pipeline."""
     kind = type(pipe)
     pipe.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__})

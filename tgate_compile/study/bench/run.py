@@ -27,7 +27,7 @@ from tgate_compile.study.bench.measure import (
     timed_generation,
     twin_of,
 )
-from tgate_compile.study.bench.methods import ComparedMethod, Peer, Ready, of_its_own_class, why_not
+from tgate_compile.study.bench.methods import ComparedMethod, Peer, Ready, why_not, with_private_class
 from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 from tgate_compile.study.tuning.request import setting_of
 
@@ -143,7 +143,7 @@ def _changed_by(peer: Peer, gate: int) -> Callable[[Any], Ready]:
     def prepare(pipe: Any) -> Ready:
         if peer.version is None:
             raise UnsupportedModelError(f"{peer.package} is not installed")
-        return peer.prepare(of_its_own_class(pipe), gate)
+        return peer.prepare(with_private_class(pipe), gate)
 
     return prepare
 

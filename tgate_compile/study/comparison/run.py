@@ -231,7 +231,7 @@ class _Comparing:
                 first = self._generate(pipe, method, 0, task.steps)
             except Exception as error:  # report the error on the page, and run the other methods
                 logger.info("%s on %s failed", method.title, self._name, exc_info=True)
-                self._why_not[method.key] = first_line(error, named=True)
+                self._why_not[method.key] = f"{first_line(error, named=True)}."
                 continue
             cost = cost_of_last(pipe)
             plain.macs = plain_macs(pipe, rows)
