@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import read_schedule, schedule_data
 from tgate_compile.study.evaluation.images import write_json
 from tgate_compile.study.figures import INK, LINE, SOFT, aligned, new_figure, save_figure
 
@@ -144,7 +145,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return asdict(self) | {"folder": str(self.folder)}
+        rows = [asdict(row) | {"schedule": row.schedule and schedule_data(row.schedule)} for row in self.rows]
+        return {**asdict(self), "rows": rows, "folder": str(self.folder)}
 
     def save(self, path: Path) -> None:
         """Write everything as JSON."""
@@ -163,7 +165,7 @@ class Evaluation:
     def from_dict(cls, data: Mapping[str, Any], folder: Path) -> Evaluation:
         """Create an evaluation from the result of `as_dict`."""
         rows = tuple(
-            EvaluationRow(**{**row, "schedule": None if row["schedule"] is None else Schedule(**row["schedule"])})
+            EvaluationRow(**{**row, "schedule": None if row["schedule"] is None else read_schedule(row["schedule"])})
             for row in data["rows"]
         )
         return cls(rows, data["not_measured"], data["protocol"], tuple(data["remarks"]), folder)
