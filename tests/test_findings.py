@@ -104,7 +104,7 @@ def test_the_page_has_the_results_tables(benchmarks: tuple[ModuleType, ModuleTyp
     report.main([str(RESULTS), "--page", str(copy), "--plot", str(tmp_path / "findings.png")])
     assert copy.read_text(encoding="utf-8") == page
     assert (tmp_path / "findings.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="called 'other'"):
+    with pytest.raises(ValueError, match="unknown table 'other'"):
         report.render("<!-- findings: other -->\n<!-- end -->", results)
 
 
