@@ -1,11 +1,11 @@
-"""What drifts of the final latents are like: familiar changes and schedules, on the embedded pipeline.
+"""Measure typical drifts of the final latents, for familiar changes and for schedules, on the embedded pipeline.
 
     python benchmarks/drift.py --out benchmarks/results/drift_embedded.json
 
-Every change draws the same held-out captions from the same noise as the plain pipeline (25 steps, guidance 5). Drift
-is ||x - plain x|| / ||plain x|| of an image's final latents, as `tgate_compile.tune` measures it. Beside it stands
-what the attribute reader sees in the decoded images: how many show all that their captions say, and of those of the
-plain pipeline that do, how many do no more.
+Every run draws the same held-out captions from the same noise as the plain pipeline (25 steps, guidance 5). Drift is
+||x - plain x|| / ||plain x|| of an image's final latents, as measured by `tgate_compile.tune`. The results also contain
+the verdict of the attribute reader on the decoded images: "right" is the fraction that show everything in their
+captions, and "lost" is the fraction of the plain pipeline's right images that are no longer right.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def latents_of(pipe: Any, captions: Sequence[str], noise: int = 0, **call: Any) -> torch.Tensor:
-    """The final latents, [captions, 4, h, w]; image i is drawn from a generator of its own."""
+    """Return the final latents, [captions, 4, h, w]. Each image has a separate generator."""
     call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **call}
     drawn = []
     for at in range(0, len(captions), BATCH):
@@ -86,7 +86,7 @@ def latents_of(pipe: Any, captions: Sequence[str], noise: int = 0, **call: Any) 
 
 @torch.no_grad()
 def right(pipe: Any, reader: AttributeReader, latents: torch.Tensor, captions: Sequence[str]) -> list[bool]:
-    """Of each image whether it shows all that its caption says."""
+    """Return, for each image, whether it shows everything in its caption."""
     images = torch.cat([pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample for x in latents.split(BATCH)])
     pixels = (images / 2 + 0.5).clamp(0, 1)
     return [reader.score(pixels[i : i + 1], [caption])["all"] == 1.0 for i, caption in enumerate(captions)]

@@ -1,9 +1,9 @@
-"""Export a large UNet with random weights, and tell how much memory and time that takes.
+"""Measure the memory and time that exporting a large UNet with random weights takes.
 
     python benchmarks/export_memory.py --model sdxl --dtype float16
     python benchmarks/export_memory.py --model sd15
 
-The peak is the kernel's (`VmHWM`), reset before the export begins: weights, mapped files and all. Linux only.
+The peak is the kernel's `VmHWM`, reset before the export starts. It includes weights and mapped files. Linux only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SDXL = {
 
 
 def unet(dtype: torch.dtype, config: dict[str, Any]) -> UNet:
-    """A UNet of this dtype from the start: SDXL's in float32 would be the peak by itself."""
+    """Return a UNet created directly in `dtype`, because creating SDXL's in float32 first would determine the peak."""
     with torch.device("meta"):
         model = UNet(sample_size=64, **config).to(dtype)
     model = model.to_empty(device="cpu").eval()
@@ -56,7 +56,7 @@ def unet(dtype: torch.dtype, config: dict[str, Any]) -> UNet:
 
 
 def workload(model: str, dtype: torch.dtype, size: int) -> tuple[Any, dict[str, Any]]:
-    """A pipeline, and a call of it with `size` x `size` latents."""
+    """Return a pipeline and the arguments of a call with `size` x `size` latents."""
     vae = AutoencoderKL(
         block_out_channels=(8,) * 4,
         norm_num_groups=8,
@@ -78,7 +78,7 @@ def workload(model: str, dtype: torch.dtype, size: int) -> tuple[Any, dict[str, 
 
 
 def memory(field: str) -> int:
-    """`VmRSS` or `VmHWM`, in bytes."""
+    """Return a field of /proc/self/status, such as `VmRSS` or `VmHWM`, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -89,9 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["sd15", "sdxl"], default="sdxl")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float16")
-    parser.add_argument("--size", type=int, default=32, help="of the latents; sizes are left free all the same")
-    parser.add_argument("--static", action="store_true", help="leave no size free")
-    parser.add_argument("--folder", type=Path, help="keep the bundle there")
+    parser.add_argument("--size", type=int, default=32, help="size of the latents in the call; sizes stay dynamic")
+    parser.add_argument("--static", action="store_true", help="fix all sizes")
+    parser.add_argument("--folder", type=Path, help="folder in which to keep the bundle")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
 
@@ -100,16 +100,16 @@ def main() -> None:
     tgate_compile.optimize(pipe, gate_step=10, backend="eager")
     home = arguments.folder.parent if arguments.folder else Path(tempfile.mkdtemp())
     target = arguments.folder or home / "bundle"
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = memory("VmRSS")
     began = time.perf_counter()
     stages: list[dict[str, Any]] = []
 
-    def say(stage: str) -> None:
+    def progress(stage: str) -> None:
         stages.append({"at_s": round(time.perf_counter() - began, 1), "stage": stage, "peak_so_far": memory("VmHWM")})
         print(f"{stages[-1]['at_s']:7.1f} s  {stages[-1]['peak_so_far'] / weights:5.2f} x  {stage}", file=sys.stderr)
 
-    tgate_compile.export(pipe, target, call=call, dynamic=not arguments.static, progress=say)
+    tgate_compile.export(pipe, target, call=call, dynamic=not arguments.static, progress=progress)
     seconds = time.perf_counter() - began
     files = {path.relative_to(target).as_posix(): path.stat().st_size for path in target.rglob("*") if path.is_file()}
     manifest = json.loads((target / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""What bundles of each format cost and bring, on the embedded pipeline, beside Inductor and eager, in one run.
+"""Compare bundles of each format with Inductor and eager execution, on the embedded pipeline, in one run.
 
     python benchmarks/exports.py --formats aoti --out benchmarks/results/exports_aoti.json
     python benchmarks/exports.py --formats aoti onnx --keep bundles
@@ -6,9 +6,10 @@
     python benchmarks/exports.py --formats executorch onnx --without-inductor
     python benchmarks/exports.py --formats coreml --sizes-only
 
-Exports a bundle of each format, and measures: the time of `export` and `load`, operators, sizes on disk, likeness to
-the eager graphs' image, resident memory of a new process before it opens the graphs, with one, and with both (Linux),
-and the time of a step of each graph, all runners in turn, so that whatever else the machine does meets them all.
+Exports a bundle of each format and measures the time of `export` and `load`, the number of operators, sizes on disk,
+PSNR to the image of the eager graphs, resident memory of a new process before it opens the graphs, with one graph and
+with both (Linux), and the time of a step of each graph. All runners take turns, so that other load on the machine
+affects all of them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Exported:
-    """What was found of a bundle but for its steps' times; all but its sizes only where it runs."""
+    """The measurements of a bundle, except for the times of its steps. Only sizes if the bundle cannot run here."""
 
     export_s: float | None
     bytes: dict[str, int]
@@ -64,19 +65,19 @@ class Exported:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=["aoti"])
-    parser.add_argument("--repeat", type=int, default=30, help="times that each graph is run by each runner")
+    parser.add_argument("--repeat", type=int, default=30, help="number of runs of each graph with each runner")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
-    parser.add_argument("--static", action="store_true", help="leave no size free")
-    parser.add_argument("--sizes-only", action="store_true", help="of formats that do not run on this machine")
-    parser.add_argument("--without-inductor", action="store_true", help="which compiles for minutes")
-    parser.add_argument("--keep", type=Path, help="a folder to leave the bundles in")
-    parser.add_argument("--again", action="store_true", help="measure those that are in --keep, and export nothing")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--static", action="store_true", help="fix all sizes")
+    parser.add_argument("--sizes-only", action="store_true", help="only sizes, for formats that cannot run here")
+    parser.add_argument("--without-inductor", action="store_true", help="skip Inductor, which compiles for minutes")
+    parser.add_argument("--keep", type=Path, help="folder in which to keep the bundles")
+    parser.add_argument("--again", action="store_true", help="measure the bundles in --keep without exporting")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--resident", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if "executorch" in options.formats:  # which else takes all cores
+    if "executorch" in options.formats:  # it uses all cores by default
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
         _unsafe_reset_threadpool(options.threads)
@@ -130,20 +131,20 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def operators(folder: Path) -> dict[str, int]:
-    """Of each graph, as the manifest counts them."""
+    """Return the number of operators of each graph, from the manifest."""
     return {name: graph.facts.nodes for name, graph in read_manifest(folder).graphs.items()}
 
 
 def measure(found: Exported, folder: Path, threads: int, dtype: torch.dtype) -> None:
-    """Run the bundle, here and in a process of its own."""
+    """Run the bundle in this process and in a separate one, and add the results to `found`."""
     pipe = demo(dtype)
     found.load_s = timed(lambda: tgate_compile.load(pipe, folder))
     found.first_image_s, found.image_s = timed(lambda: pipe(**CALL)), timed(lambda: pipe(**CALL))
     eager = tgate_compile.optimize(demo(dtype), GATE, backend="eager")
     found.psnr = psnr(image_of(pipe), image_of(eager))
     command = [sys.executable, __file__, "--resident", str(folder), "--threads", str(threads)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True)
-    found.resident_mb = json.loads(told.stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found.resident_mb = json.loads(done.stdout.splitlines()[-1])
 
 
 def image_of(pipe: Any) -> np.ndarray[Any, Any]:
@@ -156,7 +157,7 @@ def psnr(images: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
 
 
 def resident(folder: Path) -> dict[str, float]:
-    """Resident megabytes: of the process itself, once one graph has run, once both have."""
+    """Return the resident memory in MB before any graph is opened, and after each graph has run."""
     manifest = read_manifest(folder)
     functions = format_called(manifest.graph_format)
     names = list(manifest.graphs)
@@ -183,7 +184,7 @@ def random_inputs(graph: Graph, manifest: Manifest) -> list[torch.Tensor]:
 def step_times(
     bundles: Mapping[str, Path], repeat: int, dtype: torch.dtype, *, inductor: bool
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """For each graph and runner, the least and the median of its times in milliseconds."""
+    """Return the minimum and median time in milliseconds, for each graph and runner."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for planned in static_graphs(dtype):
         runners = runners_of(planned, bundles, inductor=inductor)
@@ -207,7 +208,8 @@ def static_graphs(dtype: torch.dtype) -> list[PlannedGraph]:
 
 
 def runners_of(planned: PlannedGraph, bundles: Mapping[str, Path], *, inductor: bool) -> dict[str, Callable[[], Any]]:
-    """Eager and Inductor on graphs of fixed shapes, as `optimize` makes them; each bundle's graph; the same inputs."""
+    """Return functions that run the graph on the same inputs: with eager and Inductor, as made by `optimize` with fixed
+    shapes, and from each bundle."""
     shapes = [node.meta["val"] for node in inputs_of(planned)]
     inputs = [torch.randn(fake.shape).to(fake.dtype) for fake in shapes]
     runners: dict[str, Callable[[], Any]] = {}

@@ -1,14 +1,15 @@
-"""The paper's tables on the embedded models: gates, steps, schedulers and methods, over several seeds.
+"""Repeat the paper's tables on the embedded models: gates, steps, schedulers and methods, over several seeds.
 
     python benchmarks/findings.py --out docs/results/findings.json
     python benchmarks/findings_report.py docs/results/findings.json --page docs/evidence/findings.md
 
-`findings_plan.py` says what is measured. The images are made by `tgate_compile.evaluate`, which keeps each as a file in
-`--images`: killed, the same command goes on. Each seed's images are then judged by themselves: the share that show all
-that their captions say, PSNR to the plain pipeline's, and the Frechet distance of the attribute reader's features to
-drawn scenes of the same captions. The results have mean and standard deviation over the seeds.
+`findings_plan.py` defines what is measured. The images are made by `tgate_compile.evaluate`, which stores each one in
+`--images`, so the same command resumes an interrupted run. The images of each seed are measured separately: the
+fraction that show everything in their captions, PSNR to the plain pipeline's images, and the Frechet distance of the
+attribute reader's features to drawn scenes of the same captions. The results contain mean and standard deviation over
+the seeds.
 
-The results are written after each setting. Several of these may run at a time, with different `--only`.
+The results are written after each setting. Several processes can run at the same time with different `--only`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ BATCH = 32
 
 
 def captions() -> list[str]:
-    """Singles, then pairs."""
+    """Return the captions with one object, followed by those with two."""
     return [
         *held_out_captions(SINGLES, CAPTION_SEED, objects=1),
         *held_out_captions(PAIRS, CAPTION_SEED, objects=2),
@@ -50,7 +51,7 @@ def captions() -> list[str]:
 
 
 def pipeline(setting: Setting) -> Any:
-    """The plain pipeline of a setting."""
+    """Return the plain pipeline of a setting."""
     pipe: Any = tgate_compile.load_demo_pipeline(setting.model)
     pipe.set_progress_bar_config(disable=True)
     if setting.scheduler != "own":
@@ -60,14 +61,16 @@ def pipeline(setting: Setting) -> Any:
 
 
 def call_of(setting: Setting) -> dict[str, Any]:
-    """Arguments of the pipeline's call, but for prompt, noise and steps."""
+    """Return the arguments of the pipeline's call, except for prompt, noise and steps."""
     variant = demo_variant(setting.model)
     return {"guidance_scale": variant.guidance, **variant.call}
 
 
 def model_of(setting: Setting) -> dict[str, Any]:
-    """Parameters and multiply-accumulates of the model's graphs: of a step of one image, in linear and convolution
-    layers."""
+    """Return parameters and multiply-accumulates of the model's graphs.
+
+    Multiply-accumulates are those of one step of one image, in linear and convolution layers.
+    """
     pipe = pipeline(Setting(setting.model, setting.steps))
     tgate_compile.optimize(pipe, gate_step=1, backend="eager")
     pipe(captions()[0], num_inference_steps=2, output_type="latent", **call_of(setting))
@@ -84,20 +87,20 @@ def model_of(setting: Setting) -> dict[str, Any]:
 
 
 class Judge:
-    """Measures the images of one contender, seed by seed."""
+    """Measure the images of a contender, for each seed."""
 
     def __init__(self) -> None:
         self._captions = captions()
         self._reader = AttributeReader.load()
         self._drawn = self._statistics(drawings(self._captions, DRAWINGS, seed=0).float() / 255)
-        # What the distance is for perfect images, so few as they are.
+        # The distance of the same number of perfect images.
         self.floor = [
             frechet_distance(self._drawn, self._statistics(drawings(self._captions, 1, seed=1 + seed).float() / 255))
             for seed in SEEDS
         ]
 
     def __call__(self, folder: Folder, contender: Contender, plain: Contender) -> dict[str, Any]:
-        """Plain data: accuracies in %, PSNR in dB; mean and standard deviation over the seeds, and each seed's."""
+        """Return accuracies in %, PSNR in dB and Frechet distances: mean, standard deviation and the value per seed."""
         by_seed: dict[str, list[float]] = {name: [] for name in ("pairs", "singles", "psnr", "frechet")}
         lost = gained = 0
         for seed in SEEDS:
@@ -131,7 +134,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def measure(setting: Setting, images: Path, judge: Judge) -> dict[str, Any]:
-    """One setting's results, as plain data."""
+    """Return the results of a setting as plain data."""
     folder = images / setting.name.replace(", ", "-").replace(" ", "-").lower()
 
     def progress(at: int, total: int, what: str) -> None:
@@ -171,7 +174,7 @@ def measure(setting: Setting, images: Path, judge: Judge) -> dict[str, Any]:
 
 
 def write(path: Path, name: str, result: Mapping[str, Any], model: Mapping[str, Any], judge: Judge) -> None:
-    """Add one setting's results to the file."""
+    """Add the results of a setting to the file."""
     data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": {}, "settings": {}}
     settings = {**data["settings"], name: dict(result)}
     write_json(
@@ -199,15 +202,15 @@ def write(path: Path, name: str, result: Mapping[str, Any], model: Mapping[str, 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file; settings are added to it")
-    parser.add_argument("--images", type=Path, default=Path("build/findings"), help="a folder for the images")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to add the results to")
+    parser.add_argument("--images", type=Path, default=Path("build/findings"), help="folder for the images")
     parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="SETTING", help="some settings, in that order; * is anything"
+        "--only", nargs="+", default=["*"], metavar="SETTING", help="settings to measure, in this order; may contain *"
     )
     options = parser.parse_args(arguments)
     chosen = {s.name: s for pattern in options.only for s in SETTINGS if fnmatch(s.name, pattern)}
     if not chosen:
-        parser.error(f"no setting is called {' or '.join(options.only)}; there are: {[s.name for s in SETTINGS]}")
+        parser.error(f"no setting matches {' or '.join(options.only)}; choose from {[s.name for s in SETTINGS]}")
     judge = Judge()
     for setting in chosen.values():
         result = measure(setting, options.images, judge)

@@ -1,4 +1,4 @@
-"""What `findings.py` measures, as data: the paper's tables on the embedded models."""
+"""The settings that `findings.py` measures: the paper's tables on the embedded models."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import diffusers
 
 from tgate_compile import Schedule
 
-#: Prompts of each image set: captions of combinations that were never trained on.
+#: Prompts of each image set: held-out captions, which were never used for training.
 SINGLES, PAIRS, CAPTION_SEED = 8, 24, 2028
 SEEDS = (0, 1, 2)
 
-# How Stable Diffusion's own files set these schedulers up. "leading": they begin below the last training step, whose
-# noise level is beyond all bounds in the embedded models' schedule (the DPM++ file clips it).
+# As configured in Stable Diffusion's repositories. With "leading" spacing they start below the last training step,
+# whose noise level is unbounded in the embedded models' noise schedule (the DPM++ configuration clips it).
 _LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 SCHEDULERS: Mapping[str, tuple[type[diffusers.SchedulerMixin], Mapping[str, object]]] = MappingProxyType(
     {
@@ -27,12 +27,12 @@ SCHEDULERS: Mapping[str, tuple[type[diffusers.SchedulerMixin], Mapping[str, obje
 
 @dataclass(frozen=True)
 class Setting:
-    """One evaluation: a plain pipeline, and what is compared with it.
+    """An evaluation: a plain pipeline and what is compared with it.
 
     Attributes:
-        model: an embedded one.
-        steps: denoising steps.
-        scheduler: of `SCHEDULERS`, or the model's own.
+        model: name of the embedded model.
+        steps: number of denoising steps.
+        scheduler: name in `SCHEDULERS`, or "own" for the model's own scheduler.
         contenders: schedules, or numbers of steps of the plain pipeline, by label.
     """
 
@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Unique."""
+        """The unique name of the setting."""
         return f"{self.model}, {self.steps} steps" + ("" if self.scheduler == "own" else f", {self.scheduler}")
 
 
@@ -56,7 +56,7 @@ def _cond_cached(*gates: int) -> dict[str, Schedule | int]:
 
 
 def _guidance_drop(*steps: int) -> dict[str, Schedule | int]:
-    """Adaptive Guidance with a fixed step."""
+    """Return schedules of Adaptive Guidance with a fixed step."""
     return {f"guidance drop {g}": Schedule(None, guidance_step=g) for g in steps}
 
 
@@ -73,7 +73,10 @@ _DEEPCACHE: Mapping[str, Schedule | int] = MappingProxyType(
 
 
 def _methods(*fewer: int) -> dict[str, Schedule | int]:
-    """All but DeepCache; `fewer` steps are those that cost what T-GATE costs at gates 10, 5 and 3, to the next one."""
+    """Return all methods except DeepCache, and the plain pipeline with `fewer` steps.
+
+    `fewer` are the numbers of steps whose cost is closest to that of T-GATE with the gates 10, 5 and 3.
+    """
     return {
         **_gates(3, 5, 10),
         **_cond_cached(3, 5, 10),
@@ -90,7 +93,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("sd", 25, contenders={**_methods(17, 14, 13), **_DEEPCACHE, **_fewer(8)}),
     Setting("sdxl", 25, contenders={**_methods(17, 14, 13), **_DEEPCACHE, **_fewer(8)}),
     Setting("lcm", 4, contenders=_LCM),
-    # A gate at 10 whatever the steps, and one at 40 % of them.
+    # A gate at step 10 for any number of steps, and one at 40 % of the steps.
     Setting("sdxl", 15, contenders=_gates(6, 10)),
     Setting("sdxl", 50, contenders={**_gates(10, 20), **_fewer(29)}),
     Setting("sdxl", 100, contenders=_gates(10, 40)),

@@ -1,9 +1,9 @@
-"""Writes the tables of `findings.py`'s results into a page, and draws them.
+"""Write the results of `findings.py` into a page as tables, and plot them.
 
     python benchmarks/findings_report.py docs/results/findings.json --page docs/evidence/findings.md \\
         --plot docs/results/findings.png
 
-The page has each table between `<!-- findings: NAME -->` and `<!-- end -->`.
+In the page, each table stands between `<!-- findings: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file, no window
+matplotlib.use("Agg")  # write files without opening a window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from quality_plot import STYLES
 
 Results = Mapping[str, Any]
 
-MSG_NO_TABLE = "the page asks for a table called {name!r}; there are: {known}"
+MSG_NO_TABLE = "the page contains an unknown table {name!r}; the known tables are: {known}"
 
 _PLACE = re.compile(r"(<!-- findings: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _MODELS = ("sd", "sdxl", "pixart", "lcm")
-#: What a contender is called in the tables, where it is not its label.
+#: The titles of contenders in the tables, if different from their labels.
 _TITLES = {"plain": "plain", "T-GATE v2 10": "T-GATE v2, gate 10, `sp_interval=5`"}
 
 
 def render(page: str, results: Results) -> str:
-    """The page with its tables made anew.
+    """Return the page with its tables updated.
 
     Raises:
-        ValueError: it asks for a table that there is not.
+        ValueError: the page contains an unknown table.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -50,7 +50,7 @@ def render(page: str, results: Results) -> str:
 
 
 def _of_models(results: Results) -> str:
-    """Table 1's costs: parameters and multiply-accumulates of a step, in full and after the gate."""
+    """Return the costs in table 1: parameters and multiply-accumulates of a step, in full and after the gate."""
     heading = ("model", "scheduler", "parameters / M", "after the gate / M", "step / M MACs", "after the gate / M MACs")
     rows = []
     for name in _MODELS:
@@ -67,7 +67,7 @@ def _of_models(results: Results) -> str:
 
 
 def _gates(results: Results) -> str:
-    """Table 1: gates on each model."""
+    """Return table 1: gates for each model."""
     found = []
     for model in _MODELS:
         for name, setting in results["settings"].items():
@@ -82,7 +82,7 @@ def _is_gate(label: str) -> bool:
 
 
 def _steps(results: Results) -> str:
-    """The table of steps: gate 10 in all of them, and a gate at 40 %."""
+    """Return the table of steps, with gate 10 and with a gate at 40 % of the steps."""
     rows = []
     for steps in (15, 25, 50, 100):
         setting = results["settings"].get(f"sdxl, {steps} steps")
@@ -94,13 +94,13 @@ def _steps(results: Results) -> str:
 
 
 def _fewer(setting: Results) -> list[str]:
-    """The plain pipeline in as many steps as cost what T-GATE with gate 10 costs."""
+    """Return the labels of plain pipelines whose number of steps costs about as much as T-GATE with gate 10."""
     cost = setting["rows"]["T-GATE 10"]["cost"]
     return [s for s in setting["rows"] if s.endswith(" steps") and abs(setting["rows"][s]["cost"] - cost) < 0.03]
 
 
 def _schedulers(results: Results) -> str:
-    """The table of schedulers: the models' own, which is DPM++ 2M, and two others."""
+    """Return the table of schedulers: the models' own, DPM++ 2M, and two others."""
     rows = []
     for model in ("sd", "sdxl"):
         for scheduler in ("", ", Euler", ", DDIM"):
@@ -114,7 +114,7 @@ def _schedulers(results: Results) -> str:
 
 
 def _methods(results: Results) -> str:
-    """Table of methods: everything that was measured on a model with its own scheduler and steps."""
+    """Return the table of methods: all measurements of each model with its own scheduler and number of steps."""
     rows = []
     for model in _MODELS:
         for name in (f"{model}, 25 steps", f"{model}, 4 steps"):
@@ -132,7 +132,7 @@ def _title(label: str) -> str:
 
 
 def _measures(heading: tuple[str, ...], rows: Iterable[tuple[tuple[str, ...], Results, str]], results: Results) -> str:
-    """Cost and quality; a row's title is left out where it is that of the row before."""
+    """Return a table of cost and quality; repeated titles in the first column are left empty."""
     images = results["images"]
     columns = (
         "MACs", f"pairs / %, n = {images['of_pairs']}", f"singles / %, n = {images['of_singles']}", "lost, gained",
@@ -175,7 +175,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
 
 @dataclass(frozen=True)
 class _Line:
-    """A method's points in the plot: the labels that begin with `prefix` and fit `pattern`."""
+    """The points of a method in the plot, drawn with `style`: the rows whose labels match `pattern`."""
 
     style: str
     pattern: str
@@ -193,7 +193,7 @@ _LINES = (
 
 
 def draw(results: Results, path: Path) -> None:
-    """A column per model: wrong pairs, and Frechet distance, over multiply-accumulates."""
+    """Plot pair accuracy and Frechet distance against multiply-accumulates, with one column per model."""
     names = [n for m in _MODELS for n in (f"{m}, 25 steps", f"{m}, 4 steps") if n in results["settings"]]
     with plt.rc_context({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}):
         figure, panels = plt.subplots(2, len(names), figsize=(4.6 * len(names), 9), layout="constrained", squeeze=False)
@@ -247,8 +247,8 @@ def _panel(axes: Axes, rows: Results, measure: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--page", type=Path, help="a page whose tables are written anew")
-    parser.add_argument("--plot", type=Path, help="a picture")
+    parser.add_argument("--page", type=Path, help="page whose tables to update")
+    parser.add_argument("--plot", type=Path, help="picture to write")
     options = parser.parse_args(arguments)
     results = json.loads(options.results.read_text(encoding="utf-8"))
     if options.page is not None:

@@ -1,11 +1,12 @@
-"""All that is worth measuring on a GPU: one command, one file.
+"""Run all GPU benchmarks with one command, and write the results to one file.
 
     pip install -c constraints.txt -e '.[cli]'; pip install --no-deps tgate==1.0.0 DeepCache==0.1.1
     python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
-Denoisers of the real models' sizes with random weights, in bfloat16, channels-last, one prompt, 25 steps: the plain
-pipeline eager, under torch.compile and with its CUDA graphs; ours compiled, with CUDA graphs and without; other
-packages. What the time does not suffice for is a row that says so.
+The denoisers have the sizes of real models and random weights, in bfloat16 and channels-last format. Each generation
+has one prompt and 25 steps. Compared are the plain pipeline (eager, with torch.compile, and with CUDA graphs), this
+library's schedules (compiled, with and without CUDA graphs), and other packages. When the time is up, the remaining
+rows are marked as skipped.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import torch
 from tgate_compile import optimize, restore
 from tgate_compile._errors import TGateError
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.study.bench.methods import PEERS, PLAIN, Method, Peer, methods_for, random_pipeline
-from tgate_compile.study.bench.result import Benchmark, Row
+from tgate_compile.study.bench.methods import PEERS, PLAIN, ComparedMethod, Peer, methods_for, random_pipeline
+from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 from tgate_compile.study.bench.run import COMPILED, CUDA_GRAPHS, Task, run_benchmark, to_channels_last
 
 _CHOSEN = ("tgate", "tgate_v2", "deepcache_tgate")
@@ -38,14 +39,14 @@ _OTHERS = ("tgate_authors", "deepcache_tgate_authors")
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured with one model.
+    """The measurements of one model.
 
     Attributes:
-        name: of the model.
-        build: makes a plain pipeline, and the arguments of its call.
-        gates: gate steps; the first one's methods are all measured, of the others T-GATE v1 alone.
-        share: of the whole time.
-        steps: denoising steps.
+        name: name of the model.
+        build: makes a plain pipeline and the arguments of its call.
+        gates: gate steps. All methods are measured with the first one, only T-GATE v1 with the others.
+        share: fraction of the total time.
+        steps: number of denoising steps.
     """
 
     name: str
@@ -68,7 +69,7 @@ SUITES = (
 
 @dataclass(frozen=True)
 class Goal:
-    """What we aim at, and what came out; None: its row has no figures."""
+    """A goal and the measured value; None if the row has no measurements."""
 
     what: str
     aim: float
@@ -84,15 +85,15 @@ class Goal:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the .json file to write")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing new is begun")
-    parser.add_argument("--repeat", type=int, default=5, help="images that are timed; the median counts")
-    parser.add_argument("--trace", type=Path, help="a folder for a trace of each model's gated image")
+    parser.add_argument("--out", type=Path, required=True, help=".json file to write")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time after which no further row is started")
+    parser.add_argument("--repeat", type=int, default=5, help="number of timed images; the median counts")
+    parser.add_argument("--trace", type=Path, help="folder for a trace of a gated image of each model")
     given = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; `tgate-compile bench` measures on CPUs")
+        parser.error("no CUDA device found; use `tgate-compile bench` to measure on a CPU")
     if not given.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {given.out.parent}")
+        parser.error(f"--out: the folder {given.out.parent} does not exist")
     data = measure(
         SUITES, torch.device("cuda"), torch.bfloat16, ("inductor", CUDA_GRAPHS),
         minutes=given.minutes, repeat=given.repeat, trace=given.trace,
@@ -102,7 +103,7 @@ def main() -> None:
     for suite in data["suites"]:
         for goal in suite["goals"]:
             met = {True: "met", False: "missed", None: "not measured"}[goal["met"]]
-            print(f"{suite['name']}: {goal['what']}: {goal['measured']}, the aim is {goal['aim']}: {met}")
+            print(f"{suite['name']}: {goal['what']}: {goal['measured']}, goal {goal['aim']}: {met}")
     print(f"written {given.out}")
 
 
@@ -117,7 +118,7 @@ def measure(
     trace: Path | None = None,
     peers: Sequence[Peer] = tuple(peer for peer in PEERS if peer.key in _OTHERS),
 ) -> dict[str, Any]:
-    """All suites, one after the other; what one leaves of its time, the next ones have."""
+    """Run all suites one after another; time that a suite does not use is available to the next ones."""
     began = time.monotonic()
     measured, shares = [], 0.0
     for suite in suites:
@@ -144,14 +145,14 @@ def measure(
     }
 
 
-def _methods(suite: Suite) -> list[Method]:
+def _methods(suite: Suite) -> list[ComparedMethod]:
     methods = [method for method in methods_for(suite.gates[0]) if method.key in (PLAIN, *_CHOSEN)]
-    earlier = [Method(f"tgate_{gate}", f"T-GATE v1, gate {gate}", Schedule(gate)) for gate in suite.gates[1:]]
+    earlier = [ComparedMethod(f"tgate_{gate}", f"T-GATE v1, gate {gate}", Schedule(gate)) for gate in suite.gates[1:]]
     return [*methods[:2], *earlier, *methods[2:]]
 
 
 def goals_of(suite: Suite, benchmark: Benchmark) -> Iterator[Goal]:
-    """Of one model: what is saved in time of what is saved in operations, and what the switch of graphs costs."""
+    """Yield the goals of one model: time saved relative to operations saved, cost of switching graphs, cache size."""
     compiled = next((row.image for row in benchmark.rows if row.key == COMPILED), None)
     for row in benchmark.rows:
         if not row.strip or row.error is not None:
@@ -167,8 +168,8 @@ def goals_of(suite: Suite, benchmark: Benchmark) -> Iterator[Goal]:
                 yield Goal(f"{row.title}: 25 steps, s", 0.75, True, image)
 
 
-def crossing_cost(row: Row) -> float | None:
-    """What the steps on both sides of the gate take beyond their like, of a step before it."""
+def crossing_cost(row: BenchmarkRow) -> float | None:
+    """Return the additional time of the two steps at the gate, relative to a step before the gate."""
     if not row.steps or not row.early or not row.late:
         return None
     medians = [median(times) for times in zip(*row.steps, strict=True)]
@@ -178,7 +179,7 @@ def crossing_cost(row: Row) -> float | None:
 
 
 def write_trace(pipe: Any, call: dict[str, Any], gate: int, backend: str, path: Path) -> None:
-    """One gated image in Chrome's trace format: what the GPU does, and when it waits."""
+    """Write a trace of one gated image in Chrome's format, which shows what the GPU does and when it is idle."""
     graphs = {"cuda_graphs": True} if backend == CUDA_GRAPHS else {}
     optimize(pipe, gate, backend="inductor" if backend == CUDA_GRAPHS else backend, backend_options=graphs)
     pipe.set_progress_bar_config(disable=True)

@@ -1,19 +1,19 @@
-"""What schedules cost and what they do to the images, on the embedded pipeline.
+"""Measure the cost of schedules and their effect on image quality, on the embedded pipeline.
 
     python benchmarks/quality.py --out benchmarks/results/quality_embedded.json
     python benchmarks/quality.py --out benchmarks/results/quality_embedded.json --only "tgate *" "drop *"
 
-Every contender of `quality_schedules.py` draws the same held-out captions from the same noise. The attribute reader
-judges each image: whether everything the caption says is there, and how likely the reader holds it. Beside that stand
-the Frechet distance of the reader's features, to drawn scenes of the same captions and to the plain pipeline's images;
-the PSNR to the plain pipeline's images; and the denoiser's multiply-accumulates (linear and convolution layers, the
-paper's convention), the plain pipeline's being 1.
+Every contender in `quality_schedules.py` draws the same held-out captions from the same noise. For each image, the
+attribute reader decides whether it shows everything in the caption, and how likely that is. The results also contain
+the Frechet distance of the reader's features to drawn scenes of the same captions and to the plain pipeline's images,
+the PSNR to the plain pipeline's images, and the denoiser's multiply-accumulates (in linear and convolution layers,
+which is the paper's convention) relative to the plain pipeline.
 
-All contenders have the same captions, so that differences are taken image by image: their standard errors are far
+All contenders use the same captions, so differences can be computed image by image. Their standard errors are much
 smaller than those of the accuracies themselves.
 
-The file is written after each contender. Those it has already are not measured again; a file of other settings is
-refused.
+The file is written after each contender. Contenders that it already contains are not measured again. A file with other
+settings is an error.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from tgate_compile.study.evaluation.measure import drawings, log_likelihood, rig
 
 logger = logging.getLogger(__name__)
 
-MSG_OTHER_SETTINGS = "{path} has results of other settings:\n  {found}\nasked for:\n  {asked}\nGive another --out."
+MSG_OTHER_SETTINGS = "{path} has results of other settings:\n  {found}\nexpected:\n  {asked}\nChoose another --out."
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the contenders have in common.
+    """The settings shared by all contenders.
 
     Attributes:
-        pairs: captions with two objects.
-        singles: captions with one.
-        caption_seed: they are `held_out_captions(n, caption_seed, objects)`.
-        noise_seed: image i is drawn from `torch.Generator().manual_seed(noise_seed * 1_000_000 + i)`.
-        steps: inference steps, of contenders that say nothing else.
-        guidance: the guidance scale.
-        drawings: drawn scenes per caption, for the Frechet distance.
+        pairs: number of captions with two objects.
+        singles: number of captions with one object.
+        caption_seed: seed of the captions, `held_out_captions(n, caption_seed, objects)`.
+        noise_seed: image i uses the generator `torch.Generator().manual_seed(noise_seed * 1_000_000 + i)`.
+        steps: number of inference steps, unless the contender sets another.
+        guidance: guidance scale.
+        drawings: number of drawn scenes per caption, for the Frechet distance.
     """
 
     pairs: int
@@ -70,7 +70,7 @@ class Settings:
 
     @property
     def captions(self) -> list[str]:
-        """Singles, then pairs."""
+        """The captions with one object, followed by those with two."""
         return [
             *held_out_captions(self.singles, self.caption_seed, objects=1),
             *held_out_captions(self.pairs, self.caption_seed, objects=2),
@@ -79,12 +79,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A contender's images, uint8 [captions, 3, 64, 64], and what they cost.
+    """The images of a contender and their cost.
 
     Attributes:
-        strips: the strips that ran, and for how many captions each.
+        images: images, uint8 [captions, 3, 64, 64].
+        strips: number of captions by strip.
         macs: multiply-accumulates of all images together, in linear and convolution layers.
-        macs_total: the same with attention's own products.
+        macs_total: `macs` plus the matrix products inside attention.
     """
 
     images: torch.Tensor
@@ -94,33 +95,33 @@ class Drawn:
 
 
 class Judge:
-    """Measures images of `settings.captions` against the captions, drawn scenes and the plain pipeline's images."""
+    """Compare images with their captions, with drawn scenes, and with the plain pipeline's images."""
 
     def __init__(self, settings: Settings) -> None:
         self._captions = settings.captions
         self._singles = settings.singles
         self._reader = AttributeReader.load()
         self._of_drawings = self._statistics(drawings(self._captions, settings.drawings, seed=0))
-        # What the distance is for perfect images, so few as they are.
+        # The distance of the same number of perfect images.
         self.floor = self._distance(self._of_drawings, self._statistics(drawings(self._captions, 1, seed=1)))
         self._plain_images: torch.Tensor | None = None
 
     def set_plain(self, images: torch.Tensor) -> None:
-        """The images that the others are compared with."""
+        """Set the images that the others are compared with."""
         self._plain_images = images
         self._of_plain = self._statistics(images)
         self._plain_right = self._right(images)
         self._plain_likelihood = self._likelihood(images)
 
     def __call__(self, images: torch.Tensor) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return the measurements of `images` as plain data for JSON."""
         assert self._plain_images is not None
         pixels = images.float() / 255
         right, likelihood = self._right(images), self._likelihood(images)
         psnr = peak_signal_noise_ratio(
             images.float(), self._plain_images.float(), data_range=255.0, reduction="none", dim=(1, 2, 3)
         )
-        psnr = psnr[psnr.isfinite()]  # the same image to the last bit has none
+        psnr = psnr[psnr.isfinite()]  # it is infinite for identical images
         own = self._statistics(images)
         result: dict[str, Any] = {}
         for kind, rows in (("single", slice(self._singles)), ("pair", slice(self._singles, None))):
@@ -145,15 +146,15 @@ class Judge:
         }
 
     def _right(self, images: torch.Tensor) -> torch.Tensor:
-        """1.0 for each image that shows all its caption says, [captions]."""
+        """Return 1.0 for each image that shows everything in its caption, else 0.0; [captions]."""
         return right(self._reader, images.float() / 255, self._captions)
 
     def _likelihood(self, images: torch.Tensor) -> torch.Tensor:
-        """The reader's log-likelihood of all that the caption says, in nats, [captions]."""
+        """Return the reader's log-likelihood of each caption in nats, [captions]."""
         return log_likelihood(self._reader, images.float() / 255, self._captions)
 
     def _statistics(self, images: torch.Tensor) -> Statistics:
-        """Of the reader's features."""
+        """Return the statistics of the reader's features."""
         return Statistics.of(self._reader.features(images.float() / 255))
 
     def _distance(self, a: Statistics, b: Statistics) -> float:
@@ -169,14 +170,14 @@ def _standard_error(values: torch.Tensor) -> float:
 
 
 def draw(contender: Contender, settings: Settings) -> Drawn:
-    """All of the contender's images. Image i is the same whatever the batch, but for rounding."""
+    """Make all images of a contender. Image i does not depend on the batch size, except for rounding."""
     pipe = tgate_compile.load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
     call |= contender.call
     if contender.options is not None:
         options = dict(contender.options)
-        if "cache_dtype" in options:  # by its name: a row of results is JSON
+        if "cache_dtype" in options:  # given by name, because the results are JSON
             options["cache_dtype"] = getattr(torch, options["cache_dtype"])
         tgate_compile.optimize(pipe, **options, backend="eager")
     captions, images = settings.captions, []
@@ -205,7 +206,7 @@ def draw(contender: Contender, settings: Settings) -> Drawn:
 
 @functools.cache
 def full_step_macs() -> tuple[int, int]:
-    """Multiply-accumulates of a guided step of one image: layers only, and with attention's products."""
+    """Return the multiply-accumulates of a guided step of one image: of layers only, and including attention."""
     pipe = tgate_compile.load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     tgate_compile.optimize(pipe, None, guidance_step=1, backend="eager")
@@ -215,17 +216,17 @@ def full_step_macs() -> tuple[int, int]:
 
 
 def measure(path: Path, contenders: Sequence[Contender], settings: Settings, images: Path | None = None) -> None:
-    """Measure the `contenders` that `path` does not have yet, and write it after each.
+    """Measure the contenders that `path` does not contain yet, and write the file after each.
 
     Args:
-        path: the results, a JSON file.
-        contenders: what to measure; the plain pipeline always, as the others are compared with it.
-        settings: what they have in common.
-        images: a folder to keep the images in, one file per contender. The plain pipeline's are read from there;
-            without them they are made anew.
+        path: JSON file with the results.
+        contenders: contenders to measure, in addition to the plain pipeline, which the others are compared with.
+        settings: settings shared by all contenders.
+        images: folder in which to keep the images, with one file per contender. The images of the plain pipeline are
+            read from it, if present.
 
     Raises:
-        SystemExit: the file's settings are others.
+        SystemExit: the file was made with other settings.
     """
     results = _results(path, settings)
     rows: dict[str, Any] = results["rows"]
@@ -233,7 +234,7 @@ def measure(path: Path, contenders: Sequence[Contender], settings: Settings, ima
     missing = [contender for contender in contenders if not _is_in(rows, contender)]
     rows |= {c.name: rows[c.name] | _place(c) for c in CONTENDERS if c.name in rows}
     if not missing:
-        logger.info("nothing to do: %s has them all", path)
+        logger.info("nothing to do: %s contains all contenders", path)
         return
     judge = Judge(settings)
     command = (
@@ -265,14 +266,14 @@ def measure(path: Path, contenders: Sequence[Contender], settings: Settings, ima
             **judge(drawn.images),
         }
         rows[contender.name] = row
-        # In the order of the list; what it has no more comes last.
+        # In the order of CONTENDERS, followed by contenders that it no longer contains.
         results["rows"] = {c.name: rows[c.name] for c in CONTENDERS if c.name in rows} | rows
         _write(path, results)
         logger.info("%s", summary(contender.name, row))
 
 
 def summary(name: str, row: dict[str, Any]) -> str:
-    """One line of the log."""
+    """Return a line for the log."""
     pair, single = row["pair"], row["single"]
     return (
         f"{name:28} macs {row['macs']:.3f}  pairs {pair['accuracy']['all']:.3f} "
@@ -308,7 +309,7 @@ def _is_in(rows: dict[str, Any], contender: Contender) -> bool:
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
-    """All or nothing: an interrupted run leaves the results before."""
+    """Write the file atomically, so that an interrupted run leaves the previous results."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(results, indent=1) + "\n")
     part.replace(path)
@@ -321,19 +322,19 @@ def _environment() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file; continued if it is there")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results; extended if it exists")
     parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="NAME", help="contenders, in that order; * is anything"
+        "--only", nargs="+", default=["*"], metavar="NAME", help="contenders to measure, in this order; may contain *"
     )
-    parser.add_argument("--captions", type=int, default=256, help="captions of two objects")
-    parser.add_argument("--singles", type=int, help="captions of one object; half as many by default")
+    parser.add_argument("--captions", type=int, default=256, help="number of captions with two objects")
+    parser.add_argument("--singles", type=int, help="number of captions with one object (default: half as many)")
     parser.add_argument("--caption-seed", type=int, default=2026)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--images", type=Path, help="a folder to keep the images in")
+    parser.add_argument("--images", type=Path, help="folder in which to keep the images")
     options = parser.parse_args(arguments)
     by_name = {c.name: c for pattern in options.only for c in CONTENDERS if fnmatch(c.name, pattern)}
     if not by_name:
-        parser.error(f"no contender is called {' or '.join(options.only)}; there are: {[c.name for c in CONTENDERS]}")
+        parser.error(f"no contender matches {' or '.join(options.only)}; choose from {[c.name for c in CONTENDERS]}")
     singles = max(options.captions // 2, 1) if options.singles is None else options.singles
     settings = Settings(options.captions, singles, options.caption_seed, steps=options.steps)
     measure(options.out, list(by_name.values()), settings, options.images)

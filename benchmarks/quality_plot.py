@@ -1,4 +1,4 @@
-"""Draws what `quality.py` measured: quality against cost, a line per method.
+"""Plot the results of `quality.py`: quality against cost, with a line per method.
 
 python benchmarks/quality_plot.py benchmarks/results/quality_embedded.json --out docs/results/quality_embedded.png
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file, no window
+matplotlib.use("Agg")  # write files without opening a window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
@@ -23,7 +23,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn. `labels`: where the points' labels stand, in points from the marker, or nowhere."""
+    """The style of a method in the plot.
+
+    Attributes:
+        title: title in the legend.
+        colour: colour of line and markers.
+        marker: matplotlib's marker.
+        line: matplotlib's line style; empty for no line.
+        labels: offset of the labels from the markers, in points; None for no labels.
+    """
 
     title: str
     colour: str
@@ -32,7 +40,7 @@ class Style:
     labels: tuple[int, int] | None = None
 
 
-# Colours by Okabe and Ito, told apart by the colour-blind; the markers tell the methods apart without any colour.
+# Based on Okabe and Ito's palette, which is safe for colour blindness; the markers distinguish methods without colour.
 STYLES: dict[str, Style] = {
     "fewer steps": Style("fewer steps (steps)", "#555555", "o", "--", (-4, 9)),
     "guidance drop": Style("guidance drop (guided steps)", "#0072B2", "s", labels=(10, 5)),
@@ -47,7 +55,7 @@ STYLES: dict[str, Style] = {
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Two panels, pair accuracy and Frechet distance to drawn scenes, over multiply-accumulates."""
+    """Plot pair accuracy and Frechet distance to drawn scenes against multiply-accumulates, in two panels."""
     rows = results["rows"]
     settings = results["settings"]
     with plt.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
@@ -59,7 +67,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             if points:
                 errors = [100 * point["pair"]["accuracy_minus_plain_se"] for point in points]
                 _line(wrong, style, points, [100 - 100 * p["pair"]["accuracy"]["all"] for p in points], errors)
-                # Without labels: the points stand below those of the other panel.
+                # No labels, because the points are below those of the other panel.
                 _line(distance, replace(style, labels=None), points, [p["frechet_to_drawings"] for p in points])
         plain = rows["plain"]
         for axes, value in (
@@ -79,7 +87,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.plot([1.0], [value], marker="o", color="black", markersize=9, clip_on=False)
             axes.grid(alpha=0.3)
         wrong.set_title(
-            f"Wrong pairs / %: not all as the caption says, of {settings['pairs']}, with standard errors",
+            f"Wrong pairs / %: images of {settings['pairs']} pairs that do not match their captions; standard errors",
             loc="left",
             fontsize=14,
         )

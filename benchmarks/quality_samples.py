@@ -1,9 +1,9 @@
-"""Shows images that `quality.py --images` has kept: the plain pipeline's, and below it what contenders make of them.
+"""Show images kept by `quality.py --images`: the plain pipeline's in the first row, and those of contenders below.
 
     python benchmarks/quality_samples.py FOLDER benchmarks/results/quality_embedded.json \\
         --contenders "tgate 3" "tgate 3 anchor 1.0" --out docs/results/quality_samples.png
 
-The columns are captions that the first contender gets wrong: singles first, evenly taken from all of them.
+The columns are captions that the first contender gets wrong, evenly sampled from all of them, singles first.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ COLUMNS, TILE, GAP, TITLE = 8, 128, 4, 24
 
 
 def draw(folder: Path, results: Path, names: Sequence[str], path: Path) -> None:
-    """One row of images per name, under its title."""
+    """Write a picture with one row of images per name, below its title."""
     first = json.loads(results.read_text())["rows"][names[0]]
     right = first["single"]["right"] + first["pair"]["right"]
     wrong = [i for i, letter in enumerate(right) if letter == "0"]
     if not wrong:
-        raise SystemExit(f"{names[0]} gets every caption right: there is nothing to show.")
+        raise SystemExit(f"{names[0]} gets every caption right, so there is nothing to show.")
     chosen = [wrong[at] for at in np.linspace(0, len(wrong) - 1, min(COLUMNS, len(wrong))).round().astype(int)]
     rows = [CONTENDERS[0].name, *names]
     width, height = len(chosen) * (TILE + GAP) - GAP, len(rows) * (TITLE + TILE + GAP)

@@ -1,4 +1,4 @@
-"""The schedules whose quality is measured, as data."""
+"""The schedules whose quality `quality.py` measures."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the measurement.
+    """A schedule to measure.
 
     Attributes:
-        name: unique; what `--only` selects by.
-        method: what it belongs to: one line of the plot.
-        label: what it is called in that line.
-        options: the arguments of `tgate_compile.optimize`, without the backend; None leaves the pipeline as it is.
-        call: arguments of the pipeline's call that differ from the others'.
-        batch: captions per call. Guidance that stops by likeness stops for the whole batch at once: 1 there.
+        name: unique name, for `--only`.
+        method: method, which is one line of the plot.
+        label: label of the point in that line.
+        options: arguments of `tgate_compile.optimize`, without the backend; None for the plain pipeline.
+        call: arguments of the pipeline's call that differ from those of the other contenders.
+        batch: captions per call. It must be 1 where guidance stops by similarity, because that stops it for the whole
+            batch.
     """
 
     name: str
@@ -42,7 +43,7 @@ def _adaptive(similarity: float) -> Contender:
 
 
 def _anchored(gate: int, name: str, method: str, label: str, **call: object) -> Contender:
-    """T-GATE with the cond half's outputs in its caches, and a call with other arguments."""
+    """Return a contender for T-GATE that caches the cond half's outputs, with other arguments of the call."""
     return Contender(name, method, label, {"gate_step": gate, "anchor_weight": 1.0}, call)
 
 
@@ -51,7 +52,7 @@ CONTENDERS: tuple[Contender, ...] = (
     *(_steps(n) for n in (20, 18, 15, 12, 10, 8, 6)),
     *(_optimized(f"tgate {g}", "T-GATE", f"{g}", gate_step=g) for g in (3, 5, 8, 10, 15)),
     *(_optimized(f"drop {g}", "guidance drop", f"{g}", gate_step=None, guidance_step=g) for g in (3, 5, 8, 10, 15)),
-    # Limits that stop guidance after 5 and after 10 steps on the average, found on other captions.
+    # Thresholds that stop guidance after 5 and 10 steps on average, found with other captions.
     *(_adaptive(similarity) for similarity in (0.993, 0.997)),
     *(
         _optimized(f"tgate2 {g} sp {n}", "T-GATE v2", f"{g}, sp {n}", gate_step=g, sp_interval=n)
@@ -63,7 +64,7 @@ CONTENDERS: tuple[Contender, ...] = (
         _optimized(f"deepcache 3 tgate {g}", "DeepCache + T-GATE", f"3, {g}", gate_step=g, deepcache_interval=3)
         for g in (5, 10)
     ),
-    # What the caches hold: the cond half's outputs instead of the mean of both.
+    # Cache the cond half's outputs instead of the mean of both halves.
     *(
         _optimized(f"tgate {g} anchor 1.0", "T-GATE, cond cached", f"{g}", gate_step=g, anchor_weight=1.0)
         for g in (2, 3, 5, 10)
@@ -98,9 +99,9 @@ CONTENDERS: tuple[Contender, ...] = (
         _optimized(f"tgate 5 anchor {w}", "other anchors", f"{w}", gate_step=5, anchor_weight=w)
         for w in (0.0, 0.75, 1.25, 2.0, 5.0)
     ),
-    # Without text after the gate both halves are the same: so must the images be.
+    # Without text after the gate both halves are equal, so the images must be equal too.
     _optimized("tgate 5 cond", "other anchors", "0.5", gate_step=5, keep="cond"),
-    # Smaller caches: in fewer bits, or of fewer sites.
+    # Smaller caches, with fewer bits or fewer sites.
     *(
         _optimized(
             f"tgate 5 anchor 1.0 {dtype}", "smaller caches", dtype, gate_step=5, anchor_weight=1.0, cache_dtype=dtype
@@ -118,7 +119,7 @@ CONTENDERS: tuple[Contender, ...] = (
             sites=sites,
         )
         for name, sites in (("up blocks", ["up_blocks.*"]), ("without up_blocks.2", ["[dm]*", "up_blocks.[01]*"]))
-        # What is not cached goes on with the text of the half that is kept.
+        # Sites that are not cached continue with the text of the half that is kept.
         for keep in ("uncond", "cond")
     ),
 )

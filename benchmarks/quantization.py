@@ -1,13 +1,13 @@
-"""What quantization costs and brings: size, time of a step, likeness, and whether images show what they should.
+"""Measure the effect of quantization on size, time of a step, PSNR and accuracy.
 
     python benchmarks/quantization.py --out benchmarks/results/quantization.json
     python benchmarks/quantization.py --model pixart
-    python benchmarks/quantization.py --formats onnx --keep bundles          # bundles that are there are used again
+    python benchmarks/quantization.py --formats onnx --keep bundles          # existing bundles are reused
 
-An embedded pipeline is exported in each format that takes a scheme, in floats and with each of its schemes, and loaded
-again. All of them draw the same held-out captions from the same noise, batch after batch in turn, so that what else the
-machine does meets all alike. PSNR is against the images of the float graphs in PyTorch; the attribute reader that comes
-with the package judges whether an image shows all that its caption says.
+An embedded pipeline is exported in each format that supports quantization, without it and with each scheme, and loaded
+again. All bundles draw the same held-out captions from the same noise and take turns after each batch, so that other
+load on the machine affects all of them. PSNR is relative to the images of the float graphs in PyTorch. The attribute
+reader decides whether an image shows everything in its caption.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from tgate_compile.study.evaluation.measure import log_likelihood, right
 
 GATES = {"sd": 10, "sdxl": 10, "pixart": 8, "lcm": 2}
 CAPTION_SEED = 2026
-#: For schemes that are calibrated; other captions than those that are drawn.
+#: For calibrated schemes; the captions differ from those that are drawn.
 CALIBRATION_SEED = 7
 CALIBRATION_PROMPTS = 4
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A bundle; without a format, the graphs in PyTorch."""
+    """A bundle, or without a format the graphs in PyTorch."""
 
     format: str | None
     scheme: str | None = None
@@ -68,7 +68,7 @@ class Contender:
 
 @dataclass
 class Drawn:
-    """What a contender has drawn, and how long its steps took, by graph."""
+    """The images of a contender, and the times of its steps by graph."""
 
     images: list[np.ndarray] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -76,7 +76,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Model:
-    """An embedded pipeline, and how its images are made."""
+    """An embedded pipeline and the settings of its images."""
 
     name: str
 
@@ -106,7 +106,10 @@ def contenders(formats: list[str], schemes: list[str] | None) -> list[Contender]
 
 
 def exported(contender: Contender, model: Model, home: Path, batch: int | None) -> tuple[Path, float | None]:
-    """The bundle, whose batch is free or `batch`, and how long it took to make; None if it was there."""
+    """Return the folder of a bundle with a dynamic batch, or a fixed one if `batch` is given, and its export time.
+
+    The time is None if the bundle already existed.
+    """
     folder = home / "-".join([model.name, contender.bundle, *([] if batch is None else [str(batch)])])
     if folder.exists():
         return folder, None
@@ -115,7 +118,7 @@ def exported(contender: Contender, model: Model, home: Path, batch: int | None) 
     if contender.scheme is not None:
         quantize = {"scheme": contender.scheme, "graphs": contender.graphs}
     call: dict[str, Any] = {"prompt": "", **model.call}
-    if batch is not None:  # and values are measured on these prompts
+    if batch is not None:  # calibration uses these prompts as well
         call["prompt"] = held_out_captions(batch, CALIBRATION_SEED, objects=2)
     elif quantize is not None and contender.scheme in CALIBRATED:
         quantize["calibration_prompts"] = held_out_captions(CALIBRATION_PROMPTS, CALIBRATION_SEED, objects=2)
@@ -132,7 +135,7 @@ def draw(pipe: Any, model: Model, prompts: list[str], latents: torch.Tensor, dra
     timed = timed_generation(pipe, call, seed=0)
     drawn.images.append(timed.output)
     for step, seconds in enumerate(timed.steps):
-        if step not in (0, model.gate):  # which may open a graph
+        if step not in (0, model.gate):  # these may open a graph
             drawn.seconds["full" if step < model.gate else "pruned"].append(seconds)
 
 
@@ -145,19 +148,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(GATES), default="sd")
     parser.add_argument("--formats", nargs="+", default=[name for name, row in FORMATS.items() if row.schemes])
-    parser.add_argument("--schemes", nargs="+", help="default: all that these formats take")
-    parser.add_argument("--captions", type=int, default=64, help="half of them with two objects")
+    parser.add_argument("--schemes", nargs="+", help="default: all schemes that the formats support")
+    parser.add_argument("--captions", type=int, default=64, help="captions, half of them with two objects")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--static", action="store_true", help="fix the batch, also of formats that leave it free")
-    parser.add_argument("--keep", type=Path, help="keep the bundles there")
+    parser.add_argument(
+        "--static", action="store_true", help="fix the batch, even of formats that can leave it dynamic"
+    )
+    parser.add_argument("--keep", type=Path, help="folder in which to keep the bundles")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     fixed = arguments.static or any(FORMATS[name].fixed_sizes for name in arguments.formats)
     if fixed and arguments.captions % arguments.batch:
-        parser.error("--captions must be a multiple of --batch, which is fixed")
+        parser.error("--captions must be a multiple of --batch, because the batch is fixed")
     torch.set_num_threads(arguments.threads)
-    if "executorch" in arguments.formats:  # which else takes all cores
+    if "executorch" in arguments.formats:  # it uses all cores by default
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
         _unsafe_reset_threadpool(arguments.threads)
@@ -197,12 +202,12 @@ def measured(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
     drawn = [Drawn() for _ in pipes]
     for at in range(0, len(captions), arguments.batch):
         print(f"{at} of {len(captions)} captions", file=sys.stderr, flush=True)
-        for pipe, its in zip(pipes, drawn, strict=True):
-            draw(pipe, model, captions[at : at + arguments.batch], latents[at : at + arguments.batch], its)
+        for pipe, one in zip(pipes, drawn, strict=True):
+            draw(pipe, model, captions[at : at + arguments.batch], latents[at : at + arguments.batch], one)
     reader = AttributeReader.load()
     expected = np.concatenate(drawn[0].images)
-    for row, pipe, its in zip(rows, pipes, drawn, strict=True):
-        images = np.concatenate(its.images)
+    for row, pipe, one in zip(rows, pipes, drawn, strict=True):
+        images = np.concatenate(one.images)
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous()
         judged = right(reader, pixels, captions)
         each = psnr(images, expected)
@@ -212,7 +217,7 @@ def measured(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
             "right": judged.mean().item(),
             "log_likelihood": log_likelihood(reader, pixels, captions).mean().item(),
             "step_ms": {
-                graph: {"least": 1e3 * min(some), "median": 1e3 * median(some)} for graph, some in its.seconds.items()
+                graph: {"least": 1e3 * min(some), "median": 1e3 * median(some)} for graph, some in one.seconds.items()
             },
             "runs": type(required_state_of(pipe).hook.store).__name__,
         }

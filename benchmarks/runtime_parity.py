@@ -1,11 +1,11 @@
-"""How far images of the runtime without PyTorch are from the pipelines' in PyTorch, and what the components add.
+"""Compare images of the runtime without PyTorch with those of the pipelines in PyTorch, and measure bundle sizes.
 
     python benchmarks/runtime_parity.py --out benchmarks/results/runtime_parity.json
-    python benchmarks/runtime_parity.py --only sd-fp32 --keep bundles       # bundles that are there are used again
+    python benchmarks/runtime_parity.py --only sd-fp32 --keep bundles       # existing bundles are reused
 
-The embedded pipelines are exported with all components, with T-GATE. Both sides draw the same prompts from the same
-latents: one prompt, two at a time, and two with negative prompts. The schedulers have the pipeline's own configuration,
-but for the spacing of the timesteps.
+The embedded pipelines are exported with T-GATE and all components. Both sides draw the same prompts from the same
+latents: one prompt, two prompts, and two prompts with negative prompts. The schedulers use the pipeline's
+configuration, except for the timestep spacing.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from tgate_compile.study.bench.measure import machine_of
 STEPS, GATE = 10, 4
 PROMPTS = ["a large red circle on a blue background", "a small green star on a white background"]
 NEGATIVE = ["a yellow square", "a large black triangle"]
-#: Of one image.
+#: Shape of the latents of one image.
 LATENTS = (4, 16, 16)
 SPACINGS = ("leading", "linspace", "trailing")
-#: What a program costs that makes one image, from the start of Python on.
+#: A program that makes one image, to measure its cost from the start of Python.
 PROGRAM = (
     "import sys; from tgate_compile.runtime import BundlePipeline; BundlePipeline(sys.argv[1], threads=1)(sys.argv[2])"
 )
@@ -48,7 +48,7 @@ PROGRAM = (
 
 @dataclass(frozen=True)
 class Contender:
-    """A pipeline, and with which of its schedulers."""
+    """A pipeline and the schedulers to compare with it."""
 
     model: str
     dtype: torch.dtype = torch.float32
@@ -67,9 +67,9 @@ CONTENDERS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--repeat", type=int, default=5, help="programs that are started")
-    parser.add_argument("--keep", type=Path, help="a folder to leave the bundles in")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--repeat", type=int, default=5, help="number of runs of the program")
+    parser.add_argument("--keep", type=Path, help="folder in which to keep the bundles")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         home = options.keep or Path(temporary)
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measured(contender: Contender, folder: Path, repeat: int) -> dict[str, Any]:
-    """The likeness of each case and the least of each scheduler, sizes, and the processor time of a program."""
+    """Return the PSNR of each case, the lowest of each scheduler, sizes, and the processor time of the program."""
     pipe = tgate_compile.load_demo_pipeline(contender.model, torch_dtype=contender.dtype)
     pipe.set_progress_bar_config(disable=True)
     tgate_compile.optimize(pipe, GATE, backend="eager")
@@ -115,7 +115,7 @@ def measured(contender: Contender, folder: Path, repeat: int) -> dict[str, Any]:
 
 
 def likeness(pipe: Any, folder: Path, contender: Contender, call: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """PSNR in dB of each case; None where the pipeline's image is not finite in its dtype."""
+    """Yield each case with its PSNR in dB; None if the pipeline's image is not finite in its dtype."""
     noise = torch.randn((2, *LATENTS), generator=torch.Generator().manual_seed(0))
     own = dict(pipe.scheduler.config)
     for spacing in contender.spacings:
@@ -125,8 +125,8 @@ def likeness(pipe: Any, folder: Path, contender: Contender, call: dict[str, Any]
             pipe.scheduler = getattr(diffusers, NAMES[name]).from_config(config)
             for prompts, negative in ((PROMPTS[:1], None), (PROMPTS, None), (PROMPTS, NEGATIVE)):
                 latents = noise[: len(prompts)]
-                said = {} if negative is None else {"negative_prompt": negative}
-                expected = pipe(prompts, latents=latents.to(contender.dtype), output_type="np", **said, **call).images
+                texts = {} if negative is None else {"negative_prompt": negative}
+                expected = pipe(prompts, latents=latents.to(contender.dtype), output_type="np", **texts, **call).images
                 images = runtime(
                     prompts,
                     negative,
@@ -145,7 +145,7 @@ def likeness(pipe: Any, folder: Path, contender: Contender, call: dict[str, Any]
 
 
 def with_scheduler_config(folder: Path, config: dict[str, Any]) -> BundlePipeline:
-    """The bundle, whose manifest says another configuration of the scheduler from now on."""
+    """Open the bundle after changing the timestep spacing of the scheduler in its manifest."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["scheduler"]["config"] |= {"timestep_spacing": config["timestep_spacing"]}
@@ -161,7 +161,7 @@ def psnr(images: Any, expected: np.ndarray[Any, Any]) -> float | None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Of the denoiser's files, the components', and the manifest."""
+    """Return the sizes in bytes of the denoiser's files, the components' files, and the manifest."""
     found = {"denoiser": 0, "components": 0, "manifest": 0}
     for file in folder.rglob("*"):
         if file.is_file():
@@ -171,7 +171,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def program_cpu_s(folder: Path) -> float:
-    """Processor time of a program that makes one image of its bundle's own steps."""
+    """Return the processor time in seconds of a program that makes one image with the bundle's default steps."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", PROGRAM, str(folder), PROMPTS[0]], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

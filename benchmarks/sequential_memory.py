@@ -1,15 +1,15 @@
-"""The memory that a bundle takes: the plain model, both graphs, and one graph at a time.
+"""Measure the memory that a bundle needs with the plain model, with both graphs, and with one graph at a time.
 
     python benchmarks/sequential_memory.py --out benchmarks/results/sequential_memory.json
     python benchmarks/sequential_memory.py --only embedded
 
-Each figure is that of a process of its own, the kernel's `VmHWM` from its start: interpreter, libraries, weights,
-mapped files and all. Beside it is what of it is the process's own (`RssAnon` at its largest, looked at every 5 ms),
-without the pages of files, which the system may drop. Linux only.
+Each figure comes from a separate process. The peak is the kernel's `VmHWM` since the start of the process, including
+interpreter, libraries, weights and mapped files. The second figure is the part owned by the process, without file
+pages, which the system can drop: the largest `RssAnon`, sampled every 5 ms. Linux only.
 
-The embedded pipeline runs as a program, without PyTorch: text encoder, both graphs, decoder. The UNet of SD-1.5's size
-has random weights and runs alone, in ONNX Runtime, step after step, as the schedule says. "Plain" is the full graph at
-every step, which is what the ungated model costs on the same runtime.
+The embedded pipeline runs as a program without PyTorch, with text encoder, both graphs and decoder. The UNet of
+SD-1.5's size has random weights and runs alone in ONNX Runtime, step by step according to the schedule. "Plain" uses
+the full graph at every step, which is the cost of the ungated model on the same runtime.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from typing import Any
 
 STEPS = 6
 GATE = 2
-#: How each process runs a bundle.
+#: The ways in which a process runs a bundle.
 MODES = ("plain", "both", "sequential")
 
 
 class Watch:
-    """The most memory of its own that this process has, until it is stopped."""
+    """Sample the anonymous memory of this process until stopped, and keep the maximum."""
 
     def __init__(self) -> None:
         self.most = 0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._over.wait(0.005):
             self.most = max(self.most, status("RssAnon"))
 
@@ -57,7 +57,7 @@ def status(name: str) -> int:
 
 
 def run_program(folder: Path, mode: str, times: int) -> list[float]:
-    """Images of the embedded pipeline; how long each took."""
+    """Make images with the embedded pipeline; return the seconds of each."""
     from tgate_compile.runtime import BundlePipeline
 
     pipe = BundlePipeline(folder, threads=1, verify=False, sequential=mode == "sequential")
@@ -71,7 +71,7 @@ def run_program(folder: Path, mode: str, times: int) -> list[float]:
 
 
 def run_graphs(folder: Path, mode: str, times: int) -> list[float]:
-    """The denoiser's steps of a generation; how long each generation took."""
+    """Run the denoiser's steps of several generations; return the seconds of each."""
     import numpy as np
     import onnxruntime
 
@@ -100,7 +100,7 @@ def run_graphs(folder: Path, mode: str, times: int) -> list[float]:
             outputs = graphs.session(phase_of(graph.phase)).run(inputs, kept=len(graph.cache_outputs))
             values = zip(graph.cache_outputs, outputs[len(graph.outputs) :], strict=True)
             caches |= {spec.name: graphs.kept(value) for spec, value in values}
-            del outputs, values  # which hold the graph that they come from
+            del outputs, values  # they keep their graph alive
         seconds.append(time.perf_counter() - began)
     return seconds
 
@@ -116,7 +116,7 @@ def export_embedded(folder: Path, quantize: str | None) -> None:
 
 
 def export_sd15(folder: Path, quantize: str | None) -> None:
-    """In float16: weights of 1.7 GB, which quantization makes int8 of."""
+    """Export a UNet with 1.7 GB of float16 weights, optionally quantized to int8."""
     import torch
 
     import tgate_compile
@@ -131,7 +131,7 @@ def export_sd15(folder: Path, quantize: str | None) -> None:
 
 
 EXPORTS = {"embedded": export_embedded, "sd15": export_sd15}
-#: A name, what is exported, how it is quantized, and how many generations a process makes.
+#: Name, exported pipeline, quantization scheme, and number of generations per process.
 CASES = (
     ("embedded, float32", "embedded", None, 3),
     ("embedded, int8", "embedded", "int8", 3),
@@ -141,12 +141,12 @@ CASES = (
 
 
 def in_a_process(*arguments: str) -> dict[str, Any]:
-    """What this program, with these arguments, tells in its last line."""
+    """Run this program with other arguments in a new process; return the result in its last line of output."""
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def child(task: str, what: str, folder: Path, mode: str, times: int) -> None:
@@ -175,7 +175,7 @@ def child(task: str, what: str, folder: Path, mode: str, times: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(EXPORTS))
-    parser.add_argument("--keep", type=Path, help="keep the bundles there, and use those that are there")
+    parser.add_argument("--keep", type=Path, help="folder in which to keep the bundles; existing ones are reused")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -220,7 +220,7 @@ def main() -> None:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| | bundle / MB | | peak / MB | of its own | last generation / s |",
+        "| | bundle / MB | | peak / MB | owned / MB | last generation / s |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:

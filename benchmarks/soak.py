@@ -1,15 +1,16 @@
-"""A long random sequence of mixed calls, each of which is compared with a fresh pipeline.
+"""Run a long random sequence of mixed calls, and compare each one with a fresh pipeline.
 
     python -m benchmarks.soak --calls 2000 --seed 0 --out benchmarks/results/soak.json
 
-Several tiny pipelines are kept for the whole run, as in a server: Stable Diffusion, image-to-image on the same UNet,
-SDXL, PixArt, a loop of one's own, and one whose batches cannot be gated and are served plain. Each call draws its size,
-batch, prompt length, steps, gate, scheduler, LoRA, FreeU and guidance, and may have a callback that calls the denoiser,
-raises, or interrupts; two calls may run in two threads; pipelines are restored and optimized again.
+Several tiny pipelines live for the whole run, as in a server: Stable Diffusion, image-to-image on the same UNet, SDXL,
+PixArt, a custom loop, and a pipeline whose batches cannot be gated and run plain. Each call draws its size, batch,
+prompt length, steps, gate, scheduler, LoRA, FreeU and guidance at random, and may have a callback that calls the
+denoiser, raises, or interrupts. Two calls may run in two threads, and pipelines are restored and optimized again.
 
-What a call must give is computed by a fresh plain pipeline in the same state: as it is where the call is not gated,
-else with the forward hooks of `tests/hook_reference.py`, which have no line of tgate_compile. Ungated results must be
-equal to the bit; gated ones to 1e-5 of the largest value. The first difference ends the run, and says how to repeat it.
+The expected result of a call is computed by a fresh plain pipeline in the same state. If the call is gated, the
+pipeline uses the forward hooks of `tests/hook_reference.py`, which share no code with tgate_compile. Ungated results
+must be bitwise equal; gated ones may differ by 1e-5 of the largest value. The first larger difference ends the run and
+prints the command that repeats it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from tests.tiny_pipelines import (
 
 TOLERANCE = 1e-5
 NEVER = 1000
-#: Denoiser calls of a step, and first calls that are no steps.
+#: Denoiser calls per step, and number of initial calls that do not belong to a step.
 SCHEDULERS: dict[str, tuple[int, int]] = {
     "DDIMScheduler": (1, 0),
     "EulerDiscreteScheduler": (1, 0),
@@ -62,9 +63,9 @@ SCHEDULERS: dict[str, tuple[int, int]] = {
     "PNDMScheduler": (1, 1),
 }
 EVENTS = ("", "", "", "", "preview", "raise", "interrupt", "threads", "again")
-#: Of those drawn, the part that happens: it makes all graphs anew.
+#: The probability that a drawn "again" event takes place, because it rebuilds all graphs.
 AGAIN = 0.15
-#: Pipelines that take callbacks; those whose denoiser needs more than latents, time and text have no previews.
+#: Pipelines with callbacks. There are no previews if the denoiser needs more than latents, timestep and text.
 CALLBACKS = {
     "preview": ("unet", "img2img"),
     "raise": ("unet", "img2img", "sdxl", "ip"),
@@ -74,23 +75,24 @@ CALLBACKS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One call, and the state of the pipeline that it is made in.
+    """A call, and the state of the pipeline during the call.
 
     Attributes:
-        actor: which pipeline.
-        gate: that of the call; `NEVER` leaves it ungated.
-        width: of the image, in pixels.
-        images: at a time.
-        steps: of inference.
-        tokens: of the prompt, if it is passed as embeddings; 0 passes text.
-        guidance: the scale.
-        scheduler: its class.
-        adapter: the active LoRA and its scale; "" is none.
-        freeu: whether it is on.
-        ip_scale: of the IP-Adapter, where there is one.
-        event: what happens during the call: see `EVENTS`.
-        at: the step at which it happens.
-        seed: of the noise.
+        actor: name of the pipeline.
+        gate: gate step of the call; `NEVER` for an ungated call.
+        width: width of the image in pixels.
+        images: number of images per call.
+        steps: number of inference steps.
+        tokens: number of tokens of prompt embeddings; 0 passes text instead.
+        guidance: guidance scale.
+        scheduler: class of the scheduler.
+        adapter: name of the active LoRA; "" for none.
+        scale: scale of the LoRA.
+        freeu: whether FreeU is on.
+        ip_scale: scale of the IP-Adapter, if the pipeline has one.
+        event: what happens during the call; see `EVENTS`.
+        at: step at which the event happens.
+        seed: seed of the noise.
     """
 
     actor: str
@@ -111,11 +113,11 @@ class Step:
 
 
 class BrokenError(Exception):
-    """Raised by a callback."""
+    """The error that a callback raises."""
 
 
 class Composed(Looping):
-    """Three predictions for each image: this cannot be gated."""
+    """A loop with three predictions for each image, which cannot be gated."""
 
     def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
         texts = torch.cat([NO_TEXT, TEXTS[:2]])
@@ -124,7 +126,7 @@ class Composed(Looping):
 
 
 def build(actor: str) -> Any:
-    """A plain pipeline, always with the same weights."""
+    """Return a plain pipeline, always with the same weights."""
     if actor == "sdxl":
         pipe = sdxl(scheduler=diffusers.DDIMScheduler(**VELOCITY))
         pipe.tokenizer_2 = copy.deepcopy(pipe.tokenizer_2)
@@ -135,7 +137,7 @@ def build(actor: str) -> Any:
     else:
         name = "StableDiffusionImg2ImgPipeline" if actor == "img2img" else "StableDiffusionPipeline"
         pipe = stable_diffusion(name, layout="least")
-    # A tokenizer keeps padding as state, so that threads need their own.
+    # A tokenizer keeps padding as state, so each thread needs a separate one.
     pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
     if actor == "ip":
         load_ip_adapter(pipe)
@@ -146,7 +148,7 @@ def build(actor: str) -> Any:
 
 
 def put_in_state(pipe: Any, step: Step) -> None:
-    """Scheduler, LoRA, FreeU and IP-Adapter."""
+    """Set scheduler, LoRA, FreeU and IP-Adapter of the pipeline."""
     if step.actor in ("unet", "img2img", "own"):
         if step.adapter:
             pipe.unet.enable_adapters()
@@ -165,7 +167,7 @@ def put_in_state(pipe: Any, step: Step) -> None:
 
 
 def prompt_of(step: Step) -> dict[str, Any]:
-    """The prompt's arguments of the call."""
+    """Return the prompt arguments of the call."""
     if step.actor == "pixart":
         call = pixart_prompt(step.images, step.tokens or 6)
         return {**call, "width": step.width}
@@ -184,7 +186,7 @@ def prompt_of(step: Step) -> dict[str, Any]:
 
 
 def callback_of(step: Step, denoiser: Any) -> dict[str, Any]:
-    """The argument with the callback, which calls `denoiser` for a preview, raises, or interrupts."""
+    """Return the callback argument; the callback calls `denoiser` for a preview, raises, or interrupts."""
     if step.event not in ("preview", "raise", "interrupt") or step.actor not in CALLBACKS[step.event]:
         return {}
 
@@ -206,7 +208,7 @@ def callback_of(step: Step, denoiser: Any) -> dict[str, Any]:
 
 
 def call(pipe: Any, step: Step, denoiser: Any, **more: Any) -> torch.Tensor:
-    """The latents that `pipe` makes."""
+    """Run `pipe` and return its latents."""
     if step.actor == "composed":
         result = pipe(num_inference_steps=step.steps, generator=torch.Generator().manual_seed(step.seed), **more)
         return result.clone()
@@ -225,7 +227,7 @@ def call(pipe: Any, step: Step, denoiser: Any, **more: Any) -> torch.Tensor:
 
 
 def own_loop(pipe: Any, step: Step, gate_step: int | None = None) -> torch.Tensor:
-    """A denoising loop of one's own, with `generation` where the pipeline is optimized."""
+    """Run a custom denoising loop, with `generation` if the pipeline is optimized; return the latents."""
     guided = step.guidance > 1
     if gate_step is not None:
         with tgate_compile.generation(pipe, guidance=guided, gate_step=gate_step):
@@ -248,7 +250,7 @@ def own_loop(pipe: Any, step: Step, gate_step: int | None = None) -> torch.Tenso
 
 
 def expected_of(step: Step) -> torch.Tensor:
-    """What a fresh plain pipeline makes, with T-GATE by hooks if the call is gated."""
+    """Return the result of a fresh plain pipeline, with T-GATE implemented by hooks if the call is gated."""
     pipe, other = build(step.actor), build(step.actor)
     for each in (pipe, other):
         put_in_state(each, step)
@@ -262,11 +264,11 @@ def expected_of(step: Step) -> torch.Tensor:
 
 
 class Soak:
-    """The pipelines, and what has been done with them.
+    """The pipelines of the run, and counts of what has been done with them.
 
     Args:
-        seed: of the sequence.
-        short: draw from fewer states and sizes, so that most calls find their graphs made.
+        seed: seed of the sequence.
+        short: draw from fewer states and sizes, so that most calls can reuse existing graphs.
     """
 
     def __init__(self, seed: int, *, short: bool = False) -> None:
@@ -280,7 +282,7 @@ class Soak:
         )  # fmt: skip
         self.actors = actors
         self.pipes: dict[str, Any] = {name: build(name) for name in dict.fromkeys(actors)}
-        # For a hires fix: both on one UNet.
+        # Both pipelines share one UNet, as for a hires fix.
         components = {**self.pipes["unet"].components, "tokenizer": self.pipes["img2img"].tokenizer}
         self.pipes["img2img"] = StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
         self.pipes["img2img"].set_progress_bar_config(disable=True)
@@ -288,7 +290,7 @@ class Soak:
             self.optimize(name)
 
     def optimize(self, name: str) -> None:
-        """With one of several configurations."""
+        """Optimize a pipeline with a random configuration."""
         options: dict[str, Any] = {"backend": "eager"}
         if not self.short and self.random.random() < 0.1:
             options["graph_memory"] = self.random.choice((1, 100_000_000))
@@ -297,7 +299,7 @@ class Soak:
         tgate_compile.optimize(self.pipes[name], self.random.choice((1, 2, 3)), **options)
 
     def drawn(self) -> Step:
-        """The next call."""
+        """Draw the next call."""
         pick = self.random.choice
         actor = pick(self.actors)
         event = pick(EVENTS)
@@ -330,7 +332,7 @@ class Soak:
         return step
 
     def run(self, calls: int, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any] | None:
-        """Make so many calls; what is known about the first one with a wrong result, if there is one."""
+        """Make `calls` calls; return details about the first wrong result, or None if all are right."""
         number = 0
         while number < calls:
             step = self.drawn()
@@ -351,7 +353,7 @@ class Soak:
         return None
 
     def _elsewhere(self, step: Step) -> Step:
-        """A call of a pipeline with another denoiser."""
+        """Draw a call of a pipeline with a different denoiser."""
         while True:
             other = replace(self.drawn(), event="threads")
             if {step.actor, other.actor} != {"unet", "img2img"} and step.actor != other.actor:
@@ -399,18 +401,18 @@ class Soak:
             try:
                 self._expected[key] = expected_of(key)
             except BrokenError:
-                return "the callback raised, and the call went on"
+                return "the callback raised an error, but the call continued"
         expected = self._expected[key]
         if result.shape != expected.shape:
             return f"shape {list(result.shape)} instead of {list(expected.shape)}"
         if step.gate == NEVER:
-            return None if torch.equal(result, expected) else f"{difference(result, expected):.1e} from the plain one"
+            return None if torch.equal(result, expected) else f"{difference(result, expected):.1e} from plain"
         self.worst = max(self.worst, difference(result, expected))
         far = not difference(result, expected) <= TOLERANCE
-        return f"{difference(result, expected):.1e} from the one by hooks" if far else None
+        return f"{difference(result, expected):.1e} from the pipeline with hooks" if far else None
 
     def _alone(self, step: Step) -> str:
-        """Whether a freshly optimized pipeline has the same problem."""
+        """Describe the result of the same call with a freshly optimized pipeline."""
         pipe = build(step.actor)
         put_in_state(pipe, step)
         plain = {"on_unsupported": "plain"} if step.actor == "composed" else {}
@@ -419,7 +421,7 @@ class Soak:
             problem = self._compared(step, self._called(step, pipe))
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        return "the same call of a freshly optimized pipeline: " + (problem or "is right")
+        return "the same call of a freshly optimized pipeline: " + (problem or "correct")
 
     def _count(self, step: Step) -> None:
         self.done.update([f"pipeline {step.actor}", f"scheduler {step.scheduler}", "calls"])
@@ -432,13 +434,13 @@ class Soak:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest one, relative to the largest value of `b`."""
+    """Return the largest difference relative to the largest value of `b`."""
     return float((a - b).abs().max() / b.abs().max())
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings that are meant: a gate that does not act, a call that runs plain, dropped graphs."""
+    """Hide expected warnings: a gate that has no effect, a call that runs plain, discarded graphs."""
     logger = logging.getLogger("tgate_compile")
     before, logger.level = logger.level, logging.ERROR
     try:
@@ -471,9 +473,9 @@ def main() -> None:
         print(f"{name:40} {count:6}")
     if problem is not None:
         again = f"python -m benchmarks.soak --calls {problem['call'] + 2} --seed {arguments.seed}"
-        print(json.dumps(problem, indent=2), f"\nAgain: {again}{' --short' if arguments.short else ''}")
+        print(json.dumps(problem, indent=2), f"\nTo repeat: {again}{' --short' if arguments.short else ''}")
         raise SystemExit(1)
-    print(f"All agree, in {seconds:.0f} s; the largest relative difference of a gated call is {soak.worst:.1e}.")
+    print(f"All calls agree ({seconds:.0f} s); the largest relative difference of a gated call is {soak.worst:.1e}.")
     if arguments.out is not None:
         command = f"python -m benchmarks.soak --calls {arguments.calls} --seed {arguments.seed}"
         settings = {"command": command, "seed": arguments.seed, "seconds": round(seconds), "torch": torch.__version__}

@@ -1,9 +1,9 @@
-"""What it costs to build engines with TensorRT for RTX, which needs no GPU for it: time, size and memory, by graph.
+"""Measure time, size and memory of building engines with TensorRT for RTX, which does not need a GPU.
 
     python benchmarks/tensorrt_builds.py --out benchmarks/results/tensorrt_rtx.json
 
-Exports bundles of the embedded pipeline with free sizes and with fixed ones, in fp32 and fp16, each in a process of its
-own, whose largest resident memory is told before the first engine is built, and at the end.
+Exports bundles of the embedded pipeline with dynamic and fixed sizes, in fp32 and fp16, each in a separate process. The
+peak resident memory of the process is measured before the first engine is built and at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES = [(dtype, dynamic) for dynamic in (True, False) for dtype in ("float32", 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures to this .json file")
+    parser.add_argument("--out", type=Path, help=".json file for the results")
     parser.add_argument("--case", nargs=2, metavar=("DTYPE", "DYNAMIC"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
@@ -46,18 +46,18 @@ def main() -> None:
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(rows[-1]), flush=True)
     if arguments.out is not None:
-        told = {
+        results = {
             "command": f"python {Path(__file__).relative_to(Path.cwd())} --out {arguments.out}",
             "date": datetime.now(UTC).date().isoformat(),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
             "versions": {name: version(name) for name in ("torch", "tensorrt-rtx", "onnx")},
             "rows": rows,
         }
-        arguments.out.write_text(json.dumps(told, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def measured(dtype: str, dynamic: bool) -> dict[str, Any]:
-    """One bundle: seconds and megabytes."""
+    """Export one bundle; return its times in seconds and sizes in megabytes."""
     pipe = tgate_compile.load_demo_pipeline(torch_dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     tgate_compile.optimize(pipe, GATE, backend="eager")
@@ -91,7 +91,7 @@ def measured(dtype: str, dynamic: bool) -> dict[str, Any]:
 
 
 def peak_mb() -> float:
-    """The largest resident memory of this process so far."""
+    """Return the peak resident memory of this process so far, in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 

@@ -1,12 +1,12 @@
-"""How long steps take in a browser, and what the page fetches and keeps: the site of `tgate-compile web` in Chromium.
+"""Measure step times, downloads and memory of the site of `tgate-compile web` in Chromium.
 
     python benchmarks/web.py --out benchmarks/results/web.json
     python benchmarks/web.py --site my-site --threads 1 --pairs 2
 
-A pair is an image in full and one with T-GATE, from the same noise, step by step in turns, by the page's own modules
-in a worker. Workers with 1 and 2 threads take turns, too, pair by pair, so that what else the machine does meets all.
-The first pairs warm up: they are in the results, and in none of the summaries. Needs Chromium with its chromedriver,
-selenium, and what `tgate-compile web` needs.
+A pair consists of a plain image and one with T-GATE from the same noise, made in alternating steps by the page's
+modules in a worker. Workers with 1 and 2 threads take turns after each pair, so that other load on the machine affects
+all of them. The first pairs warm up; they are part of the results, but not of the summaries. Needs Chromium with
+chromedriver, selenium, and the requirements of `tgate-compile web`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from tgate_compile._web.site import serving
 from tgate_compile.study.bench.measure import processor
 
 PROMPT = "a small green star on a white background"
-#: What a script may take, in seconds.
+#: Time limit of a script in seconds.
 PATIENCE = 600
-#: Of times in the results, after the point.
+#: Decimal places of times in the results.
 DIGITS = 3
 
-MSG_NO_BROWSER = "This needs Chromium and its chromedriver on the PATH; {missing} is not there."
-MSG_NOT_ISOLATED = "The worker was asked for {asked} threads and has {had}."
+MSG_NO_BROWSER = "This benchmark needs Chromium and chromedriver on the PATH, but {missing} cannot be found."
+MSG_NOT_ISOLATED = "The worker should have {asked} threads, but has {had}."
 
-#: Each is the body of an async function of `given`. Workers stay on the page by name.
+#: Bodies of async functions with the argument `given`. Workers stay on the page and are referred to by name.
 OPEN = """
 const { Engine } = await import(new URL("engine.js", document.baseURI));
 const engine = new Engine();
@@ -54,7 +54,7 @@ let fetched = 0;
 const call = { prompt: given.prompt };
 const results = await window.engines[given.name].compare(
   [{ ...call, plain: true }, call], { bytes: (count) => (fetched += count) });
-return { fetched, results: results.map(({ pixels, ...told }) => told) };
+return { fetched, results: results.map(({ pixels, ...others }) => others) };
 """
 CLOSE = "window.engines[given.name].close();"
 CACHES = """
@@ -65,11 +65,11 @@ return cacheBytes(await readManifest(new URL("bundle/manifest.json", document.ba
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--site", type=Path, help="one that is there, in the place of the embedded model's")
+    parser.add_argument("--site", type=Path, help="existing site to use instead of the embedded model's")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--pairs", type=int, default=6, help="with each number of threads")
-    parser.add_argument("--warm-up", type=int, default=2, help="pairs before these")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--pairs", type=int, default=6, help="number of pairs for each number of threads")
+    parser.add_argument("--warm-up", type=int, default=2, help="number of additional pairs before these")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         site = options.site or written(Path(temporary, "site"))
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "onnxruntime_web": VERSION,
                 "prompt": PROMPT,
                 "warm_up": options.warm_up,
-                "cache_bytes": told(browser, CACHES),
+                "cache_bytes": evaluated(browser, CACHES),
                 "rows": rows,
                 "low_memory": low_memory(browser),
             }
@@ -100,14 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def written(folder: Path) -> Path:
-    """The embedded model's site, as the command line writes it."""
+    """Write the embedded model's site with the command line; return `folder`."""
     subprocess.run([sys.executable, "-m", "tgate_compile", "web", "--out", str(folder)], check=True)
     return folder
 
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A headless one, new, with nothing in its cache."""
+    """Run a new headless Chromium with an empty cache."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -127,44 +127,44 @@ def chromium() -> Iterator[Any]:
         browser.quit()
 
 
-def told(browser: Any, body: str, **given: Any) -> Any:
-    """What an async function on the page returns.
+def evaluated(browser: Any, body: str, **given: Any) -> Any:
+    """Run an async function on the page and return its result.
 
     Raises:
-        RuntimeError: it has thrown.
+        RuntimeError: the function has thrown an error.
     """
     script = f"""
     const [given, done] = arguments;
-    (async () => {{ {body} }})().then((told) => done({{ told }}), (error) => done({{ error: String(error) }}));
+    (async () => {{ {body} }})().then((result) => done({{ result }}), (error) => done({{ error: String(error) }}));
     """
     answer = browser.execute_async_script(script, given)
     if "error" in answer:
         raise RuntimeError(answer["error"])
-    return answer["told"]
+    return answer["result"]
 
 
 def measured(browser: Any, threads: Sequence[int], warm_up: int, pairs: int) -> list[dict[str, Any]]:
-    """A row for each number of threads."""
+    """Return a row for each number of threads."""
     rows = {}
     for count in threads:
-        opened = told(browser, OPEN, name=str(count), settings={"threads": count})
+        opened = evaluated(browser, OPEN, name=str(count), settings={"threads": count})
         if opened["threads"] != count:
             raise RuntimeError(MSG_NOT_ISOLATED.format(asked=count, had=opened["threads"]))
         rows[count] = {"threads": count, "fetched": {"runtime": opened["fetched"], "bundle": 0}, "pairs": []}
     for number in range(warm_up + pairs):
         for count, row in rows.items():
-            made = told(browser, PAIR, name=str(count), prompt=PROMPT)
+            made = evaluated(browser, PAIR, name=str(count), prompt=PROMPT)
             row["fetched"]["bundle"] += made["fetched"]
             row["heap_bytes"] = made["results"][0]["heapBytes"]
             row["pairs"].append(dict(zip(("plain", "tgate"), map(run_of, made["results"]), strict=True)))
             print(f"pair {number}, {count} threads: {_seconds(row['pairs'][-1])}", flush=True)
     for count in threads:
-        told(browser, CLOSE, name=str(count))
+        evaluated(browser, CLOSE, name=str(count))
     return [row | summary(row["pairs"][warm_up:]) for row in rows.values()]
 
 
 def run_of(result: dict[str, Any]) -> dict[str, Any]:
-    """A generation; times of the steps in milliseconds, each with the name of its graph, others in seconds."""
+    """Return the times of a generation: steps in milliseconds, with the names of their graphs, others in seconds."""
     return {
         "strip": result["strip"],
         "ms": [round(1e3 * step["seconds"], DIGITS) for step in result["done"]],
@@ -175,7 +175,7 @@ def run_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each graph's steps in both runs; of the images, all their steps together."""
+    """Summarize the times of each graph's steps in both runs, and the total times of the images."""
     steps: dict[str, list[float]] = {}
     for run in (run for pair in pairs for run in pair.values()):
         for graph, ms in zip(run["graphs"], run["ms"], strict=True):
@@ -190,10 +190,10 @@ def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def low_memory(browser: Any) -> dict[str, Any]:
-    """The page's setting of that name: each graph is loaded when it is needed. One pair."""
-    opened = told(browser, OPEN, name="low", settings={"threads": 1, "sequential": True})
-    made = told(browser, PAIR, name="low", prompt=PROMPT)
-    told(browser, CLOSE, name="low")
+    """Measure one pair with the page's low-memory setting, which loads each graph when it is needed."""
+    opened = evaluated(browser, OPEN, name="low", settings={"threads": 1, "sequential": True})
+    made = evaluated(browser, PAIR, name="low", prompt=PROMPT)
+    evaluated(browser, CLOSE, name="low")
     return {
         "fetched": {"runtime": opened["fetched"], "bundle": made["fetched"]},
         "heap_bytes": made["results"][-1]["heapBytes"],

@@ -1,4 +1,4 @@
-"""T-GATE for your own denoiser and pipeline: only the scheduler comes from diffusers.
+"""Use T-GATE with a custom denoiser and pipeline; only the scheduler comes from diffusers.
 
 python examples/own_denoiser.py
 """
@@ -18,7 +18,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         x = x + self.own(x, x, x, need_weights=False)[0]
-        x = x + self.cross(x, text, text, need_weights=False)[0]  # cached: the text is the same in all steps
+        x = x + self.cross(x, text, text, need_weights=False)[0]  # T-GATE caches this output
         return x + self.feed(x)
 
 

@@ -1,4 +1,4 @@
-"""T-GATE in your own denoising loop: `tgate_compile.generation` marks where it begins and ends.
+"""Use T-GATE in a custom denoising loop; `tgate_compile.generation` marks its start and end.
 
 python examples/own_loop.py
 """
@@ -27,12 +27,12 @@ def main() -> None:
     size = pipe.unet.config.sample_size
     latents = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0))
 
-    pipe.scheduler.set_timesteps(STEPS)  # before the first denoiser call: steps are counted by it
+    pipe.scheduler.set_timesteps(STEPS)  # needed before the first denoiser call, to count steps
     latents = latents * pipe.scheduler.init_noise_sigma
     with tgate_compile.generation(pipe, guidance=True):
         for timestep in pipe.scheduler.timesteps:
             both = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), timestep)  # [2, 4, size, size]
-            # Always pass both halves. After the gate one is computed, and its prediction is returned for both.
+            # Always pass both halves. From the gate on, only one is computed and returned for both.
             predicted = pipe.unet(both, timestep, encoder_hidden_states=text).sample
             noise_uncond, noise_cond = predicted.chunk(2)
             noise = noise_uncond + SCALE * (noise_cond - noise_uncond)

@@ -1,6 +1,6 @@
-"""Text to image with T-GATE: load a pipeline, optimize it, and call it as usual.
+"""Make an image from text with T-GATE: load a pipeline, optimize it, and call it as usual.
 
-Runs offline on the pipeline that comes with the package:
+This runs offline with the pipeline embedded in the package:
 
     python examples/text_to_image.py
 
@@ -23,8 +23,8 @@ def main() -> None:
 
     pipe = tgate_compile.load_demo_pipeline()
 
-    # Ten steps in full, then the pruned graph: no cross-attention, and half the batch. "eager" starts at once;
-    # "inductor" compiles at the first call, which pays off if many images follow.
+    # Ten full steps, then the pruned graph without cross-attention and with half the batch. "eager" starts immediately;
+    # "inductor" compiles during the first call, which pays off for many images.
     tgate_compile.optimize(pipe, gate_step=10, backend="eager")
 
     image = pipe(

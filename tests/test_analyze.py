@@ -227,7 +227,7 @@ def test_other_denoisers(name: str, kinds: set[str], halves: set[str]) -> None:
     assert all(value > 0.0 for value in analysis.kinds["self"].difference.mean)
     if name == "StableVideoDiffusionPipeline":
         assert analysis.trajectories is None
-        assert "follows no text" in analysis.remarks[0]
+        assert "not conditioned on text" in analysis.remarks[0]
         return
     assert analysis.trajectories is not None
     first, last = analysis.trajectories.text_first.mean, analysis.trajectories.text_last.mean

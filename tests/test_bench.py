@@ -20,8 +20,8 @@ from tgate_compile._cli.options import Backend
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import save_schedule
 from tgate_compile.study.bench.measure import macs_counted, timed_generation
-from tgate_compile.study.bench.methods import NAMES, PEERS, methods_for, of_its_own_class, random_pipeline
-from tgate_compile.study.bench.result import Benchmark, Row
+from tgate_compile.study.bench.methods import NAMES, PEERS, methods_for, random_pipeline, with_private_class
+from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 from tgate_compile.study.bench.run import CUDA_GRAPHS, Task, run_benchmark
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -41,7 +41,7 @@ def measured() -> tuple[Any, Benchmark]:
     return pipe, run_benchmark(pipe, task, methods, ["eager"], PEERS)
 
 
-def row_of(benchmark: Benchmark, key: str) -> Row:
+def row_of(benchmark: Benchmark, key: str) -> BenchmarkRow:
     return next(row for row in benchmark.rows if row.key == key)
 
 
@@ -63,8 +63,8 @@ def test_every_contender_is_a_row(measured: tuple[Any, Benchmark]) -> None:
 
 def test_what_cannot_run_says_why(measured: tuple[Any, Benchmark]) -> None:
     _, benchmark = measured
-    assert "no CacheMixin" in str(row_of(benchmark, "first_block_cache").error)
-    assert "very same as T-GATE v1" in str(row_of(benchmark, "tgate_v2_eager").error)
+    assert "not a CacheMixin" in str(row_of(benchmark, "first_block_cache").error)
+    assert "identical to T-GATE v1" in str(row_of(benchmark, "tgate_v2_eager").error)
     for peer in PEERS:
         if peer.version is None:
             assert f"{peer.package} is not installed" in str(row_of(benchmark, peer.key).error)
@@ -108,11 +108,11 @@ def test_schedulers_that_draw_noise_draw_from_the_seed() -> None:
 
 
 def test_efficiency_is_speedup_over_saved_operations() -> None:
-    plain = Row("plain", "plain", "", "plain", seconds=[4.0, 2.0, 3.0], macs=100.0)
-    gated = Row("x", "x", "eager", "plain", first_seconds=9.0, seconds=[2.0, 2.0, 1.0], macs=60.0)
-    on_runtime = Row("plain_ort", "y", "ort", "plain", seconds=[1.5], macs=100.0)
-    both = Row("both", "z", "ort", "plain_ort", seconds=[1.0], macs=50.0)
-    failed = Row("failed", "w", "", "plain", error="no")
+    plain = BenchmarkRow("plain", "plain", "", "plain", seconds=[4.0, 2.0, 3.0], macs=100.0)
+    gated = BenchmarkRow("x", "x", "eager", "plain", first_seconds=9.0, seconds=[2.0, 2.0, 1.0], macs=60.0)
+    on_runtime = BenchmarkRow("plain_ort", "y", "ort", "plain", seconds=[1.5], macs=100.0)
+    both = BenchmarkRow("both", "z", "ort", "plain_ort", seconds=[1.0], macs=50.0)
+    failed = BenchmarkRow("failed", "w", "", "plain", error="no")
     benchmark = Benchmark({}, {}, 10, 5, (plain, gated, on_runtime, both, failed))
     assert benchmark.speedup(gated) == 1.5
     assert benchmark.macs_ratio(gated) == pytest.approx(100 / 60)
@@ -156,7 +156,7 @@ def test_operations_of_layers_only() -> None:
 def test_a_class_of_its_own() -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     kind = type(pipe)
-    changed = of_its_own_class(pipe)
+    changed = with_private_class(pipe)
     assert type(changed) is not kind
     assert type(changed).__name__ == kind.__name__
     assert isinstance(changed, kind)
@@ -189,7 +189,7 @@ def test_the_command(tmp_path: Path) -> None:
     result = run(app, arguments)
     assert result.exit_code == 0, result.output
     assert "T-GATE v1, eager" in result.stdout
-    assert "no CacheMixin" in result.stdout
+    assert "not a CacheMixin" in result.stdout
     data = json.loads(out.read_text())
     assert [row["key"] for row in data["rows"]] == ["plain", "tgate_eager", "schedule_mine_eager", "first_block_cache"]
     assert [row["strip"] for row in data["rows"][1:3]] == ["ffpp", "fffp"]

@@ -36,7 +36,7 @@ def test_several_models_make_one_page(model: str, tmp_path: Path) -> None:
     written = data.pop("written")
     assert json.loads(Path(written["figures"]).read_text()) == data
     good, bad = data["models"]
-    assert bad["error"].startswith("ConfigurationError: The embedded models are")
+    assert bad["error"].startswith("ConfigurationError: The embedded model must be one of")
     assert (good["prompts"], good["seeds"], good["steps"], good["gate"]) == (["red cat", "blue dog"], [3, 4], 4, 2)
     ran = {method["key"]: method for method in good["methods"] if method["why_not"] is None}
     assert set(ran) == {"plain", "tgate", "deepcache", "deepcache_tgate"}
@@ -52,7 +52,7 @@ def test_several_models_make_one_page(model: str, tmp_path: Path) -> None:
 def test_one_model_that_fails_is_an_error(tmp_path: Path) -> None:
     result = run(app, ["compare", "-m", "embedded:none", "-o", str(tmp_path)])
     assert result.exit_code == 1
-    assert "The embedded models are" in result.stderr
+    assert "The embedded model must be one of" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

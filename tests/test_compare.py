@@ -19,9 +19,8 @@ from PIL import Image
 from tests import tiny_pipelines
 from tgate_compile import UnsupportedModelError, describe, load_demo_pipeline, optimize, restore
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.study.bench.measure import peak_memory
+from tgate_compile.study.bench.measure import peak_memory, twin_of
 from tgate_compile.study.bench.methods import methods_for, steps_at_equal_cost, why_not
-from tgate_compile.study.bench.twin import twin_of
 from tgate_compile.study.comparison.page import page_of
 from tgate_compile.study.comparison.result import Comparison, ImageFigures, MethodFigures, ModelFigures, Pictures
 from tgate_compile.study.comparison.run import Judge, Task, compare_model, psnr, ssim
@@ -65,7 +64,7 @@ def test_every_method_is_there_with_its_strip(compared: tuple[Any, ModelFigures,
     assert strips["deepcache"] == "FDDFDD"
     assert strips["adaptive_guidance"] == "FFFfff"
     # Its interval begins after step 2, which is the last one before the gate.
-    assert method_of(model, "tgate_v2").why_not == "In 6 steps of this model it would do the very same as T-GATE v1."
+    assert method_of(model, "tgate_v2").why_not == "In 6 steps of this model, it would be identical to T-GATE v1."
     assert set(pictures) == set(METHODS) - {"tgate_v2"}
     assert all(len(images) == 2 for images in pictures.values())
     assert model.guided
@@ -153,7 +152,7 @@ def test_what_does_not_apply_says_why() -> None:
     assert "without guidance" in str(unguided["adaptive_guidance"])
     assert unguided["deepcache"] is None
     never = reasons(unet, guided=True, steps=2)
-    assert never["tgate"] == "In 2 steps of this model it would do the very same as plain."
+    assert never["tgate"] == "In 2 steps of this model, it would be identical to plain."
     assert steps_at_equal_cost(25, 0.684) == (17, None)
     steps, why = steps_at_equal_cost(4, 0.96)
     assert (steps, "4% of the operations" in str(why)) == (4, True)
@@ -169,7 +168,7 @@ def test_a_method_that_fails_is_told_of() -> None:
         'ConfigurationError: backend must be one of "inductor", "onnxruntime", "openvino", "tensorrt", "eager" or '
         "\"auto\", but got 'abacus'."
     )
-    assert "not known" in str(method_of(model, "fewer_steps").why_not)
+    assert "unknown" in str(method_of(model, "fewer_steps").why_not)
     page = page_of(Comparison("command", {"device": "cpu"}, (model,), {"lcm": pictures}))
     assert page.count("but got &#39;abacus&#39;.") >= 2
 
@@ -199,10 +198,10 @@ def test_the_judge_knows_captions_only() -> None:
     pipe.set_progress_bar_config(disable=True)
     image = pipe(caption, num_inference_steps=8, generator=torch.Generator().manual_seed(0)).images[0]
     judge = Judge()
-    assert judge.says(image, caption) is True
-    assert judge.says(image, "a large red circle on a green background") is False
-    assert judge.says(image, "a red fox") is None
-    assert judge.says(image.resize((32, 32)), caption) is None
+    assert judge.is_right(image, caption) is True
+    assert judge.is_right(image, "a large red circle on a green background") is False
+    assert judge.is_right(image, "a red fox") is None
+    assert judge.is_right(image.resize((32, 32)), caption) is None
 
 
 def test_the_peak_of_memory_is_seen() -> None:

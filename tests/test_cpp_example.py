@@ -35,7 +35,7 @@ def test_another_scheduler(program: Path, tmp_path: Path) -> None:
     manifest["scheduler"]["class_name"] = "PNDMScheduler"
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     inputs = write_inputs(tmp_path / "inputs")
-    assert_refused(program, bundle, inputs, "a PNDMScheduler, and this program has DDIMScheduler alone")
+    assert_refused(program, bundle, inputs, "a PNDMScheduler, but this program only supports DDIMScheduler")
 
 
 def test_wrong_arguments(program: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_what_the_caption_leaves_open_is_none() -> None:
     ],
 )
 def test_other_captions_are_refused(caption: str) -> None:
-    with pytest.raises(ValueError, match=r"expected|cannot be seen|only a single|have no size"):
+    with pytest.raises(ValueError, match=r"expected|invisible|cannot have a position|cannot have a size"):
         parse_caption(caption)
 
 

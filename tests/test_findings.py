@@ -92,7 +92,7 @@ def test_an_unknown_setting_is_an_error(
 ) -> None:
     with pytest.raises(SystemExit):
         benchmarks[0].main(["--out", str(tmp_path / "results.json"), "--only", "flux*"])
-    assert "no setting is called flux*" in capsys.readouterr().err
+    assert "no setting matches flux*" in capsys.readouterr().err
 
 
 def test_the_page_has_the_results_tables(benchmarks: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_page_has_the_results_tables(benchmarks: tuple[ModuleType, ModuleTyp
     report.main([str(RESULTS), "--page", str(copy), "--plot", str(tmp_path / "findings.png")])
     assert copy.read_text(encoding="utf-8") == page
     assert (tmp_path / "findings.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="called 'other'"):
+    with pytest.raises(ValueError, match="unknown table 'other'"):
         report.render("<!-- findings: other -->\n<!-- end -->", results)
 
 

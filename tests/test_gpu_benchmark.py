@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import tiny_pipelines
-from tgate_compile.study.bench.result import Row
+from tgate_compile.study.bench.result import BenchmarkRow
 from tgate_compile.study.bench.run import MSG_NO_TIME
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -64,10 +64,10 @@ def test_what_comes_too_late_is_a_row_that_says_so(gpu: ModuleType) -> None:
 
 
 def test_the_gate_costs_what_its_two_steps_take_beyond_their_like(gpu: ModuleType) -> None:
-    row = Row("x", "x", "eager", "plain", strip="FFFFpppp", early=[2.0], late=[1.0])
+    row = BenchmarkRow("x", "x", "eager", "plain", strip="FFFFpppp", early=[2.0], late=[1.0])
     row.steps = [[9.0, 2.0, 2.0, 2.1, 1.3, 1.0, 1.0, 1.0]]
     assert gpu.crossing_cost(row) == pytest.approx((0.1 + 0.3) / 2)
-    assert gpu.crossing_cost(Row("x", "x", "eager", "plain")) is None
+    assert gpu.crossing_cost(BenchmarkRow("x", "x", "eager", "plain")) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that it would measure for minutes")

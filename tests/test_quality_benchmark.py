@@ -94,7 +94,7 @@ def test_a_name_that_nothing_has_is_an_error(
 ) -> None:
     with pytest.raises(SystemExit):
         quality.main(["--out", str(tmp_path / "results.json"), "--only", "tgate five"])
-    assert "no contender is called tgate five" in capsys.readouterr().err
+    assert "no contender matches tgate five" in capsys.readouterr().err
 
 
 def test_every_contender_is_a_schedule_with_a_name_of_its_own(quality: ModuleType) -> None:

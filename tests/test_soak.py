@@ -36,5 +36,5 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     with quiet():
         problem = Soak(0, short=True).run(CALLS)
     assert problem is not None
-    assert "from the one by hooks" in problem["problem"]
-    assert "from the one by hooks" in problem["alone"]
+    assert "from the pipeline with hooks" in problem["problem"]
+    assert "from the pipeline with hooks" in problem["alone"]

@@ -63,8 +63,8 @@ def test_all_letters_many_steps_and_all_formats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "name", "shown"),
     [
-        ({}, "a.png", "needs schedules"),
-        ("FFpp", "a.png", "needs schedules"),
+        ({}, "a.png", "needs a mapping"),
+        ("FFpp", "a.png", "needs a mapping"),
         ({"mine": ""}, "a.png", "'mine'"),
         ({"mine": "FFxx"}, "a.png", "'FFxx'"),
         ({"mine": 10}, "a.png", "got 10"),

@@ -16,16 +16,15 @@ from tgate_compile._cli import compare as compare_command
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.bench.measure import Timed
 from tgate_compile.study.bench.methods import methods_for
-from tgate_compile.study.bench.result import Benchmark
-from tgate_compile.study.bench.result import Row as BenchRow
+from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 from tgate_compile.study.comparison import run as comparison_run
 from tgate_compile.study.comparison.page import page_of
 from tgate_compile.study.comparison.result import Comparison, MethodFigures, ModelFigures
 from tgate_compile.study.comparison.run import Task, compare_model
-from tgate_compile.study.convergence import Convergence
 from tgate_compile.study.timings import spread_of, why_unreliable
 from tgate_compile.study.tuning import measure
-from tgate_compile.study.tuning.result import Row, Tuning
+from tgate_compile.study.tuning.recorder import Convergence
+from tgate_compile.study.tuning.result import Tuning, TuningRow
 from tgate_compile.study.tuning.search import fewer_steps, tune
 
 #: Of steps, that tuning tries in the place of 6.
@@ -161,13 +160,13 @@ def test_a_comparison_of_one_prompt_times_it_three_times(monkeypatch: pytest.Mon
 
 
 def test_a_benchmark_marks_what_is_not_reliable() -> None:
-    plain = BenchRow("plain", "plain", "", "plain", seconds=[3.0, 3.1, 3.2], macs=100.0)
-    fine = BenchRow("a", "a", "eager", "plain", seconds=[2.0, 2.0, 2.1], macs=60.0)
-    disturbed = BenchRow("b", "b", "eager", "plain", seconds=[1.0, 2.0, 2.0], macs=60.0)
-    too_fast = BenchRow("c", "c", "eager", "plain", seconds=[0.3, 0.3, 0.3], macs=60.0)
-    runtime = BenchRow("plain_ort", "d", "ort", "plain", seconds=[1.0, 1.0, 1.0], macs=100.0)
-    both = BenchRow("e", "e", "ort", "plain_ort", seconds=[0.3, 0.3, 0.3], macs=60.0)
-    failed = BenchRow("f", "f", "", "plain", error="no")
+    plain = BenchmarkRow("plain", "plain", "", "plain", seconds=[3.0, 3.1, 3.2], macs=100.0)
+    fine = BenchmarkRow("a", "a", "eager", "plain", seconds=[2.0, 2.0, 2.1], macs=60.0)
+    disturbed = BenchmarkRow("b", "b", "eager", "plain", seconds=[1.0, 2.0, 2.0], macs=60.0)
+    too_fast = BenchmarkRow("c", "c", "eager", "plain", seconds=[0.3, 0.3, 0.3], macs=60.0)
+    runtime = BenchmarkRow("plain_ort", "d", "ort", "plain", seconds=[1.0, 1.0, 1.0], macs=100.0)
+    both = BenchmarkRow("e", "e", "ort", "plain_ort", seconds=[0.3, 0.3, 0.3], macs=60.0)
+    failed = BenchmarkRow("f", "f", "", "plain", error="no")
     benchmark = Benchmark({}, {}, 10, 5, (plain, fine, disturbed, too_fast, runtime, both, failed))
     rows = {row["key"]: row for row in json.loads(json.dumps(benchmark.as_dict(), allow_nan=False))["rows"]}
     assert {key for key, row in rows.items() if row["unreliable"]} == {"b", "c"}
@@ -225,8 +224,8 @@ def test_tuning_marks_what_is_not_reliable(pipe: Any, monkeypatch: pytest.Monkey
     ],
 )
 def test_fewer_steps_that_cost_as_little(cost: float, drift: float, words: str | None) -> None:
-    chosen = Row("T-GATE", "gate", Schedule(3), "FFFppp", 0.6, 0.05, 0.0, 0.05, True, None)
-    fewer = Row("fewer steps", "3 steps", None, "FFF", cost, drift, 0.0, drift, drift <= 0.1, None)
+    chosen = TuningRow("T-GATE", "gate", Schedule(3), "FFFppp", 0.6, 0.05, 0.0, 0.05, True, None)
+    fewer = TuningRow("fewer steps", "3 steps", None, "FFF", cost, drift, 0.0, drift, drift <= 0.1, None)
     tuning = Tuning(Schedule(3), (chosen, fewer), Convergence((), ()), 0.1, 6, 6, (), (0,), {}, {})
     assert len(tuning.remarks) == (words is not None)
     assert words is None or words in tuning.remarks[0]

@@ -412,7 +412,7 @@ def test_joint_attention_has_guidance_to_drop_and_nothing_else() -> None:
         ({"candidates": [10]}, "candidates"),
         ({"call": ["guidance_scale"]}, "call must"),
         ({"call": {"generator": None}}, "generator"),
-        ({"call": {"prompt": "red cat"}}, "prompt cannot"),
+        ({"call": {"prompt": "red cat"}}, "must not contain prompt"),
         ({"call": {"guidance": 5.0}}, 'has no option "guidance".'),
         ({"backend": "tensorrt"}, "tensorrt"),
     ],

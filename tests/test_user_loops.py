@@ -267,7 +267,7 @@ def test_a_callback_that_replaces_the_scheduler() -> None:
     assert check(lambda: stable_diffusion(layout="small"), image) == "FFFppp"
 
 
-def test_copies_of_the_scheduler_are_of_its_own_class() -> None:
+def test_copies_of_the_scheduler_are_with_private_class() -> None:
     copies: list[Any] = []
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -49,8 +49,10 @@ if TYPE_CHECKING:
     from tgate_compile.study.analysis.run import analyze as analyze
     from tgate_compile.study.evaluation.evaluate import evaluate as evaluate
     from tgate_compile.study.evaluation.result import Evaluation as Evaluation
+    from tgate_compile.study.evaluation.result import EvaluationRow as EvaluationRow
     from tgate_compile.study.figures import strip_picture as strip_picture
     from tgate_compile.study.tuning.result import Tuning as Tuning
+    from tgate_compile.study.tuning.result import TuningRow as TuningRow
     from tgate_compile.study.tuning.search import tune as tune
 
 #: The module that defines each public name.
@@ -90,8 +92,10 @@ _HOMES = {
     "analyze": "study.analysis.run",
     "evaluate": "study.evaluation.evaluate",
     "Evaluation": "study.evaluation.result",
+    "EvaluationRow": "study.evaluation.result",
     "strip_picture": "study.figures",
     "Tuning": "study.tuning.result",
+    "TuningRow": "study.tuning.result",
     "tune": "study.tuning.search",
 }
 
@@ -132,10 +136,12 @@ __all__ = [
     "strip_picture",
     "tune",
     "Tuning",
+    "TuningRow",
     "analyze",
     "Analysis",
     "evaluate",
     "Evaluation",
+    "EvaluationRow",
     "__version__",
 ]
 

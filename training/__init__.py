@@ -1,1 +1,1 @@
-"""Trains the demonstration pipeline of `tgate_compile._demo`. Not part of the installed package."""
+"""Train the embedded models of `tgate_compile._demo`. This is not part of the installed package."""

@@ -1,4 +1,4 @@
-"""`python -m training STAGE`: see README.md in this folder for the stages and their order."""
+"""Run a training stage with `python -m training STAGE`. README.md in this folder lists the stages and their order."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def main() -> None:
     text = _stage(stages, "text", _text, batch=128)
     _family(text)
     text.add_argument("--steps", type=int, help="default: 700, for pixart 900, for sdxl 1200")
-    text.add_argument("--start-from", type=Path, help="folder of a text encoder of sd to train further")
+    text.add_argument("--start-from", type=Path, help="folder of a text encoder of sd to continue training")
     vae = _stage(stages, "vae", _vae, minutes=6.5, batch=24)
-    vae.add_argument("--start-from", type=Path, help="folder of an autoencoder to train further")
-    vae.add_argument("--decoder-only", action="store_true", help="leave the latents as they are")
+    vae.add_argument("--start-from", type=Path, help="folder of an autoencoder to continue training")
+    vae.add_argument("--decoder-only", action="store_true", help="keep the latents unchanged")
     _stage(stages, "reader", _reader, steps=600, batch=128)
     unet = _stage(stages, "unet", _unet)
     _family(unet)
     for option in ("minutes", "batch", "images", "pair-share", "learning-rate"):
         kind = int if option in ("batch", "images") else float
-        unet.add_argument(f"--{option}", type=kind, help="default: the family's, in unet_training.py")
+        unet.add_argument(f"--{option}", type=kind, help="default: see the family in unet_training.py")
     probing = _stage(stages, "probe", _probe)
     _family(probing)
     probing.add_argument("--captions", type=int, default=256)
@@ -44,9 +44,9 @@ def main() -> None:
     _family(evaluation)
     evaluation.add_argument("--steps", type=int, help="default: the family's")
     evaluation.add_argument(
-        "--guidance", type=float, nargs="+", help="of several, the best is chosen; default: the family's"
+        "--guidance", type=float, nargs="+", help="scales to try; the best one is used; default: the family's"
     )
-    evaluation.add_argument("--out", type=Path, help="a JSON file for the result; otherwise it is printed")
+    evaluation.add_argument("--out", type=Path, help="JSON file for the result, which is otherwise printed")
     picture = _stage(stages, "picture", _picture)
     picture.add_argument("--out", type=Path, default=Path("docs/demo_models.png"), help="default: %(default)s")
     arguments = parser.parse_args()
@@ -81,7 +81,7 @@ def _stage(
     return parser
 
 
-# The imports below are late because no stage should wait for the libraries of the others.
+# Imported late, so that no stage has to wait for the libraries of the others.
 
 
 def _text(arguments: argparse.Namespace) -> None:
@@ -89,22 +89,22 @@ def _text(arguments: argparse.Namespace) -> None:
     if a.family == "sd":
         from training.train_text import train_text
 
-        told = train_text(
+        accuracy = train_text(
             a.parts, steps=a.steps or 700, device=a.device, seed=a.seed, batch=a.batch, start_from=a.start_from
         )
     elif a.family == "pixart":
         from training.train_t5 import train_t5
 
-        told = train_t5(a.parts / "pixart", steps=a.steps or 900, device=a.device, seed=a.seed, batch=a.batch)
+        accuracy = train_t5(a.parts / "pixart", steps=a.steps or 900, device=a.device, seed=a.seed, batch=a.batch)
     elif a.family == "sdxl":
         from training.train_penultimate import train_penultimate
 
-        told = train_penultimate(
+        accuracy = train_penultimate(
             WEIGHTS, a.parts / "sdxl", steps=a.steps or 1200, device=a.device, seed=a.seed, batch=a.batch
         )
     else:
-        raise SystemExit(f"the family {a.family} has the text encoder of sd.")
-    print(json.dumps(told, indent=1))
+        raise SystemExit(f"the family {a.family} uses the text encoder of sd, so there is nothing to train.")
+    print(json.dumps(accuracy, indent=1))
 
 
 def _vae(arguments: argparse.Namespace) -> None:
@@ -166,7 +166,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if a.out is None:
         print(json.dumps(result, indent=1))
         return
-    if a.family != "sd":  # These share a file.
+    if a.family != "sd":  # all other families share a file
         result = (json.loads(a.out.read_text()) if a.out.exists() else {}) | {a.family: result}
     a.out.write_text(json.dumps(result, indent=1) + "\n")
 

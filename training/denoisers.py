@@ -1,4 +1,4 @@
-"""The denoisers that can be trained on this data: one row per family, how to build it and how to call it."""
+"""The denoisers that can be trained on this data, and how to build and call them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LATENT_SIZE = 16
 
 @dataclass(frozen=True)
 class Family:
-    """How a denoiser is made, called and trained, and what reads its captions."""
+    """How to build, call and train a denoiser, and which text encoder it uses."""
 
     build: Callable[[], torch.nn.Module]
     predict: Predict
     loss: Callable[[Learner, Batch], torch.Tensor] = noise_loss
     encoder: Callable[[Path, str], Encode] = text_encoders.clip
-    # Whether the text encoder is made for this family, and not the embedded pipeline's.
+    # Whether the family has its own text encoder instead of the embedded pipeline's.
     own_text: bool = False
 
 
@@ -37,12 +37,12 @@ def _unet(**changes: Any) -> torch.nn.Module:
         "out_channels": 4,
         "block_out_channels": (32, 64, 96),
         "layers_per_block": 1,
-        # Cross-attention at every resolution: without it at 16x16 the shape is not learned.
+        # Cross-attention at every resolution, because the model does not learn shapes without it at 16x16.
         "down_block_types": ("CrossAttnDownBlock2D",) * 3,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "up_block_types": ("CrossAttnUpBlock2D",) * 3,
         "cross_attention_dim": WIDTH,
-        # The number of heads, in spite of its name. More, narrower heads are slower on a CPU.
+        # This is the number of heads, despite its name. More and narrower heads are slower on a CPU.
         "attention_head_dim": (2, 4, 4),
         "norm_num_groups": 8,
     }
@@ -62,7 +62,7 @@ def _sd_predict(
 
 
 def _sdxl() -> torch.nn.Module:
-    # As in SDXL: none, one and more transformer layers on the way down, and the whole scene in the pooled text.
+    # As in SDXL, the down blocks have no, one and more transformer layers, and the pooled text has the whole scene.
     return _unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -81,7 +81,7 @@ def _sdxl_predict(
     text: EncodedText,
     guidance: torch.Tensor | None,
 ) -> torch.Tensor:
-    # Original size, crop and target size: the same for every image of this data.
+    # Original size, crop and target size are the same for all images of this data.
     size = [64.0, 64.0, 0.0, 0.0, 64.0, 64.0]
     time_ids = torch.tensor(size, device=noisy.device).expand(len(noisy), -1)
     out: torch.Tensor = model(
@@ -107,7 +107,7 @@ def _pixart() -> torch.nn.Module:
         patch_size=2,
         use_additional_conditions=False,
     )
-    # As the authors begin: every block hands on what it is given, and the prediction is zero.
+    # Initialized as by the authors: every block passes its input on, and the prediction is zero.
     torch.nn.init.normal_(model.adaln_single.linear.weight, std=0.02)
     torch.nn.init.zeros_(model.adaln_single.linear.bias)
     for block in model.transformer_blocks:
@@ -165,12 +165,12 @@ FAMILIES: dict[str, Family] = {
     "lcm": Family(lambda: _unet(time_cond_proj_dim=_GUIDANCE_WIDTH), _lcm_predict, loss=consistency_loss),
 }
 
-# Layers that a UNet may have and the embedded one has not. At zero they change nothing at first.
+# Layers that the embedded UNet does not have. With zero weights, they have no effect initially.
 _SILENT = ("attn1.to_out.0.", "attn2.to_out.0.", "ff.net.2.", "add_embedding.linear_2.", "time_embedding.cond_proj.")
 
 
 def carry_over(model: torch.nn.Module, embedded: dict[str, torch.Tensor]) -> None:
-    """Gives `model` the weights of the embedded UNet as far as it has the same layers; the others are silent."""
+    """Copy the weights of the embedded UNet to the layers of `model` that it also has; set the others to zero."""
     for name, value in model.state_dict().items():
         if name in embedded and embedded[name].numel() == value.numel():
             value.copy_(embedded[name].reshape(value.shape))  # a 1x1 convolution or a linear layer

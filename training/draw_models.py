@@ -1,4 +1,4 @@
-"""One picture of what the embedded models draw: a row per caption, a column per model."""
+"""Draw a picture with images of all embedded models, with a row per caption and a column per model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIDE = 64 * _SCALE
 
 
 def draw_models(out: Path, *, seed: int) -> None:
-    """Writes the picture of five single and three pair captions, all held out, not chosen, one seed."""
+    """Write a picture of five held-out captions with one object and three with two, unselected, from one seed."""
     captions = held_out_captions(5, CAPTION_SEED) + held_out_captions(3, CAPTION_SEED, 2)
     size = (_TEXT_WIDTH + len(DEMO_VARIANTS) * (_SIDE + _GAP), _HEAD + len(captions) * (_SIDE + _GAP))
     picture = Image.new("RGB", size, "white")

@@ -1,4 +1,4 @@
-"""Does the pipeline follow captions it was never trained on? The attribute reader decides."""
+"""Measure with the attribute reader how well a pipeline follows captions that it was never trained on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SINGLES, PAIRS = 256, 128
 CAPTION_SEED = 2024
-# The guidance scale is chosen on other held-out captions than those it is then measured on.
+# The guidance scale is chosen with different held-out captions than those used for the measurement.
 CHOICE_SINGLES, CHOICE_PAIRS = 64, 32
 CHOICE_CAPTION_SEED = 2025
 _BATCH = 32
@@ -28,7 +28,7 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Sampler:
-    """A pipeline as it is measured: with these steps, and what its call needs beside them."""
+    """A pipeline, its number of steps, and further arguments of its call."""
 
     pipeline: Any
     steps: int
@@ -38,10 +38,10 @@ class Sampler:
 def evaluate(
     pipeline: Any, variant: str, guidances: Sequence[float] | None, *, steps: int | None, seed: int
 ) -> dict[str, object]:
-    """Accuracies per attribute on held-out captions, with everything needed to repeat the measurement.
+    """Return accuracies by attribute on held-out captions, with everything needed to repeat the measurement.
 
-    Steps and guidance are the variant's own where they are None. Of several `guidances` the best is chosen first.
-    If that is not the variant's own, both are measured.
+    If steps or guidance are None, the variant's own are used. If there are several `guidances`, the best one is chosen
+    first. If that is not the variant's own, both are measured.
     """
     pipeline.set_progress_bar_config(disable=True)
     own = DEMO_VARIANTS[variant]
@@ -55,7 +55,7 @@ def evaluate(
                 for kind, objects, n in (("single", 1, CHOICE_SINGLES), ("pair", 2, CHOICE_PAIRS))
             }
             logger.info("guidance %s: %s", guidance, tried[str(guidance)])
-    # Of equals the one closest to the usual.
+    # In case of a tie, choose the scale closest to the variant's own.
     best = max(guidances, key=lambda g: (sum(tried.get(str(g), {}).values()), -abs(g - own.guidance)))
     denoiser = pipeline.components.get("unet") or pipeline.components["transformer"]
     result: dict[str, object] = {
@@ -78,20 +78,20 @@ def evaluate(
             "pair_captions": CHOICE_PAIRS,
             "all_attributes_right": tried,
         }
-    if variant == "sd":  # The autoencoder is the same for all.
+    if variant == "sd":  # all variants have the same autoencoder
         result["reader"] = measure_reader(AttributeReader.load(), pipeline.vae.to("cpu"), n=512, seed=seed)
     return result
 
 
 def training_of(checkpoint: Path) -> dict[str, object]:
-    """How long the denoiser of a checkpoint was trained, and with what."""
+    """Return the duration and the configuration of the training of a checkpoint."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     minutes = round(state["seconds"] / 60, 1)
     return {"steps": state["step"], "samples": state["samples"], "cpu_minutes": minutes, "config": state["config"]}
 
 
 def generate(sampler: Sampler, captions: Sequence[str], *, guidance: float, seed: int) -> list[Image.Image]:
-    """One image per caption, each from noise of its own: independent of the size of the batches."""
+    """Return one image per caption. Each image has separate noise, so it does not depend on the batch size."""
     images: list[Image.Image] = []
     for at in range(0, len(captions), _BATCH):
         batch = list(captions[at : at + _BATCH])

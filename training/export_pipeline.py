@@ -1,4 +1,4 @@
-"""Puts the trained parts together into the folders that the package ships."""
+"""Assemble the trained parts into the folders that are part of the package."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _NO_SAFETY: dict[str, Any] = {"safety_checker": None, "feature_extractor": None,
 
 
 def export_pipeline(parts: Path, checkpoint: Path, demo: Path) -> None:
-    """Writes the averaged weights of `checkpoint` and the family's other own parts to its folder in `demo`.
+    """Write the averaged weights of `checkpoint` and the family's other parts to its folder in `demo`.
 
-    What a family shares with `sd` stays in the folder of `sd`, which has to be there.
+    Parts shared with `sd` stay in the folder of `sd`, which must exist.
     """
     pipeline, family = assemble(parts, checkpoint, demo / DEMO_VARIANTS["sd"].folder)
     variant = DEMO_VARIANTS[family]
@@ -59,19 +59,19 @@ def export_pipeline(parts: Path, checkpoint: Path, demo: Path) -> None:
             # transformers 5 saves only tokenizer.json; transformers 4 reads these.
             shutil.copyfile(parts / "tokenizer" / name, out / "tokenizer" / name)
     for path in (out / "model_index.json", *out.glob("tokenizer/tokenizer_config.json")):
-        # The name that both transformers 4 and 5 know.
+        # Use the name that both transformers 4 and 5 support.
         path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     for path in out.rglob("*"):
-        # safetensors writes for the owner only, but a wheel keeps the permissions.
+        # safetensors makes files readable by the owner only, and a wheel would keep these permissions.
         path.chmod(0o755 if path.is_dir() else 0o644)
-    # The names of folders on the machine that trained are nobody's business.
+    # Do not publish the names of folders on the training machine.
     for config in out.rglob("config.json"):
         lines = config.read_text().splitlines(keepends=True)
         config.write_text("".join(line for line in lines if "_name_or_path" not in line))
 
 
 def assemble(parts: Path, checkpoint: Path, embedded: Path) -> tuple[DiffusionPipeline, str]:
-    """The pipeline with the averaged weights of `checkpoint`, in float32, and the name of its family."""
+    """Return the pipeline with the averaged weights of `checkpoint` in float32, and the name of its family."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     family: str = state["config"]["family"]
     denoiser = FAMILIES[family].build().eval()
@@ -95,7 +95,7 @@ def _sdxl(unet: torch.nn.Module, vae: AutoencoderKL, text: Path) -> DiffusionPip
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(text / "text_encoder_2").float(),
         tokenizer_2=CLIPTokenizer.from_pretrained(text / "tokenizer_2"),
         scheduler=_dpm_solver(),
-        # It was trained to draw anything for the empty caption, not for a text of zeros.
+        # It was trained on the empty caption for unconditional predictions, not on zeroed embeddings.
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
@@ -130,7 +130,7 @@ def _dpm_solver() -> DPMSolverMultistepScheduler:
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         steps_offset=1,
-        # The first steps of this noise schedule have next to no signal; their lambda is out of bounds.
+        # The first steps of this noise schedule have almost no signal, and their lambda is out of bounds.
         lambda_min_clipped=-5.1,
     )
 

@@ -1,4 +1,4 @@
-"""A data set held in memory: latents, encoded once before the denoiser is trained, and their captions."""
+"""A data set in memory, with captions and latents that are encoded once before the denoiser is trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.data import images_of, random_captions, random_scenes
 
 @dataclass(frozen=True)
 class LatentData:
-    """Latents with, for each, the row of its caption in `captions`; row 0 is the empty caption."""
+    """Latents, and for each the index of its caption in `captions`; index 0 is the empty caption."""
 
     latents: torch.Tensor  # [images, 4, 16, 16]
     caption: torch.Tensor  # [images]
@@ -24,7 +24,7 @@ class LatentData:
 def make_latent_data(
     vae: AutoencoderKL, *, images: int, pair_share: float, device: str, rng: np.random.Generator
 ) -> LatentData:
-    """Renders, encodes and forgets `images` pictures, in the memory format the device likes."""
+    """Render `images` pictures and encode them, in batches that are fast and do not need much memory."""
     latents, captions = [], []
     for at in range(0, images, 64):
         scenes = random_scenes(rng, min(64, images - at), pair_share)

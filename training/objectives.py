@@ -1,4 +1,4 @@
-"""What a denoiser is asked for: the noise that was added, or where its teacher's path ends."""
+"""The training objectives of denoisers: predict the added noise, or the end of the teacher's trajectory."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from diffusers import DDPMScheduler
 
 from training.text_encoders import EncodedText
 
-# The denoiser's prediction of v: (model, noisy, timesteps, text, guidance) -> [batch, 4, 16, 16].
+# Returns a denoiser's prediction of v: (model, noisy, timesteps, text, guidance) -> [batch, 4, 16, 16].
 Predict = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, EncodedText, torch.Tensor | None], torch.Tensor]
 
-# From this noise level on the teacher is asked. Below it the noise itself says nearly the same, for nothing.
+# The teacher is used from this noise level on. Below it, the noise itself is nearly the same target at no cost.
 TAUGHT_FROM = 400
 
-# Latent consistency: the steps of the solver, the guidance scales, and where the loss turns from square to absolute.
+# Latent consistency: the solver's steps, the range of guidance scales, and where the loss becomes linear.
 SOLVER_STEPS = 25
 GUIDANCE_FROM, GUIDANCE_TO = 2.0, 8.0
 HUBER = 0.03
-# Of `LCMScheduler`: its constants `sigma_data` and `timestep_scaling`.
+# The constants `sigma_data` and `timestep_scaling` of `LCMScheduler`.
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A denoiser, the average of its weights, and the embedded UNet as its teacher, if it has one."""
+    """A denoiser, a model with its averaged weights, and the embedded UNet as its teacher, if it has one."""
 
     model: torch.nn.Module
     average: torch.nn.Module
     predict: Predict
     teacher: torch.nn.Module | None
     teacher_predict: Predict
-    alphas: torch.Tensor  # [1000], the share of the signal's variance
+    alphas: torch.Tensor  # [1000], the signal's fraction of the variance
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Batch:
     clean: torch.Tensor  # [batch, 4, 16, 16]
     text: EncodedText
     teacher_text: EncodedText
-    no_text: EncodedText  # the empty caption, as the teacher is told it
+    no_text: EncodedText  # the empty caption, encoded for the teacher
 
 
 def noise_schedule() -> DDPMScheduler:
@@ -50,7 +50,10 @@ def noise_schedule() -> DDPMScheduler:
 
 
 def noise_loss(learner: Learner, batch: Batch) -> torch.Tensor:
-    """The square error of v. Where there is much noise, of the teacher's v: it is the mean of many answers."""
+    """Return the mean squared error of v.
+
+    At high noise levels the target is the teacher's v, because the teacher has learned the mean of many targets.
+    """
     clean, noise = batch.clean, torch.randn_like(batch.clean)
     timesteps = _timesteps(len(clean), clean.device)
     signal, spread = _scales(learner.alphas, timesteps)
@@ -66,11 +69,11 @@ def noise_loss(learner: Learner, batch: Batch) -> torch.Tensor:
 
 
 def consistency_loss(learner: Learner, batch: Batch) -> torch.Tensor:
-    """Latent consistency distillation, algorithm 1 of arXiv 2310.04378.
+    """Return the loss of latent consistency distillation, algorithm 1 of arXiv 2310.04378.
 
-    One guided DDIM step of the teacher leads from a noise level to the next of `SOLVER_STEPS`; from both ends
-    of it the learner has to arrive at the same image. Guidance as in `StableDiffusionPipeline`, one less in
-    the embedding, as in `LatentConsistencyModelPipeline`.
+    One guided DDIM step of the teacher leads from a noise level to the next of `SOLVER_STEPS`, and the learner must
+    predict the same image from both ends of the step. The guidance scale is defined as in `StableDiffusionPipeline`; in
+    the embedding it is smaller by one, as in `LatentConsistencyModelPipeline`.
     """
     assert learner.teacher is not None
     n, device = len(batch.clean), batch.clean.device
@@ -88,8 +91,8 @@ def consistency_loss(learner: Learner, batch: Batch) -> torch.Tensor:
         signal_then, spread_then = _scales(learner.alphas, earlier)
         stepped = signal_then * (signal * noisy - spread * v) + spread_then * (spread * noisy + signal * v)
         target = _end_of_path(learner, learner.average, stepped, earlier, batch.text, guidance)
-    said = _end_of_path(learner, learner.model, noisy, timesteps, batch.text, guidance)
-    return ((said - target).square() + HUBER**2).sqrt().mean() - HUBER
+    prediction = _end_of_path(learner, learner.model, noisy, timesteps, batch.text, guidance)
+    return ((prediction - target).square() + HUBER**2).sqrt().mean() - HUBER
 
 
 def _end_of_path(
@@ -100,7 +103,7 @@ def _end_of_path(
     text: EncodedText,
     guidance: torch.Tensor,
 ) -> torch.Tensor:
-    """The image a path leads to, as `LCMScheduler.step` computes it: at timestep 0 it is the input."""
+    """Return the predicted image, computed as in `LCMScheduler.step`; at timestep 0 it is the input."""
     v = learner.predict(model, noisy, timesteps, text, guidance)
     signal, spread = _scales(learner.alphas, timesteps)
     scaled = (TIMESTEP_SCALING * timesteps).view(-1, 1, 1, 1)
@@ -109,20 +112,23 @@ def _end_of_path(
 
 
 def guidance_embedding(guidance: torch.Tensor, width: int) -> torch.Tensor:
-    """As `LatentConsistencyModelPipeline.get_guidance_scale_embedding` makes it, [batch, width]."""
+    """Return the embedding of the guidance scale, [batch, width].
+
+    It is the same as `LatentConsistencyModelPipeline.get_guidance_scale_embedding`.
+    """
     frequencies = torch.exp(torch.arange(width // 2, device=guidance.device) * -math.log(10000.0) / (width // 2 - 1))
     angles = 1000.0 * (guidance[:, None] - 1.0) * frequencies[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _scales(alphas: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of signal and noise, [batch, 1, 1, 1] each."""
+    """Return the scales of signal and noise, [batch, 1, 1, 1] each."""
     share = alphas[timesteps].view(-1, 1, 1, 1)
     return share.sqrt(), (1 - share).sqrt()
 
 
 def _timesteps(n: int, device: torch.device) -> torch.Tensor:
-    """All noise levels, the middle ones more often: there the shape is decided."""
+    """Draw timesteps, more often from the middle, where the shapes are determined."""
     uniform = torch.rand(n, device=device)
     middle = torch.sigmoid(torch.randn(n, device=device) + 0.3)
     chosen = torch.where(torch.rand(n, device=device) < 0.5, uniform, middle)

@@ -1,4 +1,4 @@
-"""Is the caption used? The rise of the denoiser's loss when one word of the caption is wrong."""
+"""Measure whether a denoiser uses the caption, by the increase of its loss when one word of the caption is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.objectives import GUIDANCE_FROM, noise_schedule
 
 @torch.no_grad()
 def probe(parts: Path, embedded: Path, checkpoint: Path, *, n: int, seed: int) -> dict[str, float]:
-    """The relative rise per attribute: 0 means that the word makes no difference."""
+    """Return the relative increase of the loss by attribute; 0 means that the word makes no difference."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     name = state["config"]["family"]
     family, shared = FAMILIES[name], parts if name == "sd" else embedded
@@ -25,7 +25,7 @@ def probe(parts: Path, embedded: Path, checkpoint: Path, *, n: int, seed: int) -
     model.load_state_dict(state["average"])
     vae = AutoencoderKL.from_pretrained(shared / "vae").float().eval()
     encode = family.encoder(parts / name if family.own_text else shared, "cpu")
-    guidance = torch.full((n,), GUIDANCE_FROM)  # for a model that is told
+    guidance = torch.full((n,), GUIDANCE_FROM)  # for models that take it as an input
     alphas = noise_schedule().alphas_cumprod
     rises: dict[str, float] = {"samples": float(state["samples"])}
     for objects, attributes in ((1, _SINGLE), (2, _PAIR)):

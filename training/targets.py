@@ -1,4 +1,4 @@
-"""Scenes as class numbers: what a text encoder or an image reader has to predict."""
+"""Convert scenes to class indices, which text encoders have to predict."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from tgate_compile._demo.captions import COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES, Scene
 
-# The last class of an attribute that may be missing means: not there.
+# The last class of an attribute that may be missing means that it is missing.
 TEXT_HEADS: dict[str, int] = {
     "shape": len(SHAPES),
     "colour": len(COLOURS),
@@ -20,7 +20,7 @@ TEXT_HEADS: dict[str, int] = {
 
 
 def text_targets(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """Class numbers per head, each [batch]; the first object is the one the caption names first."""
+    """Return the class indices of each head, [batch]; the first object is the one that the caption names first."""
     rows: dict[str, list[int]] = {name: [] for name in TEXT_HEADS}
     for scene in scenes:
         first, second = scene.objects[0], scene.objects[1] if len(scene.objects) == 2 else None
@@ -39,7 +39,7 @@ SLOT_HEADS: dict[str, int] = {"slot_shape": len(SHAPES), "slot_colour": len(COLO
 
 
 def slot_targets(pairs: list[Scene]) -> dict[str, torch.Tensor]:
-    """What stands where, each [pairs, 2]: first the left or upper object, however they are named."""
+    """Return the class indices of both objects of each pair, [pairs, 2], the left or upper object first."""
     rows: dict[str, list[list[int]]] = {name: [] for name in SLOT_HEADS}
     for scene in pairs:
         first, second = scene.objects

@@ -1,4 +1,4 @@
-"""The text encoders of the families, and what a denoiser is told by each."""
+"""The text encoders of the families."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from training.tokenizer import tokenize
 
 @dataclass(frozen=True)
 class EncodedText:
-    """What a denoiser may be told about captions."""
+    """Encoded captions, the text inputs of a denoiser."""
 
     hidden: torch.Tensor  # [captions, tokens, width]
-    pooled: torch.Tensor  # [captions, width], of the token that ends the caption
-    mask: torch.Tensor  # [captions, tokens], false where there is nothing to see
+    pooled: torch.Tensor  # [captions, width], output at the token that ends the caption
+    mask: torch.Tensor  # [captions, tokens], false for tokens that must be ignored
 
     def __getitem__(self, which: torch.Tensor) -> EncodedText:
         return EncodedText(self.hidden[which], self.pooled[which], self.mask[which])
@@ -34,7 +34,7 @@ Encode = Callable[[list[str]], EncodedText]
 
 
 def clip(folder: Path, device: str) -> Encode:
-    """The encoder of the family `sd`: the last hidden state."""
+    """Return the encoder of the family `sd`, which uses the last hidden state."""
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").float().to(device).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
@@ -47,7 +47,7 @@ def clip(folder: Path, device: str) -> Encode:
 
 
 def clip_with_projection(folder: Path, device: str) -> Encode:
-    """The encoder of the family `sdxl`: the last hidden state but one, and the projected end mark."""
+    """Return the encoder of the family `sdxl`, which uses the penultimate hidden state and the projected end token."""
     encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2").float().to(device).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
 
@@ -60,7 +60,7 @@ def clip_with_projection(folder: Path, device: str) -> Encode:
 
 
 def t5(folder: Path, device: str) -> Encode:
-    """The encoder of the family `pixart`: the padding is not seen."""
+    """Return the encoder of the family `pixart`, which masks the padding."""
     encoder = T5EncoderModel.from_pretrained(folder / "text_encoder").float().to(device).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 

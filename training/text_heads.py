@@ -1,4 +1,7 @@
-"""What every text encoder is trained for: its tokens tell the scene, and of a pair two of them one object each."""
+"""The training objective of all text encoders: the scene can be read from their output tokens.
+
+For pairs, two of the tokens must additionally describe one object each.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from training.targets import SLOT_HEADS, TEXT_HEADS, slot_targets, text_targets
 
 
 class TextHeads(torch.nn.Module):
-    """One linear reader per attribute; they are thrown away after the training."""
+    """One linear classifier per attribute; they are discarded after the training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -18,22 +21,24 @@ class TextHeads(torch.nn.Module):
         )
         self.accuracy: dict[str, float] = {}  # running means
 
-    def loss(self, hidden: torch.Tensor, tells: torch.Tensor, slots: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
-        """Cross entropy, summed over the heads.
+    def loss(
+        self, hidden: torch.Tensor, selected: torch.Tensor, slots: torch.Tensor, scenes: list[Scene]
+    ) -> torch.Tensor:
+        """Return the cross entropy, summed over the heads.
 
         Args:
-            hidden: the encoder's output, [batch, tokens, width].
-            tells: the tokens that have to tell the whole scene, bool [batch, tokens].
-            slots: the outputs that have to tell one object each, [batch, 2, width]; only pairs count.
-            scenes: one per caption.
+            hidden: output of the encoder, [batch, tokens, width].
+            selected: tokens that must describe the whole scene, bool [batch, tokens].
+            slots: outputs that must describe one object each, [batch, 2, width]; used for pairs only.
+            scenes: scenes, one per caption.
         """
-        places = tells.nonzero()[:, 0]  # which caption each of those tokens belongs to
+        places = selected.nonzero()[:, 0]  # the caption that each of these tokens belongs to
         is_pair = torch.tensor([len(scene.objects) == 2 for scene in scenes], device=hidden.device)
-        wanted = {name: target.to(hidden.device)[places] for name, target in text_targets(scenes).items()}
-        wanted |= slot_targets([scene for scene in scenes if len(scene.objects) == 2])
+        targets = {name: target.to(hidden.device)[places] for name, target in text_targets(scenes).items()}
+        targets |= slot_targets([scene for scene in scenes if len(scene.objects) == 2])
         loss = torch.zeros((), device=hidden.device)
-        for name, target in wanted.items():
-            seen = slots[is_pair].flatten(0, 1) if name in SLOT_HEADS else hidden[tells]
+        for name, target in targets.items():
+            seen = slots[is_pair].flatten(0, 1) if name in SLOT_HEADS else hidden[selected]
             prediction, target = (
                 self.heads[name](seen),
                 target.to(hidden.device).flatten(),

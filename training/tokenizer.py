@@ -1,4 +1,4 @@
-"""A tokenizer that knows the words of the captions, each as one token, and spells out all others."""
+"""A tokenizer with one token for each word of the captions, which spells out all other words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from tgate_compile._demo.captions import COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES
 
-MAX_TOKENS = 16  # the longest caption has 14, with its start and its end
+MAX_TOKENS = 16  # the longest caption has 14, including start and end token
 
 _OTHER_WORDS = ("a", "an", "on", "at", "the", "with", "background")
 _END = "</w>"
@@ -25,14 +25,14 @@ def caption_words() -> list[str]:
 
 
 def save_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Builds the tokenizer and saves it to `folder`, in the files of both old and new transformers."""
+    """Build the tokenizer and save it to `folder`, in the file formats of transformers 4 and 5."""
     characters = [chr(code) for code in range(33, 127)]
     vocabulary = characters + [character + _END for character in characters]
     merges = _merges()
     vocabulary += [left + right for left, right in merges]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     if folder.exists():
-        shutil.rmtree(folder)  # an old tokenizer.json would be preferred to the files written here
+        shutil.rmtree(folder)  # an existing tokenizer.json would take precedence over the files written here
     folder.mkdir(parents=True)
     ids = {token: number for number, token in enumerate(dict.fromkeys(vocabulary))}
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))
@@ -43,7 +43,7 @@ def save_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Token numbers as the pipeline makes them, [batch, tokens]."""
+    """Return token ids, padded as by the pipeline, [batch, tokens]."""
     ids: torch.Tensor = tokenizer(
         captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
     ).input_ids
@@ -51,10 +51,10 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def _merges() -> list[tuple[str, str]]:
-    """Byte pair merges that make every caption word one token.
+    """Return byte pair merges that turn every caption word into one token.
 
-    Each word is put together from the left: b a -> ba, ba c -> bac, ... An early merge of one word (r i,
-    for right) can break another (triangle), so orders of the words are tried until none does.
+    Each word is merged from the left: b a -> ba, ba c -> bac, ... An early merge of one word ("r i" of "right") can
+    prevent those of another ("triangle"), so orders of the words are tried until all words are merged.
     """
     rng = np.random.default_rng(0)
     for _ in range(1000):
@@ -66,7 +66,7 @@ def _merges() -> list[tuple[str, str]]:
                 left += right
         if all(len(_merged(_pieces(word), list(merges))) == 1 for word in caption_words()):
             return list(merges)
-    raise RuntimeError("found no order of merges that makes every caption word one token.")
+    raise RuntimeError("no order of merges was found that turns every caption word into one token.")
 
 
 def _pieces(word: str) -> list[str]:
@@ -74,7 +74,7 @@ def _pieces(word: str) -> list[str]:
 
 
 def _merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """What byte pair encoding makes of the pieces: the earliest merge in the list comes first."""
+    """Return the result of byte pair encoding, which applies earlier merges in the list first."""
     while True:
         pairs = [pair for pair in pairwise(pieces) if pair in merges]
         if not pairs:

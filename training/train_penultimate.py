@@ -1,7 +1,7 @@
-"""Trains the text encoder of the family `sdxl`, which shows its last layer but one and a projected end mark.
+"""Train the text encoder of the family `sdxl`, whose outputs are the penultimate layer and a projected end token.
 
-The embedded `CLIPTextModel` shows its last layer. This encoder has one layer more and learns to say at the one
-before it what the embedded one says at its end, so that a denoiser can be carried over.
+The output of the embedded `CLIPTextModel` is its last layer. This encoder has one more layer, and its penultimate layer
+learns to reproduce the output of the embedded encoder, so that the weights of the embedded denoiser can be reused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def train_penultimate(embedded: Path, out: Path, *, steps: int, device: str, seed: int, batch: int) -> dict[str, float]:
-    """Trains for `steps` on what the pipeline in `embedded` says, and saves to `out`; the shares left unexplained."""
+    """Train for `steps` to reproduce the text encoder in `embedded`, and save to `out`.
+
+    Return the unexplained fractions of the variance, of the hidden states and of the pooled output.
+    """
     workers.start(device)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -31,22 +34,22 @@ def train_penultimate(embedded: Path, out: Path, *, steps: int, device: str, see
     config.num_hidden_layers += 1
     config.dtype = None
     encoder = CLIPTextModelWithProjection(config).to(device).train()
-    theirs = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in teacher.state_dict().items()}
-    encoder.load_state_dict(theirs, strict=False)
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in teacher.state_dict().items()}
+    encoder.load_state_dict(weights, strict=False)
     torch.nn.init.eye_(encoder.text_projection.weight)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     left: dict[str, float] = {}
     for step in range(1, steps + 1):
         captions = random_captions(random_scenes(rng, batch, 0.6), rng)
-        captions[0] = ""  # what guidance compares with
+        captions[0] = ""  # guidance needs the empty caption
         ids = tokenize(tokenizer, captions).to(device)
         with torch.no_grad():
-            wanted = teacher(ids)
-        said = encoder(ids, output_hidden_states=True)
+            target = teacher(ids)
+        output = encoder(ids, output_hidden_states=True)
         losses = {
-            "hidden": _unexplained(said.hidden_states[-2], wanted.last_hidden_state),
-            "pooled": _unexplained(said.text_embeds, wanted.pooler_output),
+            "hidden": _unexplained(output.hidden_states[-2], target.last_hidden_state),
+            "pooled": _unexplained(output.text_embeds, target.pooler_output),
         }
         optimizer.zero_grad()
         sum(losses.values(), torch.zeros((), device=device)).backward()
@@ -61,5 +64,5 @@ def train_penultimate(embedded: Path, out: Path, *, steps: int, device: str, see
     return left
 
 
-def _unexplained(said: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return (said - wanted).square().mean() / wanted.var()
+def _unexplained(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().mean() / target.var()

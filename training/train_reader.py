@@ -1,4 +1,4 @@
-"""Trains the attribute reader on rendered images, disturbed images and reconstructions."""
+"""Train the attribute reader on rendered, disturbed and reconstructed images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from training.data import images_of
 
 logger = logging.getLogger(__name__)
 
-_NOT_APPLICABLE = -100  # what cross_entropy ignores
+_NOT_APPLICABLE = -100  # ignored by cross_entropy
 
 
 def train_reader(vae_folder: Path, out: Path, *, steps: int, device: str, seed: int, batch: int) -> None:
-    """Trains for `steps` and saves the weights to the file `out`, in half precision."""
+    """Train for `steps` and save the weights to the file `out` in half precision."""
     workers.start(device)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -32,7 +32,7 @@ def train_reader(vae_folder: Path, out: Path, *, steps: int, device: str, seed: 
     for step in range(1, steps + 1):
         scenes = any_scenes(rng, batch)
         pixels = (images_of(scenes, rng).to(device) + 1) / 2
-        part = batch // 5  # the autoencoder takes longer than the reader itself
+        part = batch // 5  # only a part, because the autoencoder is slower than the reader itself
         pixels[:part] = reconstruct(vae, pixels[:part], rng.uniform(0, 0.25))
         scores = reader(_disturb(pixels, rng).contiguous(memory_format=torch.channels_last))
         targets = [targets_of(scene) for scene in scenes]
@@ -52,7 +52,7 @@ def train_reader(vae_folder: Path, out: Path, *, steps: int, device: str, seed: 
 
 
 def measure_reader(reader: AttributeReader, vae: AutoencoderKL, *, n: int, seed: int) -> dict[str, dict[str, float]]:
-    """The reader's own accuracy, on images it has never seen: drawn, and after the autoencoder."""
+    """Return the accuracy of the reader on held-out scenes, drawn and reconstructed by the autoencoder."""
     results: dict[str, dict[str, float]] = {}
     for objects, kind in ((1, "single"), (2, "pair")):
         rng = np.random.default_rng([seed, objects])
@@ -67,7 +67,7 @@ def measure_reader(reader: AttributeReader, vae: AutoencoderKL, *, n: int, seed:
 
 
 def any_scenes(rng: np.random.Generator, n: int) -> list[Scene]:
-    """Scenes of both splits, every size named: the reader is no part of what the split tests."""
+    """Return scenes of both splits with all sizes named. The reader does not need the split, which tests denoisers."""
     scenes = []
     for _ in range(n):
         scene = random_scene(rng, 1 + int(rng.random() < 0.5), held_out=bool(rng.random() < 0.12))
@@ -81,7 +81,7 @@ def any_scenes(rng: np.random.Generator, n: int) -> list[Scene]:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor, latent_noise: float) -> torch.Tensor:
-    """Pixels in [0, 1] through the autoencoder, with some noise on the latents."""
+    """Return pixels in [0, 1] after encoding, adding noise to the latents, and decoding."""
     latents = vae.encode((2 * pixels - 1).contiguous(memory_format=torch.channels_last)).latent_dist.mode()
     latents = latents + latent_noise * torch.randn_like(latents)
     decoded: torch.Tensor = vae.decode(latents).sample
@@ -89,7 +89,7 @@ def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor, latent_noise: float) -
 
 
 def _disturb(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A little blur, noise and shift in brightness, of another strength for each image."""
+    """Return the images with slight blur, noise and brightness shift, of random strength for each image."""
     strength = torch.rand(3, len(pixels), 1, 1, 1, device=pixels.device)
     blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     pixels = torch.lerp(pixels, blurred, strength[0])

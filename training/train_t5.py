@@ -1,4 +1,4 @@
-"""Trains the text encoder of the transformer: a T5 encoder whose tokens, without padding, tell the scene."""
+"""Train the text encoder of the family `pixart`, a T5 encoder whose tokens, without padding, describe the scene."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def new_word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per caption word and for the comma, as T5 has them: nothing at the start, a mark at the end."""
+    """Return a tokenizer with one token per caption word and for the comma; like T5's, it only adds an end token."""
     words = {word: number for number, word in enumerate([_PAD, _END, _UNKNOWN, ",", *caption_words()])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=_UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -55,10 +55,10 @@ def new_t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
 
 
 def train_t5(out: Path, *, steps: int, device: str, seed: int, batch: int) -> dict[str, float]:
-    """Trains for `steps` and saves tokenizer and encoder in `out`; the accuracy of each head.
+    """Train for `steps`, save tokenizer and encoder in `out`, and return the accuracy of each head.
 
-    The transformer never sees the padding, so every real token has to tell the whole scene, and of a pair the
-    last two, a word and the end mark, one object each.
+    The denoiser never sees the padding, so every real token must describe the whole scene. For pairs, the last two
+    tokens, a word and the end token, must also describe one object each.
     """
     workers.start(device)
     torch.manual_seed(seed)
@@ -73,7 +73,7 @@ def train_t5(out: Path, *, steps: int, device: str, seed: int, batch: int) -> di
         scenes = random_scenes(rng, batch, 0.6)
         ids, mask = (x.to(device) for x in tokenize_words(tokenizer, random_captions(scenes, rng)))
         hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # [batch, tokens, width]
-        last = mask.sum(1) - 1  # the end mark
+        last = mask.sum(1) - 1  # the end token
         rows = torch.arange(len(ids), device=device)
         slots = torch.stack([hidden[rows, last - 1], hidden[rows, last]], dim=1)
         loss = heads.loss(hidden, mask.bool(), slots, scenes)
@@ -90,6 +90,6 @@ def train_t5(out: Path, *, steps: int, device: str, seed: int, batch: int) -> di
 
 
 def tokenize_words(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token numbers and mask as the pipeline makes them, [batch, tokens] each."""
+    """Return token ids and mask, padded as by the pipeline, [batch, tokens] each."""
     out = tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     return out.input_ids, out.attention_mask

@@ -1,4 +1,4 @@
-"""Trains the text encoder to know, for every caption, each attribute and which object it belongs to."""
+"""Train the text encoder to encode, for every caption, each attribute and the object it belongs to."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def train_text(
     out: Path, *, steps: int, device: str, seed: int, batch: int, start_from: Path | None = None
 ) -> dict[str, float]:
-    """Trains for `steps` and saves tokenizer and text encoder in `out`; the accuracy of each head.
+    """Train for `steps`, save tokenizer and text encoder in `out`, and return the accuracy of each head.
 
-    Readers look at the encoder's output at the token that ends the caption and at each token after it. So
-    the padding, which the denoiser's cross-attention sees as well, tells the whole scene. Of a pair, the
-    last two tokens, which are always padding, have to tell one object each, and where it stands: a
-    denoiser need not find out by itself which colour goes with which shape and place.
+    The heads classify the encoder's output at the token that ends the caption and at each token after it. Therefore the
+    padding, which the denoiser's cross-attention also sees, describes the whole scene. For pairs, the last two tokens,
+    which are always padding, must also describe one object and its place each, so that a denoiser need not learn which
+    colour belongs to which shape and place.
 
-    Goes on from the encoder in `start_from`, if given, and then leaves what it says of single objects as
-    it is, so that a denoiser trained on it remains of use.
+    If `start_from` is given, training continues from that encoder and keeps its outputs for single objects, so that a
+    denoiser trained with it remains usable.
     """
     workers.start(device)
     torch.manual_seed(seed)
@@ -62,17 +62,17 @@ def train_text(
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(1, steps + 1):
-        # Pairs are the hard part; and what is learned for them serves single objects too.
+        # Pairs are harder, and training on them also helps with single objects.
         scenes = random_scenes(rng, batch, 0.6)
         ids = tokenize(tokenizer, random_captions(scenes, rng)).to(device)
         hidden = encoder(ids).last_hidden_state  # [batch, tokens, width]
-        ended = ids == tokenizer.eos_token_id  # the end mark is the padding too: true from the end on
+        ended = ids == tokenizer.eos_token_id  # true from the end on, because the end token is also the padding
         loss = heads.loss(hidden, ended, hidden[:, -2:], scenes)
         if before is not None:
             is_pair = torch.tensor([len(scene.objects) == 2 for scene in scenes], device=device)
             with torch.no_grad():
-                said = before(ids).last_hidden_state[~is_pair]
-            loss = loss + 5 * torch.nn.functional.mse_loss(hidden[~is_pair], said)
+                previous = before(ids).last_hidden_state[~is_pair]
+            loss = loss + 5 * torch.nn.functional.mse_loss(hidden[~is_pair], previous)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -81,6 +81,7 @@ def train_text(
         if step % 50 == 0:
             logger.info("text step %d loss %.4f %s", step, loss, {k: round(v, 3) for k, v in heads.accuracy.items()})
             if before is not None:
-                logger.info("kept: %.5f of %.5f", float((hidden[~is_pair] - said).square().mean()), float(said.var()))
+                change = float((hidden[~is_pair] - previous).square().mean())
+                logger.info("change for single objects: %.5f of variance %.5f", change, float(previous.var()))
     encoder.eval().save_pretrained(out / "text_encoder")
     return heads.accuracy

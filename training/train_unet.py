@@ -1,4 +1,4 @@
-"""Trains a denoiser on captioned latents: its family's loss, caption dropout, an average of the weights."""
+"""Train a denoiser on captioned latents, with its family's loss, caption dropout, and averaged weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def train_unet(parts: Path, embedded: Path, out: Path, config: UNetTraining, *, device: str) -> None:
-    """Trains on the text encoder and autoencoder found in `parts`; goes on from `out` if it has a checkpoint.
+    """Train with the text encoder and autoencoder in `parts`; continue from the checkpoint in `out` if there is one.
 
-    Families other than `sd` take from the pipeline in `embedded` what they share with it: the autoencoder, the UNet
-    as a teacher and, as far as it fits, as a beginning.
+    Families other than `sd` use parts of the pipeline in `embedded`: the autoencoder, the UNet as a teacher, and the
+    UNet's weights, as far as they fit, as initial weights.
 
-    The learning rate falls to zero over `minutes` of processor time, all runs together; a worker that is stopped for
-    a while loses nothing. Every minute a checkpoint is written to `out`, every ten minutes one that is kept.
+    The learning rate decreases to zero over the configured minutes of processor time, counted over all runs, so a
+    worker that is suspended for a while loses nothing. A checkpoint is written to `out` every minute, and a permanent
+    one every ten minutes.
     """
     rank = workers.start(device, pid_folder=out)
     family = FAMILIES[config.family]
@@ -43,7 +44,7 @@ def train_unet(parts: Path, embedded: Path, out: Path, config: UNetTraining, *, 
         torch.nn.Module.to(teacher, memory_format=torch.channels_last)
         if isinstance(model, UNet2DConditionModel):
             carry_over(model, teacher.state_dict())
-    # Twice as fast for the convolutions of a CPU.
+    # Convolutions are twice as fast with this format on a CPU.
     torch.nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = deepcopy(model).requires_grad_(False)
     parameters = list(model.parameters())
@@ -57,7 +58,7 @@ def train_unet(parts: Path, embedded: Path, out: Path, config: UNetTraining, *, 
         step, samples, before = state["step"], state["samples"], state["seconds"]
 
     shared = parts if teacher is None else embedded
-    # The embedded autoencoder never changes, so its latents are kept, for the other families and for the next run.
+    # The embedded autoencoder never changes, so its latents are cached for the other families and the next run.
     kept = f"latents_{config.images}_{config.pair_share}_{config.seed}_{rank}.pt"
     cache = None if teacher is None else parts / kept
     data = _data(shared, cache, config, device, np.random.default_rng([config.seed, rank, 0 if cache else step]))
@@ -107,7 +108,7 @@ def train_unet(parts: Path, embedded: Path, out: Path, config: UNetTraining, *, 
 
 
 def _decay(done: float) -> float:
-    """Constant for the first half, then down to zero along a cosine."""
+    """Return the factor of the learning rate: constant for the first half, then a cosine decay to zero."""
     return 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * done - 1)))
 
 
@@ -123,7 +124,7 @@ def _data(folder: Path, cache: Path | None, config: UNetTraining, device: str, r
 
 
 def _save(state: dict[str, object], path: Path) -> None:
-    # First under another name, so that whoever reads never sees half a file.
+    # Write to another name first, so that readers never see a partial file.
     unfinished = path.with_suffix(".unfinished")
     torch.save(state, unfinished)
     unfinished.replace(path)

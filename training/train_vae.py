@@ -1,4 +1,4 @@
-"""Trains the autoencoder: 64x64 pixels to 16x16 latents of four channels and back."""
+"""Train the autoencoder, which maps 64x64 pixels to 16x16 latents with four channels and back."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def train_vae(
     start_from: Path | None = None,
     decoder_only: bool = False,
 ) -> None:
-    """Trains for `minutes` and saves to `out`, latents normalised to mean 0 and deviation 1.
+    """Train for `minutes` and save to `out`, with latents normalised to mean 0 and standard deviation 1.
 
-    Goes on from the autoencoder in `start_from`, if given. With `decoder_only` the latents stay as they
-    are, so that a denoiser trained on them stays valid.
+    Continue from the autoencoder in `start_from`, if given. With `decoder_only`, the latents do not change, so that a
+    denoiser trained on them remains valid.
     """
     rank = workers.start(device)
     torch.manual_seed(seed)
@@ -86,11 +86,11 @@ def _loss(vae: AutoencoderKL, images: torch.Tensor, frozen_encoder: bool) -> tup
         posterior = vae.encode(images).latent_dist
         latents = posterior.mode() if frozen_encoder else posterior.sample()
     if frozen_encoder:
-        # What the UNet makes is never exactly a latent of the encoder.
+        # Add noise, because the UNet's latents are never exactly those of the encoder.
         latents = latents + 0.12 * torch.rand(len(latents), 1, 1, 1, device=latents.device) * torch.randn_like(latents)
     decoded = vae.decode(latents).sample
     difference = decoded - images
-    # The outlines are few pixels and carry the shape: compare differences of neighbours as well.
+    # Also compare differences between neighbouring pixels, because outlines are few pixels but determine the shape.
     edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
     squared = difference.square().mean()
     loss = difference.abs().mean() + 2 * squared + edges
@@ -101,9 +101,9 @@ def _loss(vae: AutoencoderKL, images: torch.Tensor, frozen_encoder: bool) -> tup
 
 @torch.no_grad()
 def _normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Folds mean and deviation of each latent channel into the 1x1 convolutions around the latents.
+    """Fold mean and standard deviation of each latent channel into the 1x1 convolutions around the latents.
 
-    The pipeline knows one scaling factor for all channels; with this it can be 1.
+    The pipeline has a single scaling factor for all channels, which can then be 1.
     """
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))

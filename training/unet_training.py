@@ -1,18 +1,18 @@
-"""What a denoiser is trained with, and where its state is kept."""
+"""Training configurations of the denoisers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LATEST = "latest.pt"  # the checkpoint to go on from
+LATEST = "latest.pt"  # the checkpoint to continue from
 
 
 @dataclass(frozen=True)
 class UNetTraining:
-    """Everything the result depends on, apart from the speed of the machine."""
+    """The configuration of a training run: everything the result depends on, except the speed of the machine."""
 
     family: str = "sd"
-    minutes: float = 90.0  # of the processor, per worker
+    minutes: float = 90.0  # processor time per worker
     batch: int = 32  # per worker
     images: int = 24_000  # per worker, rendered and encoded before the first step
     pair_share: float = 0.25
@@ -24,11 +24,12 @@ class UNetTraining:
 
 DEFAULTS: dict[str, UNetTraining] = {
     "sd": UNetTraining(),
-    # Carried over from the embedded UNet.
+    # Initialized with the weights of the embedded UNet.
     "sdxl": UNetTraining("sdxl", minutes=8.0, images=12_000, pair_share=0.5, learning_rate=6e-4),
-    # From nothing. One worker makes twice as many steps of half the size.
+    # Trained from scratch. A single worker makes twice as many steps with half the batch.
     "pixart": UNetTraining("pixart", minutes=80.0, images=40_000, pair_share=0.5, learning_rate=1e-3, ema_decay=0.999),
-    # The average is the target of the distillation, so it has to be quick. Guidance is learned instead of dropout.
+    # The averaged model is the target of the distillation, so it must follow quickly. Guidance is distilled, which
+    # replaces caption dropout.
     "lcm": UNetTraining(
         "lcm", minutes=4.0, images=8_000, pair_share=0.5, learning_rate=3e-4, ema_decay=0.98, caption_dropout=0.0
     ),

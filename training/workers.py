@@ -1,7 +1,7 @@
-"""One or several worker processes on one machine, started by `torchrun`; gradients are averaged.
+"""Train with one or several worker processes on one machine, started by `torchrun`, which average their gradients.
 
-On a CPU two workers of one thread each are faster than one worker of two threads: the layers of these
-models are too small to be worth sharing.
+On a CPU, two workers with one thread each are faster than one worker with two threads, because the layers of these
+models are too small to benefit from several threads.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# A worker may be stopped for a while (SIGSTOP) to leave the machine to others.
+# A worker may be suspended for a while (SIGSTOP) to free the machine for other work.
 _PATIENCE = datetime.timedelta(hours=6)
 
 
 def start(device: str, pid_folder: Path | None = None) -> int:
-    """Joins the other workers, if there are any, and returns this worker's rank.
+    """Connect to the other workers, if there are any, and return this worker's rank.
 
-    With a `pid_folder` every worker leaves its process number there, for whoever wants to pause it.
+    If `pid_folder` is given, every worker writes its process id there, so that it can be suspended.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank, world = int(os.environ.get("RANK", "0")), world_size()
@@ -38,7 +38,7 @@ def world_size() -> int:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replaces every gradient by its mean over the workers, in one message."""
+    """Replace every gradient with its mean over the workers, in a single message."""
     if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -52,7 +52,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def same_for_all(value: float, device: str) -> float:
-    """The value that rank 0 has: for decisions that depend on the clock."""
+    """Return the value of rank 0, for decisions that depend on the clock."""
     if world_size() == 1:
         return value
     shared = torch.tensor([value], dtype=torch.float64, device=device)

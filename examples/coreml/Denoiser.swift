@@ -1,8 +1,8 @@
-// The denoiser of one generation, from a bundle of format "coreml": it loads the package's functions by name, keeps the
-// caches from step to step, and follows the manifest (docs/bundle.md).
+// Runs the denoiser of a bundle of format "coreml" for one generation. It loads the package's functions by name, keeps
+// the caches from step to step, and follows the manifest (docs/bundle.md).
 //
-// This file has never been compiled: there was no Mac at hand when it was written. It has one call with both guidance
-// halves, as most pipelines make it, and drops the full function once it is no longer needed.
+// This file has never been compiled, because no Mac was available when it was written. It makes one call for both
+// guidance halves, like most pipelines, and unloads the full function once it is no longer needed.
 //
 // iOS 18 or macOS 15, and later. In an app, compile the package beforehand: xcrun coremlcompiler compile.
 
@@ -26,7 +26,7 @@ struct Manifest: Decodable {
     let graphs: [String: Graph], example: Example, family: Family, method: Method
 }
 
-/// What Core ML calls an input, an output or a function that the manifest calls `name`.
+/// Returns Core ML's name of an input, output or function that is called `name` in the manifest.
 func featureName(_ name: String) -> String {
     String(name.map { $0.isASCII && ($0.isLetter || $0.isNumber) ? $0 : "_" })
 }
@@ -43,8 +43,8 @@ final class Denoiser {
         package = compiledPackage
     }
 
-    /// The prediction of a step. `arguments` have both halves, by the names of the manifest; a timestep has shape [1].
-    /// Once guidance has stopped, what comes back is one half, which stands for both.
+    /// Returns the prediction of a step. `arguments` contain both halves, by their names in the manifest; a timestep has
+    /// shape [1]. After guidance has stopped, the result has one half, which is the prediction of both.
     func callAsFunction(step number: Int, arguments: [String: MLMultiArray]) throws -> MLMultiArray {
         let step = manifest.example.steps[number]
         let graph = manifest.graphs[step.graph]!
@@ -52,7 +52,7 @@ final class Denoiser {
         var features: [String: Any] = [:]
         for spec in graph.inputs {
             let value = arguments[spec.name]!
-            // Only a timestep has no rows for each half here; the family's exceptions are in docs/bundle.md.
+            // Only a timestep has no batch dimension with both halves here; docs/bundle.md lists the exceptions.
             features[featureName(spec.name)] = halved && value.shape.count > 1 ? try half(value) : value
         }
         for spec in graph.cache_inputs {
@@ -69,7 +69,7 @@ final class Denoiser {
         return results.featureValue(for: featureName(graph.outputs[0].name))!.multiArrayValue!
     }
 
-    /// One function at a time is in memory: T-GATE changes it once per image.
+    /// Loads a function. Only one is in memory at a time, because T-GATE changes it once per image.
     private func model(_ name: String, _ graph: Manifest.Graph) throws -> MLModel {
         if let loaded, loaded.name == name { return loaded.model }
         loaded = nil
@@ -81,7 +81,7 @@ final class Denoiser {
         return model
     }
 
-    /// The rows of the half that goes on. The halves are one after the other, in the order of the family.
+    /// Returns the rows of the half that continues. The halves follow one another, in the order of the family.
     private func half(_ value: MLMultiArray) throws -> MLMultiArray {
         let position = manifest.family.order.firstIndex(of: manifest.method.keep)!
         var shape = value.shape.map(\.intValue)

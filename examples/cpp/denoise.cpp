@@ -1,4 +1,5 @@
-// One denoising loop from a bundle of format "aoti", without Python. loop.h has the loop, and explains the arguments.
+// Runs the denoising loop of a bundle of format "aoti" without Python. loop.h contains the loop and explains the
+// arguments.
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
@@ -28,7 +29,7 @@ at::ScalarType dtype_called(const std::string& name) {
   return found->second;
 }
 
-// The weights of all graphs: the file's own pages, in memory once.
+// The weights of all graphs, memory-mapped once.
 class Weights {
  public:
   explicit Weights(const std::string& bundle) : index_(Json::read(bundle + "/graphs/weights.json")) {
@@ -59,7 +60,7 @@ class Weights {
   char* content_;
 };
 
-// The graphs in AOTInductor's runtime, all of them in memory.
+// Runs the graphs with AOTInductor's runtime, and keeps all of them in memory.
 class Aoti {
  public:
   using Tensor = at::Tensor;

@@ -1,5 +1,5 @@
-// Just enough of a JSON reader for a bundle's manifest and index. It trusts that they are well-formed: `tgate-compile
-// inspect` verifies a bundle.
+// A minimal JSON reader for a bundle's manifest and index. It assumes that they are well-formed; use `tgate-compile
+// inspect` to verify a bundle.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ class Json {
   }
   const std::vector<Json>& items() const { return items_; }
   const std::map<std::string, Json>& members() const { return members_; }
-  // Of a text itself; of anything else as it is written: "null", "true", "0.5".
+  // The content of a string, or the source text of any other value: "null", "true", "0.5".
   const std::string& text() const { return text_; }
   double number() const { return std::strtod(text_.c_str(), nullptr); }
   int64_t integer() const { return std::strtoll(text_.c_str(), nullptr, 10); }
@@ -40,7 +40,7 @@ class Json {
     while (*at == ' ' || *at == '\n' || *at == '\r' || *at == '\t') ++at;
   }
 
-  // Whether `mark` comes next, which is then skipped.
+  // Returns whether `mark` comes next, and skips it.
   static bool next_is(const char*& at, char mark) {
     skip_spaces(at);
     if (*at != mark) return false;
@@ -78,8 +78,8 @@ class Json {
   static std::string parse_text(const char*& at) {
     std::string text;
     for (; *at != '"'; ++at) {
-      if (!*at) throw std::runtime_error("the JSON ends inside of a text");
-      if (*at == '\\') ++at;  // names of modules and files have nothing but \" and \\ to escape
+      if (!*at) throw std::runtime_error("the JSON ends inside a string");
+      if (*at == '\\') ++at;  // in names of modules and files, only \" and \\ are escaped
       text += *at;
     }
     ++at;

@@ -1,13 +1,13 @@
-// One denoising loop from a bundle, for any runtime: full graph, then pruned graph. docs/bundle.md explains what is in a
-// bundle. The scheduler is DDIM without noise.
+// A denoising loop with the graphs of a bundle, for any runtime: first the full graph, then the pruned graph.
+// docs/bundle.md explains the contents of a bundle. The scheduler is DDIM without noise.
 //
 //     denoise BUNDLE INPUTS GUIDANCE_SCALE OUT.npy
 //
-// INPUTS is a folder that write_inputs.py has made: an .npy file for each argument of the denoiser (under guidance with
-// both halves in its batch), for the first latents, for the timesteps, and for the cumulative products of alphas before
-// and after each step.
+// INPUTS is a folder written by write_inputs.py. It contains an .npy file for each argument of the denoiser (with both
+// halves in its batch under guidance), for the initial latents, for the timesteps, and for the cumulative products of
+// alphas before and after each step.
 //
-// A `Runtime` runs the graphs of a bundle on tensors of its own:
+// A `Runtime` runs the graphs of a bundle on its own tensor type:
 //
 //     using Tensor = ...;
 //     Runtime(const std::string& bundle, const Json& manifest);
@@ -52,7 +52,7 @@ class Denoiser {
   const std::vector<Json>& steps() const { return manifest_["example"]["steps"].items(); }
   const std::string& latents() const { return manifest_["denoiser"]["latents"].text(); }
 
-  // The guided prediction for `latents` in step number `number`; `arguments` are those that all steps have.
+  // Returns the guided prediction for `latents` at step `number`; `arguments` are the same for all steps.
   Tensor predict(size_t number, const Tensor& latents, float timestep, double scale,
                  const std::map<std::string, Tensor>& arguments) {
     const Json& step = steps()[number];
@@ -85,7 +85,7 @@ class Denoiser {
         caches_[{spec["kind"].text(), spec["site"].text()}] = {outputs[position], guided && !merged};
       ++position;
     }
-    if (!guided) return outputs[0];  // it stands for both halves: guidance of a prediction with itself
+    if (!guided) return outputs[0];  // it is the prediction of both halves
     const Tensor cond = Runtime::half(outputs[0], cond_half_), uncond = Runtime::half(outputs[0], 1 - cond_half_);
     return Runtime::sum(1 - scale, uncond, scale, cond);
   }
@@ -109,7 +109,7 @@ class Denoiser {
   bool guided_ = false;
 };
 
-// One step of DDIM without noise, from the cumulative product of alphas `now` to that after the step.
+// A DDIM step without noise, from the cumulative product of alphas `now` to the one after the step.
 template <typename Runtime>
 typename Runtime::Tensor ddim(const typename Runtime::Tensor& latents, const typename Runtime::Tensor& prediction,
                               double now, double next, const std::string& prediction_type) {
@@ -130,7 +130,7 @@ void denoise(const std::string& bundle, const std::string& inputs, double scale,
   const Json& manifest = denoiser.manifest();
   const std::string scheduler = manifest["scheduler"]["class_name"].text();
   if (scheduler != "DDIMScheduler")
-    throw std::runtime_error("The bundle's scheduler is a " + scheduler + ", and this program has DDIMScheduler alone. " +
+    throw std::runtime_error("The bundle's scheduler is a " + scheduler + ", but this program only supports DDIMScheduler. " +
                              "Export the bundle from a pipeline with that one.");
   const std::string prediction_type = manifest["scheduler"]["config"]["prediction_type"].text();
   Tensor latents = Runtime::from(read_npy(inputs + "/latents.npy"));
@@ -149,7 +149,7 @@ void denoise(const std::string& bundle, const std::string& inputs, double scale,
   write_npy(out, Runtime::to(latents));
 }
 
-// What a program's `main` does and returns.
+// Runs a program and returns its exit code; to be called by `main`.
 template <typename Runtime>
 int denoise_main(int count, char** given) {
   if (count != 5) {

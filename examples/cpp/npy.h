@@ -1,4 +1,4 @@
-// NumPy's .npy files: float32, in C order, little-endian.
+// Read and write NumPy's .npy files: float32, in C order, little-endian.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,7 @@ inline void write_npy(const std::string& path, const Array& array) {
   std::string shape;
   for (const int64_t size : array.shape) shape += std::to_string(size) + ", ";
   std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + shape + "), }";
-  header.append(63 - (10 + header.size()) % 64, ' ').push_back('\n');  // data begins at a multiple of 64
+  header.append(63 - (10 + header.size()) % 64, ' ').push_back('\n');  // the data must start at a multiple of 64
   std::ofstream file(path, std::ios::binary);
   file.write("\x93NUMPY\x01\x00", 8);
   file.put(static_cast<char>(header.size() & 0xff)).put(static_cast<char>(header.size() >> 8));

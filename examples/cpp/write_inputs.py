@@ -1,8 +1,8 @@
-"""Write what denoise.cpp needs beyond a bundle: first latents, texts, timesteps and alphas, as .npy files.
+"""Write the inputs of denoise.cpp as .npy files: initial latents, text embeddings, timesteps and alphas.
 
     python examples/cpp/write_inputs.py INPUTS "a large red circle" 4
 
-For the embedded pipeline; with another one, call `write_inputs` of this file.
+The command is for the embedded pipeline; for another pipeline, call `write_inputs` in this file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tgate_compile
 
 @torch.no_grad()
 def write_inputs(pipe: Any, folder: Path, prompt: str, steps: int, seed: int = 0) -> None:
-    """The inputs of one image of `pipe`, a Stable Diffusion pipeline with a DDIM scheduler, under guidance."""
+    """Write the inputs of one image for `pipe`, a Stable Diffusion pipeline with a DDIM scheduler, with guidance."""
     prompt_embeds, negative_embeds = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=True)
     size = pipe.unet.config.sample_size
     shape = (1, pipe.unet.config.in_channels, size, size)
@@ -36,7 +36,7 @@ def write_inputs(pipe: Any, folder: Path, prompt: str, steps: int, seed: int = 0
         "latents": torch.randn(shape, generator=torch.Generator().manual_seed(seed)),
         "encoder_hidden_states": torch.cat([negative_embeds, prompt_embeds]),
         "timesteps": scheduler.timesteps,  # [steps]
-        "alphas": torch.stack(alphas),  # [steps, 2]: before and after each of them
+        "alphas": torch.stack(alphas),  # [steps, 2]: before and after each step
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-// One denoising loop from a bundle of format "executorch", without Python and without PyTorch. ../cpp/loop.h has the loop,
+// Runs the denoising loop of a bundle of format "executorch" without Python and PyTorch. ../cpp/loop.h contains the loop
 // and explains the arguments.
 
 #include <executorch/runtime/platform/runtime.h>
@@ -11,7 +11,7 @@
 #include "graph.h"
 #include "loop.h"
 
-// The graphs in ExecuTorch's runtime, one at a time in memory.
+// Runs the graphs with ExecuTorch's runtime, with one graph at a time in memory.
 class ExecuTorch {
  public:
   using Tensor = Array;
@@ -26,7 +26,7 @@ class ExecuTorch {
           if (spec["dtype"].text() != "float32") throw std::runtime_error("not in this example: " + spec["dtype"].text());
   }
 
-  // What is in memory is given back before another graph is loaded: a schedule switches once, or seldom.
+  // Unloads the current graph before loading another one. Most schedules switch graphs only once.
   std::vector<Tensor> run(const std::string& graph, const std::vector<Tensor>& inputs) {
     if (graph_ == nullptr || graph != opened_) {
       graph_.reset();

@@ -1,4 +1,4 @@
-// A method of an ExecuTorch program, in memory as long as its object lives.
+// A method of an ExecuTorch program, loaded for the lifetime of the object.
 #pragma once
 
 #include <executorch/extension/tensor/tensor_ptr.h>
@@ -30,7 +30,7 @@ inline void check(et::Error error, const std::string& what) {
     throw std::runtime_error("ExecuTorch cannot " + what + ": error " + std::to_string(int(error)));
 }
 
-// The file's own pages, which all methods work on.
+// A memory-mapped file, shared by all methods.
 class MappedFile final : public et::DataLoader {
  public:
   explicit MappedFile(const std::string& path) {
@@ -55,7 +55,7 @@ class MappedFile final : public et::DataLoader {
   size_t size_;
 };
 
-// Memory of the system's, given back with the allocator, or when it is reset.
+// Allocates memory from the system, and frees it in `reset` and in the destructor.
 class Memory final : public et::MemoryAllocator {
  public:
   Memory() : et::MemoryAllocator(0, nullptr) {}
@@ -94,7 +94,7 @@ class Graph {
     for (size_t i = 0; i < method_.outputs_size(); ++i) {
       const executorch::aten::Tensor given = method_.get_output(i).toTensor();
       if (given.scalar_type() != executorch::aten::ScalarType::Float)
-        throw std::runtime_error("not in this example: outputs that are no float32");
+        throw std::runtime_error("not in this example: outputs that are not float32");
       const float* data = given.const_data_ptr<float>();
       outputs.push_back({{given.sizes().begin(), given.sizes().end()}, {data, data + given.numel()}});
     }

@@ -30,7 +30,7 @@ from tgate_compile.study.bench.methods import (
     methods_for,
     random_pipeline,
 )
-from tgate_compile.study.bench.result import Benchmark, Row
+from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 
 RANDOM_PREFIX = "random:"
 
@@ -223,7 +223,7 @@ def _table(benchmark: Benchmark) -> Table:
     return table
 
 
-def _cells(benchmark: Benchmark, row: Row) -> list[str]:
+def _cells(benchmark: Benchmark, row: BenchmarkRow) -> list[str]:
     early, late = (1e3 * sorted(times)[len(times) // 2] if times else None for times in (row.early, row.late))
     peak = None if row.peak_bytes is None else row.peak_bytes / 1e6
     sure = benchmark.why_unreliable(row) is None

@@ -10,7 +10,6 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image, ImageChops, ImageDraw, ImageFont
@@ -20,6 +19,7 @@ from tgate_compile._arguments import BackendName
 from tgate_compile._cli.console import work_of
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.pipeline import load_demo_pipeline
+from tgate_compile.study.comparison.run import psnr
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -221,13 +221,6 @@ def results_of(modes: Sequence[Mode], task: Task) -> Results:
             )
         )
     return Results(task, tuple(rows), description.strip)
-
-
-def psnr(one: Image.Image, other: Image.Image) -> float | None:
-    """Peak signal-to-noise ratio of two 8-bit images in dB; None if they are identical."""
-    difference = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-    error = float(np.mean(difference**2))
-    return 10 * float(np.log10(255**2 / error)) if error else None
 
 
 def saving_by_guidance(rows: Sequence[Row]) -> float | None:

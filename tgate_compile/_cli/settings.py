@@ -15,7 +15,7 @@ from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.method import Method, methods, options_of
 from tgate_compile.methods.schedule import IN_SHORT, Schedule
 from tgate_compile.methods.schedule_file import load_schedule
-from tgate_compile.study.bench.methods import Method as Compared
+from tgate_compile.study.bench.methods import ComparedMethod
 
 if TYPE_CHECKING:
     from tgate_compile._cli.loading import Loaded
@@ -369,17 +369,17 @@ else:
     )
 
 
-def methods_in(files: list[Path] | None) -> tuple[Compared, ...]:
+def methods_in(files: list[Path] | None) -> tuple[ComparedMethod, ...]:
     """The schedules in files as methods to compare, each with the name of its file.
 
     Raises:
         ConfigurationError: a file is not a schedule's, or two have the same name.
     """
-    compared: dict[str, Compared] = {}
+    compared: dict[str, ComparedMethod] = {}
     for file in files or ():
         if file.stem in compared:
             raise ConfigurationError(MSG_TWICE.format(name=file.stem))
-        compared[file.stem] = Compared(f"schedule_{file.stem}", file.stem, load_schedule(file))
+        compared[file.stem] = ComparedMethod(f"schedule_{file.stem}", file.stem, load_schedule(file))
     return tuple(compared.values())
 
 

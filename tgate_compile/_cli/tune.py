@@ -21,7 +21,7 @@ from tgate_compile.study.figures import check_figure
 from tgate_compile.study.tuning import DEFAULT_TOLERANCE
 
 if TYPE_CHECKING:
-    from tgate_compile.study.tuning.result import Row, Tuning
+    from tgate_compile.study.tuning.result import Tuning, TuningRow
 
 _EMBEDDED_PROMPTS = 4
 
@@ -103,7 +103,7 @@ def _print_table(tuning: Tuning) -> None:
         OUT.print(remark, soft_wrap=True)
 
 
-def _cells(row: Row, *, chosen: bool) -> list[Text]:
+def _cells(row: TuningRow, *, chosen: bool) -> list[Text]:
     style = "bold green" if chosen else "" if row.within else "dim"
     time = "" if row.time is None else f"{row.time:.2f}"
     numbers = [f"{value:.3f}" for value in (row.cost, row.drift, row.worst)]

@@ -1,4 +1,4 @@
-"""Reads from an image what its caption should have said: the judge of the demonstration pipeline."""
+"""The attribute reader, which recognizes what an image of the embedded models shows and checks it against a caption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tgate_compile._demo.captions import (
 WEIGHTS = Path(__file__).parent / "weights" / "attribute_reader.safetensors"
 FEATURES = 128
 
-# In a pair the first object is the left or the upper one, whichever the caption names first.
+# The first object of a pair is the left or upper one, whichever the caption names first.
 _AXES: tuple[Relation, ...] = ("left of", "above")
 
 HEADS: dict[str, int] = {
@@ -37,7 +37,7 @@ HEADS: dict[str, int] = {
     "shape": len(SHAPES),
     "colour": len(COLOURS),
     "size": len(SIZES),
-    "position": len(POSITIONS) + 1,  # the last: in the middle
+    "position": len(POSITIONS) + 1,  # the last class is the middle
     "axis": len(_AXES),
     "first_shape": len(SHAPES),
     "first_colour": len(COLOURS),
@@ -50,7 +50,7 @@ MSG_IMAGES = "expected 64x64 RGB images, or a tensor [batch, 3, 64, 64] with val
 
 @dataclass(frozen=True)
 class Reading:
-    """What the reader saw. As a `Scene`, but nothing is ruled out: the colours may even be the same."""
+    """What the reader recognized. Like a `Scene`, but not validated: object and background may have the same colour."""
 
     objects: tuple[SceneObject, ...]
     background: Colour
@@ -59,7 +59,7 @@ class Reading:
 
 
 class AttributeReader(torch.nn.Module):
-    """Four convolutions, 128 features, one linear head per attribute."""
+    """A classifier with four convolutions, 128 features and one linear head per attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class AttributeReader(torch.nn.Module):
 
     @classmethod
     def load(cls) -> AttributeReader:
-        """The reader with the weights of this package, on the CPU."""
+        """Return the reader with the weights of this package, on the CPU."""
         reader = cls()
         reader.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
         return reader.eval().requires_grad_(False)
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scores of the classes, per head, from pixels in [0, 1]."""
+        """Return the class scores of each head for pixels in [0, 1]."""
         hidden = self._embed(pixels)
         return {name: head(hidden) for name, head in self.heads.items()}
 
@@ -93,23 +93,23 @@ class AttributeReader(torch.nn.Module):
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
-        """What the heads look at, [batch, 128]."""
+        """Return the features that the heads classify, [batch, 128]."""
         return self._embed(_pixels(images))
 
     @torch.no_grad()
     def read(self, images: Sequence[Image.Image] | torch.Tensor) -> list[Reading]:
-        """One reading per image."""
+        """Return one reading per image."""
         best = {name: scores.argmax(1).tolist() for name, scores in self(_pixels(images)).items()}
         return [_reading({name: numbers[i] for name, numbers in best.items()}) for i in range(len(best["pair"]))]
 
     @torch.no_grad()
     def score(self, images: Sequence[Image.Image] | torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
-        """The share of images that show what their caption says.
+        """Return the fraction of images that show what their captions say, in total and by attribute.
 
-        `all` is the share with every named attribute right, the other keys are per attribute, over the
-        captions that name it: `objects` (how many), `shape`, `colour`, `background`, and where named
-        `size`, `position` and, of pairs, `relation`. In a pair both objects have to have the right shape
-        and colour in the right place; `shape` and `colour` count each object.
+        `all` is the fraction of images with every named attribute right. The other keys are attributes, counted over
+        the captions that name them: `objects` (the number of objects), `shape`, `colour`, `background`, `size`,
+        `position` and, for pairs, `relation`. In a pair, both objects must have the right shape and colour in the right
+        place; `shape` and `colour` count each object.
         """
         if len(images) != len(captions):
             raise ValueError(f"expected one caption per image, got {len(images)} images and {len(captions)} captions.")
@@ -125,7 +125,7 @@ class AttributeReader(torch.nn.Module):
 
 
 def targets_of(scene: Scene) -> dict[str, int]:
-    """The class numbers the heads should give; heads that do not apply are left out."""
+    """Return the class index that each head should predict; heads that do not apply are omitted."""
     pair = len(scene.objects) == 2
     targets = {"pair": int(pair), "background": COLOURS.index(scene.background)}
     if pair:
@@ -164,22 +164,22 @@ def _reading(seen: dict[str, int]) -> Reading:
 
 
 def _verdict(seen: dict[str, int], scene: Scene) -> dict[str, list[bool]]:
-    """For each attribute the caption names, whether it was seen; one entry per object it belongs to."""
-    wanted = targets_of(scene)
-    right = {name: seen[name] == number for name, number in wanted.items()}
+    """Return whether each attribute of the scene was recognized, with one entry per object that has the attribute."""
+    targets = targets_of(scene)
+    right = {name: seen[name] == number for name, number in targets.items()}
     verdict = {"objects": [right["pair"]], "background": [right["background"]]}
-    if not wanted["pair"]:
-        verdict |= {name: [right[name]] for name in ("shape", "colour", "size") if name in wanted}
+    if not targets["pair"]:
+        verdict |= {name: [right[name]] for name in ("shape", "colour", "size") if name in targets}
         if scene.position is not None:
             verdict["position"] = [right["position"]]
         return verdict
     parts = ("shape", "colour")
     for part in parts:
         verdict[part] = [right[f"first_{part}"], right[f"second_{part}"]]
-    # With the objects exchanged the axis is still right, but the relation is not.
+    # If the objects are swapped, the axis is still right, but the relation is wrong.
     straight = sum(right[f"{place}_{part}"] for place in ("first", "second") for part in parts)
     exchanged = sum(
-        seen[f"{place}_{part}"] == wanted[f"{other}_{part}"]
+        seen[f"{place}_{part}"] == targets[f"{other}_{part}"]
         for place, other in (("first", "second"), ("second", "first"))
         for part in parts
     )
@@ -188,7 +188,7 @@ def _verdict(seen: dict[str, int], scene: Scene) -> dict[str, list[bool]]:
 
 
 def _pixels(images: Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 1], [batch, 3, 64, 64]."""
+    """Return pixels in [0, 1], [batch, 3, 64, 64]."""
     if isinstance(images, torch.Tensor):
         if images.ndim != 4 or images.shape[1:] != (3, 64, 64):
             raise ValueError(MSG_IMAGES.format(got=f"a tensor {list(images.shape)}"))

@@ -1,4 +1,4 @@
-"""The captions of the embedded models, and the pictures that they describe."""
+"""The captions that the embedded models understand, and the images they describe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POSITIONS: tuple[Position, ...] = get_args(Position)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 
 WORDINGS = 3
-"""How many ways there are to say the same scene; `caption_of` takes the number of one."""
+"""The number of wordings for the same scene; `caption_of` takes the index of one."""
 
 MSG_CAPTION = (
     "cannot read the caption {caption!r}: expected one of\n"
@@ -32,15 +32,15 @@ MSG_CAPTION = (
     "  a [large|small] COLOUR SHAPE at the left|right|top|bottom of a COLOUR background\n"
     "  a COLOUR SHAPE left of|right of|above|below a COLOUR SHAPE on a COLOUR background\n"
     "  (also 'red circle, top, blue background' and 'a blue background with a red circle at the top')\n"
-    f"with COLOUR one of {', '.join(COLOURS)} and SHAPE one of {', '.join(SHAPES)}."
+    f"where COLOUR is one of {', '.join(COLOURS)} and SHAPE is one of {', '.join(SHAPES)}."
 )
 
-_HELD_OUT_SHARE = 8  # one combination in so many is never trained on
+_HELD_OUT_SHARE = 8  # one in this many combinations is never used for training
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape; `size` is ``None`` where the caption does not name it, and always in pairs."""
+    """An object of a scene; `size` is ``None`` if the caption does not name it, and always in pairs."""
 
     shape: Shape
     colour: Colour
@@ -49,7 +49,8 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One object with an optional position, or two objects with the relation of the first to the second."""
+    """A scene with one object and an optional position, or with two objects and the relation of the first to the
+    second."""
 
     objects: tuple[SceneObject, ...]
     background: Colour
@@ -58,22 +59,23 @@ class Scene:
 
     def __post_init__(self) -> None:
         if len(self.objects) not in (1, 2):
-            raise ValueError(f"a scene has one or two objects, got {len(self.objects)}.")
+            raise ValueError(f"a scene must have one or two objects, got {len(self.objects)}.")
         if (len(self.objects) == 2) != (self.relation is not None):
             raise ValueError(
-                f"a relation belongs to two objects: got {len(self.objects)} and relation={self.relation!r}."
+                f"two objects need a relation, and one object must not have one: got {len(self.objects)} and "
+                f"relation={self.relation!r}."
             )
         if len(self.objects) == 2 and self.position is not None:
-            raise ValueError("only a single object has a position; two objects have a relation.")
+            raise ValueError("two objects cannot have a position; they have a relation.")
         for item in self.objects:
             if item.colour == self.background:
-                raise ValueError(f"a {item.colour} {item.shape} cannot be seen on the same background colour.")
+                raise ValueError(f"a {item.colour} {item.shape} is invisible on a background of the same colour.")
             if len(self.objects) == 2 and item.size is not None:
-                raise ValueError("objects of a pair have no size: give size=None.")
+                raise ValueError("the objects of a pair cannot have a size: use size=None.")
 
 
 def caption_of(scene: Scene, wording: int = 0) -> str:
-    """The caption of `scene`, in one of the `WORDINGS`."""
+    """Return the caption of `scene` in one of the `WORDINGS`."""
     background = f"{scene.background} background"
     if wording == 1:
         things = [_noun(item) for item in scene.objects]
@@ -93,7 +95,11 @@ def caption_of(scene: Scene, wording: int = 0) -> str:
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene a caption describes; a `ValueError` with the grammar where there is none."""
+    """Return the scene that a caption describes.
+
+    Raises:
+        ValueError: the caption cannot be parsed; the message contains the grammar.
+    """
     text = " ".join(caption.lower().replace(",", " , ").split()).rstrip(" .")
     for grammar in _GRAMMARS:
         match = grammar.fullmatch(text)
@@ -110,10 +116,10 @@ def parse_caption(caption: str) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the scene's combination of attributes is kept out of the training data.
+    """Return whether the scene's combination of attributes is excluded from the training data.
 
-    Position, relation and wording do not count. A single object of open size is held out when either
-    of its sizes is; a pair has the same answer whichever object is named first.
+    Position, relation and wording do not matter. A single object without a size is held out if it is held out in either
+    size. For a pair, the order of the objects does not matter.
     """
     if len(scene.objects) == 2:
         return _is_held_out_key(sorted(f"{item.colour} {item.shape}" for item in scene.objects), scene.background)
@@ -123,7 +129,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def random_scene(rng: np.random.Generator, objects: int = 1, held_out: bool = False) -> Scene:
-    """A random scene from the training split, or from the held-out split (sizes always named there)."""
+    """Return a random scene of the training split or the held-out split (where sizes are always named)."""
     if objects not in (1, 2):
         raise ValueError(f"objects must be 1 or 2, got {objects}.")
     while True:
@@ -133,7 +139,7 @@ def random_scene(rng: np.random.Generator, objects: int = 1, held_out: bool = Fa
 
 
 def held_out_captions(n: int, seed: int, objects: int = 1) -> list[str]:
-    """`n` captions of combinations never trained on, all different as far as there are enough."""
+    """Return `n` captions of held-out combinations, all different if there are enough."""
     rng = np.random.default_rng(seed)
     captions: list[str] = []
     seen: set[str] = set()
@@ -156,7 +162,7 @@ def _with_article(noun: str) -> str:
 
 
 def _is_held_out_key(things: list[str], background: str) -> bool:
-    # A checksum, not hash(): the split must be the same in every process and Python version.
+    # A checksum rather than hash(), because the split must be the same in every process and Python version.
     return zlib.crc32(f"{'; '.join(things)} on {background}".encode()) % _HELD_OUT_SHARE == 0
 
 
@@ -164,7 +170,7 @@ def _any_scene(rng: np.random.Generator, objects: int, may_omit_size: bool) -> S
     background, *colours = (COLOURS[i] for i in rng.permutation(len(COLOURS)))
     first_shape, second_shape = (SHAPES[i] for i in rng.integers(len(SHAPES), size=2))
     if objects == 2:
-        # Two things that are exactly alike would leave the relation without a meaning.
+        # With two identical objects the relation would be meaningless.
         second_colour = colours[0] if first_shape != second_shape and rng.random() < 0.12 else colours[1]
         pair = (SceneObject(first_shape, colours[0]), SceneObject(second_shape, second_colour))
         return Scene(pair, background, relation=RELATIONS[rng.integers(len(RELATIONS))])
@@ -208,7 +214,7 @@ _Field = npt.NDArray[np.float32]  # [64, 64]
 
 _RADIUS: dict[Size | None, float] = {"large": 20.5, "small": 12.5}
 _PAIR_RADIUS = 12.5
-# How far from the middle an object stands: a large one has less room.
+# The distance of an object from the middle; large objects have less room.
 _SHIFT: dict[Size | None, float] = {"large": 9.0, "small": 14.0}
 _PAIR_SHIFT = 15.5
 _DIRECTION: dict[Position | Relation, tuple[int, int]] = {
@@ -225,10 +231,10 @@ _ROWS, _COLUMNS = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + np.f
 
 
 def render(scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """The image of `scene`, uint8 [64, 64, 3].
+    """Return an image of `scene`, uint8 [64, 64, 3].
 
-    `rng` decides what the caption leaves open (an unnamed size) and varies place, radius and colour a
-    little, never enough to change what the caption says.
+    `rng` chooses an unnamed size, and varies place, radius and colour slightly, never so much that the caption would be
+    wrong.
     """
     image = np.broadcast_to(_shade(scene.background, rng), (IMAGE_SIZE, IMAGE_SIZE, 3))
     for number, item in enumerate(scene.objects):
@@ -255,16 +261,16 @@ def _shade(colour: Colour, rng: np.random.Generator) -> npt.NDArray[np.float32]:
 
 
 def _distance(shape: Shape, x: _Field, y: _Field, radius: float) -> _Field:
-    """Distance in pixels from the outline, negative inside.
+    """Return the distance from the outline in pixels, negative inside.
 
-    The radius is that of a circle of about the same weight to the eye; pointed shapes reach further out.
+    `radius` is that of a circle that looks about as large; pointed shapes extend further.
     """
     if shape == "circle":
         return np.hypot(x, y) - np.float32(radius)
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.88 * radius)
     if shape == "triangle":
-        # Equilateral, point up, its middle at two thirds of the height.
+        # Equilateral, pointing up, with the centre at two thirds of the height.
         y = y - np.float32(0.16 * radius)
         inner = np.float32(0.58 * radius)
         slope = np.abs(x) * np.float32(math.cos(math.pi / 6)) - y * np.float32(0.5)
@@ -273,7 +279,10 @@ def _distance(shape: Shape, x: _Field, y: _Field, radius: float) -> _Field:
 
 
 def _star_distance(x: _Field, y: _Field, outer: float, inner: float) -> _Field:
-    """Five points, one up. Every pixel is folded into one half of one point, bounded by one edge."""
+    """Return the distance from a five-pointed star that points up.
+
+    By symmetry, every pixel is mapped to one half of one point, which is bounded by a single edge.
+    """
     sector = 2 * math.pi / 5
     angle = np.arctan2(x, -y)  # clockwise from straight up
     angle = np.abs(np.mod(angle + np.float32(sector / 2), np.float32(sector)) - np.float32(sector / 2))

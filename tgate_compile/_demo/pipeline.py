@@ -1,4 +1,4 @@
-"""Loads an embedded pipeline from the package folder: no network, a fraction of a second."""
+"""Load an embedded pipeline from the package folder, without network access and in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -56,26 +56,26 @@ def load_demo_pipeline(variant: str, *, torch_dtype: torch.dtype = torch.float32
 
 
 def load_demo_pipeline(variant: str = "sd", *, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """An embedded text-to-image pipeline, on the CPU: 64x64 images of coloured shapes that follow simple captions.
+    """Load an embedded text-to-image pipeline, which draws coloured shapes in 64x64 pixels from simple captions.
 
-    Four models, each of the diffusers class that its name says: `sd`, `sdxl`, `pixart` and `lcm`. `DEMO_VARIANTS`
-    has the steps and the guidance scale that each was made for; what else its call needs is the default.
-    `weights/README.md` is their model card.
+    There are four models, `sd`, `sdxl`, `pixart` and `lcm`, each of the corresponding diffusers class. `DEMO_VARIANTS`
+    has the number of steps and the guidance scale that each was trained for, and further arguments that its call
+    needs. `weights/README.md` is the model card. The pipeline is on the CPU.
 
     Args:
-        variant: which of them.
-        torch_dtype: of all its weights, which are stored in fp16.
+        variant: name of the model.
+        torch_dtype: dtype of all weights, which are stored in fp16.
 
     Raises:
-        ConfigurationError: there is no such model, or transformers is not installed.
+        ConfigurationError: `variant` is unknown, or transformers is not installed.
     """
     chosen = demo_variant(variant)
-    # transformers is an extra, and importing a pipeline class takes seconds: not when tgate_compile is imported.
+    # Imported late, because transformers is optional and importing a pipeline class takes seconds.
     try:
         import transformers
     except ImportError as error:
         raise ConfigurationError(
-            "The embedded pipeline needs transformers for its text encoder, and it is not installed. Run: pip "
+            "The embedded pipeline needs transformers for its text encoder, but it is not installed. Run: pip "
             "install 'tgate_compile[cli]'."
         ) from error
     import diffusers
@@ -96,12 +96,12 @@ def load_demo_pipeline(variant: str = "sd", *, torch_dtype: torch.dtype = torch.
             **shared,
             local_files_only=True,
             use_safetensors=True,
-            # Loading in pieces saves nothing at this size and would ask for another package.
+            # Loading in pieces saves nothing at this size and would need another package.
             low_cpu_mem_usage=False,
         )
     for part in pipeline.components.values():
-        # Not the argument of from_pretrained, whose name depends on the version of diffusers, and not
-        # the `to` of diffusers, which warns of layers kept in float32 even where there are none.
+        # Neither the argument of from_pretrained, whose name depends on the version of diffusers, nor diffusers' own
+        # `to`, which warns about layers kept in float32 even if there are none.
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, torch_dtype)
     if chosen.call:
@@ -130,7 +130,7 @@ def _set_defaults(pipeline: Any, defaults: Mapping[str, object]) -> None:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Bars for ten megabytes are noise. Both libraries are left as they were."""
+    """Hide the progress bars of diffusers and transformers, which are distracting for ten megabytes."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""The embedded models: what each is, and the settings it was measured with."""
+"""The embedded models and their default settings."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tgate_compile._errors import ConfigurationError
 
 @dataclass(frozen=True)
 class DemoVariant:
-    """One embedded model.
+    """An embedded model.
 
     Attributes:
-        pipeline: the diffusers class that it is loaded as.
-        folder: of its own parts, next to this file.
-        shared: the parts that it takes from the folder `weights`, and the names they have there.
-        steps: denoising steps.
+        pipeline: name of the diffusers pipeline class.
+        folder: folder with the model's own components, next to this file.
+        shared: components loaded from the folder `weights`, with their names there.
+        steps: number of denoising steps.
         guidance: guidance scale.
-        call: arguments without which its pipeline does not make images of this size.
+        call: arguments that the pipeline's call needs to make images of this size.
     """
 
     pipeline: str
@@ -50,7 +50,7 @@ DEMO_VARIANTS: Mapping[str, DemoVariant] = MappingProxyType(
             25,
             3.0,
             shared=_VAE | _SCHEDULER,
-            # Its list of image sizes begins at 256, and cleaning captions needs packages that this one does not.
+            # Its list of image sizes starts at 256 pixels, and cleaning captions needs additional packages.
             call={"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16},
         ),
         "lcm": DemoVariant("LatentConsistencyModelPipeline", "weights_lcm", 4, 5.0, shared=_VAE | _CLIP),
@@ -59,11 +59,11 @@ DEMO_VARIANTS: Mapping[str, DemoVariant] = MappingProxyType(
 
 
 def demo_variant(name: str) -> DemoVariant:
-    """The embedded model of this name.
+    """Return the embedded model called `name`.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: there is no such model.
     """
     if name not in DEMO_VARIANTS:
-        raise ConfigurationError(f"The embedded models are {', '.join(DEMO_VARIANTS)}, but got {name!r}.")
+        raise ConfigurationError(f"The embedded model must be one of {', '.join(DEMO_VARIANTS)}, but got {name!r}.")
     return DEMO_VARIANTS[name]

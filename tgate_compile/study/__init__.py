@@ -1,1 +1,1 @@
-"""Choose schedules and measure what they do: tune, analyze, evaluate, compare, bench."""
+"""Choose schedules and measure their effects: tune, analyze, evaluate, compare and bench."""

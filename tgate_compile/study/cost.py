@@ -1,4 +1,4 @@
-"""What a denoiser's graphs and whole images cost, counted on real model sizes, beside the paper's tables."""
+"""Count the cost of graphs and whole images on models of real size, for comparison with the paper's tables."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from tgate_compile.passes.count_macs import Macs
     from tgate_compile.passes.graphs import Captured
 
-#: Dimensions of one input; the words stand for the batch, and for the size of the latents. None: the input is None.
+#: The dimensions of one input. Strings stand for the batch and the size of the latents. None: the input is None.
 Shape = tuple[int | str, ...] | None
 
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """A denoiser and its call. Compared by identity: two models may have the very same one.
+    """A denoiser and the inputs of its call. Compared by identity, because models may share one architecture.
 
     Attributes:
-        denoiser_class: the name of its class in diffusers.
-        config: its configuration, as in the published checkpoint; what is the class's default is left out.
-        inputs: the shapes of its call's inputs, one level of dicts included.
-        size: height and width of the image that it was trained for, in pixels.
+        denoiser_class: name of the denoiser's class in diffusers.
+        config: the configuration of the published checkpoint, without values that are the class's defaults.
+        inputs: the shapes of the call's inputs; may be nested by one level of dicts.
+        size: height and width, in pixels, of the images the model was trained on.
     """
 
     denoiser_class: str
@@ -55,9 +55,9 @@ class Model:
     """A model as the paper's tables use it.
 
     Attributes:
-        architecture: see there.
-        steps: denoising steps.
-        guided: whether guidance runs, at twice the batch.
+        architecture: the denoiser.
+        steps: number of denoising steps.
+        guided: whether guidance is on, which doubles the batch.
     """
 
     architecture: Architecture
@@ -93,7 +93,7 @@ _SDXL = _unet(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
-# The guidance scale is an input of its own, embedded as the timestep is.
+# The guidance scale is a separate input, embedded in the same way as the timestep.
 _LCM_SDXL = replace(
     _SDXL,
     config={**_SDXL.config, "time_cond_proj_dim": 256},
@@ -116,7 +116,7 @@ def _pixart(tokens: int, conditions: Mapping[str, Shape], **config: Any) -> Arch
 _PIXART_ALPHA = _pixart(120, {"resolution": ("batch", 2), "aspect_ratio": ("batch", 1)})
 _PIXART_SIGMA = _pixart(300, {"resolution": None, "aspect_ratio": None}, use_additional_conditions=False)
 
-#: By the names of the paper's tables (paper_tables.json).
+#: Models by their names in the paper's tables (paper_tables.json).
 MODELS: Mapping[str, Model] = {
     "sd15": Model(_SD15),
     "sd21": Model(_SD21),
@@ -129,23 +129,29 @@ MODELS: Mapping[str, Model] = {
 
 
 def model_named(name: str) -> Model:
-    """The model of this name.
+    """Return the model called `name`.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: there is no such model.
     """
     if name not in MODELS:
         raise ConfigurationError(f"The model must be one of {', '.join(MODELS)}, but got {name!r}.")
     return MODELS[name]
 
 
-#: Pixels of the image for one of the latents, in each direction: the autoencoders of all the models.
+#: Image pixels per latent in each direction; the same for the autoencoders of all models.
 PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of one call: `batch` as the denoiser sees it (2B under guidance), height and width in pixels."""
+    """The size of one denoiser call.
+
+    Attributes:
+        batch: batch size as the denoiser sees it: twice the number of images under guidance.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+    """
 
     batch: int
     height: int
@@ -157,9 +163,9 @@ class GraphCost:
     """The cost of one call of a graph.
 
     Attributes:
-        macs: its multiply-accumulates.
-        parameters: the elements of each parameter that it takes, by name.
-        cross_attention: the names of the parameters that belong to cross-attentions.
+        macs: multiply-accumulates.
+        parameters: number of elements of each parameter that the graph reads, by name.
+        cross_attention: names of the parameters that belong to cross-attentions.
     """
 
     macs: Macs
@@ -169,11 +175,11 @@ class GraphCost:
 
 @cache
 def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, branch: int | None) -> GraphCost:
-    """The cost of the graph of `phase`; `branch` is DeepCache's, None without it.
+    """Return the cost of the graph of `phase`, with DeepCache's `branch` (None: without DeepCache).
 
     Raises:
-        UnsupportedModelError: DeepCache was asked for, and the denoiser is no UNet.
-        ConfigurationError: it has no such branch.
+        UnsupportedModelError: `branch` is given, but the denoiser is not a UNet.
+        ConfigurationError: the UNet has no such branch.
     """
     # Not above: the command line reads the models' names for its help, and PyTorch takes seconds.
     from torch.export.graph_signature import InputKind
@@ -183,7 +189,7 @@ def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, bra
     from tgate_compile.passes.find_sites import find_deep_feature
     from tgate_compile.passes.specialize import specialize
 
-    # A wrong branch is told before the capture, which takes a while.
+    # Report a wrong branch before the capture, which takes a while.
     layer = None if branch is None else deep_layer(_denoiser(architecture), branch)
     captured = _captured(architecture, geometry)
     if layer is not None:
@@ -211,7 +217,7 @@ def _denoiser(architecture: Architecture) -> torch.nn.Module:
     return denoiser.eval()
 
 
-@lru_cache(maxsize=4)  # of SDXL's, with thousands of nodes each
+@lru_cache(maxsize=4)  # SDXL's captures have thousands of nodes each
 def _captured(architecture: Architecture, geometry: Geometry) -> Captured:
     import torch
 
@@ -244,12 +250,13 @@ class ImageCost:
     """The cost of the denoiser over all steps of one generation.
 
     Attributes:
-        strip: one character a step, as in `docs/reference/schedules.md`.
-        macs: multiply-accumulates in linear and convolution layers: the paper's convention.
-        macs_with_attention: the same with attention's own products.
-        parameters: of the denoiser; with a gate without the cross-attentions' own weights, as the paper counts them.
-        parameters_at_end: those that the graphs of the steps from the gate on really take (of all steps without a
-            gate). Fewer than `parameters`: what only feeds the cross-attentions is gone, too.
+        strip: one character per step, as in `docs/reference/schedules.md`.
+        macs: multiply-accumulates in linear and convolution layers, which is the paper's convention.
+        macs_with_attention: `macs` plus the matrix products inside attention.
+        parameters: parameters of the denoiser. With a gate, the weights of the cross-attentions are not counted, as in
+            the paper.
+        parameters_at_end: parameters that the graphs from the gate on actually read (without a gate: the graphs of all
+            steps). Smaller than `parameters`, because layers that only feed cross-attentions are removed as well.
     """
 
     strip: str
@@ -269,13 +276,14 @@ def image_cost(
     width: int | None = None,
     batch: int = 1,
 ) -> ImageCost:
-    """The cost of `batch` images under `schedule` (None: every step in full); what is None is the model's own.
+    """Return the cost of `batch` images under `schedule` (None: every step runs in full).
 
-    One denoiser call a step is counted, as first-order schedulers make.
+    Arguments that are None take the model's own value. One denoiser call per step is counted, as first-order
+    schedulers make.
 
     Raises:
-        UnsupportedModelError: DeepCache was asked for, and the denoiser is no UNet.
-        ConfigurationError: it has no such branch.
+        UnsupportedModelError: the schedule uses DeepCache, but the denoiser is not a UNet.
+        ConfigurationError: the UNet does not have the schedule's DeepCache branch.
     """
     steps = model.steps if steps is None else steps
     guided = model.guided if guided is None else guided
@@ -305,31 +313,34 @@ def image_cost(
 
 
 NOTE_BRANCH = (
-    "Counted with deepcache_branch=1: the authors used DeepCache's own SDXL pipeline, whose branch 0 computes one "
-    "layer more on either side than branch 0 of DeepCacheSDHelper, whose numbering is ours."
+    "Counted with deepcache_branch=1: the authors used DeepCache's own SDXL pipeline, whose branch 0 computes one more "
+    "layer on either side than branch 0 of DeepCacheSDHelper, whose numbering we use."
 )
 NOTE_GATE = (
     "Counted with gate_step=13: the authors' code of that time (gate_idx=4) caches the cross-attentions at the "
-    "DeepCache update of index 4, step 12, and reuses them from step 13 on. Gate step 10 is their later package's."
+    "DeepCache update with index 4, step 12, and reuses them from step 13 on. Gate step 10 comes from their later "
+    "package."
 )
-NOTE_GUIDANCE = "Counted with guidance_step=10 (of 25), which the row itself does not say."
+NOTE_GUIDANCE = "Counted with guidance_step=10 (of 25), which the paper's row does not specify."
 
 #: The index, from 0, of the DeepCache update at which the authors' first code caches the cross-attentions.
 _GATE_INDEX = 4
 
 
 def paper_tables() -> dict[str, Any]:
-    """The paper's tables: their source, convention and geometry, parameters and rows."""
+    """Return the paper's tables: source, counting convention, image size, parameters and rows."""
     text = resources.files(__package__).joinpath("paper_tables.json").read_text(encoding="utf-8")
     tables: dict[str, Any] = json.loads(text)
     return tables
 
 
 def schedule_of(row: Mapping[str, Any]) -> tuple[Schedule | None, tuple[str, ...]]:
-    """The schedule whose count is row `row` (None: every step in full), and where it is not what the row says, why.
+    """Return the schedule that reproduces a row of the paper's tables, and notes on where it differs from the row.
+
+    The schedule is None if the row runs every step in full.
 
     Sources: the authors' repository at 133e445^, DeepCache/generate.py and DeepCache/README.md, for both rows with
-    DeepCache; DeepCache 0.1.1, sdxl/unet_2d_condition.py and extension/deepcache.py, for the two kinds of branch.
+    DeepCache; DeepCache 0.1.1, sdxl/unet_2d_condition.py and extension/deepcache.py, for the two branch numberings.
     """
     method = row["method"]
     if method == "none":

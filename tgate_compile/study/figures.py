@@ -1,4 +1,4 @@
-"""Figures: their file formats, and the picture of schedules as strips."""
+"""Write figures to files, and draw schedules as strips."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DPI = 144
 
 
 def aligned(rows: Sequence[tuple[str, ...]], *, texts: int = 1) -> list[str]:
-    """Lines of a table: the first `texts` columns to the left, the numbers after them to the right."""
+    """Return the lines of a table whose first `texts` columns are aligned left and whose others are aligned right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -35,15 +35,15 @@ def aligned(rows: Sequence[tuple[str, ...]], *, texts: int = 1) -> list[str]:
 
 
 def check_figure(path: str | Path) -> None:
-    """See, before the work, that a figure can be written to `path` after it.
+    """Check, before any work is done, that a figure can be written to `path`.
 
     Raises:
-        ConfigurationError: matplotlib is not installed, or the name tells no format that is written.
+        ConfigurationError: matplotlib is not installed, or the file name has an unsupported suffix.
     """
     _check_matplotlib()
     if Path(path).suffix.lower() not in FORMATS:
         raise ConfigurationError(
-            f"A picture is written as one of {', '.join(FORMATS)}, told by its name, but got {str(path)!r}."
+            f"The name of a picture must end in one of {', '.join(FORMATS)}, but got {str(path)!r}."
         )
 
 
@@ -52,12 +52,12 @@ def _check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(
-            "Pictures of schedules need matplotlib, and it is not installed. Run: pip install 'tgate_compile[plots]'."
+            "Drawing pictures needs matplotlib, which is not installed. Run: pip install 'tgate_compile[plots]'."
         ) from error
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A white figure of this size in inches.
+    """Return an empty white figure of the given size in inches.
 
     Raises:
         ConfigurationError: matplotlib is not installed.
@@ -69,14 +69,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write `figure` in the format that the name tells. The same figure gives the same bytes.
+    """Write `figure` in the format given by the suffix of `path`. Equal figures give equal bytes.
 
     Raises:
-        ConfigurationError: it is none of `FORMATS`, or the file cannot be written.
+        ConfigurationError: the suffix is not in `FORMATS`, or the file cannot be written.
     """
     check_figure(path)
     target = Path(path)
-    # The time and matplotlib's version would make each file another one.
+    # Dates and matplotlib's version would make every file different.
     without: dict[str, Any] = {
         ".pdf": {"CreationDate": None, "Producer": None, "Creator": None},
         ".png": {"Software": None},
@@ -88,7 +88,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         raise ConfigurationError(f"The picture {target} cannot be written: {error.strerror or error}.") from error
 
 
-# Okabe and Ito's colours, which people tell apart whatever their colour vision; the letters say it once more.
+# Okabe and Ito's palette, which is safe for all kinds of colour vision; the letters repeat the information.
 _LOOKS: Mapping[frozenset[Kind], tuple[str, str]] = {
     frozenset(): ("#0072b2", "white"),
     frozenset({"self"}): ("#56b4e9", INK),
@@ -97,7 +97,7 @@ _LOOKS: Mapping[frozenset[Kind], tuple[str, str]] = {
     frozenset({"cross", "self"}): ("#d55e00", "white"),
     frozenset({"cross", "deep"}): ("#cc79a7", INK),
 }
-#: The other combinations of what is reused share a colour, and differ in their letters.
+#: All other combinations of reused values share this colour and differ in their letters.
 _OTHER_LOOK = ("#999999", INK)
 _PHASES = [Phase(guided, reuse=reuse) for reuse in REUSED for guided in (True, False)]
 _BY_LETTER = {phase.character: phase for phase in _PHASES}
@@ -107,18 +107,20 @@ _ROW = 0.36
 
 
 def strip_picture(rows: Mapping[str, Schedule | Method | str], path: str | Path, *, num_steps: int = 25) -> None:
-    """Draw schedules, one below the other: a coloured cell for each step, of half the height without guidance.
+    """Draw schedules below one another, with a coloured cell per step; steps without guidance have half the height.
 
     Args:
-        rows: by its label, a schedule or a strip (`"FFFFpppp"`, as `describe(pipe).strip` gives it).
-        path: a .png, .svg or .pdf file.
-        num_steps: steps of the schedules; a strip has as many as it has letters.
+        rows: schedules or strips (`"FFFFpppp"`, as in `describe(pipe).strip`), by label.
+        path: the .png, .svg or .pdf file to write.
+        num_steps: number of steps to draw for schedules; a strip has one step per letter.
 
     Raises:
         ConfigurationError: a strip has unknown letters, matplotlib is not installed, or the file cannot be written.
     """
     if not isinstance(rows, Mapping) or not rows:
-        raise ConfigurationError(f"strip_picture() needs schedules or strips by their labels, but got {rows!r}.")
+        raise ConfigurationError(
+            f"strip_picture() needs a mapping from labels to schedules or strips, but got {rows!r}."
+        )
     strips = {label: _strip(label, row, num_steps) for label, row in rows.items()}
     save_figure(_draw(strips), path)
 
@@ -127,7 +129,7 @@ def _strip(label: str, row: Schedule | Method | str, num_steps: int) -> str:
     if isinstance(row, (Schedule, Method)):
         return schedule_of(row).strip(num_steps)
     if not isinstance(row, str) or not row or not set(row) <= set(_BY_LETTER):
-        raise ConfigurationError(f"{label!r}: a strip has the letters {' '.join(_BY_LETTER)}, but got {row!r}.")
+        raise ConfigurationError(f"{label!r}: a strip consists of the letters {' '.join(_BY_LETTER)}, but got {row!r}.")
     return row
 
 
@@ -163,7 +165,7 @@ def _draw_cell(axes: Axes, step: int, row: int, phase: Phase) -> None:
     from matplotlib.patches import Rectangle
 
     fill, ink = _LOOKS.get(phase.reuse, _OTHER_LOOK)
-    # Half the height: without guidance the denoiser runs on half the batch.
+    # Half the height, because the denoiser runs on half the batch without guidance.
     top = row + (0.06 if phase.guided else 0.48)
     height = row + 0.94 - top
     axes.add_patch(Rectangle((step + 0.04, top), 0.92, height, facecolor=fill, edgecolor=LINE, linewidth=0.4))

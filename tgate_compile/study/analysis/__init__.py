@@ -1,4 +1,4 @@
-"""When attentions settle."""
+"""Analyze when the attentions of a pipeline converge."""
 
-#: What counts as converged: the fraction of the way from the smallest change up to the largest.
+#: The threshold for convergence, as a fraction of the range from the smallest to the largest change.
 CONVERGED_WITHIN = 0.1

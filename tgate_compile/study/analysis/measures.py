@@ -1,4 +1,4 @@
-"""What is measured in a generation: attention maps, their curves, and the null-text distance."""
+"""Measurements during a generation: changes of attention outputs, their curves, and runs without text."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tgate_compile.study.tuning.recorder import DenoiserCalls, Sample, removed
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity at some steps.
+    """A quantity as a function of the step.
 
     Attributes:
         steps: the steps.
-        mean: over images, at each of them.
-        spread: the standard deviation.
+        mean: mean over images at each step.
+        spread: standard deviation over images at each step.
     """
 
     steps: tuple[int, ...]
@@ -37,20 +37,20 @@ class Curve:
 
 
 class Tallies:
-    """Curves in the making. Only sums are kept: a thousand prompts take no more room than one."""
+    """Accumulate curves. Only sums are kept, so memory use does not grow with the number of prompts."""
 
     def __init__(self) -> None:
         self._sums: dict[Hashable, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
 
     def add(self, key: Hashable, step: int, value: float) -> None:
-        """One image's value of `key` at a step."""
+        """Add one image's value of `key` at a step."""
         sums = self._sums[key][step]
         sums[0] += 1
         sums[1] += value
         sums[2] += value * value
 
     def add_means(self, key: Hashable, values: Mapping[int, Iterable[float]]) -> None:
-        """One image's mean of several values at each step."""
+        """Add one image's mean of several values at each step."""
         for step, of_step in values.items():
             numbers = list(of_step)
             self.add(key, step, math.fsum(numbers) / len(numbers))
@@ -59,7 +59,7 @@ class Tallies:
         return key in self._sums
 
     def curve(self, key: Hashable) -> Curve:
-        """The curve of `key`; an empty one if nothing has been added to it."""
+        """Return the curve of `key`, which is empty if nothing has been added."""
         by_step = self._sums.get(key, {})
         steps = tuple(sorted(by_step))
         means = tuple(by_step[step][1] / by_step[step][0] for step in steps)
@@ -70,11 +70,11 @@ class Tallies:
 
 @dataclass(frozen=True)
 class SiteCurves:
-    """One attention.
+    """The curves of one attention.
 
     Attributes:
-        difference: ||o_i - o_(i-1)||, the L2 distance between consecutive steps, both guidance halves together.
-        relative: the same over ||o_i||.
+        difference: ||o_i - o_(i-1)||, the L2 distance between consecutive steps, over both guidance halves together.
+        relative: the difference divided by ||o_i||.
     """
 
     difference: Curve
@@ -83,18 +83,18 @@ class SiteCurves:
 
 @dataclass(frozen=True)
 class Attentions:
-    """All attentions of one kind.
+    """The curves of all attentions of one kind.
 
-    Source: arXiv 2404.02747 v1, figure 2: there each point is the mean over 1,000 captions and over all
-    cross-attentions of the L2 difference between two consecutive steps, and the shade its spread.
+    Source: arXiv 2404.02747 v1, figure 2, where each point is the mean of the L2 difference between two consecutive
+    steps over 1,000 captions and all cross-attentions, and the shaded area shows its spread.
 
     Attributes:
-        difference: the mean over sites of ||o_i - o_(i-1)||, both guidance halves together; spread over images.
-        relative: of ||o_i - o_(i-1)|| / ||o_i||.
-        relative_by_half: the same by guidance half, "uncond" and "cond"; "all" if there is no guidance.
-        norms: ||o_i|| by guidance half.
+        difference: mean over sites of ||o_i - o_(i-1)||, over both guidance halves together; the spread is over images.
+        relative: mean over sites of ||o_i - o_(i-1)|| / ||o_i||.
+        relative_by_half: `relative` for each guidance half, "uncond" and "cond"; "all" without guidance.
+        norms: ||o_i|| for each guidance half.
         apart: ||cond - uncond|| / ||cond||; empty without guidance.
-        sites: each attention by itself.
+        sites: curves of each attention, by site.
     """
 
     difference: Curve
@@ -106,7 +106,7 @@ class Attentions:
 
 
 class Collected:
-    """What has been recorded of some images."""
+    """Collect the samples recorded for several images."""
 
     def __init__(self) -> None:
         self._tallies = Tallies()
@@ -114,16 +114,16 @@ class Collected:
 
     @property
     def kinds(self) -> dict[Kind, Attentions]:
-        """The curves, cross-attentions first; kinds that no attention has are left out."""
+        """The curves by kind, cross-attentions first; kinds without any attention are omitted."""
         found = set(self._kinds.values())
         kinds: tuple[Kind, ...] = ("cross", "self")
         return {kind: self._attentions(kind) for kind in kinds if kind in found}
 
     def add(self, samples: Iterable[Sample]) -> None:
-        """Those of one image."""
-        # By kind and quantity, then by step: the values of all sites.
+        """Add the samples of one image."""
+        # The values of all sites, by kind and quantity, then by step.
         values: dict[tuple[str, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        # By site and step: the squares of norm and change, over both halves.
+        # The squares of norm and change, summed over both halves, by site and step.
         norms: dict[tuple[str, int], float] = defaultdict(float)
         changes: dict[tuple[str, int], float] = defaultdict(float)
         for sample in samples:
@@ -157,8 +157,8 @@ class Collected:
             apart=curve((kind, "apart")),
             sites={
                 site: SiteCurves(curve(("difference", site)), curve(("relative", site)))
-                for site, its_kind in self._kinds.items()
-                if its_kind == kind
+                for site, kind_of_site in self._kinds.items()
+                if kind_of_site == kind
             },
         )
 
@@ -168,14 +168,14 @@ def _ratio(value: float, norm: float) -> float:
 
 
 class NullText:
-    """Swaps texts at the inputs of a pipeline's denoisers; the pipeline's own code is left alone.
+    """Replace the text inputs of a pipeline's denoisers, without changes to the pipeline itself.
 
-    The null text is what the pipeline gives its uncond half: the empty prompt, or the negative one if there is one,
-    with all that belongs to it (pooled text, masks).
+    The null text is the text of the uncond half: the negative prompt, or the empty prompt if there is none, with the
+    inputs that belong to it (pooled embeddings, masks).
 
     Args:
         pipe: the pipeline.
-        guided: whether guidance is on, called at each denoiser call.
+        guided: called at each denoiser call; returns whether guidance is on.
     """
 
     def __init__(self, pipe: DiffusionPipeline, guided: Callable[[], bool]) -> None:
@@ -186,15 +186,18 @@ class NullText:
 
     @contextmanager
     def learning(self, denoisers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-        """Around a call that is as it should be: where each half has a denoiser call of its own, the prompt's comes
-        before its null text has been seen."""
+        """Observe an unmodified call of the pipeline, to learn the null text.
+
+        This is needed where each guidance half has a separate denoiser call, because the call for the prompt may come
+        before the one with the null text.
+        """
         self._seen = {}
         with self._hooked(denoisers, lambda step: False):
             yield
 
     @contextmanager
     def replacing(self, denoisers: Mapping[str, torch.nn.Module], at: Callable[[int], bool]) -> Iterator[None]:
-        """Around a call that has no text at the steps that `at` says."""
+        """Replace the text with the null text at the steps for which `at` returns true."""
         with self._hooked(denoisers, at):
             yield
 
@@ -228,15 +231,15 @@ class NullText:
         return bound.args, bound.kwargs
 
     def _is_text(self, name: str) -> bool:
-        """Whether the halves' first calls, which were for the same latents and timestep, differ in `name`."""
+        """Return whether `name` differs between the first calls of the halves, which share latents and timestep."""
         return not _same(self._seen["cond"].get(name), self._seen["uncond"][name])
 
 
 def without_text(call: Call, latents: torch.Tensor, family: Family) -> Call:
-    """`call`, whose batch has both guidance halves of `latents`, with the uncond half in the place of the cond half.
+    """Return `call`, whose batch contains both guidance halves, with the uncond half's inputs in both halves.
 
     Raises:
-        UnsupportedModelError: the batch is not two halves of the same latents.
+        UnsupportedModelError: the batch does not consist of two halves with the same latents.
     """
     check_halves(latents, same=True)
     half = one_half(call, latents.shape[0], "uncond", family)

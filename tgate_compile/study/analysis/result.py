@@ -1,4 +1,4 @@
-"""The result of `analyze`, and its plot."""
+"""The result of `analyze` and its plots."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-# Okabe and Ito's colours, for any colour vision.
+# Okabe and Ito's palette, which is safe for all kinds of colour vision.
 _COLOURS = {"cross": "#0072b2", "self": "#d55e00", "uncond": "#009e73", "cond": "#cc79a7", "all": "#0072b2"}
 _NAMES = {"cross": "cross-attention", "self": "self-attention"}
 
 
 def draw_analysis(analysis: Analysis, path: str | Path) -> None:
-    """Write the figure of `analysis`: a panel for each kind of attention, the halves, and the trajectories."""
+    """Write a figure of `analysis` with panels for each kind of attention, the halves, and the trajectories."""
     panels = len(analysis.kinds) + 1 + (analysis.trajectories is not None)
     rows = 1 if panels <= 3 else 2
     columns = -(-panels // rows)
@@ -50,7 +50,8 @@ def draw_analysis(analysis: Analysis, path: str | Path) -> None:
 
 
 def draw_pictures(pictures: Mapping[str, Image], prompt: str, path: str | Path) -> None:
-    """Write the images side by side: text in the first steps above, in the last steps below, in all of them left."""
+    """Write the images side by side: on the left with text in all steps, in the upper row with text in the first steps
+    only, in the lower row with text in the last steps only."""
     names = {way: [name for name in pictures if name.startswith(f"S^{way}")] for way in ("F", "L")}
     columns = 1 + max(map(len, names.values()))
     figure = new_figure(1.35 * columns, 3.3)
@@ -87,7 +88,7 @@ def _draw_kind(axes: Axes, analysis: Analysis, kind: str) -> None:
     if kind == "cross" and analysis.gate is not None:
         axes.axvline(analysis.gate, color=INK, linewidth=1.0, linestyle="--")
         axes.text(
-            analysis.gate, 0.6, f" gate {analysis.gate}: from here on\n close to the floor",
+            analysis.gate, 0.6, f" gate {analysis.gate}: close to\n the floor from here on",
             color=INK, fontsize=8, va="top", transform=axes.get_xaxis_transform(),
         )  # fmt: skip
     axes.legend(fontsize=8, labelcolor=INK, loc="upper right", frameon=False)
@@ -107,7 +108,7 @@ def _draw_halves(axes: Axes, analysis: Analysis) -> None:
 
 def _draw_trajectories(axes: Axes, analysis: Analysis) -> None:
     assert analysis.trajectories is not None
-    axes.set_title("What the text does in a part of the steps", color=INK, fontsize=9, loc="left")
+    axes.set_title("Effect of the text in some of the steps", color=INK, fontsize=9, loc="left")
     axes.set_xlabel("m", color=SOFT, fontsize=9)
     axes.set_ylabel("drift of the final latents", color=SOFT, fontsize=9)
     _draw_curve(axes, analysis.trajectories.text_first, _COLOURS["cross"], "text before step m only", "-", "o")
@@ -126,13 +127,15 @@ def _draw_curve(axes: Axes, curve: Curve, colour: str, label: str, style: str = 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Generations that have their text in a part of the steps only, from the same noise as S, which has it in all.
+    """Drifts of generations with text in some steps only from S, which starts from the same noise with text in all.
+
+    The drift is ||x - S|| / ||S|| of the final latents.
 
     Source: arXiv 2404.02747 v1, figure 3.
 
     Attributes:
-        text_first: S^F_m by m: the null text from step m on. Drift ||x - S|| / ||S|| of the final latents.
-        text_last: S^L_m by m: the null text before step m.
+        text_first: drift of S^F_m, with the null text from step m on, by m.
+        text_last: drift of S^L_m, with the null text before step m, by m.
     """
 
     text_first: Curve
@@ -141,23 +144,24 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyze` returns; printing it says the gist, `save` writes JSON, `plot` draws it.
+    """The result of `analyze`. Print it for a summary, `save` it as JSON, or `plot` it.
 
     Attributes:
-        kinds: the convergence of the cross-attentions, and of the self-attentions, by kind.
-        trajectories: what the text still does after some steps; None if that could not be measured.
-        gate: the first step from which on the cross-attentions' mean change stays close to its floor: within a fraction
-            `converged_within` of the way from its smallest value to its largest; None if it never does. It says when a
-            cache would be current, not what reusing it does to the images: `tune` measures that.
+        kinds: convergence of the cross-attentions and self-attentions, by kind.
+        trajectories: effect of the text in the first and last steps; None if it could not be measured.
+        gate: first step from which on the mean change of the cross-attentions stays close to its floor, that is, within
+            a fraction `converged_within` of the range from its smallest to its largest value; None if it never does.
+            This shows when cached outputs would still be accurate, not how reusing them affects the images; `tune`
+            measures that.
         converged_within: see `gate`.
-        num_inference_steps: as passed to the pipeline's call.
-        num_steps: how many the call really makes.
-        prompts: as given, if they were.
-        seeds: the noise of each prompt.
-        call: further arguments of the call, described.
-        setting: the classes of pipeline, denoiser and scheduler, device, dtype, versions.
-        remarks: what else should be known.
-        pictures: of the first prompt, by "S", "S^F_10", "S^L_10", ...; empty unless asked for.
+        num_inference_steps: number of steps passed to the pipeline's call.
+        num_steps: number of steps that the call makes.
+        prompts: the prompts, if given.
+        seeds: seeds of the noise for each prompt.
+        call: further arguments of the call, as text.
+        setting: classes of pipeline, denoiser and scheduler, device, dtype and versions.
+        remarks: remarks for the reader.
+        pictures: images of the first prompt, by "S", "S^F_10", "S^L_10", ...; empty unless requested.
     """
 
     kinds: Mapping[Kind, Attentions]
@@ -174,7 +178,7 @@ class Analysis:
     pictures: Mapping[str, Image] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON; without the pictures."""
+        """Return plain data for JSON, without the pictures."""
         trajectories = None if self.trajectories is None else asdict(self.trajectories)
         others = {
             name: value for name, value in vars(self).items() if name not in ("kinds", "trajectories", "pictures")
@@ -183,7 +187,7 @@ class Analysis:
         return {**others, "kinds": kinds, "trajectories": trajectories}
 
     def save(self, path: str | Path) -> None:
-        """Write everything but the pictures as JSON.
+        """Write everything except the pictures as JSON.
 
         Raises:
             ConfigurationError: the file cannot be written.
@@ -194,7 +198,7 @@ class Analysis:
             raise ConfigurationError(f"The analysis cannot be written to {path}: {error.strerror or error}.") from error
 
     def plot(self, path: str | Path) -> None:
-        """Draw the convergence, the norms and the trajectories to a .png, .svg or .pdf file.
+        """Draw the convergence, the norms and the trajectories, to a .png, .svg or .pdf file.
 
         Raises:
             ConfigurationError: matplotlib is not installed (`pip install 'tgate_compile[plots]'`), or the file cannot
@@ -203,10 +207,10 @@ class Analysis:
         draw_analysis(self, path)
 
     def plot_pictures(self, path: str | Path) -> None:
-        """Draw the first prompt's images with text in a part of the steps to a .png, .svg or .pdf file.
+        """Draw the first prompt's images with text in some of the steps, to a .png, .svg or .pdf file.
 
         Raises:
-            ConfigurationError: there are none, matplotlib is not installed, or the file cannot be written.
+            ConfigurationError: there are no pictures, matplotlib is not installed, or the file cannot be written.
         """
         if not self.pictures:
             raise ConfigurationError("This analysis has no pictures. Call analyze(..., pictures=True).")
@@ -231,13 +235,13 @@ class Analysis:
 
     @property
     def gist(self) -> str:
-        """What the convergence suggests, in a sentence."""
+        """One sentence about what the convergence suggests."""
         if self.gate is None:
             return (
                 "The cross-attentions do not converge: their change does not stay within "
-                f"{self.converged_within:g} of the way from its smallest to its largest value."
+                f"{self.converged_within:g} of the range from its smallest to its largest value."
             )
         return (
-            f"From step {self.gate} on the cross-attentions' change stays close to its floor, which suggests gate step "
-            f"{self.gate}. `tune` says what that does to the images."
+            f"From step {self.gate} on, the change of the cross-attentions stays close to its floor, which suggests "
+            f"gate step {self.gate}. Use `tune` to measure the effect on the images."
         )

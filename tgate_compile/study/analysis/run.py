@@ -1,4 +1,4 @@
-"""`analyze`: run a pipeline in full and measure when its attentions settle."""
+"""`analyze`: run a plain pipeline and measure when its attentions converge."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 
 
 def suggested_gate(difference: Curve, converged_within: float) -> int | None:
-    """The first step from which on the mean change stays close to its floor, within a fraction `converged_within` of
-    the way from its smallest value to its largest. None if it never does.
+    """Return the first step from which on the mean change stays close to its floor; None if it never does.
 
-    The cache of gate g is taken at step g-1, so that the changes at the steps g, g+1, ... are those that it leaves out.
+    "Close" means within a fraction `converged_within` of the range from the smallest to the largest change. A gate at
+    step g caches the outputs of step g-1, so it ignores the changes at the steps g, g+1, and so on.
 
-    Source: the way in which arXiv 2404.02747 v1 reads its figure 2: the curve falls in the first 5 to 10 of 25 steps,
-    then is flat. The paper gives no rule. The floor is not zero where steps are long, so it is not taken to be.
+    Source: the discussion of figure 2 in arXiv 2404.02747 v1: the curve falls during the first 5 to 10 of 25 steps and
+    is flat after that. The paper gives no rule. The floor is the smallest change rather than zero, because with long
+    steps the change never comes close to zero.
     """
     if not difference.mean:
         return None
@@ -51,23 +52,23 @@ def suggested_gate(difference: Curve, converged_within: float) -> int | None:
     return gate
 
 
-#: Called after each generation: how many are done, how many there will be, and what was run.
+#: Called after each generation with the number done, the expected total, and a description of what was run.
 Progress = Callable[[int, int, str], None]
 
-REMARK_NO_GUIDANCE = "No trajectories: without guidance the denoiser is given no null text."
-REMARK_NO_TEXT = "No trajectories: {pipeline} follows no text."
-REMARK_NO_PICTURES = "No pictures: the pipeline does not make single images."
+REMARK_NO_GUIDANCE = "No trajectories: without guidance the denoiser never receives the null text."
+REMARK_NO_TEXT = "No trajectories: {pipeline} is not conditioned on text."
+REMARK_NO_PICTURES = "No pictures: the pipeline does not return single images."
 
 
 class Run:
-    """The generations of one analysis.
+    """Run the generations of one analysis.
 
     Args:
         pipe: a plain pipeline.
-        denoisers: its denoisers, by the component's name.
+        denoisers: the pipeline's denoisers, by component name.
         runs: prompts, seeds and arguments.
-        kinds: of attention to look at.
-        switch_steps: m of the trajectories; None for a few over the steps.
+        kinds: kinds of attention to record.
+        switch_steps: values of m for the trajectories; None for a few spread over the steps.
         progress: see `Progress`.
     """
 
@@ -97,7 +98,7 @@ class Run:
         self._done = 0
 
     def analyze(self, *, converged_within: float, pictures: bool) -> Analysis:
-        """See `tgate_compile.analyze`."""
+        """Do the work of `tgate_compile.analyze`."""
         with silent(self._pipe):
             for index, (call, seed) in enumerate(self._calls):
                 self._run(call, seed, pictures=pictures and index == 0)
@@ -151,7 +152,8 @@ class Run:
         switches = grid_of(steps) if self._switch_steps is None else list(self._switch_steps)
         if not all(0 <= m <= steps for m in switches):
             raise ConfigurationError(
-                f"switch_steps must be steps between 0 and {steps}, which the call makes, but got {switches!r}."
+                f"switch_steps must be between 0 and {steps}, the number of steps that the call makes, but got "
+                f"{switches!r}."
             )
         if not switches:
             return
@@ -164,7 +166,7 @@ class Run:
             self._ways = [(way, m) for way in ("F", "L") for m in switches]
 
     def _draw(self, call: Mapping[str, Any], seed: int, null_text: NullText) -> None:
-        """The same generations again, as images."""
+        """Repeat the generations to get their images."""
         for way, m in [("", 0), *self._ways]:
             with null_text.replacing(self._denoisers, _when(way, m)):
                 generator = torch.Generator().manual_seed(seed)
@@ -182,7 +184,7 @@ class Run:
 
 
 def _when(way: str, m: int) -> Callable[[int], bool]:
-    """At which steps there is no text."""
+    """Return a function that returns whether a step runs without text."""
     if way == "F":
         return lambda step: step >= m
     if way == "L":
@@ -204,47 +206,49 @@ def analyze(
     pictures: bool = False,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Look at the attentions of a plain pipeline while it runs: the observations that T-GATE rests on.
+    """Measure the observations that T-GATE is based on, while a plain pipeline runs.
 
     - How much the outputs of cross- and self-attentions change from step to step.
-    - How large they are for the two guidance halves, and how far these are apart.
-    - What becomes of the images if the text is taken away from step m on (S^F_m), or given from step m on (S^L_m).
+    - The norms of these outputs for both guidance halves, and the distance between the halves.
+    - How the images change without the text from step m on (S^F_m), or with the text only from step m on (S^L_m).
     - The gate that the convergence suggests.
 
-    Source: arXiv 2404.02747 v1, section 4, figures 2 and 3. `docs/evidence/analysis.md` shows it on the embedded
-    pipeline.
+    Source: arXiv 2404.02747 v1, section 4, figures 2 and 3. `docs/evidence/analysis.md` shows the results for the
+    embedded pipeline.
 
     Args:
-        pipe: a plain pipeline, not an optimized one. It is plain again afterwards, also after an error.
-        prompts: what to show; None if `call` says it.
+        pipe: a plain pipeline, not an optimized one. It is plain again afterwards, even after an error.
+        prompts: prompts; None if `call` contains prompt embeddings.
         num_inference_steps: as for the pipeline's call.
-        seeds: the noise for each prompt.
-        call: further arguments of the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
+        seeds: seeds of the noise for each prompt.
+        call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         denoiser: as for `optimize`.
-        kinds: of attention. The last output of each is kept on the device: `("cross",)` needs less memory.
-        switch_steps: m of the trajectories, from 0 to the number of steps, two generations each; None for a few over
-            the steps, () for none.
-        converged_within: what counts as converged, for the gate: the fraction of the way from the smallest change of
-            the cross-attentions up to the largest.
+        kinds: kinds of attention to record. The last output of each is kept on the device, so `("cross",)` needs less
+            memory.
+        switch_steps: values of m for the trajectories, from 0 to the number of steps; each takes two generations. None
+            for a few spread over the steps, () for none.
+        converged_within: the threshold for convergence, as a fraction of the range from the smallest to the largest
+            change of the cross-attentions.
         pictures: also keep the first prompt's images.
-        progress: called after each generation with their number, how many there will be, and what was run.
+        progress: called after each generation with the number of generations done, the total, and a description of
+            what was run.
 
     Raises:
-        ConfigurationError: an argument is wrong.
-        UnsupportedModelError: the pipeline has no cross-attention that could be looked at.
+        ConfigurationError: an argument is invalid.
+        UnsupportedModelError: the pipeline has no cross-attention that can be recorded.
     """
     if not kinds or "cross" not in kinds or not set(kinds) <= {"cross", "self"}:
         raise ConfigurationError(f'kinds must be "cross", or "cross" and "self", but got {kinds!r}.')
     if isinstance(converged_within, bool) or not isinstance(converged_within, float) or not 0 < converged_within < 1:
         raise ConfigurationError(
-            "converged_within must be a number between 0 and 1 (0.1: a tenth of the way up), but got "
+            "converged_within must be a number between 0 and 1 (0.1: a tenth of the range), but got "
             f"{converged_within!r}."
         )
     check_pipeline_first("analyze", pipe, prompts)
     check_ordinary(pipe, "analyze()")
     runs = Runs(prompts, num_inference_steps, seeds, {} if call is None else call, "analyze")
     names = denoiser_names(pipe, denoiser)
-    attach(pipe, dict.fromkeys(names, Schedule(1)), backend="eager")  # refuses what can be refused before any work
+    attach(pipe, dict.fromkeys(names, Schedule(1)), backend="eager")  # report errors before any work is done
     detach(pipe)
     denoisers = {name: getattr(pipe, name) for name in names}
     run = Run(pipe, denoisers, runs, kinds=frozenset(kinds), switch_steps=switch_steps, progress=progress)

@@ -1,1 +1,1 @@
-"""How fast a schedule is."""
+"""Benchmark schedules, backends and other packages."""

@@ -1,7 +1,8 @@
-"""What a benchmark measures: time, memory, MACs; and the machine that it ran on."""
+"""Measure time, memory and multiply-accumulates of a generation, and describe the machine."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import platform
@@ -15,10 +16,12 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tgate_compile._version import __version__
+from tgate_compile.pipeline.attach import denoiser_names
 from tgate_compile.pipeline.describe import describe
 from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.study.tuning.measure import GraphCosts
@@ -26,7 +29,7 @@ from tgate_compile.study.tuning.recorder import removed
 
 
 def machine_of(device: torch.device) -> dict[str, str]:
-    """Plain data: hardware and versions."""
+    """Return hardware and versions as plain data."""
     if device.type == "cuda":
         hardware = f"cuda ({torch.cuda.get_device_name(device)})"
     else:
@@ -42,24 +45,24 @@ def machine_of(device: torch.device) -> dict[str, str]:
 
 
 def processor() -> str:
-    """Its name, as well as the system tells it."""
+    """Return the name of the processor, as far as the operating system provides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 
 
-# Linear and convolution layers, the paper's convention. Attention's own products are of other operators.
+# Linear and convolution layers, which is the paper's convention. The products inside attention use other operators.
 _LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Multiply-accumulates in linear and convolution layers, while it is on.
+    """Count multiply-accumulates in linear and convolution layers while the mode is active.
 
-    PyTorch's FlopCounterMode counts the same, but also walks the modules, and does not come to an end where a package
-    has put one into itself.
+    PyTorch's FlopCounterMode counts the same, but it also traverses the modules and never terminates if a package has
+    made a module a submodule of itself.
     """
 
     def __init__(self) -> None:
@@ -77,7 +80,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def macs_counted(denoisers: Mapping[str, torch.nn.Module]) -> Iterator[Count]:
-    """Inside, the calls of `denoisers` are counted; what is compiled cannot be."""
+    """Count the operations of all calls of `denoisers` inside the context. Compiled code cannot be counted."""
     count = Count()
     running = ExitStack()
 
@@ -96,16 +99,16 @@ def macs_counted(denoisers: Mapping[str, torch.nn.Module]) -> Iterator[Count]:
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-_RESET_PEAK = "5"  # proc(5): resets the peak of the resident set to its present size
+_RESET_PEAK = "5"  # proc(5): reset the peak resident set size to its current value
 
 
 @dataclass
 class Peak:
-    """The most memory that was in use; None where it cannot be told.
+    """The peak memory use of some work in bytes; None if it cannot be measured on this system.
 
     Attributes:
-        total: in bytes: of torch's allocator on a GPU, of the whole process on a CPU.
-        added: what of it came on top of what was in use before.
+        total: peak of torch's allocator on a GPU, of the whole process on a CPU.
+        added: `total` minus the memory in use before.
     """
 
     total: int | None = None
@@ -114,7 +117,10 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Around a piece of work, which it slows down a little; the result is there when it is done."""
+    """Measure the peak memory use inside the context, which slows the work down a little.
+
+    The yielded object is filled in at the end of the context.
+    """
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -136,13 +142,13 @@ def _reset_peak() -> bool:
     _return_freed_memory()
     try:
         _CLEAR.write_text(_RESET_PEAK)
-    except OSError:  # no Linux, or not allowed
+    except OSError:  # not Linux, or not permitted
         return False
     return True
 
 
 def _return_freed_memory() -> None:
-    """What is free but has not been given back would hide what the work takes."""
+    """Return freed memory to the system; otherwise the work could reuse it without raising the peak."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
@@ -153,15 +159,30 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def twin_of(pipe: DiffusionPipeline) -> Any:
+    """Return a copy of the plain pipeline `pipe` with separate denoisers and scheduler, but shared weights.
+
+    Twins can be optimized in different ways and take turns without a second copy of the weights.
+    """
+    twin = copy.copy(pipe)
+    for name in denoiser_names(pipe):
+        denoiser = getattr(pipe, name)
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+        setattr(twin, name, copy.deepcopy(denoiser, memo=shared))
+    twin.scheduler = copy.deepcopy(pipe.scheduler)
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
 @dataclass(frozen=True)
 class Timed:
-    """What a generation gave, and what it took.
+    """The output of a generation and its times.
 
     Attributes:
-        output: the first thing of what the pipeline returns: its images, as a rule.
-        latents: the final ones, [images, ...], float32 on the CPU.
-        seconds: of the whole call.
-        steps: of each denoiser call with what belongs to it; the first one's begins with the call itself, and so
+        output: first element of the pipeline's result, usually its images.
+        latents: final latents, [images, ...], float32 on the CPU.
+        seconds: time of the whole call.
+        steps: time of each scheduler step and the work before it. The first one starts with the call and therefore
             includes the text encoder.
     """
 
@@ -174,14 +195,14 @@ class Timed:
 def timed_generation(
     pipe: Any, call: Mapping[str, Any], seed: int, generate: Callable[..., Any] | None = None
 ) -> Timed:
-    """Run `pipe` once, on noise from the CPU, which is the same on every device; or `generate`, which runs it."""
+    """Run `pipe`, or `generate`, which runs it, once, on noise from the CPU, which is the same on every device."""
     device = torch.device(pipe.device)
     latents: list[torch.Tensor] = []
     marks: list[float] = []
     scheduler = pipe.scheduler
     step = scheduler.step
 
-    @functools.wraps(step)  # pipelines ask its signature whether it takes their generator
+    @functools.wraps(step)  # pipelines inspect the signature to see whether it takes a generator
     def marked(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         _synchronize(device)
@@ -212,13 +233,13 @@ def _synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the denoisers, for one generation.
+    """The cost of the denoisers in one generation.
 
     Attributes:
-        macs: multiply-accumulates in linear and convolution layers: the paper's convention.
-        parameters_at_end: of the largest graph that the last step's phase, and those after the gate, needed.
-        cache_bytes: the most that is kept from one step to the next.
-        strip: one character a step.
+        macs: multiply-accumulates in linear and convolution layers, which is the paper's convention.
+        parameters_at_end: parameters of the largest graph after the gate (without a gate: of all graphs).
+        cache_bytes: largest total size of the values kept from one step to the next.
+        strip: one character per step.
     """
 
     macs: float
@@ -228,7 +249,7 @@ class Cost:
 
 
 def cost_of_last(pipe: Any) -> Cost:
-    """The cost of the last generation of an optimized pipeline."""
+    """Return the cost of the last generation of an optimized pipeline."""
     description = describe(pipe)
     macs, parameters = 0.0, 0
     sizes = {(variant.denoiser, variant.name): variant.parameters for variant in description.variants}
@@ -243,6 +264,11 @@ def cost_of_last(pipe: Any) -> Cost:
 
 
 def plain_macs(optimized: Any, rows: Mapping[str, int]) -> float:
-    """The cost of the plain pipeline: the full graphs of an optimized one, for so many rows of batches by denoiser."""
+    """Return the multiply-accumulates of the plain pipeline, from the full graphs of an optimized one.
+
+    Args:
+        optimized: an optimized pipeline that has made its full graphs.
+        rows: sum of the batch sizes of all calls, by denoiser.
+    """
     hooks = required_state_of(optimized).hooks
     return sum(count * GraphCosts.of(hooks[name]).per_row["full"] for name, count in rows.items())

@@ -1,4 +1,4 @@
-"""What a benchmark compares: models, this library's methods, and other packages."""
+"""The models, caching methods and other packages that benchmarks compare."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError, is_installed
-from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance
+from tgate_compile.methods.deepcache import DeepCache
+from tgate_compile.methods.method import Method
+from tgate_compile.methods.schedule import Schedule, schedule_of
+from tgate_compile.methods.tgate import TGate
 from tgate_compile.study.cost import MODELS, Architecture
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, DiffusionPipeline
 
-#: Of `MODELS`, those whose pipelines are made here.
+#: The names in `MODELS` for which `random_pipeline` can make a pipeline.
 NAMES = ("sd15", "sd21", "sdxl", "pixart_alpha")
 
 
@@ -30,13 +34,15 @@ def check_random_model(name: str) -> None:
 def random_pipeline(
     name: str, device: torch.device, dtype: torch.dtype, *, size: int | None = None
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """A pipeline with this denoiser, and the arguments of its call: embeddings for a prompt, latents for an image.
+    """Return a pipeline with random weights and the arguments of its call.
+
+    The call passes prompt embeddings in place of a prompt and returns latents in place of images.
 
     Args:
         name: one of `NAMES`.
-        device: where to.
-        dtype: of the weights.
-        size: height and width of the image in pixels; None is the model's own.
+        device: device of the weights.
+        dtype: dtype of the weights.
+        size: height and width of the image in pixels; None for the model's own size.
 
     Raises:
         ConfigurationError: there is no such model.
@@ -88,7 +94,7 @@ def _text_shape(architecture: Architecture) -> tuple[Any, ...]:
 def _vae() -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
-    # Never run: it only tells the pipeline that latents are eight times smaller than images.
+    # It never runs; the pipeline only reads from it that latents are eight times smaller than images.
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -99,28 +105,28 @@ def _vae() -> AutoencoderKL:
 
 PLAIN = "plain"
 FEWER_STEPS = "fewer_steps"
-#: The one whose cost "fewer steps" is to have.
+#: The method whose cost determines the number of steps of "fewer steps".
 TGATE = "tgate"
 
-#: Of the authors of T-GATE v2 and of DeepCache, in their packages.
+#: The defaults of the authors' packages for T-GATE v2 and DeepCache.
 _SP_INTERVAL = 5
 _DEEPCACHE_INTERVAL = 3
 
-WHY_NO_UNET = "DeepCache needs a UNet, whose deep part it skips in most steps. {denoiser} is a transformer."
-WHY_NO_GUIDANCE = "This model runs without guidance, so that there is none to stop."
-WHY_SAME = "In {steps} steps of this model it would do the very same as {other}."
-WHY_NO_STEP = "T-GATE saves {saved:.0%} of the operations here: less than half of one of the {steps} steps."
-WHY_NO_COST = "What T-GATE costs here is not known, so neither are the steps that cost as much."
+WHY_NO_UNET = "DeepCache needs a UNet, because it skips the UNet's deep layers. {denoiser} is a transformer."
+WHY_NO_GUIDANCE = "This model runs without guidance, so there is no guidance to stop."
+WHY_SAME = "In {steps} steps of this model, it would be identical to {other}."
+WHY_NO_STEP = "T-GATE saves {saved:.0%} of the operations here, which is less than half of one of the {steps} steps."
+WHY_NO_COST = "The cost of T-GATE is unknown here, so the number of steps with equal cost is unknown too."
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to run a model.
+class ComparedMethod:
+    """A row of a comparison: a caching method with its settings, or the plain pipeline.
 
     Attributes:
-        key: for programs.
-        title: for people.
-        schedule: None for the plain pipeline.
+        key: identifier for programs.
+        title: name for people.
+        schedule: the schedule; None for the plain pipeline.
     """
 
     key: str
@@ -128,23 +134,32 @@ class Method:
     schedule: Schedule | None = None
 
 
-def methods_for(gate: int) -> tuple[Method, ...]:
-    """All methods, the plain pipeline first; guidance stops at the same step in all that stop it."""
+def methods_for(gate: int) -> tuple[ComparedMethod, ...]:
+    """Return all compared methods, the plain pipeline first. Every method that stops guidance does so at `gate`."""
+    tgate, deepcache = TGate(gate), DeepCache(_DEEPCACHE_INTERVAL)
+    compared: dict[str, tuple[str, Method | Schedule]] = {
+        TGATE: ("T-GATE v1", tgate),
+        "tgate_v2": ("T-GATE v2", TGate(gate, sp_interval=_SP_INTERVAL)),
+        "deepcache": ("DeepCache", deepcache),
+        "deepcache_tgate": ("DeepCache + T-GATE", deepcache + tgate),
+        "adaptive_guidance": ("Adaptive Guidance", AdaptiveGuidance(gate)),
+    }
     return (
-        Method(PLAIN, "plain"),
-        Method(TGATE, "T-GATE v1", Schedule(gate)),
-        Method("tgate_v2", "T-GATE v2", Schedule(gate, sp_interval=_SP_INTERVAL)),
-        Method("deepcache", "DeepCache", Schedule(None, deepcache_interval=_DEEPCACHE_INTERVAL)),
-        Method("deepcache_tgate", "DeepCache + T-GATE", Schedule(gate, deepcache_interval=_DEEPCACHE_INTERVAL)),
-        Method("adaptive_guidance", "Adaptive Guidance", Schedule(None, guidance_step=gate)),
-        Method(FEWER_STEPS, "fewer steps"),
+        ComparedMethod(PLAIN, "plain"),
+        *(ComparedMethod(key, title, schedule_of(method)) for key, (title, method) in compared.items()),
+        ComparedMethod(FEWER_STEPS, "fewer steps"),
     )
 
 
 def why_not(
-    method: Method, methods: Sequence[Method], denoisers: Mapping[str, torch.nn.Module], *, steps: int, guided: bool
+    method: ComparedMethod,
+    methods: Sequence[ComparedMethod],
+    denoisers: Mapping[str, torch.nn.Module],
+    *,
+    steps: int,
+    guided: bool,
 ) -> str | None:
-    """Why `method`, one of `methods`, does not apply to a model; None if it does."""
+    """Return why `method`, one of `methods`, does not apply to a model; None if it applies."""
     schedule = method.schedule
     if schedule is None:
         return None
@@ -167,14 +182,14 @@ def why_not(
 
 
 def steps_at_equal_cost(steps: int, share: float | None) -> tuple[int, str | None]:
-    """How many of `steps` plain steps cost `share` of them all; and why this is no comparison, if it is none."""
+    """Return how many plain steps cost `share` of `steps`, and why they cannot be compared (None if they can)."""
     if share is None:
         return steps, WHY_NO_COST
     fewer = max(1, round(steps * share))
     return fewer, WHY_NO_STEP.format(saved=1 - share, steps=steps) if fewer >= steps else None
 
 
-#: The authors' loaders, by the pipeline's class; those with DeepCache are for the first two.
+#: The authors' loaders by pipeline class; loaders with DeepCache exist for the first two only.
 _LOADERS = {
     "StableDiffusionPipeline": "TgateSD",
     "StableDiffusionXLPipeline": "TgateSDXL",
@@ -186,11 +201,11 @@ _WITH_DEEPCACHE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 @dataclass(frozen=True)
 class Ready:
-    """A pipeline that a peer has changed.
+    """A pipeline that is ready to be measured.
 
     Attributes:
-        generate: makes images with the arguments of the pipeline's call.
-        undo: takes back what reaches beyond this pipeline.
+        generate: makes images; takes the arguments of the pipeline's call.
+        undo: reverts changes that affect more than this pipeline.
     """
 
     generate: Callable[..., Any]
@@ -199,15 +214,15 @@ class Ready:
 
 @dataclass(frozen=True)
 class Peer:
-    """Something to compare with.
+    """A method of another package to compare with.
 
     Attributes:
-        key: for programs.
-        title: for people, with a place for the version.
-        package: that it is in: the name to install it by.
-        modules: that must be there, by the names that they are imported by.
-        prepare: changes a pipeline, for a gate step.
-        method: the key of our own method that does the same, if one does.
+        key: identifier for programs.
+        title: name for people, with a placeholder for the version.
+        package: name of the package, as used by pip.
+        modules: names of the modules that must be importable.
+        prepare: applies the method to a pipeline, for a given gate step.
+        method: key of this library's equivalent method, if there is one.
     """
 
     key: str
@@ -224,7 +239,7 @@ class Peer:
 
     @property
     def version(self) -> str | None:
-        """The installed one; None if it is not installed."""
+        """The installed version of the package; None if it is not installed."""
         try:
             return version(self.package)
         except PackageNotFoundError:
@@ -245,19 +260,19 @@ def _loader(pipe: Any, known: tuple[str, ...], suffix: str) -> Any:
     name = type(pipe).__name__
     if name not in known:
         raise UnsupportedModelError(
-            f"tgate {version('tgate')} has no loader for {name}. It has them for {', '.join(known)}."
+            f"tgate {version('tgate')} has no loader for {name}; it supports {', '.join(known)}."
         )
     return getattr(importlib.import_module("tgate"), f"{_LOADERS[name]}{suffix}Loader")
 
 
 def _deepcache(pipe: Any, gate: int) -> Ready:
     if not hasattr(pipe, "unet"):
-        raise UnsupportedModelError(f"DeepCache's helper is for UNets, and {type(pipe).__name__} has none.")
+        raise UnsupportedModelError(f"DeepCache's helper needs a UNet, but {type(pipe).__name__} has none.")
     helper = importlib.import_module("DeepCache").DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=3, cache_branch_id=0)
 
     def generate(**call: Any) -> Any:
-        helper.enable()  # a generation of its own: what it has cached is thrown away
+        helper.enable()  # anew for each generation, so that caches of the previous one are discarded
         try:
             return pipe(**call)
         finally:
@@ -269,7 +284,7 @@ def _deepcache(pipe: Any, gate: int) -> Ready:
 def _cache_dit(pipe: Any, gate: int) -> Ready:
     package = importlib.import_module("cache_dit")
     blocks = getattr(getattr(pipe, "transformer", None), "transformer_blocks", ())
-    # Its defaults, which compute eight blocks in every step, or for a transformer that has no more than these, one.
+    # The defaults compute eight blocks in every step. A transformer with at most eight blocks computes one instead.
     own = {"cache_config": package.DBCacheConfig(Fn_compute_blocks=1)} if 0 < len(blocks) <= 8 else {}
     package.enable_cache(pipe, **own)
     return Ready(pipe, partial(package.disable_cache, pipe))
@@ -281,7 +296,7 @@ def _guidance_cutoff(pipe: Any, gate: int) -> Ready:
     kinds = {"StableDiffusionPipeline": SDCFGCutoffCallback, "StableDiffusionXLPipeline": SDXLCFGCutoffCallback}
     if type(pipe).__name__ not in kinds:
         raise UnsupportedModelError(
-            f"diffusers' callback that stops guidance is for SD and SDXL, not for {type(pipe).__name__}."
+            f"diffusers' guidance cutoff callback supports SD and SDXL only, not {type(pipe).__name__}."
         )
     cutoff = kinds[type(pipe).__name__](cutoff_step_ratio=None, cutoff_step_index=gate - 1)
     return Ready(partial(pipe, callback_on_step_end=cutoff, callback_on_step_end_tensor_inputs=cutoff.tensor_inputs))
@@ -291,7 +306,7 @@ def _cache_hook(pipe: Any, gate: int, *, make: Callable[[Any], Any]) -> Ready:
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     if not hasattr(denoiser, "enable_cache"):
         raise UnsupportedModelError(
-            f"{type(denoiser).__name__} takes none of diffusers' cache hooks (it is no CacheMixin)."
+            f"{type(denoiser).__name__} does not support diffusers' cache hooks (it is not a CacheMixin)."
         )
     denoiser.enable_cache(make(pipe))
     return Ready(pipe, denoiser.disable_cache)
@@ -341,8 +356,8 @@ PEERS: tuple[Peer, ...] = (
 )
 
 
-def of_its_own_class(pipe: Any) -> Any:
-    """`pipe`, with a class that nothing else has: some packages change the class of what they are given."""
+def with_private_class(pipe: Any) -> Any:
+    """Give `pipe` a class that no other object has, because some packages modify the class of the pipeline."""
     kind = type(pipe)
     pipe.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__})
     return pipe

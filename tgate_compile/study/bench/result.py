@@ -1,4 +1,4 @@
-"""What a benchmark measured: plain data."""
+"""The results of a benchmark, as plain data."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ VERSION = 1
 
 
 @dataclass
-class Row:
-    """One contender.
+class BenchmarkRow:
+    """The measurements of one way to run the pipeline.
 
     Attributes:
-        key: for programs.
-        title: for people.
-        backend: what runs its graphs; empty where it has none.
-        baseline: the key of the plain row of the same kind.
-        error: why there are no figures.
-        first_seconds: of the first call: capture and compilation, too.
-        seconds: of each later image.
-        steps: seconds of each denoiser call of each later image, with what belongs to it.
-        early: of a step before the gate: the median of each image.
-        late: of a step after it.
-        macs: multiply-accumulates of an image in the denoiser's linear and convolution layers; None if not known.
-        peak_bytes: of memory in an image of its own: torch's own on a GPU, on a CPU what comes on top of the process's.
-        cache_bytes: the most that is kept from one step to the next, of our own schedules.
-        strip: one character a step, of our own schedules.
+        key: identifier for programs.
+        title: name for people.
+        backend: backend that runs the graphs; empty if there are no graphs.
+        baseline: key of the plain row to compare with.
+        error: why there are no measurements, if so.
+        first_seconds: time of the first call, which includes capture and compilation.
+        seconds: time of each later image.
+        steps: times of the steps of each later image, in seconds.
+        early: median time of a step before the gate, for each image.
+        late: median time of a step after the gate, for each image.
+        macs: multiply-accumulates of an image in the denoiser's linear and convolution layers; None if unknown.
+        peak_bytes: peak memory, measured with an additional image: of torch's allocator on a GPU, increase of the
+            process's memory on a CPU.
+        cache_bytes: largest total size of the values kept from one step to the next, for this library's schedules.
+        strip: one character per step, for this library's schedules.
     """
 
     key: str
@@ -51,12 +52,12 @@ class Row:
 
     @property
     def image(self) -> float | None:
-        """Seconds of an image: the median."""
+        """The median time of an image in seconds."""
         return median(self.seconds) if self.seconds else None
 
     @property
     def extra(self) -> float | None:
-        """Seconds that the first call took longer."""
+        """The additional time of the first call in seconds."""
         return None if self.first_seconds is None or self.image is None else max(self.first_seconds - self.image, 0.0)
 
 
@@ -65,42 +66,44 @@ class Benchmark:
     """All rows of one run, `plain` first.
 
     Attributes:
-        setting: what ran: words by name.
-        machine: on what.
-        steps: denoising steps.
-        gate: the first gated step.
-        rows: the contenders.
+        setting: classes, dtype and versions of what ran.
+        machine: hardware and versions.
+        steps: number of denoising steps.
+        gate: first gated step.
+        rows: measurements, `plain` first.
     """
 
     setting: Mapping[str, str]
     machine: Mapping[str, str]
     steps: int
     gate: int
-    rows: tuple[Row, ...]
+    rows: tuple[BenchmarkRow, ...]
 
-    def speedup(self, row: Row, over: str = "plain") -> float | None:
-        """The time of the row with the key `over`, divided by this row's."""
+    def speedup(self, row: BenchmarkRow, over: str = "plain") -> float | None:
+        """Return the time of the row with the key `over` divided by the time of `row`."""
         other = next((each.image for each in self.rows if each.key == over), None)
         return None if other is None or row.image is None else other / row.image
 
-    def macs_ratio(self, row: Row) -> float | None:
-        """The plain pipeline's operations, divided by this row's."""
+    def macs_ratio(self, row: BenchmarkRow) -> float | None:
+        """Return the operations of the plain pipeline divided by those of `row`."""
         plain = self.rows[0].macs
         return None if plain is None or not row.macs else plain / row.macs
 
-    def efficiency(self, row: Row) -> float | None:
-        """The speedup over the plain row of the same kind, divided by the ratio of the operations: 1 means that all
-        that was saved in operations was saved in time."""
+    def efficiency(self, row: BenchmarkRow) -> float | None:
+        """Return the speedup of `row` over its baseline divided by the ratio of the operations.
+
+        1 means that time was saved in full proportion to the operations.
+        """
         speedup, ratio = self.speedup(row, row.baseline), self.macs_ratio(row)
         return None if speedup is None or ratio is None or row.key == row.baseline else speedup / ratio
 
-    def why_unreliable(self, row: Row) -> str | None:
-        """Why this row's times, and its speed-ups, should not be believed; None if nothing speaks against them."""
+    def why_unreliable(self, row: BenchmarkRow) -> str | None:
+        """Return why the times and speedups of `row` are unreliable; None if they are reliable."""
         if not row.seconds:
             return None
         baseline = next((each for each in self.rows if each.key == row.baseline), row)
         ratio = self.macs_ratio(row)
-        # A baseline on the same backend; otherwise the backend has its part in the gain.
+        # Unless the baseline runs on the same backend, the backend contributes to the gain.
         same = row.baseline != "plain" or row.backend == "eager"
         reason = why_unreliable(
             row.seconds,
@@ -112,7 +115,7 @@ class Benchmark:
         return reason or why_unreliable(row.seconds, self.rows[0].seconds)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON; speed-ups that are not reliable are None."""
+        """Return plain data for JSON, with None for unreliable speedups."""
         reasons = [self.why_unreliable(row) for row in self.rows]
         rows = [
             {name: value for name, value in asdict(row).items() if name != "steps"}

@@ -1,4 +1,4 @@
-"""Times contenders side by side: one process, the same weights and inputs, in turns."""
+"""Run a benchmark: all entries take turns in one process, on the same weights and inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._errors import UnsupportedModelError
+from tgate_compile._errors import UnsupportedModelError, first_line
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.attach import attach, denoiser_names
 from tgate_compile.pipeline.facts import guidance_of
@@ -25,15 +25,15 @@ from tgate_compile.study.bench.measure import (
     macs_counted,
     peak_memory,
     timed_generation,
+    twin_of,
 )
-from tgate_compile.study.bench.methods import Method, Peer, Ready, of_its_own_class, why_not
-from tgate_compile.study.bench.result import Benchmark, Row
-from tgate_compile.study.bench.twin import twin_of
+from tgate_compile.study.bench.methods import ComparedMethod, Peer, Ready, why_not, with_private_class
+from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 from tgate_compile.study.tuning.request import setting_of
 
 logger = logging.getLogger(__name__)
 
-#: Called before each generation: how many are done, how many there will be as far as is known, and what comes now.
+#: Called before each generation with the number done, the expected total, and a description of the next one.
 Progress = Callable[[int, int, str], None]
 
 PLAIN = "plain"
@@ -42,32 +42,38 @@ COMPILED = "plain_compiled"
 #: The backend `inductor` with CUDA graphs.
 CUDA_GRAPHS = "inductor_cuda_graphs"
 
-#: A gate that no generation reaches: what a backend brings by itself.
+#: A gate that no generation reaches, to measure the effect of a backend alone.
 _NEVER = 100_000
 
-MSG_NO_TIME = "left out: the time for this benchmark was over"
+MSG_NO_TIME = "skipped: the time limit of this benchmark was reached"
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A row to be, and how its pipeline is made from a twin of the plain one."""
+class Entry:
+    """A way to run the pipeline.
 
-    row: Row
+    Attributes:
+        row: the row to fill with measurements.
+        prepare: prepares a twin of the plain pipeline.
+        method: the compared method, if the entry runs one of this library's.
+    """
+
+    row: BenchmarkRow
     prepare: Callable[[Any], Ready]
-    method: Method | None = None
+    method: ComparedMethod | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender is asked for.
+    """The generation that every entry runs.
 
     Attributes:
-        call: arguments of the pipeline's call, `num_inference_steps` included.
-        steps: denoising steps.
-        gate: the first gated step.
-        repeat: images that are timed, after the first.
-        seed: of the noise.
-        until: when no contender is begun any more, by `time.monotonic()`; None: all are.
+        call: arguments of the pipeline's call, including `num_inference_steps`.
+        steps: number of denoising steps.
+        gate: first gated step.
+        repeat: number of timed images, after the first.
+        seed: seed of the noise.
+        until: time on the clock `time.monotonic()` after which no further entry is started; None for no limit.
     """
 
     call: Mapping[str, Any]
@@ -80,39 +86,39 @@ class Task:
 
 @dataclass
 class _Runner:
-    contender: Contender
+    entry: Entry
     pipe: Any
     ready: Ready
 
 
-def contenders_for(
-    methods: Sequence[Method], backends: Sequence[str], peers: Sequence[Peer], *, gate: int
-) -> list[Contender]:
-    """The plain pipeline; each backend by itself; each schedule on each backend; the peers."""
-    contenders = [Contender(Row(PLAIN, "plain", "", PLAIN), Ready)]
+def entries_for(
+    methods: Sequence[ComparedMethod], backends: Sequence[str], peers: Sequence[Peer], *, gate: int
+) -> list[Entry]:
+    """Return entries for the plain pipeline, each backend alone, each schedule on each backend, and the peers."""
+    entries = [Entry(BenchmarkRow(PLAIN, "plain", "", PLAIN), Ready)]
     baselines = {"eager": PLAIN}
     for backend in backends:
         if backend == "inductor":
             baselines[backend] = COMPILED
-            contenders.append(Contender(Row(COMPILED, "plain, torch.compile", "", PLAIN), _compiled))
+            entries.append(Entry(BenchmarkRow(COMPILED, "plain, torch.compile", "", PLAIN), _compiled))
         elif backend == CUDA_GRAPHS:
             baselines[backend] = f"{COMPILED}_cuda_graphs"
-            row = Row(baselines[backend], "plain, torch.compile, CUDA graphs", "", PLAIN)
-            contenders.append(Contender(row, partial(_compiled, mode="reduce-overhead")))
+            row = BenchmarkRow(baselines[backend], "plain, torch.compile, CUDA graphs", "", PLAIN)
+            entries.append(Entry(row, partial(_compiled, mode="reduce-overhead")))
         elif backend != "eager":
             baselines[backend] = f"plain_{backend}"
-            row = Row(baselines[backend], f"plain, {backend}", backend, PLAIN)
-            contenders.append(Contender(row, _optimized(Schedule(_NEVER), backend)))
+            row = BenchmarkRow(baselines[backend], f"plain, {backend}", backend, PLAIN)
+            entries.append(Entry(row, _optimized(Schedule(_NEVER), backend)))
     for method in methods:
         for backend in backends if method.schedule is not None else ():
             assert method.schedule is not None
             title = f"{method.title}, {backend.replace('_', ', ', 1).replace('cuda_graphs', 'CUDA graphs')}"
-            row = Row(f"{method.key}_{backend}", title, backend, baselines[backend])
-            contenders.append(Contender(row, _optimized(method.schedule, backend), method))
+            row = BenchmarkRow(f"{method.key}_{backend}", title, backend, baselines[backend])
+            entries.append(Entry(row, _optimized(method.schedule, backend), method))
     for peer in peers:
         title = " ".join(peer.title.format(version=peer.version or "").split()).replace(" ,", ",")
-        contenders.append(Contender(Row(peer.key, title, "", PLAIN), _changed_by(peer, gate)))
-    return contenders
+        entries.append(Entry(BenchmarkRow(peer.key, title, "", PLAIN), _changed_by(peer, gate)))
+    return entries
 
 
 def _compiled(pipe: Any, mode: str | None = None) -> Ready:
@@ -137,7 +143,7 @@ def _changed_by(peer: Peer, gate: int) -> Callable[[Any], Ready]:
     def prepare(pipe: Any) -> Ready:
         if peer.version is None:
             raise UnsupportedModelError(f"{peer.package} is not installed")
-        return peer.prepare(of_its_own_class(pipe), gate)
+        return peer.prepare(with_private_class(pipe), gate)
 
     return prepare
 
@@ -145,21 +151,21 @@ def _changed_by(peer: Peer, gate: int) -> Callable[[Any], Ready]:
 def run_benchmark(
     pipe: DiffusionPipeline,
     task: Task,
-    methods: Sequence[Method],
+    methods: Sequence[ComparedMethod],
     backends: Sequence[str],
     peers: Sequence[Peer],
     *,
     progress: Progress | None = None,
 ) -> Benchmark:
-    """Time `pipe`, which is plain and stays so, in every way that is asked for.
+    """Measure the plain pipeline `pipe` with all methods, backends and peers. The pipeline itself is not changed.
 
-    What cannot run is a row with its error.
+    An entry that fails gets a row with its error.
     """
     return _Running(pipe, task, methods, backends, peers, progress).run()
 
 
 def to_channels_last(pipe: Any) -> None:
-    """Put the denoisers' convolutions into the layout that GPUs are fastest with."""
+    """Convert the denoisers to the memory format in which convolutions are fastest on GPUs."""
     for name in denoiser_names(pipe):
         torch.nn.Module.to(getattr(pipe, name), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -169,7 +175,7 @@ class _Running:
         self,
         pipe: DiffusionPipeline,
         task: Task,
-        methods: Sequence[Method],
+        methods: Sequence[ComparedMethod],
         backends: Sequence[str],
         peers: Sequence[Peer],
         progress: Progress | None,
@@ -177,7 +183,7 @@ class _Running:
         self._pipe = pipe
         self._task = task
         self._methods = methods
-        self._contenders = contenders_for(methods, backends, peers, gate=task.gate)
+        self._entries = entries_for(methods, backends, peers, gate=task.gate)
         self._denoisers = {name: getattr(pipe, name) for name in denoiser_names(pipe)}
         self._progress = progress
         self._done = 0
@@ -185,16 +191,16 @@ class _Running:
 
     def run(self) -> Benchmark:
         task = self._task
-        runners = [runner for contender in self._contenders if (runner := self._prepare(contender)) is not None]
+        runners = [runner for entry in self._entries if (runner := self._prepare(entry)) is not None]
         try:
             for turn in range(task.repeat):
-                # In another order each time, so that a busy moment hits none of them alone.
+                # The order changes in each round, so that a busy moment does not affect one entry alone.
                 for place in range(len(runners)):
                     self._time(runners[(turn + place) % len(runners)])
         finally:
             for runner in runners:
                 runner.ready.undo()
-        rows = tuple(contender.row for contender in self._contenders)
+        rows = tuple(entry.row for entry in self._entries)
         for row in rows:
             if row.key.startswith(COMPILED) and row.error is None:
                 row.macs = rows[0].macs  # the same operations
@@ -202,36 +208,36 @@ class _Running:
             setting_of(self._pipe, self._denoisers), machine_of(self._pipe.device), task.steps, task.gate, rows
         )
 
-    def _prepare(self, contender: Contender) -> _Runner | None:
-        """The contender after its first image, and one whose memory and operations were looked at; None if it fails."""
-        row = contender.row
-        row.error = self._why_not(contender.method)
+    def _prepare(self, entry: Entry) -> _Runner | None:
+        """Prepare an entry, run its first image, and measure memory and operations; return None if it fails."""
+        row = entry.row
+        row.error = self._why_not(entry.method)
         if row.error is not None:
             return None
         try:
             pipe = twin_of(self._pipe)
-            ready = contender.prepare(pipe)
-            runner = _Runner(contender, pipe, ready)
+            ready = entry.prepare(pipe)
+            runner = _Runner(entry, pipe, ready)
             row.first_seconds = self._generate(runner, "first call").seconds
             if row.key == PLAIN:
                 self._guided = guidance_of(pipe, self._task.call)()
-            self._look(runner)
-        except Exception as error:  # a contender that cannot run is a row with its error
+            self._measure(runner)
+        except Exception as error:  # report the error in the row, and run the other entries
             logger.info("%s failed", row.title, exc_info=True)
-            row.error = f"{type(error).__name__}: {_first_line(error)}"
+            row.error = first_line(error, named=True)
             return None
         return runner
 
-    def _why_not(self, method: Method | None) -> str | None:
+    def _why_not(self, method: ComparedMethod | None) -> str | None:
         if self._task.until is not None and time.monotonic() > self._task.until:
             return MSG_NO_TIME
         if method is None:
             return None
         return why_not(method, self._methods, self._denoisers, steps=self._task.steps, guided=self._guided)
 
-    def _look(self, runner: _Runner) -> None:
-        """Memory and operations, in an image of its own, which is not timed."""
-        row = runner.contender.row
+    def _measure(self, runner: _Runner) -> None:
+        """Measure memory and operations with an additional image, which is not timed."""
+        row = runner.entry.row
         if state_of(runner.pipe) is not None:
             with peak_memory(self._pipe.device) as peak:
                 self._generate(runner, "memory")
@@ -248,11 +254,11 @@ class _Running:
         row.peak_bytes = peak.total if self._pipe.device.type == "cuda" else peak.added
 
     def _time(self, runner: _Runner) -> None:
-        row = runner.contender.row
+        row = runner.entry.row
         timed = self._generate(runner, "image")
         row.seconds.append(timed.seconds)
         row.steps.append(list(timed.steps))
-        calls, method = len(timed.steps), runner.contender.method
+        calls, method = len(timed.steps), runner.entry.method
         schedule = None if method is None else method.schedule
         own = None if schedule is None or schedule.gate_step is None else schedule.gate(self._task.steps)
         gate = (self._task.gate if own is None else own) * calls // self._task.steps
@@ -264,12 +270,8 @@ class _Running:
             row.late.append(median(timed.steps[call] for call in late))
 
     def _generate(self, runner: _Runner, what: str) -> Timed:
-        total = len(self._contenders) * (2 + self._task.repeat)
+        total = len(self._entries) * (2 + self._task.repeat)
         if self._progress is not None:
-            self._progress(self._done, total, f"{runner.contender.row.title}: {what}")
+            self._progress(self._done, total, f"{runner.entry.row.title}: {what}")
         self._done += 1
         return timed_generation(runner.pipe, self._task.call, self._task.seed, runner.ready.generate)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -1,1 +1,1 @@
-"""Methods side by side, on one page."""
+"""Compare methods side by side on one HTML page."""

@@ -76,7 +76,7 @@
   viewer.addEventListener("click", (event) => { if (event.target === viewer) viewer.close(); });
   viewer.addEventListener("close", () => opener && opener.focus());
   viewer.addEventListener("keydown", (event) => {
-    const own = event.target === slider || event.target.tagName === "SELECT"; // these have uses for the keys themselves
+    const own = event.target === slider || event.target.tagName === "SELECT"; // these elements handle the arrow keys themselves
     const act = { ArrowRight: () => step(1), ArrowLeft: () => step(-1), ArrowDown: () => stepPrompt(1), ArrowUp: () => stepPrompt(-1) }[event.key];
     if (!act || own) return;
     event.preventDefault();

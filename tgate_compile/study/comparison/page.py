@@ -1,4 +1,4 @@
-"""The page that compares methods, and its plots."""
+"""Render the HTML page of a comparison, with its plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-# Stand-ins that are in the SVG once it is written, and then become the page's colours.
+# Placeholders in the written SVG, which are then replaced by the page's colours.
 _INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
 _FIRST_METHOD = 0x10
 _MARKERS = ("o", "^", "v", "s", "D", "P", "X")
@@ -28,12 +28,12 @@ _SIZE = (4.3, 3.0)  # inches
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot.
+    """A plot of the page.
 
     Attributes:
-        title: what it shows.
-        note: how to read it.
-        svg: the element.
+        title: title of the plot.
+        note: how to read the plot.
+        svg: the SVG element.
     """
 
     title: str
@@ -42,22 +42,24 @@ class Plot:
 
 
 def plots_of(model: ModelFigures, prefix: str) -> list[Plot]:
-    """Of one model; `prefix` makes the names inside the SVG elements the page's only ones."""
+    """Return the plots of one model; `prefix` makes the ids inside the SVG elements unique on the page."""
     ran = [(index, method) for index, method in enumerate(model.methods) if method.why_not is None]
     plots = [
         Plot(
             "Quality against cost",
-            "Left is cheaper, down is closer to the plain images.",
+            "Further left is cheaper; further down is closer to the plain images.",
             _svg(_draw_quality(model, ran), f"{prefix}-quality"),
         ),
         Plot(
             "Time per step",
-            "Of each denoiser call, the median over the images. The first one includes the text encoder.",
+            "Median over the images, for each denoiser call. The first call includes the text encoder.",
             _svg(_draw_time(ran), f"{prefix}-time"),
         ),
     ]
     if model.convergence:
-        note = "How much the cross-attentions' outputs change from step to step, plain, first prompt; dashed: the gate."
+        note = (
+            "Change of the cross-attention outputs from step to step, plain pipeline, first prompt; dashed: the gate."
+        )
         plots.append(Plot("Convergence", note, _svg(_draw_convergence(model), f"{prefix}-convergence")))
     return plots
 
@@ -116,7 +118,7 @@ def _colour(index: int) -> str:
 
 
 def _svg(figure: Figure, prefix: str) -> str:
-    """The figure as an element for an HTML page."""
+    """Return the figure as an SVG element for an HTML page."""
     import matplotlib as mpl
 
     written = io.BytesIO()
@@ -134,7 +136,7 @@ def _svg(figure: Figure, prefix: str) -> str:
     return re.sub(r"#0000([12][0-9a-f])", lambda match: f"var(--method-{int(match[1], 16) - _FIRST_METHOD})", text)
 
 
-#: Images of at most this side are shown with hard pixels and kept without loss.
+#: Images with sides of at most this many pixels are shown without smoothing and stored losslessly.
 _SMALL = 256
 _WEBP_QUALITY = 90
 
@@ -152,16 +154,16 @@ _STRIP_WORDS = {
 
 
 def check_page_can_be_made() -> None:
-    """See, before the work, that the page can be written after it.
+    """Check, before any work is done, that the page can be rendered.
 
     Raises:
-        ConfigurationError: a package is missing.
+        ConfigurationError: a required package is not installed.
     """
     check_installed("jinja2", "matplotlib", extra="plots", what="The page of a comparison")
 
 
 def page_of(comparison: Comparison) -> str:
-    """The HTML of the page."""
+    """Return the page as HTML."""
     import jinja2
 
     def text(name: str) -> str:
@@ -213,7 +215,7 @@ def _model(key: str, model: ModelFigures, comparison: Comparison) -> dict[str, A
 
 def _facts(model: ModelFigures) -> list[str]:
     setting = model.setting
-    guidance = f"guidance {setting['guidance scale']}" if model.guided else "without guidance batches"
+    guidance = f"guidance {setting['guidance scale']}" if model.guided else "no guidance"
     return [
         setting["pipeline"],
         f"{setting['denoiser']}, {model.parameters / 1e6:.1f} M parameters",
@@ -278,7 +280,7 @@ def _likeness(method: MethodFigures, image: ImageFigures) -> str:
 
 
 def _overview(comparison: Comparison) -> dict[str, Any]:
-    """A table of methods by models."""
+    """Return the data of the table of methods by models."""
     models = [(f"model-{index}", model) for index, model in enumerate(comparison.models) if model.error is None]
     rows: dict[str, dict[str, Any]] = {}
     for key, model in models:
@@ -300,7 +302,7 @@ def _overview_cell(model: ModelFigures, method: MethodFigures) -> dict[str, Any]
 
 
 def _speedup(model: ModelFigures, method: MethodFigures) -> str:
-    """In words where the times are not to be believed."""
+    """Return the speedup as text, or a remark if the times are unreliable."""
     if model.why_unreliable(method) is not None:
         return "time unreliable"
     speedup = model.speedup(method)

@@ -1,4 +1,4 @@
-"""What a comparison found: plain data, and the images beside it."""
+"""The results of a comparison: plain data and images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ImageFigures:
-    """Of one image.
+    """The measurements of one image.
 
     Attributes:
-        seconds: that it took.
-        psnr: to the plain image, in dB; None where the two are identical.
-        ssim: to the plain image; None if torchmetrics is not installed.
-        drift: of the final latents from the plain ones, relative to their norm.
-        right: whether it shows all that its caption says, as the embedded models' judge sees it; None for others.
+        seconds: time of the generation.
+        psnr: PSNR relative to the plain image, in dB; None if the images are identical.
+        ssim: SSIM relative to the plain image; None if torchmetrics is not installed.
+        drift: distance of the final latents from the plain ones, relative to their norm.
+        right: whether the image shows everything in its caption, according to the attribute reader of the embedded
+            models; None for other models.
     """
 
     seconds: float
@@ -37,24 +38,24 @@ class ImageFigures:
 
 @dataclass(frozen=True)
 class MethodFigures:
-    """Of one method on one model.
+    """The measurements of one method on one model.
 
     Attributes:
-        key: for programs.
-        title: for people.
-        schedule: in words; empty for the plain pipeline.
-        steps: denoising steps.
-        strip: one character a step.
-        why_not: why it did not run; everything below is then empty.
-        first_call_seconds: of the first call, which captures graphs.
-        seconds: of an image: the median.
-        step_seconds: of each denoiser call, the medians.
+        key: identifier for programs.
+        title: name for people.
+        schedule: description of the schedule; empty for the plain pipeline.
+        steps: number of denoising steps.
+        strip: one character per step.
+        why_not: why the method did not run; the attributes below are then empty.
+        first_call_seconds: time of the first call, which captures graphs.
+        seconds: median time of an image.
+        step_seconds: median time of each denoiser call.
         macs: multiply-accumulates of an image in linear and convolution layers of the denoiser.
-        parameters_at_end: that the steps after the gate need.
-        cache_bytes: the most that is kept from one step to the next.
-        peak_bytes: of memory: torch's own on a GPU, what comes on top of the process's on a CPU.
-        images: one for each prompt.
-        run_seconds: of each run that `seconds` is the median of; empty in results of older versions.
+        parameters_at_end: parameters that the steps after the gate need.
+        cache_bytes: largest total size of the values kept from one step to the next.
+        peak_bytes: peak memory: of torch's allocator on a GPU, increase of the process's memory on a CPU.
+        images: measurements of the images, one per prompt.
+        run_seconds: times of all runs, whose median is `seconds`; empty in results of older versions.
     """
 
     key: str
@@ -75,42 +76,42 @@ class MethodFigures:
 
     @property
     def psnr(self) -> float | None:
-        """The mean over the images that differ from plain's."""
+        """The mean PSNR of the images that differ from the plain ones."""
         return _mean([image.psnr for image in self.images])
 
     @property
     def ssim(self) -> float | None:
-        """The mean."""
+        """The mean SSIM of the images."""
         return _mean([image.ssim for image in self.images])
 
     @property
     def drift(self) -> float | None:
-        """The mean."""
+        """The mean drift of the images."""
         return _mean([image.drift for image in self.images])
 
     @property
     def right(self) -> int | None:
-        """How many images show what their captions say; None if that cannot be told."""
+        """The number of images that show everything in their captions; None if they cannot be judged."""
         judged = [image.right for image in self.images if image.right is not None]
         return sum(judged) if judged else None
 
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """Of one model.
+    """The measurements of one model.
 
     Attributes:
-        name: as asked for.
-        error: why there is nothing about it; everything below is then empty.
-        setting: what it is and how it ran: words by name.
-        steps: denoising steps.
-        gate: the first gated step.
-        guided: whether guidance runs, at twice the batch.
-        parameters: of the denoiser.
-        prompts: what was to be shown.
-        seeds: of each prompt's noise.
-        convergence: how much the cross-attentions change from each step to the next in the plain pipeline, relative.
-        methods: the plain one first.
+        name: name of the model, as given by the user.
+        error: why the model could not be measured; the attributes below are then empty.
+        setting: classes, dtype, versions and options, by name.
+        steps: number of denoising steps.
+        gate: first gated step.
+        guided: whether guidance is on, which doubles the batch.
+        parameters: number of parameters of the denoiser.
+        prompts: the prompts.
+        seeds: seed of the noise for each prompt.
+        convergence: relative change of the cross-attentions between consecutive steps of the plain pipeline.
+        methods: measurements of the methods, the plain pipeline first.
     """
 
     name: str
@@ -127,19 +128,19 @@ class ModelFigures:
 
     @property
     def plain(self) -> MethodFigures:
-        """The plain pipeline's figures."""
+        """The measurements of the plain pipeline."""
         return self.methods[0]
 
     def speedup(self, method: MethodFigures) -> float | None:
-        """Plain's time over the method's."""
+        """Return the time of the plain pipeline divided by the time of `method`."""
         return None if not method.seconds or not self.plain.seconds else self.plain.seconds / method.seconds
 
     def cost(self, method: MethodFigures) -> float | None:
-        """The method's operations over plain's."""
+        """Return the operations of `method` divided by those of the plain pipeline."""
         return None if method.macs is None or not self.plain.macs else method.macs / self.plain.macs
 
     def why_unreliable(self, method: MethodFigures) -> str | None:
-        """Why the method's time, and its speed-up, should not be believed; None if nothing speaks against them."""
+        """Return why the time and speedup of `method` are unreliable; None if they are reliable."""
         if method.seconds is None:
             return None
         return why_unreliable(
@@ -151,19 +152,19 @@ class ModelFigures:
         )
 
 
-#: By method, an image for each prompt.
+#: One image per prompt, by method.
 Pictures: TypeAlias = "Mapping[str, Sequence[Image]]"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was found.
+    """The results of a comparison.
 
     Attributes:
-        command: that made it.
-        machine: what it ran on: words by name.
-        models: figures.
-        pictures: by model.
+        command: command line that made the comparison.
+        machine: hardware and versions, by name.
+        models: measurements of each model.
+        pictures: images, by model.
     """
 
     command: str
@@ -172,7 +173,7 @@ class Comparison:
     pictures: Mapping[str, Pictures]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON, without the pictures."""
+        """Return plain data for JSON, without the pictures."""
         return {
             "format": FORMAT,
             "version": VERSION,

@@ -15,27 +15,40 @@ from PIL.Image import Image
 
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import parse_caption
-from tgate_compile._errors import UnsupportedModelError, is_installed
+from tgate_compile._errors import UnsupportedModelError, first_line, is_installed
 from tgate_compile.pipeline.attach import attach, denoiser_names
 from tgate_compile.pipeline.facts import guidance_of
-from tgate_compile.study.bench.measure import Cost, Timed, cost_of_last, peak_memory, plain_macs, timed_generation
-from tgate_compile.study.bench.methods import FEWER_STEPS, TGATE, Method, methods_for, steps_at_equal_cost, why_not
-from tgate_compile.study.bench.twin import twin_of
+from tgate_compile.study.bench.measure import (
+    Cost,
+    Timed,
+    cost_of_last,
+    peak_memory,
+    plain_macs,
+    timed_generation,
+    twin_of,
+)
+from tgate_compile.study.bench.methods import (
+    FEWER_STEPS,
+    TGATE,
+    ComparedMethod,
+    methods_for,
+    steps_at_equal_cost,
+    why_not,
+)
 from tgate_compile.study.comparison.result import ImageFigures, MethodFigures, ModelFigures, Pictures
-from tgate_compile.study.convergence import Convergence
 from tgate_compile.study.evaluation.result import decibels
 from tgate_compile.study.tuning.measure import relative_distances
-from tgate_compile.study.tuning.recorder import Recorder
+from tgate_compile.study.tuning.recorder import Convergence, Recorder
 from tgate_compile.study.tuning.request import setting_of
 
 
 def psnr(image: Image, plain: Image) -> float | None:
-    """Peak signal-to-noise ratio of two 8-bit images in dB; None if they are identical."""
+    """Return the peak signal-to-noise ratio of two 8-bit images in dB; None if they are identical."""
     return decibels(float(np.mean((_pixels(image) - _pixels(plain)) ** 2)))
 
 
 def ssim(image: Image, plain: Image) -> float | None:
-    """Structural similarity, 1 for identical images; None if torchmetrics is not installed."""
+    """Return the structural similarity of two images, 1 if identical; None if torchmetrics is not installed."""
     if not is_installed("torchmetrics"):
         return None
     from torchmetrics.functional.image import structural_similarity_index_measure
@@ -45,13 +58,13 @@ def ssim(image: Image, plain: Image) -> float | None:
 
 
 class Judge:
-    """Says whether images of the embedded models show all that their captions say."""
+    """Judge whether images of the embedded models show everything in their captions."""
 
     def __init__(self) -> None:
         self._reader = AttributeReader.load()
 
-    def says(self, image: Image, caption: str) -> bool | None:
-        """None if the caption is no caption of theirs, or the image is too large or too small."""
+    def is_right(self, image: Image, caption: str) -> bool | None:
+        """Return whether `image` shows everything in `caption`; None if the caption or image size is unsupported."""
         try:
             parse_caption(caption)
         except ValueError:
@@ -60,30 +73,30 @@ class Judge:
 
 
 def _pixels(image: Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """[height, width, 3], in [0, 1]."""
+    """Return the pixels of `image`, [height, width, 3], in [0, 1]."""
     return np.asarray(image.convert("RGB"), dtype=np.float64) / 255
 
 
 logger = logging.getLogger(__name__)
 
-#: Called before each generation: how many are done, how many there will be, and what comes now.
+#: Called before each generation with the number done, the expected total, and a description of the next one.
 Progress = Callable[[int, int, str], None]
 
-#: Of each method, at the least.
+#: Minimum number of timed runs of each method.
 _LEAST_RUNS = 3
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every method is asked for.
+    """The images that every method makes.
 
     Attributes:
-        prompts: what to show, an image each.
-        seeds: of each prompt's noise.
-        steps: denoising steps.
-        gate: the step at which T-GATE begins to reuse, and at which guidance stops.
+        prompts: prompts, one image each.
+        seeds: seed of the noise for each prompt.
+        steps: number of denoising steps.
+        gate: first step in which T-GATE reuses outputs, and in which guidance is off.
         call: further arguments of the pipeline's call.
-        backend: of the optimized pipelines.
+        backend: backend of the optimized pipelines.
     """
 
     prompts: tuple[str, ...]
@@ -94,15 +107,15 @@ class Task:
     backend: str = "eager"
 
     def call_of(self, prompt: int, steps: int) -> dict[str, Any]:
-        """The call for one prompt."""
+        """Return the arguments of the pipeline's call for one prompt."""
         return {**self.call, "prompt": self.prompts[prompt], "num_inference_steps": steps}
 
 
 @dataclass
 class _Runner:
-    """A method while it runs."""
+    """The state of a method during the comparison."""
 
-    method: Method
+    method: ComparedMethod
     pipe: Any
     steps: int
     first: float
@@ -116,17 +129,17 @@ class _Runner:
 def compare_model(
     name: str, pipe: DiffusionPipeline, task: Task, *, judged: bool, progress: Progress | None = None
 ) -> tuple[ModelFigures, Pictures]:
-    """Run every method on `pipe`, which is plain and stays so.
+    """Run every method on twins of the plain pipeline `pipe`, which itself is not changed.
 
     Args:
-        name: of the model, for people.
+        name: name of the model for people.
         pipe: the pipeline.
-        task: what to make.
-        judged: whether it is one of the embedded models, whose images can be judged.
+        task: the images to make.
+        judged: whether the model is an embedded one, whose images can be judged.
         progress: see `Progress`.
 
     Raises:
-        UnsupportedModelError: the pipeline makes no images.
+        UnsupportedModelError: the pipeline does not make images.
     """
     return _Comparing(name, pipe, task, Judge() if judged else None, progress).run()
 
@@ -144,7 +157,7 @@ class _Comparing:
         self._denoisers = {name: getattr(pipe, name) for name in denoiser_names(pipe)}
         self._why_not: dict[str, str] = {}
         self._done = 0
-        # All prompts, and with few of them the same ones again: a single time cannot be judged.
+        # All prompts, repeated if there are few, because a single time cannot be checked for reliability.
         count = len(task.prompts)
         self._rounds = count * -(-_LEAST_RUNS // count)
 
@@ -156,7 +169,7 @@ class _Comparing:
         for runner in runners:
             runner.peak = self._peak(runner)
         for index in range(self._rounds):
-            # In another order each time, so that a busy moment hits none of them alone.
+            # The order changes in each round, so that a busy moment does not affect one method alone.
             for turn in range(len(runners)):
                 runner = runners[(index + turn) % len(runners)]
                 prompt = index % len(task.prompts)
@@ -183,7 +196,7 @@ class _Comparing:
         }
 
     def _prepare_plain(self) -> tuple[_Runner, Recorder, bool]:
-        """The plain pipeline; its first call, which is slower than the others anyway, is recorded."""
+        """Prepare the plain pipeline, and record its first call, which is slower than the others anyway."""
         pipe = twin_of(self._pipe)
         call = self._task.call_of(0, self._task.steps)
         recorder = Recorder(pipe, guidance_of(pipe, call))
@@ -198,7 +211,8 @@ class _Comparing:
         if not isinstance(output, list) or not output or not isinstance(output[0], Image):
             given = f"a {type(output).__name__}"
             raise UnsupportedModelError(
-                f"Comparisons are of images, and {type(self._pipe).__name__} returns {given}. `tune` measures latents."
+                f"Comparisons need images, but {type(self._pipe).__name__} returns {given}. Use `tune`, which measures "
+                "latents."
             )
 
     def _prepare_optimized(self, rows: Mapping[str, int], plain: _Runner, *, guided: bool) -> list[_Runner]:
@@ -215,9 +229,9 @@ class _Comparing:
                 pipe = twin_of(self._pipe)
                 attach(pipe, dict.fromkeys(denoiser_names(pipe), method.schedule), backend=task.backend)
                 first = self._generate(pipe, method, 0, task.steps)
-            except Exception as error:  # a method that cannot run is told of, and the others run
+            except Exception as error:  # report the error on the page, and run the other methods
                 logger.info("%s on %s failed", method.title, self._name, exc_info=True)
-                self._why_not[method.key] = f"{type(error).__name__}: {_first_line(error)}"
+                self._why_not[method.key] = f"{first_line(error, named=True)}."
                 continue
             cost = cost_of_last(pipe)
             plain.macs = plain_macs(pipe, rows)
@@ -235,7 +249,7 @@ class _Comparing:
         macs = None if plain.macs is None else plain.macs * steps / self._task.steps
         runners.append(_Runner(method, plain.pipe, steps, plain.first, plain.strip[:steps], None, macs))
 
-    def _generate(self, pipe: Any, method: Method, prompt: int, steps: int) -> Timed:
+    def _generate(self, pipe: Any, method: ComparedMethod, prompt: int, steps: int) -> Timed:
         total = len(self._methods) * (self._rounds + 2)
         if self._progress is not None:
             self._progress(self._done, total, f"{self._name}: {method.title}")
@@ -243,7 +257,7 @@ class _Comparing:
         return timed_generation(pipe, self._task.call_of(prompt, steps), self._task.seeds[prompt])
 
     def _peak(self, runner: _Runner) -> int | None:
-        """The memory of a generation of its own, which is not timed."""
+        """Return the peak memory of an additional generation, which is not timed."""
         with peak_memory(self._pipe.device) as peak:
             self._generate(runner.pipe, runner.method, 0, runner.steps)
         return peak.total if self._pipe.device.type == "cuda" else peak.added
@@ -277,20 +291,16 @@ class _Comparing:
             psnr=psnr(image, reference),
             ssim=ssim(image, reference),
             drift=relative_distances(run.latents, plain.latents)[0],
-            right=None if self._judge is None else self._judge.says(image, prompt),
+            right=None if self._judge is None else self._judge.is_right(image, prompt),
         )
 
-    def _absent(self, method: Method) -> MethodFigures:
+    def _absent(self, method: ComparedMethod) -> MethodFigures:
         words = "" if method.schedule is None else str(method.schedule)
         return MethodFigures(
             method.key, method.title, words, self._task.steps, why_not=self._why_not.get(method.key, "")
         )
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-
-
 def seeds_for(prompts: Sequence[str], first: int) -> tuple[int, ...]:
-    """The noise of each prompt: one more than the one before."""
+    """Return consecutive seeds for the prompts, starting with `first`."""
     return tuple(first + index for index in range(len(prompts)))

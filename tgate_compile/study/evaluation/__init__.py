@@ -1,1 +1,1 @@
-"""How good the images are."""
+"""Evaluate the quality of images made under schedules."""

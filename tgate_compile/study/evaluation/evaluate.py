@@ -1,4 +1,4 @@
-"""`evaluate`: what schedules do to a pipeline's images, measured in many ways, over many prompts."""
+"""`evaluate`: measure the effect of schedules on a pipeline's images with many metrics over many prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tgate_compile.study.tuning.request import MSG_PROMPTS, Runs, is_whole, sett
 
 logger = logging.getLogger(__name__)
 
-#: Called after each image, and after each contender that is measured: how many are done, of how many, and what.
+#: Called after each image and each measured contender with the number done, the total, and the contender's label.
 Progress = Callable[[int, int, str], None]
 
 
@@ -60,39 +60,39 @@ def evaluate(
     attributes: bool | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Make the images of each prompt by the plain pipeline and by every schedule, and measure them.
+    """Make images of each prompt with the plain pipeline and with every schedule, and measure them.
 
-    Images go into `folder`, each as soon as it is made; a second call with the same arguments makes those that are
-    missing, so that an evaluation can be killed and goes on. More schedules may be added to a folder later.
+    Each image is written to `folder` as soon as it is made. A second call with the same arguments only makes the images
+    that are missing, so an interrupted evaluation can be resumed. More schedules can be added to a folder later.
 
-    Run it by torchrun (or whatever sets RANK and WORLD_SIZE), with the same arguments in every process, and the
-    processes share the images; the first one measures, and all return what it has found. See
-    `docs/guides/evaluating.md`.
+    Under torchrun (or another launcher that sets RANK and WORLD_SIZE), with the same arguments in every process, the
+    processes share the work of making images. The first process measures them, and all processes return its results.
+    See `docs/guides/evaluating.md`.
 
     Args:
         pipe: a plain pipeline, not an optimized one, on the device to use. It is plain again afterwards.
-        schedules: what to compare with the plain pipeline: schedules, or numbers of steps of the plain pipeline; a
-            mapping gives them labels.
-        prompts: what to show.
-        folder: for images and numbers.
-        seeds: noise for each prompt. Prompt i with seed s is drawn from a generator with seed 1,000,000 s + i.
+        schedules: schedules, or numbers of steps of the plain pipeline, to compare with the plain pipeline; pass a
+            mapping to label them.
+        prompts: the prompts.
+        folder: folder for images and results.
+        seeds: seeds of the noise for each prompt. Prompt i with seed s uses a generator with seed 1,000,000 s + i.
         num_inference_steps: as for the pipeline's call.
-        call: further arguments of the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
+        call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         batch_size: prompts per call.
         backend: as for `optimize`.
-        keep_latents: keep final latents, too, for their drift.
-        fid_weights: pytorch-fid's weights of Inception, `pt_inception-2015-12-05-6726825d.pth`. None: that file among
-            torch's downloads, if it is there.
-        fid_reference: a folder of real images to compute FID to, or an .npz file of their statistics.
-        fid_size: images are resized to that many pixels for FID; 256 in the paper.
-        lpips_weights: torchvision's weights of AlexNet, `alexnet-owt-7be5be79.pth`. None: as for `fid_weights`.
+        keep_latents: whether to keep the final latents, which are needed to measure drift.
+        fid_weights: pytorch-fid's Inception weights, `pt_inception-2015-12-05-6726825d.pth`. None: that file in torch's
+            download folder, if present.
+        fid_reference: a folder of real images to compute FID against, or an .npz file with their statistics.
+        fid_size: size in pixels to which images are resized for FID; 256 in the paper.
+        lpips_weights: torchvision's AlexNet weights, `alexnet-owt-7be5be79.pth`. None: as for `fid_weights`.
         clip: a folder with a CLIP model, for CLIP scores.
-        attributes: whether to use the attribute reader of the embedded pipeline; None: if it can read the images.
-        progress: called after each image of this process and each measured contender.
+        attributes: whether to use the attribute reader of the embedded pipeline; None: if it supports the images.
+        progress: called after each image made by this process and after each measured contender.
 
     Raises:
-        ConfigurationError: an argument is wrong, or `folder` has other images.
-        UnsupportedModelError: the pipeline takes one of the schedules not at all, or makes no images.
+        ConfigurationError: an argument is invalid, or `folder` contains images of another evaluation.
+        UnsupportedModelError: the pipeline does not support one of the schedules, or does not make images.
     """
     check_pipeline_first("evaluate", pipe, schedules, prompts, folder)
     if prompts is None:
@@ -100,7 +100,7 @@ def evaluate(
     check_ordinary(pipe, "evaluate()")
     runs = Runs(prompts, num_inference_steps, seeds, {} if call is None else call, "evaluate")
     if not is_whole(batch_size) or batch_size < 1:
-        raise ConfigurationError(f"batch_size must be a whole number, at least 1, but got {batch_size!r}.")
+        raise ConfigurationError(f"batch_size must be an integer of at least 1, but got {batch_size!r}.")
     contenders = contenders_of(schedules, num_inference_steps)
     instruments = Instruments(
         _path(fid_weights), _path(fid_reference), fid_size, _path(lpips_weights), _path(clip), attributes
@@ -123,7 +123,7 @@ def evaluate(
     for contender in contenders:
         if contender.schedule is not None:
             with gated(pipe, contender.schedule):
-                pass  # refuses what can be refused before any work
+                pass  # report errors before any work is done
     settings = _settings(pipe, names, runs, batch_size=batch_size, backend=backend, keep_latents=keep_latents)
     results = Folder(Path(folder))
     results.open({name: value for name, value in settings.items() if name not in _VERSIONS}, contenders)
@@ -151,7 +151,7 @@ def evaluate(
     if share.rank:
         _wait(lambda: _has_results(results, whole), "the first process")
         return _read_results(results)
-    _wait(lambda: all(results.has(c, item) for c in contenders for item in items), "images of other processes")
+    _wait(lambda: all(results.has(c, item) for c in contenders for item in items), "the images of other processes")
     if _has_results(results, whole):
         return _read_results(results)
     results.clean()
@@ -167,30 +167,30 @@ def evaluate(
 
 
 def _settings(pipe: DiffusionPipeline, names: Sequence[str], runs: Runs, **others: object) -> dict[str, Any]:
-    """All that the images depend on, and the versions, which may change while an evaluation goes on."""
+    """Return everything the images depend on, and versions, which may change before an evaluation is resumed."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     weights = {name: _digest(bit_sums(part)) for name, part in parts.items()}
     setting = setting_of(pipe, {name: getattr(pipe, name) for name in names})
     settings = {
         **setting,
         "device": pipe.device.type,
-        # diffusers' own notes, underscored, come in another order in each process.
+        # Skip diffusers' private entries, whose order differs between processes.
         "scheduler_config": {
-            name: _in_words(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")
+            name: _as_plain_data(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")
         },
         "weights": weights,
         "prompts": list(runs.prompts or ()),
         "seeds": list(runs.seeds),
         "num_inference_steps": runs.num_inference_steps,
-        "call": {name: _in_words(value) for name, value in runs.call.items()},
+        "call": {name: _as_plain_data(value) for name, value in runs.call.items()},
         **others,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
 
-def _in_words(value: object) -> object:
-    """A value as plain data for JSON, which has no infinity; with a digest where it would be long."""
+def _as_plain_data(value: object) -> object:
+    """Return `value` as plain data for JSON, with a digest for tensors and images; infinities become text."""
     if torch.is_tensor(value):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return f"Tensor{list(value.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
@@ -209,7 +209,10 @@ def _path(given: str | Path | None) -> Path | None:
 
 
 def _wait(is_there: Callable[[], bool], what: str) -> None:
-    """Other processes are not asked, only looked for in the folder: torchrun ends all of them when one fails."""
+    """Poll the folder until `is_there` returns true.
+
+    Processes do not communicate in any other way; if one fails, torchrun ends all of them.
+    """
     logged = time.monotonic()
     while not is_there():
         if time.monotonic() - logged > _LOG_SECONDS:

@@ -1,4 +1,4 @@
-"""Features of images for FID and KID, and the Frechet distance."""
+"""Compute features of images, their statistics, and the Frechet distance between them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import ConfigurationError, first_line
 
-ABSENT = "its weights are not at hand: give {option}, the file {name} ({source})"
+ABSENT = "its weights are not available: set {option} to the file {name} (from {source})"
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of weights that this package does not bring.
+    """A file with weights that are not part of this package.
 
     Attributes:
-        what: the network.
-        option: the argument that gives it.
-        name: what it is called at its source, and in torch's own folder of downloads.
-        source: where it comes from.
+        what: name of the network.
+        option: argument of `evaluate` that takes the file.
+        name: name of the file at its source and in torch's download folder.
+        source: where to get the file.
     """
 
     what: str
@@ -40,40 +40,40 @@ class WeightsFile:
 
     @property
     def absent(self) -> str:
-        """Why there is no measure."""
+        """The reason why a metric that needs the file is missing."""
         return ABSENT.format(option=self.option, name=self.name, source=self.source)
 
     def find(self, given: Path | None) -> Path | None:
-        """The file given, or that among torch's downloads, if it is there.
+        """Return `given`, or by default the file in torch's download folder; None if that does not exist.
 
         Raises:
-            ConfigurationError: the file given is not there.
+            ConfigurationError: `given` does not exist.
         """
         if given is None:
             downloaded = Path(torch.hub.get_dir()) / "checkpoints" / self.name
             return downloaded if downloaded.is_file() else None
         if not given.is_file():
-            raise ConfigurationError(f"{self.option}: there is no file {given}.")
+            raise ConfigurationError(f"{self.option}: the file {given} does not exist.")
         return given
 
     def load(self, path: Path) -> dict[str, torch.Tensor]:
-        """The tensors in the file.
+        """Return the tensors in the file.
 
         Raises:
-            ConfigurationError: there are none.
+            ConfigurationError: the file does not contain a dict of tensors.
         """
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise self.refused(path, error) from error
         if not isinstance(weights, dict):
-            raise self.refused(path, ValueError("it is no table of tensors"))
+            raise self.refused(path, ValueError("it does not contain a dict of tensors"))
         return weights
 
     def refused(self, path: Path, error: Exception) -> ConfigurationError:
-        """The error that says what is wrong with a file."""
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return ConfigurationError(f"{self.option}: {path} has no weights of {self.what}: {reason[:200]}.")
+        """Return an error that explains why a file cannot be used."""
+        reason = first_line(error)
+        return ConfigurationError(f"{self.option}: {path} does not contain weights of {self.what}: {reason[:200]}.")
 
 
 INCEPTION = WeightsFile(
@@ -83,7 +83,7 @@ ALEXNET = WeightsFile("AlexNet", "lpips_weights", "alexnet-owt-7be5be79.pth", "t
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file."""
+    """Return the SHA-256 digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -110,7 +110,7 @@ class _Convolution(nn.Module):
 
 
 class _Branches(nn.Module):
-    """Chains of convolutions by their names, and what is joined of them."""
+    """A block with several branches, which are chains of convolutions given by name."""
 
     def chain(self, x: torch.Tensor, *names: str) -> torch.Tensor:
         for name in names:
@@ -216,7 +216,7 @@ class _E(_Branches):
 
 
 class Inception(nn.Module):
-    """From images to the features of the last average pooling."""
+    """The Inception network up to the features of the last average pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Inception(nn.Module):
         self.Mixed_7c = _E(2048, pools_maximum=True)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features, [batch, 2048], of pixels in [0, 1], [batch, 3, height, width]."""
+        """Return features, [batch, 2048], of pixels in [0, 1], [batch, 3, height, width]."""
         x = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", align_corners=False)
         x = 2 * x - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
@@ -252,20 +252,20 @@ class Inception(nn.Module):
 
 
 MSG_STATISTICS = (
-    "{path} has no statistics of features: expected an .npz file with mu, [n], and sigma, [n, n], as pytorch-fid "
-    "writes them: {reason}."
+    "{path} does not contain feature statistics ({reason}). Expected an .npz file with mu, [n], and sigma, [n, n], as "
+    "written by pytorch-fid."
 )
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of some features.
+    """The mean and covariance of features.
 
     Attributes:
-        mean: [features], float64.
-        covariance: [features, features], float64, unbiased.
-        count: of how many images; None if nobody knows.
-        about: what they were computed from.
+        mean: mean, [features], float64.
+        covariance: unbiased covariance, [features, features], float64.
+        count: number of images; None if unknown.
+        about: description of the images and features.
     """
 
     mean: torch.Tensor
@@ -282,12 +282,12 @@ class Statistics:
 
     @classmethod
     def of(cls, features: torch.Tensor, about: Mapping[str, Any] | None = None) -> Statistics:
-        """Of `features`, [images, features], of at least two images."""
+        """Compute the statistics of `features`, [images, features], of at least two images."""
         values = features.double()
         return cls(values.mean(0), torch.cov(values.T), len(values), dict(about or {}))
 
     def save(self, path: Path) -> None:
-        """Write an .npz file that pytorch-fid reads, too."""
+        """Write an .npz file, which pytorch-fid can read as well."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         with part.open("wb") as file:
@@ -299,10 +299,10 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
-        """From a file of `save`, or of pytorch-fid's `--save-stats`.
+        """Read a file written by `save` or by pytorch-fid's `--save-stats`.
 
         Raises:
-            ConfigurationError: it is none.
+            ConfigurationError: the file does not contain statistics.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -317,10 +317,10 @@ class Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+    """Return the Frechet distance ||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    The trace of the root is taken of the symmetric C_b^(1/2) C_a C_b^(1/2), which has the same eigenvalues: no complex
-    numbers appear, and few images, whose covariances are singular, do no harm.
+    The trace of the root is computed from the symmetric matrix C_b^(1/2) C_a C_b^(1/2), which has the same eigenvalues.
+    This avoids complex numbers, and also works for few images, whose covariance is singular.
 
     Source: arXiv 1706.08500, equation 6.
     """
@@ -337,13 +337,13 @@ ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class Features:
-    """How features are made of images.
+    """A feature extractor.
 
     Attributes:
-        name: of the features.
-        extract: from pixels in [0, 1], [batch, 3, height, width], to [batch, features].
-        prepare: from an image to one of the size that is looked at.
-        about: what they depend on; statistics are kept as long as it is the same.
+        name: name of the features.
+        extract: computes features, [batch, features], of pixels in [0, 1], [batch, 3, height, width].
+        prepare: resizes an image to the size that `extract` expects.
+        about: everything the features depend on; stored statistics are reused while it is unchanged.
     """
 
     name: str
@@ -352,7 +352,7 @@ class Features:
     about: Mapping[str, Any]
 
     def of(self, images: Iterable[Image.Image]) -> torch.Tensor:
-        """Of each image, [images, features]."""
+        """Return the features of all images, [images, features]."""
         found: list[torch.Tensor] = []
         batch: list[Image.Image] = []
         for image in images:
@@ -367,7 +367,7 @@ class Features:
     def statistics(
         self, folder: Path, name: str, images: Callable[[], Iterable[Image.Image]], about: Mapping[str, Any]
     ) -> Statistics:
-        """Those in `folder`, or, if there are none of the same images by the same features, new ones, kept there."""
+        """Return the statistics of `images`, from `folder` if stored there; otherwise compute and store them."""
         record = {"features": dict(self.about), **about}
         key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
         path = folder / f"{name}.{self.name}.{key}.npz"
@@ -379,10 +379,10 @@ class Features:
 
 
 def inception_features(weights: Path, size: int, device: torch.device) -> Features:
-    """pytorch-fid's, of images that are resized to `size` x `size` pixels, as in the paper.
+    """Return pytorch-fid's features of images resized to `size` x `size` pixels, as in the paper.
 
     Raises:
-        ConfigurationError: the file has other weights.
+        ConfigurationError: the file does not contain Inception's weights.
     """
     network = Inception()
     tensors = {name: value for name, value in INCEPTION.load(weights).items() if not name.startswith("fc.")}
@@ -405,22 +405,22 @@ def inception_features(weights: Path, size: int, device: torch.device) -> Featur
 
 
 def reference_statistics(given: Path, features: Features, folder: Path) -> Statistics:
-    """Those of the real images that generated ones are compared with.
+    """Return the statistics of the real images that generated images are compared with.
 
     Args:
-        given: a folder of images, or an .npz file with statistics of theirs.
-        features: how to make them, if they are not there.
-        folder: where to keep them.
+        given: a folder of images, or an .npz file with their statistics.
+        features: feature extractor, for a folder of images.
+        folder: folder for computed statistics.
 
     Raises:
-        ConfigurationError: there are no images, or no statistics.
+        ConfigurationError: `given` contains neither images nor statistics.
     """
     if given.suffix == ".npz":
         return Statistics.load(given)
     files = sorted(path for path in given.rglob("*") if path.suffix.lower() in ENDINGS) if given.is_dir() else []
     if len(files) < 2:
         raise ConfigurationError(
-            f"fid_reference must be a folder with at least two images ({', '.join(ENDINGS)}), or an .npz file of "
+            f"fid_reference must be a folder with at least two images ({', '.join(ENDINGS)}) or an .npz file with "
             f"their statistics, but got {given}."
         )
     listing = hashlib.sha256()
@@ -431,7 +431,7 @@ def reference_statistics(given: Path, features: Features, folder: Path) -> Stati
 
 
 def pixels_of(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Pixels in [0, 1], [batch, 3, height, width], of images of the same size."""
+    """Return the pixels of images of equal size, in [0, 1], [batch, 3, height, width]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
 
 

@@ -1,4 +1,4 @@
-"""The images of an evaluation: what is compared, their folder, and how they are made."""
+"""Make the images of an evaluation and store them in a folder."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of an evaluation.
+    """A way to run the pipeline that is compared in an evaluation.
 
     Attributes:
-        label: what it is called.
-        schedule: None for the plain pipeline.
-        steps: inference steps.
+        label: name in tables.
+        schedule: the schedule; None for the plain pipeline.
+        steps: number of inference steps.
     """
 
     label: str
@@ -47,11 +47,11 @@ class Contender:
 
     @property
     def file_name(self) -> str:
-        """The label, as far as file names take it."""
+        """The label in lower case, with characters that are unsafe in file names replaced by "-"."""
         return re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-.") or "contender"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return plain data for JSON."""
         return {"schedule": None if self.schedule is None else schedule_data(self.schedule), "steps": self.steps}
 
 
@@ -59,10 +59,10 @@ Given = Mapping[str, Schedule | int] | Sequence[Schedule | int]
 
 
 def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ...]:
-    """The plain pipeline, then what is given.
+    """Return the plain pipeline, followed by what the user has given.
 
     Raises:
-        ConfigurationError: something else is given, or labels are too much alike.
+        ConfigurationError: `given` is invalid, or two labels give the same file name.
     """
     if isinstance(given, Mapping):
         items = list(given.items())
@@ -72,8 +72,8 @@ def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ..
         items = []
     if not items or not all(isinstance(label, str) and label.strip() and _is_known(item) for label, item in items):
         raise ConfigurationError(
-            "schedules must be a sequence, or a mapping from labels, of tgate_compile.Schedule or numbers of steps "
-            f"of the plain pipeline, at least one, but got {given!r}."
+            "schedules must be a sequence, or a mapping from labels, with at least one tgate_compile.Schedule or "
+            f"number of steps of the plain pipeline, but got {given!r}."
         )
     contenders = [Contender(PLAIN, None, num_inference_steps)]
     for label, item in items:
@@ -84,7 +84,7 @@ def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ..
         other = names.setdefault(contender.file_name, contender.label)
         if other != contender.label or (contender.label == PLAIN and contender is not contenders[0]):
             raise ConfigurationError(
-                f"The labels {other!r} and {contender.label!r} are too much alike to name files by. Give others."
+                f"The labels {other!r} and {contender.label!r} are too similar to be used in file names. Choose others."
             )
     return tuple(dict.fromkeys(contenders))
 
@@ -97,19 +97,19 @@ FORMAT = "tgate_compile.evaluation"
 VERSION = 1
 
 MSG_OTHER = (
-    "{folder} has the images of another evaluation: {name} was {found}, and is {asked} now. Give another folder, or "
-    "the same arguments."
+    "{folder} contains the images of another evaluation: {name} was {found}, and is now {asked}. Choose another "
+    "folder, or use the same arguments."
 )
-MSG_NO_RECORD = "{path} is no record of an evaluation: {reason}. Give another folder."
+MSG_NO_RECORD = "{path} does not describe an evaluation: {reason}. Choose another folder."
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image: a prompt and the noise for it.
+    """An image to make: a prompt and a seed.
 
     Attributes:
-        prompt: the prompt's number, from 0.
-        seed: one of the seeds given.
+        prompt: index of the prompt, from 0.
+        seed: one of the seeds given by the user.
     """
 
     prompt: int
@@ -117,24 +117,27 @@ class Item:
 
     @property
     def noise(self) -> int:
-        """The seed of the generator that the image is drawn from: another one for each prompt, since a set of images
-        from the same noise is less diverse than it could be, which the Frechet distance would see."""
+        """The seed of the image's generator.
+
+        It differs between prompts, because a set of images from the same noise is less diverse, which would increase
+        the Frechet distance.
+        """
         return self.seed * 1_000_000 + self.prompt
 
     @property
     def file_name(self) -> str:
-        """Without the ending."""
+        """The name of the image's file, without suffix."""
         return f"{self.prompt:05d}-{self.seed}"
 
 
 class Folder:
-    """Where an evaluation lives.
+    """The folder of an evaluation.
 
-    - `request.json`: what was asked for;
-    - `images/<contender>/<prompt number>-<seed>.png`, with prompt, seed and more as text in the file;
-    - `latents/...safetensors`, the final latents;
-    - `statistics/...npz`, for Frechet distances;
-    - `results.json`.
+    - `request.json`: the arguments;
+    - `images/<contender>/<prompt index>-<seed>.png`: images, with prompt, seed and more as text in the file;
+    - `latents/...safetensors`: final latents;
+    - `statistics/...npz`: statistics for Frechet distances;
+    - `results.json`: the results.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,23 +145,23 @@ class Folder:
 
     @property
     def results(self) -> Path:
-        """Written when everything has been measured."""
+        """The file with the results, written when everything has been measured."""
         return self.path / "results.json"
 
     @property
     def statistics(self) -> Path:
-        """The folder for statistics of features."""
+        """The folder for feature statistics."""
         return self.path / "statistics"
 
     def image(self, contender: Contender, item: Item) -> Path:
-        """The path of an image."""
+        """Return the path of an image."""
         return self.path / "images" / contender.file_name / f"{item.file_name}.png"
 
     def open(self, settings: Mapping[str, Any], contenders: Sequence[Contender]) -> None:
-        """Begin an evaluation, or go on with one.
+        """Start or resume an evaluation.
 
         Raises:
-            ConfigurationError: the folder has another one's images, or cannot be written to.
+            ConfigurationError: the folder contains images of another evaluation, or cannot be written to.
         """
         target = self.path / "request.json"
         asked = {contender.label: contender.as_dict() for contender in contenders}
@@ -171,7 +174,7 @@ class Folder:
             write_json(target, {**record, "contenders": {**found["contenders"], **asked}})
         except OSError as error:
             raise ConfigurationError(
-                f"The results folder {self.path} cannot be written to: {error.strerror or error}."
+                f"Cannot write to the results folder {self.path}: {error.strerror or error}."
             ) from error
 
     def _check(self, where: str, found: object, asked: object, *, partly: bool = False) -> None:
@@ -183,7 +186,7 @@ class Folder:
             raise ConfigurationError(MSG_OTHER.format(folder=self.path, name=where, **shown))
 
     def has(self, contender: Contender, item: Item) -> bool:
-        """Whether an image has been made; its latents are written before it."""
+        """Return whether an image has been made; its latents are written before it."""
         return self.image(contender, item).exists()
 
     def keep(
@@ -194,7 +197,7 @@ class Folder:
         latents: torch.Tensor | None,
         texts: Mapping[str, object],
     ) -> None:
-        """Write an image as a whole or not at all."""
+        """Write an image and its latents atomically."""
         if latents is not None:
             _replace(self._latents(contender, item), lambda part: save_file({"latents": latents.contiguous()}, part))
         info = PngInfo()
@@ -203,13 +206,13 @@ class Folder:
         _replace(self.image(contender, item), lambda part: image.save(part, format="PNG", pnginfo=info))
 
     def load(self, contender: Contender, item: Item) -> Image.Image:
-        """An image, in RGB, with the texts in its file as `info`."""
+        """Return an image in RGB, with the texts of its file in `info`."""
         with Image.open(self.image(contender, item)) as image:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
 
     def load_latents(self, contender: Contender, item: Item) -> torch.Tensor | None:
-        """Final latents in float32; None if they were not kept."""
+        """Return the final latents in float32; None if they were not kept."""
         path = self._latents(contender, item)
         return load_file(path)["latents"].float() if path.exists() else None
 
@@ -218,7 +221,7 @@ class Folder:
         write_json(self.results, data)
 
     def clean(self) -> None:
-        """Remove what killed processes have left half written; call it when every image is there."""
+        """Remove partial files of killed processes; call this when all images have been made."""
         for part in self.path.glob("**/*.part"):
             part.unlink(missing_ok=True)
 
@@ -227,7 +230,7 @@ class Folder:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole or not at all."""
+    """Write a JSON file atomically."""
     text = json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     _replace(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
 
@@ -245,7 +248,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigurationError(MSG_NO_RECORD.format(path=path, reason=error)) from error
     if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
-        raise ConfigurationError(MSG_NO_RECORD.format(path=path, reason="its format or version is another"))
+        raise ConfigurationError(MSG_NO_RECORD.format(path=path, reason="its format or version differs"))
     return record
 
 
@@ -254,16 +257,16 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-Each = TypeVar("Each")
+Element = TypeVar("Element")
 
 
 @dataclass(frozen=True)
 class Share:
-    """One of several processes that share a results folder. They do not talk to each other.
+    """This process's share of the work of several processes. They share a results folder, but do not communicate.
 
     Attributes:
-        rank: which one, from 0.
-        world: how many there are.
+        rank: index of this process, from 0.
+        world: number of processes.
     """
 
     rank: int = 0
@@ -271,41 +274,41 @@ class Share:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Share:
-        """As torchrun, `accelerate launch` and others say it, by RANK and WORLD_SIZE; alone if they say nothing.
+        """Read RANK and WORLD_SIZE, as set by torchrun, `accelerate launch` and others; by default a single process.
 
         Raises:
-            ConfigurationError: they say nonsense.
+            ConfigurationError: the values are invalid.
         """
         rank, world = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
             raise ConfigurationError(
-                f"The environment says RANK={rank} and WORLD_SIZE={world}: expected whole numbers with 0 <= RANK < "
-                "WORLD_SIZE."
+                f"The environment variables must be integers with 0 <= RANK < WORLD_SIZE, but got RANK={rank} and "
+                f"WORLD_SIZE={world}."
             )
         return cls(int(rank), int(world))
 
-    def of(self, items: Sequence[Each]) -> list[Each]:
-        """This process's items: every `world`-th, so that nobody waits long for anybody."""
+    def of(self, items: Sequence[Element]) -> list[Element]:
+        """Return this process's items: every `world`-th, so that all processes finish at about the same time."""
         return list(items[self.rank :: self.world])
 
 
-#: Puts a schedule on a plain pipeline; at the end it is plain again.
+#: A context manager that applies a schedule to a plain pipeline and restores the pipeline at its end.
 Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
 
 _TEXTS = ("negative_prompt", *(f"{half}prompt_{number}" for half in ("", "negative_") for number in (2, 3)))
 
 
 class Maker:
-    """Makes images into a folder.
+    """Make images and store them in a folder.
 
     Args:
         pipe: a plain pipeline.
-        prompts: what to show.
-        call: further arguments of its call.
-        folder: where to.
-        gated: puts schedules on.
-        keep_latents: keep final latents, too.
-        on_image: called after each image, with the contender's label.
+        prompts: the prompts.
+        call: further arguments of the pipeline's call.
+        folder: the folder.
+        gated: applies schedules to the pipeline.
+        keep_latents: whether to keep the final latents.
+        on_image: called after each image with the contender's label.
     """
 
     def __init__(
@@ -328,15 +331,17 @@ class Maker:
         self._on_image = on_image
 
     def missing(self, contender: Contender, batches: Sequence[Sequence[Item]], share: Share) -> list[Sequence[Item]]:
-        """This process's batches that are not there yet. Batches are made as a whole: another one's images would be
-        rounded in another way."""
+        """Return this process's batches with missing images.
+
+        A batch is always made as a whole, because rounding differs between batches of different sizes.
+        """
         return [b for b in share.of(batches) if not all(self._folder.has(contender, item) for item in b)]
 
     def make(self, contender: Contender, batches: Sequence[Sequence[Item]]) -> None:
-        """Make these batches.
+        """Make the images of the given batches.
 
         Raises:
-            UnsupportedModelError: the pipeline makes no images, or does not take the schedule.
+            UnsupportedModelError: the pipeline does not make images, or does not support the schedule.
         """
         if not batches:
             return
@@ -361,7 +366,7 @@ class Maker:
     def _run(self, contender: Contender, batch: Sequence[Item]) -> tuple[list[Image.Image], torch.Tensor | None]:
         prompts = [self._prompts[item.prompt] for item in batch]
         call = dict(self._call)
-        if len(batch) > 1:  # then other texts have to be lists, too
+        if len(batch) > 1:  # then other texts must be lists as well
             call |= {name: [call[name]] * len(batch) for name in _TEXTS if isinstance(call.get(name), str)}
         # Noise from the CPU is the same on every device.
         noise = [torch.Generator().manual_seed(item.noise) for item in batch]
@@ -377,14 +382,14 @@ class Maker:
         if not isinstance(images, list) or not all(isinstance(image, Image.Image) for image in images):
             given = f"a {type(images).__name__}" + (f" of {type(images[0]).__name__}" if len(images) else "")
             raise UnsupportedModelError(
-                f"Evaluations are of images, and {type(self._pipe).__name__} returns {given}. `tune` measures its "
+                f"Evaluations need images, but {type(self._pipe).__name__} returns {given}. Use `tune`, which measures "
                 "latents."
             )
         has_latents = self._keep_latents and latents and latents[0].shape[0] == len(batch)
         return images, latents[0].cpu() if has_latents else None
 
     def _ran(self, contender: Contender, costs: dict[str, Mapping[str, float]]) -> tuple[str, float | None]:
-        """The strip of the last generation, and what it cost; the plain pipeline, in as many steps, is 1."""
+        """Return the strip of the last generation, and its cost relative to the plain pipeline with equal steps."""
         state = state_of(self._pipe)
         if state is None:
             return "F" * contender.steps, None
@@ -404,12 +409,12 @@ class Maker:
 
 
 def cost_of(phases: Sequence[Phase], per_row: Mapping[str, float], *, separate: bool) -> tuple[float, float]:
-    """Multiply-accumulates for one image of these denoiser calls, and of as many timesteps of the plain pipeline.
+    """Return the multiply-accumulates of one image, and those of the plain pipeline for as many timesteps.
 
     Args:
-        phases: of the calls.
-        per_row: multiply-accumulates by the phase's name, for each row of the batch.
-        separate: whether each guidance half has a call of its own.
+        phases: phases of the denoiser calls.
+        per_row: multiply-accumulates per row of the batch, by phase name.
+        separate: whether each guidance half has a separate denoiser call.
     """
     guided = 1 if separate else 2  # rows of a guided call
     own = sum(per_row[phase.name] * (guided if phase.guided else 1) for phase in phases)
@@ -420,15 +425,15 @@ def cost_of(phases: Sequence[Phase], per_row: Mapping[str, float], *, separate: 
 
 @contextmanager
 def final_latents_of(pipe: DiffusionPipeline) -> Iterator[list[torch.Tensor]]:
-    """Around one call that makes images: afterwards the list has the final latents, [images, ...], too.
+    """Capture the final latents, [images, ...], of a call that makes images; the yielded list contains them afterwards.
 
-    They are what the scheduler's last step returns. A callback would not do: not all pipelines take one.
+    They are the result of the scheduler's last step. A callback would not work with all pipelines.
     """
     latents: list[torch.Tensor] = []
     scheduler = pipe.scheduler
     step = scheduler.step
 
-    @functools.wraps(step)  # pipelines ask its signature whether it takes their generator
+    @functools.wraps(step)  # pipelines inspect the signature to see whether it takes a generator
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         latents[:] = [result[0]]

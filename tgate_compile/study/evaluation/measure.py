@@ -31,7 +31,7 @@ from tgate_compile.study.evaluation.features import (
     sha256_of,
 )
 from tgate_compile.study.evaluation.images import Contender, Folder, Item
-from tgate_compile.study.evaluation.result import Row, decibels, mean_and_error
+from tgate_compile.study.evaluation.result import EvaluationRow, decibels, mean_and_error
 from tgate_compile.study.tuning.measure import relative_distances
 from tgate_compile.study.tuning.request import is_whole
 
@@ -40,7 +40,7 @@ DRAWINGS = 8
 
 
 def are_captions(prompts: Sequence[str]) -> bool:
-    """Whether the reader understands all prompts."""
+    """Return whether all prompts are captions that the attribute reader understands."""
     try:
         for prompt in prompts:
             parse_caption(prompt)
@@ -50,24 +50,24 @@ def are_captions(prompts: Sequence[str]) -> bool:
 
 
 def can_be_read(image: Image.Image) -> bool:
-    """Whether the reader takes images of this size."""
+    """Return whether the attribute reader supports images of this size."""
     return image.size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def reader_features(reader: AttributeReader) -> Features:
-    """What the reader's heads look at."""
+    """Return the attribute reader's features, which its heads classify."""
     about = {"network": "attribute reader", "sha256": sha256_of(WEIGHTS), "size": IMAGE_SIZE}
     return Features("reader", reader.features, lambda image: image, about)
 
 
 def right(reader: AttributeReader, pixels: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
-    """1.0 for each image that shows all its caption says, [captions], from pixels in [0, 1]."""
+    """Return 1.0 for each image (pixels in [0, 1]) that shows everything in its caption, else 0.0; [captions]."""
     return torch.tensor([reader.score(pixels[i : i + 1], [caption])["all"] for i, caption in enumerate(captions)])
 
 
 @torch.no_grad()
 def log_likelihood(reader: AttributeReader, pixels: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
-    """The reader's log-likelihood of all that the caption says, in nats, [captions], from pixels in [0, 1]."""
+    """Return the reader's log-likelihood of each caption in nats, [captions], given pixels in [0, 1]."""
     scores = {name: head.log_softmax(1) for name, head in reader(pixels).items()}
     targets = [targets_of(parse_caption(caption)) for caption in captions]
     return torch.stack(
@@ -76,7 +76,7 @@ def log_likelihood(reader: AttributeReader, pixels: torch.Tensor, captions: Sequ
 
 
 def drawings(captions: Sequence[str], each: int, seed: int) -> torch.Tensor:
-    """Drawn scenes, uint8 [each * captions, 3, 64, 64]."""
+    """Return `each` drawn scenes per caption, uint8 [each * captions, 3, 64, 64]."""
     rng = np.random.default_rng(seed)
     scenes = [parse_caption(caption) for caption in captions]
     return torch.from_numpy(np.stack([render(scene, rng) for _ in range(each) for scene in scenes])).permute(0, 3, 1, 2)
@@ -87,10 +87,10 @@ _SCALE = (0.458, 0.448, 0.450)
 
 
 class Lpips(nn.Module):
-    """The distance of images, 0 for the same ones.
+    """The LPIPS distance between images.
 
     Args:
-        alexnet: torchvision's weights of AlexNet, by its names.
+        alexnet: torchvision's AlexNet weights, with torchvision's names.
     """
 
     def __init__(self, alexnet: dict[str, torch.Tensor]) -> None:
@@ -117,7 +117,7 @@ class Lpips(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE)[:, None, None])
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Distances, [batch], of pixels in [0, 1], [batch, 3, height, width]."""
+        """Return distances, [batch], between pixels in [0, 1], [batch, 3, height, width]."""
         total = torch.zeros(a.shape[0], device=a.device)
         for index, (x, y) in enumerate(zip(self._activations(a), self._activations(b), strict=True)):
             difference = (_normalized(x) - _normalized(y)) ** 2
@@ -146,23 +146,23 @@ def _comparison_weights() -> list[torch.Tensor]:
     return [weights[f"lin{index}.model.1.weight"] for index in range(5)]
 
 
-MSG_NO_CLIP = "clip: {given} is no folder with a CLIP model and its processor, as save_pretrained writes it: {reason}."
+MSG_NO_CLIP = "clip: {given} is not a folder with a CLIP model and processor saved by save_pretrained: {reason}."
 
 
 class Clip:
-    """A CLIP model from a folder.
+    """A CLIP model loaded from a folder.
 
     Args:
-        folder: as `save_pretrained` writes it, model, tokenizer and image processor.
-        device: to run on.
+        folder: folder with model, tokenizer and image processor, saved by `save_pretrained`.
+        device: device to run on.
 
     Raises:
-        ConfigurationError: it holds none.
+        ConfigurationError: the folder does not contain a CLIP model.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         if not folder.is_dir():
-            raise ConfigurationError(MSG_NO_CLIP.format(given=folder, reason="there is no such folder"))
+            raise ConfigurationError(MSG_NO_CLIP.format(given=folder, reason="the folder does not exist"))
         import transformers
 
         processors: Any = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
@@ -177,9 +177,9 @@ class Clip:
         self._device = device
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """100 times the cosine of image and text, at least 0, for each image. Long prompts are cut, as CLIP has to.
+        """Return 100 times the cosine similarity of each image and its prompt, at least 0.
 
-        Source: arXiv 2104.08718; with torchmetrics' scale of 100.
+        Long prompts are truncated to CLIP's maximum length. Source: arXiv 2104.08718, with torchmetrics' scale of 100.
         """
         texts = self._tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
         pixels = self._processor(list(images), return_tensors="pt")["pixel_values"]
@@ -194,32 +194,32 @@ class Clip:
 
 
 BATCH = 16
-#: With fewer images than features the covariance is singular, and the distance depends on their number above all.
+#: With fewer images than features, the covariance is singular and FID mainly depends on the number of images.
 ENOUGH_FOR_FID = 2048
 
-MSG_ATTRIBUTES = "attributes=True, but {reason}."
-NO_CLIP = "no CLIP model is at hand: give clip, a folder with one as save_pretrained writes it"
-NO_REFERENCE = "give fid_reference, a folder of real images or an .npz file with their statistics"
-NO_CAPTIONS = "the attribute reader is for the embedded pipeline: for its captions, and images of 64x64 pixels"
+MSG_ATTRIBUTES = "attributes=True cannot be used: {reason}."
+NO_CLIP = "no CLIP model is available: set clip to a folder with a model saved by save_pretrained"
+NO_REFERENCE = "set fid_reference to a folder of real images or to an .npz file with their statistics"
+NO_CAPTIONS = "the attribute reader supports only captions of the embedded pipeline and images of 64x64 pixels"
 NO_LATENTS = "the final latents were not kept"
 TOO_FEW = "at least two images are needed"
 REMARK_FEW = (
-    "FID of {count} images: it falls with their number, so that only those of the same number can be compared, and the "
-    "paper's are of 10,000."
+    "FID of {count} images: FID decreases with the number of images, so only values for equal numbers can be compared. "
+    "The paper uses 10,000."
 )
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """What to measure with; see `evaluate`.
+    """The networks and reference data to measure with; see `evaluate`.
 
     Attributes:
-        fid_weights: of Inception.
-        fid_reference: a folder of real images, or statistics.
-        fid_size: side of the images for FID, in pixels.
-        lpips_weights: of AlexNet.
-        clip: a folder.
-        attributes: use the attribute reader; None: if it can read prompts and images.
+        fid_weights: file with Inception weights.
+        fid_reference: folder of real images, or file with statistics.
+        fid_size: side length of the images for FID, in pixels.
+        lpips_weights: file with AlexNet weights.
+        clip: folder with a CLIP model.
+        attributes: whether to use the attribute reader; None: if it supports prompts and images.
     """
 
     fid_weights: Path | None = None
@@ -231,28 +231,26 @@ class Instruments:
 
     def __post_init__(self) -> None:
         if not is_whole(self.fid_size) or self.fid_size < 16:
-            raise ConfigurationError(
-                f"fid_size must be a whole number of pixels, at least 16, but got {self.fid_size!r}."
-            )
+            raise ConfigurationError(f"fid_size must be an integer of at least 16 (pixels), but got {self.fid_size!r}.")
         check_installed("torchmetrics", extra="evaluate", what="An evaluation")
 
     def check(self, prompts: Sequence[str]) -> None:
-        """See, before the work, that everything can be used after it.
+        """Check, before any work is done, that everything can be used.
 
         Raises:
-            ConfigurationError: a file is not there, or the prompts are no captions.
+            ConfigurationError: a file does not exist, or the prompts are not captions of the embedded model.
         """
         INCEPTION.find(self.fid_weights)
         ALEXNET.find(self.lpips_weights)
         if self.fid_reference is not None and not self.fid_reference.exists():
-            raise ConfigurationError(f"fid_reference: there is no {self.fid_reference}.")
+            raise ConfigurationError(f"fid_reference: {self.fid_reference} does not exist.")
         if self.attributes and not are_captions(prompts):
-            raise ConfigurationError(MSG_ATTRIBUTES.format(reason="the prompts are no captions of the embedded model"))
+            raise ConfigurationError(MSG_ATTRIBUTES.format(reason="the prompts are not captions of the embedded model"))
         if self.clip is not None:
             Clip(self.clip, torch.device("cpu"))
 
     def as_dict(self) -> dict[str, Any]:
-        """What the numbers depend on."""
+        """Return everything the numbers depend on, as plain data."""
         inception, alexnet = INCEPTION.find(self.fid_weights), ALEXNET.find(self.lpips_weights)
         return {
             "fid_weights_sha256": None if inception is None else sha256_of(inception),
@@ -265,16 +263,16 @@ class Instruments:
 
 
 class Measurer:
-    """Measures contenders, the plain pipeline first.
+    """Measure contenders; the plain pipeline must be measured first.
 
     Args:
-        folder: with all images.
-        items: which there are of each contender.
-        prompts: what they should show.
+        folder: folder with all images.
+        items: images of each contender.
+        prompts: the prompts.
         instruments: what to measure with.
-        device: to run on.
-        plain: what the others are compared with.
-        key: of the images; statistics are kept as long as it is the same.
+        device: device to run on.
+        plain: the contender that the others are compared with.
+        key: key of the images; stored statistics are reused while it is unchanged.
     """
 
     def __init__(
@@ -313,7 +311,9 @@ class Measurer:
         readable = are_captions(self._prompts) and can_be_read(image)
         if not readable:
             if self._instruments.attributes:
-                raise ConfigurationError(MSG_ATTRIBUTES.format(reason=f"images are of {image.width}x{image.height}"))
+                raise ConfigurationError(
+                    MSG_ATTRIBUTES.format(reason=f"images have {image.width}x{image.height} pixels")
+                )
             self.not_measured["accuracy"] = NO_CAPTIONS
         return readable
 
@@ -350,7 +350,7 @@ class Measurer:
 
     @cached_property
     def _reference(self) -> Statistics | None:
-        """Of the real images."""
+        """The statistics of the real images."""
         given = self._instruments.fid_reference
         if given is None or self._features is None:
             self.not_measured.setdefault("fid", NO_REFERENCE)
@@ -361,22 +361,22 @@ class Measurer:
 
     @cached_property
     def _drawn(self) -> Statistics:
-        """Of drawn scenes of the same captions."""
+        """The statistics of drawn scenes of the same captions."""
         images = drawings(self._prompts, DRAWINGS, seed=0).float() / 255
         return Statistics.of(self._reader.features(images))
 
-    def measure(self, contender: Contender) -> Row:
-        """All measures of one contender."""
+    def measure(self, contender: Contender) -> EvaluationRow:
+        """Return all measures of one contender."""
         strips, measures = self._files(contender)
         measures |= self._per_image(contender)
         measures |= self._sets(contender)
-        return Row(contender.label, contender.schedule, contender.steps, len(self._items), strips, measures)
+        return EvaluationRow(contender.label, contender.schedule, contender.steps, len(self._items), strips, measures)
 
     def _files(self, contender: Contender) -> tuple[dict[str, int], dict[str, float | None]]:
         texts = [self._folder.load(contender, item).info for item in self._items]
         costs = [float(text["cost"]) for text in texts if text.get("cost")]
         cost = math.fsum(costs) / len(costs) if costs else 1.0
-        # The cost of a schedule is that to the plain pipeline in as many steps.
+        # The stored cost is relative to the plain pipeline with the same number of steps.
         measures: dict[str, float | None] = {"cost": cost * contender.steps / self._plain.steps}
         return dict(Counter(str(text["strip"]) for text in texts)), measures
 

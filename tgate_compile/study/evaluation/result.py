@@ -1,4 +1,4 @@
-"""The result of `evaluate`, and its plot."""
+"""The result of `evaluate` and its plot."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import read_schedule, schedule_data
 from tgate_compile.study.evaluation.images import write_json
 from tgate_compile.study.figures import INK, LINE, SOFT, aligned, new_figure, save_figure
 
-# Okabe and Ito's colours, for any colour vision; the markers say it once more.
+# Okabe and Ito's palette, which is safe for all kinds of colour vision; the markers repeat the information.
 _COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _MARKERS = ("*", "o", "s", "^", "D", "v", "P", "X", "<", ">")
 _WORDS = {
@@ -23,14 +24,14 @@ _WORDS = {
     "clip_score": "CLIP score",
     "fid": "FID to the reference",
     "fid_to_plain": "FID to plain",
-    "accuracy": "images that show all that is asked",
+    "accuracy": "images that match their captions",
     "frechet_to_drawings": "Frechet distance to drawn scenes",
     "frechet_to_plain": "Frechet distance to plain",
 }
 
 
 def draw_evaluation(evaluation: Evaluation, path: str | Path) -> None:
-    """Write the picture of `evaluation` to `path`."""
+    """Write the plot of `evaluation` to `path`."""
     names = [name for name in _WORDS if name in evaluation.shown]
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
@@ -66,7 +67,7 @@ def draw_evaluation(evaluation: Evaluation, path: str | Path) -> None:
     save_figure(figure, path)
 
 
-#: Measures in the order of tables: heading, and digits.
+#: Heading and number of digits of each measure, in the order of the table's columns.
 HEADINGS: Mapping[str, tuple[str, int]] = {
     "cost": ("cost", 3),
     "drift": ("drift", 3),
@@ -83,30 +84,32 @@ HEADINGS: Mapping[str, tuple[str, int]] = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contender.
+class EvaluationRow:
+    """The measurements of one contender in an `Evaluation`.
 
     Attributes:
-        label: what it is called; the first row is `plain`.
-        schedule: None for the plain pipeline.
-        steps: inference steps.
-        images: how many.
-        strips: what ran, one character a step, and for how many images.
-        measures: by name.
+        label: name of the contender; the first row is `plain`.
+        schedule: the schedule; None for the plain pipeline.
+        steps: number of inference steps.
+        images: number of images.
+        strips: number of images by strip (one character per step).
+        measures: measures by name; see below.
 
     Names of measures:
-        cost: multiply-accumulates of the denoiser, the plain pipeline being 1.
-        psnr, ssim, lpips, drift: likeness to the plain pipeline's image of the same prompt and noise; `drift` is that
-            of the final latents, ||x - plain|| / ||plain||. PSNR is the mean over the images that differ at all.
-        identical, drift_worst: the images that do not differ, and the largest drift.
-        clip_score: alignment with the prompt, by CLIP.
-        accuracy, accuracy_minus_plain, lost, gained: the share of images that show all that their captions say, as the
-            attribute reader sees it, and the images that no longer do, or do now, compared with plain.
-        fid, fid_to_plain: Frechet Inception distance, to the reference and to the plain pipeline's images.
-        frechet_to_drawings, frechet_to_plain: with the attribute reader's features, to drawn scenes of the captions.
+        cost: multiply-accumulates of the denoiser, relative to the plain pipeline.
+        psnr, ssim, lpips, drift: similarity to the plain pipeline's image of the same prompt and noise. `drift` is that
+            of the final latents, ||x - plain|| / ||plain||. PSNR is the mean over the images that differ.
+        identical, drift_worst: number of images that do not differ, and largest drift.
+        clip_score: alignment of image and prompt, measured with CLIP.
+        accuracy, accuracy_minus_plain, lost, gained: fraction of images that show everything in their captions
+            according to the attribute reader, its difference from the plain pipeline's, and the numbers of images that
+            match their captions only in the plain pipeline, or only here.
+        fid, fid_to_plain: Frechet Inception distance to the reference and to the plain pipeline's images.
+        frechet_to_drawings, frechet_to_plain: Frechet distance of the attribute reader's features to drawn scenes of
+            the captions and to the plain pipeline's images.
         ..._se: standard errors of means.
 
-    What could not be measured is left out; None stands where there is no number.
+    Measures that could not be computed are missing; None means that the value is undefined.
     """
 
     label: str
@@ -119,37 +122,38 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns; printing it gives the table.
+    """The result of `evaluate`. Print it for the table.
 
     Attributes:
-        rows: the plain pipeline, then the contenders in the order given.
-        not_measured: by measure, why there is none of it.
-        protocol: all that the numbers depend on: prompts, seeds, steps, the call, pipeline, scheduler and its
-            configuration, dtype, digest of the weights, how features were made, what the reference is, versions.
-        remarks: what else should be known.
-        folder: where images and numbers are.
+        rows: the plain pipeline, then the contenders in the given order.
+        not_measured: why a measure is missing, by measure.
+        protocol: everything the numbers depend on: prompts, seeds, steps, the call, pipeline, scheduler and its
+            configuration, dtype, digest of the weights, feature extractors, the reference, versions.
+        remarks: remarks for the reader.
+        folder: folder with images and results.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[EvaluationRow, ...]
     not_measured: Mapping[str, str]
     protocol: Mapping[str, Any]
     remarks: tuple[str, ...]
     folder: Path
 
-    def __getitem__(self, label: str) -> Row:
-        """The row of a contender."""
+    def __getitem__(self, label: str) -> EvaluationRow:
+        """Return the row of a contender."""
         return next(row for row in self.rows if row.label == label)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
-        return asdict(self) | {"folder": str(self.folder)}
+        """Return plain data for JSON."""
+        rows = [asdict(row) | {"schedule": row.schedule and schedule_data(row.schedule)} for row in self.rows]
+        return {**asdict(self), "rows": rows, "folder": str(self.folder)}
 
     def save(self, path: Path) -> None:
         """Write everything as JSON."""
         write_json(path, self.as_dict())
 
     def plot(self, path: str | Path) -> None:
-        """Draw each measure against cost, to a .png, .svg or .pdf file.
+        """Plot each measure against cost, to a .png, .svg or .pdf file.
 
         Raises:
             ConfigurationError: matplotlib is not installed (`pip install 'tgate_compile[plots]'`), or the file cannot
@@ -159,21 +163,21 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], folder: Path) -> Evaluation:
-        """From what `as_dict` gave."""
+        """Create an evaluation from the result of `as_dict`."""
         rows = tuple(
-            Row(**{**row, "schedule": None if row["schedule"] is None else Schedule(**row["schedule"])})
+            EvaluationRow(**{**row, "schedule": None if row["schedule"] is None else read_schedule(row["schedule"])})
             for row in data["rows"]
         )
         return cls(rows, data["not_measured"], data["protocol"], tuple(data["remarks"]), folder)
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The measures that stand in tables."""
+        """The measures that are shown in the table."""
         found = set().union(*(row.measures for row in self.rows))
         return tuple(name for name in HEADINGS if name in found)
 
-    def cells(self, row: Row) -> tuple[str, ...]:
-        """The numbers of a row, for a table."""
+    def cells(self, row: EvaluationRow) -> tuple[str, ...]:
+        """Return the measures of `row` as text, for the table."""
         return tuple(_shown(row.measures.get(name), HEADINGS[name][1]) for name in self.shown)
 
     def __str__(self) -> str:
@@ -184,7 +188,7 @@ class Evaluation:
 
 
 def mean_and_error(values: Sequence[float], name: str) -> dict[str, float | None]:
-    """The mean of `values`, and its standard error; None where there is none."""
+    """Return the mean of `values` and its standard error; None for a value that is undefined."""
     if not values:
         return {name: None, f"{name}_se": None}
     mean = math.fsum(values) / len(values)
@@ -199,5 +203,5 @@ def _shown(value: float | None, digits: int) -> str:
 
 
 def decibels(square_error: float) -> float | None:
-    """The peak signal-to-noise ratio of images in [0, 1] whose mean squared difference this is; None if it is 0."""
+    """Return the peak signal-to-noise ratio in dB for a mean squared error of pixels in [0, 1]; None for 0."""
     return -10 * math.log10(square_error) if square_error else None

@@ -1,4 +1,4 @@
-"""Measure schedules: how far their images are from the full ones, and what they cost."""
+"""Measure schedules: how far their images drift from the plain pipeline's, and how much they cost."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.pipeline.generation import strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
 from tgate_compile.pipeline.optimized import required_state_of
-from tgate_compile.study.convergence import Convergence
-from tgate_compile.study.tuning.recorder import Recorder
+from tgate_compile.study.tuning.recorder import Convergence, Recorder
 
 
 @dataclass(frozen=True)
 class GraphCosts:
-    """Multiply-accumulates, in linear and convolution layers (the paper's convention), of one denoiser's graphs.
+    """Multiply-accumulates of one denoiser's graphs, in linear and convolution layers (the paper's convention).
 
     Attributes:
-        per_row: by the name of a phase, for each row of the batch.
-        guided: the batch of a call of a guided step.
-        unguided: that of a step without guidance.
+        per_row: multiply-accumulates per row of the batch, by phase name.
+        guided: batch size of a call with guidance.
+        unguided: batch size of a call without guidance.
     """
 
     per_row: Mapping[str, float]
@@ -42,7 +41,7 @@ class GraphCosts:
 
     @classmethod
     def of(cls, hook: GatedDenoiser) -> GraphCosts:
-        """Of the graphs made so far, all for images of one shape."""
+        """Count the graphs that `hook` has made so far, which must all be for images of one shape."""
         per_row: dict[str, float] = {}
         batches = set()
         for variant, captured in hook.store.variants:
@@ -54,26 +53,26 @@ class GraphCosts:
         return cls(per_row, max(batches), min(batches))
 
     def macs_of(self, calls: Iterable[Phase]) -> float:
-        """Of these denoiser calls."""
+        """Return the multiply-accumulates of the given denoiser calls."""
         return sum(self.per_row[phase.name] * (self.guided if phase.guided else self.unguided) for phase in calls)
 
 
 MSG_NOT_FINITE = (
-    "The plain pipeline's own latents are not finite, so that nothing can be compared with them. "
-    "Check that it makes images as it is; if it is in fp16, try bf16 or fp32."
+    "The plain pipeline's own latents are not finite, so nothing can be compared with them. "
+    "Check that the pipeline makes images without tgate_compile; if it is in fp16, try bf16 or fp32."
 )
 
 
 @dataclass(frozen=True)
 class Plain:
-    """The pipeline as it is, over all images.
+    """Measurements of the plain pipeline over all images.
 
     Attributes:
-        latents: the final latents of each generation, [images, ...], float32 on the CPU.
-        rows: by denoiser, the batches of all its calls added up.
-        num_steps: steps of a generation (of the denoiser that has more, if there are two).
-        seconds: of each generation after the first one, which prepares things.
-        convergence: of the cross-attentions.
+        latents: final latents of each generation, [images, ...], float32 on the CPU.
+        rows: sum of the batch sizes of all calls, by denoiser.
+        num_steps: steps of a generation (with two denoisers, of the one that runs more).
+        seconds: time of each generation after the first, which warms up.
+        convergence: convergence of the cross-attentions.
     """
 
     latents: tuple[torch.Tensor, ...]
@@ -85,13 +84,13 @@ class Plain:
 
 @dataclass(frozen=True)
 class Measured:
-    """A schedule, over all images.
+    """Measurements of a schedule over all images.
 
     Attributes:
-        strip: what the last generation ran.
+        strip: strip of the last generation.
         macs: multiply-accumulates of all denoiser calls, in linear and convolution layers.
-        drifts: of each image, see `relative_distances`.
-        seconds: as for `Plain`.
+        drifts: drift of each image; see `relative_distances`.
+        seconds: time of each generation after the first.
     """
 
     strip: str
@@ -101,13 +100,13 @@ class Measured:
 
 
 class Bench:
-    """Runs the same generations in different ways.
+    """Run the same generations under different schedules.
 
     Args:
         pipe: the pipeline.
-        denoisers: its denoisers, by the component's name.
-        calls: the arguments of each generation, without the noise.
-        seeds: each call is made with each of them.
+        denoisers: the pipeline's denoisers, by component name.
+        calls: arguments of each generation, without the noise.
+        seeds: seeds of the noise; each call is made once per seed.
         on_run: called after each generation.
     """
 
@@ -125,10 +124,10 @@ class Bench:
         self._on_run = on_run
 
     def run_plain(self, *, changes_too: bool = True, **override: Any) -> Plain:
-        """Run the plain pipeline, with `override` in each call.
+        """Run the plain pipeline, with the arguments in `override` added to each call.
 
-        `changes_too`: record the attentions' changes, which takes time, so that `seconds` are not those of the pipeline
-        alone.
+        With `changes_too`, also record the changes of the attention outputs. That slows the pipeline down, so `seconds`
+        are then longer than those of an undisturbed run.
         """
         latents: list[torch.Tensor] = []
         seconds: list[float] = []
@@ -155,14 +154,14 @@ class Bench:
         return Plain(tuple(latents), rows, num_steps, tuple(seconds[1:]), Convergence.of(changes))
 
     def time_plain(self) -> list[float]:
-        """The seconds of each generation of the plain pipeline, which has run before."""
+        """Return the seconds of each generation of the plain pipeline, which must already be warm."""
         return [self._run(call, seed)[1] for call, seed in self._runs]
 
     def run_gated(self, schedule: Schedule, plain: Plain) -> Measured:
-        """Run the pipeline, which is optimized by now, with `schedule` instead of its own.
+        """Run the optimized pipeline with `schedule` in place of the schedule that it was optimized with.
 
-        Its graphs are made of what has been captured already: the schedule may cache no other kinds of site, nor merge
-        them in another way.
+        The graphs are derived from the existing capture, so `schedule` must not cache further kinds of sites or merge
+        the halves differently.
         """
         state = required_state_of(self._pipe)
         keep = family_of(state.pipeline_class).only or schedule.keep
@@ -182,12 +181,12 @@ class Bench:
         return Measured(strip, macs, tuple(drifts), tuple(seconds[1:]))
 
     def macs_of(self, plain: Plain) -> float:
-        """Multiply-accumulates of the plain pipeline, read off the full graphs; call it after `run_gated`."""
+        """Return the multiply-accumulates of the plain pipeline, from the full graphs; call it after `run_gated`."""
         hooks = required_state_of(self._pipe).hooks
         return sum(rows * GraphCosts.of(hooks[name]).per_row["full"] for name, rows in plain.rows.items())
 
     def _run(self, call: Mapping[str, Any], seed: int) -> tuple[torch.Tensor, float]:
-        """The final latents of one generation, [images, ...], in float32 on the CPU, and its seconds."""
+        """Run one generation; return its final latents, [images, ...], in float32 on the CPU, and its seconds."""
         began = time.perf_counter()
         latents = final_latents(self._pipe, call, seed)
         took = time.perf_counter() - began
@@ -196,10 +195,10 @@ class Bench:
 
 
 def final_latents(pipe: DiffusionPipeline, call: Mapping[str, Any], seed: int) -> torch.Tensor:
-    """The final latents of one generation, [images, ...], in float32 on the CPU.
+    """Return the final latents of one generation, [images, ...], in float32 on the CPU.
 
     Raises:
-        ConfigurationError: the pipeline has none.
+        ConfigurationError: the pipeline does not return latents.
     """
     # Noise from the CPU is the same on every device.
     generator = torch.Generator().manual_seed(seed)
@@ -207,22 +206,22 @@ def final_latents(pipe: DiffusionPipeline, call: Mapping[str, Any], seed: int) -
     if not torch.is_tensor(result):
         given = f"a {type(result).__name__}"
         raise ConfigurationError(
-            f"Schedules are compared by the final latents, and {type(pipe).__name__} returns {given} for "
-            'output_type="latent". Choose the gate step by looking at its images.'
+            f"Schedules are compared by their final latents, but {type(pipe).__name__} returns {given} for "
+            'output_type="latent". Choose the gate step by looking at the images instead.'
         )
     return result.detach().to("cpu", torch.float32)
 
 
 def relative_distances(latents: torch.Tensor, reference: torch.Tensor) -> list[float]:
-    """||x - r|| / ||r|| of each image's latents, [images, ...]; infinite where x is not finite."""
+    """Return ||x - r|| / ||r|| for each image's latents, [images, ...]; infinite where x is not finite."""
     distances = (latents - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
     return [distance if math.isfinite(distance) else math.inf for distance in distances.tolist()]
 
 
 @contextmanager
 def silent(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Without the pipeline's progress bar, which would be shown for each of many generations."""
-    if not hasattr(pipe, "set_progress_bar_config"):  # a pipeline that is merely like diffusers'
+    """Hide the pipeline's progress bar, which would appear for each of many generations."""
+    if not hasattr(pipe, "set_progress_bar_config"):  # a custom pipeline
         yield
         return
     before = vars(pipe).get("_progress_bar_config")

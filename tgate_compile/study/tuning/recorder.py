@@ -1,4 +1,4 @@
-"""Record a generation's denoiser calls, and run it again under another schedule."""
+"""Record the denoiser calls of a generation, and how its attention outputs change from step to step."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tgate_compile.pipeline.progress import StepCounter
 
 
 class DenoiserCalls:
-    """Counts the denoiser calls of one generation, of both denoisers where there are two.
+    """Count the denoiser calls of one generation; a pipeline with two denoisers has one count for both.
 
     Args:
         pipe: the pipeline.
-        guided: called at each denoiser call: whether guidance is on.
+        guided: called at each denoiser call; returns whether guidance is on.
     """
 
     def __init__(self, pipe: DiffusionPipeline, guided: Callable[[], bool]) -> None:
@@ -40,7 +40,7 @@ class DenoiserCalls:
         self._calls = 0
 
     def next(self) -> tuple[int, tuple[Half, ...]]:
-        """The step of the next call, and the halves in its batch, in their order; none if guidance is off."""
+        """Return the step of the next call and the guidance halves in its batch, in order; none if guidance is off."""
         if self._counter is None:
             self._counter = StepCounter.of(self._pipe.scheduler, None)  # the timesteps are set by now
         guided = self._guided()
@@ -55,17 +55,18 @@ class DenoiserCalls:
 
 @dataclass(frozen=True)
 class Sample:
-    """The output of one attention for one guidance half at one step. Its numbers stay on the device: reading each of
-    them at once would stop a GPU at every attention.
+    """Measurements of one attention's output for one guidance half at one step.
+
+    The numbers stay on the device, because reading them immediately would synchronize a GPU at every attention.
 
     Attributes:
-        site: the attention's path, with the denoiser's name in front.
-        kind: of attention.
-        half: None if the halves are not told apart, or there is no guidance.
-        step: from 0.
-        norm: ||o_i||, [].
-        change: ||o_i - o_(i-1)||, []; None at the first step.
-        apart: the distance from the other half at the same step, []; None if that comes later, or not at all.
+        site: path of the attention, prefixed with the denoiser's name.
+        kind: kind of attention.
+        half: guidance half; None if halves are not distinguished or guidance is off.
+        step: step, from 0.
+        norm: ||o_i||, shape [].
+        change: ||o_i - o_(i-1)||, shape []; None at the first step.
+        apart: distance from the other half at the same step, shape []; None if the other half has not been recorded.
     """
 
     site: str
@@ -77,20 +78,46 @@ class Sample:
     apart: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Convergence:
+    """The relative change of the cross-attention outputs between consecutive steps, ||o_i - o_(i-1)|| / ||o_i||.
+
+    Source: arXiv 2404.02747, figure 2, which shows the absolute change.
+
+    Attributes:
+        mean: mean over sites and images; the first value compares step 1 with step 0. Empty if the denoiser has no
+            cross-attention.
+        spread: standard deviation.
+    """
+
+    mean: tuple[float, ...]
+    spread: tuple[float, ...]
+
+    @classmethod
+    def of(cls, changes: Mapping[int, list[float]]) -> Convergence:
+        """Summarize the changes recorded at each step."""
+        steps = [torch.tensor(changes[step], dtype=torch.float64) for step in sorted(changes)]
+        return cls(
+            mean=tuple(step.mean().item() for step in steps),
+            spread=tuple(step.std(correction=0).item() for step in steps),
+        )
+
+
 class Recorder:
-    """Records one generation of a plain pipeline.
+    """Record one generation of a plain pipeline.
 
     Args:
         pipe: the pipeline.
-        guided: whether guidance is on, called at each denoiser call.
-        kinds: of attention.
-        halves: tell the guidance halves apart.
+        guided: called at each denoiser call; returns whether guidance is on.
+        kinds: kinds of attention to record.
+        halves: whether to record the guidance halves separately.
 
     Attributes:
-        rows: by denoiser, the batches of its calls added up.
-        steps: by denoiser, the steps that it has been called for.
-        samples: in the order of the calls.
-        seconds: spent on graphs of denoisers whose attentions are no modules to hook, which no plain generation needs.
+        rows: sum of the batch sizes of all calls, by denoiser.
+        steps: steps at which each denoiser was called.
+        samples: recorded samples, in the order of the calls.
+        seconds: time spent on graphs of denoisers whose attentions are not modules and cannot be hooked. A plain
+            generation does not spend it.
     """
 
     def __init__(
@@ -103,10 +130,10 @@ class Recorder:
     ) -> None:
         self._calls = DenoiserCalls(pipe, guided)
         self._kinds = kinds
-        self._tell_halves = halves
+        self._separate_halves = halves
         self._step = -1
         self._halves: tuple[Half, ...] = ()
-        # As large as T-GATE's own caches, twice under guidance.
+        # As large as T-GATE's caches; twice as large under guidance.
         self._last: dict[tuple[str, Half | None], tuple[int, torch.Tensor]] = {}
         self.rows: dict[str, int] = defaultdict(int)
         self.steps: dict[str, set[int]] = defaultdict(set)
@@ -115,7 +142,7 @@ class Recorder:
 
     @property
     def changes(self) -> dict[int, list[float]]:
-        """By step, the change of each output since the step before, relative to its norm."""
+        """The change of each output since the previous step, relative to its norm, by step."""
         changes: dict[int, list[float]] = defaultdict(list)
         for sample in self.samples:
             if sample.change is not None:
@@ -124,7 +151,7 @@ class Recorder:
 
     @contextmanager
     def recording(self, denoisers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-        """Record one call of the pipeline; afterwards its denoisers are as they were."""
+        """Record one call of the pipeline inside the context; the hooks are removed at its end."""
         with ExitStack() as stack:
             for name, denoiser in denoisers.items():
                 attentions = [(path, module) for path, module in denoiser.named_modules() if hasattr(module, "to_k")]
@@ -160,7 +187,7 @@ class Recorder:
         return hook
 
     def _record_halves(self, site: str, kind: Kind, output: torch.Tensor) -> None:
-        if not self._tell_halves or not self._halves:
+        if not self._separate_halves or not self._halves:
             self._record(site, kind, None, output)
             return
         for half, part in zip(self._halves, output.chunk(len(self._halves)), strict=True):
@@ -169,7 +196,7 @@ class Recorder:
     def _record(self, site: str, kind: Kind, half: Half | None, output: torch.Tensor) -> None:
         step, before = self._last.get((site, half), (-1, None))
         if step == self._step:
-            return  # one call tells enough of a step that has several
+            return  # one call is enough for a step with several
         now = output.detach()
         change = apart = None
         if before is not None and before.shape == now.shape:
@@ -183,7 +210,7 @@ class Recorder:
 
 
 class _Graphs:
-    """The attentions of a denoiser that has none of diffusers' kind: found in its graph, which is run beside it."""
+    """Compute the attention outputs of a denoiser without diffusers' attention modules by running its graph as well."""
 
     def __init__(self, denoiser: torch.nn.Module, kinds: Collection[Kind]) -> None:
         self._denoiser = denoiser
@@ -193,9 +220,9 @@ class _Graphs:
 
     @torch.no_grad()
     def values(self, call: Call) -> Iterator[tuple[Kind, str, torch.Tensor]]:
-        """The kind, the name and the output of each attention for the inputs of `call`; none if there are none."""
+        """Yield the kind, name and output of each attention for the inputs of `call`."""
         if self._capturing:
-            return  # the export calls the denoiser, and with it the hook that has asked for it
+            return  # the export calls the denoiser, and therefore the hook that started the export
         captured, variant = self._ready.get(call.key) or self._capture(call)
         live = {**dict(self._denoiser.named_parameters()), **dict(self._denoiser.named_buffers())}
         constants = variant.program.constants
@@ -217,17 +244,20 @@ class _Graphs:
 
 
 def kind_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kind:
-    """What an attention is, by its own word (most say it), or by whether this call gives it another sequence to look
-    at (LTX's)."""
-    says = getattr(module, "is_cross_attention", None)
-    if says is None:
-        says = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None) is not None
-    return "cross" if says else "self"
+    """Return the kind of an attention module.
+
+    Most modules have an attribute for it. For the others (such as LTX's), an attention is a cross-attention if this
+    call passes it a second sequence.
+    """
+    is_cross = getattr(module, "is_cross_attention", None)
+    if is_cross is None:
+        is_cross = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None) is not None
+    return "cross" if is_cross else "self"
 
 
 @contextmanager
 def removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    """A hook that is gone afterwards."""
+    """Remove a hook at the end of the context."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The result of `tune`, and its plot."""
+"""The result of `tune` and its plot."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import save_schedule
-from tgate_compile.study.convergence import Convergence
 from tgate_compile.study.figures import INK, LINE, SOFT, aligned, new_figure, save_figure
+from tgate_compile.study.tuning.recorder import Convergence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, for any colour vision; the markers say it once more.
+# Okabe and Ito's palette, which is safe for all kinds of colour vision; the markers repeat the information.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def draw_tuning(tuning: Tuning, path: str | Path) -> None:
-    """Write the picture of `tuning` to `path`."""
+    """Write the plot of `tuning` to `path`."""
     figure = new_figure(11.0, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.25))
     figure.suptitle(_title(tuning), color=INK, fontsize=10, x=0.01, ha="left")
@@ -47,9 +47,9 @@ def _title(tuning: Tuning) -> str:
 
 
 def _draw_convergence(axes: Axes, tuning: Tuning) -> None:
-    axes.set_title("How much the cross-attentions still change", color=INK, fontsize=10, loc="left")
+    axes.set_title("Change of the cross-attentions from step to step", color=INK, fontsize=10, loc="left")
     axes.set_xlabel("step", color=SOFT, fontsize=9)
-    axes.set_ylabel("change since the step before, relative", color=SOFT, fontsize=9)
+    axes.set_ylabel("relative change since the previous step", color=SOFT, fontsize=9)
     mean, spread = tuning.convergence.mean, tuning.convergence.spread
     steps = list(range(1, len(mean) + 1))
     axes.plot(steps, mean, color=_COLOURS[0], marker="o", markersize=3, linewidth=1.4)
@@ -69,9 +69,9 @@ def _draw_convergence(axes: Axes, tuning: Tuning) -> None:
 
 
 def _draw_table(axes: Axes, tuning: Tuning) -> None:
-    axes.set_title("What each schedule costs, and how far it drifts", color=INK, fontsize=10, loc="left")
+    axes.set_title("Cost and drift of each schedule", color=INK, fontsize=10, loc="left")
     axes.set_xlabel("operations of the denoiser, plain = 1", color=SOFT, fontsize=9)
-    axes.set_ylabel("drift of the final latents, relative", color=SOFT, fontsize=9)
+    axes.set_ylabel("relative drift of the final latents", color=SOFT, fontsize=9)
     families = list(dict.fromkeys(row.family for row in sorted(tuning.table, key=lambda row: row.schedule is None)))
     for index, family in enumerate(families):
         rows = [row for row in tuning.table if row.family == family and math.isfinite(row.drift)]
@@ -101,23 +101,26 @@ _HEADINGS = ("", "family", "schedule", "strip", "cost", "drift", "spread", "wors
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contender.
+class TuningRow:
+    """The measurements of one schedule in a `Tuning`.
 
     Attributes:
-        family: what it is compared with: T-GATE, T-GATE v2, guidance drop, fewer steps, or given.
-        label: the schedule in words.
-        schedule: None for fewer steps, which is a baseline and no schedule.
-        strip: one character a step, as in `docs/reference/schedules.md`.
-        cost: multiply-accumulates of an image in the denoiser's linear and convolution layers; the plain pipeline is 1.
-        drift: ||x - plain x|| / ||plain x|| of the final latents, the mean of all images; infinite if some of them are
-            not finite.
-        spread: its standard deviation.
-        worst: the largest one.
-        within: whether the drift is within the tolerance.
-        time: of an image; the plain pipeline is 1. Information only, noisy, and with the backend of the tuning.
-            None if there was one generation only, which also has to make the graphs, or if it is unreliable.
-        unreliable: why the time cannot be told, where the machine was too busy.
+        family: group of the schedule in tables and plots: T-GATE, T-GATE v2, guidance drop, the title of another
+            method, fewer steps, or given.
+        label: description of the schedule.
+        schedule: the schedule; None for fewer steps, which is a baseline without a schedule.
+        strip: one character per step, as in `docs/reference/schedules.md`.
+        cost: multiply-accumulates of an image in the denoiser's linear and convolution layers, relative to the plain
+            pipeline.
+        drift: ||x - plain x|| / ||plain x|| of the final latents, averaged over all images; infinite if some latents
+            are not finite.
+        spread: standard deviation of the drift.
+        worst: largest drift of an image.
+        within: whether `drift` is within the tolerance.
+        time: time of an image relative to the plain pipeline, measured with the backend of the tuning. For information
+            only, since it is noisy. None if it is unreliable, or if there was only one generation, which also had to
+            make the graphs.
+        unreliable: why `time` is unreliable, if it is.
     """
 
     family: str
@@ -134,33 +137,33 @@ class Row:
 
     @property
     def saves(self) -> bool:
-        """Whether it costs less than the plain pipeline."""
+        """Whether the schedule costs less than the plain pipeline."""
         return self.cost < 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON: what is not finite is None."""
+        """Return plain data for JSON, with None for numbers that are not finite."""
         return {name: None if value in (math.inf, -math.inf) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` returns; printing it gives the table, `save` a schedule file, `plot` a picture.
+    """The result of `tune`. Print it for the table, `save` it as a schedule file, or `plot` it.
 
     Attributes:
-        schedule: the cheapest one within the tolerance.
-        table: everything that was measured, the cheapest first.
-        convergence: how much the cross-attentions change from step to step, in the plain pipeline.
-        tolerance: the drift allowed.
-        num_inference_steps: as passed to the pipeline's call.
-        num_steps: how many the call really makes (fewer for `strength < 1`).
-        prompts: as given, if they were.
-        seeds: the noise of each prompt.
-        call: further arguments of the call, described.
-        setting: the classes of pipeline, denoiser and scheduler, device, dtype, backend, versions.
+        schedule: the cheapest schedule within the tolerance.
+        table: all measured schedules, cheapest first.
+        convergence: how much the cross-attentions of the plain pipeline change from step to step.
+        tolerance: largest drift allowed.
+        num_inference_steps: number of steps passed to the pipeline's call.
+        num_steps: number of steps that the call makes (fewer for `strength < 1`).
+        prompts: the prompts, if given.
+        seeds: seeds of the noise for each prompt.
+        call: further arguments of the call, as text.
+        setting: classes of pipeline, denoiser and scheduler, device, dtype, backend and versions.
     """
 
     schedule: Schedule
-    table: tuple[Row, ...]
+    table: tuple[TuningRow, ...]
     convergence: Convergence
     tolerance: float
     num_inference_steps: int
@@ -171,16 +174,16 @@ class Tuning:
     setting: Mapping[str, str]
 
     @property
-    def chosen(self) -> Row:
-        """The schedule's row."""
+    def chosen(self) -> TuningRow:
+        """The row of the chosen schedule."""
         return next(row for row in self.table if row.schedule == self.schedule)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return plain data for JSON."""
         return asdict(self) | {"table": [row.as_dict() for row in self.table]}
 
     def save(self, path: str | Path) -> None:
-        """Write the schedule, with all that is known of it, to a JSON file for `optimize(pipe, schedule=path)`.
+        """Write the schedule and all measurements to a JSON file for `optimize(pipe, schedule=path)`.
 
         Raises:
             ConfigurationError: the file cannot be written.
@@ -190,7 +193,7 @@ class Tuning:
         )
 
     def plot(self, path: str | Path) -> None:
-        """Draw the convergence over the steps, and drift against cost, to a .png, .svg or .pdf file.
+        """Draw convergence over steps and drift against cost, to a .png, .svg or .pdf file.
 
         Raises:
             ConfigurationError: matplotlib is not installed (`pip install 'tgate_compile[plots]'`), or the file cannot
@@ -209,13 +212,13 @@ class Tuning:
                 "",
                 *aligned([_HEADINGS, *(self._cells(row) for row in self.table)], texts=4),
                 "",
-                "cost: multiply-accumulates of the denoiser; drift: of the final latents, relative; time: noisy.",
-                "*: chosen; x: not within the tolerance; ?: the machine was too busy to tell.",
+                "cost: multiply-accumulates of the denoiser; drift: relative, of the final latents; time: noisy.",
+                "*: chosen; x: outside the tolerance; ?: the machine was too busy to measure the time.",
                 *self.remarks,
             ]
         )
 
-    def _cells(self, row: Row) -> tuple[str, ...]:
+    def _cells(self, row: TuningRow) -> tuple[str, ...]:
         mark = "*" if row is self.chosen else "" if row.within else "x"
         numbers = (f"{value:.3f}" for value in (row.cost, row.drift, row.spread, row.worst))
         time = "?" if row.unreliable else "" if row.time is None else f"{row.time:.2f}"
@@ -223,18 +226,18 @@ class Tuning:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What else should be known: that fewer steps would do better."""
+        """Remarks to print below the table: whether fewer steps would do as well or better."""
         chosen = self.chosen
-        # The numbers as they are shown: a difference behind these is none.
+        # Compare the numbers as shown; smaller differences do not count.
         cost, drift = round(chosen.cost, 3), round(chosen.drift, 3)
         fewer = [row for row in self.table if row.schedule is None and row.within and round(row.cost, 3) <= cost]
         better = [row for row in fewer if round(row.cost, 3) < cost or round(row.drift, 3) <= drift]
         if not better:
             return ()
         closest = min(better, key=lambda row: (row.drift, row.cost))
-        as_well = "do better" if round(closest.drift, 3) <= drift else "do as well"
+        verdict = "do better" if round(closest.drift, 3) <= drift else "do as well"
         return (
-            f"Fewer steps would {as_well}: {closest.label} without a schedule cost {closest.cost:.3f}, with drift "
+            f"Fewer steps would {verdict}: {closest.label} without a schedule cost {closest.cost:.3f}, with drift "
             f"{closest.drift:.3f}.",
         )
 

@@ -26,11 +26,11 @@ from tgate_compile.study.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unr
 from tgate_compile.study.tuning import DEFAULT_TOLERANCE
 from tgate_compile.study.tuning.measure import Bench, Measured, Plain, relative_distances, silent
 from tgate_compile.study.tuning.request import Request, setting_of
-from tgate_compile.study.tuning.result import Row, Tuning
+from tgate_compile.study.tuning.result import Tuning, TuningRow
 
-#: Where the gates of the grid lie, as fractions of the steps; the paper's gate is at 0.4.
+#: The gates of the grid, as fractions of the steps; the paper's gate is at 0.4.
 GRID = (0.12, 0.24, 0.4, 0.6, 0.8)
-#: The number of steps of the baseline "fewer steps", as fractions of the steps; schedulers of several stages need some.
+#: Numbers of steps of the baseline "fewer steps", as fractions of the steps; multistep schedulers need at least a few.
 FEWER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LEAST_STEPS = 4
 #: T-GATE v2's interval, as in the paper.
@@ -38,35 +38,35 @@ SP_INTERVAL = 5
 
 
 @dataclass(frozen=True)
-class Family:
-    """Schedules that differ in one number, along which the images drift less and less from the plain pipeline's.
+class Sweep:
+    """Schedules that differ in one number; the larger it is, the less the images drift from the plain pipeline's.
 
     Attributes:
-        name: in tables and plots.
-        schedule: from the gate (or another end of the expensive steps) to the schedule.
+        name: name in tables and plots.
+        schedule: returns the schedule for a gate, or for another end of the expensive steps.
     """
 
     name: str
     schedule: Callable[[int], Schedule]
 
 
-TGATE = Family("T-GATE", lambda gate: Schedule(gate))
-#: With the prompt's own half in the caches, not the mean of the halves.
-TGATE_COND = Family("T-GATE, cond cached", lambda gate: Schedule(gate, anchor_weight=1.0))
-TGATE_V2 = Family("T-GATE v2", lambda gate: Schedule(gate, sp_interval=SP_INTERVAL))
-GUIDANCE_DROP = Family("guidance drop", lambda gate: Schedule(None, guidance_step=gate))
+TGATE = Sweep("T-GATE", lambda gate: Schedule(gate))
+#: Caches the prompt's half only, not the mean of both halves.
+TGATE_COND = Sweep("T-GATE, cond cached", lambda gate: Schedule(gate, anchor_weight=1.0))
+TGATE_V2 = Sweep("T-GATE v2", lambda gate: Schedule(gate, sp_interval=SP_INTERVAL))
+GUIDANCE_DROP = Sweep("guidance drop", lambda gate: Schedule(None, guidance_step=gate))
 
 
 def grid_of(num_steps: int) -> list[int]:
-    """The gates to begin with."""
+    """Return the gates to try first."""
     return sorted({gate for fraction in GRID if 0 < (gate := round(fraction * num_steps)) < num_steps})
 
 
 def next_gate(within: dict[int, bool], num_steps: int) -> int | None:
-    """The gate to try next, given which gates are within the tolerance: halfway between the last that is not and the
-    first that is. None if there is nothing in between.
+    """Return the gate to try next: halfway between the last one outside the tolerance and the first one within it.
 
-    A gate of 0 is taken not to be, and one at the last step, which never gates, to be.
+    Return None if there is no gate in between. Gate 0 counts as outside the tolerance, and `num_steps`, which never
+    gates, as within it.
     """
     first = min((gate for gate, is_within in within.items() if is_within), default=num_steps)
     last = max((gate for gate, is_within in within.items() if not is_within and gate < first), default=0)
@@ -74,13 +74,15 @@ def next_gate(within: dict[int, bool], num_steps: int) -> int | None:
 
 
 def fewer_steps(num_steps: int) -> Sequence[int]:
-    """The numbers of steps of the baseline."""
+    """Return the numbers of steps of the baseline "fewer steps"."""
     return sorted({steps for fraction in FEWER if LEAST_STEPS <= (steps := round(fraction * num_steps)) < num_steps})
 
 
 def effect_of(schedule: Schedule, num_steps: int) -> Hashable:
-    """What tells the images of one schedule from another's. What is reused is always what was computed last, so that
-    the steps that reuse it say all."""
+    """Return a key that is equal for schedules that give the same images.
+
+    Reused values are always those computed last, so it is enough to know which steps reuse what.
+    """
     steps = tuple((phase.guided, phase.reuse) for phase in schedule.plan(num_steps, guided=True))
     weights = (schedule.anchor_weight, schedule.deepcache_branch)
     return (steps, schedule.guidance_similarity, schedule.kept, weights)
@@ -88,7 +90,7 @@ def effect_of(schedule: Schedule, num_steps: int) -> Hashable:
 
 logger = logging.getLogger(__name__)
 
-#: Puts a schedule on a plain pipeline; at the end it is plain again.
+#: A context manager that applies a schedule to a plain pipeline and restores the pipeline at its end.
 Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
 #: Called after each generation: how many are done, how many there will be as far as is known, and what was measured.
 Progress = Callable[[int, int, str], None]
@@ -97,17 +99,17 @@ Progress = Callable[[int, int, str], None]
 def search(
     pipe: DiffusionPipeline, request: Request, gated: Gated, *, backend: str, progress: Progress | None = None
 ) -> Tuning:
-    """What `tune` does, with `gated` to put schedules on the pipeline, which is plain before and after.
+    """Do the work of `tune`: apply schedules to the plain pipeline with `gated`, measure them, and choose one.
 
     Raises:
         ConfigurationError: the request does not suit the pipeline, or no schedule is within the tolerance.
-        UnsupportedModelError: the pipeline takes none of the schedules.
+        UnsupportedModelError: the pipeline supports none of the schedules.
     """
     given = request.candidates
     carriers = [carrier for carrier, _ in _sharing_a_capture(given)] if given else [GUIDANCE_DROP.schedule(1)]
     denoisers: dict[str, torch.nn.Module] = {}
     for carrier in carriers:
-        with gated(pipe, carrier):  # refuses what can be refused before any work
+        with gated(pipe, carrier):  # report errors before any work is done
             denoisers = {name: hook.denoiser for name, hook in required_state_of(pipe).hooks.items()}
     return _Search(pipe, request, gated, denoisers, progress).run(backend)
 
@@ -132,16 +134,16 @@ class _Search:
         self._done = 0
         self._planned = 0
         self._doing = ""
-        self._rows: list[Row] = []
+        self._rows: list[TuningRow] = []
         self._seconds: dict[str, tuple[float, ...]] = {}  # by the row's label
         self._plain_seconds: list[float] = []
-        self._measured: dict[Hashable, Row] = {}  # by their effect: what does the same is measured once
+        self._measured: dict[Hashable, TuningRow] = {}  # by effect, so that equivalent schedules are measured once
 
     def run(self, backend: str) -> Tuning:
         """Measure everything, and choose."""
         request = self._request
         baseline = self._numbers_of_steps()
-        # The plain pipeline is timed before and after the others, if these have more than their first generation.
+        # Time the plain pipeline before and after the others, if there are generations beyond the first.
         timed = self._images > 1
         self._plan(1 + 2 * timed + len(baseline))
         with silent(self._pipe):
@@ -149,15 +151,15 @@ class _Search:
             plain = self._bench.run_plain()
             if plain.num_steps < 2:
                 raise ConfigurationError(
-                    f"The call makes {plain.num_steps} of {request.num_inference_steps} steps, and at least 2 "
-                    "are needed to gate any. Give more num_inference_steps, or a larger strength."
+                    f"The call makes {plain.num_steps} of {request.num_inference_steps} steps, but gating needs at "
+                    "least 2. Increase num_inference_steps or strength."
                 )
             if timed:
                 self._plain_seconds += self._bench.time_plain()
             if request.candidates is not None:
                 self._measure_given(request.candidates, plain)
             else:
-                self._measure_families(plain)
+                self._measure_sweeps(plain)
             self._measure_fewer_steps(baseline, plain)
             if timed:
                 self._doing = "plain"
@@ -183,7 +185,7 @@ class _Search:
                 for schedule in group:
                     self._measure("given", schedule, plain)
 
-    def _measure_families(self, plain: Plain) -> None:
+    def _measure_sweeps(self, plain: Plain) -> None:
         no_cross = any(
             has_joint_attention(type(denoiser)) or denies_cross_attention(denoiser)
             for denoiser in self._denoisers.values()
@@ -199,14 +201,14 @@ class _Search:
         except UnsupportedModelError:
             if self._rows:
                 raise
-            logger.info("no self-attention that could be cached: leaving %s out", TGATE_V2.name)
+            logger.info("skipping %s: the denoiser has no self-attention that can be cached", TGATE_V2.name)
             self._plan(-len(grid))
             self._measure_along((TGATE, GUIDANCE_DROP), grid, plain)
         self._measure_along((TGATE_COND,), grid, plain)
         self._measure_methods(plain)
 
     def _measure_methods(self, plain: Plain) -> None:
-        """The settings that each method proposes by itself."""
+        """Measure the candidates that each method proposes."""
         for kind in methods().values():
             for carrier, group in _sharing_a_capture([schedule_of(method) for method in kind.candidates()]):
                 self._plan(len(group))
@@ -215,29 +217,29 @@ class _Search:
                         for schedule in group:
                             self._measure(kind.title, schedule, plain)
                 except UnsupportedModelError as error:
-                    logger.info("leaving %s out: %s", carrier, error)
+                    logger.info("skipping %s: %s", carrier, error)
                     self._plan(-len(group))
 
-    def _measure_along(self, families: Sequence[Family], grid: Sequence[int], plain: Plain) -> None:
-        """The grid of each family, then more of it until the tolerance lies between neighbours, or nothing is gained.
+    def _measure_along(self, sweeps: Sequence[Sweep], grid: Sequence[int], plain: Plain) -> None:
+        """Measure the grid of each sweep, then refine it around the tolerance while that can lower the cost.
 
-        Their graphs are made of one capture.
+        All graphs are derived from one capture.
         """
-        carrier = max((family.schedule(1) for family in families), key=lambda schedule: len(schedule.kinds))
+        carrier = max((sweep.schedule(1) for sweep in sweeps), key=lambda schedule: len(schedule.kinds))
         with self._gated(self._pipe, carrier):
-            for family in families:
-                if family is GUIDANCE_DROP and self._rows and self._rows[0].strip.islower():
+            for sweep in sweeps:
+                if sweep is GUIDANCE_DROP and self._rows and self._rows[0].strip.islower():
                     self._plan(-len(grid))
-                    continue  # there is no guidance that could be dropped
-                rows = {gate: self._measure(family.name, family.schedule(gate), plain) for gate in grid}
+                    continue  # there is no guidance to drop
+                rows = {gate: self._measure(sweep.name, sweep.schedule(gate), plain) for gate in grid}
                 while (gate := next_gate({g: row.within for g, row in rows.items()}, plain.num_steps)) is not None:
                     best = min((row.cost for row in self._rows if row.within and row.schedule is not None), default=1.0)
                     if any(row.cost > best for earlier, row in rows.items() if earlier < gate):
                         break  # a later gate costs more than an earlier one
                     self._plan(1)
-                    rows[gate] = self._measure(family.name, family.schedule(gate), plain)
+                    rows[gate] = self._measure(sweep.name, sweep.schedule(gate), plain)
 
-    def _measure(self, family: str, schedule: Schedule, plain: Plain) -> Row:
+    def _measure(self, family: str, schedule: Schedule, plain: Plain) -> TuningRow:
         effect = effect_of(schedule, plain.num_steps)
         if effect in self._measured:
             self._plan(-1)
@@ -249,7 +251,7 @@ class _Search:
         return row
 
     def _numbers_of_steps(self) -> Sequence[int]:
-        """Those of the baseline, none if the call says itself which steps there are."""
+        """Return the numbers of steps of the baseline; none if the call specifies its timesteps or sigmas."""
         request = self._request
         own = "timesteps" in request.call or "sigmas" in request.call
         return [] if own else fewer_steps(request.num_inference_steps)
@@ -258,7 +260,7 @@ class _Search:
         for steps in numbers:
             if steps * plain.num_steps < self._request.num_inference_steps:
                 self._plan(-1)
-                continue  # with `strength < 1` not a single one would be left of them
+                continue  # with `strength < 1` the call would make no step at all
             self._doing = f"{steps} steps"
             fewer = self._bench.run_plain(changes_too=False, num_inference_steps=steps)
             drifts = [
@@ -270,9 +272,9 @@ class _Search:
             cost = sum(fewer.rows.values()) / sum(plain.rows.values())
             self._row("fewer steps", self._doing, None, measured, cost)
 
-    def _row(self, family: str, label: str, schedule: Schedule | None, measured: Measured, cost: float) -> Row:
+    def _row(self, family: str, label: str, schedule: Schedule | None, measured: Measured, cost: float) -> TuningRow:
         drift = statistics.fmean(measured.drifts)
-        row = Row(
+        row = TuningRow(
             family=family,
             label=label,
             schedule=schedule,
@@ -289,8 +291,8 @@ class _Search:
         self._rows.append(row)
         return row
 
-    def _with_time(self, row: Row, backend: str) -> Row:
-        """`row` with its time, as a share of the plain pipeline's, or with why that cannot be told."""
+    def _with_time(self, row: TuningRow, backend: str) -> TuningRow:
+        """Return `row` with its time relative to the plain pipeline, or with the reason why it is unreliable."""
         seconds = self._seconds[row.label]
         if not seconds:
             return row
@@ -310,7 +312,7 @@ class _Search:
         if not saving:
             cheapest = min(rows, key=lambda row: row.cost)
             raise ConfigurationError(
-                f"None of the schedules costs less than the plain pipeline, in {plain.num_steps} steps. The "
+                f"None of the schedules costs less than the plain pipeline in {plain.num_steps} steps. The "
                 f"cheapest is {cheapest.label}, at {cheapest.cost:.3f} of the operations."
             )
         within = [row for row in saving if row.within]
@@ -319,7 +321,7 @@ class _Search:
             raise ConfigurationError(
                 f"No schedule stays within tolerance={self._request.tolerance:g} of the plain pipeline on these "
                 f"prompts. The closest is {closest.label}, with drift {closest.drift:.3f} at {closest.cost:.3f} "
-                "of the operations. Give a larger tolerance, or leave the pipeline plain."
+                "of the operations. Increase the tolerance, or use the plain pipeline."
             )
         chosen = min(within, key=lambda row: (row.cost, row.drift)).schedule
         assert chosen is not None
@@ -335,11 +337,12 @@ class _Search:
 
 
 def _sharing_a_capture(schedules: Sequence[Schedule]) -> Iterator[tuple[Schedule, list[Schedule]]]:
-    """Groups of schedules whose graphs can be made of the same capture, each with one that needs all of its sites."""
+    """Yield groups of schedules that can share a capture, each with a member that needs all sites of the capture."""
     groups: dict[Hashable, list[Schedule]] = {}
     for schedule in dict.fromkeys(schedules):
         is_deep = "deep" in schedule.kinds
-        # A capture that has self-attention's sites has them in one kind or in two; and it has what its carrier needs.
+        # A capture treats spatial and temporal self-attention as one kind or as two; and it has only the sites that its
+        # carrier needs.
         apart = ("temporal" in schedule.kinds, bool(schedule.kinds) and "cross" not in schedule.kinds)
         key = (is_deep, schedule.deepcache_branch if is_deep else None, schedule.anchor_weight, apart)
         groups.setdefault(key, []).append(schedule)
@@ -348,7 +351,7 @@ def _sharing_a_capture(schedules: Sequence[Schedule]) -> Iterator[tuple[Schedule
 
 
 def _as_schedules(given: Any) -> Any:
-    """Return candidates with their methods as schedules; what is neither is left to the request's check."""
+    """Return candidates with methods converted to schedules; anything else is left for `Request` to check."""
     if not isinstance(given, Sequence) or isinstance(given, str):
         return given
     return [schedule_of(one) if isinstance(one, Method) else one for one in given]
@@ -367,31 +370,33 @@ def tune(
     backend: BackendName = "eager",
     progress: Progress | None = None,
 ) -> Tuning:
-    """Measure what schedules cost and how far they take the images from the plain pipeline's; choose the cheapest.
+    """Measure cost and drift of several schedules, and choose the cheapest one within a tolerance.
 
-    Each prompt is run once as it is and once with every candidate, from the same noise. Drift is
-    ||x - plain x|| / ||plain x|| of the final latents; cost is counted in multiply-accumulates of the denoiser.
-    The schedule chosen is the one of the least cost whose mean drift is within `tolerance`. `docs/guides/tuning.md`
-    says what drifts are like, and how the default came about.
+    Each prompt is run once with the plain pipeline and once with every candidate, starting from the same noise. Drift
+    is ||x - plain x|| / ||plain x|| of the final latents; cost is counted in multiply-accumulates of the denoiser.
+    The chosen schedule has the lowest cost of all whose mean drift is at most `tolerance`. `docs/guides/tuning.md`
+    explains typical drifts and the default tolerance.
 
     Args:
-        pipe: a plain pipeline, not an optimized one. It is plain again afterwards, also after an error.
-        prompts: a few that are like those to come; None if `call` says what to show.
-        tolerance: the mean drift that is allowed, above 0.
-        num_inference_steps: for which the schedule is meant.
-        candidates: schedules to choose from. By default T-GATE v1 with the mean of the halves in its caches and with
-            the prompt's half alone (`anchor_weight=1`), T-GATE v2 (`sp_interval=5`) and, as a baseline, guidance
-            dropped with nothing cached, each at a few gates and then around the tolerance.
-        seeds: the noise for each prompt.
-        call: further arguments of the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
+        pipe: a plain pipeline, not an optimized one. It is plain again afterwards, even after an error.
+        prompts: a few typical prompts; None if `call` contains prompt embeddings.
+        tolerance: largest mean drift allowed, greater than 0.
+        num_inference_steps: number of steps to tune the schedule for.
+        candidates: schedules to choose from. By default: T-GATE v1, caching either the mean of both guidance halves or
+            the prompt's half alone (`anchor_weight=1`); T-GATE v2 (`sp_interval=5`); as a baseline, guidance dropped
+            with nothing cached. Each is tried at a few gates, and then at gates around the tolerance. The candidates
+            that other methods propose are tried as well.
+        seeds: seeds of the noise for each prompt.
+        call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         denoiser: as for `optimize`.
-        backend: as for `optimize`. Drift and cost do not depend on it, and `"eager"` has nothing to compile.
-        progress: called after each generation with their number, how many there will be, and what is being measured.
+        backend: as for `optimize`. Drift and cost do not depend on it; `"eager"` needs no compilation.
+        progress: called after each generation with the number of generations done, the expected total, and a
+            description of the schedule being measured.
 
     Raises:
-        ConfigurationError: an argument is wrong, or no candidate is within the tolerance: the message names the
+        ConfigurationError: an argument is invalid, or no candidate is within the tolerance; the message names the
             closest one.
-        UnsupportedModelError: the pipeline can take no schedule, or not one of the `candidates`.
+        UnsupportedModelError: the pipeline cannot be optimized, or does not support one of the `candidates`.
     """
     check_pipeline_first("tune", pipe, prompts)
     check_ordinary(pipe, "tune()")
