@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -110,6 +111,20 @@ def attach(
             raise
         plain_because = error
     Optimized(pipe, configs, on_unsupported=on_unsupported, plain_because=plain_because).attach(pipe)
+
+
+@contextmanager
+def attached(pipe: DiffusionPipeline, schedule: Schedule, names: Sequence[str], *, backend: str) -> Iterator[None]:
+    """Run the denoisers called `names` by one schedule within the context; afterwards the pipeline is plain again.
+
+    Raises:
+        What `attach` raises.
+    """
+    attach(pipe, dict.fromkeys(names, schedule), backend=backend)
+    try:
+        yield
+    finally:
+        detach(pipe)
 
 
 def detach(pipe: DiffusionPipeline) -> None:

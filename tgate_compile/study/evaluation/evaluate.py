@@ -7,8 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from PIL import Image
 from tgate_compile._arguments import AnyPipeline, BackendName, check_pipeline_first
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.bundle.weights import bit_sums
-from tgate_compile.methods.schedule import Schedule
-from tgate_compile.pipeline.attach import MSG_ALREADY, attach, denoiser_names, detach
+from tgate_compile.pipeline.attach import MSG_ALREADY, attached, denoiser_names
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import state_of
 from tgate_compile.study.evaluation.images import Folder, Given, Item, Maker, Share, contenders_of
@@ -112,17 +110,9 @@ def evaluate(
         raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
     runs.calls(pipe)
 
-    @contextmanager
-    def gated(pipe: DiffusionPipeline, schedule: Schedule) -> Iterator[None]:
-        attach(pipe, dict.fromkeys(names, schedule), backend=backend)
-        try:
-            yield
-        finally:
-            detach(pipe)
-
     for contender in contenders:
         if contender.schedule is not None:
-            with gated(pipe, contender.schedule):
+            with attached(pipe, contender.schedule, names, backend=backend):
                 pass  # report errors before any work is done
     settings = _settings(pipe, names, runs, batch_size=batch_size, backend=backend, keep_latents=keep_latents)
     results = Folder(Path(folder))
@@ -139,7 +129,7 @@ def evaluate(
         if progress is not None:
             progress(done, total, what)
 
-    maker = Maker(pipe, prompts, runs.call, results, gated, keep_latents=keep_latents, on_image=count)
+    maker = Maker(pipe, prompts, runs.call, results, names, backend, keep_latents=keep_latents, on_image=count)
     missing = {contender: maker.missing(contender, batches, share) for contender in contenders}
     total = sum(map(len, (b for of_one in missing.values() for b in of_one))) + len(contenders) * (share.rank == 0)
     with silent(pipe):

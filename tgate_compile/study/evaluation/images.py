@@ -23,6 +23,7 @@ from tgate_compile.engine.families import family_of
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import schedule_data
+from tgate_compile.pipeline.attach import attached
 from tgate_compile.pipeline.generation import strip_of
 from tgate_compile.pipeline.optimized import required_state_of, state_of
 from tgate_compile.study.tuning.measure import GraphCosts
@@ -292,9 +293,6 @@ class Share:
         return list(items[self.rank :: self.world])
 
 
-#: A context manager that applies a schedule to a plain pipeline and restores the pipeline at its end.
-Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
-
 _TEXTS = ("negative_prompt", *(f"{half}prompt_{number}" for half in ("", "negative_") for number in (2, 3)))
 
 
@@ -306,7 +304,8 @@ class Maker:
         prompts: the prompts.
         call: further arguments of the pipeline's call.
         folder: the folder.
-        gated: applies schedules to the pipeline.
+        names: names of its denoisers.
+        backend: what runs their graphs.
         keep_latents: whether to keep the final latents.
         on_image: called after each image with the contender's label.
     """
@@ -317,7 +316,8 @@ class Maker:
         prompts: Sequence[str],
         call: Mapping[str, Any],
         folder: Folder,
-        gated: Gated,
+        names: Sequence[str],
+        backend: str,
         *,
         keep_latents: bool,
         on_image: Callable[[str], None],
@@ -326,7 +326,8 @@ class Maker:
         self._prompts = prompts
         self._call = call
         self._folder = folder
-        self._gated = gated
+        self._names = names
+        self._backend = backend
         self._keep_latents = keep_latents
         self._on_image = on_image
 
@@ -337,6 +338,11 @@ class Maker:
         """
         return [b for b in share.of(batches) if not all(self._folder.has(contender, item) for item in b)]
 
+    def _applied(self, schedule: Schedule | None) -> AbstractContextManager[None]:
+        if schedule is None:
+            return nullcontext()
+        return attached(self._pipe, schedule, self._names, backend=self._backend)
+
     def make(self, contender: Contender, batches: Sequence[Sequence[Item]]) -> None:
         """Make the images of the given batches.
 
@@ -345,7 +351,7 @@ class Maker:
         """
         if not batches:
             return
-        with self._gated(self._pipe, contender.schedule) if contender.schedule is not None else nullcontext():
+        with self._applied(contender.schedule):
             costs: dict[str, Mapping[str, float]] = {}
             for batch in batches:
                 images, latents = self._run(contender, batch)

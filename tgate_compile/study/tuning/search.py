@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from tgate_compile.engine.capture import denies_cross_attention
 from tgate_compile.engine.families import has_joint_attention
 from tgate_compile.methods.method import Method, methods
 from tgate_compile.methods.schedule import Schedule, schedule_of
-from tgate_compile.pipeline.attach import attach, denoiser_names, detach
+from tgate_compile.pipeline.attach import attached, denoiser_names
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.study.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unreliable
@@ -90,16 +89,14 @@ def effect_of(schedule: Schedule, num_steps: int) -> Hashable:
 
 logger = logging.getLogger(__name__)
 
-#: A context manager that applies a schedule to a plain pipeline and restores the pipeline at its end.
-Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
 #: Called after each generation: how many are done, how many there will be as far as is known, and what was measured.
 Progress = Callable[[int, int, str], None]
 
 
 def search(
-    pipe: DiffusionPipeline, request: Request, gated: Gated, *, backend: str, progress: Progress | None = None
+    pipe: DiffusionPipeline, request: Request, *, denoiser: str | None, backend: str, progress: Progress | None = None
 ) -> Tuning:
-    """Do the work of `tune`: apply schedules to the plain pipeline with `gated`, measure them, and choose one.
+    """Do the work of `tune`: apply schedules to the plain pipeline, measure them, and choose one.
 
     Raises:
         ConfigurationError: the request does not suit the pipeline, or no schedule is within the tolerance.
@@ -109,9 +106,11 @@ def search(
     carriers = [carrier for carrier, _ in _sharing_a_capture(given)] if given else [GUIDANCE_DROP.schedule(1)]
     denoisers: dict[str, torch.nn.Module] = {}
     for carrier in carriers:
-        with gated(pipe, carrier):  # report errors before any work is done
+        with attached(
+            pipe, carrier, denoiser_names(pipe, denoiser), backend=backend
+        ):  # report errors before any work is done
             denoisers = {name: hook.denoiser for name, hook in required_state_of(pipe).hooks.items()}
-    return _Search(pipe, request, gated, denoisers, progress).run(backend)
+    return _Search(pipe, request, denoisers, backend, progress).run()
 
 
 class _Search:
@@ -119,13 +118,13 @@ class _Search:
         self,
         pipe: DiffusionPipeline,
         request: Request,
-        gated: Gated,
         denoisers: Mapping[str, torch.nn.Module],
+        backend: str,
         progress: Progress | None,
     ) -> None:
         self._pipe = pipe
         self._request = request
-        self._gated = gated
+        self._backend = backend
         self._denoisers = denoisers
         self._progress = progress
         calls = request.calls(pipe)
@@ -139,7 +138,7 @@ class _Search:
         self._plain_seconds: list[float] = []
         self._measured: dict[Hashable, TuningRow] = {}  # by effect, so that equivalent schedules are measured once
 
-    def run(self, backend: str) -> Tuning:
+    def run(self) -> Tuning:
         """Measure everything, and choose."""
         request = self._request
         baseline = self._numbers_of_steps()
@@ -164,7 +163,7 @@ class _Search:
             if timed:
                 self._doing = "plain"
                 self._plain_seconds += self._bench.time_plain()
-        self._rows = [self._with_time(row, backend) for row in self._rows]
+        self._rows = [self._with_time(row, self._backend) for row in self._rows]
         return Tuning(
             schedule=self._choose(plain),
             table=tuple(sorted(self._rows, key=lambda row: (row.cost, row.drift))),
@@ -175,13 +174,13 @@ class _Search:
             prompts=tuple(request.prompts or ()),
             seeds=tuple(request.seeds),
             call=request.described_call(),
-            setting=setting_of(self._pipe, self._denoisers) | {"backend": backend},
+            setting=setting_of(self._pipe, self._denoisers) | {"backend": self._backend},
         )
 
     def _measure_given(self, candidates: Sequence[Schedule], plain: Plain) -> None:
         self._plan(len(set(candidates)))
         for carrier, group in _sharing_a_capture(candidates):
-            with self._gated(self._pipe, carrier):
+            with attached(self._pipe, carrier, tuple(self._denoisers), backend=self._backend):
                 for schedule in group:
                     self._measure("given", schedule, plain)
 
@@ -213,7 +212,7 @@ class _Search:
             for carrier, group in _sharing_a_capture([schedule_of(method) for method in kind.candidates()]):
                 self._plan(len(group))
                 try:
-                    with self._gated(self._pipe, carrier):
+                    with attached(self._pipe, carrier, tuple(self._denoisers), backend=self._backend):
                         for schedule in group:
                             self._measure(kind.title, schedule, plain)
                 except UnsupportedModelError as error:
@@ -226,7 +225,7 @@ class _Search:
         All graphs are derived from one capture.
         """
         carrier = max((sweep.schedule(1) for sweep in sweeps), key=lambda schedule: len(schedule.kinds))
-        with self._gated(self._pipe, carrier):
+        with attached(self._pipe, carrier, tuple(self._denoisers), backend=self._backend):
             for sweep in sweeps:
                 if sweep is GUIDANCE_DROP and self._rows and self._rows[0].strip.islower():
                     self._plan(-len(grid))
@@ -401,15 +400,7 @@ def tune(
     check_pipeline_first("tune", pipe, prompts)
     check_ordinary(pipe, "tune()")
 
-    @contextmanager
-    def gated(pipe: DiffusionPipeline, schedule: Schedule) -> Iterator[None]:
-        attach(pipe, dict.fromkeys(denoiser_names(pipe, denoiser), schedule), backend=backend)
-        try:
-            yield
-        finally:
-            detach(pipe)
-
     request = Request(
         prompts, num_inference_steps, seeds, {} if call is None else call, "tune", tolerance, _as_schedules(candidates)
     )
-    return search(pipe, request, gated, backend=backend, progress=progress)
+    return search(pipe, request, denoiser=denoiser, backend=backend, progress=progress)
