@@ -132,12 +132,12 @@ def test_changed_bytes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda index: index["conv_in.bias"].update(offset=2**40), ("conv_in.bias", "where a float32 [32]")),
+        (lambda index: index["conv_in.bias"].update(offset=2**40), ("conv_in.bias", "dtype float32 and shape [32]")),
         (lambda index: index["conv_in.bias"].update(offset=4), ("conv_in.bias",)),
-        (lambda index: index["conv_in.bias"].update(offset=-64), ("no index", "greater than")),
-        (lambda index: index["conv_in.bias"].update(shape=[64]), ("conv_in.bias", "float32 [64]")),
-        (lambda index: index["conv_in.bias"].update(dtype="object"), ("no index",)),
-        (lambda index: index["conv_in.bias"].update(more=1), ("no index",)),
+        (lambda index: index["conv_in.bias"].update(offset=-64), ("not a valid index", "greater than")),
+        (lambda index: index["conv_in.bias"].update(shape=[64]), ("conv_in.bias", "dtype float32 and shape [64]")),
+        (lambda index: index["conv_in.bias"].update(dtype="object"), ("not a valid index",)),
+        (lambda index: index["conv_in.bias"].update(more=1), ("not a valid index",)),
     ],
 )
 def test_an_index_that_is_wrong(folder: Path, change: Callable[[Any], object], parts: tuple[str, ...]) -> None:

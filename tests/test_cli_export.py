@@ -76,7 +76,7 @@ def test_inspect() -> None:
 def test_inspect_something_else(tmp_path: Path) -> None:
     result = run(app, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
-    assert "is no bundle" in result.stderr
+    assert "is not a bundle" in result.stderr
 
 
 def test_wrong_options(tmp_path: Path) -> None:

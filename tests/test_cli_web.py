@@ -69,7 +69,7 @@ def test_what_is_no_site_is_not_replaced(bundle: str, runtime: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--bundle", "nothing"], "is no bundle"),
+        (["--bundle", "nothing"], "is not a bundle"),
         (["--bundle", "x", "--gate-step", "3", "--model", "y"], "Leave out --model and --gate-step"),
         (["--runtime", "nothing"], "has no ort.wasm.min.mjs"),
         (["--port", "1", "--serve"], "cannot be served at port 1"),

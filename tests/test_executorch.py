@@ -56,7 +56,7 @@ def test_as_after_optimize(bundle: Path) -> None:
     tgate_compile.load(pipe, bundle)
     for call, wanted in zip(calls, expected, strict=True):
         assert difference(run(pipe, **{"steps": COMPILED_STEPS, **call}), wanted) < CLOSE
-    with pytest.raises(BundleError, match=r"is made for sample float32\[2, 4, 8, 8\]"):
+    with pytest.raises(BundleError, match=r"supports sample float32\[2, 4, 8, 8\]"):
         run(pipe, prompt=["red", "cat"], steps=COMPILED_STEPS)
     tgate_compile.restore(pipe)
     assert torch.equal(run(pipe, steps=COMPILED_STEPS), before)

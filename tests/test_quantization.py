@@ -192,12 +192,12 @@ def test_half_precision() -> None:
         ("int9", "must be one of"),
         (8, "quantize must be None, one of"),
         ({"graphs": "all"}, "quantize must be None, one of"),
-        ({"scheme": "int8", "bits": 8}, 'does not know "bits"'),
-        ({"scheme": "int8", "keep": "conv_in"}, "must be a list of patterns"),
+        ({"scheme": "int8", "bits": 8}, 'unknown settings: "bits"'),
+        ({"scheme": "int8", "keep": "conv_in"}, "must be a list of layer name patterns"),
         ({"scheme": "int4", "block": 20}, "block of quantize must be one of 16"),
-        ({"scheme": "int8-static", "calibration_prompts": "a cat"}, "must be a list of texts"),
-        ({"scheme": "int8-static", "calibration_steps": 0}, "from 1 on"),
-        ({"scheme": "int8", "calibration_prompts": ["a cat"]}, "measures no values"),
+        ({"scheme": "int8-static", "calibration_prompts": "a cat"}, "must be a list of strings"),
+        ({"scheme": "int8-static", "calibration_steps": 0}, "a positive integer"),
+        ({"scheme": "int8", "calibration_prompts": ["a cat"]}, "needs no calibration"),
     ],
 )
 def test_what_it_may_be(given: object, message: str) -> None:

@@ -214,7 +214,7 @@ def test_shapes_that_the_bundle_is_not_made_for(pipe: BundlePipeline, unguided: 
 def test_bundles_that_cannot_be_run(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r'the denoiser alone.*components="all"'):
         BundlePipeline(exported())
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         BundlePipeline(tmp_path)
     with pytest.raises(ConfigurationError, match=r"no NoSuchProvider.*CPUExecutionProvider"):
         BundlePipeline(program(dynamic=True), providers=["NoSuchProvider"])
