@@ -99,7 +99,7 @@ def test_a_package_that_is_only_packed_anew(folder: Path) -> None:
 )
 def test_files_that_have_no_place_in_a_package(folder: Path, name: str) -> None:
     change_package(folder, lambda members: members.update({name: b""}))
-    refused(folder, "graphs.pt2", "has no place")
+    refused(folder, "graphs.pt2", "an unexpected file")
 
 
 def test_libraries_that_are_missing_or_too_many(folder: Path) -> None:
@@ -116,10 +116,10 @@ def test_libraries_that_are_missing_or_too_many(folder: Path) -> None:
 
 def test_packages_that_are_none(folder: Path) -> None:
     change_package(folder, lambda members: None, zipfile.ZIP_DEFLATED)
-    refused(folder, "graphs.pt2", "has no place")
+    refused(folder, "graphs.pt2", "an unexpected file")
     (folder / PACKAGE).write_bytes(b"no package")
     tell_manifest(folder, PACKAGE)
-    refused(folder, "no package of AOTInductor")
+    refused(folder, "not a valid AOTInductor package")
 
 
 def test_changed_bytes(folder: Path) -> None:
@@ -148,7 +148,7 @@ def test_an_index_that_is_wrong(folder: Path, change: Callable[[Any], object], p
 def test_an_index_without_a_weight(folder: Path) -> None:
     change_index(folder, lambda index: index.pop("conv_in.bias"))
     manifest = read_bundle(folder).manifest
-    with pytest.raises(BundleError, match=r"no weights called conv_in\.bias"):
+    with pytest.raises(BundleError, match=r"does not have the weights conv_in\.bias"):
         open_graph(manifest.graphs["full"], folder, torch.device("cpu"), {})
 
 

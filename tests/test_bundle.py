@@ -217,7 +217,7 @@ def test_graphs_that_are_no_models(folder: Path) -> None:
     (folder / "graphs/full.onnx").write_bytes(b"no model")
     told = {"size": 8, "sha256": hashlib.sha256(b"no model").hexdigest()}
     change_manifest(folder, lambda manifest: manifest["files"].update({"graphs/full.onnx": told}))
-    refused(folder, "no ONNX model")
+    refused(folder, "not a valid ONNX model")
 
 
 def test_other_shapes_and_dtypes_in_a_graph(folder: Path) -> None:

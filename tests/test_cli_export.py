@@ -58,7 +58,7 @@ def test_a_bundle_from_the_command_line(model: str, tmp_path: Path) -> None:
 
     again = run(app, ["export", "--model", model, "--out", str(out), *quick])
     assert again.exit_code == 1
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
     assert "Loading" not in again.stderr
 
 

@@ -207,7 +207,7 @@ def test_sdxl_with_one_text_encoder() -> None:
     pipe.register_modules(text_encoder=None, tokenizer=None)
     assert recipe_for(pipe, {}).encoders == {"text_encoder_2": "tokenizer_2"}
     pipe.register_modules(tokenizer=pipe.tokenizer_2)
-    with pytest.raises(UnsupportedModelError, match="needs a text_encoder"):
+    with pytest.raises(UnsupportedModelError, match="needs text_encoder to be a text encoder"):
         recipe_for(pipe, {})
 
 

@@ -158,8 +158,8 @@ def test_a_program_whose_graphs_are_damaged(folder: Path) -> None:
     [
         (lambda graphs: graphs["full"].update(entry=None), "must be methods of"),
         (lambda graphs: graphs["full"].update(entry="pruned"), "must be methods of"),
-        (lambda graphs: graphs["full"]["inputs"][0].update(dtype="float16"), "has inputs float32"),
-        (lambda graphs: graphs["full"]["outputs"][0].update(shape=[2, 4, 8, 9]), "has outputs float32"),
+        (lambda graphs: graphs["full"]["inputs"][0].update(dtype="float16"), "has the inputs float32"),
+        (lambda graphs: graphs["full"]["outputs"][0].update(shape=[2, 4, 8, 9]), "has the outputs float32"),
     ],
 )
 def test_a_manifest_that_says_something_else(folder: Path, change: Callable[[Any], object], part: str) -> None:
@@ -199,7 +199,7 @@ def test_options(bundle: Path, tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, Any], list[str]]] = [
         ({"format_options": {"fast": True}}, ["'fast'", "delegate"]),
         ({"format_options": {"delegate": "vulkan"}}, ['"xnnpack" or "portable"', "'vulkan'"]),
-        ({"dynamic": ["batch"]}, ["fixed sizes only", "['batch']"]),
+        ({"dynamic": ["batch"]}, ["only fixed sizes", "['batch']"]),
     ]
     for options, parts in wrong:
         with pytest.raises(ConfigurationError) as caught:

@@ -290,12 +290,12 @@ def test_arguments_of_export(optimized: Any, tmp_path: Path) -> None:
 
 
 def test_folders_that_are_taken(optimized: Any, bundle: Path, tmp_path: Path) -> None:
-    not_exported(optimized, bundle, "exists already", "overwrite=True")
+    not_exported(optimized, bundle, "already exists", "overwrite=True")
     (tmp_path / "mine.txt").write_text("mine")
     not_exported(optimized, tmp_path, "is not a bundle", overwrite=True)
     not_exported(optimized, tmp_path / "mine.txt", "is not a bundle", overwrite=True)
-    not_exported(optimized, tmp_path / "nothing" / "bundle", "is no folder")
-    not_exported(optimized, tmp_path / "mine.txt" / "bundle", "is no folder")
+    not_exported(optimized, tmp_path / "nothing" / "bundle", "is not a folder")
+    not_exported(optimized, tmp_path / "mine.txt" / "bundle", "is not a folder")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -314,7 +314,7 @@ def files_limited_to(size: int) -> Iterator[None]:
 
 def test_a_full_disk(optimized: Any, tmp_path: Path) -> None:
     with files_limited_to(100_000):
-        not_exported(optimized, tmp_path / "bundle", "cannot be written", "Nothing is left", dynamic=False)
+        not_exported(optimized, tmp_path / "bundle", "cannot be written", "Nothing has been written", dynamic=False)
     assert list(tmp_path.iterdir()) == []
 
 

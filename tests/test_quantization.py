@@ -208,9 +208,9 @@ def test_what_it_may_be(given: object, message: str) -> None:
 def test_formats_say_what_they_take() -> None:
     assert read_quantization(None, "onnx", ()) is None
     assert read_quantization("int4", "onnx", ("int8", "int4")) == Quantization("int4")
-    with pytest.raises(ConfigurationError, match="format=\"x\" takes quantize='int8', but got quantize='int4'"):
+    with pytest.raises(ConfigurationError, match="format=\"x\" supports only quantize='int8', but got quantize='int4'"):
         read_quantization("int4", "x", ("int8",))
-    with pytest.raises(ConfigurationError, match='format="aoti" takes no quantize'):
+    with pytest.raises(ConfigurationError, match='format="aoti" supports no quantization'):
         read_quantization("int8", "aoti", FORMATS["aoti"].schemes)
 
 
