@@ -20,6 +20,7 @@ from tgate_compile.bundle.formats import Progress
 from tgate_compile.bundle.read_manifest import shape_at, solve
 from tgate_compile.bundle.weights import WeightsFile, dtype_name
 from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
+from tgate_compile.exports.onnx.check import check_onnx_file
 from tgate_compile.exports.onnx.convert import program_to_onnx
 from tgate_compile.exports.onnx.file import check_model, save_model
 from tgate_compile.exports.onnx.session import open_session, run_bound, session_options
@@ -137,6 +138,17 @@ def component_parity(
         measured.append(m.Deviation(sizes=sizes, relative=relative))
     relative = max(deviation.relative for deviation in measured)
     return m.Parity(relative=relative, tolerance=tolerance, provider=provider, measured=measured)
+
+
+def check_component(
+    path: Path, inputs: Sequence[m.TensorSpec], outputs: Sequence[m.TensorSpec], weights_size: int
+) -> None:
+    """Check the ONNX file at `path`, whose weights are in a file of `weights_size` bytes, without trusting it.
+
+    Raises:
+        BundleError: as `check_onnx_file`.
+    """
+    check_onnx_file(path, inputs, outputs, weights_size)
 
 
 #: The texts on which tokenizers and text encoders are compared when a bundle is written.
