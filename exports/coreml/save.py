@@ -204,21 +204,21 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     path = root / graph.file
-    expected_function = {"path": path, "expected": f"a function {graph.entry}"}
+    details = {"path": path, "expected": f"a function {graph.entry}"}
     if graph.file != PACKAGE or f"{PACKAGE}/{_MODEL}" not in manifest.files:
-        raise BundleError(MSG_NO_PACKAGE.format(**expected_function, reason=f"{PACKAGE}/{_MODEL} does not exist"))
+        raise BundleError(MSG_NO_PACKAGE.format(**details, reason=f"{PACKAGE}/{_MODEL} does not exist"))
     model = Model_pb2.Model()
     try:
         model.ParseFromString((path / _MODEL).read_bytes())
     except DecodeError as error:
-        raise BundleError(MSG_NO_PACKAGE.format(**expected_function, reason=error)) from error
+        raise BundleError(MSG_NO_PACKAGE.format(**details, reason=error)) from error
     found = [function for function in model.description.functions if function.name == graph.entry]
     if len(found) != 1 or graph.entry not in model.mlProgram.functions:
-        raise BundleError(MSG_NO_PACKAGE.format(**expected_function, reason="it has no such function"))
+        raise BundleError(MSG_NO_PACKAGE.format(**details, reason="it has no such function"))
     elsewhere = next((name for name in _files(model.mlProgram.functions[graph.entry]) if name != _WEIGHTS), None)
     if elsewhere is not None:
         reason = f"it takes weights from {elsewhere[:200]!r}"
-        raise BundleError(MSG_NO_PACKAGE.format(**expected_function, reason=reason))
+        raise BundleError(MSG_NO_PACKAGE.format(**details, reason=reason))
     for features, specs in ((found[0].input, inputs_of(graph)), (found[0].output, outputs_of(graph))):
         given, expected = [_shown_feature(feature) for feature in features], [_shown(spec) for spec in specs]
         if given != expected:

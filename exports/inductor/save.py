@@ -72,7 +72,7 @@ def _name_constants(module: torch.nn.Module, constants: Iterable[str]) -> None:
 
 
 def _make_contiguous(module: torch.nn.Module) -> None:
-    """Make the weights of `module`, which is not the user's, contiguous; weights that already are, are not copied."""
+    """Make the weights of `module`, a copy of the user's, contiguous, without copying those that already are."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and not parameter.is_contiguous():
@@ -84,7 +84,7 @@ def _make_contiguous(module: torch.nn.Module) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence torch's messages about itself: a deprecation in its own code, and that complex operators are not fused.
+    """Silence torch's own warnings: about a deprecation in its code, and about complex operators that it does not fuse.
 
     There are few of these, such as the Fourier transforms of FreeU.
     """

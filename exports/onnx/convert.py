@@ -186,7 +186,7 @@ def _small_numbers(model: onnx_ir.Model) -> dict[onnx_ir.Value, onnx_ir.TensorPr
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence torch's messages about itself: a deprecation in its own code, and operators of a missing torchvision."""
+    """Silence torch's own warnings: about a deprecation in its code, and about operators of a missing torchvision."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)

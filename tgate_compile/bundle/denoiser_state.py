@@ -34,7 +34,7 @@ _IGNORED = frozenset(vars(torch.nn.Module())) - {"_forward_hooks", "_forward_pre
     "_attention_backend",
     "_diffusers_hook",  # `optimize` and `load` reject all hooks of this kind except their own
     "_gradient_checkpointing_func",
-    "_hf_hook",  # likewise, except the hooks of `enable_model_cpu_offload`
+    "_hf_hook",  # they also reject these, except those of `enable_model_cpu_offload`
     "_internal_dict",  # the configuration, which the manifest contains
     "_is_hf_initialized",
     "_old_forward",

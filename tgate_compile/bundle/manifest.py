@@ -87,7 +87,7 @@ class CacheInput(TensorSpec):
 
 
 class PhaseSpec(_Strict):
-    """What a graph reuses and emits in the steps that it serves."""
+    """The kinds of values that a graph reuses and emits."""
 
     guided: bool = Field(description="Whether the batch has both guidance halves.")
     reuse: list[Kind] = Field(description="The kinds of cached values that are inputs.")
@@ -210,7 +210,7 @@ class StateDifference(_Strict):
 
 
 class DenoiserState(_Strict):
-    """What determines the denoiser's output besides its class, configuration and weights; see docs/bundle.md."""
+    """The state that determines the denoiser's output besides its class, configuration and weights."""
 
     baseline: Literal["config", "none"] = Field(
         description="config: the differences from a new denoiser of this class and configuration; none: everything."
@@ -250,7 +250,7 @@ class Family(_Strict):
 
 
 class PlannedPhase(_Strict):
-    """What a step does."""
+    """The phase of a step, with its letter and its graph."""
 
     letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="The letter in strips; a capital under guidance.")]
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")

@@ -55,7 +55,7 @@ def plan_from(plans: Plans, num_steps: int, *, guided: bool, gate_step: int | No
     """Return what each of `num_steps` steps does; `gate_step` moves the gate.
 
     Raises:
-        ConfigurationError: there are no rows for so many steps, or the gate cannot be moved.
+        ConfigurationError: the plans do not cover so many steps, or the gate cannot be moved.
     """
     if num_steps > MAX_STEPS or (gate_step is not None and gate_step > MAX_STEPS):
         raise ConfigurationError(f"This bundle has plans for up to {MAX_STEPS} steps.")

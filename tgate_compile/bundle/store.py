@@ -106,11 +106,11 @@ class BundleStore:
         return []
 
     def refresh(self, *, begins: bool = True) -> None:
-        """Check that the denoiser is still what it was when the bundle was loaded; graphs that can, follow its weights.
+        """Check that the denoiser has not changed since the bundle was loaded; if its weights have, refit the graphs.
 
         Raises:
-            BundleError: it is not, and they cannot.
-            BackendError: likewise.
+            BundleError: the denoiser has changed, and the graphs cannot be refitted.
+            BackendError: the runtime cannot refit a graph.
         """
         weights = bit_sums(self.denoiser)
         if fingerprint(self.denoiser) != self._modules:
