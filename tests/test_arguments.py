@@ -20,7 +20,7 @@ from tgate_compile.bundle.read_manifest import wrong_pixels
 from tgate_compile.engine.backends import BACKENDS
 
 STEPS = 3
-MULTIPLE = "must be a multiple of 32 pixels, and 144 is not (the nearest are 128 and 160)"
+MULTIPLE = "must be a multiple of 32 pixels, not 144 (the nearest are 128 and 160)"
 
 
 @pytest.fixture(scope="module")
