@@ -1,7 +1,7 @@
 """The paper's tables on the embedded models: gates, steps, schedulers and methods, over several seeds.
 
     python benchmarks/findings.py --out docs/results/findings.json
-    python benchmarks/findings_report.py docs/results/findings.json --page docs/findings.md
+    python benchmarks/findings_report.py docs/results/findings.json --page docs/evidence/findings.md
 
 `findings_plan.py` says what is measured. The images are made by `tgate_compile.evaluate`, which keeps each as a file in
 `--images`: killed, the same command goes on. Each seed's images are then judged by themselves: the share that show all

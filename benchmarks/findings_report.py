@@ -1,6 +1,6 @@
 """Writes the tables of `findings.py`'s results into a page, and draws them.
 
-    python benchmarks/findings_report.py docs/results/findings.json --page docs/findings.md \\
+    python benchmarks/findings_report.py docs/results/findings.json --page docs/evidence/findings.md \\
         --plot docs/results/findings.png
 
 The page has each table between `<!-- findings: NAME -->` and `<!-- end -->`.

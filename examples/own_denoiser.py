@@ -1,4 +1,4 @@
-"""T-GATE for a denoiser and a pipeline of your own: nothing here is diffusers', but for the scheduler.
+"""T-GATE for your own denoiser and pipeline: only the scheduler comes from diffusers.
 
 python examples/own_denoiser.py
 """

@@ -1,4 +1,4 @@
-"""T-GATE in a denoising loop of your own: `tgate_compile.generation` says where it begins and ends.
+"""T-GATE in your own denoising loop: `tgate_compile.generation` marks where it begins and ends.
 
 python examples/own_loop.py
 """
@@ -27,12 +27,12 @@ def main() -> None:
     size = pipe.unet.config.sample_size
     latents = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0))
 
-    pipe.scheduler.set_timesteps(STEPS)  # before the first call of the denoiser: steps are counted by it
+    pipe.scheduler.set_timesteps(STEPS)  # before the first denoiser call: steps are counted by it
     latents = latents * pipe.scheduler.init_noise_sigma
     with tgate_compile.generation(pipe, guidance=True):
         for timestep in pipe.scheduler.timesteps:
             both = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), timestep)  # [2, 4, size, size]
-            # Always both halves: from the gate on one of them is computed, and comes back twice.
+            # Always pass both halves. After the gate one is computed, and its prediction is returned for both.
             predicted = pipe.unet(both, timestep, encoder_hidden_states=text).sample
             noise_uncond, noise_cond = predicted.chunk(2)
             noise = noise_uncond + SCALE * (noise_cond - noise_uncond)

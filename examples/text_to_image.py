@@ -1,10 +1,10 @@
-"""Text to image with T-GATE: load a pipeline, optimize it, call it as ever.
+"""Text to image with T-GATE: load a pipeline, optimize it, and call it as usual.
 
 Runs offline on the pipeline that comes with the package:
 
     python examples/text_to_image.py
 
-For a real checkpoint replace `load_demo_pipeline()` by, for example,
+For a real checkpoint, replace `load_demo_pipeline()` with, for example,
 `StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0").to("cuda")`.
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
     pipe = tgate_compile.load_demo_pipeline()
 
     # Ten steps in full, then the pruned graph: no cross-attention, and half the batch. "eager" starts at once;
-    # "inductor" compiles at the first call, which pays where many images follow.
+    # "inductor" compiles at the first call, which pays off if many images follow.
     tgate_compile.optimize(pipe, gate_step=10, backend="eager")
 
     image = pipe(

@@ -1,6 +1,6 @@
-"""Every pipeline class of the installed diffusers, and the tables of docs/denoisers.md, which say what becomes of each.
+"""Every pipeline class of the installed diffusers, and the tables of docs/reference/denoisers.md that list them.
 
-`python -m tests.denoisers_page` writes the tables again; what stands around them is written by hand.
+`python -m tests.denoisers_page` regenerates the tables; the text around them is written by hand.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tgate_compile.engine.unsupported import (
     REFUSED_DENOISERS,
 )
 
-PAGE = Path(__file__).parent.parent / "docs" / "denoisers.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "denoisers.md"
 
 #: Classes that tests in `test_pipelines.py` run, and the test.
 IN_TEST_PIPELINES: Mapping[str, str] = {
@@ -86,7 +86,7 @@ def modular_classes() -> Mapping[str, type]:
 
 @functools.cache
 def unavailable() -> frozenset[str]:
-    """Names of classes that need a package that is not installed: diffusers puts dummies in their place."""
+    """Names of classes that need a package that is not installed; diffusers replaces them by dummies."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return frozenset(name for name in dir(diffusers) if isinstance(getattr(diffusers, name, None), DummyObject))
@@ -139,7 +139,7 @@ def lists_of(pipeline: type) -> list[str]:
 
 
 def guidance(family: Family) -> str:
-    """How the guidance halves arrive."""
+    """How the guidance halves reach the denoiser."""
     if family.unguided:
         return "no halves"
     if family.calls:
@@ -154,8 +154,9 @@ def guidance(family: Family) -> str:
     )
 
 
-def goes_on(family: Family) -> str:
-    return "the one there is" if family.unguided else family.only or "uncond or cond"
+def continues(family: Family) -> str:
+    """Which guidance half the denoiser computes after the gate."""
+    return "the only one" if family.unguided else family.only or "uncond or cond"
 
 
 def gated_table() -> str:
@@ -163,8 +164,8 @@ def gated_table() -> str:
     for name in sorted(FAMILIES.keys() & pipeline_classes().keys()):
         # Of several the last: `UNetMotionModel`, which is made of the other.
         denoiser = denoisers_of(pipeline_classes()[name])[-1]
-        rows[denoiser, guidance(FAMILIES[name]), goes_on(FAMILIES[name])].append(name)
-    header = ("denoiser", "what is cached", "guidance arrives", "goes on", "tested", "recognized")
+        rows[denoiser, guidance(FAMILIES[name]), continues(FAMILIES[name])].append(name)
+    header = ("denoiser", "what is cached", "how guidance arrives", "continues", "tested", "recognized")
     body = [
         (
             f"`{denoiser}`",
@@ -184,7 +185,7 @@ def refused_table() -> str:
     for name, reason in {**REFUSED, **REFUSED_BASES}.items():
         by_reason[reason.partition(". What works")[0]].append(name)
     rows = [(reason, _names(names)) for reason, names in by_reason.items()]
-    return _table(("why", "pipelines, or a base class of theirs"), rows)
+    return _table(("why", "pipelines, or their base class"), rows)
 
 
 def joint_table() -> str:
@@ -213,7 +214,7 @@ def modular_table() -> str:
         if denoiser not in JOINT_ATTENTION:
             reason = REFUSED_DENOISERS[denoiser].partition(". What works")[0]
             by_status[f"refused, `{denoiser}`: {reason}"].append(name)
-    return _table(("what it has", "modular pipelines"), [(what, _names(names)) for what, names in by_status.items()])
+    return _table(("denoiser", "modular pipelines"), [(what, _names(names)) for what, names in by_status.items()])
 
 
 TABLES = {
@@ -226,7 +227,7 @@ TABLES = {
 
 
 def regenerated(page: str) -> str:
-    """`page` with its tables made anew."""
+    """`page` with its tables regenerated."""
     for name, make in TABLES.items():
         begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         before, _, rest = page.partition(begin)

@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
-from filelock import FileLock
-
 import tgate_compile
+from tests.once import made_once
 from tests.tiny_pipelines import stable_diffusion
 
 STEPS = 6
 GATE = 3
+#: Of the formats whose graphs are compiled: the fewest that have both graphs.
 COMPILED_STEPS = 4
 COMPILED_GATE = 2
 
 
-@functools.cache
 def exported() -> Path:
     """The bundle of `plain()` with a gate at step `GATE`; leave it as it is."""
-    pipe = plain()
-    tgate_compile.optimize(pipe, GATE, backend="eager")
-    home = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, home)
-    return tgate_compile.export(pipe, Path(home, "bundle"), call={"prompt": "", "num_inference_steps": STEPS})
+    return made_once("onnx-bundle", lambda folder: _export(folder, "onnx", GATE, STEPS))
 
 
-def compiled(format: str, factory: pytest.TempPathFactory) -> Path:
-    """The bundle of `plain()` in a format that takes most of a minute, with a gate at step `COMPILED_GATE`.
-
-    Parallel test processes share it: leave it as it is.
-    """
-    base = factory.getbasetemp()
-    home = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = home / f"{format}-bundle"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            pipe = plain()
-            tgate_compile.optimize(pipe, COMPILED_GATE, backend="eager")
-            tgate_compile.export(pipe, folder, format, call={"prompt": "", "num_inference_steps": COMPILED_STEPS})
-    return folder
+def exported_compiled(format: str) -> Path:
+    """The bundle of `plain()` in a format that takes most of a minute; leave it as it is."""
+    return made_once(f"{format}-bundle", lambda folder: _export(folder, format, COMPILED_GATE, COMPILED_STEPS))
 
 
 def plain() -> Any:
-    """The pipeline that it is made from."""
+    """The pipeline that they are made from."""
     return stable_diffusion(layout="small")
+
+
+def _export(folder: Path, format: Any, gate: int, steps: int) -> None:
+    pipe = tgate_compile.optimize(plain(), gate, backend="eager")
+    tgate_compile.export(pipe, folder, format, call={"prompt": "", "num_inference_steps": steps})

@@ -1,30 +1,17 @@
-"""Figures in Markdown, and the result files that they come from.
+"""The figures in Markdown pages, and the result files that they come from.
 
-Comments, which readers do not see, say where figures come from. Before a table:
-
-    <!-- figures: benchmarks/results/quality_embedded.json
-    rows: pick(rows, "plain; steps 20")
-    columns: macs | 100 * pair.accuracy.all, 100 * pair.accuracy_minus_plain_se
-    -->
-
-`rows` is a Python expression over the file's content that gives a record for each of the table's rows. Each of the
-`columns` after the first one is an expression over a record's content, `row`, the record itself, and `file`, the whole;
-a column of several figures has as many, with commas, and one that is not checked has none. In the place of both,
-`cells:` has an expression for each of the figures, in the order of reading. After figures in a text:
-
-    exported in 1.43 times<!-- figures: benchmarks/results/export_sdxl.json: peak_over_weights --> its weights
-
-which is about the last figures before it, as many as there are expressions, with bars in between; `None` is not
-checked, and a starred expression is about several. Figures that a test has in itself name it,
-`<!-- figures: by tests/test_cost.py -->`, and so do the places in `docs/findings.md`, `<!-- findings: gates -->`, which
-`tests/test_findings.py` compares.
+A page marks its figures with `<!-- fig: NAME -->`, right after them in a text and on a line of its own before a table.
+`docs/figures.toml` has an entry for each mark, which names the result file and says how the figures follow from it; the
+comment at its top describes the entries. `docs/evidence/findings.md` also has places that a program fills in,
+`<!-- findings: gates -->`; `tests/test_findings.py` compares their tables.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,27 +19,30 @@ from statistics import mean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BY_PROGRAM = ("by ", "findings: ")
+SIDECAR = ROOT / "docs" / "figures.toml"
 MINUS = "\u2212"
 
-_COMMENT = re.compile(r"<!-- (?:figures: |(?=findings: ))(.*?)\s*-->", re.DOTALL)
+_MARK = re.compile(r"<!-- (?:fig: ([\w.-]+)|(findings: \w+)) -->")
 _NUMBER = re.compile(r"(?<![\w.])[\u2212+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d+)?")
 _TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 _MEASURED_CELL = re.compile(r"[\u2212+]?[\d,]*\d\.\d")
 
 
+Entry = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
-class Figures:
-    """A comment, and what it is about.
+class Mark:
+    """A mark in a page, and the figures it stands beside.
 
     Attributes:
-        about: its words.
-        text: the Markdown before it, since the last one.
-        table: the table that begins right after it, or nothing.
-        line: where it is.
+        name: the name of its entry, or nothing for a table that a program fills in.
+        text: the Markdown between the previous mark and this one.
+        table: the table that follows right after it, or nothing.
+        line: its line in the page.
     """
 
-    about: str
+    name: str
     text: str
     table: str
     line: int
@@ -60,7 +50,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Figure:
-    """What is printed, and what should be."""
+    """A printed figure, and the value that it should have."""
 
     printed: str
     expected: float | None
@@ -121,9 +111,10 @@ def read(path: str) -> Any:
 
 
 def gain(before: str, after: str, *files: Any) -> tuple[float, float, int, int]:
-    """How many more percent of the same pairs one row gets right than another, with the standard error; won; lost.
+    """How much better one row of `benchmarks/quality.py` is than another, over the pairs of all `files`.
 
-    Rows are those of `benchmarks/quality.py`, in all of `files` together.
+    Returns:
+        The difference in percent of the pairs that are right, its standard error, the pairs won, and the pairs lost.
     """
     rights = ["".join(file.rows[name].pair.right for file in files) for name in (before, after)]
     changes = [int(y) - int(x) for x, y in zip(*rights, strict=True)]
@@ -136,27 +127,34 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _value(expression: str, content: Any, **names: Any) -> Any:
-    """Of an expression over an object's keys. The expressions are ours, in our own documents."""
+    """The value of an expression over an object's keys. Only our own sidecar is evaluated."""
     keys = {key: content[key] for key in content.data if key.isidentifier()} if isinstance(content, Record) else {}
-    return eval(expression, {"__builtins__": {}, **_FUNCTIONS, **keys, **names})
+    return eval(" ".join(expression.split()), {"__builtins__": {}, **_FUNCTIONS, **keys, **names})
 
 
-def comments(markdown: str) -> Iterator[Figures]:
-    """All of a page, in order."""
+@cache
+def entries() -> Mapping[str, Entry]:
+    """The sidecar's entries, by name."""
+    found: dict[str, Entry] = tomllib.loads(SIDECAR.read_text(encoding="utf-8"))
+    return found
+
+
+def marks(markdown: str) -> Iterator[Mark]:
+    """All marks of a page, in order."""
     before = 0
-    for comment in _COMMENT.finditer(markdown):
-        table = _TABLE.match(markdown[comment.end() :].lstrip("\n"))
-        yield Figures(
-            comment[1],
-            markdown[before : comment.start()],
+    for mark in _MARK.finditer(markdown):
+        table = _TABLE.match(markdown[mark.end() :].lstrip("\n"))
+        yield Mark(
+            mark[1] or "",
+            markdown[before : mark.start()],
             table[0] if table else "",
-            markdown.count("\n", 0, comment.start()) + 1,
+            markdown.count("\n", 0, mark.start()) + 1,
         )
-        before = comment.end()
+        before = mark.end()
 
 
 def tables(markdown: str) -> Iterator[tuple[int, str]]:
-    """Line and text of each table in which at least two cells begin with a decimal figure."""
+    """The line and the text of each table in which at least two cells begin with a decimal figure."""
     for table in _TABLE.finditer(markdown):
         measured = [cell for row in _cells(table[0]) for cell in row if _MEASURED_CELL.match(cell)]
         if len(measured) > 1:
@@ -164,67 +162,61 @@ def tables(markdown: str) -> Iterator[tuple[int, str]]:
 
 
 def _cells(table: str) -> list[list[str]]:
-    """A table's rows without its heading, without their first cells."""
+    """The rows of a table, without the heading and without the first cell of each row."""
     return [[cell.strip() for cell in line.strip()[1:-1].split("|")][1:] for line in table.splitlines()[2:]]
 
 
-def figures(comment: Figures) -> Iterator[Figure]:
-    """All that a comment says; of one with a file.
+def figures(mark: Mark, entry: Entry) -> Iterator[Figure]:
+    """The figures beside a mark, with the values that the entry's file gives them.
 
     Raises:
-        ValueError: it names no file, or there are other numbers of rows or figures than it says.
+        ValueError: the entry is incomplete, or the page has other numbers of rows or figures than the entry.
     """
-    said = re.fullmatch(r"(\S+\.json)(:?)\s+(.*)", comment.about, re.DOTALL)
-    if said is None:
-        raise ValueError(f"this names no result file: {comment.about}")
-    path, of_text, rest = said.groups()
-    content = read(path)
-    if of_text:
-        values = _values(rest, content)
-        yield from _paired(_NUMBER.findall(comment.text)[-len(values) :], values, comment.text.strip()[-40:])
-        return
-    fields = dict(re.findall(r"^(rows|columns|cells): (.*?)(?=\n\w+: |\Z)", rest, re.MULTILINE | re.DOTALL))
-    if "cells" in fields:
-        printed = [number for row in _cells(comment.table) for cell in row for number in _NUMBER.findall(cell)]
-        yield from _paired(printed, _values(fields["cells"], content), "cells")
+    ways = {"figures", "cells", "rows"} & entry.keys()
+    unknown = entry.keys() - {"file", "figures", "cells", "rows", "columns"}
+    if "file" not in entry or len(ways) != 1 or ("rows" in entry) != ("columns" in entry) or unknown:
+        raise ValueError(f"an entry has a `file` and either `figures`, `cells`, or `rows` and `columns`: {dict(entry)}")
+    content = read(entry["file"])
+    if "rows" in entry:
+        yield from _of_rows(mark.table, content, entry)
+    elif "cells" in entry:
+        printed = [number for row in _cells(mark.table) for cell in row for number in _NUMBER.findall(cell)]
+        yield from _paired(printed, _values(entry["cells"], content), "cells")
     else:
-        yield from _of_rows(comment.table, content, fields)
+        values = _values(entry["figures"], content)
+        yield from _paired(_NUMBER.findall(mark.text)[-len(values) :], values, mark.text.strip()[-40:])
 
 
-def _of_rows(table: str, content: Any, fields: dict[str, str]) -> Iterator[Figure]:
-    records = _value(" ".join(fields["rows"].split()), content, file=content)
-    columns = _split(fields["columns"])
+def _of_rows(table: str, content: Any, entry: Entry) -> Iterator[Figure]:
+    records = _value(entry["rows"], content, file=content)
+    columns = entry["columns"]
     rows = _cells(table)
-    if len(rows) != len(records) or any(len(row) != len(columns) for row in rows):
-        raise ValueError(f"{len(records)} records of {len(columns)} columns for {len(rows)} rows of {len(rows[0])}")
+    if not rows or len(rows) != len(records) or any(len(row) != len(columns) for row in rows):
+        raise ValueError(f"{len(records)} records of {len(columns)} columns, but the table is {rows}")
     for number, (row, record) in enumerate(zip(rows, records, strict=True), 1):
         for column, cell in zip(columns, row, strict=True):
             printed = _NUMBER.findall(cell)
             if not printed or not column:
-                continue  # what is left out cannot be wrong
+                continue  # an empty cell cannot be wrong
             value = _value(column, record, row=record, file=content)
             values = list(value) if isinstance(value, tuple) else [value]
             while len(values) > len(printed) and not values[-1]:
-                values.pop()  # no spread is shown where there is none
+                values.pop()  # a spread of zero is not printed
             yield from _paired(printed, values, f"row {number}, {column}")
 
 
 def _paired(printed: Iterable[str], values: Iterable[Any], what: str) -> Iterator[Figure]:
     printed, values = list(printed), list(values)
     if len(printed) != len(values):
-        raise ValueError(f"{what}: the figures are {printed}, and {len(values)} are said: {values}")
+        raise ValueError(f"{what}: the page has {printed}, but the entry gives {len(values)} values: {values}")
     for number, value in zip(printed, values, strict=True):
         yield Figure(number, value, what)
 
 
-def _values(expressions: str, content: Any) -> list[Any]:
-    """Of expressions with bars in between; a starred one has several."""
+def _values(expressions: Iterable[str], content: Any) -> list[Any]:
+    """The expressions' values: several for one that starts with `*`, `None` (not checked) for an empty one."""
     found: list[Any] = []
-    for expression in _split(expressions):
-        value = _value(expression.removeprefix("*"), content, file=content)
+    for expression in expressions:
+        value = _value(expression.removeprefix("*"), content, file=content) if expression else None
         found += value if expression.startswith("*") else [value]
     return found
-
-
-def _split(expressions: str) -> list[str]:
-    return [" ".join(expression.split()) for expression in expressions.split("|")]

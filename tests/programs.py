@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import tgate_compile
 from tests.exported import GATE, STEPS
+from tests.once import made_once
 from tests.tiny_pipelines import SIZE, TEXT_DIM, VELOCITY, pixart, sdxl, seeded, stable_diffusion
 
 #: Of PixArt's prompts.
@@ -52,7 +51,6 @@ PIXART_CALL: dict[str, Any] = {
 PIPELINES = {"sd": plain, "sdxl": sdxl, "pixart": pixart_with_text}
 
 
-@functools.cache
 def program(
     name: str = "sd",
     *,
@@ -61,12 +59,14 @@ def program(
     **schedule: Any,
 ) -> Path:
     """The bundle of a pipeline; leave it as it is."""
-    pipe = PIPELINES[name]()
-    tgate_compile.optimize(pipe, **({"gate_step": GATE} | schedule), backend="eager")
-    home = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, home)
     given = {"prompt": "", "num_inference_steps": STEPS, **(PIXART_CALL if name == "pixart" else {}), **dict(call)}
-    return tgate_compile.export(pipe, Path(home, "bundle"), call=given, dynamic=dynamic, components="all")  # type: ignore[arg-type]
+
+    def make(folder: Path) -> None:
+        pipe = tgate_compile.optimize(PIPELINES[name](), **({"gate_step": GATE} | schedule), backend="eager")
+        tgate_compile.export(pipe, folder, call=given, dynamic=dynamic, components="all")  # type: ignore[arg-type]
+
+    options = hashlib.sha256(repr((dynamic, call, sorted(schedule.items()))).encode()).hexdigest()
+    return made_once(f"program-{name}-{options[:8]}", make)
 
 
 def noise(count: int = 1, size: int = SIZE) -> NDArray[Any]:

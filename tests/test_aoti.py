@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import COMPILED_GATE, COMPILED_STEPS, compiled, plain
+from tests.exported import COMPILED_GATE as GATE
+from tests.exported import COMPILED_STEPS as STEPS
+from tests.exported import exported_compiled, plain
 from tests.tiny_pipelines import run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
@@ -42,8 +44,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled("aoti", tmp_path_factory)
+def bundle() -> Path:
+    return exported_compiled("aoti")
 
 
 def opened(bundle: Path, name: str) -> tuple[AotiSession, list[torch.Tensor]]:
@@ -68,16 +70,16 @@ def test_as_after_optimize(bundle: Path) -> None:
         {"steps": 6, "gate_step": 4},
     ]
     pipe = plain()
-    before = run(pipe, steps=COMPILED_STEPS)
-    tgate_compile.optimize(pipe, COMPILED_GATE, backend="eager")
-    expected = [run(pipe, **{"steps": COMPILED_STEPS, **call}) for call in calls]
+    before = run(pipe, steps=STEPS)
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    expected = [run(pipe, **{"steps": STEPS, **call}) for call in calls]
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, bundle)
     for call, wanted in zip(calls, expected, strict=True):
-        assert difference(run(pipe, **{"steps": COMPILED_STEPS, **call}), wanted) < CLOSE
+        assert difference(run(pipe, **{"steps": STEPS, **call}), wanted) < CLOSE
     assert tgate_compile.describe(pipe, prompt="", num_inference_steps=4).strip == "FFpp"
     tgate_compile.restore(pipe)
-    assert torch.equal(run(pipe, steps=COMPILED_STEPS), before)
+    assert torch.equal(run(pipe, steps=STEPS), before)
 
 
 def test_what_a_bundle_says(bundle: Path) -> None:
@@ -172,7 +174,7 @@ def test_options(bundle: Path) -> None:
     with pytest.raises(ConfigurationError, match=r'"aoti".*"onnxruntime"'):
         tgate_compile.load(pipe, bundle, backend="onnxruntime")
     with pytest.raises(ConfigurationError, match=r"export.*load"):
-        tgate_compile.optimize(pipe, COMPILED_GATE, backend="aoti")
+        tgate_compile.optimize(pipe, GATE, backend="aoti")
     tgate_compile.load(pipe, bundle, backend="aoti")
 
 
@@ -181,7 +183,7 @@ def test_options(bundle: Path) -> None:
 
 def test_no_compiler(tmp_path: Path) -> None:
     pipe = plain()
-    tgate_compile.optimize(pipe, COMPILED_GATE, backend="eager")
+    tgate_compile.optimize(pipe, GATE, backend="eager")
     with (
         inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}),
         pytest.raises(ConfigurationError, match=r"compiler such as g\+\+"),
@@ -195,7 +197,7 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
     compiler.write_text('#!/bin/sh\ncase "$*" in --version|-v) exit 0;; esac\necho "it is broken" >&2\nexit 1\n')
     compiler.chmod(0o755)
     pipe = plain()
-    tgate_compile.optimize(pipe, COMPILED_GATE, backend="eager")
+    tgate_compile.optimize(pipe, GATE, backend="eager")
     with (
         inductor_config.patch({"cpp.cxx": (str(compiler),), "cpp.vec_isa_ok": True}),
         pytest.raises(BundleError, match=r"cannot compile the full graph.*Nothing has been written"),

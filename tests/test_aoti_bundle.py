@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.exported import compiled
+from tests.exported import exported_compiled
 from tgate_compile import BackendError, BundleError
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.inductor.save import open_graph
@@ -32,8 +32,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled("aoti", tmp_path_factory)
+def original() -> Path:
+    return exported_compiled("aoti")
 
 
 @pytest.fixture

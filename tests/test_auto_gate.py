@@ -10,6 +10,8 @@ import tgate_compile
 from tests.tiny_pipelines import PROMPTS, run, stable_diffusion
 from tgate_compile import ConfigurationError, Schedule, tune
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def test_the_automatic_gate_is_the_tuned_one() -> None:
     pipe = stable_diffusion(layout="small")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from typer.testing import CliRunner
 
 from tests import tiny_pipelines
 from tgate_compile import ConfigurationError, describe, optimize, restore
+from tgate_compile._cli import loading
 from tgate_compile._cli.app import app
-from tgate_compile._cli.bench import _backends
+from tgate_compile._cli.bench import _backends, _peers
 from tgate_compile._cli.options import Backend
+from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import save_schedule
 from tgate_compile.study.bench.measure import macs_counted, timed_generation
 from tgate_compile.study.bench.methods import NAMES, PEERS, methods_for, of_its_own_class, random_pipeline
 from tgate_compile.study.bench.result import Benchmark, Row
 from tgate_compile.study.bench.run import CUDA_GRAPHS, Task, run_benchmark
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 run = CliRunner().invoke
 
@@ -178,13 +184,15 @@ def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "new" / "bench.json"
     arguments = ["bench", "-m", str(folder), "--backend", "eager", "--method", "tgate", "--peer", "first_block_cache"]
     arguments += ["--steps", "4", "--gate-step", "2", "--repeat", "1", "-p", "red cat", "-o", str(out)]
+    save_schedule(Schedule(3), tmp_path / "mine.json")
+    arguments += ["--schedule", str(tmp_path / "mine.json")]
     result = run(app, arguments)
     assert result.exit_code == 0, result.output
     assert "T-GATE v1, eager" in result.stdout
     assert "no CacheMixin" in result.stdout
     data = json.loads(out.read_text())
-    assert [row["key"] for row in data["rows"]] == ["plain", "tgate_eager", "first_block_cache"]
-    assert data["rows"][1]["strip"] == "ffpp"
+    assert [row["key"] for row in data["rows"]] == ["plain", "tgate_eager", "schedule_mine_eager", "first_block_cache"]
+    assert [row["strip"] for row in data["rows"][1:3]] == ["ffpp", "fffp"]
     assert data["rows"][1]["macs_ratio"] > 1
     again = run(app, arguments)
     assert again.exit_code == 1
@@ -194,9 +202,43 @@ def test_the_command(tmp_path: Path) -> None:
     assert "--peer must be one of tgate_authors" in wrong.stderr
 
 
+def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    """As if these modules were not installed."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else real(name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--backend", "onnxruntime"], "pip install 'tgate_compile[onnx]'"),
+        (["--peer", "cache_dit"], "pip install cache-dit"),
+        (["--model", "random:sd3"], "sd15, sd21, sdxl, pixart_alpha"),
+        (["--schedule", "none.json"], "cannot be read"),
+    ],
+)
+def test_what_is_missing_is_seen_before_a_model_is_loaded(
+    arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "onnxruntime", "cache_dit")
+    monkeypatch.setattr(loading, "load", None)
+    result = run(app, ["bench", *arguments])
+    assert result.exit_code == 1
+    assert shown in result.stderr
+
+
+def test_peers_that_are_not_installed_are_not_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without(monkeypatch, "tgate", "DeepCache", "cache_dit")
+    ours = ["guidance_cutoff", "first_block_cache", "pyramid_attention", "faster_cache"]
+    assert [peer.key for peer in _peers(None)] == ours
+    assert "pip install tgate DeepCache cache-dit." in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_backends_that_are_there() -> None:
     assert _backends(None, "cpu", None)[0] == "eager"
     assert not {"tensorrt", CUDA_GRAPHS} & set(_backends(None, "cpu", None))
-    assert _backends([Backend.inductor], "cpu", False) == ["inductor"]
+    assert _backends([Backend("inductor")], "cpu", False) == ["inductor"]
     with pytest.raises(ConfigurationError, match="--cuda-graphs are for GPUs"):
-        _backends([Backend.inductor], "cpu", True)
+        _backends([Backend("inductor")], "cpu", True)

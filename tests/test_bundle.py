@@ -21,6 +21,8 @@ from tgate_compile import BundleError, TGateError
 from tgate_compile.bundle.manifest import SCHEMA_VERSION, json_schema
 from tgate_compile.bundle.read import read_bundle
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 @pytest.fixture(scope="module")
 def original() -> Path:

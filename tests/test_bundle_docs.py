@@ -1,4 +1,4 @@
-"""docs/bundle.md: the runtime in it, which knows numpy and ONNX Runtime only, makes the library's latents."""
+"""The runtime in docs/reference/bundle.md, on numpy and ONNX Runtime only, makes the library's latents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.comparing import assert_differ, difference
 from tests.exported import GATE, STEPS, exported, plain
 from tests.tiny_pipelines import LATENT_SIZE, PROMPT, run
 
-TEXT = (Path(__file__).parents[1] / "docs" / "bundle.md").read_text()
+TEXT = (Path(__file__).parents[1] / "docs" / "reference" / "bundle.md").read_text()
 
 
 def test_the_runtime_of_the_document() -> None:

@@ -9,8 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import tiny_pipelines
-from tgate_compile._cli import analyze as analyze_command
+from tgate_compile._cli import loading
 from tgate_compile._cli.app import app
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 run = CliRunner().invoke
 
@@ -64,7 +66,7 @@ def test_it_prints_a_table(model: str) -> None:
 def test_what_is_wrong_is_seen_before_the_model_is_loaded(
     arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analyze_command, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     result = run(app, ["analyze", "-m", "model", *arguments])
     assert result.exit_code == 1
     assert shown in result.stderr

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tgate_compile
-from tgate_compile._cli import entry, generate
+from tgate_compile._cli import entry, loading
 from tgate_compile._cli.app import app
 from tgate_compile._errors import UnsupportedModelError
 
@@ -54,7 +54,7 @@ def test_errors_are_short_and_debug_lets_them_pass(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(generate, "load", fail)
+    monkeypatch.setattr(loading, "load", fail)
     arguments = ["generate", "-p", "a fox", "-o", str(tmp_path / "fox.png")]
     result = run(app, arguments)
     assert result.exit_code == 1
@@ -102,6 +102,9 @@ def test_a_real_process_prints_json_and_nothing_else(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
+    # Nothing of the packages underneath, some of which warn while they are imported.
+    chosen = "Chosen for embedded (embedded): device cpu, dtype fp32, scheduler DPMSolverMultistepScheduler, guidance 5"
+    assert done.stderr.strip() == chosen
     data = json.loads(done.stdout)
     assert (data["strip"], data["gate_step"], data["seeds"], data["images"]) == ("Fpp", 1, [5], [str(out)])
     assert out.is_file()

@@ -9,8 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import tiny_pipelines
-from tgate_compile._cli import compare as compare_command
+from tgate_compile._cli import loading
 from tgate_compile._cli.app import app
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 run = CliRunner().invoke
 
@@ -65,7 +67,7 @@ def test_one_model_that_fails_is_an_error(tmp_path: Path) -> None:
 def test_what_is_wrong_is_seen_before_a_model_is_loaded(
     arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_command, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     result = run(app, ["compare", *arguments])
     assert result.exit_code == 1
     assert shown in result.stderr

@@ -13,24 +13,30 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tgate_compile._cli.app import app
-from tgate_compile._cli.demo import (
+from tgate_compile._cli.demo import guidance_sentence, sentences
+from tgate_compile._cli.demo_runs import (
+    GAP,
+    MAX_ROWS,
+    TILE,
     Mode,
     Results,
     Row,
     Task,
-    guidance_sentence,
+    draw_picture,
     make_modes,
     measure,
     psnr,
     saving_by_guidance,
-    sentences,
 )
-from tgate_compile._cli.demo_picture import GAP, MAX_ROWS, TILE, draw_picture
-from tgate_compile._cli.options import CHOSEN, demo_prompts
+from tgate_compile._cli.loading import CHOSEN, demo_prompts
 from tgate_compile._demo.captions import is_held_out, parse_caption
+from tgate_compile._runtimes import automatic_backends
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 STEPS, GATE, PROMPTS = 4, 2, 2
 
@@ -39,8 +45,8 @@ STEPS, GATE, PROMPTS = 4, 2, 2
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder that a short demo wrote, and the JSON that it printed."""
     out = tmp_path_factory.mktemp("demo") / "new"
-    arguments = ["demo", "--out", str(out), "--no-compile", "--json"]
-    arguments += ["--steps", str(STEPS), "--gate-step", str(GATE), "--prompts", str(PROMPTS)]
+    arguments = ["demo", "--out", str(out), "--json"]
+    arguments += ["--steps", str(STEPS), "--gate-step", str(GATE), "--count", str(PROMPTS)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     return out, json.loads(result.stdout)
@@ -56,8 +62,9 @@ def test_the_file_holds_what_was_printed(ran: tuple[Path, dict[str, Any]]) -> No
 
 def test_the_rows_are_comparable(ran: tuple[Path, dict[str, Any]]) -> None:
     rows = {row["key"]: row for row in ran[1]["rows"]}
-    assert list(rows) == ["plain", "guidance_dropped", "eager"]
-    plain, dropped, eager = rows.values()
+    fastest = automatic_backends("cpu")[0]
+    assert list(rows) == list(dict.fromkeys(["plain", "guidance_dropped", "eager", fastest]))
+    plain, dropped, eager = list(rows.values())[:3]
     for row in rows.values():
         assert len(row["all_seconds"]) == len(row["right"]) == len(row["psnrs"]) == PROMPTS
         assert row["speedup"] == pytest.approx(plain["seconds"] / row["seconds"])
@@ -99,7 +106,7 @@ def test_prompts_are_held_out_and_always_the_same() -> None:
 
 def test_guidance_is_dropped_at_the_gate_and_the_cond_half_goes_on() -> None:
     task = Task(tuple(demo_prompts(1)), 4, 5.0, 3, 0)
-    mode = next(mode for mode in make_modes(task.gate, compiled=False) if mode.key == "guidance_dropped")
+    mode = next(mode for mode in make_modes(task.gate, []) if mode.key == "guidance_dropped")
     seen: list[torch.Tensor] = []
 
     def look(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -141,6 +148,8 @@ def test_a_machine_too_busy_to_measure_is_told() -> None:
     plain, dropped, eager = RESULTS.rows
     slower = replace(RESULTS, rows=(plain, dropped, replace(eager, seconds=5.0)))
     assert saving_by_guidance(slower.rows) is None
+    hardly = replace(RESULTS, rows=(plain, dropped, replace(eager, seconds=3.95)))
+    assert saving_by_guidance(hardly.rows) is None
     assert "saved no time here" in guidance_sentence(slower)
     never = replace(RESULTS, rows=(plain, dropped, replace(eager, cache_bytes=0)))
     assert guidance_sentence(never) == "Nothing was gated, so nothing is saved."

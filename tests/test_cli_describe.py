@@ -10,10 +10,12 @@ from typer.testing import CliRunner
 
 from tgate_compile._cli.app import app
 from tgate_compile._cli.console import planned_calls
-from tgate_compile.methods.schedule import Schedule
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 run = CliRunner().invoke
 
@@ -35,15 +37,26 @@ def test_json_has_the_description_and_the_plan() -> None:
     assert "strip" not in data
 
 
+def test_any_schedule() -> None:
+    result = run(app, ["describe", "--steps", "6", "--deepcache-interval", "3", "--gate-step", "4", "--json"])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    macs = {(graph["name"], graph["batch"]): graph["macs"] for graph in data["variants"]}
+    plan = data["plan"]
+    assert plan["strip"] == "FDDFpr"
+    used = [("full", 2), ("shallow", 2), ("shallow", 2), ("full", 2), ("pruned", 1), ("pruned, shallow", 1)]
+    assert plan["macs_gated"] == sum(macs[graph] for graph in used)
+
+
 def test_the_table_is_for_people() -> None:
     result = run(app, ["describe", "--scheduler", "heun", "--steps", "4", "--gate-step", "1", "--guidance", "1"])
     assert result.exit_code == 0, result.output
-    for shown in ("10 cross-attention sites", "mid_block", "down_blocks.2", "1x4x16x16", "Fppp", "1 full, 3 pruned"):
+    for shown in ("10 cross-attention sites", "mid_block", "down_blocks.2", "1x4x16x16", "fppp", "1 full, 3 pruned"):
         assert shown in result.stdout
 
 
 def test_calls_are_counted_and_not_steps() -> None:
     # Heun: two calls a step, one for the last.
-    assert planned_calls(HeunDiscreteScheduler(), Schedule(2), 4) == "FFFF" + "ppp"
+    assert planned_calls(HeunDiscreteScheduler(), "FFpp", 4) == "FFFF" + "ppp"
     # PNDM: its second call repeats the first one's timestep, and is no step.
-    assert planned_calls(PNDMScheduler(skip_prk_steps=True), Schedule(2), 4) == "FFF" + "pp"
+    assert planned_calls(PNDMScheduler(skip_prk_steps=True), "FFpp", 4) == "FFF" + "pp"

@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 from tests import tiny_pipelines
 from tgate_compile import ConfigurationError, Schedule, save_schedule
 from tgate_compile._cli import evaluate as evaluate_command
+from tgate_compile._cli import loading
 from tgate_compile._cli.app import app
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 run = CliRunner().invoke
 
@@ -51,7 +54,7 @@ def test_it_fills_a_folder_and_goes_on_with_it(model: str, tmp_path: Path) -> No
     assert again.exit_code == 0, again.output
     for shown in ("early", "PSNR", "not measured: fid", str(out / "results.json")):
         assert shown in again.stdout
-    changed = run(app, [*arguments, "--seed", "1"])
+    changed = run(app, [*arguments, "--seeds", "1"])
     assert changed.exit_code == 1
     assert "seeds" in changed.stderr
 
@@ -65,12 +68,13 @@ def test_it_fills_a_folder_and_goes_on_with_it(model: str, tmp_path: Path) -> No
         (["-p", "red cat", "-c", "gate_steps=2"], "gate_steps"),
         (["-p", "red cat", "-c", "a: gate_step=2", "-c", "a: gate_step=3"], "called 'a'"),
         (["-p", "red cat", "-c", "steps=3", "--plot", "a.gif"], "a.gif"),
+        (["-p", "red cat", "-c", "steps=3", "--clip", "nowhere"], "--clip: there is no nowhere"),
     ],
 )
 def test_what_is_wrong_is_seen_before_the_model_is_loaded(
     arguments: list[str], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_command, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     result = run(app, ["evaluate", "-m", "model", "-o", str(tmp_path / "a"), *arguments])
     assert result.exit_code == 1
     assert shown in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ from tests import tiny_pipelines
 from tests.comparing import difference
 from tests.exported import exported
 from tgate_compile._cli.app import app
+from tgate_compile.bundle.export import _stages
 from tgate_compile.bundle.read import read_bundle
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 run = CliRunner().invoke
 
@@ -85,3 +89,15 @@ def test_wrong_options(tmp_path: Path) -> None:
     result = run(app, ["export", "--schedule", "x.json", "--gate-step", "3", "--out", str(tmp_path / "x")])
     assert result.exit_code == 1
     assert "--gate-step" in result.stderr
+
+
+def test_stages_are_logged_and_reported(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[str] = []
+    with caplog.at_level(logging.INFO, "tgate_compile"):
+        with _stages(seen.append) as report:
+            report("Capturing the graphs")
+        with _stages(None) as report:
+            report("Hashing")
+    assert seen == ["Capturing the graphs"]
+    assert caplog.messages == ["Capturing the graphs", "Hashing"]
+    assert "[00:" not in capsys.readouterr().err  # a bar, which is for terminals

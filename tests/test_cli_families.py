@@ -14,9 +14,12 @@ from diffusers import (
 )
 
 from tests import tiny_pipelines
-from tgate_compile._cli.loading import Loaded, _may_replace, set_scheduler, settings_for
-from tgate_compile._cli.options import FAMILIES, MSG_DEVICE, SCHEDULERS, Dtype, choose_device, choose_dtype, recognise
+from tgate_compile._cli.loading import MSG_DEVICE, Loaded, _may_replace, choose_device, choose_dtype, set_scheduler
+from tgate_compile._cli.options import FAMILIES, SCHEDULERS, Dtype, recognise
+from tgate_compile._cli.settings import settings_for
 from tgate_compile._errors import ConfigurationError
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 CPU = torch.device("cpu")
 

@@ -14,12 +14,16 @@ from typer.testing import CliRunner
 
 from tests import tiny_pipelines
 from tgate_compile import Schedule, optimize, save_schedule
-from tgate_compile._cli import generate
+from tgate_compile._cli import loading
 from tgate_compile._cli import loading as checkpoints
 from tgate_compile._cli.app import app
+from tgate_compile._runtimes import automatic_backends
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 run = CliRunner().invoke
 QUICK = ["--steps", "4", "--gate-step", "2", "--seed", "3"]
@@ -99,6 +103,24 @@ def test_a_schedule_file(model: str, tmp_path: Path) -> None:
     )
     assert both.exit_code == 1
     assert "Leave out --gate-step" in both.stderr
+
+
+def test_a_measured_schedule(model: str, tmp_path: Path) -> None:
+    arguments = ["generate", "-m", model, "-p", "red cat", "-o", str(tmp_path / "cat.png"), "--steps", "4"]
+    result = run(app, [*arguments, "--gate-step", "auto", "--json"])
+    assert result.exit_code == 0, result.output
+    assert f"guidance 7.5, {json.loads(result.stdout)['schedule']}" in " ".join(result.stderr.split())
+    both = run(app, [*arguments, "--force", "--gate-step", "auto", "--sp-interval", "2"])
+    assert (both.exit_code, "Leave out --sp-interval" in both.stderr) == (1, True)
+
+
+def test_what_was_chosen_is_told(model: str, tmp_path: Path) -> None:
+    arguments = ["generate", "-m", model, "-p", "red cat", "--backend", "auto", "-o", str(tmp_path / "cat.png")]
+    result = run(app, [*arguments, "--steps", "3", "--guidance", "4", "--device", "cpu", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "dtype fp32, scheduler DPMSolverMultistepScheduler, gate step 1" in " ".join(result.stderr.split())
+    fastest = automatic_backends("cpu")[0]
+    assert json.loads(result.stdout)["backend"] == fastest
 
 
 def test_each_image_of_a_batch_has_its_own_seed(model: str, tmp_path: Path) -> None:
@@ -192,7 +214,7 @@ def test_bad_input_is_refused_early(
 
 
 def test_outputs_are_checked_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     (tmp_path / "fox.png").touch()
     for out, shown in (("fox.png", "exists already"), ("fox.png/a.png", "Cannot write"), ("fox.jpg", ".png")):
         result = run(app, ["generate", "-p", "a fox", "-o", str(tmp_path / out)])

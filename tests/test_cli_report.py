@@ -10,11 +10,13 @@ from typer.testing import CliRunner
 from tgate_compile._cli.app import app
 from tgate_compile.study.cost import paper_tables
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 run = CliRunner().invoke
 
 
 def test_the_papers_rows_as_json() -> None:
-    result = run(app, ["report", "--paper", "--model", "sd15", "--json"])
+    result = run(app, ["report", "--paper", "--architecture", "sd15", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     given = [row for row in paper_tables()["rows"] if row["model"] == "sd15"]
@@ -28,7 +30,7 @@ def test_the_papers_rows_as_json() -> None:
 
 
 def test_the_papers_rows_as_a_table() -> None:
-    result = run(app, ["report", "--paper", "--model", "sd15"])
+    result = run(app, ["report", "--paper", "--architecture", "sd15"])
     assert result.exit_code == 0, result.output
     for shown in ("deviation", "gate step 5", "9.875", "9.873", "-0.021%", "20.082"):
         assert shown in result.stdout
@@ -36,7 +38,7 @@ def test_the_papers_rows_as_a_table() -> None:
 
 def test_any_schedule_with_what_it_is_to_be_compared_with() -> None:
     options = ["--gate-step", "10", "--sp-interval", "3", "--warm-up", "2", "--steps", "20"]
-    result = run(app, ["report", "--model", "sd15", *options, "--json"])
+    result = run(app, ["report", "--architecture", "sd15", *options, "--json"])
     assert result.exit_code == 0, result.output
     asked, dropped, plain = json.loads(result.stdout)
     assert [row["method"] for row in (asked, dropped, plain)] == ["tgate", "guidance_drop", "none"]
@@ -44,12 +46,14 @@ def test_any_schedule_with_what_it_is_to_be_compared_with() -> None:
     assert asked["ours_strip"] == "FFFFSSFSSF" + "p" * 10
     assert dropped["ours_strip"] == "F" * 10 + "f" * 10
     assert asked["ours_macs_t"] < dropped["ours_macs_t"] < plain["ours_macs_t"]
-    table = run(app, ["report", "--model", "sd15", *options])
+    table = run(app, ["report", "--architecture", "sd15", *options])
     assert "guidance step 10 alone" in " ".join(table.stdout.split())
 
 
 def test_without_guidance_there_is_none_to_drop() -> None:
-    result = run(app, ["report", "--model", "sd15", "--gate-step", "0.5", "--no-guidance", "--steps", "4", "--json"])
+    result = run(
+        app, ["report", "--architecture", "sd15", "--gate-step", "0.5", "--guidance", "1", "--steps", "4", "--json"]
+    )
     assert result.exit_code == 0, result.output
     assert [(row["method"], row["ours_strip"]) for row in json.loads(result.stdout)] == [
         ("tgate", "ffpp"),
@@ -58,7 +62,7 @@ def test_without_guidance_there_is_none_to_drop() -> None:
 
 
 def test_a_gate_beyond_the_end_is_noted() -> None:
-    result = run(app, ["report", "--model", "sd15", "--gate-step", "30", "--json"])
+    result = run(app, ["report", "--architecture", "sd15", "--gate-step", "30", "--json"])
     assert result.exit_code == 0, result.output
     assert "nothing is gated" in result.stderr
     assert len({row["ours_macs_t"] for row in json.loads(result.stdout)}) == 1
@@ -68,11 +72,11 @@ def test_a_gate_beyond_the_end_is_noted() -> None:
     ("arguments", "said"),
     [
         ([], "--paper"),
-        (["--paper", "--steps", "4", "--no-guidance"], "--steps, --guidance"),
-        (["--model", "sd14"], "must be one of sd15, sd21"),
-        (["--model", "sd15", "--sp-interval", "3"], "need a gate_step"),
-        (["--model", "sd15", "--height", "500"], "no multiple of 8"),
-        (["--model", "pixart_sigma", "--deepcache-interval", "3"], "DeepCache needs a UNet"),
+        (["--paper", "--steps", "4", "--guidance", "1"], "--steps, --guidance"),
+        (["--architecture", "sd14"], "must be one of sd15, sd21"),
+        (["--architecture", "sd15", "--sp-interval", "3"], "need a gate_step"),
+        (["--architecture", "sd15", "--height", "500"], "not a multiple of 8"),
+        (["--architecture", "pixart_sigma", "--deepcache-interval", "3"], "DeepCache needs a UNet"),
     ],
 )
 def test_wrong_options(arguments: list[str], said: str) -> None:

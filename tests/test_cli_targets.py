@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tgate_compile import ConfigurationError
-from tgate_compile._cli.pictures import check_folder, check_targets, image_paths, save_png
+from tgate_compile._cli.console import check_folder, check_targets, image_paths, save_png
 
 
 def test_one_image_gets_the_name_given(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import tiny_pipelines
-from tgate_compile._cli import tune as tune_command
+from tgate_compile._cli import loading
 from tgate_compile._cli.app import app
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import load_schedule, save_schedule
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 run = CliRunner().invoke
 
@@ -46,7 +48,7 @@ def test_tuning_writes_the_schedule_and_the_plot(model: str, tmp_path: Path) -> 
 
 
 def test_tuning_prints_its_table(model: str) -> None:
-    result = run(app, ["tune", "-m", model, "-p", "red cat", "--tolerance", "0.5", "--steps", "4", "--seed", "3"])
+    result = run(app, ["tune", "-m", model, "-p", "red cat", "--tolerance", "0.5", "--steps", "4", "--seeds", "3"])
     assert result.exit_code == 0, result.output
     for shown in ("guidance step 2", "gate step 2", "drift", "tolerance 0.5", "4 steps of DPMSolverMultistepScheduler"):
         assert shown in result.stdout
@@ -68,7 +70,7 @@ def test_tuning_prints_its_table(model: str) -> None:
 def test_what_is_wrong_is_seen_before_the_model_is_loaded(
     arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune_command, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     result = run(app, ["tune", "-m", "model", *arguments])
     assert result.exit_code == 1
     assert shown in result.stderr
@@ -99,7 +101,7 @@ def test_the_strip_with_its_legend() -> None:
     [
         (["--deepcache-interval", "3", "--gate-step", "6", "--steps", "12"], "FDDFDFprrprr"),
         (["--guidance-step", "0.5", "--steps", "4"], "FFff"),
-        (["--gate-step", "2", "--steps", "4", "--no-guidance"], "ffpp"),
+        (["--gate-step", "2", "--steps", "4", "--guidance", "1"], "ffpp"),
         (["--gate-step", "4", "--fi-interval", "2", "--warm-up", "1", "--steps", "7"], "FFFFpqp"),
     ],
 )
@@ -114,15 +116,17 @@ def test_the_strip_of_a_file_as_a_picture(tmp_path: Path) -> None:
     save_schedule(Schedule(0.4), tmp_path / "schedule.json")
     arguments = ["strip", "--schedule", str(tmp_path / "schedule.json"), "--steps", "10"]
     out = tmp_path / "strip.svg"
-    result = run(app, [*arguments, "--out", str(out)])
+    result = run(app, [*arguments, "--plot", str(out)])
     assert result.exit_code == 0, result.output
     assert "FFFFpppppp" in result.stdout
     assert out.read_text().count("pruned, no guidance") == 1
     for wrong, shown in (
-        ([*arguments, "--out", str(out)], "--force"),
+        ([*arguments, "--plot", str(out)], "--force"),
         ([*arguments, "--sp-interval", "2", "--gate-step", "3"], "--gate-step, --sp-interval"),
-        (["strip", "--gate-step", "3", "--out", str(tmp_path / "a.bmp")], "a.bmp"),
+        (["strip", "--gate-step", "3", "--plot", str(tmp_path / "a.bmp")], "a.bmp"),
         (["strip"], "Nothing to do"),
+        (["strip", "--gate-step", "auto"], "tgate-compile tune"),
+        (["strip", "--guidance-similarity", "0.99"], "known only while images are made"),
     ):
         refused = run(app, wrong)
         assert refused.exit_code == 1

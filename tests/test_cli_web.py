@@ -20,6 +20,8 @@ from tgate_compile._web import onnxruntime_web
 from tgate_compile._web.onnxruntime_web import FILES, runtime_files
 from tgate_compile._web.site import address_of, check_bundle, server_for
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 run = CliRunner().invoke
 
 

@@ -95,10 +95,23 @@ def test_other_gates(settled: SimpleNamespace, gate: int | float) -> None:
     assert difference(run(settled.gated, gate_step=gate), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["LCMScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"])
-def test_other_schedulers(settled: SimpleNamespace, name: str) -> None:
-    settled.gated.scheduler = getattr(diffusers, name)(**VELOCITY)
-    run(settled.gated)
+@pytest.mark.parametrize(
+    ("name", "warmup_calls", "options"),
+    [
+        ("LCMScheduler", 0, {}),
+        ("DPMSolverMultistepScheduler", 0, {}),
+        ("PNDMScheduler", 1, {"skip_prk_steps": True}),
+    ],
+)
+def test_other_schedulers(settled: SimpleNamespace, name: str, warmup_calls: int, options: dict[str, Any]) -> None:
+    for pipe in (settled.gated, settled.plain):
+        pipe.scheduler = getattr(diffusers, name)(**VELOCITY, **options)
+    result = run(settled.gated)
+    with hook_reference(settled.plain, 3, warmup_calls=warmup_calls):
+        expected = run(settled.plain)
+    assert difference(result, expected) < TOLERANCE
+    assert_differ(result, run(settled.plain))
+    assert_differ(result, settled.first)
 
 
 def test_hundred_calls(settled: SimpleNamespace) -> None:

@@ -32,12 +32,14 @@ from tgate_compile.study.cost import (
     schedule_of,
 )
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 # The paper's, in millions, and how far off they may be. Its SD-2.1 is an eighth of a million smaller than the model,
 # and its SDXL two and a half millions larger, both before and after the gate: what is removed agrees.
 PARAMETERS = paper_tables()["params_millions"]
 PARAMETERS_WITHIN = {"sd15": 3e-6, "sd21": 2e-4, "sdxl": 1.2e-3, "pixart_alpha": 3e-6}
 
-# What docs/costs.md shows, by `tgate-compile report --paper --json`, and its units.
+# What docs/evidence/costs.md shows, by `tgate-compile report --paper --json`, and its units.
 KEPT = json.loads((Path(__file__).parents[1] / "docs" / "results" / "costs.json").read_text(encoding="utf-8"))
 COUNTED = (
     ("ours_macs_t", 1e12),
@@ -95,7 +97,7 @@ def _full_step(model: Model) -> Any:
 
 
 def _check_what_the_deepcache_rows_are_not() -> None:
-    """By the row's own words, read by our rules, the paper's count would be another one; docs/costs.md says why."""
+    """Read literally, with our rules, the rows would have other counts; docs/evidence/costs.md explains why."""
     tera = {}
     for gate, branch in [(None, 0), (10, 0), (10, 1), (13, 1)]:
         schedule = Schedule(gate, deepcache_interval=3, deepcache_branch=branch)
@@ -154,7 +156,7 @@ def test_what_is_counted_otherwise_than_the_row_says_is_noted(
 # A UNet of two blocks, to look at the sums themselves.
 TINY = Model(
     Architecture(
-        UNet2DConditionModel,
+        "UNet2DConditionModel",
         {
             "block_out_channels": (32, 64),
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.cpp_programs import assert_checks_arguments, assert_refused, assert_same_latents, built, write_inputs
-from tests.exported import compiled
+from tests.exported import exported_compiled
 
 pytestmark = [
     pytest.mark.heavy,
@@ -25,12 +25,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built("cpp", tmp_path_factory.mktemp("cpp"), options)
 
 
-def test_the_loop_in_cpp(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert_same_latents(program, compiled("aoti", tmp_path_factory), tmp_path)
+def test_the_loop_in_cpp(program: Path, tmp_path: Path) -> None:
+    assert_same_latents(program, exported_compiled("aoti"), tmp_path)
 
 
-def test_another_scheduler(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    bundle = shutil.copytree(compiled("aoti", tmp_path_factory), tmp_path / "bundle")
+def test_another_scheduler(program: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(exported_compiled("aoti"), tmp_path / "bundle")
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["scheduler"]["class_name"] = "PNDMScheduler"
     (bundle / "manifest.json").write_text(json.dumps(manifest))

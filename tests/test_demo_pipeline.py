@@ -17,7 +17,10 @@ from tgate_compile._demo.pipeline import WEIGHTS, load_demo_pipeline
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "demo_pipeline.json"
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 CAPTIONS = [
     "a large red circle on a white background",

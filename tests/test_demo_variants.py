@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import warnings
@@ -23,7 +24,10 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 OTHERS = [name for name in DEMO_VARIANTS if name != "sd"]
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 CAPTIONS = [
     "a large red circle on a white background",
@@ -79,9 +83,34 @@ def test_it_loads_without_a_word_and_without_the_hub(
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
     assert not caplog.records
-    assert type(pipeline) is getattr(diffusers, DEMO_VARIANTS[name].pipeline)
+    assert isinstance(pipeline, getattr(diffusers, DEMO_VARIANTS[name].pipeline))
+    assert type(pipeline).__name__ == DEMO_VARIANTS[name].pipeline
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float16}
+
+
+def test_a_plain_call_runs_without_a_word(
+    name: str, pipeline: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    capfd.readouterr()
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+        warnings.filterwarnings("ignore", "__array__ implementation")
+        image = pipeline("a large red circle on a blue background", num_inference_steps=2).images[0]
+    said = capfd.readouterr()
+    assert (said.out, said.err, caplog.records) == ("", "", [])
+    assert image.size == (64, 64)
+
+
+def test_defaults_may_be_overridden_and_are_this_objects_own(pipeline: Any, name: str) -> None:
+    if name != "pixart":
+        pytest.skip("it has no defaults of its own")
+    assert inspect.signature(pipeline.__call__).parameters["clean_caption"].default is False
+    plain = inspect.signature(diffusers.PixArtAlphaPipeline.__call__).parameters
+    assert plain["clean_caption"].default is True
+    with pytest.raises(ValueError, match="Invalid sample size"):
+        pipeline("a star", num_inference_steps=1, use_resolution_binning=True)
 
 
 def test_the_folder_is_small_and_has_only_its_own_parts(name: str) -> None:

@@ -1,4 +1,4 @@
-"""docs/denoisers.md says what the code's rows say, and names tests that exist."""
+"""docs/reference/denoisers.md agrees with the rows in the code, and names tests that exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_tables_are_up_to_date() -> None:
     if unavailable_classes() & FAMILIES.keys():
         pytest.skip("a package is missing that some of diffusers' pipelines need")
     page = PAGE.read_text(encoding="utf-8")
-    assert page == regenerated(page), "Write the tables again: python -m tests.denoisers_page"
+    assert page == regenerated(page), "regenerate the tables: python -m tests.denoisers_page"
 
 
 def test_tests_of_test_pipelines_are_there() -> None:

@@ -14,7 +14,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMPT = "a large red circle on a blue background"  # of own_loop.py
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 
 def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import COMPILED_GATE, COMPILED_STEPS, compiled, plain
+from tests.exported import COMPILED_GATE as GATE
+from tests.exported import COMPILED_STEPS as STEPS
+from tests.exported import exported_compiled, plain
 from tests.tiny_pipelines import pixart, pixart_prompt, run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
@@ -23,18 +25,20 @@ from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.executorch import save as executorch_graphs
 from tgate_compile.exports.executorch.open import ExecuTorchSession
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 pytest.importorskip("executorch", reason="needs ExecuTorch")
 
 #: XNNPACK orders sums in its own way.
 CLOSE = 1e-4
 CPU = torch.device("cpu")
 PROGRAM = "graphs/graphs.pte"
-CALL = {"prompt": "", "num_inference_steps": COMPILED_STEPS}
+CALL = {"prompt": "", "num_inference_steps": STEPS}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled("executorch", tmp_path_factory)
+def bundle() -> Path:
+    return exported_compiled("executorch")
 
 
 @pytest.fixture
@@ -49,17 +53,17 @@ def folder(bundle: Path, tmp_path: Path) -> Path:
 def test_as_after_optimize(bundle: Path) -> None:
     calls: list[dict[str, Any]] = [{}, {"prompt": "a dog"}, {"steps": 6, "gate_step": 4}]
     pipe = plain()
-    before = run(pipe, steps=COMPILED_STEPS)
-    tgate_compile.optimize(pipe, COMPILED_GATE, backend="eager")
-    expected = [run(pipe, **{"steps": COMPILED_STEPS, **call}) for call in calls]
+    before = run(pipe, steps=STEPS)
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    expected = [run(pipe, **{"steps": STEPS, **call}) for call in calls]
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, bundle)
     for call, wanted in zip(calls, expected, strict=True):
-        assert difference(run(pipe, **{"steps": COMPILED_STEPS, **call}), wanted) < CLOSE
+        assert difference(run(pipe, **{"steps": STEPS, **call}), wanted) < CLOSE
     with pytest.raises(BundleError, match=r"supports sample float32\[2, 4, 8, 8\]"):
-        run(pipe, prompt=["red", "cat"], steps=COMPILED_STEPS)
+        run(pipe, prompt=["red", "cat"], steps=STEPS)
     tgate_compile.restore(pipe)
-    assert torch.equal(run(pipe, steps=COMPILED_STEPS), before)
+    assert torch.equal(run(pipe, steps=STEPS), before)
 
 
 @pytest.mark.parametrize(
@@ -71,29 +75,29 @@ def test_as_after_optimize(bundle: Path) -> None:
 )
 def test_other_schedules(method: dict[str, Any], call: dict[str, Any], names: set[str], tmp_path: Path) -> None:
     pipe = plain()
-    tgate_compile.optimize(pipe, COMPILED_GATE, backend="eager", **method)
-    expected = run(pipe, steps=COMPILED_STEPS, **call)
+    tgate_compile.optimize(pipe, GATE, backend="eager", **method)
+    expected = run(pipe, steps=STEPS, **call)
     folder = tgate_compile.export(
         pipe, tmp_path / "bundle", "executorch", call={**CALL, **call}, format_options={"delegate": "portable"}
     )
     assert set(read_bundle(folder).manifest.graphs) == names
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, folder, backend="executorch")
-    assert difference(run(pipe, steps=COMPILED_STEPS, **call), expected) < CLOSE
+    assert difference(run(pipe, steps=STEPS, **call), expected) < CLOSE
 
 
 def test_a_transformer(tmp_path: Path) -> None:
     """Whose timestep is expanded, and whose GELUs are approximated, which XNNPACK would take for exact ones."""
     pipe = pixart()
-    tgate_compile.optimize(pipe, COMPILED_GATE, backend="eager")
-    expected = run(pipe, steps=COMPILED_STEPS, **pixart_prompt())
-    call = {**pixart_prompt(), "num_inference_steps": COMPILED_STEPS}
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    expected = run(pipe, steps=STEPS, **pixart_prompt())
+    call = {**pixart_prompt(), "num_inference_steps": STEPS}
     folder = tgate_compile.export(pipe, tmp_path / "bundle", "executorch", call=call)
     parities = [graph.parity for graph in read_bundle(folder).manifest.graphs.values()]
     assert all(parity is not None and parity.relative < 1e-5 for parity in parities)
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, folder)
-    assert difference(run(pipe, steps=COMPILED_STEPS, **pixart_prompt()), expected) < CLOSE
+    assert difference(run(pipe, steps=STEPS, **pixart_prompt()), expected) < CLOSE
 
 
 def test_what_a_bundle_says(bundle: Path) -> None:
@@ -195,7 +199,7 @@ def test_other_devices(bundle: Path) -> None:
 
 def test_options(bundle: Path, tmp_path: Path) -> None:
     pipe = plain()
-    tgate_compile.optimize(pipe, COMPILED_GATE, backend="eager")
+    tgate_compile.optimize(pipe, GATE, backend="eager")
     wrong: list[tuple[dict[str, Any], list[str]]] = [
         ({"format_options": {"fast": True}}, ["'fast'", "delegate"]),
         ({"format_options": {"delegate": "vulkan"}}, ['"xnnpack" or "portable"', "'vulkan'"]),
@@ -209,12 +213,12 @@ def test_options(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"'threads'"):
         tgate_compile.load(plain(), bundle, backend_options={"threads": 1})
     with pytest.raises(ConfigurationError, match=r"export.*load"):
-        tgate_compile.optimize(plain(), COMPILED_GATE, backend="executorch")
+        tgate_compile.optimize(plain(), GATE, backend="executorch")
 
 
 def test_caches_without_a_kernel(tmp_path: Path) -> None:
     pipe = plain()
-    tgate_compile.optimize(pipe, COMPILED_GATE, backend="eager", cache_dtype=torch.float8_e4m3fn)
+    tgate_compile.optimize(pipe, GATE, backend="eager", cache_dtype=torch.float8_e4m3fn)
     with pytest.raises(BundleError, match=r"Nothing has been written"):
         tgate_compile.export(
             pipe, tmp_path / "bundle", "executorch", call=CALL, format_options={"delegate": "portable"}

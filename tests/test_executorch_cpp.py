@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cpp_programs import assert_checks_arguments, assert_same_latents, built
-from tests.exported import compiled
+from tests.exported import exported_compiled
 
 executorch = pytest.importorskip("executorch", reason="needs ExecuTorch")
 
@@ -33,8 +33,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built("executorch", tmp_path_factory.mktemp("executorch-cpp"), options, environment)
 
 
-def test_the_loop_in_cpp(program: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert_same_latents(program, compiled("executorch", tmp_path_factory), tmp_path)
+def test_the_loop_in_cpp(program: Path, tmp_path: Path) -> None:
+    assert_same_latents(program, exported_compiled("executorch"), tmp_path)
 
 
 def test_wrong_arguments(program: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from tgate_compile.bundle import parity
 from tgate_compile.bundle.plan import returns_of, unflatten_as
 from tgate_compile.bundle.read import read_bundle
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 #: ONNX Runtime orders sums in its own way.
 CLOSE = 1e-4
 
@@ -100,7 +102,9 @@ def test_all_graphs_of_a_schedule(tmp_path: Path) -> None:
     options: dict[str, Any] = {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}
     tgate_compile.optimize(pipe, **options, backend="eager")
     expected = run(pipe, steps=9)
-    folder = tgate_compile.export(pipe, tmp_path / "bundle", call={"prompt": "", "num_inference_steps": 9})
+    folder = tgate_compile.export(
+        pipe, tmp_path / "bundle", call={"prompt": "", "num_inference_steps": 9}, dynamic=False
+    )
     graphs = read_bundle(folder).manifest.graphs
     assert set(graphs) == {"full", "self-reused", "pruned", "pruned-self-reused"}
     outputs = [output.name for output in graphs["full"].cache_outputs]
@@ -115,7 +119,9 @@ def test_an_epsilon_that_is_nearly_nothing(tmp_path: Path) -> None:
     """Sana's linear attention adds 1e-15 to a denominator that may be 0."""
     pipe = sana()
     tgate_compile.optimize(pipe, GATE, backend="eager")
-    folder = tgate_compile.export(pipe, tmp_path / "bundle", call={"num_inference_steps": 6, **sana_call()})
+    folder = tgate_compile.export(
+        pipe, tmp_path / "bundle", call={"num_inference_steps": 6, **sana_call()}, dynamic=False
+    )
     for graph in read_bundle(folder).manifest.graphs.values():
         assert graph.parity is not None
         assert graph.parity.relative < 1e-5

@@ -14,13 +14,16 @@ from tgate_compile import Schedule
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "findings.json"
-PAGE = ROOT / "docs" / "findings.md"
+PAGE = ROOT / "docs" / "evidence" / "findings.md"
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_captures"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from tests import tiny_pipelines
 from tgate_compile.study.bench.result import Row
 from tgate_compile.study.bench.run import MSG_NO_TIME
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 ROOT = Path(__file__).parents[1]
 
 

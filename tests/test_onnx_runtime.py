@@ -25,6 +25,8 @@ from tgate_compile import ConfigurationError
 from tgate_compile.engine.trust import make_backend
 from tgate_compile.exports.onnx.convert import to_onnx
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 #: ONNX Runtime orders sums in its own way.
 CLOSE = 1e-4
 

@@ -28,6 +28,8 @@ from tests.tiny_video import wan, wan_call
 from tgate_compile import BackendError, ConfigurationError
 from tgate_compile.exports.openvino.session import check_device
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 pytest.importorskip("openvino", reason="OpenVINO has no packages for some machines")
 
 #: OpenVINO orders sums in its own way.

@@ -20,6 +20,8 @@ from tgate_compile.bundle.manifest import Graph
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.openvino.save import check_ir
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 pytest.importorskip("openvino", reason="OpenVINO has no packages for some machines")
 
 #: OpenVINO orders sums in its own way.
@@ -77,14 +79,19 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "stored", "most"),
-    [("int8", "i8", 0.2), ("int4", "i4", 0.5), ("int8-dynamic", "i8", 0.2), ("int8-static", "i8", 0.5)],
+    ("scheme", "stored", "most", "dynamic"),
+    [
+        ("int8", "i8", 0.2, True),
+        ("int4", "i4", 0.5, False),
+        ("int8-dynamic", "i8", 0.2, True),
+        ("int8-static", "i8", 0.5, False),
+    ],
 )
-def test_weights_in_few_bits(tmp_path: Path, scheme: str, stored: str, most: float) -> None:
+def test_weights_in_few_bits(tmp_path: Path, scheme: str, stored: str, most: float, dynamic: bool) -> None:
     """They are stored so, and are in OpenVINO."""
     pipe = tgate_compile.optimize(plain(), GATE, backend="eager")
     expected = run(pipe)
-    folder = tgate_compile.export(pipe, tmp_path / "bundle", "openvino", call=CALL, quantize=scheme)
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", "openvino", call=CALL, quantize=scheme, dynamic=dynamic)
     manifest = read_bundle(folder).manifest
     weights = sum(tensor.nbytes for tensor in pipe.unet.state_dict().values())
     assert manifest.files["graphs/weights.bin"].size < 0.4 * weights  # two layers stay in floats

@@ -22,6 +22,8 @@ from tests.tiny_pipelines import PROMPT, PROMPTS, SIZE, VELOCITY
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile.runtime import BundlePipeline, Step
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 CLASSES = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -78,9 +80,7 @@ def test_calls(pipe: BundlePipeline, scheduler: str) -> None:
         (PROMPT, noise(1, 2 * SIZE), {"height": 2 * SIZE, "width": 2 * SIZE}),
     ):
         expected = reference(prompt, latents, scheduler=own, **call)
-        images = made(
-            BundlePipeline(program(dynamic=True), threads=1), prompt, latents=latents, scheduler=scheduler, **call
-        )
+        images = made(pipe, prompt, latents=latents, scheduler=scheduler, **call)
         assert psnr(np.reshape(images, expected.shape), expected) > CLOSE, call
 
 

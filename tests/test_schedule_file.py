@@ -15,6 +15,8 @@ from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import MAX_BYTES, load_schedule, read_schedule, save_schedule
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 #: Between them they set every field to something that is not its default.
 SCHEDULES = [
     Schedule(7, sp_interval=3, fi_interval=2, warm_up=1, keep="cond", anchor_weight=0.75),

@@ -11,6 +11,8 @@ import pytest
 from tgate_compile import ConfigurationError
 from tgate_compile.pipeline.progress import StepCounter
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def steps(scheduler: Any, requested: int, visited: int | None = None) -> list[int]:
     """The step of each denoiser call of a loop over `visited` timesteps (the last ones, as with `strength`)."""

@@ -20,6 +20,8 @@ from tgate_compile.bundle.read_manifest import shape_at
 from tgate_compile.exports.tensorrt.convert import FREE, Binding, EngineSettings, to_tensorrt
 from tgate_compile.exports.tensorrt.save import full_profile
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has packages for Linux and Windows only")
 
 CALL = {"prompt": "", "num_inference_steps": STEPS}

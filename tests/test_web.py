@@ -25,6 +25,8 @@ from tgate_compile._web.onnxruntime_web import runtime_files
 from tgate_compile._web.site import serving, write_site
 from tgate_compile.runtime import BundlePipeline
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 STEPS, GATE = 12, 5
 TYPED = "a small green star on a white background"
 #: How long anything may take on a busy machine, in seconds.

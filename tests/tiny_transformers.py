@@ -202,14 +202,11 @@ def lumina_call(batch: int = 1) -> dict[str, Any]:
     return {**embedded_prompts(batch, masks=True), "height": 8 * LATENT_SIZE, "width": 8 * LATENT_SIZE}
 
 
-# Sound.
-
-
 def stable_diffusion_3() -> Any:
-    """A model with joint attention: there is no cross-attention to cache."""
+    """Its attention is joint: text and latents in one sequence, so that there is no cross-attention."""
     transformer = seeded(
         lambda: SD3Transformer2DModel(
-            sample_size=8,
+            sample_size=LATENT_SIZE,
             patch_size=1,
             in_channels=4,
             num_layers=1,
@@ -221,11 +218,13 @@ def stable_diffusion_3() -> Any:
             out_channels=4,
         )
     )
-    encoders = dict.fromkeys(
-        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    )
+    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     scheduler = FlowMatchEulerDiscreteScheduler()
-    return silent(StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=None, **encoders))
+    pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=None, **dict.fromkeys(encoders))
+    return silent(pipe)
+
+
+# Sound.
 
 
 def stable_audio(sample_size: int = SIZE) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.loop import OnUnsupported
 from tgate_compile.pipeline.optimized import GateStep, split_gate_step
 from tgate_compile.study.tuning.search import tune
+
+logger = logging.getLogger(__name__)
 
 Pipeline = TypeVar("Pipeline")
 
@@ -69,7 +72,7 @@ def optimize(
 
     Args:
         pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attentions, or an
-            object like one (see `docs/own_denoiser.md`). It is changed, and returned; `restore(pipe)` undoes it.
+            object like one (see `docs/guides/own-denoiser.md`). It is changed, and returned; `restore(pipe)` undoes it.
         gate_step: steps to run in full: a number >= 1, or a fraction of the steps strictly between 0 and 1. A gate at
             or beyond the last step means that nothing is gated; None is no gate. One call may differ:
             `pipe(..., gate_step=8)`. Where two denoisers share the steps (Wan 2.2), each counts its own from 0, and
@@ -177,7 +180,9 @@ def _not_a_gate_step(given: str) -> str:
 
 def _tuned(pipe: DiffusionPipeline, denoiser: str | None, arguments: Mapping[str, Any]) -> Schedule:
     own = {} if "call" in arguments else {"prompts": AUTO_PROMPTS}
-    return tune(pipe, **{**own, "denoiser": denoiser, **arguments}).schedule
+    schedule = tune(pipe, **{**own, "denoiser": denoiser, **arguments}).schedule
+    logger.info('gate_step="auto" chose: %s', schedule)
+    return schedule
 
 
 def _check_alone(others: Mapping[str, Any], message: str) -> None:

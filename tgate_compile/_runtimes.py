@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from tgate_compile._errors import check_installed, is_installed
+
 #: The package whose subpackages are the runtimes. It is found at run time: what is here is below it.
 _EXPORTS = "tgate_compile.exports"
 
@@ -101,3 +103,24 @@ def home_of(entry: BackendEntry | FormatEntry) -> Any:
     module, _, attribute = entry.home.partition(":")
     found = importlib.import_module(module)
     return getattr(found, attribute) if attribute else found
+
+
+def is_backend_installed(name: str) -> bool:
+    """Return whether everything that the backend `name` needs is installed."""
+    return is_installed(*BACKENDS[name].needs)
+
+
+def check_backend_installed(name: str) -> None:
+    """Raise ConfigurationError, which says what to install, unless the backend `name`, or `auto`, can run here."""
+    if name != "auto":
+        entry = BACKENDS[name]
+        check_installed(*entry.needs, extra=entry.extra or "", what=f'backend="{name}"')
+
+
+def automatic_backends(device: str) -> list[str]:
+    """Return what `backend="auto"` tries on a type of device, in order: what is installed, the fastest first.
+
+    The ranks in the table are measured; docs/evidence/benchmarks.md has the figures.
+    """
+    considered = [entry for entry in BACKENDS.values() if device in entry.automatic and is_installed(*entry.needs)]
+    return [entry.name for entry in sorted(considered, key=lambda entry: entry.automatic[device])] or ["eager"]

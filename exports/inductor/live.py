@@ -120,8 +120,8 @@ logger = logging.getLogger(__name__)
 
 
 # With oneDNN, Inductor converts every convolution to channels-last and copies the weights inside the graph, in every
-# call, which costs more than the rest gains (benchmarks/README.md). Its own remedy is to freeze the weights, which
-# copies them once and for all: this doubles the memory, and changes by LoRAs go unnoticed.
+# call, which costs more than the rest gains (docs/evidence/benchmarks.md). Its own remedy is to freeze the weights,
+# which copies them once and for all: this doubles the memory, and changes by LoRAs go unnoticed.
 CPU_OPTIONS: Mapping[str, Any] = {"layout_optimization": False}
 
 #: The only option that is not one of Inductor's.

@@ -19,6 +19,7 @@ from tgate_compile.bundle.component_recipes import ComponentsRequest, Recipe
 from tgate_compile.bundle.formats import Progress
 from tgate_compile.bundle.read_manifest import shape_at, solve
 from tgate_compile.bundle.weights import WeightsFile, dtype_name
+from tgate_compile.engine.capture import without_stack_traces
 from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
 from tgate_compile.exports.onnx.check import check_onnx_file
 from tgate_compile.exports.onnx.convert import program_to_onnx
@@ -83,7 +84,7 @@ def write_component(
 
     free = tuple({i: Dim.DYNAMIC for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
     try:
-        with torch.no_grad():
+        with without_stack_traces(), torch.no_grad():
             program = torch.export.export(module, tuple(examples[0]), dynamic_shapes=free)
         graph = program_to_onnx(program, list(program.state_dict))
     except Exception as error:  # torch.export and torch.onnx raise errors of any class

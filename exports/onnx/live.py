@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_installed
+from tgate_compile._errors import BackendError, ConfigurationError, cause_of
+from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import SWITCH, Option, Runner, at_least, check_known_options
 from tgate_compile.engine.trust import MadeOfWeights
 from tgate_compile.exports.onnx.convert import OnnxGraph, to_onnx
@@ -38,14 +39,13 @@ class OnnxRuntimeBackend:
     name: ClassVar[str] = "onnxruntime"
     packs_weights: ClassVar[bool] = True
     is_reference: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
 
     def __init__(self, options: Mapping[str, object]) -> None:
         self._options = options
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
-        check_installed(*OnnxRuntimeBackend.needs)
+        check_backend_installed("onnxruntime")
         check_known_options('backend="onnxruntime"', "backend_options", options, OPTIONS)
         if "providers" in options:
             _check_providers(options["providers"])  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from tgate_compile._errors import BackendError, ConfigurationError, cause_of, check_installed
+from tgate_compile._errors import BackendError, ConfigurationError, cause_of
+from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.trust import MadeOfWeights
 from tgate_compile.exports.onnx.convert import OnnxGraph, to_onnx
@@ -25,14 +26,13 @@ class OpenVinoBackend:
     name: ClassVar[str] = "openvino"
     packs_weights: ClassVar[bool] = True
     is_reference: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "openvino")
 
     def __init__(self, options: Mapping[str, object]) -> None:
         self._options = options
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
-        check_installed(*OpenVinoBackend.needs, extra="openvino", what='backend="openvino"')
+        check_backend_installed("openvino")
         check_options(options)
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:

@@ -12,7 +12,8 @@ import torch
 from torch.export import ExportedProgram
 
 from tgate_compile._arguments import check_names
-from tgate_compile._errors import BackendError, cause_of, check_installed
+from tgate_compile._errors import BackendError, cause_of
+from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.trust import MadeOfWeights, coarsest
 from tgate_compile.passes.editing import copy_graph, flat_program
@@ -49,7 +50,7 @@ class TensorRTBackend:
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
-        check_installed("torch_tensorrt", "tensorrt", extra="tensorrt", what='backend="tensorrt"')
+        check_backend_installed("tensorrt")
         import torch_tensorrt
 
         known = [name for name in inspect.signature(torch_tensorrt.dynamo.compile).parameters if name not in _GIVEN]

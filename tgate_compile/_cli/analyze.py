@@ -3,89 +3,90 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+import tgate_compile
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
-from tgate_compile._cli.console import ERR, OUT, make_progress, print_json
-from tgate_compile._cli.loading import embedded_name, load
-from tgate_compile._cli.pictures import check_targets
-from tgate_compile.study.analysis.result import Analysis
-from tgate_compile.study.analysis.run import CONVERGED_WITHIN
-from tgate_compile.study.analysis.run import analyze as analyze_pipeline
+from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json
+from tgate_compile._cli.options import embedded_name
+from tgate_compile._cli.settings import print_chosen, settings_for
+from tgate_compile.study.analysis import CONVERGED_WITHIN
 from tgate_compile.study.figures import check_figure
+
+if TYPE_CHECKING:
+    from tgate_compile.study.analysis.result import Analysis
 
 _EMBEDDED_PROMPTS = 4
 
 
 def analyze(
     model: options.Model = None,
-    model_config: options.ModelConfig = None,
+    *,
+    loading: options.Loading,
     prompt: prompt_options.Prompt = None,
     prompts: prompt_options.Prompts = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    seed: prompt_options.Seeds = None,
+    count: prompt_options.Count = None,
+    seeds: prompt_options.Seeds = None,
+    image: options.Image,
     self_attention: Annotated[
-        bool, typer.Option("--self/--no-self", help="Self-attentions, too, for which more memory is needed.")
+        bool, typer.Option("--self/--no-self", help="Self-attentions too, which takes more memory.")
     ] = True,
     switch_step: Annotated[
         list[int] | None,
-        typer.Option("--switch-step", min=0, help="Take the text away, or give it, at this step; several times."),
+        typer.Option("--switch-step", min=0, help="Remove or add the text at this step; several times."),
     ] = None,
     trajectories: Annotated[
-        bool, typer.Option("--trajectories/--no-trajectories", help="Generations with text in a part of the steps.")
+        bool, typer.Option("--trajectories/--no-trajectories", help="Generations with text in some of the steps.")
     ] = True,
     converged_within: Annotated[
         float, typer.Option(help="What counts as converged, as a fraction of the way from floor to peak.")
     ] = CONVERGED_WITHIN,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write everything to this .json file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write everything to this .json file.", rich_help_panel=options.OUTPUT),
+    ] = None,
     plot: Annotated[
-        list[Path] | None, typer.Option("--plot", help="Draw it: .png, .svg or .pdf; several times.")
+        list[Path] | None,
+        typer.Option(
+            "--plot",
+            help="Draw it: .png, .svg or .pdf; several times. Needs matplotlib.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="Draw the first prompt's images with text in a part of the steps.")
+        Path | None,
+        typer.Option(
+            help="Draw the first prompt's images with text in some of the steps.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    scheduler: options.Scheduler = None,
-    unet: options.Unet = None,
-    lora: options.Lora = None,
-    device: options.Device = "auto",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """See how the attentions converge over the steps, and what the text does when: the paper's figures 2 and 3."""
     embedded = None if embedded_name(model) is None else _EMBEDDED_PROMPTS
-    texts = prompt_options.chosen_prompts(prompt, prompts, embedded=embedded)
+    texts = prompt_options.chosen_prompts(prompt, prompts, count, embedded=embedded)
     figures = [*(plot or ()), *([pictures] if pictures is not None else ())]
     for figure in figures:
         check_figure(figure)
     targets = [*([out] if out is not None else ()), *figures]
     check_targets(targets, force=force)
-    with ERR.status("Loading the model"):
-        loaded = load(
-            model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
-        )
-    call: dict[str, Any] = {
-        **loaded.call,
-        "guidance_scale": loaded.family.guidance if guidance is None else guidance,
-        "height": height,
-        "width": width,
-    }
+    loaded = loading.load(model)
+    settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)
+    print_chosen(loaded, loading, image, settings)
+    call: dict[str, Any] = {**loaded.call, "guidance_scale": settings.guidance, **image.size}
     with make_progress(shown=not json) as progress:
         task = progress.add_task("text in all steps", total=None)
-        analysis = analyze_pipeline(
+        analysis = tgate_compile.analyze(
             loaded.pipe,
             texts,
-            num_inference_steps=loaded.family.steps if steps is None else steps,
-            seeds=seed or (0,),
-            call={name: value for name, value in call.items() if value is not None},
+            num_inference_steps=settings.steps,
+            seeds=seeds or (0,),
+            call=call,
             kinds=("cross", "self") if self_attention else ("cross",),
             switch_steps=(switch_step or None) if trajectories else (),
             converged_within=converged_within,

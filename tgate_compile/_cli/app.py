@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
-from typing import Annotated, Any
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from tgate_compile import __version__
 from tgate_compile._cli.console import OUT, print_error, show_logs
@@ -16,8 +21,8 @@ from tgate_compile._errors import TGateError
 _USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
-#: In the order of `--help`. Each is a function of that name in a module of that name, imported when it is asked for:
-#: so `run` does without torch.
+#: In the order of `--help`. Each is a function in the module of its name, or in that of `_MODULES`. The modules import
+#: PyTorch and other large packages only inside the functions, so that `--help` is quick and `run` needs no PyTorch.
 COMMANDS = (
     "demo",
     "generate",
@@ -36,17 +41,47 @@ COMMANDS = (
 )
 
 
+_MODULES = {"inspect": "describe"}
+
+_TYPES = {"int": "N", "int range": "N", "float": "X", "float range": "X", "str": "TEXT", "path": "PATH"}
+_TYPE = re.compile(f"<({'|'.join(_TYPES)})>")
+
+
+class _Command(TyperCommand):
+    """A command whose `--help` has sections, and names of options that are never cut short."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_argument = parameter.param_type_name == "argument"
+                section = getattr(parameter, "rich_help_panel", None) or ("Arguments" if is_argument else "Options")
+                names, text = record
+                sections.setdefault(section, []).append((_TYPE.sub(lambda found: _TYPES[found[1]], names), text))
+        # What belongs to no section is the command's own, but for --help, which comes last.
+        for name in sorted(sections, key=lambda name: name not in ("Arguments", "Options")):
+            with formatter.section(name):
+                formatter.write_dl(sections[name])
+
+
 class _Commands(TyperGroup):
     """Errors in one or two lines on stderr and exit code 1; with `--debug` they pass, traceback and all."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands, each with the whole first sentence of its help."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _first_sentence(self.get_command(ctx, name).help)) for name in COMMANDS])
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        alone = typer.Typer(add_completion=False)
-        alone.command(cmd_name)(getattr(importlib.import_module(f"tgate_compile._cli.{cmd_name}"), cmd_name))
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        function = getattr(importlib.import_module(f"tgate_compile._cli.{_MODULES.get(cmd_name, cmd_name)}"), cmd_name)
+        alone.command(cmd_name, cls=_Command)(with_groups(function))
         return typer.main.get_command(alone)
 
     def invoke(self, ctx: Any) -> Any:
@@ -61,10 +96,44 @@ class _Commands(TyperGroup):
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            print_error(
-                f"{_in_short(error)}\nThis was not foreseen; tgate-compile --debug ... shows where it happened."
-            )
+            print_error(f"{_in_short(error)}\nThis is unexpected; tgate-compile --debug ... shows where it happened.")
         raise typer.Exit(1)
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as typer takes it: an argument that is annotated with a dataclass becomes an option for each field."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, type[Any]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if not dataclasses.is_dataclass(parameter.annotation):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        assert isinstance(parameter.annotation, type)
+        groups[parameter.name] = parameter.annotation
+        hints = get_type_hints(parameter.annotation, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in dataclasses.fields(parameter.annotation)
+        ]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        made = {
+            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **made)
+
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split()).partition(". ")[0].rstrip(".") + "."
 
 
 def _in_short(error: Exception) -> str:
@@ -77,6 +146,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

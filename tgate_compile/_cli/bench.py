@@ -13,20 +13,30 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tgate_compile._cli import options
-from tgate_compile._cli.console import OUT, make_progress, print_json
-from tgate_compile._cli.loading import load, settings_for
-from tgate_compile._cli.options import DTYPES, choose_device, choose_dtype, demo_prompts, recognise
-from tgate_compile._cli.pictures import check_targets
-from tgate_compile._errors import ConfigurationError, is_installed
-from tgate_compile._runtimes import BACKENDS
+from tgate_compile._cli import settings as schedule_options
+from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json, print_note
+from tgate_compile._cli.options import recognise
+from tgate_compile._cli.settings import print_chosen, settings_for
+from tgate_compile._errors import ConfigurationError
+from tgate_compile._runtimes import BACKENDS, is_backend_installed
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.study.bench.methods import FEWER_STEPS, NAMES, PEERS, PLAIN, methods_for, random_pipeline
+from tgate_compile.study.bench.methods import (
+    FEWER_STEPS,
+    NAMES,
+    PEERS,
+    PLAIN,
+    Peer,
+    check_random_model,
+    methods_for,
+    random_pipeline,
+)
 from tgate_compile.study.bench.result import Benchmark, Row
-from tgate_compile.study.bench.run import CUDA_GRAPHS, Task, run_benchmark, to_channels_last
 
 RANDOM_PREFIX = "random:"
 
 MSG_NO_GPU = "--cuda-graphs are for GPUs, and this runs on {device}."
+MSG_NO_PEER = "--peer {peers}: not installed. Run: pip install {packages}."
+MSG_LEFT_OUT = "Left out, since they are not installed: {peers}. To measure them as well: pip install {packages}."
 MSG_UNKNOWN = "--{option} must be one of {known}, but got {given!r}."
 
 _METHODS = tuple(method.key for method in methods_for(1) if method.key not in (PLAIN, FEWER_STEPS))
@@ -39,22 +49,34 @@ def bench(
         typer.Option(
             "--model",
             "-m",
-            help="A folder with a diffusers pipeline, a .safetensors checkpoint, a hub id, embedded:sd and the like, "
-            f"or random weights in a denoiser of real size: {', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
+            help="A folder with a diffusers pipeline, a .safetensors file, a hub id, embedded:sd, embedded:sdxl, "
+            "embedded:pixart or embedded:lcm, or random weights in a denoiser of real size: "
+            f"{', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
             show_default="embedded:sd",
+            rich_help_panel=options.MODEL,
         ),
     ] = None,
-    model_config: options.ModelConfig = None,
+    *,
+    loading: options.Loading,
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(_METHODS)}; several times.", show_default="all"),
+        typer.Option(metavar="NAME", help=f"{', '.join(_METHODS)}; several times.", show_default="all"),
     ] = None,
     backend: Annotated[
-        list[options.Backend] | None, typer.Option(help="Several times.", show_default="all that are installed")
+        list[options.Backend] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"{', '.join(each.value for each in options.Backend)}; several times.",
+            show_default="all that are installed",
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(each.key for each in PEERS)}; several times.", show_default="all"),
+        typer.Option(
+            metavar="NAME",
+            help=f"{', '.join(each.key for each in PEERS)}; several times.",
+            show_default="all that are installed",
+        ),
     ] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other packages, and diffusers' own ways.")] = True,
     cuda_graphs: Annotated[
@@ -69,41 +91,43 @@ def bench(
         bool, typer.Option("--channels-last", help="Weights in this layout, in all contenders: faster on most GPUs.")
     ] = False,
     repeat: Annotated[int, typer.Option(min=1, help="Images that are timed, after the first; the median counts.")] = 5,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to show.", show_default="one")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="What to show.", show_default="one", rich_help_panel=options.IMAGE),
+    ] = None,
+    seed: options.Seed = 0,
+    image: options.Image,
     gate_step: options.GateStep = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    scheduler: options.Scheduler = None,
-    unet: options.Unet = None,
-    lora: options.Lora = None,
-    device: options.Device = "auto",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this .json file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    schedule: schedule_options.Files = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the figures to this .json file.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Time schedules on backends, and other packages, beside the plain pipeline: in turns, in one process."""
-    chosen_peers = _named(peer, {each.key: each for each in PEERS}, "peer") if peers else []
+    chosen_peers = _peers(peer) if peers else []
     chosen_methods = _named(method, dict.fromkeys(_METHODS), "method", keys=True)
-    backends = _backends(backend, device, cuda_graphs)
+    more = schedule_options.methods_in(schedule)
+    for each in backend or ():
+        options.check_backend(each)
+    if model is not None and model.startswith(RANDOM_PREFIX):
+        check_random_model(model.removeprefix(RANDOM_PREFIX))
     if out is not None:
         check_targets([out], force=force)
     with make_progress(shown=not json) as progress:
         bar = progress.add_task("Loading the model", total=None)
-        pipe, call, num_steps, gate = _load(
-            model, prompt=prompt, steps=steps, guidance=guidance, gate_step=gate_step,
-            size={"height": height, "width": width}, device=device, dtype=dtype,
-            others={"model_config": model_config, "scheduler": scheduler, "unet": unet, "lora": lora},
-        )  # fmt: skip
+        from tgate_compile.study.bench.run import Task, run_benchmark, to_channels_last
+
+        backends = _backends(backend, loading.device, cuda_graphs)
+        pipe, call, num_steps, gate = _load(model, loading, prompt, image, gate_step)
         if channels_last:
             to_channels_last(pipe)
         benchmark = run_benchmark(
             pipe,
             Task(call, num_steps, gate, repeat=repeat, seed=seed),
-            [each for each in methods_for(gate) if each.key in (PLAIN, *chosen_methods)],
+            [*(each for each in methods_for(gate) if each.key in (PLAIN, *chosen_methods)), *more],
             backends,
             chosen_peers,
             progress=lambda done, total, what: progress.update(bar, completed=done, total=total, description=what),
@@ -133,7 +157,23 @@ def _named(given: list[str] | None, known: dict[str, Any], option: str, *, keys:
     return [name if keys else value for name, value in known.items() if not given or name in given]
 
 
+def _peers(given: list[str] | None) -> list[Peer]:
+    """Those that are installed. One that was asked for and is not is an error; the others are named on stderr."""
+    chosen: list[Peer] = _named(given, {each.key: each for each in PEERS}, "peer")
+    absent = [each for each in chosen if not each.is_installed]
+    if absent:
+        keys = ", ".join(each.key for each in absent)
+        told = {"peers": keys, "packages": " ".join(dict.fromkeys(each.package for each in absent))}
+        if given:
+            raise ConfigurationError(MSG_NO_PEER.format(**told))
+        print_note(MSG_LEFT_OUT.format(**told))
+    return [each for each in chosen if each.is_installed]
+
+
 def _backends(given: list[options.Backend] | None, device: str, cuda_graphs: bool | None) -> list[str]:
+    from tgate_compile._cli.loading import choose_device
+    from tgate_compile.study.bench.run import CUDA_GRAPHS
+
     on_gpu = choose_device(device).type == "cuda"
     if cuda_graphs and not on_gpu:
         raise ConfigurationError(MSG_NO_GPU.format(device=choose_device(device)))
@@ -142,45 +182,33 @@ def _backends(given: list[options.Backend] | None, device: str, cuda_graphs: boo
     else:
         # Engines are for GPUs.
         usable = [name for name, entry in BACKENDS.items() if on_gpu or not entry.needs_gpu]
-        installed = (name for name in usable if is_installed(*BACKENDS[name].needs))
-        names = sorted(installed, key=lambda name: name != "eager")
+        names = sorted((name for name in usable if is_backend_installed(name)), key=lambda name: name != "eager")
     if "inductor" in names and (on_gpu if cuda_graphs is None else cuda_graphs):
         names.insert(names.index("inductor") + 1, CUDA_GRAPHS)
     return names
 
 
 def _load(
-    model: str | None,
-    *,
-    prompt: str | None,
-    steps: int | None,
-    guidance: float | None,
-    gate_step: float | None,
-    size: dict[str, int | None],
-    device: str,
-    dtype: options.Dtype,
-    others: dict[str, str | None],
+    model: str | None, loading: options.Loading, prompt: str | None, image: options.Image, gate_step: float | None
 ) -> tuple[Any, dict[str, Any], int, int]:
     """The pipeline, the arguments of its call, its steps and its gate."""
+    from tgate_compile._cli.loading import Loaded, demo_prompts, load
+
     if model is not None and model.startswith(RANDOM_PREFIX):
-        torch_device = choose_device(device)
-        chosen = DTYPES[choose_dtype(dtype, "StableDiffusionPipeline", torch_device)]
-        side = next((side for side in size.values() if side is not None), None)
-        pipe, call = random_pipeline(model.removeprefix(RANDOM_PREFIX), torch_device, chosen, size=side)
-        family = recognise(pipe)
-        num_steps = family.steps if steps is None else steps
-        gate = Schedule(gate_step or max(1, round(num_steps * family.gate_step / family.steps))).gate(num_steps)
-        call["guidance_scale"] = family.guidance if guidance is None else guidance
-        return pipe, call | {"num_inference_steps": num_steps}, num_steps, gate
-    loaded = load(model, device=device, dtype=dtype, **others)
-    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
-    call = {
-        **loaded.call,
-        "prompt": prompt or (demo_prompts(1)[0] if loaded.is_embedded else _PROMPT),
-        "guidance_scale": settings.guidance,
-        "num_inference_steps": settings.steps,
-        **{name: side for name, side in size.items() if side is not None},
-    }
+        from tgate_compile._cli.loading import DTYPES, choose_device, choose_dtype
+
+        device = choose_device(loading.device)
+        dtype = choose_dtype(loading.dtype, "StableDiffusionPipeline", device)
+        side = next(iter(image.size.values()), None)
+        pipe, call = random_pipeline(model.removeprefix(RANDOM_PREFIX), device, DTYPES[dtype], size=side)
+        loaded = Loaded(pipe, recognise(pipe), model, device, dtype.value)
+    else:
+        loaded = load(model, **loading.arguments())
+        prompt = prompt or (demo_prompts(1)[0] if loaded.is_embedded else _PROMPT)
+        call = {**loaded.call, "prompt": prompt, **image.size}
+    settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=gate_step)
+    print_chosen(loaded, loading, image, settings, Schedule(settings.gate_step) if gate_step is None else None)
+    call |= {"guidance_scale": settings.guidance, "num_inference_steps": settings.steps}
     return loaded.pipe, call, settings.steps, settings.gate
 
 

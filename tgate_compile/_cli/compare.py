@@ -6,8 +6,9 @@ import json as json_format
 import logging
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -15,16 +16,17 @@ from rich.table import Table
 
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
-from tgate_compile._cli.console import OUT, make_progress, print_json, print_note
-from tgate_compile._cli.loading import EMBEDDED_PREFIX, MSG_CONFIG_ALONE, embedded_name, load, settings_for
-from tgate_compile._cli.options import choose_device
-from tgate_compile._cli.pictures import check_targets
+from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json, print_note
+from tgate_compile._cli.options import EMBEDDED_PREFIX, MSG_CONFIG_ALONE, embedded_name
+from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._demo.variants import DEMO_VARIANTS
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.study.bench.measure import machine_of
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.comparison.page import check_page_can_be_made, page_of
 from tgate_compile.study.comparison.result import Comparison, ModelFigures, Pictures
-from tgate_compile.study.comparison.run import Progress, Task, compare_model, seeds_for
+
+if TYPE_CHECKING:
+    from tgate_compile.study.comparison.run import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -48,56 +50,60 @@ def compare(
         typer.Option(
             "--model",
             "-m",
-            help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or embedded:sd and the like; "
-            "several times.",
+            metavar="MODEL",
+            help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or embedded:sd, embedded:sdxl, "
+            "embedded:pixart or embedded:lcm; several times.",
             show_default="all the embedded ones",
+            rich_help_panel=options.MODEL,
         ),
     ] = None,
-    model_config: options.ModelConfig = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for comparison.html and comparison.json.")] = Path(
-        "tgate-comparison"
-    ),
+    *,
+    loading: options.Loading,
     prompt: prompt_options.Prompt = None,
     prompts: prompt_options.Prompts = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first prompt's noise; the next one's is one more.")] = 0,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
+    count: prompt_options.Count = None,
+    seed: options.Seed = 0,
+    image: options.Image,
     gate_step: options.GateStep = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    scheduler: options.Scheduler = None,
-    backend: Annotated[
-        options.Backend, typer.Option(help="Of all but the plain pipelines; inductor compiles for minutes.")
-    ] = options.Backend.eager,
-    device: options.Device = "auto",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    backend: options.BackendOption = options.EAGER,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder for comparison.html and comparison.json.", rich_help_panel=options.OUTPUT
+        ),
+    ] = Path("tgate-comparison"),
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Compare T-GATE, DeepCache, Adaptive Guidance and fewer steps with the plain pipeline: images, time, likeness."""
     names = model or [f"{EMBEDDED_PREFIX}{variant}" for variant in DEMO_VARIANTS]
-    if model_config is not None and not any(Path(name).is_file() for name in names):
+    if loading.model_config is not None and not any(Path(name).is_file() for name in names):
         raise ConfigurationError(MSG_CONFIG_ALONE.format(given=", ".join(names)))
-    given = prompt_options.chosen_prompts(prompt, prompts, embedded=0)
+    chosen_backend = options.check_backend(backend)
+    given = prompt_options.chosen_prompts(prompt, prompts, count, embedded=0)
     check_page_can_be_made()
     page, data = out / "comparison.html", out / "comparison.json"
     check_targets([page, data], force=force)
     settings: dict[str, Any] = {
-        "seed": seed, "steps": steps, "guidance": guidance, "gate_step": gate_step, "backend": backend.value,
-        "size": {name: side for name, side in (("height", height), ("width", width)) if side is not None},
-        "loading": {"model_config": model_config, "device": device, "dtype": dtype, "scheduler": scheduler},
-    }  # fmt: skip
+        "count": _PROMPTS if count is None else count,
+        "seed": seed,
+        "image": image,
+        "gate_step": gate_step,
+        "backend": chosen_backend,
+    }
     figures: list[ModelFigures] = []
     pictures: dict[str, Pictures] = {}
     with make_progress(shown=not json) as progress:
         for name in dict.fromkeys(names):
             bar = progress.add_task(f"{name}: loading", total=None)
+            # A configuration is for single files.
+            own = loading if Path(name).is_file() else replace(loading, model_config=None)
 
             def show(done: int, total: int, what: str, bar: Any = bar) -> None:
                 progress.update(bar, completed=done, total=total, description=what)
 
             try:
-                of_model, pictures[name] = _compare_one(name, given, progress=show, **settings)
+                of_model, pictures[name] = _compare_one(name, own, given, progress=show, **settings)
             except Exception as error:
                 if len(names) == 1:
                     raise
@@ -107,8 +113,11 @@ def compare(
                 print_note(MSG_FAILED.format(model=name, reason=error))
             figures.append(of_model)
             progress.update(bar, completed=1, total=1, description=name)
+    from tgate_compile._cli.loading import choose_device
+    from tgate_compile.study.bench.measure import machine_of
+
     command = shlex.join(["tgate-compile", *sys.argv[1:]])
-    result = Comparison(command, machine_of(choose_device(device)), tuple(figures), pictures)
+    result = Comparison(command, machine_of(choose_device(loading.device)), tuple(figures), pictures)
     page.write_text(page_of(result), encoding="utf-8")
     data.write_text(json_format.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if json:
@@ -122,29 +131,30 @@ def compare(
 
 def _compare_one(
     name: str,
+    loading: options.Loading,
     given: list[str],
     *,
+    count: int,
     seed: int,
-    steps: int | None,
-    guidance: float | None,
+    image: options.Image,
     gate_step: float | None,
     backend: str,
-    size: dict[str, int],
-    loading: dict[str, Any],
     progress: Progress,
 ) -> tuple[ModelFigures, Pictures]:
-    if not Path(name).is_file():
-        loading = loading | {"model_config": None}  # it is for single files
-    loaded = load(name, **loading)
-    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
-    own = prompt_options.chosen_prompts(None, None, embedded=_PROMPTS) if loaded.is_embedded else [*DEFAULT_PROMPTS]
-    texts = tuple(given or own)
+    from tgate_compile._cli.loading import load
+    from tgate_compile.study.comparison.run import Task, compare_model, seeds_for
+
+    loaded = load(name, **loading.arguments())
+    settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=gate_step)
+    print_chosen(loaded, loading, image, settings, Schedule(settings.gate_step) if gate_step is None else None)
+    own = prompt_options.chosen_prompts(None, None, count, embedded=_PROMPTS) if loaded.is_embedded else []
+    texts = tuple(given or own or DEFAULT_PROMPTS[:count])
     task = Task(
         prompts=texts,
         seeds=seeds_for(texts, seed),
         steps=settings.steps,
         gate=settings.gate,
-        call={**loaded.call, "guidance_scale": settings.guidance, **size},
+        call={**loaded.call, "guidance_scale": settings.guidance, **image.size},
         backend=backend,
     )
     return compare_model(name, loaded.pipe, task, judged=embedded_name(name) is not None, progress=progress)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -23,12 +25,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tgate_compile.methods.schedule import Schedule
-from tgate_compile.pipeline.describe import Description
-from tgate_compile.pipeline.progress import StepCounter
+from tgate_compile._errors import ConfigurationError
+from tgate_compile.methods.method import GRAPH_NAMES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tgate_compile.pipeline.describe import Description
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
+
+#: Loggers of packages that warn while they are imported.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def print_error(message: str) -> None:
@@ -47,7 +60,17 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 
 def show_logs(verbosity: int) -> None:
-    """Show the library's log on stderr: nothing at 0, what it does at 1, every detail at 2."""
+    """Show the library's log on stderr: nothing at 0, what it does at 1, every detail at 2.
+
+    Other packages' loggers show errors only, unless every detail is asked for: what they advise while they are
+    imported is nothing that a user of the command line can act on.
+    """
+    for name in _TALKATIVE:
+        # A filter, since PyTorch sets the levels of loggers anew when it is imported.
+        foreign = logging.getLogger(name)
+        foreign.removeFilter(_errors_only)
+        if verbosity < 2:
+            foreign.addFilter(_errors_only)
     logger = logging.getLogger("tgate_compile")
     for handler in [handler for handler in logger.handlers if isinstance(handler, RichHandler)]:
         logger.removeHandler(handler)
@@ -60,9 +83,9 @@ class Work:
     """Multiply-accumulates in linear and convolution layers, over all steps of one image.
 
     Attributes:
-        plain: without T-GATE.
-        guidance_dropped: as many guided steps, then steps without guidance, and nothing cached.
-        gated: with T-GATE.
+        plain: without a schedule.
+        guidance_dropped: guidance stops at the same step, and nothing is cached.
+        gated: with the schedule.
     """
 
     plain: int
@@ -74,28 +97,37 @@ class Work:
         return {f"macs_{name}": value for name, value in asdict(self).items()}
 
 
-def planned_calls(scheduler: Any, schedule: Schedule, num_steps: int) -> str:
-    """One character per denoiser call of a generation, `F` full or `p` pruned. Sets the scheduler's timesteps."""
+def planned_calls(scheduler: Any, strip: str, num_steps: int) -> str:
+    """The letter of each denoiser call, for a strip with one of each step. Sets the scheduler's timesteps."""
     scheduler.set_timesteps(num_steps)
+    from tgate_compile.pipeline.progress import StepCounter  # PyTorch takes seconds
+
     counter = StepCounter.of(scheduler, None)
-    steps = [counter.step(call) for call in range(len(scheduler.timesteps))]
-    return "".join("p" if step >= schedule.gate(counter.num_steps) else "F" for step in steps)
+    return "".join(strip[counter.step(call)] for call in range(len(scheduler.timesteps)))
 
 
 def work_of(description: Description, calls: str) -> Work:
-    """The work of a generation with these calls, for an optimized pipeline that has run both graphs.
+    """The work of a generation with these calls, for an optimized pipeline whose graphs for them are captured.
 
-    A call of the full graph without guidance is the same work at the batch of the pruned graph.
+    A call of the full graph without guidance is the same work at half the batch.
     """
-    by_name = {variant.name: variant for variant in description.variants}
-    full = by_name["full"]
-    pruned = by_name.get("pruned", full)
-    calls_full, calls_pruned = calls.count("F"), calls.count("p")
+    graphs: dict[str, dict[int, int]] = {}
+    for variant in description.variants:
+        graphs.setdefault(variant.name, {})[variant.batch] = variant.macs
+    macs = {letter: _macs(graphs, letter) for letter in set(calls)}
+    whole = macs.get("F", macs.get("f", 0))
+    is_guided = calls[0].isupper()
     return Work(
-        plain=full.macs * len(calls),
-        guidance_dropped=full.macs * calls_full + full.macs * pruned.batch // full.batch * calls_pruned,
-        gated=full.macs * calls_full + pruned.macs * calls_pruned,
+        plain=whole * len(calls),
+        guidance_dropped=sum(whole // 2 if is_guided and call.islower() else whole for call in calls),
+        gated=sum(macs[call] for call in calls),
     )
+
+
+def _macs(graphs: dict[str, dict[int, int]], letter: str) -> int:
+    """Of the graph of a step; steps with guidance have the larger batch."""
+    by_batch = graphs[GRAPH_NAMES[letter.upper()]]
+    return by_batch[max(by_batch) if letter.isupper() else min(by_batch)]
 
 
 def make_progress(*, shown: bool = True) -> Progress:
@@ -146,3 +178,68 @@ def steps_shown(pipe: Any, progress: Progress, description: str) -> Iterator[Non
         yield
     finally:
         del pipe.progress_bar
+
+
+MSG_NOT_PNG = "--out {given} is no .png file: images are written as PNG, which keeps the settings. Use {better}."
+
+
+MSG_EXISTS = "{given} exists already. Give another --out, or --force to overwrite it."
+
+
+MSG_NOT_WRITABLE = "Cannot write to the folder {given}: {reason}. Give another --out."
+
+
+_OTHER_FORMATS = {".bmp", ".gif", ".jpeg", ".jpg", ".tif", ".tiff", ".webp"}
+
+
+def image_paths(out: Path, seeds: Sequence[int]) -> list[Path]:
+    """One path per image: `out` itself for one image and a .png, else names that tell the seed.
+
+    Raises:
+        ConfigurationError: `out` is a file of another format.
+    """
+    suffix = out.suffix.lower()
+    if suffix in _OTHER_FORMATS and not out.is_dir():
+        raise ConfigurationError(MSG_NOT_PNG.format(given=out, better=out.with_suffix(".png")))
+    if suffix != ".png" or out.is_dir():
+        return [out / f"seed-{seed}.png" for seed in seeds]
+    if len(seeds) == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-seed-{seed}.png") for seed in seeds]
+
+
+def check_targets(paths: Sequence[Path], *, force: bool) -> None:
+    """Make the folders, and see that every path can be written.
+
+    Raises:
+        ConfigurationError: a folder cannot be made or written to, or a file exists and `force` is off.
+    """
+    for path in paths:
+        check_folder(path.parent)
+        if path.exists() and not force:
+            raise ConfigurationError(MSG_EXISTS.format(given=path))
+
+
+def check_folder(folder: Path) -> None:
+    """Make `folder`, and see that it can be written to.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(MSG_NOT_WRITABLE.format(given=folder, reason=error.strerror)) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigurationError(MSG_NOT_WRITABLE.format(given=folder, reason="no permission"))
+
+
+def save_png(image: Image, path: Path, texts: Mapping[str, object]) -> None:
+    """Write `image` with `texts` as text chunks, which image viewers show and PIL reads as `image.text`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in texts.items():
+        if value is not None:
+            info.add_itxt(key, str(value))
+    image.save(path, pnginfo=info)

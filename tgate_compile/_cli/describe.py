@@ -1,65 +1,69 @@
-"""`tgate-compile describe`: what T-GATE does to a model, in numbers."""
+"""`tgate-compile describe`: what a schedule does to a model; `tgate-compile inspect`: what is in a bundle."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import tgate_compile
 from tgate_compile._cli import options
-from tgate_compile._cli.console import ERR, OUT, Work, planned_calls, print_json, work_of
-from tgate_compile._cli.loading import load, settings_for
-from tgate_compile.methods.schedule import Schedule
-from tgate_compile.pipeline import describe as _describe
+from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.settings import ScheduleOptions, chosen_for
+from tgate_compile._cli.strip import coloured
+from tgate_compile._errors import check_installed
+from tgate_compile.methods.method import GRAPH_NAMES
+from tgate_compile.methods.schedule_file import read_schedule
+
+if TYPE_CHECKING:
+    from tgate_compile._cli.console import Work
+    from tgate_compile.bundle.manifest import Components, Graph
+    from tgate_compile.bundle.read import Bundle
+    from tgate_compile.pipeline.describe import Description
 
 
 def describe(
     model: options.Model = None,
-    model_config: options.ModelConfig = None,
-    gate_step: options.GateStep = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    scheduler: options.Scheduler = None,
-    unet: options.Unet = None,
-    lora: options.Lora = None,
-    device: options.Device = "auto",
-    dtype: options.DtypeOption = options.Dtype.auto,
+    *,
+    loading: options.Loading,
+    image: options.Image,
+    schedule: ScheduleOptions,
     json: options.Json = False,
 ) -> None:
-    """Show what T-GATE does to a model: sites, graphs, parameters, multiply-accumulates. Runs two denoising steps."""
-    with ERR.status("Loading the model"):
-        loaded = load(
-            model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
-        )
-    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
-    pipe = tgate_compile.optimize(loaded.pipe, settings.gate_step, backend="eager")
+    """Show what a schedule does to a model: sites, graphs, parameters, multiply-accumulates. Computes no step."""
+    schedule.check_known_in_advance()
+    loaded = loading.load(model)
+    settings, chosen = chosen_for(loaded, loading, image, schedule, shown=not json)
+    pipe = tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
     call: dict[str, Any] = {"prompt": "", "guidance_scale": settings.guidance, "output_type": "latent", **loaded.call}
-    call |= {name: value for name, value in {"height": height, "width": width}.items() if value is not None}
-    with ERR.status("Capturing the graphs, on two steps"):
-        # One step in full and one gated are every graph that there is, however many steps follow.
-        pipe(**call, num_inference_steps=2, gate_step=1)
-    description = tgate_compile.describe(pipe)
-    schedule = Schedule(settings.gate_step)
-    strip = schedule.strip(settings.steps)
-    work = work_of(description, planned_calls(pipe.scheduler, schedule, settings.steps))
+    call |= image.size
+    with ERR.status("Capturing the graphs"):
+        from tgate_compile._cli.console import planned_calls, work_of
+
+        description = tgate_compile.describe(pipe, **call, num_inference_steps=settings.steps)
+    strip = description.strip
+    work = work_of(description, planned_calls(pipe.scheduler, strip, settings.steps))
     if json:
-        # The two steps of the capture say nothing about the model: the planned ones stand in their place.
         about = {k: v for k, v in description.as_dict().items() if k not in ("last_steps", "strip")}
-        plan = {"steps": settings.steps, "guidance": settings.guidance, "gate": settings.gate, "strip": strip}
-        print_json({"model": loaded.source, "family": loaded.family.name} | about | {"plan": plan | work.as_dict()})
+        plan: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "strip": strip}
+        plan |= {"gate": chosen.gate(settings.steps)} | work.as_dict()
+        print_json({"model": loaded.source, "family": loaded.family.name} | about | {"plan": plan})
     else:
-        _print_tables(description, strip, work)
+        _print_tables(description, chosen.kinds, work)
 
 
-def _print_tables(description: _describe.Description, strip: str, work: Work) -> None:
+def _print_tables(description: Description, kinds: Collection[str], work: Work) -> None:
+    what = "cross-attention sites" if kinds == {"cross"} else "sites"
     OUT.print(
         f"[bold]{description.pipeline}[/]: {description.denoiser}, {description.parameters / 1e6:.3f} M parameters, "
-        f"{len(description.sites)} cross-attention sites",
+        f"{len(description.sites)} {what}",
         soft_wrap=True,
     )
     graphs = Table("graph", "latents", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -76,19 +80,17 @@ def _print_tables(description: _describe.Description, strip: str, work: Work) ->
             f"{variant.cache_bytes / 1e6:.3f}",
         )
     OUT.print(graphs)
-    sites = Table("cross-attentions in", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    sites = Table("block", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     sites.add_column("sites", justify="right")
     for block, count in Counter(_block(site) for site in description.sites).items():
         sites.add_row(block, f"{count}")
     OUT.print(sites)
-    full = strip.upper().count("F")
+    strip = description.strip
+    counted = ", ".join(f"{count} {GRAPH_NAMES[letter]}" for letter, count in Counter(strip.upper()).items())
+    OUT.print(Text.assemble("plan: ", coloured(strip), f"  {counted}"), soft_wrap=True)
     OUT.print(
-        f"plan: [bold cyan]{strip[:full]}[/][green]{strip[full:]}[/]  {full} full, {len(strip) - full} pruned",
-        soft_wrap=True,
-    )
-    OUT.print(
-        f"MACs per image: {work.plain / 1e9:.1f} G plain, {work.guidance_dropped / 1e9:.1f} G with guidance dropped "
-        f"after the gate, {work.gated / 1e9:.1f} G with T-GATE",
+        f"MACs per image: {work.plain / 1e9:.1f} G plain, {work.guidance_dropped / 1e9:.1f} G with guidance dropped at "
+        f"the same step, {work.gated / 1e9:.1f} G with this schedule",
         soft_wrap=True,
     )
 
@@ -97,3 +99,88 @@ def _block(site: str) -> str:
     """The block of the denoiser that a site is in: down_blocks.1, mid_block, transformer_blocks."""
     first, second, *_ = site.split(".")
     return f"{first}.{second}" if second.isdigit() and first.endswith(("down_blocks", "up_blocks")) else first
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="The folder of a bundle.", show_default=False)],
+    json: options.Json = False,
+) -> None:
+    """Verify a bundle, and show what is in it: graphs, sizes, and how close to PyTorch it was when written."""
+    check_installed("pydantic", what="inspect")
+    from tgate_compile.bundle.read import read_bundle
+
+    with ERR.status("Verifying the files"):
+        read = read_bundle(bundle)
+    if json:
+        print_json(
+            {"folder": str(bundle), "bytes": read.size, "verified": True, "manifest": read.manifest.model_dump()}
+        )
+    else:
+        _print_bundle(read)
+
+
+def _print_bundle(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    schedule = read_schedule(manifest.method.schedule)
+    lines = [
+        f"{manifest.pipeline.class_name}: {manifest.denoiser.component}, a {manifest.denoiser.class_name}",
+        f"{schedule}, keeps {manifest.method.keep}; {manifest.scheduler.class_name}",
+        f"for example {manifest.example.strip}",
+    ]
+    if manifest.quantization is not None:
+        quantization = manifest.quantization
+        kept = f", but for {', '.join(quantization.keep)}" if quantization.keep else ""
+        lines.append(f"quantized: {quantization.scheme} in {', '.join(quantization.graphs)}{kept}")
+        if quantization.calibration is not None:
+            lines.append(f"measured on {', '.join(map(repr, quantization.calibration.prompts)) or 'its own call'}")
+    for line in lines:
+        OUT.print(escape(line), soft_wrap=True)
+    table = Table("graph", "inputs", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("caches\nin, out", "operators", "params/M", "MACs/G", "from\nPyTorch"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, graph in manifest.graphs.items():
+        table.add_row(name, *_cells(graph))
+    OUT.print(table)
+    if manifest.components is not None:
+        _print_components(manifest.components)
+    for name, file in manifest.files.items():
+        OUT.print(f"{file.size / 1e6:10.3f} MB  {escape(name)}", soft_wrap=True)
+    versions = manifest.versions
+    OUT.print(
+        f"made with tgate_compile {versions.tgate_compile}, torch {versions.torch}, diffusers "
+        f"{manifest.pipeline.diffusers}, for {versions.runtime}",
+        soft_wrap=True,
+    )
+    OUT.print(f"verified: {len(manifest.files)} files, {bundle.size / 1e6:.1f} MB, are as they were written")
+
+
+def _print_components(components: Components) -> None:
+    """A table like that of the graphs, and what `run` does with it."""
+    table = Table("component", "model", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("from\nPyTorch", justify="right", no_wrap=True)
+    for encoder in components.text_encoders:
+        model = f"{encoder.class_name}, {encoder.tokenizer.length} tokens"
+        table.add_row(escape(encoder.component), escape(model), f"{encoder.parity.relative:.0e}")
+    decoder = components.vae_decoder
+    model = f"{decoder.class_name}, {decoder.scale_factor} pixels for one of the latents"
+    table.add_row("vae_decoder", escape(model), f"{decoder.parity.relative:.0e}")
+    OUT.print(table)
+    OUT.print(
+        f"tgate-compile run makes images of {components.width}x{components.height} in "
+        f"{components.num_inference_steps} steps, guidance {components.guidance_scale:g}\n",
+        soft_wrap=True,
+    )
+
+
+def _cells(graph: Graph) -> list[str]:
+    inputs = "\n".join(
+        f"{spec.name} {spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}" for spec in graph.inputs
+    )
+    return [
+        escape(inputs),
+        f"{len(graph.cache_inputs)}, {len(graph.cache_outputs)}",
+        f"{graph.facts.nodes}",
+        f"{graph.facts.parameters / 1e6:.3f}",
+        f"{graph.facts.macs / 1e9:.3f}",
+        "not run" if graph.parity is None else f"{graph.parity.relative:.0e}",
+    ]

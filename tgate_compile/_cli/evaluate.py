@@ -5,32 +5,35 @@ from __future__ import annotations
 import json as json_format
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+import tgate_compile
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
-from tgate_compile._cli.console import ERR, OUT, make_progress, print_json
-from tgate_compile._cli.loading import embedded_name, load
-from tgate_compile._cli.pictures import check_folder, check_targets
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._cli import settings as schedule_options
+from tgate_compile._cli.console import OUT, check_folder, check_targets, make_progress, print_json
+from tgate_compile._cli.options import embedded_name
+from tgate_compile._cli.settings import print_chosen, settings_for
+from tgate_compile._errors import ConfigurationError, check_installed
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import load_schedule, read_schedule
-from tgate_compile.study.evaluation.evaluate import evaluate as evaluate_pipeline
-from tgate_compile.study.evaluation.images import Share
-from tgate_compile.study.evaluation.result import HEADINGS, Evaluation
 from tgate_compile.study.figures import check_figure
+
+if TYPE_CHECKING:
+    from tgate_compile.study.evaluation.result import Evaluation
 
 MSG_CONTENDER = (
     '--contender {given!r}: expected the fields of a schedule, such as "gate_step=10 anchor_weight=1.0", or "steps=15" '
     'alone for the plain pipeline in fewer steps; a label may stand before them, as in "early: gate_step=5".'
 )
 MSG_NONE = "Give something to compare with the plain pipeline: --contender or --schedule, several times."
+MSG_NOT_THERE = "--{option}: there is no {given}."
 MSG_TWICE = "Two contenders are called {label!r}. Give them labels: --contender 'label: ...'."
 
 _EMBEDDED_PROMPTS = 64
@@ -44,37 +47,44 @@ _EMBEDDED: dict[str, Schedule | int] = {
 
 
 def evaluate(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for images and numbers; continued if it is there.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for images and numbers; continued if it is there.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ],
     model: options.Model = None,
-    model_config: options.ModelConfig = None,
+    *,
+    loading: options.Loading,
     contender: Annotated[
         list[str] | None,
         typer.Option(
             "--contender",
             "-c",
+            metavar="TEXT",
             help='"gate_step=10 sp_interval=5", "steps=15", "label: gate_step=5"; several times.',
             show_default="a few, for the embedded model",
         ),
     ] = None,
-    schedule: Annotated[
-        list[Path] | None, typer.Option("--schedule", help="A schedule file; several times.", show_default="none")
-    ] = None,
+    schedule: schedule_options.Files = None,
     prompt: prompt_options.Prompt = None,
     prompts: prompt_options.Prompts = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Take so many of the prompts.", show_default="all, or 64 of the demo's")
-    ] = None,
-    seed: prompt_options.Seeds = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per call.")] = 1,
-    backend: Annotated[options.Backend, typer.Option(help="As for generate.")] = options.Backend.eager,
+    count: prompt_options.Count = None,
+    seeds: prompt_options.Seeds = None,
+    negative_prompt: options.NegativePrompt = None,
+    image: options.Image,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per call.", rich_help_panel=options.IMAGE)] = 1,
+    backend: options.BackendOption = options.EAGER,
     fid_weights: Annotated[
         Path | None,
-        typer.Option(help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth.", show_default="torch's downloads"),
+        typer.Option(
+            metavar="FILE",
+            help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth.",
+            show_default="torch's downloads",
+        ),
     ] = None,
     fid_reference: Annotated[
         Path | None, typer.Option(help="Folder of real images, or an .npz file of their statistics.")
@@ -82,60 +92,55 @@ def evaluate(
     fid_size: Annotated[int, typer.Option(min=16, help="Images are resized to that many pixels for FID.")] = 256,
     lpips_weights: Annotated[
         Path | None,
-        typer.Option(help="torchvision's alexnet-owt-7be5be79.pth.", show_default="torch's downloads"),
+        typer.Option(metavar="FILE", help="torchvision's alexnet-owt-7be5be79.pth.", show_default="torch's downloads"),
     ] = None,
-    clip: Annotated[Path | None, typer.Option(help="Folder with a CLIP model, for CLIP scores.")] = None,
+    clip: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A CLIP model, for CLIP scores.")] = None,
     latents: Annotated[
         bool, typer.Option("--latents/--no-latents", help="Keep final latents, for their drift.")
     ] = True,
-    plot: Annotated[Path | None, typer.Option(help="Draw the numbers: .png, .svg or .pdf.")] = None,
-    scheduler: options.Scheduler = None,
-    unet: options.Unet = None,
-    lora: options.Lora = None,
-    device: options.Device = "auto",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing --plot.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the numbers: .png, .svg or .pdf. Needs matplotlib.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Measure what schedules do to the images, over many prompts. Killed, it goes on; under torchrun, it is shared."""
     embedded = embedded_name(model) is not None
     contenders = _contenders(contender or [], schedule or [], embedded=embedded)
-    default = _EMBEDDED_PROMPTS if count is None else count
-    texts = prompt_options.chosen_prompts(prompt, prompts, embedded=default if embedded else None)[:count]
+    texts = prompt_options.chosen_prompts(prompt, prompts, count, embedded=_EMBEDDED_PROMPTS if embedded else None)
+    check_installed("torchmetrics", extra="evaluate", what="evaluate")
+    chosen_backend = options.check_backend(backend)
+    files = {"fid-weights": fid_weights, "fid-reference": fid_reference, "lpips-weights": lpips_weights, "clip": clip}
+    for name, path in files.items():
+        if path is not None and not path.exists():
+            raise ConfigurationError(MSG_NOT_THERE.format(option=name, given=path))
     check_folder(out)
     if plot is not None:
         check_figure(plot)
         check_targets([plot], force=force)
+    from tgate_compile.study.evaluation.images import Share  # PyTorch takes seconds
+
     first = Share.from_environment().rank == 0
-    with ERR.status("Loading the model"):
-        loaded = load(
-            model,
-            model_config=model_config,
-            device=_own_device(device),
-            dtype=dtype,
-            scheduler=scheduler,
-            unet=unet,
-            lora=lora,
-        )
-    call: dict[str, Any] = {
-        **loaded.call,
-        "guidance_scale": loaded.family.guidance if guidance is None else guidance,
-        "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
-    }
+    loaded = replace(loading, device=_own_device(loading.device)).load(model)
+    settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)
+    if first:
+        print_chosen(loaded, loading, image, settings)
+    call: dict[str, Any] = {**loaded.call, "guidance_scale": settings.guidance, **image.size}
+    if negative_prompt is not None:
+        call["negative_prompt"] = negative_prompt
     with make_progress(shown=first and not json) as progress:
         task = progress.add_task("plain", total=None)
-        evaluation = evaluate_pipeline(
+        evaluation = tgate_compile.evaluate(
             loaded.pipe,
             contenders,
             texts,
             out,
-            seeds=seed or (0,),
-            num_inference_steps=loaded.family.steps if steps is None else steps,
-            call={name: value for name, value in call.items() if value is not None},
+            seeds=seeds or (0,),
+            num_inference_steps=settings.steps,
+            call=call,
             batch_size=batch_size,
-            backend=backend.value,
+            backend=chosen_backend,
             keep_latents=latents,
             fid_weights=fid_weights,
             fid_reference=fid_reference,
@@ -194,12 +199,18 @@ def _parsed(text: str) -> tuple[str, Schedule | int]:
 def _own_device(given: str) -> str:
     """torchrun starts a process for each GPU, and tells it which is its own."""
     local = os.environ.get("LOCAL_RANK")
-    if local is not None and given in ("auto", "cuda") and torch.cuda.is_available():
+    if local is None or given not in ("auto", "cuda"):
+        return given
+    import torch
+
+    if torch.cuda.is_available():
         return f"cuda:{local}"
     return given
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
+    from tgate_compile.study.evaluation.result import HEADINGS
+
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)
     for name in evaluation.shown:
         table.add_column(HEADINGS[name][0], justify="right")

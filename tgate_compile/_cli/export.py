@@ -13,15 +13,12 @@ import typer
 
 import tgate_compile
 from tgate_compile._cli import options
-from tgate_compile._cli import options as schedule_options
 from tgate_compile._cli.console import ERR, OUT, print_json
-from tgate_compile._cli.loading import load, settings_for
-from tgate_compile._cli.options import demo_prompts
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._cli.settings import ScheduleOptions, chosen_for
+from tgate_compile._errors import ConfigurationError, check_installed
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.formats import check_can_write
 from tgate_compile.bundle.quantization import CALIBRATED, SCHEMES, read_quantization
-from tgate_compile.methods.schedule import Schedule
 
 #: The formats of `tgate_compile.export`.
 Format = Enum("Format", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]
@@ -40,7 +37,7 @@ class Components(str, Enum):
 #: Of the embedded pipelines' own kind, for schemes that are calibrated.
 CALIBRATION_PROMPTS = 4
 #: What writing and checking ONNX graphs takes after their capture, as a multiple of its time: between 2.3 (the embedded
-#: model) and 3.8 (SDXL, docs/exports.md).
+#: model) and 3.8 (SDXL, docs/guides/exporting.md).
 AFTER_CAPTURE = 3.5
 
 MSG_NO_SCHEME = "--quantize-option is for --quantize, which is not given."
@@ -48,82 +45,70 @@ MSG_OPTION = "{option} takes NAME=VALUE, with a value in JSON or a plain text, b
 
 
 def export(
-    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.", rich_help_panel=options.OUTPUT)],
     model: options.Model = None,
-    model_config: options.ModelConfig = None,
-    format: Annotated[Format, typer.Option("--format", help="What the graphs are written as.")] = ONNX,
-    static: Annotated[bool, typer.Option("--static", help="Fix batch, height and width.")] = False,
+    *,
+    loading: options.LoadingOnCpu,
+    format: Annotated[
+        Format, typer.Option("--format", metavar="NAME", help=f"What the graphs are written as: {', '.join(FORMATS)}.")
+    ] = ONNX,
     format_option: Annotated[
-        list[str] | None, typer.Option("--format-option", help="NAME=VALUE for the format; docs/exports.md has them.")
+        list[str] | None,
+        typer.Option(
+            "--format-option",
+            metavar="NAME=VALUE",
+            help="An option of the format (docs/guides/exporting.md has them); several times.",
+        ),
     ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Fix batch, height and width.")] = False,
     components: Annotated[
         Components, typer.Option("--components", help="all: with text encoders, tokenizers and VAE, for `run`.")
     ] = Components.denoiser,
     quantize: Annotated[
-        Scheme | None, typer.Option("--quantize", help="Store or compute in fewer bits; docs/edge.md has the schemes.")
+        Scheme | None,
+        typer.Option(
+            "--quantize",
+            metavar="NAME",
+            help=f"Store or compute in fewer bits: {', '.join(SCHEMES)} (docs/guides/edge.md has the schemes).",
+        ),
     ] = None,
     quantize_option: Annotated[
-        list[str] | None, typer.Option("--quantize-option", help="NAME=VALUE for --quantize, such as keep or block.")
+        list[str] | None,
+        typer.Option(
+            "--quantize-option",
+            metavar="NAME=VALUE",
+            help="An option of --quantize, such as keep or block; several times.",
+        ),
     ] = None,
-    gate_step: options.GateStep = None,
-    sp_interval: schedule_options.SpInterval = None,
-    fi_interval: schedule_options.FiInterval = None,
-    warm_up: schedule_options.WarmUp = None,
-    deepcache_interval: schedule_options.DeepcacheInterval = None,
-    deepcache_branch: schedule_options.DeepcacheBranch = None,
-    guidance_step: schedule_options.GuidanceStep = None,
-    anchor_weight: schedule_options.AnchorWeight = None,
-    schedule: schedule_options.File = None,
-    keep: options.KeepOption = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images at a time.")] = 1,
-    height: options.Height = None,
-    width: options.Width = None,
-    scheduler: options.Scheduler = None,
-    unet: options.Unet = None,
-    lora: options.Lora = None,
-    device: options.Device = "cpu",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
+    image: options.Image,
+    num_images: options.NumImages = 1,
+    schedule: ScheduleOptions,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Write a model's graphs with a schedule into a folder, for another runtime."""
     format_options = _parsed("--format-option", format_option or [])
     quantization = _quantization(quantize, quantize_option or [])
     read_quantization(quantization, format.value, FORMATS[format.value].schemes)
-    given = schedule_options.given_options(
-        sp_interval=sp_interval,
-        fi_interval=fi_interval,
-        warm_up=warm_up,
-        deepcache_interval=deepcache_interval,
-        deepcache_branch=deepcache_branch,
-        guidance_step=guidance_step,
-        anchor_weight=anchor_weight,
-        keep=keep and keep.value,
-    )
-    gate_given = schedule_options.given_options(gate_step=gate_step)
-    from_file = schedule_options.schedule_from(schedule, gate_given | given) if schedule is not None else None
+    schedule.check_known_in_advance()
     check_can_write(format.value)
+    if components is Components.all:
+        check_can_write("onnx")  # which the components are written as
+        check_installed("tokenizers", what="--components all")
+    began = time.perf_counter()
+    progress = _progress(began, shown=not json)
     from tgate_compile.bundle.write import check_target
 
     check_target(out, overwrite=force)
-    began = time.perf_counter()
-    progress = _progress(began, shown=not json)
     progress("Loading the model")
-    loaded = load(
-        model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
-    )
-    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step, tgate=schedule is None)
-    # Methods of their own run alone, unless a gate is asked for.
-    alone = gate_step is None and not {"guidance_step", "deepcache_interval"}.isdisjoint(given)
-    chosen = from_file or Schedule(**{"gate_step": None if alone else settings.gate_step, **given})
+    loaded = loading.load(model)
+    settings, chosen = chosen_for(loaded, loading, image, schedule, shown=not json)
     if loaded.is_embedded and quantization is not None and quantization["scheme"] in CALIBRATED:
+        from tgate_compile._cli.loading import demo_prompts
+
         quantization = {"calibration_prompts": demo_prompts(CALIBRATION_PROMPTS), **quantization}
     tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
-    loaded.pipe.set_progress_bar_config(disable=True)
-    call: dict[str, Any] = {"height": height, "width": width}
-    call = {"prompt": "", **loaded.call, **{name: value for name, value in call.items() if value is not None}}
+    call: dict[str, Any] = {"prompt": "", **loaded.call, **image.size}
     call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
     if num_images > 1:
         call["num_images_per_prompt"] = num_images

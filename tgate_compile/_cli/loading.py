@@ -8,29 +8,33 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from packaging.version import Version
 
-from tgate_compile._cli.console import print_note
 from tgate_compile._cli.options import (
-    DTYPES,
+    DEFAULT_EMBEDDED,
     EMBEDDED,
+    MSG_CONFIG_ALONE,
     SCHEDULERS,
     Dtype,
     Family,
-    choose_device,
-    choose_dtype,
+    embedded_name,
+    gpu_dtype,
     recognise,
 )
+from tgate_compile._demo.captions import caption_of, random_scene
 from tgate_compile._demo.variants import DemoVariant, demo_variant
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.methods.schedule import Schedule
+
+if TYPE_CHECKING:
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +62,6 @@ MSG_NEEDS_CONFIG = (
     "be had: {reason}\n"
     "Give it by --model-config: the hub id of a pipeline of this kind, or, without a network, a folder made by such a "
     "pipeline's save_pretrained (of which the weights are not read)."
-)
-MSG_CONFIG_ALONE = (
-    "--model-config is the configuration for a --model that is a single-file checkpoint, and {given} is none. Leave it "
-    "out."
 )
 MSG_CONFIG_FILE = (
     "--model-config {given} is a file. Give a folder made by a pipeline's save_pretrained, or a hub id: an original "
@@ -237,9 +237,6 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-DEFAULT_EMBEDDED = "sd"
-EMBEDDED_PREFIX = "embedded:"
-
 MSG_SCHEDULER = "The scheduler must be one of {known}, but got {given!r}."
 MSG_NO_PEFT = "--lora needs the package peft. Install it with\n  pip install peft"
 MSG_UNET_ALONE = "--unet puts another UNet into the pipeline of --model, which is missing. Add it."
@@ -321,13 +318,6 @@ def load(
     return Loaded(pipe, family, model or "embedded", torch_device, chosen.value, variant)
 
 
-def embedded_name(model: str | None) -> str | None:
-    """The name of the embedded pipeline that is asked for; None for a folder, a file or a hub id."""
-    if model is None:
-        return DEFAULT_EMBEDDED
-    return model.removeprefix(EMBEDDED_PREFIX) if model.startswith(EMBEDDED_PREFIX) else None
-
-
 def set_scheduler(pipe: Any, name: str) -> None:
     """Put in the scheduler of this short name, with the noise schedule of the checkpoint's own."""
     class_name, overrides = SCHEDULERS[name]
@@ -362,38 +352,74 @@ def _may_replace(scheduler: Any, family: Family) -> bool:
     return type(scheduler).__name__ in family.replaced and scheduler.config.get("timestep_spacing") != "trailing"
 
 
-MSG_NEVER_GATED = (
-    "Gate step {gate} is at or beyond the last of {steps} steps, so that nothing is gated. "
-    "Give a smaller --gate-step, or --no-tgate."
+DTYPES = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
+
+
+MSG_DEVICE = "The device must be auto, cpu, cuda, cuda:<number> or mps, but got {given!r}."
+
+
+MSG_NO_DEVICE = "There is no {given} device here that torch {version} can use. Use --device cpu, or leave it out."
+
+
+def choose_device(given: str) -> torch.device:
+    """The device called `given`; `auto` is the best one here.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if given == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if usable[name]))
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        raise ConfigurationError(MSG_DEVICE.format(given=given)) from None
+    if device.type not in usable:
+        raise ConfigurationError(MSG_DEVICE.format(given=given))
+    is_missing_gpu = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not usable[device.type] or is_missing_gpu:
+        raise ConfigurationError(MSG_NO_DEVICE.format(given=given, version=torch.__version__))
+    return device
+
+
+def choose_dtype(given: Dtype, pipeline_class: str, device: torch.device) -> Dtype:
+    """The number format asked for, or the best one for a pipeline of this class on `device`."""
+    if given is not Dtype.auto:
+        return given
+    if device.type == "cpu":
+        return Dtype.fp32
+    chosen = Dtype(gpu_dtype(pipeline_class))
+    if chosen is Dtype.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return Dtype.fp16
+    return chosen
+
+
+#: Shown first, in this order. Six single objects, two pairs; every combination is held out (a test checks that).
+CHOSEN = (
+    "a large red circle on a blue background",
+    "a large yellow star on a green background",
+    "a red square left of a yellow star on a white background",
+    "a large purple triangle at the top of a white background",
+    "a small orange square on a white background",
+    "a large black square on an orange background",
+    "a yellow circle above a green triangle on a blue background",
+    "a small green star at the right of a blue background",
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of one generation.
-
-    Attributes:
-        steps: denoising steps.
-        guidance: guidance scale.
-        gate_step: as `optimize` takes it.
-        gate: the first gated step.
-    """
-
-    steps: int
-    guidance: float
-    gate_step: int | float
-    gate: int
+_SEED = 0
 
 
-def settings_for(
-    loaded: Loaded, *, steps: int | None, guidance: float | None, gate_step: float | None, tgate: bool = True
-) -> Settings:
-    """What is None is the family's; its gate moves along with the number of steps."""
-    family = loaded.family
-    chosen_steps = family.steps if steps is None else steps
-    if gate_step is None:
-        gate_step = max(1, round(chosen_steps * family.gate_step / family.steps))
-    gate = Schedule(gate_step).gate(chosen_steps)
-    if tgate and gate >= chosen_steps:
-        print_note(MSG_NEVER_GATED.format(gate=gate, steps=chosen_steps))
-    return Settings(chosen_steps, family.guidance if guidance is None else guidance, gate_step, gate)
+_SHARE_OF_PAIRS = 4  # one of so many
+
+
+def demo_prompts(count: int) -> list[str]:
+    """The first `count` prompts; those beyond the chosen ones are drawn from the held-out captions, always the same."""
+    rng = np.random.default_rng(_SEED)
+    prompts = list(CHOSEN[:count])
+    while len(prompts) < count:
+        objects = 2 if len(prompts) % _SHARE_OF_PAIRS == 0 else 1
+        prompt = caption_of(random_scene(rng, objects, held_out=True))
+        if prompt not in prompts:
+            prompts.append(prompt)
+    return prompts

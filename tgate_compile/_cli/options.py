@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
 import typer
 
-from tgate_compile._demo.captions import caption_of, random_scene
+from tgate_compile._arguments import BackendName
+from tgate_compile._cli.console import ERR
 from tgate_compile._errors import ConfigurationError
+from tgate_compile._runtimes import BACKENDS, check_backend_installed
 from tgate_compile.methods.method import checked_gate_step
-from tgate_compile.methods.schedule import Schedule
-from tgate_compile.methods.schedule_file import load_schedule
 
-MSG_SIZE = "{given} is no multiple of 8, which the models need. The nearest: {below} or {above}."
+if TYPE_CHECKING:
+    from tgate_compile._cli.loading import Loaded
+
+#: The embedded model that is taken without --model, and what the names of all of them begin with.
+DEFAULT_EMBEDDED = "sd"
+EMBEDDED_PREFIX = "embedded:"
+
+#: The sections of `--help`.
+MODEL, IMAGE, SCHEDULE, OUTPUT = "Model", "Image", "Schedule", "Output"
+
+MSG_SIZE = "{given} is not a multiple of 8, which the models need. The nearest: {below} or {above}."
+MSG_AUTO = (
+    "auto measures schedules on a model, and this command takes a number (10) or a fraction (0.4). "
+    "`tgate-compile tune --out schedule.json` finds a gate step."
+)
+
+MSG_CONFIG_ALONE = (
+    "--model-config is the configuration for a --model that is a single-file checkpoint, and {given} is not one. Leave "
+    "it out."
+)
 
 
 class Dtype(str, Enum):
@@ -30,15 +47,9 @@ class Dtype(str, Enum):
     bf16 = "bf16"
 
 
-class Backend(str, Enum):
-    """The backends of `optimize`."""
-
-    eager = "eager"
-    inductor = "inductor"
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    tensorrt = "tensorrt"
-    auto = "auto"
+#: The backends of `optimize`.
+Backend = Enum("Backend", {name: name for name in (*BACKENDS, "auto")}, type=str)  # type: ignore[misc]
+EAGER = Backend("eager")
 
 
 class Keep(str, Enum):
@@ -48,9 +59,18 @@ class Keep(str, Enum):
     cond = "cond"
 
 
+def embedded_name(model: str | None) -> str | None:
+    """The name of the embedded pipeline that is asked for; None for a folder, a file or a hub id."""
+    if model is None:
+        return DEFAULT_EMBEDDED
+    return model.removeprefix(EMBEDDED_PREFIX) if model.startswith(EMBEDDED_PREFIX) else None
+
+
 def parse_gate_step(text: object) -> float:
     """A gate step from the command line: an int is a number of steps, a float a fraction of them."""
     given = str(text)
+    if given == "auto":
+        raise typer.BadParameter(MSG_AUTO)
     try:
         value: float = float(given) if "." in given or "e" in given.lower() else int(given)
     except ValueError:
@@ -71,6 +91,17 @@ def check_size(given: int | None) -> int | None:
     return given
 
 
+def check_backend(backend: Backend) -> BackendName:
+    """The name of `backend`.
+
+    Raises:
+        ConfigurationError: its packages are not installed.
+    """
+    name: BackendName = backend.value
+    check_backend_installed(name)
+    return name
+
+
 GATE_HELP = "Steps to run in full: a number (10), or a fraction of the steps (0.4)."
 
 Model = Annotated[
@@ -78,49 +109,154 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or embedded:sd, :sdxl, :pixart or "
-        ":lcm.",
+        help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or embedded:sd, embedded:sdxl, "
+        "embedded:pixart or embedded:lcm.",
         show_default="embedded:sd",
+        rich_help_panel=MODEL,
     ),
-]
-ModelConfig = Annotated[
-    str | None,
-    typer.Option(
-        help="For a checkpoint in a single file: folder or hub id of a pipeline with its configuration.",
-        show_default="found on the hub",
-    ),
-]
-Unet = Annotated[
-    str | None,
-    typer.Option(help="Folder or hub id of another UNet for the pipeline, e.g. latent-consistency/lcm-sdxl."),
-]
-Lora = Annotated[str | None, typer.Option(help="LoRA weights: a file, a folder or a hub id. Needs peft.")]
-Scheduler = Annotated[
-    str | None, typer.Option(help="Put this scheduler in: ddim, dpm++, euler, lcm, ...", show_default="auto")
 ]
 GateStep = Annotated[
     float | None,
     typer.Option(
-        "--gate-step", "-g", parser=parse_gate_step, metavar="INT|FRACTION", help=GATE_HELP, show_default="auto"
+        "--gate-step",
+        "-g",
+        parser=parse_gate_step,
+        metavar="N",
+        help=GATE_HELP,
+        show_default="the model's",
+        rich_help_panel=SCHEDULE,
     ),
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="auto")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Denoising steps.", show_default="the model's", rich_help_panel=IMAGE)
+]
 Guidance = Annotated[
-    float | None, typer.Option(min=0.0, help="Guidance scale; up to 1 means none.", show_default="auto")
+    float | None,
+    typer.Option(
+        min=0.0, help="Guidance scale; up to 1 means no guidance.", show_default="the model's", rich_help_panel=IMAGE
+    ),
 ]
-Height = Annotated[
-    int | None, typer.Option(min=8, callback=check_size, help="Of the image.", show_default="the model's")
+Side = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        callback=check_size,
+        help="Of the image in pixels: a multiple of 8.",
+        show_default="the model's",
+        rich_help_panel=IMAGE,
+    ),
 ]
-Width = Annotated[
-    int | None, typer.Option(min=8, callback=check_size, help="Of the image.", show_default="the model's")
+NegativePrompt = Annotated[str | None, typer.Option(help="What not to show.", rich_help_panel=IMAGE)]
+NumImages = Annotated[
+    int, typer.Option("--num-images", "-n", min=1, help="Images of each prompt, in one batch.", rich_help_panel=IMAGE)
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda (or cuda:1, ...) or mps.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto: fp32 on a CPU, fp16 or bf16 on a GPU.")]
-KeepOption = Annotated[
-    Keep | None,
-    typer.Option("--keep", help="Guidance half that goes on once guidance has stopped.", show_default="the paper's"),
+Seed = Annotated[
+    int, typer.Option(min=0, help="Of the first image; each further image takes the next one.", rich_help_panel=IMAGE)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+RandomSeed = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Of the first image; each further image takes the next one.",
+        show_default="random",
+        rich_help_panel=IMAGE,
+    ),
+]
+BackendOption = Annotated[
+    Backend,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help=f"What runs the graphs: {', '.join(each.value for each in Backend)}. eager starts at once, inductor "
+        "compiles for minutes, auto takes the fastest that is installed.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.", rich_help_panel=OUTPUT)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.", rich_help_panel=OUTPUT)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is loaded. An argument of a command that is annotated with this becomes these options."""
+
+    model_config: Annotated[
+        str | None,
+        typer.Option(
+            help="For a checkpoint in a single file: folder or hub id of a pipeline with its configuration.",
+            show_default="found on the hub",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    unet: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of another UNet for the pipeline, e.g. latent-consistency/lcm-sdxl.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    lora: Annotated[
+        str | None,
+        typer.Option(help="LoRA weights: a file, a folder or a hub id. Needs peft.", rich_help_panel=MODEL),
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Use this scheduler: ddim, dpm++, euler, lcm, ...",
+            show_default="the model's",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda (or cuda:1, ...) or mps.", rich_help_panel=MODEL)] = (
+        "auto"
+    )
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            "--dtype",
+            metavar="NAME",
+            help="fp32, fp16, bf16, or auto: fp32 on a CPU, fp16 or bf16 on a GPU.",
+            rich_help_panel=MODEL,
+        ),
+    ] = Dtype.auto
+
+    def load(self, model: str | None) -> Loaded:
+        """Load `model` (None: the embedded pipeline), showing that it takes a while.
+
+        Raises:
+            ConfigurationError: the model, device, scheduler or LoRA cannot be loaded.
+        """
+        with ERR.status("Loading the model"):
+            from tgate_compile._cli.loading import load  # PyTorch and diffusers take seconds
+
+            return load(model, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of `load`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOnCpu(Loading):
+    """The same, on the CPU unless something else is asked for."""
+
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda (or cuda:1, ...) or mps.", rich_help_panel=MODEL)] = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """What an image is like. An argument of a command that is annotated with this becomes these options."""
+
+    steps: Steps = None
+    guidance: Guidance = None
+    height: Side = None
+    width: Side = None
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Height and width, as far as they are given."""
+        given = {"height": self.height, "width": self.width}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -216,123 +352,6 @@ def gpu_dtype(pipeline_class: str) -> str:
     return next((f.gpu_dtype for f in FAMILIES if f.pipelines and pipeline_class in f.pipelines), "fp16")
 
 
-DTYPES = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
-
-MSG_DEVICE = "The device must be auto, cpu, cuda, cuda:<number> or mps, but got {given!r}."
-MSG_NO_DEVICE = "There is no {given} device here that torch {version} can use. Use --device cpu, or leave it out."
-
-
-def choose_device(given: str) -> torch.device:
-    """The device called `given`; `auto` is the best one here.
-
-    Raises:
-        ConfigurationError: there is no such device.
-    """
-    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if given == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if usable[name]))
-    try:
-        device = torch.device(given)
-    except RuntimeError:
-        raise ConfigurationError(MSG_DEVICE.format(given=given)) from None
-    if device.type not in usable:
-        raise ConfigurationError(MSG_DEVICE.format(given=given))
-    is_missing_gpu = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    if not usable[device.type] or is_missing_gpu:
-        raise ConfigurationError(MSG_NO_DEVICE.format(given=given, version=torch.__version__))
-    return device
-
-
-def choose_dtype(given: Dtype, pipeline_class: str, device: torch.device) -> Dtype:
-    """The number format asked for, or the best one for a pipeline of this class on `device`."""
-    if given is not Dtype.auto:
-        return given
-    if device.type == "cpu":
-        return Dtype.fp32
-    chosen = Dtype(gpu_dtype(pipeline_class))
-    if chosen is Dtype.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return Dtype.fp16
-    return chosen
-
-
-MSG_FILE_ALONE = "--schedule says all about the steps. Leave out {given}, or leave out --schedule."
-
-_STEP = "INT|FRACTION"
-
-OptionalGateStep = Annotated[
-    float | None,
-    typer.Option("--gate-step", "-g", parser=parse_gate_step, metavar=_STEP, help=GATE_HELP, show_default="no gate"),
-]
-SpInterval = Annotated[
-    int | None, typer.Option(min=1, help="Self-attention every so many steps before the gate.", show_default="1")
-]
-FiInterval = Annotated[int | None, typer.Option(min=1, help="The same after the gate.", show_default="1")]
-WarmUp = Annotated[int | None, typer.Option(min=0, help="Steps before --sp-interval counts.", show_default="2")]
-DeepcacheInterval = Annotated[
-    int | None, typer.Option(min=1, help="A UNet's deep part every so many steps.", show_default="1")
-]
-DeepcacheBranch = Annotated[
-    int | None, typer.Option(min=0, help="Skip connection that the shallow part ends at.", show_default="0")
-]
-GuidanceStep = Annotated[
-    float | None, typer.Option(parser=parse_gate_step, metavar=_STEP, help="Steps with guidance.", show_default="all")
-]
-AnchorWeight = Annotated[
-    float | None,
-    typer.Option(help="Weight of the prompt's half in what the gate caches.", show_default="0.5, the paper's"),
-]
-File = Annotated[
-    Path | None, typer.Option("--schedule", help="A schedule file, in the place of options.", show_default="none")
-]
-
-
-def given_options(**options: Any) -> dict[str, Any]:
-    """Those options of a schedule that were given, by the names of its fields."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def schedule_from(file: Path | None, given: Mapping[str, Any]) -> Schedule:
-    """The schedule in `file`, or else that of the options.
-
-    Raises:
-        ConfigurationError: both are given, or what is given makes no schedule.
-    """
-    if file is None:
-        return Schedule(**{"gate_step": None, **given})
-    if given:
-        shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigurationError(MSG_FILE_ALONE.format(given=shown))
-    return load_schedule(file)
-
-
-#: Shown first, in this order. Six single objects, two pairs; every combination is held out (a test checks that).
-CHOSEN = (
-    "a large red circle on a blue background",
-    "a large yellow star on a green background",
-    "a red square left of a yellow star on a white background",
-    "a large purple triangle at the top of a white background",
-    "a small orange square on a white background",
-    "a large black square on an orange background",
-    "a yellow circle above a green triangle on a blue background",
-    "a small green star at the right of a blue background",
-)
-
-_SEED = 0
-_SHARE_OF_PAIRS = 4  # one of so many
-
-
-def demo_prompts(count: int) -> list[str]:
-    """The first `count` prompts; those beyond the chosen ones are drawn from the held-out captions, always the same."""
-    rng = np.random.default_rng(_SEED)
-    prompts = list(CHOSEN[:count])
-    while len(prompts) < count:
-        objects = 2 if len(prompts) % _SHARE_OF_PAIRS == 0 else 1
-        prompt = caption_of(random_scene(rng, objects, held_out=True))
-        if prompt not in prompts:
-            prompts.append(prompt)
-    return prompts
-
-
 MSG_NO_PROMPTS = (
     "Give a few prompts like those that the model will get: --prompt (several times), or --prompts FILE, one a line."
 )
@@ -341,16 +360,53 @@ MSG_NOT_READ = "The prompts cannot be read from {given}: {reason}."
 MSG_EMPTY = "{given} has no prompts: expected one a line."
 
 Prompt = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help="What to show; several times.", show_default="a few")
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="What to show; several times.",
+        show_default="a few",
+        rich_help_panel=IMAGE,
+    ),
 ]
-Prompts = Annotated[Path | None, typer.Option(help="A text file with a prompt in each line.", show_default="none")]
+Prompts = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A text file with a prompt in each line.", rich_help_panel=IMAGE)
+]
+Count = Annotated[
+    int | None, typer.Option(min=1, help="Take so many of the prompts.", show_default="all", rich_help_panel=IMAGE)
+]
+
+
+def parse_seeds(text: object) -> list[int]:
+    """`0,1,2` as a list."""
+    words = str(text).split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise typer.BadParameter(f"expected numbers with commas between them (0,1,2), got {str(text)!r}.")
+    return [int(word) for word in words]
+
+
 Seeds = Annotated[
-    list[int] | None, typer.Option("--seed", min=0, help="Noise for each prompt; several times.", show_default="0")
+    Any,
+    typer.Option(
+        "--seeds",
+        parser=parse_seeds,
+        metavar="N,N,...",
+        help="Run every prompt with each of these seeds.",
+        show_default="0",
+        rich_help_panel=IMAGE,
+    ),
 ]
 
 
-def chosen_prompts(given: list[str] | None, file: Path | None, *, embedded: int | None) -> list[str]:
-    """The prompts given, or those in `file`; else so many of the demo's, or (None) an error.
+def chosen_prompts(given: list[str] | None, file: Path | None, count: int | None, *, embedded: int | None) -> list[str]:
+    """The prompts given, or those in `file`, or the demo's.
+
+    Args:
+        given: the prompts.
+        file: has them one a line.
+        count: take so many of them; None: all, or `embedded` of the demo's.
+        embedded: with neither prompts nor a file, so many of the demo's; None: that is an error.
 
     Raises:
         ConfigurationError: there are none, or two lists of them, or the file cannot be read.
@@ -358,17 +414,20 @@ def chosen_prompts(given: list[str] | None, file: Path | None, *, embedded: int 
     if given and file is not None:
         raise ConfigurationError(MSG_BOTH)
     if given:
-        return given
+        return given[:count]
     if file is None:
         if embedded is None:
             raise ConfigurationError(MSG_NO_PROMPTS)
-        return demo_prompts(embedded)
+
+        from tgate_compile._cli.loading import demo_prompts  # PyTorch takes seconds
+
+        return demo_prompts(embedded if count is None else count)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigurationError(MSG_NOT_READ.format(given=file, reason=reason)) from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise ConfigurationError(MSG_EMPTY.format(given=file))
-    return texts
+    return texts[:count]

@@ -4,67 +4,61 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tgate_compile._cli import options
-from tgate_compile._cli import options as schedule_options
 from tgate_compile._cli.console import ERR, OUT, print_note
+from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.study.cost import MODELS, ImageCost, image_cost, model_named, paper_tables, schedule_of
+from tgate_compile.study.cost import MODELS, model_named, paper_tables, schedule_of
 
-MSG_NOTHING_ASKED = "Give --paper for the paper's tables, or --model with one of: {known}."
+if TYPE_CHECKING:
+    from tgate_compile.study.cost import ImageCost
+
+#: Options whose names are not those of the arguments of `image_cost`.
+_OPTIONS = {"guided": "guidance", "batch": "num-images"}
+
+MSG_NOTHING_ASKED = "Give --paper for the paper's tables, or --architecture with one of: {known}."
 MSG_PAPER_ALONE = "--paper shows the tables as they are. Leave out {given}, or leave out --paper."
 MSG_NEVER_GATED = "Gate step {gate} is at or beyond the last of {steps} steps, so that nothing is gated."
 
 
 def report(
     paper: Annotated[bool, typer.Option("--paper", help="The paper's tables, ours beside theirs.")] = False,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help=f"One of {', '.join(MODELS)}.", show_default="all")
+    architecture: Annotated[
+        str | None,
+        typer.Option("--architecture", "-a", metavar="NAME", help=f"{', '.join(MODELS)}.", show_default="all"),
     ] = None,
-    gate_step: schedule_options.GateStep = None,
-    sp_interval: schedule_options.SpInterval = None,
-    fi_interval: schedule_options.FiInterval = None,
-    warm_up: schedule_options.WarmUp = None,
-    deepcache_interval: schedule_options.DeepcacheInterval = None,
-    deepcache_branch: schedule_options.DeepcacheBranch = None,
-    guidance_step: schedule_options.GuidanceStep = None,
-    guidance: Annotated[
-        bool | None,
-        typer.Option(
-            "--guidance/--no-guidance", help="Guided steps run at twice the batch.", show_default="the model's"
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the model's")] = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images at a time.", show_default="1")] = None,
+    *,
+    schedule: ScheduleOptions,
+    image: options.Image,
+    num_images: options.NumImages = 1,
     json: options.Json = False,
 ) -> None:
     """Count what a schedule costs on a model, or every row of the paper's tables. Needs no weights and runs nothing."""
-    chosen = schedule_options.given_options(
-        gate_step=gate_step,
-        sp_interval=sp_interval,
-        fi_interval=fi_interval,
-        warm_up=warm_up,
-        deepcache_interval=deepcache_interval,
-        deepcache_branch=deepcache_branch,
-        guidance_step=guidance_step,
-    )
-    image = {"steps": steps, "guided": guidance, "height": height, "width": width, "batch": batch}
-    size = {name: value for name, value in image.items() if value is not None}
-    if model is None and not paper:
+    schedule.check_known_in_advance()
+    size: dict[str, Any] = {**image.size}
+    if image.steps is not None:
+        size["steps"] = image.steps
+    if image.guidance is not None:
+        size["guided"] = image.guidance > 1
+    if num_images > 1:
+        size["batch"] = num_images
+    given = [*schedule.given, *(["schedule"] if schedule.file is not None else []), *size]
+    if architecture is None and not paper:
         raise typer.BadParameter(MSG_NOTHING_ASKED.format(known=", ".join(MODELS)))
-    if paper and (chosen or size):
-        names = ("guidance" if name == "guided" else name.replace("_", "-") for name in (*chosen, *size))
+    if paper and given:
+        names = (_OPTIONS.get(name, name.replace("_", "-")) for name in given)
         raise typer.BadParameter(MSG_PAPER_ALONE.format(given=", ".join(f"--{name}" for name in names)))
-    if model is not None:
-        model_named(model)
-    rows = _paper_rows(model) if paper else _asked_rows(str(model), chosen, size)
+    if architecture is not None:
+        model_named(architecture)
+    chosen = schedule.schedule(None) if schedule.given or schedule.file is not None else None
+    rows = _paper_rows(architecture) if paper else _asked_rows(str(architecture), chosen, size)
     if json:
         typer.echo(json_format.dumps(rows, indent=2, allow_nan=False))
     else:
@@ -79,6 +73,8 @@ def _paper_rows(model: str | None) -> list[dict[str, Any]]:
             continue
         schedule, notes = schedule_of(row)
         with ERR.status(f"Capturing {row['model']}"):
+            from tgate_compile.study.cost import image_cost  # PyTorch takes seconds
+
             cost = image_cost(model_named(row["model"]), schedule, steps=row.get("steps"))
         ours = _ours(cost, schedule)
         deviation = ours["ours_macs_t"] / row["macs_t"] - 1
@@ -86,10 +82,10 @@ def _paper_rows(model: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _asked_rows(model: str, chosen: Mapping[str, Any], size: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _asked_rows(model: str, schedule: Schedule | None, size: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The schedule asked for, then what it is to be compared with: guidance drop alone, and every step in full."""
     real = model_named(model)
-    schedule = Schedule(**{"gate_step": None, **chosen}) if chosen else None
+    chosen = {} if schedule is None else {k: v for k, v in asdict(schedule).items() if v is not None}
     steps = size.get("steps", real.steps)
     rows: list[tuple[str, Schedule | None]] = [] if schedule is None else [(_method(schedule), schedule)]
     if schedule is not None and schedule.gate_step is not None:
@@ -102,6 +98,8 @@ def _asked_rows(model: str, chosen: Mapping[str, Any], size: Mapping[str, Any]) 
     described = []
     for method, each in rows:
         with ERR.status(f"Capturing {model}"):
+            from tgate_compile.study.cost import image_cost
+
             cost = image_cost(real, each, **size)
         about = {"model": model, **size, "steps": steps, "method": method}
         described.append({**about, **(chosen if each is schedule else {}), **_ours(cost, each)})

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from tgate_compile import __version__
 from tgate_compile._cli import options
-from tgate_compile._cli.console import ERR, OUT, make_progress, print_json
-from tgate_compile._cli.pictures import check_targets, coloured, image_paths, save_png
+from tgate_compile._cli.console import ERR, OUT, check_targets, image_paths, make_progress, print_json, save_png
+from tgate_compile._cli.strip import coloured
 from tgate_compile._errors import check_installed
 
 if TYPE_CHECKING:
@@ -27,46 +27,52 @@ def run(
         Path, typer.Argument(help="A folder that `export --components all` has written.", show_default=False)
     ],
     prompt: Annotated[
-        list[str], typer.Option("--prompt", "-p", help="What to show; several times for several images.")
+        list[str],
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="What to show; several times for several images.",
+            rich_help_panel=options.IMAGE,
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A .png file, or a folder.")],
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the bundle's")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=0.0, help="Guidance scale; up to 1 means none.", show_default="the bundle's")
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .png file, or a folder.", rich_help_panel=options.OUTPUT)],
+    *,
+    negative_prompt: options.NegativePrompt = None,
+    image: options.Image,
+    seed: options.RandomSeed = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Use this scheduler: ddim, euler, dpm++ or pndm.", show_default="the model's"
+        ),
     ] = None,
     gate_step: options.GateStep = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the first image; the next one's is one more.")] = None,
-    height: Annotated[int | None, typer.Option(min=8, help="Of the image.", show_default="the bundle's")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Of the image.", show_default="the bundle's")] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="ddim, euler, dpm++ or pndm.", show_default="the bundle's")
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that work on one operator.", show_default="all")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="That work on one operator.", show_default="all")] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare all files' hashes first.")] = True,
-    sequential: Annotated[
-        bool, typer.Option("--sequential", help="Have one graph in memory at a time, which takes less of it.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check all files' hashes first.")] = True,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Keep only one graph in memory at a time.")] = False,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Make images with a bundle, on ONNX Runtime alone. What is not given is as it was exported."""
     first_seed = random.randrange(2**31) if seed is None else seed
     seeds = [first_seed + i for i in range(len(prompt))]
     paths = image_paths(out, seeds)
-    check_targets(paths, force=force)
     check_installed("pydantic", "onnxruntime", "tokenizers", extra="runtime", what="run")
-    from tgate_compile.runtime import BundlePipeline
+    check_targets(paths, force=force)
+    with ERR.status("Opening the bundle"):
+        from tgate_compile.runtime import BundlePipeline
 
-    with ERR.status("Verifying the bundle"):
         pipe = BundlePipeline(bundle, threads=threads, verify=verify, sequential=sequential)
     call: dict[str, Any] = {
         "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
+        "num_inference_steps": image.steps,
+        "guidance_scale": image.guidance,
         "gate_step": gate_step,
-        "height": height,
-        "width": width,
+        "height": image.height,
+        "width": image.width,
         "scheduler": scheduler,
         "seed": first_seed,
     }
@@ -75,14 +81,14 @@ def run(
         "bundle": str(bundle),
         "negative_prompt": negative_prompt,
         "steps": len(done),
-        "guidance": pipe.manifest.components.guidance_scale if guidance is None else guidance,  # type: ignore[union-attr]
+        "guidance": pipe.manifest.components.guidance_scale if image.guidance is None else image.guidance,  # type: ignore[union-attr]
         "schedule": str(pipe.schedule),
         "gate_step": gate_step,
         "scheduler": scheduler or pipe.manifest.scheduler.class_name,
         "tgate_compile": __version__,
     }
-    for image, path, text, own_seed in zip(images, paths, prompt, seeds, strict=True):
-        save_png(image, path, used | {"prompt": text, "seed": own_seed})
+    for picture, path, text, own_seed in zip(images, paths, prompt, seeds, strict=True):
+        save_png(picture, path, used | {"prompt": text, "seed": own_seed})
     strip, times = "".join(step.letter for step in done), _times(done)
     if json:
         told = {"prompts": prompt, "seeds": seeds, "images": [str(path) for path in paths], "strip": strip}

@@ -3,74 +3,73 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+import tgate_compile
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
-from tgate_compile._cli.console import ERR, OUT, make_progress, print_json
-from tgate_compile._cli.loading import embedded_name, load
-from tgate_compile._cli.pictures import check_targets, coloured
+from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json
+from tgate_compile._cli.options import embedded_name
+from tgate_compile._cli.settings import print_chosen, settings_for
+from tgate_compile._cli.strip import coloured
 from tgate_compile.study.figures import check_figure
-from tgate_compile.study.tuning.result import Row, Tuning
-from tgate_compile.study.tuning.search import DEFAULT_TOLERANCE
-from tgate_compile.study.tuning.search import tune as tune_pipeline
+from tgate_compile.study.tuning import DEFAULT_TOLERANCE
+
+if TYPE_CHECKING:
+    from tgate_compile.study.tuning.result import Row, Tuning
 
 _EMBEDDED_PROMPTS = 4
 
 
 def tune(
     model: options.Model = None,
-    model_config: options.ModelConfig = None,
+    *,
+    loading: options.Loading,
     prompt: prompt_options.Prompt = None,
     prompts: prompt_options.Prompts = None,
+    count: prompt_options.Count = None,
+    seeds: prompt_options.Seeds = None,
+    image: options.Image,
     tolerance: Annotated[
         float, typer.Option(help="Drift of the final latents that is allowed, as a fraction of their norm.")
     ] = DEFAULT_TOLERANCE,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    seed: prompt_options.Seeds = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the schedule to this .json file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw what was measured: .png, .svg or .pdf.")] = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    scheduler: options.Scheduler = None,
-    unet: options.Unet = None,
-    lora: options.Lora = None,
-    device: options.Device = "auto",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the schedule to this .json file.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw what was measured: .png, .svg or .pdf. Needs matplotlib.", rich_help_panel=options.OUTPUT
+        ),
+    ] = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Find the cheapest schedule whose images stay close to the plain pipeline's, on a few prompts."""
     embedded = None if embedded_name(model) is None else _EMBEDDED_PROMPTS
-    texts = prompt_options.chosen_prompts(prompt, prompts, embedded=embedded)
+    texts = prompt_options.chosen_prompts(prompt, prompts, count, embedded=embedded)
     if plot is not None:
         check_figure(plot)
     check_targets([path for path in (out, plot) if path is not None], force=force)
-    with ERR.status("Loading the model"):
-        loaded = load(
-            model, model_config=model_config, device=device, dtype=dtype, scheduler=scheduler, unet=unet, lora=lora
-        )
-    call: dict[str, Any] = {
-        **loaded.call,
-        "guidance_scale": loaded.family.guidance if guidance is None else guidance,
-        "height": height,
-        "width": width,
-    }
+    loaded = loading.load(model)
+    settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)
+    print_chosen(loaded, loading, image, settings)
+    call: dict[str, Any] = {**loaded.call, "guidance_scale": settings.guidance, **image.size}
     with make_progress(shown=not json) as progress:
         task = progress.add_task("plain", total=None)
-        tuning = tune_pipeline(
+        tuning = tgate_compile.tune(
             loaded.pipe,
             texts,
             tolerance=tolerance,
-            num_inference_steps=loaded.family.steps if steps is None else steps,
-            seeds=seed or (0,),
-            call={name: value for name, value in call.items() if value is not None},
+            num_inference_steps=settings.steps,
+            seeds=seeds or (0,),
+            call=call,
             progress=lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
         )
     if out is not None:

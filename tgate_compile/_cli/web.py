@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import webbrowser
+from dataclasses import fields
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json, print_note
+from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile._errors import ConfigurationError, check_installed
 
 MSG_BUNDLE_ALONE = "--bundle is a model with all its settings. Leave out {given}, or leave out --bundle."
@@ -19,42 +21,51 @@ MSG_AS_IT_IS = "{folder} has a site already, which is served as it is. --force w
 
 
 def web(
-    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the site.")] = Path("tgate-web"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="A new folder for the site.", rich_help_panel=options.OUTPUT)
+    ] = Path("tgate-web"),
     model: options.Model = None,
-    model_config: options.ModelConfig = None,
+    *,
+    loading: options.LoadingOnCpu,
     bundle: Annotated[
         Path | None,
-        typer.Option(help="A bundle of `export --components all` in the place of --model.", show_default="none"),
+        typer.Option(help="A bundle of `export --components all` instead of --model.", rich_help_panel=options.MODEL),
     ] = None,
-    gate_step: options.GateStep = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
+    image: options.Image,
+    schedule: ScheduleOptions,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A suggestion on the page; several times.")
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="What to show, as a suggestion on the page; several times.",
+            rich_help_panel=options.IMAGE,
+        ),
     ] = None,
     runtime: Annotated[
         Path | None,
-        typer.Option(help="The folder dist of the npm package onnxruntime-web.", show_default="fetched by npm, once"),
+        typer.Option(
+            metavar="FOLDER",
+            help="The folder dist of the npm package onnxruntime-web.",
+            show_default="fetched by npm, once",
+        ),
     ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the site on this machine until Ctrl-C.")] = False,
-    open: Annotated[bool, typer.Option("--open", help="The same, and open it in a browser.")] = False,
+    open: Annotated[bool, typer.Option("--open", help="Serve the site, and open it in a browser.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="To serve at; 0 takes any that is free.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace the site that is there.")] = False,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Write a page that runs a model in the browser, with T-GATE and without, for any static server."""
     check_installed("pydantic", extra="onnx", what="web")
     from tgate_compile._web.onnxruntime_web import runtime_files
     from tgate_compile._web.site import check_bundle, check_site_target, is_site, server_for, write_site
+    from tgate_compile.bundle.formats import check_can_write
 
-    of_model = {
-        "--model": model,
-        "--model-config": model_config,
-        "--gate-step": gate_step,
-        "--steps": steps,
-        "--guidance": guidance,
-    }
-    given = [name for name, value in of_model.items() if value is not None]
+    schedule.check_known_in_advance()
+    of_model = {"model": model, **_changed(loading), **_changed(image), **schedule.given, "schedule": schedule.file}
+    given = [f"--{name.replace('_', '-')}" for name, value in of_model.items() if value is not None]
     if bundle is not None and given:
         raise ConfigurationError(MSG_BUNDLE_ALONE.format(given=" and ".join(given)))
     server = server_for(out, port) if serve or open else None  # the port is there, or nothing is written
@@ -65,6 +76,10 @@ def web(
         check_site_target(out, overwrite=force)
         if bundle is not None:
             check_bundle(bundle)
+        else:
+            check_installed("torch", "diffusers", "transformers", extra="cli", what="web without --bundle")
+            check_can_write("onnx")
+            check_installed("tokenizers", what="web without --bundle")
         with ERR.status("Fetching ONNX Runtime"):
             files = runtime_files(runtime)
         if bundle is not None:
@@ -72,7 +87,7 @@ def web(
         else:
             with tempfile.TemporaryDirectory() as name:
                 made = Path(name, "bundle")
-                suggestions = _export(made, model, model_config, gate_step, steps, guidance, shown=not json)
+                suggestions = _export(made, model, loading, image, schedule, shown=not json)
                 write_site(out, made, files, prompts=prompt or suggestions, overwrite=force)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if json:
@@ -86,33 +101,35 @@ def web(
 def _export(
     folder: Path,
     model: str | None,
-    model_config: str | None,
-    gate_step: float | None,
-    steps: int | None,
-    guidance: float | None,
+    loading: options.Loading,
+    image: options.Image,
+    schedule: ScheduleOptions,
     *,
     shown: bool,
 ) -> list[str]:
     """Write a bundle of `model` with fixed sizes, which run fastest; prompts to suggest for it."""
-    check_installed("torch", "diffusers", "transformers", extra="cli", what="web without --bundle")
-    from tgate_compile.bundle.formats import check_can_write
-
-    check_can_write("onnx")
     import tgate_compile
-    from tgate_compile._cli.loading import load, settings_for
-    from tgate_compile._cli.options import demo_prompts
+    from tgate_compile._cli.loading import demo_prompts
+    from tgate_compile._cli.settings import chosen_for
 
-    def say(stage: str) -> None:
+    def show(stage: str) -> None:
         if shown:
             ERR.print(f"[dim]{stage}[/]", soft_wrap=True)
 
-    say("Loading the model")
-    loaded = load(model, model_config=model_config, device="cpu")
-    settings = settings_for(loaded, steps=steps, guidance=guidance, gate_step=gate_step)
-    tgate_compile.optimize(loaded.pipe, settings.gate_step, backend="eager")
-    call = {"prompt": "", **loaded.call, "num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
-    tgate_compile.export(loaded.pipe, folder, call=call, dynamic=False, components="all", progress=say)
+    show("Loading the model")
+    loaded = loading.load(model)
+    settings, chosen = chosen_for(loaded, loading, image, schedule, shown=shown)
+    tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
+    call = {"prompt": "", **loaded.call, **image.size}
+    call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
+    tgate_compile.export(loaded.pipe, folder, call=call, dynamic=False, components="all", progress=show)
     return demo_prompts(6) if loaded.is_embedded else []
+
+
+def _changed(given: options.Loading | options.Image) -> dict[str, Any]:
+    """The options that are not at their defaults."""
+    values = ((field, getattr(given, field.name)) for field in fields(given))
+    return {field.name: value for field, value in values if value != field.default}
 
 
 def _serve(server: ThreadingHTTPServer, *, open_browser: bool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -57,7 +59,7 @@ def load_demo_pipeline(variant: str = "sd", *, torch_dtype: torch.dtype = torch.
     """An embedded text-to-image pipeline, on the CPU: 64x64 images of coloured shapes that follow simple captions.
 
     Four models, each of the diffusers class that its name says: `sd`, `sdxl`, `pixart` and `lcm`. `DEMO_VARIANTS`
-    has the steps and the guidance scale that each was made for, and what else its call needs;
+    has the steps and the guidance scale that each was made for; what else its call needs is the default.
     `weights/README.md` is their model card.
 
     Args:
@@ -102,7 +104,28 @@ def load_demo_pipeline(variant: str = "sd", *, torch_dtype: torch.dtype = torch.
         # the `to` of diffusers, which warns of layers kept in float32 even where there are none.
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, torch_dtype)
+    if chosen.call:
+        _set_defaults(pipeline, chosen.call)
     return pipeline
+
+
+def _set_defaults(pipeline: Any, defaults: Mapping[str, object]) -> None:
+    """Give the call of this one object other defaults, by a subclass of its class with the same name."""
+    kind = type(pipeline)
+    plain_call = kind.__call__
+    signature = inspect.signature(plain_call)
+
+    @functools.wraps(plain_call)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        left = {name: value for name, value in defaults.items() if name not in given}
+        return plain_call(*args, **kwargs, **left)
+
+    parameters = [each.replace(default=defaults.get(name, each.default)) for name, each in signature.parameters.items()]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    pipeline.__class__ = type(
+        kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    )
 
 
 @contextmanager

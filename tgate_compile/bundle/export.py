@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.utils.logging import tqdm
 
 from tgate_compile._arguments import AnyPipeline, FormatName, check_call, check_pipeline_first, did_you_mean
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError, check_installed
@@ -22,6 +25,8 @@ from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import rounded_input, wrapped_weight
 from tgate_compile.pipeline.optimized import preview, required_state_of
+
+logger = logging.getLogger(__name__)
 
 #: The choices of `components`: the denoiser's graphs only, or everything needed to turn a prompt into an image.
 COMPONENTS = ("denoiser", "all")
@@ -43,7 +48,8 @@ def export(
     """Write the graphs of an optimized pipeline to `folder`, as a bundle that `load` can serve a pipeline from.
 
     By default, a bundle consists of one ONNX file per graph, one file with the weights of all graphs, and a manifest
-    that describes them for other runtimes (`docs/bundle.md`). Each graph is checked against PyTorch as it is written.
+    that describes them for other runtimes (`docs/reference/bundle.md`). Each graph is checked against PyTorch as it is
+    written.
 
     Args:
         pipe: a pipeline that `optimize` has returned.
@@ -57,15 +63,18 @@ def export(
             `"width"`. True means as many as the denoiser permits: all three, only the batch (for transformers that
             compute tables from the size), or none. False means none, and so does True for the formats whose graphs have
             fixed sizes, `executorch` and `coreml`.
-        format_options: options of the format, described in `docs/exports.md`; `onnx` has none, `aoti` has `target`.
+        format_options: options of the format, described in `docs/guides/exporting.md`; `onnx` has none, `aoti` has
+            `target`.
         components: `"all"` also writes the text encoders, the tokenizers and the VAE decoder, so that
             `tgate_compile.runtime` can generate images from prompts without PyTorch. This is supported for Stable
             Diffusion, SDXL and PixArt.
         quantize: store the weights of the graphs, or compute, in fewer bits: `"int8"` (weights only), another scheme,
-            or a mapping with a `scheme` and further settings. `docs/edge.md` describes the schemes and their costs. The
-            text encoders and the VAE are not quantized.
+            or a mapping with a `scheme` and further settings. `docs/guides/edge.md` describes the schemes and their
+            costs. The text encoders and the VAE are not quantized.
         overwrite: replace the bundle that is in `folder`.
-        progress: called with a line of text at the start of each stage.
+        progress: called with a line of text at the start of each stage. By default, the stages are shown on stderr,
+            unless the progress bars of diffusers are disabled (`diffusers.utils.logging.disable_progress_bar()`) or
+            stderr is not a terminal. Stages are also logged at the level INFO.
 
     Returns:
         `folder`.
@@ -150,8 +159,8 @@ def export(
     target = Path(folder)
     target = target.parent.resolve() / target.name if target.name else target.resolve()
     check_target(target, overwrite=overwrite)
-    report = progress or (lambda stage: None)
-    with exclusive():  # exporters change the state of the whole process, as torch.export does
+    # Exporters change the state of the whole process, as torch.export does.
+    with exclusive(), _stages(progress) as report:
         report("Capturing the graphs")
         plan = preview(pipe, call)[component]
         write_bundle(
@@ -186,6 +195,21 @@ def _check_multiple(
             f"nearest multiples are {nearest_multiples(size, multiple)}. To export a bundle for this {name} only, "
             f"leave {name} out of dynamic."
         )
+
+
+@contextmanager
+def _stages(progress: Callable[[str], None] | None) -> Iterator[Callable[[str], None]]:
+    """Yield the function to call at the start of each stage."""
+    # disable=None shows the bar only if stderr is a terminal.
+    with tqdm(desc="Exporting", bar_format="{desc} [{elapsed}]", disable=None if progress is None else True) as bar:
+
+        def report(stage: str) -> None:
+            logger.info("%s", stage)
+            if progress is not None:
+                progress(stage)
+            bar.set_description_str(stage)
+
+        yield report
 
 
 def _free(dynamic: object, format: str) -> Collection[FreeSize] | None:

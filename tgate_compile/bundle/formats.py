@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-
 from tgate_compile._errors import BackendError, check_installed
 from tgate_compile._runtimes import FORMATS, home_of
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
     from tgate_compile.bundle.calibration import Quantizing
@@ -210,6 +209,8 @@ def check_can_run(name: str, device: torch.device) -> None:
     """Raise BackendError, which says what is missing, unless graphs of the format `name` can run here on `device`."""
     if not FORMATS[name].needs_gpu:
         return
+    import torch  # not above: the command line reads the table for its help
+
     if not torch.cuda.is_available():
         raise BackendError(
             f'A bundle of format "{name}" needs an NVIDIA GPU, but PyTorch {torch.__version__} finds none: there is '

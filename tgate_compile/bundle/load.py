@@ -47,7 +47,8 @@ def load(
         backend: the backend that runs the graphs: `"onnxruntime"` or `"openvino"` for the format `onnx`, and otherwise
             the name of the format. The default is the backend that the format is intended for.
         backend_options: the options of this backend, as in `optimize`: `providers`, `threads` and `prepacking` for ONNX
-            Runtime; `device`, `precision`, `threads` and `cache` for OpenVINO. `docs/exports.md` has those for engines.
+            Runtime; `device`, `precision`, `threads` and `cache` for OpenVINO. `docs/guides/exporting.md` has those for
+            engines.
         sequential: keep only one graph open at a time. This saves memory, but a graph is opened whenever the schedule
             changes to it: twice per generation with T-GATE, more often with others (a warning says how often).
 

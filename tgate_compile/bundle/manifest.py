@@ -224,7 +224,9 @@ class Denoiser(_Strict):
     component: Name = Field(description="The name of the denoiser in the pipeline.")
     class_name: Name
     config: dict[str, Any]
-    weights_digest: Sha256 = Field(description="The digest of all parameters and buffers, defined in docs/bundle.md.")
+    weights_digest: Sha256 = Field(
+        description="The digest of all parameters and buffers, defined in docs/reference/bundle.md."
+    )
     state: DenoiserState | None = Field(
         default=None, description="LoRA scales, attention processors, FreeU, hooks and the like; null if not recorded."
     )
@@ -307,7 +309,7 @@ class Example(_Strict):
     """The steps of a generation."""
 
     guided: bool
-    strip: str = Field(description="One character per step; docs/schedules.md explains the letters.")
+    strip: str = Field(description="One character per step; docs/reference/schedules.md explains the letters.")
     steps: list[Step]
 
 
@@ -374,7 +376,7 @@ class VaeDecoder(_Strict):
     parity: Parity
 
 
-#: The source of an argument of the denoiser; docs/bundle.md describes them.
+#: The source of an argument of the denoiser; docs/reference/bundle.md describes them.
 Source = Literal[
     "latents", "timestep", "hidden_states", "attention_mask", "pooled", "sizes", "resolution", "aspect_ratio"
 ]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from tgate_compile._arguments import did_you_mean
-from tgate_compile._errors import ConfigurationError, is_installed
+from tgate_compile._errors import ConfigurationError
 from tgate_compile._runtimes import BACKENDS, FORMATS, home_of
 from tgate_compile.passes.graphs import Variant
 
@@ -150,15 +150,6 @@ def check_backend(name: object, options: Mapping[str, object]) -> None:
         nearest = did_you_mean(name, [*BACKENDS, "auto"])
         raise ConfigurationError(f'backend must be one of {known} or "auto", but got {name!r}.{nearest}{hint}')
     backend_class(name).check_options(options)
-
-
-def automatic_backends(device: str) -> list[str]:
-    """Return what `backend="auto"` tries on a type of device, in order: what is installed, the fastest first.
-
-    The ranks in the table are measured; benchmarks/README.md has the figures.
-    """
-    considered = [entry for entry in BACKENDS.values() if device in entry.automatic and is_installed(*entry.needs)]
-    return [entry.name for entry in sorted(considered, key=lambda entry: entry.automatic[device])] or ["eager"]
 
 
 def backend_class(name: str) -> type[Backend]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.fx import config as fx_config
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.call import BatchDims, Call
@@ -41,7 +42,7 @@ MSG_NO_SITES = (
 MSG_WHAT_WAS_FOUND = (
     "Found in its graph: {count} attentions, of which {own} take keys and values that follow the latents, and {others} "
     "have queries that do not, or keys and values that follow no input. The latents are taken to be {latents}. "
-    "docs/own_denoiser.md says which forms of attention are recognized."
+    "docs/guides/own-denoiser.md says which forms of attention are recognized."
 )
 
 
@@ -80,7 +81,7 @@ def capture(
     model = type(denoiser).__name__
     args, kwargs = call.arguments
     began = time.perf_counter()
-    with _forward_of(denoiser, forward), torch.no_grad():
+    with _forward_of(denoiser, forward), without_stack_traces(), torch.no_grad():
         try:
             program = torch.export.export(
                 denoiser,
@@ -278,7 +279,7 @@ def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: In
         found = len(expected) - len(missing)
         raise UnsupportedModelError(
             f"Found {found} cross-attentions in the graph of {model}, but {len(expected)} of its modules call "
-            f"themselves so. In these, no attention was recognized: {', '.join(missing)}. docs/own_denoiser.md "
+            f"themselves so. In these, no attention was recognized: {', '.join(missing)}. docs/guides/own-denoiser.md "
             "says which forms are; please report the model class and its attention processors."
         )
     if not any(site.kind == "cross" for site in sites):
@@ -293,6 +294,17 @@ def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: In
 
 def _runs(program: ExportedProgram, name: str) -> bool:
     return any(is_inside(node, name) for node in program.graph.nodes)
+
+
+@contextmanager
+def without_stack_traces() -> Iterator[None]:
+    """Do not record which lines of Python led to each node: nothing reads it, and it takes a sixth of a capture."""
+    before = getattr(fx_config, "do_not_emit_stack_traces", False)  # torch 2.11 may not have it
+    fx_config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What is specific to a family of pipelines: one row of data each, no code elsewhere.
 
-Rows are about diffusers' own classes, and a subclass has the row of its nearest base. `docs/denoisers.md` is made from
-them, and `tests/test_pipeline_walk.py` finds every class of the installed diffusers in one of them.
+Rows are about diffusers' own classes, and a subclass has the row of its nearest base. `docs/reference/denoisers.md`
+is made from them, and `tests/test_pipeline_walk.py` finds every class of the installed diffusers in one of them.
 """
 
 from __future__ import annotations

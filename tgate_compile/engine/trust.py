@@ -13,7 +13,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import BackendError, TGateError, cause_of
-from tgate_compile.engine.backends import Backend, automatic_backends, backend_class
+from tgate_compile._runtimes import automatic_backends
+from tgate_compile.engine.backends import Backend, backend_class
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind

@@ -166,7 +166,7 @@ class Schedule:
         return Phase(phase.guided, emit=emit - phase.reuse, merge=merge - phase.reuse, reuse=phase.reuse)
 
     def strip(self, num_steps: int, *, guided: bool = True) -> str:
-        """One character a step; see `docs/schedules.md` for the letters."""
+        """One character a step; see `docs/reference/schedules.md` for the letters."""
         return "".join(phase.character for phase in self.plan(num_steps, guided=guided))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from torch.export.graph_signature import InputKind
 
 from tgate_compile._arguments import AnyPipeline, check_call
+from tgate_compile.engine.trust import Served
+from tgate_compile.engine.variants import VariantStore
 from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.passes.graphs import Variant
 from tgate_compile.pipeline.generation import Generation, Plan, strip_of
@@ -52,6 +54,7 @@ class Description:
         pipeline: class of the pipeline.
         denoiser: class of the denoiser.
         backend: the backend asked for.
+        served_by: the backends that run the graphs compiled so far, which says what `"auto"` has chosen.
         schedule: what was chosen, in words: `gate step 10, sp interval 5`.
         gate_step: as given to `optimize`.
         keep: the guidance half that goes on after the gate.
@@ -60,7 +63,7 @@ class Description:
         variants: the graphs made so far.
         last_steps: for each graph that the last generation ran, in order, the step and the graph's name.
         strip: the last generation, or the one asked about, one character a step: `F` full, `p` pruned;
-            `docs/schedules.md` has them all. Two denoisers' steps have a `|` in between.
+            `docs/reference/schedules.md` has them all. Two denoisers' steps have a `|` in between.
         cache_bytes: the most that this generation keeps from one step to the next.
         plain_because: why the last call, or the one asked about, ran in full although the schedule has more to it
             (`on_unsupported="plain"`); None if it was not for such a reason.
@@ -71,6 +74,7 @@ class Description:
     pipeline: str
     denoiser: str
     backend: str
+    served_by: tuple[str, ...]
     schedule: str
     gate_step: int | float | None
     keep: str
@@ -83,6 +87,9 @@ class Description:
     plain_because: str | None
     bundle: str | None
 
+    def _taken(self) -> str:
+        return f" ({', '.join(self.served_by)})" if self.backend == "auto" and self.served_by else ""
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
         return asdict(self)
@@ -90,7 +97,7 @@ class Description:
     def __str__(self) -> str:
         lines = [
             f"{self.pipeline}: {self.denoiser}, {self.parameters / 1e6:.3f} M parameters",
-            f"{self.schedule}, keeps {self.keep}, backend {self.backend}",
+            f"{self.schedule}, keeps {self.keep}, backend {self.backend}{self._taken()}",
         ]
         if self.bundle is not None:
             lines.append(f"{len(self.sites)} sites, graphs of the bundle {self.bundle}")
@@ -138,6 +145,7 @@ def describe(pipe: AnyPipeline, **call: Any) -> Description:
         pipeline=state.pipeline_class.__name__,
         denoiser=type(state.hook.denoiser).__name__,
         backend=state.hook.config.backend,
+        served_by=tuple(dict.fromkeys(name for hook in hooks.values() for name in _serving(hook))),
         schedule="; ".join(dict.fromkeys(str(hook.config.schedule) for hook in hooks.values())),
         gate_step=schedule.gate_step,
         keep=schedule.kept,
@@ -156,6 +164,11 @@ def describe(pipe: AnyPipeline, **call: Any) -> Description:
         cache_bytes=max((each.cache_bytes for each in shown), default=0),
         plain_because=None if state.last_plain is None else str(state.last_plain),
     )
+
+
+def _serving(hook: GatedDenoiser) -> list[str]:
+    compiled = hook.store.compiled if isinstance(hook.store, VariantStore) else []
+    return [each.runner.backend.name for each in compiled if isinstance(each.runner, Served)]
 
 
 def _sites(hook: GatedDenoiser, prefix: str) -> list[str]:

@@ -41,7 +41,7 @@ class Step:
         number: the number of the step, from 0.
         steps: the number of steps in the generation.
         graph: the name of the graph that was run.
-        letter: the letter of the step's phase, explained in `docs/schedules.md`.
+        letter: the letter of the step's phase, explained in `docs/reference/schedules.md`.
         seconds: the duration of the step, in seconds.
         latents: the latents after the step, [images, channels, h, w].
     """

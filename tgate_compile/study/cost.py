@@ -9,21 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import resources
-from typing import Any
-
-import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
-from torch.export.graph_signature import InputKind
+from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.engine.call import Call
-from tgate_compile.engine.capture import capture, deep_layer
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.passes.count_macs import Macs, count_macs
-from tgate_compile.passes.find_sites import find_deep_feature
-from tgate_compile.passes.graphs import Captured
-from tgate_compile.passes.specialize import specialize
+
+if TYPE_CHECKING:
+    import torch
+
+    from tgate_compile.passes.count_macs import Macs
+    from tgate_compile.passes.graphs import Captured
 
 #: Dimensions of one input; the words stand for the batch, and for the size of the latents. None: the input is None.
 Shape = tuple[int | str, ...] | None
@@ -34,16 +30,24 @@ class Architecture:
     """A denoiser and its call. Compared by identity: two models may have the very same one.
 
     Attributes:
-        denoiser: its class.
+        denoiser_class: the name of its class in diffusers.
         config: its configuration, as in the published checkpoint; what is the class's default is left out.
         inputs: the shapes of its call's inputs, one level of dicts included.
         size: height and width of the image that it was trained for, in pixels.
     """
 
-    denoiser: type[Any]
+    denoiser_class: str
     config: Mapping[str, Any]
     inputs: Mapping[str, Shape | Mapping[str, Shape]]
     size: int
+
+    @property
+    def denoiser(self) -> type[Any]:
+        """The denoiser's class."""
+        import diffusers  # not above: the command line reads the table for its help
+
+        found: type[Any] = getattr(diffusers, self.denoiser_class)
+        return found
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ _LATENTS: Shape = ("batch", 4, "height", "width")
 
 def _unet(size: int, text: Shape, inputs: Mapping[str, Shape | Mapping[str, Shape]], **config: Any) -> Architecture:
     call = {"sample": _LATENTS, "timestep": (), "encoder_hidden_states": text, **inputs}
-    return Architecture(UNet2DConditionModel, config, call, size)
+    return Architecture("UNet2DConditionModel", config, call, size)
 
 
 _SD15 = _unet(512, ("batch", 77, 768), {}, cross_attention_dim=768)
@@ -106,7 +110,7 @@ def _pixart(tokens: int, conditions: Mapping[str, Shape], **config: Any) -> Arch
         "encoder_attention_mask": ("batch", tokens),
     }
     shared = {"sample_size": 128, "cross_attention_dim": 1152, "caption_channels": 4096, "interpolation_scale": 2}
-    return Architecture(PixArtTransformer2DModel, {**shared, **config}, inputs, 1024)
+    return Architecture("PixArtTransformer2DModel", {**shared, **config}, inputs, 1024)
 
 
 _PIXART_ALPHA = _pixart(120, {"resolution": ("batch", 2), "aspect_ratio": ("batch", 1)})
@@ -171,6 +175,14 @@ def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, bra
         UnsupportedModelError: DeepCache was asked for, and the denoiser is no UNet.
         ConfigurationError: it has no such branch.
     """
+    # Not above: the command line reads the models' names for its help, and PyTorch takes seconds.
+    from torch.export.graph_signature import InputKind
+
+    from tgate_compile.engine.capture import deep_layer
+    from tgate_compile.passes.count_macs import count_macs
+    from tgate_compile.passes.find_sites import find_deep_feature
+    from tgate_compile.passes.specialize import specialize
+
     # A wrong branch is told before the capture, which takes a while.
     layer = None if branch is None else deep_layer(_denoiser(architecture), branch)
     captured = _captured(architecture, geometry)
@@ -192,6 +204,8 @@ def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, bra
 
 @cache
 def _denoiser(architecture: Architecture) -> torch.nn.Module:
+    import torch
+
     with torch.device("meta"):
         denoiser: torch.nn.Module = architecture.denoiser(**architecture.config)
     return denoiser.eval()
@@ -199,6 +213,11 @@ def _denoiser(architecture: Architecture) -> torch.nn.Module:
 
 @lru_cache(maxsize=4)  # of SDXL's, with thousands of nodes each
 def _captured(architecture: Architecture, geometry: Geometry) -> Captured:
+    import torch
+
+    from tgate_compile.engine.call import Call
+    from tgate_compile.engine.capture import capture
+
     denoiser = _denoiser(architecture)
     sizes = {
         "batch": geometry.batch,
@@ -225,7 +244,7 @@ class ImageCost:
     """The cost of the denoiser over all steps of one generation.
 
     Attributes:
-        strip: one character a step, as in `docs/schedules.md`.
+        strip: one character a step, as in `docs/reference/schedules.md`.
         macs: multiply-accumulates in linear and convolution layers: the paper's convention.
         macs_with_attention: the same with attention's own products.
         parameters: of the denoiser; with a gate without the cross-attentions' own weights, as the paper counts them.

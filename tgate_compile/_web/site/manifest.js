@@ -1,4 +1,4 @@
-/** Read a bundle's manifest, and reject what this page does not support. docs/bundle.md describes the format. */
+/** Read a bundle's manifest, and reject what this page does not support. docs/reference/bundle.md describes the format. */
 
 import { BundleError } from "./errors.js";
 import { makeScheduler } from "./schedulers.js";

@@ -18,6 +18,7 @@ from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.facts import guidance_of
 from tgate_compile.pipeline.modular import check_ordinary
+from tgate_compile.study.analysis import CONVERGED_WITHIN
 from tgate_compile.study.analysis.measures import Collected, Curve, NullText, Tallies
 from tgate_compile.study.analysis.result import Analysis, Trajectories
 from tgate_compile.study.tuning.measure import MSG_NOT_FINITE, final_latents, relative_distances, silent
@@ -27,9 +28,6 @@ from tgate_compile.study.tuning.search import grid_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-#: What counts as converged: the fraction of the way from the smallest change up to the largest.
-CONVERGED_WITHIN = 0.1
 
 
 def suggested_gate(difference: Curve, converged_within: float) -> int | None:
@@ -213,7 +211,8 @@ def analyze(
     - What becomes of the images if the text is taken away from step m on (S^F_m), or given from step m on (S^L_m).
     - The gate that the convergence suggests.
 
-    Source: arXiv 2404.02747 v1, section 4, figures 2 and 3. `docs/analysis.md` shows it on the embedded pipeline.
+    Source: arXiv 2404.02747 v1, section 4, figures 2 and 3. `docs/evidence/analysis.md` shows it on the embedded
+    pipeline.
 
     Args:
         pipe: a plain pipeline, not an optimized one. It is plain again afterwards, also after an error.

@@ -7,26 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
-import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    PixArtAlphaPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
-
-from tgate_compile._errors import ConfigurationError, UnsupportedModelError
-from tgate_compile.engine.capture import deep_layer
+from tgate_compile._errors import ConfigurationError, UnsupportedModelError, is_installed
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.study.cost import MODELS, PIXELS_PER_LATENT, Architecture
+from tgate_compile.study.cost import MODELS, Architecture
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, DiffusionPipeline
 
 #: Of `MODELS`, those whose pipelines are made here.
 NAMES = ("sd15", "sd21", "sdxl", "pixart_alpha")
+
+
+def check_random_model(name: str) -> None:
+    """Raise ConfigurationError unless `name` is one of `NAMES`."""
+    if name not in NAMES:
+        raise ConfigurationError(f"The models with random weights are {', '.join(NAMES)}, but got {name!r}.")
 
 
 def random_pipeline(
@@ -43,8 +41,13 @@ def random_pipeline(
     Raises:
         ConfigurationError: there is no such model.
     """
-    if name not in NAMES:
-        raise ConfigurationError(f"The models with random weights are {', '.join(NAMES)}, but got {name!r}.")
+    check_random_model(name)
+    # Not above: the command line reads the names for its help.
+    import torch
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    from tgate_compile.study.cost import PIXELS_PER_LATENT
+
     architecture = MODELS[name].architecture
     size = architecture.size if size is None else size
     latents = size // PIXELS_PER_LATENT
@@ -83,6 +86,8 @@ def _text_shape(architecture: Architecture) -> tuple[Any, ...]:
 
 
 def _vae() -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
     # Never run: it only tells the pipeline that latents are eight times smaller than images.
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
@@ -144,6 +149,8 @@ def why_not(
     if schedule is None:
         return None
     if "deep" in schedule.kinds:
+        from tgate_compile.engine.capture import deep_layer  # not above: the command line reads the table for its help
+
         for denoiser in denoisers.values():
             try:
                 deep_layer(denoiser, schedule.deepcache_branch)
@@ -198,6 +205,7 @@ class Peer:
         key: for programs.
         title: for people, with a place for the version.
         package: that it is in: the name to install it by.
+        modules: that must be there, by the names that they are imported by.
         prepare: changes a pipeline, for a gate step.
         method: the key of our own method that does the same, if one does.
     """
@@ -205,8 +213,14 @@ class Peer:
     key: str
     title: str
     package: str
+    modules: tuple[str, ...]
     prepare: Callable[[Any, int], Ready]
     method: str | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether everything that it needs is there."""
+        return is_installed(*self.modules)
 
     @property
     def version(self) -> str | None:
@@ -284,10 +298,14 @@ def _cache_hook(pipe: Any, gate: int, *, make: Callable[[Any], Any]) -> Ready:
 
 
 def _first_block(pipe: Any) -> Any:
+    import diffusers
+
     return diffusers.FirstBlockCacheConfig()
 
 
 def _pyramid(pipe: Any) -> Any:
+    import diffusers
+
     return diffusers.PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         cross_attention_block_skip_range=6,
@@ -296,21 +314,30 @@ def _pyramid(pipe: Any) -> Any:
 
 
 def _faster(pipe: Any) -> Any:
+    import diffusers
+
     return diffusers.FasterCacheConfig(
         spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
     )
 
 
 PEERS: tuple[Peer, ...] = (
-    Peer("tgate_authors", "tgate {version}, v1", "tgate", partial(_authors, sp_interval=1), "tgate"),
-    Peer("tgate_v2_authors", "tgate {version}, v2", "tgate", partial(_authors, sp_interval=5), "tgate_v2"),
-    Peer("deepcache_authors", "DeepCache {version}", "DeepCache", _deepcache, "deepcache"),
-    Peer("deepcache_tgate_authors", "tgate {version} + DeepCache", "tgate", _authors_with_deepcache, "deepcache_tgate"),
-    Peer("cache_dit", "cache-dit {version}", "cache-dit", _cache_dit),
-    Peer("guidance_cutoff", "diffusers guidance cutoff", "diffusers", _guidance_cutoff, "adaptive_guidance"),
-    Peer("first_block_cache", "diffusers FirstBlockCache", "diffusers", partial(_cache_hook, make=_first_block)),
-    Peer("pyramid_attention", "diffusers PyramidAttention", "diffusers", partial(_cache_hook, make=_pyramid)),
-    Peer("faster_cache", "diffusers FasterCache", "diffusers", partial(_cache_hook, make=_faster)),
+    Peer("tgate_authors", "tgate {version}, v1", "tgate", ("tgate",), partial(_authors, sp_interval=1), "tgate"),
+    Peer("tgate_v2_authors", "tgate {version}, v2", "tgate", ("tgate",), partial(_authors, sp_interval=5), "tgate_v2"),
+    Peer("deepcache_authors", "DeepCache {version}", "DeepCache", ("DeepCache",), _deepcache, "deepcache"),
+    Peer(
+        "deepcache_tgate_authors",
+        "tgate {version} + DeepCache",
+        "tgate",
+        ("tgate", "DeepCache"),
+        _authors_with_deepcache,
+        "deepcache_tgate",
+    ),
+    Peer("cache_dit", "cache-dit {version}", "cache-dit", ("cache_dit",), _cache_dit),
+    Peer("guidance_cutoff", "diffusers guidance cutoff", "diffusers", (), _guidance_cutoff, "adaptive_guidance"),
+    Peer("first_block_cache", "diffusers FirstBlockCache", "diffusers", (), partial(_cache_hook, make=_first_block)),
+    Peer("pyramid_attention", "diffusers PyramidAttention", "diffusers", (), partial(_cache_hook, make=_pyramid)),
+    Peer("faster_cache", "diffusers FasterCache", "diffusers", (), partial(_cache_hook, make=_faster)),
 )
 
 

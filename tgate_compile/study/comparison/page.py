@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from PIL.Image import Image
-
 from tgate_compile._errors import check_installed
 from tgate_compile.study.comparison.result import Comparison, ImageFigures, MethodFigures, ModelFigures
 from tgate_compile.study.figures import new_figure
@@ -19,6 +17,7 @@ from tgate_compile.study.figures import new_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 # Stand-ins that are in the SVG once it is written, and then become the page's colours.
 _INK, _SOFT, _LINE = "#010101", "#020202", "#030303"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
-from typing import Any
-
-from PIL.Image import Image
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tgate_compile.study.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, spread_of, why_unreliable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 FORMAT = "tgate_compile.comparison"
 VERSION = 1
@@ -151,7 +152,7 @@ class ModelFigures:
 
 
 #: By method, an image for each prompt.
-Pictures = Mapping[str, Sequence[Image]]
+Pictures: TypeAlias = "Mapping[str, Sequence[Image]]"
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def evaluate(
     missing, so that an evaluation can be killed and goes on. More schedules may be added to a folder later.
 
     Run it by torchrun (or whatever sets RANK and WORLD_SIZE), with the same arguments in every process, and the
-    processes share the images; the first one measures, and all return what it has found. See `docs/evaluation.md`.
+    processes share the images; the first one measures, and all return what it has found. See
+    `docs/guides/evaluating.md`.
 
     Args:
         pipe: a plain pipeline, not an optimized one, on the device to use. It is plain again afterwards.

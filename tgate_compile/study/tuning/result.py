@@ -108,7 +108,7 @@ class Row:
         family: what it is compared with: T-GATE, T-GATE v2, guidance drop, fewer steps, or given.
         label: the schedule in words.
         schedule: None for fewer steps, which is a baseline and no schedule.
-        strip: one character a step, as in `docs/schedules.md`.
+        strip: one character a step, as in `docs/reference/schedules.md`.
         cost: multiply-accumulates of an image in the denoiser's linear and convolution layers; the plain pipeline is 1.
         drift: ||x - plain x|| / ||plain x|| of the final latents, the mean of all images; infinite if some of them are
             not finite.

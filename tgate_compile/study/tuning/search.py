@@ -23,6 +23,7 @@ from tgate_compile.pipeline.attach import attach, denoiser_names, detach
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.study.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unreliable
+from tgate_compile.study.tuning import DEFAULT_TOLERANCE
 from tgate_compile.study.tuning.measure import Bench, Measured, Plain, relative_distances, silent
 from tgate_compile.study.tuning.request import Request, setting_of
 from tgate_compile.study.tuning.result import Row, Tuning
@@ -91,8 +92,6 @@ logger = logging.getLogger(__name__)
 Gated = Callable[[DiffusionPipeline, Schedule], AbstractContextManager[Any]]
 #: Called after each generation: how many are done, how many there will be as far as is known, and what was measured.
 Progress = Callable[[int, int, str], None]
-
-DEFAULT_TOLERANCE = 0.1
 
 
 def search(
@@ -372,8 +371,8 @@ def tune(
 
     Each prompt is run once as it is and once with every candidate, from the same noise. Drift is
     ||x - plain x|| / ||plain x|| of the final latents; cost is counted in multiply-accumulates of the denoiser.
-    The schedule chosen is the one of the least cost whose mean drift is within `tolerance`. `docs/tuning.md` says what
-    drifts are like, and how the default came about.
+    The schedule chosen is the one of the least cost whose mean drift is within `tolerance`. `docs/guides/tuning.md`
+    says what drifts are like, and how the default came about.
 
     Args:
         pipe: a plain pipeline, not an optimized one. It is plain again afterwards, also after an error.

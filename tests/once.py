@@ -1,0 +1,42 @@
+"""Make what is costly once in a test session, for all of its processes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+_HOME = pytest.StashKey[Path]()
+_folder: Path | None = None
+
+
+def begin(config: pytest.Config) -> None:
+    """Make the session's folder; the processes of pytest-xdist are told where their controller has made it."""
+    global _folder
+    given = getattr(config, "workerinput", {}).get("shared_folder")
+    _folder = config.stash[_HOME] = Path(given or tempfile.mkdtemp(prefix="tgate-tests-"))
+
+
+def tell(config: pytest.Config, worker: dict[str, str]) -> None:
+    """Say in a worker's input where the folder is."""
+    worker["shared_folder"] = str(config.stash[_HOME])
+
+
+def end(config: pytest.Config) -> None:
+    """Remove the folder, when all processes are done."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(config.stash[_HOME], ignore_errors=True)
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """The path `name` that `make` has written, in this process or in another; leave it as it is."""
+    assert _folder is not None, "outside of pytest there is no session"
+    path = _folder / name
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            make(path)
+    return path

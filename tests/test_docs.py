@@ -1,0 +1,142 @@
+"""The pages' links lead somewhere, their commands have options that exist, and the notebook runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from tests.figures import ROOT
+
+pytest.importorskip("typer")
+
+import typer
+
+from tgate_compile._cli.app import app
+
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(page for folder in ("benchmarks", "docs", "examples", "training") for page in (ROOT / folder).rglob("*.md")),
+    ]
+)
+NOTEBOOK = ROOT / "docs" / "guides" / "quickstart.ipynb"
+
+_FENCE = re.compile(r"^ *```([^\n`]*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_INLINE_COMMAND = re.compile(r"`(tgate-compile [^`]+)`")
+_HEADING = re.compile(r"^#+ +(.*?)\s*$", re.MULTILINE)
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def without_code(markdown: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", _FENCE.sub("", markdown))
+
+
+def anchors(markdown: str) -> set[str]:
+    """The ids of a page's headings, as Python-Markdown makes them."""
+    found = set()
+    for heading in _HEADING.findall(_FENCE.sub("", markdown)):
+        text = re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower()
+        found.add(re.sub(r"[-\s]+", "-", text))
+    return found
+
+
+def commands(markdown: str) -> Iterator[list[str]]:
+    """The arguments of every `tgate-compile` in a page, in code blocks and in running text."""
+    lines = [
+        line.strip()
+        for language, code in _FENCE.findall(markdown)
+        if language in ("bash", "console")
+        for line in code.replace("\\\n", " ").splitlines()
+    ]
+    for line in [*lines, *(" ".join(inline.split()) for inline in _INLINE_COMMAND.findall(markdown))]:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        for separator, words in groupby(lexer, key=lambda word: set(word) <= set("&|;<>")):
+            command = list(words)
+            if not separator and command[0] == "tgate-compile":
+                yield command[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    broken = []
+    for link in _LINK.findall(without_code(page.read_text(encoding="utf-8"))):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = unquote(link).partition("#")
+        target = (page.parent / path).resolve() if path else page
+        to_heading = anchor and target.suffix == ".md"
+        if not target.exists() or (to_heading and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests", "training"])
+def test_pages_that_the_code_names_exist(folder: str) -> None:
+    named = {
+        page
+        for path in (ROOT / folder).rglob("*.py")
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8"))
+    }
+    assert [page for page in sorted(named) if not (ROOT / page).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_have_options_that_exist(page: Path) -> None:
+    group: Any = typer.main.get_command(app)
+    wrong = []
+    for words in commands(page.read_text(encoding="utf-8")):
+        given = [word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)]
+        command = group.get_command(None, words[0]) if words and not words[0].startswith("-") else group
+        if command is None:
+            wrong.append(" ".join(words))
+            continue
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        unknown = set(given) - known - {"--help", "-h"}
+        if unknown:
+            wrong.append(f"{' '.join(words)}: {sorted(unknown)}")
+    assert wrong == []
+
+
+def test_commands_of_the_readme_are_found() -> None:
+    found = list(commands((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {words[0] for words in found} >= {"demo", "generate", "describe", "tune", "strip", "report", "export", "run"}
+
+
+def test_readme_commands_use_files_that_earlier_ones_write() -> None:
+    """Run from top to bottom, no command reads a file that is not there, and none writes another one's."""
+    written: set[str] = set()
+    for words in commands((ROOT / "README.md").read_text(encoding="utf-8")):
+        options = dict(pairwise(words))
+        if (out := options.get("--out")) is not None:
+            assert out not in written, f"two commands write {out}"
+        if (schedule := options.get("--schedule")) is not None:
+            assert schedule in written, f"{schedule} is read before it is written"
+        for bundle in words[1:2] if words[0] in ("run", "inspect") else ():
+            assert bundle in written, f"{bundle} is read before it is written"
+        written.add(out or "")
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(code) > 5
+    namespace: dict[str, Any] = {}
+    for number, cell in enumerate(code):
+        exec(compile(cell, f"cell {number}", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "FFFFFppppppp" in printed
+    assert "10 sites" in printed
