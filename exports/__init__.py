@@ -1,5 +1,5 @@
-"""Runtimes: one folder each, with how a graph is converted, run live, quantized, saved and opened.
+"""Runtimes, one folder each: the code that converts, quantizes, saves and opens graphs, and runs them live.
 
-To add a runtime, add a folder. Its `__init__.py` describes it with a `BackendEntry`, a `FormatEntry` or both (see
-`tgate_compile/_runtimes.py`); nothing else has to change.
+To add a runtime, add a folder whose `__init__.py` describes it with a `BackendEntry`, a `FormatEntry` or both (see
+`tgate_compile/_runtimes.py`). No other file has to change.
 """

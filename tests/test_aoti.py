@@ -150,7 +150,7 @@ def test_nothing_is_left_in_the_temporary_folder(bundle: Path) -> None:
 
 def test_code_for_other_devices(bundle: Path) -> None:
     graph = read_bundle(bundle).manifest.graphs["full"]
-    with pytest.raises(BackendError, match=r"native code for .* cpu.* and this is .* mps"):
+    with pytest.raises(BackendError, match=r"native code for .* cpu.* but this machine is .* mps"):
         aoti_graphs.open_graph(graph, bundle, torch.device("mps"), {})
 
 

@@ -20,7 +20,7 @@ from tgate_compile.bundle.read_manifest import wrong_pixels
 from tgate_compile.engine.backends import BACKENDS
 
 STEPS = 3
-MULTIPLE = "must be a multiple of 32 pixels, and 144 is not (the nearest are 128 and 160)"
+MULTIPLE = "must be a multiple of 32 pixels, not 144 (the nearest are 128 and 160)"
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +192,8 @@ def test_a_size_that_cannot_be_left_free_is_explained_in_pixels(optimized: Any) 
     size = 4 * unit + unit // 2
     call = {"height": size, "num_inference_steps": STEPS}
     message = message_of(lambda: tgate_compile.export(optimized, "bundle", call=call, dynamic=["height"]))
-    assert f"height must be a multiple of {unit} pixels; {size} is not" in message
-    assert f"The nearest are {4 * unit} and {5 * unit}." in message
+    assert f"height must be a multiple of {unit} pixels, but got {size}." in message
+    assert f"The nearest multiples are {4 * unit} and {5 * unit}." in message
 
 
 @pytest.mark.parametrize(

@@ -128,14 +128,14 @@ def test_files_that_are_missing(folder: Path) -> None:
 
 def test_files_that_are_too_many(folder: Path) -> None:
     (folder / "graphs/more.onnx").write_bytes(b"")
-    refused(folder, "graphs/more.onnx", "does not name")
+    refused(folder, "graphs/more.onnx", "does not list")
 
 
 def test_no_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    refused(folder, "is no bundle", "manifest.json")
-    refused(folder / "nothing", "is no bundle")
-    refused(folder / "graphs/weights.bin", "is no bundle")
+    refused(folder, "is not a bundle", "manifest.json")
+    refused(folder / "nothing", "is not a bundle")
+    refused(folder / "graphs/weights.bin", "is not a bundle")
 
 
 @pytest.mark.parametrize("name", ["graphs/full.onnx", "graphs/weights.bin"])
@@ -219,7 +219,7 @@ def test_graphs_that_are_no_models(folder: Path) -> None:
     (folder / "graphs/full.onnx").write_bytes(b"no model")
     told = {"size": 8, "sha256": hashlib.sha256(b"no model").hexdigest()}
     change_manifest(folder, lambda manifest: manifest["files"].update({"graphs/full.onnx": told}))
-    refused(folder, "no ONNX model")
+    refused(folder, "not a valid ONNX model")
 
 
 def test_other_shapes_and_dtypes_in_a_graph(folder: Path) -> None:
@@ -236,7 +236,7 @@ def test_other_shapes_in_the_manifest(folder: Path) -> None:
         manifest["graphs"]["pruned"]["cache_inputs"][0]["shape"][0] = 2
 
     change_manifest(folder, change)
-    refused(folder, "wires full.cache.down_blocks.0")
+    refused(folder, "wire from full.cache.down_blocks.0")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_other_shapes_in_the_manifest(folder: Path) -> None:
         (lambda m: m.update(more=1), ("more", "not permitted")),
         (lambda m: m["method"]["schedule"].update(gate_step=-1), ("method.schedule", "gate_step")),
         (lambda m: m["method"]["schedule"].update(more=1), ("method.schedule", "unknown key")),
-        (lambda m: m["files"].pop("graphs/full.onnx"), ("graphs/full.onnx", "does not name")),
+        (lambda m: m["files"].pop("graphs/full.onnx"), ("graphs/full.onnx", "does not list")),
         (lambda m: m.update(weights="graphs/full.onnx"), ("weights", "graphs/weights.bin")),
         (lambda m: m.update(weights=None), ("weights", "graphs/weights.bin")),
         (lambda m: m["sizes"].pop("h"), ("sample", "'h'")),

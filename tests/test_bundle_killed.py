@@ -83,7 +83,7 @@ def test_at_the_stages_of_an_export(tmp_path: Path) -> None:
     assert len(left) == len(STAGES)
     for folder in left:
         assert folder.name.startswith(".")
-        with pytest.raises(BundleError, match="is no bundle"):
+        with pytest.raises(BundleError, match="is not a bundle"):
             read_bundle(folder)
 
 

@@ -62,7 +62,7 @@ def test_a_bundle_from_the_command_line(model: str, tmp_path: Path) -> None:
 
     again = run(app, ["export", "--model", model, "--out", str(out), *quick])
     assert again.exit_code == 1
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
     assert "Loading" not in again.stderr
 
 
@@ -80,7 +80,7 @@ def test_inspect() -> None:
 def test_inspect_something_else(tmp_path: Path) -> None:
     result = run(app, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
-    assert "is no bundle" in result.stderr
+    assert "is not a bundle" in result.stderr
 
 
 def test_wrong_options(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_bundles_that_cannot_be_run(tmp_path: Path) -> None:
     assert "--components all" in result.stderr
     result = run(app, ["run", str(tmp_path / "nothing"), *out])
     assert result.exit_code == 1
-    assert "is no bundle" in result.stderr
+    assert "is not a bundle" in result.stderr
 
 
 WITHOUT = """

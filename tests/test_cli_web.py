@@ -64,14 +64,14 @@ def test_what_is_no_site_is_not_replaced(bundle: str, runtime: str, tmp_path: Pa
     (out / "thesis.txt").write_text("years")
     result = run(app, ["web", "--bundle", bundle, "--runtime", runtime, "--out", str(out), "--force"])
     assert result.exit_code == 1
-    assert "is no site" in result.stderr
+    assert "is not a site" in result.stderr
     assert (out / "thesis.txt").read_text() == "years"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--bundle", "nothing"], "is no bundle"),
+        (["--bundle", "nothing"], "is not a bundle"),
         (["--bundle", "x", "--gate-step", "3", "--model", "y"], "Leave out --model and --gate-step"),
         (["--runtime", "nothing"], "has no ort.wasm.min.mjs"),
         (["--port", "1", "--serve"], "cannot be served at port 1"),
@@ -106,7 +106,7 @@ def test_the_server_lets_pages_have_threads(tmp_path: Path) -> None:
                 assert response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
                 assert response.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
         assert kinds == {"a.js": "text/javascript", "a.mjs": "text/javascript", "a.wasm": "application/wasm"}
-        with pytest.raises(ConfigurationError, match="Give another --port"):
+        with pytest.raises(ConfigurationError, match="Choose another --port"):
             server_for(tmp_path, server.server_address[1])
     finally:
         server.shutdown()
@@ -128,12 +128,12 @@ def npm_that(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_npm_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forged = "pathlib.Path(sys.argv[-1], 'x.tgz').write_bytes(b'forged')"
     npm_that(forged, tmp_path, monkeypatch)
-    with pytest.raises(ConfigurationError, match="another file than the one that this tgate_compile knows"):
+    with pytest.raises(ConfigurationError, match="not the one that this tgate_compile expects"):
         runtime_files()
     (tmp_path / "programs" / "npm").write_text(
         f"#!{sys.executable}\nimport sys\nsys.exit('npm warn x\\nnpm error code E404\\nnpm error 404 Not Found.')"
     )
-    with pytest.raises(ConfigurationError, match=r"could not fetch onnxruntime-web .*: 404 Not Found\. See that"):
+    with pytest.raises(ConfigurationError, match=r"could not fetch onnxruntime-web .*: 404 Not Found\. Check"):
         runtime_files()
     (tmp_path / "programs" / "npm").unlink()
     with pytest.raises(ConfigurationError, match=r"there is no npm here.*--runtime"):

@@ -158,15 +158,15 @@ def test_other_graphs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda m: m["files"].pop("components/tokenizer.json"), ("components/tokenizer.json", "does not name")),
-        (lambda m: m["components"].update(weights="graphs/weights.bin"), ("components", "out of its folder")),
-        (lambda m: m["components"]["vae_decoder"].update(file="graphs/full.onnx"), ("components", "out of its folder")),
-        (lambda m: m["components"]["arguments"].pop("sample"), ("components.arguments", "not the denoiser's")),
+        (lambda m: m["files"].pop("components/tokenizer.json"), ("components/tokenizer.json", "does not list")),
+        (lambda m: m["components"].update(weights="graphs/weights.bin"), ("components", "must be in the folder")),
+        (lambda m: m["components"]["vae_decoder"].update(file="graphs/full.onnx"), ("components", "must be in the")),
+        (lambda m: m["components"]["arguments"].pop("sample"), ("components.arguments", "not those of the denoiser")),
         (lambda m: m["components"]["arguments"].update(sample="noise"), ("components.arguments.sample",)),
-        (lambda m: m["components"]["arguments"].update(sample="pooled"), ("nothing makes ['pooled']",)),
+        (lambda m: m["components"]["arguments"].update(sample="pooled"), ("nothing provides ['pooled']",)),
         (lambda m: m["components"]["vae_decoder"].update(scaling_factor=0.0), ("scaling_factor",)),
         (lambda m: m["components"].update(text_encoders=[]), ("text_encoders",)),
-        (lambda m: m["components"]["text_encoders"][0]["outputs"][0].update(name="x"), ("text_encoder", "{'x'}")),
+        (lambda m: m["components"]["text_encoders"][0]["outputs"][0].update(name="x"), ("text_encoder", "['x']")),
     ],
 )
 def test_manifests_that_are_not_valid(folder: Path, change: Callable[[Any], object], parts: tuple[str, ...]) -> None:
@@ -209,7 +209,7 @@ def test_sdxl_with_one_text_encoder() -> None:
     pipe.register_modules(text_encoder=None, tokenizer=None)
     assert recipe_for(pipe, {}).encoders == {"text_encoder_2": "tokenizer_2"}
     pipe.register_modules(tokenizer=pipe.tokenizer_2)
-    with pytest.raises(UnsupportedModelError, match="needs a text_encoder"):
+    with pytest.raises(UnsupportedModelError, match="needs text_encoder to be a text encoder"):
         recipe_for(pipe, {})
 
 
@@ -221,7 +221,7 @@ def test_arguments_that_no_prompt_makes() -> None:
     pipe = plain()
     recipe = recipe_for(pipe, {})
     check_arguments(pipe, recipe, ["sample", "timestep", "encoder_hidden_states"])
-    with pytest.raises(UnsupportedModelError, match=r"down_block_additional_residuals\.0, mid_block.*cannot make"):
+    with pytest.raises(UnsupportedModelError, match=r"down_block_additional_residuals\.0, mid_block.*cannot compute"):
         check_arguments(pipe, recipe, ["sample", "down_block_additional_residuals.0", "mid_block_additional_residual"])
 
 

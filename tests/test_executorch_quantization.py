@@ -170,7 +170,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     pipe = plain()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     for scheme in ("int8", "int4"):
-        with pytest.raises(ConfigurationError, match=f"takes .*'int8-dynamic' or .*'int8-static'.*'{scheme}'"):
+        with pytest.raises(ConfigurationError, match=f"supports only .*'int8-dynamic' or .*'int8-static'.*'{scheme}'"):
             tgate_compile.export(pipe, tmp_path / "b", "executorch", call=CALL, quantize=scheme)
     with pytest.raises(ConfigurationError, match='is "portable"'):
         tgate_compile.export(

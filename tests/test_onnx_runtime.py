@@ -106,7 +106,7 @@ def test_options() -> None:
     ("options", "parts"),
     [
         ({"provider": "CPU"}, ("provider", "providers, threads, prepacking")),
-        ({"providers": "CPUExecutionProvider"}, ("a list of names", "got 'CPUExecutionProvider'")),
+        ({"providers": "CPUExecutionProvider"}, ("a list of execution provider names", "got 'CPUExecutionProvider'")),
         ({"providers": ["NoSuchProvider"]}, ("no NoSuchProvider", "CPUExecutionProvider", "onnx-gpu")),
         ({"threads": 0}, ("threads", "got 0")),
         ({"prepacking": "no"}, ("prepacking", "got 'no'")),

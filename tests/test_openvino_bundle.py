@@ -124,10 +124,10 @@ def test_backends_and_options(bundle: Path) -> None:
         ('names="sample"', 'names="other"', "has other"),
         ('shape="?,4,?,?"', 'shape="?,3,?,?"', "says sample .*4"),
         ('output_names="out_sample"', 'output_names="out"', "says out_sample"),
-        ('offset="', 'offset="99999999', "weights file that has"),
-        ('offset="', 'offset="-', "without a place"),
+        ('offset="', 'offset="99999999', "weights file that has only"),
+        ('offset="', 'offset="-', "without a valid offset"),
         ("<net", '<!DOCTYPE net [<!ENTITY a "b">]><net', "a declaration"),
-        ("</net>", "", "no graph of OpenVINO"),
+        ("</net>", "", "not a valid OpenVINO graph"),
     ],
 )
 def test_suspicious_files(bundle: Path, old: str, new: str, problem: str, tmp_path: Path) -> None:

@@ -194,12 +194,12 @@ def test_half_precision() -> None:
         ("int9", "must be one of"),
         (8, "quantize must be None, one of"),
         ({"graphs": "all"}, "quantize must be None, one of"),
-        ({"scheme": "int8", "bits": 8}, 'does not know "bits"'),
-        ({"scheme": "int8", "keep": "conv_in"}, "must be a list of patterns"),
+        ({"scheme": "int8", "bits": 8}, 'unknown settings: "bits"'),
+        ({"scheme": "int8", "keep": "conv_in"}, "must be a list of layer name patterns"),
         ({"scheme": "int4", "block": 20}, "block of quantize must be one of 16"),
-        ({"scheme": "int8-static", "calibration_prompts": "a cat"}, "must be a list of texts"),
-        ({"scheme": "int8-static", "calibration_steps": 0}, "from 1 on"),
-        ({"scheme": "int8", "calibration_prompts": ["a cat"]}, "measures no values"),
+        ({"scheme": "int8-static", "calibration_prompts": "a cat"}, "must be a list of strings"),
+        ({"scheme": "int8-static", "calibration_steps": 0}, "a positive integer"),
+        ({"scheme": "int8", "calibration_prompts": ["a cat"]}, "needs no calibration"),
     ],
 )
 def test_what_it_may_be(given: object, message: str) -> None:
@@ -210,9 +210,9 @@ def test_what_it_may_be(given: object, message: str) -> None:
 def test_formats_say_what_they_take() -> None:
     assert read_quantization(None, "onnx", ()) is None
     assert read_quantization("int4", "onnx", ("int8", "int4")) == Quantization("int4")
-    with pytest.raises(ConfigurationError, match="format=\"x\" takes quantize='int8', but got quantize='int4'"):
+    with pytest.raises(ConfigurationError, match="format=\"x\" supports only quantize='int8', but got quantize='int4'"):
         read_quantization("int4", "x", ("int8",))
-    with pytest.raises(ConfigurationError, match='format="aoti" takes no quantize'):
+    with pytest.raises(ConfigurationError, match='format="aoti" supports no quantization'):
         read_quantization("int8", "aoti", FORMATS["aoti"].schemes)
 
 

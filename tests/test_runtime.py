@@ -154,7 +154,7 @@ def test_two_threads() -> None:
 
 def test_a_prompt_that_is_too_long(pipe: BundlePipeline, caplog: pytest.LogCaptureFixture) -> None:
     pipe("red " * 20)
-    assert "beyond the 16 tokens" in caplog.text
+    assert "more than the 16 tokens" in caplog.text
 
 
 # Without torch.
@@ -183,7 +183,7 @@ def test_it_imports_no_torch(pipe: BundlePipeline) -> None:
     [
         ({"prompt": 3}, ("prompt", "got 3")),
         ({"prompt": []}, ("prompt", "got []")),
-        ({"negative_prompt": ["a", "b"]}, ("negative_prompt", "1 texts")),
+        ({"negative_prompt": ["a", "b"]}, ("negative_prompt", "1 strings")),
         ({"num_inference_steps": 0}, ("num_inference_steps", "from 1 to 1000")),
         ({"guidance_scale": "7"}, ("guidance_scale", "'7'")),
         ({"seed": -1}, ("seed", "-1")),
@@ -207,14 +207,14 @@ def test_shapes_that_the_bundle_is_not_made_for(pipe: BundlePipeline, unguided: 
         unguided(PROMPTS)
     with pytest.raises(BundleError, match=r"sample \[1, 4, 8, 8\].*sample \[1, 4, 16, 16\]"):
         unguided(PROMPT, height=32, width=32)
-    with pytest.raises(BundleError, match="takes b from 1 to"):
+    with pytest.raises(BundleError, match="supports b from 1 to"):
         pipe([PROMPT] * 40, num_inference_steps=1)
 
 
 def test_bundles_that_cannot_be_run(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r'the denoiser alone.*components="all"'):
+    with pytest.raises(BundleError, match=r'only the denoiser.*components="all"'):
         BundlePipeline(exported())
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         BundlePipeline(tmp_path)
     with pytest.raises(ConfigurationError, match=r"no NoSuchProvider.*CPUExecutionProvider"):
         BundlePipeline(program(dynamic=True), providers=["NoSuchProvider"])
@@ -230,7 +230,7 @@ def test_damage(tmp_path: Path) -> None:
         with pytest.raises(BundleError, match=f"{name} has been changed"):
             BundlePipeline(folder)
     unverified = BundlePipeline(folder, verify=False)
-    with pytest.raises(BundleError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not a file of the tokenizers library"):
         unverified(PROMPT)
     shutil.copy(program(dynamic=True) / "components/tokenizer.json", folder / "components/tokenizer.json")
     with pytest.raises((BackendError, BundleError), match=r"full\.onnx"):

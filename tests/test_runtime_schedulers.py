@@ -129,13 +129,13 @@ def test_what_there_is_not() -> None:
     for steps in (0, 1001, 2.5, True):
         with pytest.raises(ConfigurationError, match="from 1 to 1000"):
             ours(diffusers.DDIMScheduler(), steps)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match=r"begins at timestep 1000.*up to 999"):
+    with pytest.raises(ConfigurationError, match=r"starts at timestep 1000.*up to 999"):
         ours(diffusers.DDIMScheduler(steps_offset=1), 1000)
     with pytest.raises(ConfigurationError, match=r"Runge-Kutta.*4 steps or more.*is 3.*skip_prk_steps=True"):
         ours(diffusers.PNDMScheduler(), 3)
     with pytest.raises(ConfigurationError, match=r"prediction_type='sample'.*'epsilon' and 'v_prediction'"):
         ours(diffusers.PNDMScheduler(prediction_type="sample"), 5)
-    with pytest.raises(ConfigurationError, match=r"begins at timestep 1000.*up to 999"):
+    with pytest.raises(ConfigurationError, match=r"starts at timestep 1000.*up to 999"):
         ours(diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1), 1000)
 
 

@@ -106,7 +106,7 @@ def test_inspect(bundle: Path) -> None:
 @no_gpu_here
 def test_load_says_that_there_is_no_gpu(bundle: Path) -> None:
     pipe = plain().to(torch.float16)
-    with pytest.raises(BackendError, match=r"runs on an NVIDIA GPU.*finds none here"):
+    with pytest.raises(BackendError, match=r"needs an NVIDIA GPU.*finds none"):
         tgate_compile.load(pipe, bundle)
     assert "_tgate_compile" not in vars(pipe)
 
@@ -206,7 +206,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
 
 def test_profiles_that_tensorrt_does_not_take() -> None:
     inputs, outputs, _ = bindings("pruned")
-    with pytest.raises(BackendError, match=r"cannot build an engine of the pruned graph \(.*profile"):
+    with pytest.raises(BackendError, match=r"cannot build an engine for the pruned graph \(.*profile"):
         to_tensorrt(*RTX, exported() / "graphs/pruned.onnx", inputs, outputs, {}, EngineSettings())
 
 
@@ -218,9 +218,9 @@ def test_profiles() -> None:
     assert full_profile({}, example) == {"b": (1, 2, 4), "h": (4, 8, 16), "w": (1, 1, 2)}
     assert full_profile({"h": (2, 4, 8)}, example) == {"b": (1, 2, 4), "h": (2, 4, 8), "w": (1, 1, 2)}
     assert full_profile({}, {"b": 31, "h": 1024}) == {"b": (1, 31, 31), "h": (512, 1024, 1024)}
-    with pytest.raises(ConfigurationError, match=r"has h from 2 to 4, and the call .* has 8"):
+    with pytest.raises(ConfigurationError, match=r"has h from 2 to 4, but the call .* has 8"):
         full_profile({"h": (2, 4, 4)}, example)
-    with pytest.raises(ConfigurationError, match="leave free: none"):
+    with pytest.raises(ConfigurationError, match="free sizes are: none"):
         full_profile({"h": (2, 4, 4)}, {})
 
 
@@ -245,7 +245,7 @@ def not_exported(
         ({"compute_capabilities": []}, ("compute_capabilities", "got []")),
         ({"weight_streaming": "yes"}, ("weight_streaming", "True or False", "'yes'")),
         ({"profile": {"x": (1, 2, 3)}}, ("profile", "b, h and w", "'x'")),
-        ({"profile": {"b": (2, 1, 3)}}, ("the least, the usual and the most", "(2, 1, 3)")),
+        ({"profile": {"b": (2, 1, 3)}}, ("the smallest, the typical and the largest", "(2, 1, 3)")),
         ({"profile": {"b": (1, 1, 32)}}, ("profile", "(1, 1, 32)")),
         ({"profile": {"b": 3}}, ("profile", "3")),
     ],
@@ -262,7 +262,7 @@ def test_profiles_of_sizes_that_are_fixed(optimized: Any, tmp_path: Path) -> Non
 @no_gpu_here
 @pytest.mark.parametrize("option", ["strip", "refit"])
 def test_engines_without_weights_need_a_gpu(optimized: Any, tmp_path: Path, option: str) -> None:
-    parts = (f'format_options["{option}"]', "needs an NVIDIA GPU where engines are built", f"Leave {option} out")
+    parts = (f'format_options["{option}"]', "needs an NVIDIA GPU to build engines", f"Leave {option} out")
     not_exported(optimized, tmp_path / "bundle", *parts, format_options={option: True})
 
 

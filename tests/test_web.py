@@ -174,7 +174,7 @@ def test_a_typed_prompt_becomes_the_pipelines_images(site: str, browser: Any) ->
     assert of_page(browser, "document.querySelector('#chart .gate-word').textContent") == "gate"
     assert of_page(browser, "document.querySelectorAll('#numbers tbody tr').length") == STEPS
     memory = text_of(browser, "memory")
-    for part in ("fetched", "WebAssembly", "172 kB"):
+    for part in ("downloaded", "WebAssembly", "172 kB"):
         assert part in memory
     assert of_page(browser, "document.querySelector('#gated canvas').ariaLabel") == f"{TYPED}, with t-gate"
     assert complaints(browser) == []
@@ -291,7 +291,7 @@ def test_what_the_page_says_of_a_bundle_that_it_cannot_run(tiny: Path, browser: 
     with serving(copy) as address:
         path.write_text(json.dumps(manifest | {"scheduler": {"class_name": "LCMScheduler", "config": {}}}))
         opened(browser, address)
-        assert "LCMScheduler, which is not on this page" in text_of(browser, "error")
+        assert "LCMScheduler, which this page does not support" in text_of(browser, "error")
         assert of_page(browser, "document.getElementById('go').disabled")
         path.write_text(json.dumps(manifest))
         weights = copy / "bundle" / "graphs" / "weights.bin"

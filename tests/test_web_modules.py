@@ -234,20 +234,20 @@ def manifest() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("where", "value", "said"),
     [
-        (["format"], "other", "no bundle of tgate_compile"),
-        (["schema_version"], 2, "schema version 2, and this page reads versions up to 1"),
+        (["format"], "other", "not a bundle of tgate_compile"),
+        (["schema_version"], 2, "schema version 2, but this page reads versions up to 1"),
         (["schema_version"], None, "schema version null"),
-        (["graph_format"], "aoti", 'format "aoti", and browsers run "onnx"'),
+        (["graph_format"], "aoti", 'format "aoti", but browsers run only "onnx"'),
         (["components"], None, "--components all"),
-        (["family", "calls"], ["cond", "uncond"], "calls of their own"),
+        (["family", "calls"], ["cond", "uncond"], "calls the denoiser once per guidance half"),
         (["method", "schedule", "guidance_similarity"], 0.9, "guidance_similarity"),
         (["method", "plans"], None, "written by an older tgate_compile"),
-        (["components", "arguments", "sample"], "magic", 'asks for "magic"'),
-        (["graphs", "pruned", "cache_inputs", 0, "dtype"], "float8_e5m2", "float8_e5m2, which browsers do not run"),
+        (["components", "arguments", "sample"], "magic", 'needs "magic"'),
+        (["graphs", "pruned", "cache_inputs", 0, "dtype"], "float8_e5m2", "float8_e5m2, which browsers do not support"),
         (["graphs", "full", "inputs", 0, "shape", 0], 4, "several images at a time"),
-        (["graphs", "full", "file"], "graphs/other.onnx", "does not name it among its files"),
-        (["scheduler", "class_name"], "LCMScheduler", "LCMScheduler, which is not on this page. It has DDIMScheduler"),
-        (["scheduler", "config", "use_beta_sigmas"], True, "use_beta_sigmas=true is not on this page, which has false"),
+        (["graphs", "full", "file"], "graphs/other.onnx", "does not list it in"),
+        (["scheduler", "class_name"], "LCMScheduler", "LCMScheduler, which this page does not support"),
+        (["scheduler", "config", "use_beta_sigmas"], True, "use_beta_sigmas=true, only with false"),
     ],
 )
 def test_what_the_page_refuses(where: list[Any], value: Any, said: str) -> None:
@@ -265,7 +265,7 @@ def test_what_the_page_refuses(where: list[Any], value: Any, said: str) -> None:
 def test_files_lie_in_the_bundle(name: str) -> None:
     data = manifest()
     data["files"][name] = data["files"]["graphs/full.onnx"]
-    assert "no plain path in its folder" in (refusal(data) or "")
+    assert "not a plain path in its folder" in (refusal(data) or "")
 
 
 def refusal(data: dict[str, Any]) -> str | None:

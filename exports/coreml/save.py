@@ -1,4 +1,4 @@
-"""Write a bundle's graphs as Core ML packages."""
+"""Write the graphs of a bundle as a Core ML package."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CoreMLFunction:
-    """A variant, and the names of its inputs and outputs, which are letters, digits and underscores."""
+    """A variant, and the names of its inputs and outputs, which consist of letters, digits and underscores."""
 
     variant: Variant
     inputs: tuple[str, ...]
@@ -46,14 +46,15 @@ class CoreMLFunction:
 
 
 def to_coreml(functions: Mapping[str, CoreMLFunction], path: Path, *, target: str, precision: str) -> None:
-    """Write `functions` to the package `path`, the first of them its default, for devices from `target` on.
+    """Write `functions` to the package `path`, with the first of them as its default function.
 
-    Shapes are fixed. A scalar input becomes one of shape [1], for Core ML has none; whole numbers have 32 bits. Inputs
-    and outputs are float32, whatever `precision` the functions compute in, `"float16"` or `"float32"`.
+    Shapes are fixed. A scalar input becomes one of shape [1], because Core ML has no scalars; integers have 32 bits.
+    Inputs and outputs are float32, whatever `precision` the functions compute in, `"float16"` or `"float32"`.
+    `target` is the minimum deployment target.
 
     Raises:
         ConfigurationError: coremltools is not installed.
-        Exception: of any class; coremltools has no common base class of its errors.
+        Exception: of any class, because the errors of coremltools have no common base class.
     """
     check_installed("coremltools", extra="coreml", what='format="coreml"')
     began = time.perf_counter()
@@ -87,7 +88,7 @@ def to_coreml(functions: Mapping[str, CoreMLFunction], path: Path, *, target: st
 
 
 def _dtype(tensor: torch.Tensor) -> type:
-    """coremltools' default for numbers with a point would be float16."""
+    """Return the numpy type of an input; the default of coremltools for floating-point inputs would be float16."""
     return np.float32 if tensor.is_floating_point() else np.int32
 
 
@@ -102,7 +103,7 @@ def _program(variant: Variant) -> torch.export.ExportedProgram:
 
 
 def _vectors_for_scalars(graph_module: torch.fx.GraphModule, inputs: Sequence[object]) -> None:
-    """Have inputs without dimensions given as ones of shape [1]."""
+    """Replace scalar inputs by inputs of shape [1]."""
     for node in list(graph_module.graph.nodes):
         if node.op != "placeholder" or node.name not in inputs or node.meta["val"].ndim:
             continue
@@ -117,8 +118,7 @@ def _vectors_for_scalars(graph_module: torch.fx.GraphModule, inputs: Sequence[ob
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without coremltools' bars of progress, and its notes on versions that it has not been tested with and on what it
-    does without where nothing can be run; and without torch's deprecation when it copies a program."""
+    """Silence the progress bars of coremltools, its warnings about versions and platforms, and torch's deprecations."""
     log = logging.getLogger("coremltools")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -131,34 +131,34 @@ def _quiet() -> Iterator[None]:
 
 
 PACKAGE = "graphs/graphs.mlpackage"
-#: Where in a package its functions are, and how they call the file with their weights.
+#: The file in a package that has its functions, and the path that these have for the file with their weights.
 _MODEL = "Data/com.apple.CoreML/model.mlmodel"
 _WEIGHTS = "@model_path/weights/weight.bin"
 
-#: Packages of several functions need iOS 18 or macOS 15, which is the same version of Core ML.
+#: The deployment targets. Packages with several functions need iOS 18 or macOS 15, which have the same Core ML version.
 TARGETS = ("iOS18", "iOS26")
 PRECISIONS = ("float16", "float32")
 
 MSG_NOT_HERE = (
-    'Bundles of format "coreml" run on Apple\'s devices, with iOS 18 or macOS 15 and later, from Swift: '
-    "examples/coreml has a beginning. Load a bundle of another format here."
+    'Bundles of format "coreml" run on Apple devices, with iOS 18 or macOS 15 or later, and are used from Swift: see '
+    "examples/coreml. Here, load a bundle of another format."
 )
-MSG_NO_PACKAGE = "{path} is no Core ML package of {expected}: {reason}."
+MSG_NO_PACKAGE = "{path} is not a Core ML package with {expected}: {reason}."
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Check the options of `export`."""
+    """Raise ConfigurationError for options of `export` that are not valid."""
     known = {"minimum_deployment_target": one_of(TARGETS), "precision": one_of(PRECISIONS)}
     check_known_options('format="coreml"', "format_options", options, known)
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
-    """Raise BackendError: it is not loaded into Python."""
+    """Raise BackendError: bundles of this format cannot be loaded in Python."""
     raise BackendError(MSG_NOT_HERE)
 
 
 def runtime_version() -> str:
-    """What converted the graphs."""
+    """Return the version of coremltools, which converts the graphs."""
     return f"coremltools {version('coremltools')}"
 
 
@@ -168,7 +168,7 @@ def write_graphs(
     """Write `graphs` to the bundle at `folder`.
 
     Raises:
-        BundleError: they cannot be converted.
+        BundleError: the graphs cannot be converted.
     """
     (folder / m.GRAPHS_FOLDER).mkdir()
     for planned in graphs:
@@ -185,11 +185,9 @@ def write_graphs(
     target, precision = options.get("minimum_deployment_target", TARGETS[0]), options.get("precision", PRECISIONS[0])
     try:
         to_coreml(functions, folder / PACKAGE, target=str(target), precision=str(precision))
-    except Exception as error:  # coremltools has no common base class of its errors
+    except Exception as error:  # the errors of coremltools have no common base class
         problem = first_line(error, named=True)
-        raise BundleError(
-            f"Core ML's converter does not take the graphs: {problem}. Nothing has been written."
-        ) from error
+        raise BundleError(f"coremltools cannot convert the graphs: {problem}. Nothing has been written.") from error
     return {
         planned.name: WrittenGraph(PACKAGE, _nodes(planned), feature_name(planned.name), checked_on=None)
         for planned in graphs
@@ -197,44 +195,45 @@ def write_graphs(
 
 
 def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
-    """Check the function of `graph` in the package in the bundle `root`.
+    """Check the function of `graph` in the package of the bundle at `root`.
 
     Raises:
-        BundleError: it takes or returns something else than the manifest says, or takes weights from elsewhere.
+        BundleError: it has other inputs or outputs than the manifest says, or takes weights from another file.
     """
     from coremltools.proto import Model_pb2
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     path = root / graph.file
-    told = {"path": path, "expected": f"a function {graph.entry}"}
+    details = {"path": path, "expected": f"a function {graph.entry}"}
     if graph.file != PACKAGE or f"{PACKAGE}/{_MODEL}" not in manifest.files:
-        raise BundleError(MSG_NO_PACKAGE.format(**told, reason=f"{PACKAGE}/{_MODEL} is not there"))
+        raise BundleError(MSG_NO_PACKAGE.format(**details, reason=f"{PACKAGE}/{_MODEL} does not exist"))
     model = Model_pb2.Model()
     try:
         model.ParseFromString((path / _MODEL).read_bytes())
     except DecodeError as error:
-        raise BundleError(MSG_NO_PACKAGE.format(**told, reason=error)) from error
+        raise BundleError(MSG_NO_PACKAGE.format(**details, reason=error)) from error
     found = [function for function in model.description.functions if function.name == graph.entry]
     if len(found) != 1 or graph.entry not in model.mlProgram.functions:
-        raise BundleError(MSG_NO_PACKAGE.format(**told, reason="there is none"))
+        raise BundleError(MSG_NO_PACKAGE.format(**details, reason="it has no such function"))
     elsewhere = next((name for name in _files(model.mlProgram.functions[graph.entry]) if name != _WEIGHTS), None)
     if elsewhere is not None:
-        raise BundleError(MSG_NO_PACKAGE.format(**told, reason=f"it takes weights from {elsewhere[:200]!r}"))
-    for given, expected in ((found[0].input, inputs_of(graph)), (found[0].output, outputs_of(graph))):
-        shown, wanted = [_shown_feature(feature) for feature in given], [_shown(spec) for spec in expected]
-        if shown != wanted:
-            differs = next((pair for pair in zip(shown, wanted, strict=False) if pair[0] != pair[1]), (shown, wanted))
-            one, other = (str(text)[:300] for text in differs)
-            raise BundleError(f"The function {graph.entry} of {path} has {one}, and the manifest says {other}.")
+        reason = f"it takes weights from {elsewhere[:200]!r}"
+        raise BundleError(MSG_NO_PACKAGE.format(**details, reason=reason))
+    for features, specs in ((found[0].input, inputs_of(graph)), (found[0].output, outputs_of(graph))):
+        given, expected = [_shown_feature(feature) for feature in features], [_shown(spec) for spec in specs]
+        if given != expected:
+            pairs = (pair for pair in zip(given, expected, strict=False) if pair[0] != pair[1])
+            one, other = (str(text)[:300] for text in next(pairs, (given, expected)))
+            raise BundleError(f"The function {graph.entry} of {path} has {one}, but the manifest says {other}.")
 
 
 def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> Session:
-    """Raise BackendError: it is not loaded into Python."""
+    """Raise BackendError: bundles of this format cannot be loaded in Python."""
     raise BackendError(MSG_NOT_HERE)
 
 
 def feature_name(name: str) -> str:
-    """What a graph, an input or an output that the manifest calls `name` is called in the package."""
+    """Return the name in the package of a graph, an input or an output that the manifest calls `name`."""
     return re.sub("[^A-Za-z0-9_]", "_", name)
 
 
@@ -243,9 +242,9 @@ def _check_dtypes(planned: PlannedGraph) -> None:
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise BundleError(
-                f"The {planned.name} graph takes {name} in {dtype}, and Core ML's converter takes float32 and whole "
-                'numbers. Export the float32 model: format_options={"precision": "float16"}, the default, has it '
-                "compute in float16."
+                f"The {planned.name} graph takes {name} in {dtype}, but coremltools supports only float32 and integer "
+                'inputs. Export the float32 model; it computes in float16 by default (format_options={"precision": '
+                '"float16"}).'
             )
 
 
@@ -254,7 +253,7 @@ def _nodes(planned: PlannedGraph) -> int:
 
 
 def _files(message: Any) -> Iterator[str]:
-    """The names of all files that values in `message` are taken from."""
+    """Yield the names of all files that values in `message` are taken from."""
     for field, value in message.ListFields():
         if field.type != field.TYPE_MESSAGE:
             continue

@@ -1,4 +1,4 @@
-"""Variants' exported programs as methods of one ExecuTorch program, which share their weights."""
+"""Convert variants to the methods of one ExecuTorch program, which share their weights."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How ExecuTorch calls what runs a piece of a graph.
-_DELEGATED = "executorch_call_delegate"
+#: A node that is not an operator: it selects one of several results.
 _NO_OPERATOR = "getitem"
 
 
@@ -34,38 +33,38 @@ class ExecuTorchProgram:
     """A program with a method for each variant.
 
     Attributes:
-        manager: writes the file.
-        operators: for each method, how often it calls what; what the delegate has taken over is
-            `executorch_call_delegate`, once for each piece.
+        manager: the object that writes the file.
+        operators: for each method, how often it calls each operator. Each piece that the delegate runs counts as one
+            `executorch_call_delegate`.
     """
 
     manager: ExecutorchProgramManager
     operators: Mapping[str, Counter[str]]
 
     def count(self, method: str) -> int:
-        """What is called one after the other when `method` runs."""
+        """Return the number of operator calls when `method` runs."""
         return self.operators[method].total()
 
 
 def to_executorch(
     variants: Mapping[str, Variant], delegate: str, integers: Mapping[str, Integers] | None = None
 ) -> ExecuTorchProgram:
-    """`variants` as methods called by their names, for the delegate `"xnnpack"`, or `"portable"`: for none.
+    """Convert `variants` to methods with their names, for the delegate `"xnnpack"`, or without one (`"portable"`).
 
-    A method takes its variant's inputs and then its caches, and returns its outputs, all of fixed shapes. Those
-    that are among `integers` are quantized, for XNNPACK alone.
+    A method takes its variant's inputs and then its caches, and returns its outputs, all with fixed shapes. Variants
+    with an entry in `integers` are quantized, which only XNNPACK supports.
 
     Raises:
         ConfigurationError: executorch is not installed.
-        Exception: of any class; ExecuTorch has no common base class of its errors.
+        Exception: of any class, because ExecuTorch's errors have no common base class.
     """
     check_installed("executorch")
     began = time.perf_counter()
     with quiet_executorch(), torch.no_grad():
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-        few_bits = integers or {}
-        programs = {name: _prepared(variant, delegate, few_bits.get(name)) for name, variant in variants.items()}
+        quantized = integers or {}
+        programs = {name: _prepared(variant, delegate, quantized.get(name)) for name, variant in variants.items()}
         lowered = to_edge_transform_and_lower(
             programs,
             partitioner={name: [_xnnpack()] for name in programs} if delegate == "xnnpack" else None,
@@ -87,7 +86,7 @@ def _prepared(variant: Variant, delegate: str, integers: Integers | None) -> tor
     contiguous_inputs(graph_module, variant.program.graph_signature.user_inputs)
     lower_complex(graph_module)
     if delegate == "xnnpack":
-        # XNNPACK takes products and arithmetic. Each norm that is left to other kernels cuts a graph into two pieces.
+        # XNNPACK supports matrix products and arithmetic. A norm that runs elsewhere splits a graph into two pieces.
         unfuse_attention(graph_module)
         unfuse_gelu(graph_module)
         unfuse_norms(graph_module)
@@ -98,7 +97,7 @@ def _prepared(variant: Variant, delegate: str, integers: Integers | None) -> tor
     kept: set[object] = set()
     if integers is not None:
         program, kept = xnnpack_integers(program, integers), kept_operators()
-    # Even constants of a single number, which ExecuTorch would leave to be filled in at each call.
+    # Also folds scalar constants, which ExecuTorch would otherwise create again in each call.
     folded: torch.export.ExportedProgram = constant_prop_pass(program, custom_skip_targets=kept)
     return folded
 

@@ -1,4 +1,4 @@
-"""One of a bundle's graphs, run by ExecuTorch's runtime."""
+"""Run graphs of a bundle in ExecuTorch's runtime."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def open_program(path: Path) -> Program:
-    """The program in the file `path`, found to be consistent in itself; nothing of it is run.
+    """Open the program in the file `path` and check that it is consistent, without running it.
 
     Raises:
-        BackendError: it is none, or is damaged.
+        BackendError: the file is not a program, or is damaged.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its interface may change, it says
+        warnings.simplefilter("ignore")  # a warning that the interface is experimental
         from executorch.runtime import Runtime, Verification
     try:
         return Runtime.get().load_program(path, verification=Verification.InternalConsistency)
@@ -36,23 +36,23 @@ def open_program(path: Path) -> Program:
 
 
 class ExecuTorchSession:
-    """Runs a method of a program. Its weights are mapped from the file; XNNPACK makes packed copies of them.
+    """A session that runs a method of a program, with weights mapped from the file; XNNPACK makes packed copies.
 
     Raises:
-        BackendError: the runtime does not take it, or has not what it is made for.
+        BackendError: the runtime cannot load the method, or lacks a delegate or an operator that it needs.
     """
 
     def __init__(self, graph: Graph, root: Path, device: torch.device) -> None:
         began = time.perf_counter()
         if device.type != "cpu":
             raise BackendError(
-                f'A bundle of format "executorch" runs on the CPU, and the pipeline is on "{device}". Call '
+                f'A bundle of format "executorch" runs on the CPU, but the pipeline is on "{device}". Call '
                 'pipe.to("cpu") first.'
             )
         assert graph.entry is not None
         self._path = root / graph.file
         self._entry = graph.entry
-        self._program = open_program(self._path)  # the method works on its memory
+        self._program = open_program(self._path)  # kept because the method uses its memory
         try:
             method = self._program.load_method(graph.entry)
         except (RuntimeError, KeyError) as error:
@@ -63,11 +63,11 @@ class ExecuTorchSession:
 
     @property
     def provider(self) -> str:
-        """For the manifest's parity."""
+        """The name of the runtime and of its device."""
         return "ExecuTorch, cpu"
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All outputs for all inputs, both in the order of the manifest, caches last."""
+        """Run the graph on `inputs` and return all outputs, both in the order of the manifest, caches last."""
         try:
             return list(self._method.execute([tensor.contiguous() for tensor in inputs]))
         except RuntimeError as error:

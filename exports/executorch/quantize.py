@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quiet_executorch() -> Iterator[None]:
-    """Without deprecations, some of them said once, by the import, and without that an interface may change."""
+    """Silence deprecation warnings, some of them raised on import, and warnings about experimental interfaces."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -28,14 +28,14 @@ def quiet_executorch() -> Iterator[None]:
 
 aten = torch.ops.aten
 
-#: Which layers each scheme takes. XNNPACK measures the inputs of convolutions, too, but ExecuTorch 1.4 converts these
-#: only where nothing comes before them in their piece of the graph.
+#: The layers that each scheme quantizes. XNNPACK could also quantize the inputs of convolutions dynamically, but
+#: ExecuTorch 1.4 converts these only at the beginning of their piece of the graph.
 LAYERS: Mapping[Scheme, tuple[torch._ops.OpOverload, ...]] = {
     "int8-dynamic": (aten.linear.default,),
     "int8-static": (aten.linear.default, aten.conv2d.default),
 }
 
-#: The least scale. ExecuTorch's own quantizer has 2 ** -12, at which weights below 0.03 lose bits.
+#: The smallest scale. That of ExecuTorch's own quantizer is 2 ** -12, with which weights below 0.03 lose bits.
 LEAST_SCALE = 2.0**-30
 
 
@@ -44,8 +44,8 @@ class Integers:
     """How a graph is to be quantized.
 
     Attributes:
-        quantization: the scheme, and the layers that are kept.
-        calls: inputs of real generations, in the graph's order, that `int8-static` measures ranges on.
+        quantization: the scheme, and the layers that are not quantized.
+        calls: inputs of the graph in real generations, on which `int8-static` measures ranges.
     """
 
     quantization: Quantization
@@ -53,17 +53,18 @@ class Integers:
 
 
 def xnnpack_integers(program: ExportedProgram, integers: Integers) -> ExportedProgram:
-    """`program`, whose inputs have fixed sizes, with weights in int8 and with the operators that XNNPACK looks for.
+    """Quantize `program`, whose inputs have fixed sizes, with the operators that XNNPACK recognizes.
 
-    A linear layer's input is quantized where it comes (`int8-dynamic`), or inputs and outputs are, of convolutions as
-    well, in the ranges that they had for `integers.calls` (`int8-static`). Weights have a scale for each output
-    channel. `program` and its weights are left alone; those that are quantized are copies.
+    With `int8-dynamic`, the inputs of linear layers are quantized at run time. With `int8-static`, the inputs and
+    outputs of linear layers and convolutions are quantized, in the ranges that they had in `integers.calls`. Weights
+    are int8, with a scale for each output channel. `program` and its weights are not changed: the quantized weights
+    are copies.
     """
     with quiet_executorch(), torch.no_grad():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
         module: Any = program.module(check_guards=False)
-        # What measures weights runs with the graph, on whatever inputs.
+        # The observers of weights only run with the graph; any inputs will do for them.
         calls = integers.calls or [_zeros(program)]
         prepared = prepare_pt2e(module, _quantizer(integers.quantization))
         for call in calls:
@@ -72,8 +73,8 @@ def xnnpack_integers(program: ExportedProgram, integers: Integers) -> ExportedPr
 
 
 def kept_operators() -> set[object]:
-    """Those that must not be computed beforehand: XNNPACK takes integers by them."""
-    import executorch.exir  # noqa: F401  # registers them
+    """Return the operators that must not be constant-folded, because XNNPACK recognizes integers by them."""
+    import executorch.exir  # noqa: F401  # registers the operators
 
     operators = torch.ops.quantized_decomposed
     return {operators.dequantize_per_channel.default, operators.dequantize_per_tensor.default}
@@ -89,7 +90,7 @@ def _quantizer(quantization: Quantization) -> Any:
 
 
 def _is_taken(node: Node, quantization: Quantization) -> bool:
-    """Whether a layer is quantized; the quantizer asks for its weights as well."""
+    """Return whether a layer is quantized; the quantizer also calls this with weights."""
     weight = node if node.op == "get_attr" else node.args[1]
     return isinstance(weight, Node) and weight.op == "get_attr" and not quantization.keeps(str(weight.target))
 

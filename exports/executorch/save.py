@@ -1,4 +1,4 @@
-"""Graphs as methods of one ExecuTorch program, for phones and other devices, with the weights of all of them inside."""
+"""Write graphs as methods of one ExecuTorch program with their weights, for phones and other edge devices."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tgate_compile.exports.executorch.quantize import Integers
 
 PROGRAM_FILE = "graphs/graphs.pte"
 
-#: What runs the graphs' pieces: XNNPACK, or ExecuTorch's own portable kernels.
+#: The choices of what runs the graphs: XNNPACK, or ExecuTorch's own portable kernels.
 DELEGATES = ("xnnpack", "portable")
 
-#: Those of ExecuTorch's numbers for dtypes that a manifest has names for.
+#: ExecuTorch's numbers for those dtypes that a manifest supports.
 _DTYPES: Mapping[int, torch.dtype] = {
     0: torch.uint8,
     1: torch.int8,
@@ -38,23 +38,20 @@ _DTYPES: Mapping[int, torch.dtype] = {
     15: torch.bfloat16,
 }
 
-MSG_NOT_WRITTEN = "The program {path} cannot be written: {problem}."
-MSG_OTHER = "The method {method} of {path} has {what} {given}, and the manifest says {expected}."
-
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Check the options of `export`."""
+    """Raise ConfigurationError for options of `export` that are not valid."""
     check_known_options('format="executorch"', "format_options", options, {"delegate": one_of(DELEGATES)})
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
-    """Check the options of `load`: there are none."""
-    note = "It runs on as many threads as ExecuTorch finds cores for."
+    """Raise ConfigurationError for any options of `load`: this format has none."""
+    note = "It uses as many threads as ExecuTorch finds cores."
     check_known_options('backend="executorch"', "backend_options", options, {}, note)
 
 
 def runtime_version() -> str:
-    """What made the program."""
+    """Return the version of ExecuTorch."""
     return f"executorch {version('executorch')}"
 
 
@@ -64,7 +61,7 @@ def write_graphs(
     """Write `graphs` to the bundle at `folder`, as methods of one program.
 
     Raises:
-        ConfigurationError: they are not on the CPU.
+        ConfigurationError: the denoiser is not on the CPU.
         BundleError: a graph cannot be converted.
     """
     return _write(graphs, folder, options, {}, progress)
@@ -77,24 +74,24 @@ def write_quantized(
     quantizing: Quantizing,
     progress: Progress,
 ) -> dict[str, WrittenGraph]:
-    """Write `graphs` as `write_graphs` does, those that are to be quantized with layers that multiply integers.
+    """Write `graphs` as `write_graphs` does, with those quantized that `quantizing` selects.
 
     Raises:
-        ConfigurationError: as `write_graphs`, or there is no XNNPACK to do it.
-        UnsupportedModelError: it does not for the denoiser's dtype.
+        ConfigurationError: as `write_graphs`, or the delegate is not XNNPACK.
+        UnsupportedModelError: the denoiser is not in float32.
         BundleError: as `write_graphs`.
     """
     if options.get("delegate", DELEGATES[0]) != DELEGATES[0]:
         raise ConfigurationError(
-            f'quantize="{quantizing.quantization.scheme}" has XNNPACK multiply integers, and '
-            'format_options["delegate"] is "portable". Leave out one of them.'
+            f'quantize="{quantizing.quantization.scheme}" needs XNNPACK, but format_options["delegate"] is "portable". '
+            "Leave out one of the two."
         )
     dtypes = {value.dtype for planned in graphs for value in planned.example_inputs if value.is_floating_point()}
     if dtypes != {torch.float32}:
         given = ", ".join(sorted(map(dtype_name, dtypes)))
         raise UnsupportedModelError(
-            f'quantize="{quantizing.quantization.scheme}" has XNNPACK multiply integers, beside which ExecuTorch '
-            f"has operators for float32 alone, and this denoiser is in {given}. Export it in float32."
+            f'quantize="{quantizing.quantization.scheme}" needs a float32 model, but this denoiser is in {given}: '
+            "ExecuTorch can mix XNNPACK's integer operators only with float32. Export it in float32."
         )
     calibration = quantizing.calibration
     integers = {
@@ -115,7 +112,7 @@ def _write(
     device = graphs[0].example_inputs[0].device
     if device.type != "cpu":
         raise ConfigurationError(
-            f'format="executorch" is written from a pipeline on the CPU, and the denoiser is on "{device}". Call '
+            f'format="executorch" needs a pipeline on the CPU, but the denoiser is on "{device}". Call '
             'pipe.to("cpu") first.'
         )
     (folder / m.GRAPHS_FOLDER).mkdir()
@@ -124,7 +121,7 @@ def _write(
     try:
         delegate = str(options.get("delegate", DELEGATES[0]))
         program = to_executorch({planned.name: planned.variant for planned in graphs}, delegate, integers)
-    except Exception as error:  # ExecuTorch raises whatever its passes raise
+    except Exception as error:  # ExecuTorch's errors have no common base class
         problem = first_line(error, named=True)
         raise BundleError(
             f"The graphs {names} cannot be converted to ExecuTorch: {problem}. Nothing has been written."
@@ -138,13 +135,13 @@ def _write(
 
 
 def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
-    """Compare what the program of the bundle `root` says of the method for `graph` with the manifest; run nothing.
+    """Compare the metadata of the method for `graph` in the bundle at `root` with the manifest, without running it.
 
     Raises:
-        BundleError: it is not as the manifest says.
+        BundleError: the program is not what the manifest says.
     """
-    entries = {its.entry for its in manifest.graphs.values()}
-    files = {its.file for its in manifest.graphs.values()}
+    entries = {each.entry for each in manifest.graphs.values()}
+    files = {each.file for each in manifest.graphs.values()}
     if entries != set(manifest.graphs) or files != {PROGRAM_FILE} or manifest.weights is not None:
         raise BundleError(
             f"The graphs of the bundle {root} must be methods of {PROGRAM_FILE} with their own names, with their "
@@ -157,7 +154,7 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
         raise BundleError(str(error)) from error
     if program.method_names != entries:
         given, expected = (", ".join(sorted(map(str, names))) for names in (program.method_names, entries))
-        raise BundleError(f"The program {path} has the methods {given}, and the manifest says {expected}.")
+        raise BundleError(f"The program {path} has the methods {given}, but the manifest says {expected}.")
     assert graph.entry is not None
     method = program.metadata(graph.entry)
     for what, count, info, specs in (
@@ -167,15 +164,16 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
         given = ", ".join(_shown(info(position)) for position in range(count))
         expected = ", ".join(f"{spec.dtype}{list(spec.shape)}" for spec in specs)
         if given != expected:
-            told = {"method": graph.entry, "path": path, "what": what, "given": given, "expected": expected}
-            raise BundleError(MSG_OTHER.format(**told))
+            raise BundleError(
+                f"The method {graph.entry} of {path} has the {what} {given}, but the manifest says {expected}."
+            )
 
 
 def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> ExecuTorchSession:
-    """The graph in ExecuTorch's runtime; raise BackendError."""
+    """Open the graph in ExecuTorch's runtime, or raise BackendError."""
     return ExecuTorchSession(graph, root, device)
 
 
 def _shown(tensor: object) -> str:
     dtype = _DTYPES.get(tensor.dtype())  # type: ignore[attr-defined]
-    return f"{'a dtype without a name' if dtype is None else dtype_name(dtype)}{list(tensor.sizes())}"  # type: ignore[attr-defined]
+    return f"{'an unsupported dtype' if dtype is None else dtype_name(dtype)}{list(tensor.sizes())}"  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Inductor as a backend, with CUDA graphs on a GPU."""
+"""Compile graphs live with Inductor, optionally with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,30 +17,29 @@ from tgate_compile.engine.traffic import exclusive
 from tgate_compile.passes.editing import copy_graph
 from tgate_compile.passes.graphs import Variant
 
-#: Runs before the recording: kernels are chosen and libraries set up in the first.
+#: The number of runs before the recording; the first one chooses kernels and initializes libraries.
 _WARM_UP = 2
-
-MSG_NOT_ON_GPU = (
-    "CUDA graphs need all inputs on one CUDA device, and these are on {devices}. Leave the option cuda_graphs out, or "
-    'move the pipeline: pipe.to("cuda").'
-)
 
 
 def check_on_gpu(inputs: Sequence[torch.Tensor]) -> None:
-    """Raise BackendError unless all `inputs` are where a CUDA graph can read them: it would not see others change."""
+    """Raise BackendError unless all `inputs` are on one GPU: a CUDA graph would not see changes of others."""
     devices = {tensor.device for tensor in inputs}
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
-        raise BackendError(MSG_NOT_ON_GPU.format(devices=" and ".join(sorted(map(str, devices)))))
+        raise BackendError(
+            "CUDA graphs need all inputs on one CUDA device, but these are on "
+            f"{' and '.join(sorted(map(str, devices)))}. Leave the option cuda_graphs out, or move the pipeline with "
+            'pipe.to("cuda").'
+        )
 
 
 class StaticInputs:
     """Buffers at fixed addresses, into which a call's inputs are copied.
 
-    What is cached does not change from step to step, so each value of it is copied once.
+    Cached values do not change from step to step, so each one is copied only once.
 
     Args:
-        inputs: what the buffers are to be like, and hold first.
-        cached: how many of them, at the end, are cached values, which nobody changes in place.
+        inputs: the first inputs, which determine the shapes of the buffers.
+        cached: the number of cached values at the end of `inputs`, which are never changed in place.
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor], cached: int) -> None:
@@ -49,7 +48,7 @@ class StaticInputs:
         self._held: list[weakref.ref[torch.Tensor] | None] = [None] * len(inputs)
 
     def fill(self, inputs: Sequence[torch.Tensor]) -> int:
-        """Copy `inputs` to the buffers; tell how many had to be copied."""
+        """Copy `inputs` to the buffers, and return how many had to be copied."""
         copied = 0
         for position, (buffer, given) in enumerate(zip(self.buffers, inputs, strict=True)):
             held = self._held[position]
@@ -63,15 +62,15 @@ class StaticInputs:
 
 
 class CudaGraph:
-    """A runner's work on a GPU as one CUDA graph, recorded at the first call.
+    """A runner that records another runner as one CUDA graph at the first call, and then replays it.
 
-    The weights are read where they are, without a copy; a call that finds others (`pipe.to`, an exchanged parameter)
-    records anew. Outputs are copied out of the graph's memory, which the next graph on the same pool overwrites.
+    The weights are read in place, without a copy; if their addresses change (`pipe.to`, a replaced parameter), the next
+    call records again. Outputs are copied out of the graph's memory, which the next graph on the same pool overwrites.
 
     Args:
-        run: what is recorded.
-        cached: how many of its inputs, at the end, are cached values.
-        pool: of `torch.cuda.graph_pool_handle()`, shared by graphs that never run at the same time.
+        run: the runner to record.
+        cached: the number of cached values at the end of its inputs.
+        pool: a handle from `torch.cuda.graph_pool_handle()`, shared by graphs that never run at the same time.
     """
 
     def __init__(self, run: Runner, cached: int, pool: Any) -> None:
@@ -83,8 +82,8 @@ class CudaGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What `run` returns for these."""
-        if weights is not self._weights:  # a new list at the beginning of each generation
+        """Return the outputs of `run` for these weights and inputs."""
+        if weights is not self._weights:  # each generation starts with a new list
             addresses = [weight.data_ptr() for weight in weights]
             if addresses != self._addresses:
                 self._graph = None
@@ -97,12 +96,12 @@ class CudaGraph:
         return [output.clone() for output in self._outputs]
 
     def release(self) -> None:
-        """Let go of the weights, and of what has been recorded with them."""
+        """Release the weights and the graph that was recorded with them."""
         self._weights, self._addresses, self._graph = (), [], None
 
     @exclusive()  # while a graph is recorded, other threads' work on the GPU makes the recording fail
     def _record(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
-        # Outside of the graph's own memory, so that nothing else is ever put there.
+        # Allocated outside the graph's memory pool, so that no other graph reuses this memory.
         self._inputs = StaticInputs(inputs, self._cached)
         with torch.cuda.device(inputs[0].device):
             aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -120,23 +119,23 @@ class CudaGraph:
 logger = logging.getLogger(__name__)
 
 
-# Where oneDNN is present, Inductor wants every convolution in channels-last and copies the weights there inside the
-# graph, in every call, which costs more than the rest gains (docs/evidence/benchmarks.md). Its own cure is to freeze
-# the weights, which copies them once and for all: twice the memory, and LoRA changes go unseen.
+# With oneDNN, Inductor converts every convolution to channels-last and copies the weights inside the graph, in every
+# call, which costs more than the rest gains (docs/evidence/benchmarks.md). Its own remedy is to freeze the weights,
+# which copies them once and for all: this doubles the memory, and changes by LoRAs go unnoticed.
 CPU_OPTIONS: Mapping[str, Any] = {"layout_optimization": False}
 
-#: The one option that is not Inductor's.
+#: The only option that is not one of Inductor's.
 CUDA_GRAPHS = "cuda_graphs"
 
 
 class InductorBackend:
-    """Compiles the graph with Inductor directly.
+    """A backend that compiles graphs with Inductor directly.
 
-    Not through `torch.compile`: there is nothing for Dynamo to trace in a graph, and without its guards nothing can
-    recompile. Weights stay inputs of the compiled code, so that there is no copy of them and changes are seen.
+    It does not use `torch.compile`: Dynamo has nothing to trace in a graph, and without its guards nothing is ever
+    recompiled. Weights stay inputs of the compiled code, so they are not copied, and changes take effect.
 
-    Options are Inductor's, and `cuda_graphs`: on a GPU each graph is recorded as one CUDA graph, so that a step costs
-    one launch instead of one for each kernel.
+    The options are those of Inductor and `cuda_graphs`, which records each graph as one CUDA graph on a GPU, so that a
+    step needs one launch instead of one per kernel.
     """
 
     name: ClassVar[str] = "inductor"
@@ -146,18 +145,18 @@ class InductorBackend:
     def __init__(self, options: Mapping[str, object]) -> None:
         self._options = {name: value for name, value in options.items() if name != CUDA_GRAPHS}
         self._cuda_graphs = bool(options.get(CUDA_GRAPHS, False))
-        self._pool: Any = None  # one for all graphs of a denoiser, which never run at the same time
+        self._pool: Any = None  # shared by all graphs of a denoiser, which never run at the same time
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
         if not isinstance(options.get(CUDA_GRAPHS, False), bool):
             raise ConfigurationError(
-                f'The option cuda_graphs of backend "inductor" must be True or False, but got {options[CUDA_GRAPHS]!r}.'
+                f'cuda_graphs of backend "inductor" must be True or False, but got {options[CUDA_GRAPHS]!r}.'
             )
         if options.get(CUDA_GRAPHS) and options.get("triton.cudagraphs"):
             raise ConfigurationError(
-                'The options cuda_graphs and triton.cudagraphs of backend "inductor" exclude each other: the '
-                "second is Inductor's own, which copies all weights in every step."
+                'The options cuda_graphs and triton.cudagraphs of backend "inductor" exclude each other. Leave out '
+                "triton.cudagraphs, Inductor's own implementation, which copies all weights in every step."
             )
         known = [CUDA_GRAPHS, *torch._inductor.list_options()]
         check_names(options, known, 'backend="inductor"', source="torch._inductor.list_options()")
@@ -175,7 +174,7 @@ class InductorBackend:
         with torch.no_grad():
             try:
                 compiled = torch._inductor.compile(graph_module, _example_inputs(variant), options=options)
-            except Exception as error:  # a missing C++ compiler, an option's wrong value, Inductor's own bugs
+            except Exception as error:  # a missing C++ compiler, an invalid option, a bug in Inductor
                 problem = first_line(error, named=True)
                 raise BackendError(
                     f"Inductor could not compile the {variant.phase.name} graph ({problem}). On a CPU it needs a "
@@ -185,7 +184,7 @@ class InductorBackend:
         logger.info("compiled the %s graph in %.1f s", variant.phase.name, time.perf_counter() - began)
 
         def run(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            # Compiled code is made for fixed strides: contiguous ones, like the examples.
+            # Compiled code expects fixed strides: contiguous ones, like those of the examples.
             outputs: Sequence[torch.Tensor] = compiled(*weights, *(tensor.contiguous() for tensor in inputs))
             return outputs
 
@@ -197,7 +196,7 @@ class InductorBackend:
 
 
 def _example_inputs(variant: Variant) -> list[Any]:
-    """The graph's own fake inputs, not real tensors: for these Inductor's caches are skipped, on disk and in memory."""
+    """Return the graph's own fake inputs: with real tensors Inductor would skip its caches, on disk and in memory."""
     placeholders = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
     first_input = len(variant.weights)
     return [fake if position < first_input else fake.contiguous() for position, fake in enumerate(placeholders)]

@@ -1,4 +1,4 @@
-"""Run graphs that AOTInductor has compiled."""
+"""Check and run graphs that AOTInductor has compiled."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from tgate_compile._errors import BackendError, BundleError, TGateError, first_l
 from tgate_compile.bundle.manifest import Graph
 from tgate_compile.bundle.weights import mapped_weights
 
-#: torch 2.11 takes all files for those of an entry that begin with its name: none may be the beginning of another.
+#: The suffix of entry names. torch 2.11 assigns all files to an entry that start with its name, so no name may be a
+#: prefix of another.
 ENTRY_SUFFIX = ".graph"
 
-MSG_NO_PACKAGE = "{path} is no package of AOTInductor: {problem}."
+MSG_NO_PACKAGE = "{path} is not a valid AOTInductor package: {problem}."
 
-#: Inside the folder that a package has for itself. Weights, programs and pickles would be elsewhere.
+#: The paths of code in a package. Weights, programs and pickles would be in other folders.
 _CODE = re.compile(r"data/aotinductor/(?P<entry>[A-Za-z0-9_.-]+)/[A-Za-z0-9_][A-Za-z0-9_.-]*\.(?P<kind>[a-z0-9]+)")
 _KINDS = frozenset({"so", "cpp", "json", "cubin", "hsaco", "fatbin", "spv"})
 _NOTES = frozenset({"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"})
 
-#: What AOTInductor calls instruction sets, and whether this CPU has them.
+#: AOTInductor's names of instruction sets, with functions that return whether this CPU supports them.
 _INSTRUCTIONS: Mapping[str, Callable[[], bool]] = {
     "AVX2": torch.cpu._is_avx2_supported,
     "AVX512": torch.cpu._is_avx512_supported,
@@ -40,18 +41,18 @@ _INSTRUCTIONS: Mapping[str, Callable[[], bool]] = {
 
 
 def entry_name(graph: str) -> str:
-    """What the graph called `graph` is called in a package."""
+    """Return the name of the entry for `graph` in a package."""
     return graph + ENTRY_SUFFIX
 
 
 def check_package(path: Path, entries: Collection[str]) -> None:
-    """Check that the package at `path` has code for `entries` and nothing else.
+    """Check that the package at `path` contains the code of `entries` and nothing else.
 
-    torch unpacks what is in it and loads the code: there must be one library for each entry (without one it would run
-    a compiler with arguments from the package), no path out of its folder, and nothing that anyone unpickles.
+    torch unpacks the package and loads the code. There must be one library for each entry (without one, torch would run
+    a compiler with arguments from the package), no path that leads out of the folder, and nothing that is unpickled.
 
     Raises:
-        BundleError: it has not.
+        BundleError: the package is not valid.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -66,30 +67,30 @@ def check_package(path: Path, entries: Collection[str]) -> None:
         known = name in _NOTES or (code is not None and code["kind"] in _KINDS and "_flags." not in name)
         stored = member.compress_type == zipfile.ZIP_STORED and member.filename == member.orig_filename
         if root != path.stem or not known or not stored or name in seen:
-            problem = f"it has a file {member.filename[:200]!r} that has no place in one"
+            problem = f"it contains an unexpected file {member.filename[:200]!r}"
             raise BundleError(MSG_NO_PACKAGE.format(path=path, problem=problem))
         seen.add(name)
         if code is not None and code["kind"] == "so":
             libraries.append(code["entry"])
     if sorted(libraries) != sorted(entries):
-        problem = f"it has the libraries {sorted(libraries)}, and the manifest says {sorted(entries)}"
+        problem = f"it has the libraries {sorted(libraries)}, but the manifest says {sorted(entries)}"
         raise BundleError(MSG_NO_PACKAGE.format(path=path, problem=problem))
 
 
 def check_runs_here(path: Path, entry: str, device: torch.device) -> None:
-    """Raise BackendError unless the code of `entry` is for this machine and for `device`, as far as it says."""
-    told = _metadata(path, entry)
+    """Raise BackendError if the metadata of `entry` says that its code is for another machine or device."""
+    metadata = _metadata(path, entry)
     here = {"AOTI_PLATFORM": sys.platform, "AOTI_MACHINE": platform.machine(), "AOTI_DEVICE_KEY": device.type}
     if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
         here["AOTI_COMPUTE_CAPABILITY"] = "".join(map(str, torch.cuda.get_device_capability(device)))
-    wanted = {name: told.get(name) or value for name, value in here.items()}
-    needed = told.get("AOTI_CPU_ISA", "").split()
-    has = [name for name, is_there in _INSTRUCTIONS.items() if is_there()]
-    if wanted != here or any(name in _INSTRUCTIONS and name not in has for name in needed):
-        given, found = " ".join([*wanted.values(), *needed]), " ".join([*here.values(), *has])
+    required = {name: metadata.get(name) or value for name, value in here.items()}
+    needed = metadata.get("AOTI_CPU_ISA", "").split()
+    has = [name for name, is_supported in _INSTRUCTIONS.items() if is_supported()]
+    if required != here or any(name in _INSTRUCTIONS and name not in has for name in needed):
+        given, found = " ".join([*required.values(), *needed]), " ".join([*here.values(), *has])
         raise BackendError(
-            f"{path} is native code for {given}, and this is {found}. Export the bundle on a machine like this one, "
-            'or, among x86-64 CPUs, with format_options={"target": "x86-64-v3"}.'
+            f"{path} is native code for {given}, but this machine is {found}. Export the bundle on a machine like this "
+            'one or, for any x86-64 CPU with AVX2, with format_options={"target": "x86-64-v3"}.'
         )
 
 
@@ -97,22 +98,22 @@ def _metadata(path: Path, entry: str) -> Mapping[str, str]:
     with zipfile.ZipFile(path) as archive:
         start = f"{path.stem}/data/aotinductor/{entry}/"
         names = [name for name in archive.namelist() if name.startswith(start) and name.endswith("_metadata.json")]
-        told = json.loads(archive.read(names[0])) if names else {}
-    return {str(name): str(value) for name, value in told.items()} if isinstance(told, dict) else {}
+        content = json.loads(archive.read(names[0])) if names else {}
+    return {str(name): str(value) for name, value in content.items()} if isinstance(content, dict) else {}
 
 
 logger = logging.getLogger(__name__)
 
 
 class AotiSession:
-    """Runs an entry of a package for inputs on `device`; all entries of a bundle work on the same weights.
+    """A session that runs an entry of a package for inputs on `device`; all entries of a bundle share its weights.
 
-    torch unpacks the entry into a folder of its own in the system's temporary folder. It is removed with the session,
-    or when Python exits; a process that is killed leaves it.
+    torch unpacks the entry into a new folder in the system's temporary folder. This is removed with the session, or
+    when Python exits; a process that is killed leaves it behind.
 
     Raises:
         BackendError: the code is for another machine, or cannot be loaded.
-        BundleError: the bundle has not the weights that the code asks for.
+        BundleError: the bundle does not have the weights that the code needs.
     """
 
     def __init__(self, graph: Graph, root: Path, device: torch.device) -> None:
@@ -124,10 +125,10 @@ class AotiSession:
         index = -1 if device.index is None else device.index
         try:
             check_runs_here(self._path, graph.entry, device)
-            # Not torch's load_package, which opens all entries, and reads exported programs, which it unpickles.
+            # Not torch's load_package, which opens all entries, and unpickles exported programs.
             loader = torch._C._aoti.AOTIModelPackageLoader(str(self._path), graph.entry, False, 1, index)
             self._weights = mapped_weights(root, device)
-            # The loader keeps their addresses only: self._weights keeps them alive.
+            # The loader stores only their addresses; self._weights keeps them alive.
             loader.load_constants(self._weights.tensors(loader.get_constant_fqns()), False, True, True)
         except TGateError:
             raise
@@ -135,17 +136,17 @@ class AotiSession:
             raise BackendError(self._failed("load", error)) from error
         held: list[Any] = [loader]
         self._held = held
-        weakref.finalize(self, held.clear)  # at the latest when Python exits, which does not destroy what is left
+        weakref.finalize(self, held.clear)  # also when Python exits, which does not destroy remaining objects
         logger.info("opened %s of %s in %.1f s", graph.entry, self._path.name, time.perf_counter() - began)
 
     @property
     def provider(self) -> str:
-        """For the manifest's parity."""
+        """The name of the runtime and of its device."""
         return f"AOTInductor, {self._device.type}"
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All outputs for all inputs, both in the order of the manifest, caches last."""
-        # Compiled code is made for fixed strides: contiguous ones.
+        """Run the graph on `inputs` and return all outputs, both in the order of the manifest, caches last."""
+        # Compiled code expects fixed strides: contiguous ones.
         try:
             outputs: list[torch.Tensor] = self._held[0].boxed_run([tensor.contiguous() for tensor in inputs])
         except RuntimeError as error:

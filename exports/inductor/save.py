@@ -1,4 +1,4 @@
-"""Compile a bundle's graphs with AOTInductor; their weights stay outside."""
+"""Compile the graphs of a bundle with AOTInductor, with their weights in a separate file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tgate_compile.passes.graphs import Variant
 
 logger = logging.getLogger(__name__)
 
-#: The code asks for its weights by their qualified names when it is loaded.
+#: Inductor's options for code without weights, which are passed to it by their qualified names when it is loaded.
 WITHOUT_WEIGHTS: Mapping[str, Any] = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
@@ -39,14 +39,14 @@ WITHOUT_WEIGHTS: Mapping[str, Any] = {
 def to_aoti(variant: Variant, folder: Path, options: Mapping[str, Any]) -> list[str]:
     """Compile `variant` into files in `folder`, for `torch._inductor.package.package_aoti`.
 
-    The code takes the variant's inputs and then its caches, contiguous and flat, and returns its outputs. It expects
-    contiguous weights, whatever strides the variant's own have; `options` are Inductor's.
+    The code takes the variant's inputs and then its caches, as a flat list of contiguous tensors, and returns its
+    outputs. It expects contiguous weights, whatever the strides of the variant's weights. `options` are Inductor's.
 
     Raises:
-        Exception: of any class; Inductor has no common base class of its errors.
+        Exception: of any class, because Inductor's errors have no common base class.
     """
     began = time.perf_counter()
-    program = flat_program(variant.program, copy_graph(variant.program.graph_module))  # Inductor rewrites it
+    program = flat_program(variant.program, copy_graph(variant.program.graph_module))  # Inductor changes its input
     graph_module: Any = program.module(check_guards=False)
     _name_constants(graph_module, program.constants)
     _make_contiguous(graph_module)
@@ -61,7 +61,7 @@ def to_aoti(variant: Variant, folder: Path, options: Mapping[str, Any]) -> list[
 
 
 def _name_constants(module: torch.nn.Module, constants: Iterable[str]) -> None:
-    """Have the code ask for constants by these names: Inductor numbers tensors that are no buffers."""
+    """Make constants buffers, so that the code asks for them by these names: Inductor numbers other tensors."""
     for name in constants:
         path, _, attribute = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -72,7 +72,7 @@ def _name_constants(module: torch.nn.Module, constants: Iterable[str]) -> None:
 
 
 def _make_contiguous(module: torch.nn.Module) -> None:
-    """Give `module`, not the user's, weights in C order; what has it already is not copied."""
+    """Make the weights of `module`, a copy of the user's, contiguous, without copying those that already are."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and not parameter.is_contiguous():
@@ -84,8 +84,9 @@ def _make_contiguous(module: torch.nn.Module) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence what torch says of its own doings: a deprecation when it copies a program, and that the few complex
-    operators, such as FreeU's Fourier transforms, are called as they are, not fused.
+    """Silence torch's own warnings: about a deprecation in its code, and about complex operators that it does not fuse.
+
+    There are few of these, such as the Fourier transforms of FreeU.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, message=".*code generation for complex operators.*")
@@ -95,43 +96,41 @@ def _quiet_exporter() -> Iterator[None]:
 
 PACKAGE_FILE = "graphs/graphs.pt2"
 
-#: What the code may be for: the CPU that compiles it, or every one of a level (AVX2 and FMA).
+#: The targets of the code: the CPU that compiles it, or every CPU of a level (AVX2 and FMA).
 TARGETS: Mapping[str, Mapping[str, Any]] = {
     "native": {},
     "x86-64-v3": {"cpp.march": "x86-64-v3", "cpp.simdlen": 256},
 }
 
-MSG_DYNAMIC = "Some code is compiled for fixed sizes only: try export(..., dynamic=False)."
-
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Check the options of `export`, and that there is a compiler."""
+    """Raise ConfigurationError for options of `export` that are not valid, or if there is no compiler."""
     check_known_options('format="aoti"', "format_options", options, {"target": one_of(TARGETS)})
     target = str(options.get("target", "native"))
     missing = ", ".join(name for name in TARGETS[target] if name not in torch._inductor.list_options())
     if missing:
         raise ConfigurationError(
-            f'format_options["target"]={target!r} needs a newer torch than {torch.__version__}, whose Inductor has '
-            f"no {missing}."
+            f'format_options["target"]={target!r} needs a newer torch than {torch.__version__}, whose Inductor does '
+            f"not have the option {missing}."
         )
     _check_compiler()
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
-    """Check the options of `load`: there are none."""
-    note = "It runs on as many threads as torch.set_num_threads() says."
+    """Raise ConfigurationError for any options of `load`: this format has none."""
+    note = "It uses as many threads as torch.set_num_threads() says."
     check_known_options('backend="aoti"', "backend_options", options, {}, note)
 
 
 def runtime_version() -> str:
-    """What compiled the graphs."""
+    """Return the version of AOTInductor, which is that of torch."""
     return f"AOTInductor {torch.__version__}"
 
 
 def write_graphs(
     graphs: Sequence[PlannedGraph], folder: Path, options: Mapping[str, object], progress: Progress
 ) -> dict[str, WrittenGraph]:
-    """Write `graphs` to the bundle at `folder`: a package, the weights, and what is where among these.
+    """Write `graphs` to the bundle at `folder`: a package, the weights and their index.
 
     Raises:
         BundleError: a graph cannot be compiled.
@@ -150,7 +149,7 @@ def write_graphs(
             written[planned.name] = WrittenGraph(PACKAGE_FILE, nodes, entry_name(planned.name), checked_on=device)
         try:
             package_aoti(str(folder / PACKAGE_FILE), files)
-        except RuntimeError as error:  # torch's own writer does not say OSError
+        except RuntimeError as error:  # torch's writer does not raise OSError
             raise BundleError(
                 f"torch cannot write the package of the compiled graphs: {first_line(error)}. Nothing has been written."
             ) from error
@@ -166,27 +165,27 @@ def write_graphs(
 
 
 def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
-    """Check the package of `graph` in the bundle `root` and the index of its weights, and run nothing.
+    """Check the package of `graph` in the bundle at `root` and the index of its weights, without running any code.
 
-    What its code takes and returns is found out by running it alone.
+    The inputs and outputs of the code cannot be checked without running it.
 
     Raises:
-        BundleError: it is not as the manifest says.
+        BundleError: a file is not what the manifest says.
     """
-    entries = {its.entry for its in manifest.graphs.values()}
+    entries = {each.entry for each in manifest.graphs.values()}
     expected = {entry_name(name) for name in manifest.graphs}
-    files = {its.file for its in manifest.graphs.values()}
+    files = {each.file for each in manifest.graphs.values()}
     if entries != expected or files != {PACKAGE_FILE} or INDEX_FILE not in manifest.files or manifest.weights is None:
         raise BundleError(
-            f"The graphs of the bundle {root} must be entries of {PACKAGE_FILE} with their own names, and "
-            f"{INDEX_FILE} be there."
+            f"The graphs of the bundle {root} must be entries of {PACKAGE_FILE} with their own names, and the bundle "
+            f"must have an {INDEX_FILE}."
         )
     check_package(root / PACKAGE_FILE, expected)
     read_index(root / INDEX_FILE, manifest.files[m.WEIGHTS_FILE].size)
 
 
 def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> AotiSession:
-    """The graph in AOTInductor's runtime; raise BackendError."""
+    """Open the graph in AOTInductor's runtime, or raise BackendError."""
     return AotiSession(graph, root, device)
 
 
@@ -194,18 +193,17 @@ def _compiled(planned: PlannedGraph, folder: Path, device: str, options: Mapping
     settings: dict[str, Any] = {
         **(CPU_OPTIONS if device == "cpu" else {}),
         **TARGETS[str(options.get("target", "native"))],
-        "cpp.dynamic_threads": True,  # as many as there are where it runs, not where it is compiled
-        # It would put the weights into the code, packed.
-        "max_autotune": False,
+        "cpp.dynamic_threads": True,  # as many threads as the machine has that runs the code
+        "max_autotune": False,  # it would pack the weights into the code
     }
     try:
         return to_aoti(planned.variant, folder, settings)
-    except Exception as error:  # a missing tool, a size that must be fixed, Inductor's own bugs
+    except Exception as error:  # a missing tool, a size that must be fixed, a bug in Inductor
         problem = first_line(error, named=True)
-        hint = MSG_DYNAMIC if planned.units else ""
+        hint = "Some code compiles for fixed sizes only: try export(..., dynamic=False)." if planned.units else ""
         raise BundleError(
             f"AOTInductor cannot compile the {planned.name} graph: {problem}. Nothing has been written. On a CPU it "
-            f"needs a C++ compiler, on a GPU Triton and the CUDA toolkit as well. {hint}"
+            f"needs a C++ compiler, on a GPU also Triton and the CUDA toolkit. {hint}"
         ) from error
 
 
@@ -217,5 +215,5 @@ def _check_compiler() -> None:
     except (InvalidCxxCompiler, RuntimeError) as error:
         problem = first_line(error)
         raise ConfigurationError(
-            f'format="aoti" compiles C++ and needs a compiler such as g++, which is not there ({problem}).'
+            f'format="aoti" compiles C++ and needs a compiler such as g++, but none was found ({problem}).'
         ) from error

@@ -1,4 +1,4 @@
-"""An ONNX file against what the manifest says of it, and against reading from anywhere else."""
+"""Check that an ONNX file is what the manifest says, and reads its weights from the bundle's weights file only."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 #: protobuf's own limit.
 MAX_BYTES = 2**31 - 1
 
-MSG_NO_MODEL = "{path} is no ONNX model: {reason}."
-MSG_DIFFERS = "{path} has {given}, and the manifest says {expected}."
+MSG_NO_MODEL = "{path} is not a valid ONNX model: {reason}."
+MSG_DIFFERS = "{path} has {given}, but the manifest says {expected}."
 
 _DTYPES = {element: dtype_name(dtype) for dtype, element in ELEMENT_TYPES.items()}
 
 
 def check_onnx_file(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], weights_size: int) -> None:
-    """Check the file at `path`, without its weights, which are in a file of so many bytes beside it.
+    """Check the file at `path`, whose weights are in another file of `weights_size` bytes in the same folder.
 
     Raises:
-        BundleError: it is no ONNX model, takes or returns something else than the manifest says, or takes weights from
-            outside of the weights file.
+        BundleError: it is not a valid ONNX model, has other inputs or outputs than the manifest says, or takes weights
+            from outside the weights file.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -46,7 +46,7 @@ def check_onnx_file(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """All tensors, wherever they are: initializers, constants, in the graphs inside of nodes, in functions."""
+    """Yield all tensors of `model`: initializers and constants, also those of subgraphs and functions."""
     yield from _tensors_of_graph(model.graph)
     for function in model.functions:
         yield from _tensors_of_nodes(function.node)
@@ -77,19 +77,19 @@ def _check_location(tensor: onnx.TensorProto, path: Path, weights_size: int) -> 
 
     if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.external_data:
         return
-    told = {entry.key: entry.value for entry in tensor.external_data}
+    place = {entry.key: entry.value for entry in tensor.external_data}
     expected = Path(WEIGHTS_FILE).name
-    if told.get("location") != expected or len(told) != len(tensor.external_data):
+    if place.get("location") != expected or len(place) != len(tensor.external_data):
         raise BundleError(
-            f"{path} takes the tensor {tensor.name!r} from {told.get('location')!r}, and a bundle's weights are "
-            f"in {expected!r} alone."
+            f"{path} takes the tensor {tensor.name!r} from {place.get('location')!r}, but the weights of a bundle must "
+            f"be in {expected!r}."
         )
-    offset, length = _number(told.get("offset", "0")), _number(told.get("length", ""))
+    offset, length = _number(place.get("offset", "0")), _number(place.get("length", ""))
     if offset is None or length is None or offset + length > weights_size:
-        end = f"{told.get('offset')} + {told.get('length')}" if None in (offset, length) else offset + length  # type: ignore[operator]
+        end = f"{place.get('offset')} + {place.get('length')}" if None in (offset, length) else offset + length  # type: ignore[operator]
         raise BundleError(
-            f"{path} takes the tensor {tensor.name!r} from bytes {told.get('offset')} to {end} of a weights "
-            f"file that has {weights_size}."
+            f"{path} takes the tensor {tensor.name!r} from bytes {place.get('offset')} to {end} of a weights file "
+            f"that has only {weights_size}."
         )
 
 
@@ -99,13 +99,13 @@ def _number(text: str) -> int | None:
 
 def _check_specs(values: Sequence[Any], expected: Sequence[TensorSpec], path: Path) -> None:
     given = [_shown(value.name, *_type_of(value)) for value in values]
-    wanted = [_shown(spec.name, spec.dtype, list(spec.shape)) for spec in expected]
-    for one, other in zip(given, wanted, strict=False):
+    required = [_shown(spec.name, spec.dtype, list(spec.shape)) for spec in expected]
+    for one, other in zip(given, required, strict=False):
         if one != other:
             raise BundleError(MSG_DIFFERS.format(path=path, given=one, expected=other))
-    if len(given) != len(wanted):
+    if len(given) != len(required):
         raise BundleError(
-            MSG_DIFFERS.format(path=path, given=f"{len(given)} inputs or outputs", expected=f"{len(wanted)}")
+            MSG_DIFFERS.format(path=path, given=f"{len(given)} inputs or outputs", expected=f"{len(required)}")
         )
 
 

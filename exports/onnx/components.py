@@ -21,13 +21,14 @@ from tgate_compile.bundle.read_manifest import shape_at, solve
 from tgate_compile.bundle.weights import WeightsFile, dtype_name
 from tgate_compile.engine.capture import without_stack_traces
 from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
+from tgate_compile.exports.onnx.check import check_onnx_file
 from tgate_compile.exports.onnx.convert import program_to_onnx
 from tgate_compile.exports.onnx.file import check_model, save_model
 from tgate_compile.exports.onnx.session import open_session, run_bound, session_options
 
 
 class TextEncoding(torch.nn.Module):
-    """What a pipeline takes of a text encoder: `(hidden_states,)` or `(hidden_states, pooled)`."""
+    """A text encoder that returns what a pipeline uses: `(hidden_states,)` or `(hidden_states, pooled)`."""
 
     def __init__(self, model: Any, hidden_state: Literal[-1, -2], *, pooled: bool) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class TextEncoding(torch.nn.Module):
         self._pooled = pooled
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """Of numbered tokens, [b, tokens], and a mask of the same shape."""
+        """Encode token ids, [b, tokens], with an optional mask of the same shape."""
         penultimate = self._hidden_state == -2
         outputs = self.model(input_ids, attention_mask=attention_mask, output_hidden_states=penultimate)
         hidden_states = outputs.hidden_states[-2] if penultimate else outputs.last_hidden_state
@@ -44,16 +45,16 @@ class TextEncoding(torch.nn.Module):
 
 
 class Decoding(torch.nn.Module):
-    """An AutoencoderKL's way from latents to images, without slices or tiles."""
+    """The decoder of an AutoencoderKL, without slicing or tiling."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor]:
-        """Of latents, [b, channels, h, w]."""
-        quantised = latents if self.model.post_quant_conv is None else self.model.post_quant_conv(latents)
-        return (self.model.decoder(quantised),)
+        """Decode latents, [b, channels, h, w], to images."""
+        quantized = latents if self.model.post_quant_conv is None else self.model.post_quant_conv(latents)
+        return (self.model.decoder(quantized),)
 
 
 def write_component(
@@ -68,16 +69,16 @@ def write_component(
     """Write `module` to `path`, and its weights to `weights`.
 
     Args:
-        module: returns a tuple.
-        name: what the graph is called.
-        inputs: of the graph; their shapes say which sizes are free.
-        outputs: likewise.
-        examples: inputs of the module; the first are those that it is traced with.
-        path: of the ONNX file.
-        weights: of the file beside it.
+        module: the module, which returns a tuple.
+        name: the name of the graph.
+        inputs: the inputs of the graph; sizes that are names in their shapes are free.
+        outputs: the outputs of the graph.
+        examples: example inputs of the module; the first ones are used for tracing.
+        path: the path of the ONNX file.
+        weights: the weights file in the same folder.
 
     Raises:
-        BundleError: it cannot be converted.
+        BundleError: the module cannot be converted.
     """
     import onnx_ir
 
@@ -86,7 +87,7 @@ def write_component(
         with without_stack_traces(), torch.no_grad():
             program = torch.export.export(module, tuple(examples[0]), dynamic_shapes=free)
         graph = program_to_onnx(program, list(program.state_dict))
-    except Exception as error:  # torch.export and torch.onnx raise whatever they meet
+    except Exception as error:  # torch.export and torch.onnx raise errors of any class
         raise BundleError(
             f"The {name} cannot be converted to ONNX: {cause_of(error)}. Nothing has been written."
         ) from error
@@ -107,10 +108,10 @@ def component_parity(
     examples: Sequence[Sequence[torch.Tensor]],
     path: Path,
 ) -> m.Parity:
-    """How far the file at `path`, whose weights are complete, is from `module` for all of the `examples`.
+    """Compare the file at `path`, whose weights file is complete, with `module` on all of the `examples`.
 
     Raises:
-        BundleError: by more than rounding, or ONNX refuses the file.
+        BundleError: the outputs differ by more than rounding, or ONNX rejects the file.
     """
     check_model(name, path)
     session = open_session(path, session_options({}), ["CPUExecutionProvider"])
@@ -130,17 +131,28 @@ def component_parity(
             torch.device("cpu"),
         )
         relative = max(relative_difference(a, b.cpu()) for a, b in zip(results, expected, strict=True))
-        if not relative <= tolerance:  # NaN is not
+        if not relative <= tolerance:  # also true for NaN
             raise BundleError(
-                f"The {name} in {provider} is {relative:.1e} from PyTorch's, relative to the largest value, and "
-                f"{tolerance:.0e} is allowed for {dtype}. Nothing has been written. Please report this."
+                f"The {name} in {provider} differs from PyTorch by {relative:.1e}, relative to the largest value; at "
+                f"most {tolerance:.0e} is allowed for {dtype}. Nothing has been written. Please report this."
             )
         measured.append(m.Deviation(sizes=sizes, relative=relative))
     relative = max(deviation.relative for deviation in measured)
     return m.Parity(relative=relative, tolerance=tolerance, provider=provider, measured=measured)
 
 
-#: Tokenized by both libraries when a bundle is written, and what its text encoders are compared on.
+def check_component(
+    path: Path, inputs: Sequence[m.TensorSpec], outputs: Sequence[m.TensorSpec], weights_size: int
+) -> None:
+    """Check the ONNX file at `path`, whose weights are in a file of `weights_size` bytes, without trusting it.
+
+    Raises:
+        BundleError: as `check_onnx_file`.
+    """
+    check_onnx_file(path, inputs, outputs, weights_size)
+
+
+#: The texts on which tokenizers and text encoders are compared when a bundle is written.
 TEXTS = (
     "",
     "a red circle on a blue background",
@@ -152,7 +164,7 @@ def write_tokenizer(tokenizer: Any, name: str, length: int, path: Path) -> None:
     """Write the fast `tokenizer` of transformers to `path`, for texts of `length` tokens.
 
     Raises:
-        BundleError: the file makes other tokens of some text than `tokenizer` does.
+        BundleError: the written file tokenizes some text differently from `tokenizer`.
     """
     from tokenizers import Tokenizer
 
@@ -167,13 +179,13 @@ def write_tokenizer(tokenizer: Any, name: str, length: int, path: Path) -> None:
         encoded = Tokenizer.from_file(str(path)).encode(text)
         if [encoded.ids, encoded.attention_mask] != [expected[key][0].tolist() for key in expected]:
             raise BundleError(
-                f"The tokenizer {name} makes other tokens of {text[:60]!r} in the tokenizers library than in "
+                f"The tokenizer {name} tokenizes {text[:60]!r} differently in the tokenizers library and in "
                 "transformers. Nothing has been written. Please report this."
             )
 
 
 def tokenized(tokenizer: Any, texts: list[str], length: int, tensors: str) -> dict[str, Any]:
-    """`input_ids` and `attention_mask`, both [texts, length], as the pipelines ask for them."""
+    """Return `input_ids` and `attention_mask`, both [texts, length], tokenized as the pipelines do it."""
     made = tokenizer(
         texts,
         padding="max_length",
@@ -185,13 +197,13 @@ def tokenized(tokenizer: Any, texts: list[str], length: int, tensors: str) -> di
     return {key: made[key] for key in ("input_ids", "attention_mask")}
 
 
-#: Latents, h and w, that a decoder is traced and checked with: small, and no square.
+#: Height and width of the latents with which a decoder is traced and checked: small, and not square.
 LATENTS = (8, 12)
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """A graph to be written: `arguments` are those of `write_component` but its last two."""
+    """A graph to be written; the attributes are arguments of `write_component`."""
 
     file: str
     module: torch.nn.Module
@@ -216,24 +228,24 @@ def write_components(
     folder: Path,
     progress: Progress,
 ) -> m.Components:
-    """Write them to the bundle at `folder`.
+    """Write the text encoders, the tokenizers and the VAE decoder of `pipe` to the bundle at `folder`.
 
     Args:
-        pipe: a pipeline that the recipe is for.
-        request: what is asked for.
-        arguments: the tensors that the denoiser is called with; the recipe has them all.
-        latents: their shape in the example.
-        steps: of the example.
-        folder: of the bundle.
-        progress: told what is done.
+        pipe: a pipeline of the class that the recipe is for.
+        request: the recipe and the arguments of the call.
+        arguments: the names of the tensors that the denoiser is called with; the recipe has a source for each.
+        latents: the shape of the latents in the example.
+        steps: the number of steps in the example.
+        folder: the folder of the bundle.
+        progress: called with a line of text at the start of each stage.
 
     Raises:
-        BundleError: something cannot be converted, or is not as in PyTorch.
+        BundleError: a component cannot be converted, or differs from PyTorch.
     """
     recipe = request.recipe
     (folder / m.COMPONENTS_FOLDER).mkdir()
     if getattr(pipe, "safety_checker", None) is not None or getattr(pipe, "watermark", None) is not None:
-        progress("Leaving out the safety checker and the watermark, which bundles do not have")
+        progress("Leaving out the safety checker and the watermark, which bundles do not support")
     tokenizers = {
         encoder: _tokenizer(pipe, name, _length(pipe, name, request), recipe, folder)
         for encoder, name in recipe.encoders.items()
@@ -337,7 +349,7 @@ def _vae_decoder(pipe: Any, graph: _Graph, parity: m.Parity) -> m.VaeDecoder:
         latent_channels=config.latent_channels,
         scale_factor=pipe.vae_scale_factor,
         scaling_factor=config.scaling_factor,
-        shift_factor=0.0,  # these pipelines do not use the configuration's
+        shift_factor=0.0,  # these pipelines ignore the value in the configuration
         image_range=(-1.0, 1.0),
         parity=parity,
     )
@@ -350,6 +362,6 @@ def _length(pipe: Any, name: str, request: ComponentsRequest) -> int:
 
 
 def _argument(request: ComponentsRequest, name: str) -> Any:
-    """What `name` is in the call: as given, or the pipeline's default."""
+    """Return the value of the argument `name` in the call, or else the pipeline's default."""
     default = inspect.signature(request.pipeline.__call__).parameters[name].default
     return request.call.get(name, default)

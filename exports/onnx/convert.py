@@ -22,8 +22,8 @@ from tgate_compile.passes.specialize import remove_dead
 if TYPE_CHECKING:
     import onnx_ir
 
-#: Of the public rewrite rules, those that diffusers' models give work to. `slice_split_rule` is not among them: it
-#: looks at the whole graph once for each node, which for an SDXL's UNet takes longer than all the rest.
+#: Those of onnxscript's public rewrite rules that apply to models of diffusers. `slice_split_rule` is not among them:
+#: it visits the whole graph once per node, which for SDXL's UNet takes longer than all the rest.
 RULES = (
     "mul_by_1_rule",
     "add_0_rule",
@@ -50,12 +50,12 @@ RULES = (
     "normalize_pad_format_conv_rule",
     "fuse_pad_into_conv_rule",
 )
-#: As often as onnxscript's own optimizer does it, at most: one simplification makes room for another.
+#: The most rounds of simplification, as in onnxscript's own optimizer: one simplification can enable another.
 ROUNDS = 2
 
 
 def optimize_onnx(model: onnx_ir.Model) -> None:
-    """Fold constants, simplify, and name operators that opset 23 has; `model` is changed in place."""
+    """Fold constants, simplify, and fuse nodes into operators of opset 23; `model` is changed in place."""
     import onnx_ir.passes.common as common
     from onnx_ir.passes import Sequential
     from onnxscript.optimizer import fold_constants_ir
@@ -89,10 +89,10 @@ def optimize_onnx(model: onnx_ir.Model) -> None:
 logger = logging.getLogger(__name__)
 
 
-#: Has GroupNormalization and Attention as operators of their own: fewer nodes, and faster in ONNX Runtime.
+#: This opset has the operators GroupNormalization and Attention: fewer nodes, and faster in ONNX Runtime.
 OPSET = 23
 
-#: Its optimizer takes numbers that are closer to 0 than 1e-8 for 0.
+#: Constants below this are hidden from the optimizer, which treats numbers closer to 0 than 1e-8 as 0.
 SMALL = 1e-7
 
 
@@ -101,9 +101,9 @@ class OnnxGraph:
     """An ONNX model of an exported program.
 
     Attributes:
-        model: its inputs are the program's, for a variant its inputs and then its caches; so are its outputs. Weights
+        model: the model. Its inputs and outputs are those of the program (for a variant, caches last), and its weights
             are initializers.
-        weights: the names of those of the weights that the model uses, in the order in which they were asked for.
+        weights: the names of the requested weights that the model uses, in the order of the request.
     """
 
     model: onnx_ir.Model
@@ -111,19 +111,19 @@ class OnnxGraph:
 
 
 def to_onnx(variant: Variant) -> OnnxGraph:
-    """`variant` as an ONNX model of opset `OPSET`.
+    """Convert `variant` to an ONNX model of opset `OPSET`.
 
     Raises:
         ConfigurationError: onnx or onnxscript is not installed.
-        UnsupportedModelError: the graph multiplies integers.
+        UnsupportedModelError: the graph multiplies integers, which this conversion does not support.
     """
     check_installed("onnx", "onnxscript")
     for node in variant.program.graph.nodes:
         if node.target is torch.ops.aten._int_mm.default:
             raise UnsupportedModelError(
-                f"its layers round their inputs to int8 and multiply integers ({node.target}), as torchao's dynamic "
-                "quantization does, and this conversion to ONNX has no operator for that; Int8WeightOnlyConfig's "
-                "weights it takes"
+                f"its layers round their inputs to int8 and multiply integers ({node.target}), as with torchao's "
+                "dynamic quantization, which the conversion to ONNX does not support; weights quantized with "
+                "Int8WeightOnlyConfig are supported"
             )
     began = time.perf_counter()
     graph_module = copy_graph(variant.program.graph_module)
@@ -141,13 +141,13 @@ def to_onnx(variant: Variant) -> OnnxGraph:
 
 
 def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str]) -> OnnxGraph:
-    """`program` as an ONNX model of opset `OPSET`, with those of its tensors that `weights` names as they are."""
+    """Convert `program` to an ONNX model of opset `OPSET`, in which the tensors that `weights` names stay unchanged."""
     with _quiet_exporter(), torch.no_grad():
         onnx_program = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert onnx_program is not None
     model = onnx_program.model
     weights = [name for name in weights if name in model.graph.initializers]
-    # As inputs they are nothing that the optimizer could fold: no weight ends up in a constant under another name.
+    # As inputs, weights cannot be folded by the optimizer, so none ends up in a constant under another name.
     taken = {name: model.graph.initializers.pop(name) for name in weights}
     small = _small_numbers(model)
     taken.update({str(value.name): value for value in small})
@@ -164,7 +164,7 @@ def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str
 
 
 def _small_numbers(model: onnx_ir.Model) -> dict[onnx_ir.Value, onnx_ir.TensorProtocol]:
-    """Take the constants out that the optimizer would mistake for 0: it drops the epsilon of `x / (y + 1e-15)`."""
+    """Remove and return the constants that the optimizer would mistake for 0, like the epsilon in `x / (y + 1e-15)`."""
     import onnx_ir
 
     found: dict[onnx_ir.Value, onnx_ir.TensorProtocol] = {}
@@ -186,8 +186,7 @@ def _small_numbers(model: onnx_ir.Model) -> dict[onnx_ir.Value, onnx_ir.TensorPr
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without what torch says of itself: a deprecation when it copies a program, and operators of torchvision's that it
-    does without when torchvision is not installed."""
+    """Silence torch's own warnings: about a deprecation in its code, and about operators of a missing torchvision."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)
@@ -200,7 +199,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _without_notes(model: onnx_ir.Model) -> None:
-    """Drop the exporter's notes (stack traces, names of the exported program): they are most of a small file."""
+    """Remove the exporter's metadata (stack traces and original names), which makes up most of a small file."""
     model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()

@@ -1,4 +1,4 @@
-"""Write ONNX files whose weights are in the bundle's file."""
+"""Write ONNX files whose weights are in the bundle's weights file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def save_model(
     model: onnx_ir.Model, path: Path, live: Mapping[str, torch.Tensor], weights: WeightsFile, *, typed: bool = False
 ) -> None:
-    """Write `model` to `path`, with the tensors `live` for those of its initializers, which go to `weights`.
+    """Write `model` to `path`, after moving the initializers in `live` to `weights`, with the given values.
 
-    `typed`: with what is known of values inside of the graph.
+    With `typed`, the file keeps the types and shapes of intermediate values.
     """
     import onnx_ir
 
@@ -29,7 +29,7 @@ def save_model(
         _move_out(model.graph.initializers[name], tensor, weights)
     proto = onnx_ir.to_proto(model)
     if not typed:
-        proto.graph.ClearField("value_info")  # shapes inside of the graph follow from those of its inputs
+        proto.graph.ClearField("value_info")  # intermediate shapes follow from those of the inputs
     path.write_bytes(proto.SerializeToString())
 
 
@@ -41,7 +41,7 @@ def check_model(name: str, path: Path) -> None:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BundleError(
-            f"The {name} graph is no valid ONNX model ({first_line(error)}). Nothing has been written. Please "
+            f"The {name} graph is not a valid ONNX model ({first_line(error)}). Nothing has been written. Please "
             "report this."
         ) from error
 
@@ -49,7 +49,7 @@ def check_model(name: str, path: Path) -> None:
 def external_tensor(
     name: str, content: torch.Tensor, dtype: onnx_ir.DataType, shape: Sequence[int], weights: WeightsFile
 ) -> onnx_ir.ExternalTensor:
-    """The bytes of `content`, which go to `weights`, as a tensor of this dtype and shape."""
+    """Add the bytes of `content` to `weights`, and return them as a tensor of this dtype and shape."""
     import onnx_ir
 
     offset, length = weights.add(content)
@@ -71,10 +71,16 @@ def _move_out(value: onnx_ir.Value, tensor: torch.Tensor, weights: WeightsFile) 
 
 
 def multiply_integers(model: onnx_ir.Model, layer: onnx_ir.Node, weight: onnx_ir.Value, scales: onnx_ir.Value) -> None:
-    """Have the `MatMul` or `Gemm` `layer` multiply by the int8 `weight`, [inputs, outputs], with `scales`, [outputs].
+    """Replace the `MatMul` or `Gemm` `layer` by a product with the int8 `weight`, [inputs, outputs].
 
-    Runtimes know these operators by their pattern: ONNX Runtime makes one of them. Layers that take the same value
-    share its integers.
+    Runtimes recognize the pattern of operators: ONNX Runtime fuses them into one. Layers with the same input share its
+    quantized values.
+
+    Args:
+        model: the model, which is changed in place.
+        layer: the layer to replace.
+        weight: the quantized weight, int8, [inputs, outputs].
+        scales: the scales of the weight, [outputs].
     """
     import onnx_ir
 
@@ -100,7 +106,7 @@ def multiply_integers(model: onnx_ir.Model, layer: onnx_ir.Node, weight: onnx_ir
 
 
 def _integers(model: onnx_ir.Model, value: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value]:
-    """`value` in 8 bits, its scale and its zero, made once."""
+    """Return `value` quantized to 8 bits, with its scale and its zero point, reusing an existing operator."""
     import onnx_ir
 
     for node, _ in value.uses():

@@ -1,4 +1,4 @@
-"""Run by ONNX Runtime: on CPUs the fastest way."""
+"""Run graphs live in ONNX Runtime, the fastest backend on CPUs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Options, and what they must be.
+#: The options of the backend, and their valid values.
 OPTIONS: Mapping[str, Option] = {
     "providers": Option(
-        "a list of names of execution providers, of which the first that supports an operator runs it",
+        "a list of execution provider names, of which the first that supports an operator runs it",
         lambda given: isinstance(given, (list, tuple)) and all(isinstance(name, str) for name in given),
     ),
     "threads": at_least(1, "a whole number of threads, at least 1"),
@@ -34,7 +34,7 @@ OPTIONS: Mapping[str, Option] = {
 
 
 class OnnxRuntimeBackend:
-    """Converts a graph to ONNX once, and runs it in an ONNX Runtime session on the live weights' memory."""
+    """A backend that converts a graph to ONNX once, and runs it in ONNX Runtime on the memory of the live weights."""
 
     name: ClassVar[str] = "onnxruntime"
     packs_weights: ClassVar[bool] = True
@@ -51,7 +51,7 @@ class OnnxRuntimeBackend:
             _check_providers(options["providers"])  # type: ignore[arg-type]
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
-        """The CPU's provider never rounds more; CUDA's multiplies in TF32, which rounds as float16 does."""
+        """Return None for the CPU provider; that of CUDA multiplies in TF32, which rounds like float16."""
         providers: Any = self._options.get("providers") or best_providers(device)
         return None if set(providers) == {"CPUExecutionProvider"} else torch.float16
 
@@ -69,7 +69,7 @@ class OnnxRuntimeBackend:
 
 
 class _Session:
-    """A runner. The session is made anew when the weights have changed, which it may have packed into copies."""
+    """A runner. Its session, which may have copied the weights into packed layouts, is recreated when they change."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class _Session:
             raise BackendError(_failed(self._variant, error)) from error
 
     def release(self) -> None:
-        """Close the session, and let go of the weights."""
+        """Close the session and release the weights."""
         self._session.release()
         self._held = []
 
@@ -112,11 +112,11 @@ class _Session:
         settings = session_options(self._options)
         tensors = [tensor.detach().cpu().contiguous() for tensor in weights]
         values = [_ort_value(tensor) for tensor in tensors]
-        self._held = [tensors, values]  # the session works on their memory
+        self._held = [tensors, values]  # the session uses their memory
         settings.add_external_initializers(list(self._graph.weights), values)
         try:
             session = open_session(self._model, settings, self._providers)
-        except Exception as error:  # ONNX Runtime has no common base class of its errors
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise BackendError(_failed(self._variant, error)) from error
         logger.info(
             "opened the %s graph in ONNX Runtime (%s) in %.1f s",
@@ -126,7 +126,7 @@ class _Session:
 
 
 def _serialized(graph: OnnxGraph) -> bytes:
-    """The model without its weights, which it expects from outside; a file format's limit of 2 GB never matters."""
+    """Return the serialized model with external weights, so that it stays below protobuf's limit of 2 GB."""
     import onnx_ir
 
     for name in graph.weights:
@@ -142,7 +142,7 @@ def _serialized(graph: OnnxGraph) -> bytes:
 
 
 def _ort_value(tensor: torch.Tensor) -> Any:
-    """The memory of `tensor`, not a copy."""
+    """Return an OrtValue that shares the memory of `tensor`."""
     import onnxruntime
 
     if tensor.dtype is torch.bfloat16:
@@ -158,13 +158,13 @@ def _check_providers(names: Sequence[str]) -> None:
     for name in names:
         if name not in available:
             raise ConfigurationError(
-                f"This build of onnxruntime has no {name}; it has {', '.join(available)}. For NVIDIA GPUs: pip "
+                f"This build of onnxruntime has no {name}; it has {', '.join(available)}. For NVIDIA GPUs, run pip "
                 "uninstall onnxruntime, then pip install 'tgate_compile[onnx-gpu]'."
             )
 
 
 def _failed(variant: Variant, error: Exception) -> str:
     return (
-        f"ONNX Runtime could not take the {variant.phase.name} graph ({cause_of(error)}). optimize(pipe, "
+        f"ONNX Runtime could not open or run the {variant.phase.name} graph ({cause_of(error)}). optimize(pipe, "
         'backend="eager") or backend="inductor" runs the same graph.'
     )

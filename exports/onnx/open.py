@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class OnnxSession:
-    """Runs the graph in the file `path`, which `graph` describes, for inputs on `device`.
+    """A session that runs the graph in the file `path`, which `graph` describes, for inputs on `device`.
 
-    ONNX Runtime maps the weights from the bundle's file. With prepacking, which is faster, it copies them into layouts
-    of its own.
+    ONNX Runtime maps the weights from the bundle's file. With prepacking, which is faster, it copies them into its own
+    layouts.
     """
 
     def __init__(self, graph: Graph, path: Path, device: torch.device, options: Mapping[str, object]) -> None:
@@ -37,17 +37,17 @@ class OnnxSession:
         providers = options.get("providers") or best_providers(device)
         try:
             self._session = open_session(path, session_options(options), providers)  # type: ignore[arg-type]
-        except Exception as error:  # ONNX Runtime has no common base class of its errors
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise BackendError(failed(path, error)) from error
         logger.info("opened %s in ONNX Runtime in %.1f s", path.name, time.perf_counter() - began)
 
     @property
     def provider(self) -> str:
-        """The execution provider that is asked first."""
+        """The execution provider with the highest priority."""
         return str(self._session.get_providers()[0])
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All outputs for all inputs, both in the order of the manifest, caches last."""
+        """Run the graph on `inputs` and return all outputs, both in the order of the manifest, caches last."""
         named = {spec.name: tensor for spec, tensor in zip(inputs_of(self._graph), inputs, strict=True)}
         outputs = [
             (spec.name, shape, getattr(torch, spec.dtype))
@@ -60,19 +60,20 @@ class OnnxSession:
 
 
 def failed(path: Path, error: Exception) -> str:
-    """What to say when ONNX Runtime does not take or run the graph at `path`."""
+    """Return the message for an error that ONNX Runtime raises when it opens or runs the graph at `path`."""
     return f"ONNX Runtime could not run the {path.stem} graph of the bundle ({first_line(error, named=True)})."
 
 
-#: Bytes of weights of a piece, about. ONNX Runtime holds those of float16 as float32, too, on a CPU.
+#: The approximate size of the weights in a piece, in bytes. On a CPU, ONNX Runtime also holds a float32 copy of float16
+#: weights.
 PIECE = 256 << 20
 
 
 class PiecewiseSession:
-    """Runs the graph in the file `path`, on the CPU, to see whether it does what it should.
+    """A session that runs the graph in the file `path` on the CPU with little memory, to check its outputs.
 
-    ONNX Runtime takes the whole of it once, to see that it does, and lets it go. For a run the operators are taken in
-    their order, each piece in a session of its own that is closed before the next one is opened.
+    The whole graph is opened once, to see that ONNX Runtime accepts it, and closed again. A run executes the operators
+    in their order, in pieces: each piece has its own session, which is closed before the next one is opened.
     """
 
     provider = "CPUExecutionProvider"
@@ -87,11 +88,11 @@ class PiecewiseSession:
             model = onnx.load_model(path, load_external_data=False)
             self._pieces = list(_pieces(model))
             self._taken = {value.name for piece in self._pieces for value in piece.graph.input}
-        except Exception as error:  # ONNX Runtime has no common base class of its errors
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise BackendError(failed(self._path, error)) from error
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All outputs for all inputs, both in the order of the manifest, caches last.
+        """Run the graph on `inputs` and return all outputs, both in the order of the manifest, caches last.
 
         Raises:
             BackendError: ONNX Runtime fails.
@@ -105,7 +106,7 @@ class PiecewiseSession:
         try:
             for piece in self._pieces:
                 self._run_piece(piece, given, between, results)
-        except Exception as error:  # ONNX Runtime has no common base class of its errors
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise BackendError(failed(self._path, error)) from error
         return list(results.values())
 
@@ -118,7 +119,7 @@ class PiecewiseSession:
     ) -> None:
         import onnx
 
-        for value in piece.graph.input:  # each piece tells the next one what it takes
+        for value in piece.graph.input:  # the dtypes of intermediate values are those that earlier pieces returned
             value.type.tensor_type.elem_type = (
                 ELEMENT_TYPES[given[value.name].dtype]
                 if value.name in given
@@ -139,7 +140,7 @@ class PiecewiseSession:
         session.run_with_iobinding(binding)
         for value, result in zip(piece.graph.output, binding.get_outputs(), strict=True):
             if value.name not in results or value.name in self._taken:
-                between[value.name] = result.numpy()  # a copy: ONNX Runtime's own would keep the session's files mapped
+                between[value.name] = result.numpy()  # a copy: the OrtValue would keep the session's files mapped
 
     def _settings(self) -> Any:
         settings = session_options({"prepacking": False, "optimized": False})
@@ -154,7 +155,7 @@ def _bind(bind: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 def _pieces(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
-    """`model`, whose operators are in the order in which they can be run, cut where about `PIECE` bytes are reached."""
+    """Split `model`, whose operators are in topological order, into pieces with about `PIECE` bytes of weights."""
     import onnx
 
     graph = model.graph
@@ -185,5 +186,5 @@ def _pieces(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
 
 
 def _nbytes(tensor: onnx.TensorProto) -> int:
-    told = {entry.key: entry.value for entry in tensor.external_data}
-    return int(told.get("length", 0))
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    return int(place.get("length", 0))

@@ -1,4 +1,4 @@
-"""Quantize the weights, and with a calibration the values, of ONNX graphs."""
+"""Quantize the weights of ONNX graphs and, with a calibration, their activations."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tgate_compile.exports.onnx.session import ELEMENT_TYPES
 if TYPE_CHECKING:
     import onnx_ir
 
-#: Symmetric: the least number of each width is not used.
+#: The largest integer for each number of bits. The ranges are symmetric: the smallest integer is not used.
 LARGEST = {8: 127, 4: 7}
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight in few bits: `values * scales`, each scale for a channel or a block of `block` rows.
+    """A quantized weight, `values * scales`, with a scale for each channel or for each block of `block` rows.
 
     Attributes:
-        values: int8, of the weight's shape, whatever the width is.
-        scales: of the weight's dtype.
-        bits: of a value.
-        axis: that of the channels, or, with a block, that along which a block lies.
-        block: rows that share a scale; None: all of a channel.
+        values: the integers, stored as int8 whatever their number of bits, with the weight's shape.
+        scales: the scales, in the weight's dtype.
+        bits: the number of bits of a value.
+        axis: the axis of the channels or, with blocks, the axis along which a block extends.
+        block: the number of rows that share a scale, or None if all values of a channel share it.
     """
 
     values: torch.Tensor
@@ -45,7 +45,7 @@ class QuantizedTensor:
     block: int | None
 
     def dequantized(self) -> torch.Tensor:
-        """What the weight is taken for."""
+        """Return the weight that the integers and scales represent."""
         values = self.values.to(self.scales.dtype)
         if self.block is not None:
             return values * self.scales.repeat_interleave(self.block, dim=self.axis)
@@ -53,7 +53,7 @@ class QuantizedTensor:
 
 
 def quantized_by_channel(weight: torch.Tensor, axis: int) -> QuantizedTensor:
-    """`weight` in 8 bits, with a scale for each of the channels along `axis`."""
+    """Quantize `weight` to 8 bits, with a scale for each of the channels along `axis`."""
     flat = weight.detach().movedim(axis, 0).flatten(1)  # [channels, all others]
     scales = _scales(flat.abs().amax(1), weight.dtype, LARGEST[8])
     values = _rounded(weight, scales.view(_along(axis, weight.ndim)), LARGEST[8])
@@ -61,7 +61,7 @@ def quantized_by_channel(weight: torch.Tensor, axis: int) -> QuantizedTensor:
 
 
 def quantized_by_block(weight: torch.Tensor, block: int) -> QuantizedTensor:
-    """`weight`, [inputs, outputs], in 4 bits, with a scale for each `block` of inputs of each output."""
+    """Quantize `weight`, [inputs, outputs], to 4 bits, with a scale for each `block` of inputs of each output."""
     inputs, outputs = weight.shape
     blocks = weight.detach().reshape(inputs // block, block, outputs)
     scales = _scales(blocks.abs().amax(1), weight.dtype, LARGEST[4])  # [inputs / block, outputs]
@@ -72,10 +72,10 @@ def quantized_by_block(weight: torch.Tensor, block: int) -> QuantizedTensor:
 def quantize_weights(
     model: onnx_ir.Model, live: Mapping[str, torch.Tensor], quantization: Quantization, weights: WeightsFile
 ) -> dict[str, torch.Tensor]:
-    """Put the weights `live` of `model`'s convolutions and linear layers into few bits, and these into `weights`.
+    """Quantize the weights `live` of the convolutions and linear layers in `model`, and add the results to `weights`.
 
-    Equal weights give equal bytes, in whatever graphs. Returns the weights that are left as they are: those that
-    `quantization` keeps, vectors, and those that something else takes.
+    Equal weights give equal bytes in all graphs. Returns the weights that are not quantized: those that `quantization`
+    keeps, vectors, and those that are used by other operators as well.
     """
     left = {}
     order = {node: at for at, node in enumerate(model.graph)}
@@ -103,13 +103,13 @@ def quantize_weights(
 
 @dataclass(frozen=True)
 class Use:
-    """How layers take a weight.
+    """How layers use a weight.
 
     Attributes:
-        value: the weight, or what it is after its transposition, which only layers take.
-        transposed: which of the two.
-        axis: that of the output channels.
-        linear: the layers are products of matrices, [inputs, outputs].
+        value: the weight, or the result of its transposition, which only layers use.
+        transposed: whether `value` is transposed.
+        axis: the axis of the output channels.
+        linear: whether the layers are matrix products with a weight [inputs, outputs].
     """
 
     value: onnx_ir.Value
@@ -119,7 +119,7 @@ class Use:
 
 
 def uses_of(weight: onnx_ir.Value) -> list[Use] | None:
-    """All uses of `weight`; None if there is one of another kind."""
+    """Return all uses of `weight`, or None if another operator than a layer uses it."""
     found = []
     direct = {_axis(node, index) for node, index in weight.uses() if node.op_type != "Transpose"}
     if direct:
@@ -137,7 +137,7 @@ def uses_of(weight: onnx_ir.Value) -> list[Use] | None:
 
 
 def _axis(node: onnx_ir.Node, index: int) -> tuple[int | None, bool]:
-    """Along which axis the output channels of a weight are, as `node` takes it, and whether it is [inputs, outputs]."""
+    """Return the axis of the output channels of a weight that `node` uses, and whether it is [inputs, outputs]."""
     if index != 1 or node.domain:
         return None, False
     if node.op_type == "MatMul":
@@ -157,7 +157,7 @@ def _quantized(weight: torch.Tensor, use: Use, quantization: Quantization) -> Qu
 def _stored(
     model: onnx_ir.Model, name: str, few: QuantizedTensor, weights: WeightsFile
 ) -> tuple[onnx_ir.Value, onnx_ir.Value]:
-    """The values and scales of the weight `name`, as initializers."""
+    """Add the values and scales of the weight `name` as initializers, and return these."""
     import onnx_ir
 
     wide = few.bits == 8
@@ -177,7 +177,7 @@ def _stored(
 
 
 def _dequantize(name: str, few: QuantizedTensor, values: onnx_ir.Value, scales: onnx_ir.Value) -> onnx_ir.Node:
-    """The operator whose output takes the place of the weight `name`."""
+    """Return the operator whose output replaces the weight `name`."""
     import onnx_ir
 
     attributes = {"axis": few.axis} | ({} if few.block is None else {"block_size": few.block})
@@ -187,7 +187,7 @@ def _dequantize(name: str, few: QuantizedTensor, values: onnx_ir.Value, scales: 
 
 
 def _packed(values: torch.Tensor) -> torch.Tensor:
-    """Two values in a byte, the first in its lower half, as ONNX has them."""
+    """Pack two values into a byte, the first in the lower half, as ONNX requires."""
     flat = values.reshape(-1).to(torch.uint8) & 15
     if flat.numel() % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
@@ -196,7 +196,7 @@ def _packed(values: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(largest: torch.Tensor, dtype: torch.dtype, most: int) -> torch.Tensor:
-    """Scales that carry `largest` to `most`, none of them 0."""
+    """Return nonzero scales that map `largest` to `most`."""
     return (largest.double() / most).clamp_min(torch.finfo(dtype).smallest_normal).to(dtype).contiguous()
 
 
@@ -205,13 +205,13 @@ def _rounded(weight: torch.Tensor, scales: torch.Tensor, most: int) -> torch.Ten
 
 
 def _along(axis: int, ndim: int) -> list[int]:
-    """The shape of a vector along `axis`."""
+    """Return the shape that broadcasts a vector along `axis`."""
     return [-1 if at == axis else 1 for at in range(ndim)]
 
 
-#: What computes in 8 bits. Attention and norms do not: their values have no ranges that hold.
+#: The operators that compute in 8 bits. Attention and norms do not: their values vary too much for a fixed range.
 OPERATORS = ["Conv", "MatMul", "Gemm"]
-#: Initializers of so many bytes or more go to the weights file.
+#: Initializers of at least this size, in bytes, are moved to the weights file.
 LARGE = 256
 
 
@@ -223,9 +223,10 @@ def save_static(
     path: Path,
     weights: WeightsFile,
 ) -> int:
-    """Write `model`, whose weights are `live`, to `path`, with ranges measured on `inputs`; its weights to `weights`.
+    """Quantize `model`, whose weights are `live`, with ranges measured on `inputs`, and write it to `path`.
 
-    Returns the number of operators. ONNX Runtime's quantizer holds the model in memory, several times.
+    Its weights are added to `weights`. Returns the number of operators. ONNX Runtime's quantizer needs memory for
+    several copies of the model.
     """
     import onnx_ir
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -266,13 +267,16 @@ def save_static(
 
 
 def _layers(model: onnx_ir.Model, weight: str) -> Iterator[onnx_ir.Node]:
-    """The layers that take a weight, as it is or transposed."""
+    """Yield the layers that use a weight, directly or transposed."""
     for use in uses_of(model.graph.initializers[weight]) or ():
         yield from (node for node, _ in use.value.uses())
 
 
 def _transposed(model: onnx_ir.Model, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`live`, of which those that `model` transposes first are so already: only initializers are quantized."""
+    """Remove the transpositions of weights from `model`, because only initializers are quantized.
+
+    Returns `live` with these weights transposed.
+    """
     import onnx_ir
 
     weights = dict(live)
@@ -290,7 +294,7 @@ def _transposed(model: onnx_ir.Model, live: Mapping[str, torch.Tensor]) -> dict[
 
 
 class _Reader:
-    """Hands recorded inputs to the calibration, one call after the other."""
+    """A reader that passes recorded inputs to the calibration, one call at a time."""
 
     def __init__(self, names: Sequence[str], inputs: Sequence[Sequence[torch.Tensor]]) -> None:
         self._calls = iter(inputs)
@@ -303,7 +307,7 @@ class _Reader:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the advice, on the root logger, to do beforehand what has been done here."""
+    """Disable the root logger, on which the quantizer advises preprocessing that has already been done."""
     root = logging.getLogger()
     was = root.disabled
     root.disabled = True

@@ -1,4 +1,4 @@
-"""Graphs as ONNX files, with the weights of all of them in one file."""
+"""Write graphs as ONNX files, with the weights of all graphs in one file."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from tgate_compile.passes.editing import outputs_of, shape_of
 if TYPE_CHECKING:
     import onnx_ir
 
-#: Schemes whose operators take float32 alone.
+#: The schemes whose operators support only float32.
 FLOAT32_ONLY: tuple[Scheme, ...] = ("int8-dynamic", "int8-static")
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Check the options of `export`: there are none."""
+    """Raise ConfigurationError for any options of `export`: this format has none."""
     check_known_options('format="onnx"', "format_options", options, {})
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError for options that the backend of the same name does not know."""
+    """Raise ConfigurationError for options that the backend `onnxruntime` does not know."""
     OnnxRuntimeBackend.check_options(options)
 
 
 def runtime_version() -> str:
-    """What the graphs were compared with PyTorch in."""
+    """Return the version of the runtime in which the graphs are compared with PyTorch."""
     return f"onnxruntime {version('onnxruntime')}"
 
 
@@ -53,7 +53,7 @@ def write_graphs(
     """Write `graphs` to the bundle at `folder`, one after the other.
 
     Raises:
-        BundleError: a graph cannot be converted, or ONNX's own checker refuses it.
+        BundleError: a graph cannot be converted, or ONNX's own checker rejects it.
     """
     return _write(graphs, folder, None, progress)
 
@@ -65,18 +65,18 @@ def write_quantized(
     quantizing: Quantizing,
     progress: Progress,
 ) -> dict[str, WrittenGraph]:
-    """Write `graphs` as `write_graphs` does, those that are to be quantized with weights in few bits.
+    """Write `graphs` as `write_graphs` does, with those quantized that `quantizing` selects.
 
     Raises:
         BundleError: as `write_graphs`.
-        UnsupportedModelError: there are no such operators for the denoiser's dtype.
+        UnsupportedModelError: ONNX does not have the operators for the denoiser's dtype.
     """
     dtypes = {value.dtype for planned in graphs for value in planned.example_inputs if value.is_floating_point()}
     scheme = quantizing.quantization.scheme
     if scheme in FLOAT32_ONLY and dtypes != {torch.float32}:
         given = ", ".join(sorted(map(dtype_name, dtypes)))
         raise UnsupportedModelError(
-            f'quantize="{scheme}" computes in integers, for which ONNX has operators beside float32 alone, and this '
+            f'quantize="{scheme}" computes with integers, which ONNX supports only in float32 models, but this '
             f'denoiser is in {given}. Export it in float32, or with quantize="int8".'
         )
     return _write(graphs, folder, quantizing, progress)
@@ -101,20 +101,20 @@ def _write(
 
 
 def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
-    """Check the file of `graph` in the bundle `root`, without its weights; raise BundleError."""
+    """Raise BundleError unless the file of `graph` in the bundle at `root` is valid; its weights are not read."""
     inputs, outputs = [*graph.inputs, *graph.cache_inputs], [*graph.outputs, *graph.cache_outputs]
     check_onnx_file(root / graph.file, inputs, outputs, manifest.files[m.WEIGHTS_FILE].size)
 
 
 def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> Session:
-    """The graph in ONNX Runtime; raise BackendError."""
+    """Open the graph in ONNX Runtime, or raise BackendError."""
     if options.get("frugal") and device.type == "cpu":
         return PiecewiseSession(graph, root / graph.file)
     return OnnxSession(graph, root / graph.file, device, options)
 
 
 def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile, quantizing: Quantizing | None = None) -> int:
-    """Write the graph to `path` and what is new of its weights to `weights`; tell the number of its operators.
+    """Write the graph to `path`, add its weights to `weights`, and return the number of its operators.
 
     Raises:
         BundleError: the graph cannot be converted.
@@ -144,7 +144,7 @@ def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile, quantiz
 
 
 def _name_sizes(model: onnx_ir.Model, planned: PlannedGraph) -> None:
-    """Have the shapes of inputs and outputs say the manifest's names for free sizes, not torch's."""
+    """Name the free sizes in the shapes of inputs and outputs as in the manifest."""
     import onnx_ir
 
     symbols = symbols_of(planned)

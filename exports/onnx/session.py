@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime on PyTorch tensors."""
+"""Open ONNX Runtime sessions, and run them on PyTorch tensors."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ ELEMENT_TYPES: Mapping[torch.dtype, int] = {
 }
 
 
-#: What an output is: its name, shape and dtype.
+#: The name, shape and dtype of an output.
 Output = tuple[str, Sequence[int], torch.dtype]
 
 
 def session_options(options: Mapping[str, object]) -> onnxruntime.SessionOptions:
-    """ONNX Runtime's own settings for the backend's options `threads` and `prepacking`.
+    """Return ONNX Runtime's settings for the backend's options `threads` and `prepacking`.
 
-    Without `optimized`, which no user is offered, the graph is run as it is: no weight is transposed or cast once for
-    all runs, and so none is in memory twice.
+    If the internal option `optimized` is False, the graph is not optimized: no weight is transposed or cast in advance,
+    so none is in memory twice.
     """
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # its warnings are about its own placement of operators
+    settings.log_severity_level = 3  # the warnings are about the placement of operators
     threads = options.get("threads")
     settings.intra_op_num_threads = threads if isinstance(threads, int) else torch.get_num_threads()
     if options.get("prepacking") is False:
         settings.add_session_config_entry("session.disable_prepacking", "1")
-        # Beyond "extended" are the layouts of convolutions, for which their weights are copied.
+        # The levels beyond "extended" change the layouts of convolutions, which copies their weights.
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if options.get("optimized") is False:
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -53,17 +53,17 @@ def session_options(options: Mapping[str, object]) -> onnxruntime.SessionOptions
 
 
 def best_providers(device: torch.device) -> list[str]:
-    """The execution providers for tensors on `device`, the first that takes an operator runs it."""
+    """Return the execution providers for tensors on `device`, in order of priority."""
     return ["CUDAExecutionProvider", "CPUExecutionProvider"] if device.type == "cuda" else ["CPUExecutionProvider"]
 
 
 def open_session(
     model: bytes | Path, settings: onnxruntime.SessionOptions, providers: Sequence[str]
 ) -> onnxruntime.InferenceSession:
-    """A session of the model.
+    """Open a session for `model`.
 
     Raises:
-        Exception: of any class; ONNX Runtime has no common base class of its errors.
+        Exception: of any class, because ONNX Runtime's errors have no common base class.
     """
     import onnxruntime
 
@@ -76,14 +76,14 @@ def run_bound(
     outputs: Sequence[Output],
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Run `session` on the memory of `inputs`, into new tensors on `device`, in the order of `outputs`.
+    """Run `session` on the memory of `inputs`, and return new tensors on `device`, in the order of `outputs`.
 
     Raises:
-        RuntimeError: ONNX Runtime's, if it fails.
+        RuntimeError: ONNX Runtime fails.
     """
     binding: Any = session.io_binding()
     index = device.index or 0
-    contiguous = {name: tensor.contiguous() for name, tensor in inputs.items()}  # which live until the run is over
+    contiguous = {name: tensor.contiguous() for name, tensor in inputs.items()}  # must live until the run is over
     for name, tensor in contiguous.items():
         element = ELEMENT_TYPES[tensor.dtype]
         binding.bind_input(name, device.type, index, element, list(tensor.shape), tensor.data_ptr())
@@ -93,6 +93,6 @@ def run_bound(
         binding.bind_output(name, device.type, index, ELEMENT_TYPES[dtype], list(shape), result.data_ptr())
         results.append(result)
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # ONNX Runtime has a stream of its own
+        torch.cuda.current_stream(device).synchronize()  # ONNX Runtime uses its own stream
     session.run_with_iobinding(binding)
     return results

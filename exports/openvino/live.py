@@ -1,4 +1,4 @@
-"""Run by OpenVINO: on Intel's processors, GPUs and NPUs, and on other CPUs."""
+"""Run graphs live in OpenVINO, on Intel's CPUs, GPUs and NPUs and on other CPUs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class OpenVinoBackend:
-    """Converts a graph to ONNX once, and compiles it with the live weights in OpenVINO, anew when they have changed."""
+    """A backend that converts a graph to ONNX once, and compiles it in OpenVINO, again whenever the weights change."""
 
     name: ClassVar[str] = "openvino"
     packs_weights: ClassVar[bool] = True
@@ -46,12 +46,12 @@ class OpenVinoBackend:
             return _Compiled(variant, graph, self._options)
         except ConfigurationError:
             raise
-        except Exception as error:  # torch.onnx raises whatever its converters raise, and so does openvino
+        except Exception as error:  # torch.onnx and openvino raise errors of any class
             raise BackendError(_failed(variant, error)) from error
 
 
 class _Compiled:
-    """A runner."""
+    """A runner whose model is recompiled when the weights change."""
 
     def __init__(self, variant: Variant, graph: OnnxGraph, options: Mapping[str, object]) -> None:
         self._variant = variant
@@ -75,13 +75,13 @@ class _Compiled:
             raise BackendError(_failed(self._variant, error)) from error
 
     def release(self) -> None:
-        """Let go of the compiled model, and of the weights."""
+        """Release the compiled model and the weights."""
         self._compiled.release()
         self._held = []
 
     def _compile(self, weights: Sequence[torch.Tensor]) -> CompiledModel:
         began = time.perf_counter()
-        self._held = [tensor.detach().contiguous() for tensor in weights]  # whose memory the model works on
+        self._held = [tensor.detach().contiguous() for tensor in weights]  # the model uses their memory
         model: Any = self._model.clone()
         inputs = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
         try:
@@ -91,7 +91,7 @@ class _Compiled:
                 model.remove_parameter(inputs[name])
             model.validate_nodes_and_infer_types()
             compiled = CompiledModel(model, self._inputs, self._options)
-        except Exception as error:  # openvino's errors are RuntimeErrors, or of classes of their own
+        except Exception as error:  # openvino's errors have no common base class
             raise BackendError(_failed(self._variant, error)) from error
         logger.info(
             "compiled the %s graph in OpenVINO (%s) in %.1f s",
@@ -101,7 +101,7 @@ class _Compiled:
 
 
 def _with_weights_as_inputs(graph: OnnxGraph) -> bytes:
-    """The model with its weights as the last of its inputs, so that none of their bytes is in it."""
+    """Return the serialized model with its weights as its last inputs, so that it does not contain their values."""
     import onnx_ir
 
     model = graph.model
@@ -120,6 +120,6 @@ def _with_weights_as_inputs(graph: OnnxGraph) -> bytes:
 
 def _failed(variant: Variant, error: Exception) -> str:
     return (
-        f"OpenVINO could not take the {variant.phase.name} graph ({cause_of(error)}). optimize(pipe, "
+        f"OpenVINO could not open or run the {variant.phase.name} graph ({cause_of(error)}). optimize(pipe, "
         'backend="eager") or backend="onnxruntime" runs the same graph.'
     )

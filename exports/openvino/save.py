@@ -23,10 +23,10 @@ from tgate_compile.exports.onnx import save as onnx_graphs
 from tgate_compile.exports.openvino.session import OpenVinoSession, core, openvino
 from tgate_compile.exports.openvino.session import check_options as check_backend_options
 
-#: A graph without its weights has some megabytes.
+#: The largest graph file that is read, in bytes. Without weights, a typical graph has a few megabytes.
 MAX_BYTES = 500_000_000
 
-#: OpenVINO's names of element types, in these files.
+#: OpenVINO's names of element types in these files.
 _DTYPES = {
     "f32": torch.float32,
     "f16": torch.float16,
@@ -41,13 +41,15 @@ _DTYPES = {
     "i64": torch.int64,
 }
 
-MSG_NO_MODEL = "{path} is no graph of OpenVINO: {reason}."
-MSG_RANGE = "{path} takes the constant {name!r} from bytes {offset} to {end} of a weights file that has {size}."
-MSG_DIFFERS = "{path} has {given}, and the manifest says {expected}."
+MSG_NO_MODEL = "{path} is not a valid OpenVINO graph: {reason}."
+MSG_DIFFERS = "{path} has {given}, but the manifest says {expected}."
 
 
 def share_constants(graph: Path, constants: Path, weights: WeightsFile) -> int:
-    """Move what the graph in the XML file `graph` has in `constants` to `weights`; tell the number of its operators."""
+    """Move the constants of the graph in the XML file `graph` from the file `constants` to `weights`.
+
+    Returns the number of operators in the graph.
+    """
     tree = ElementTree.parse(graph)
     layers = list(tree.iter("layer"))
     content = torch.from_file(str(constants), shared=False, size=constants.stat().st_size, dtype=torch.uint8)
@@ -62,17 +64,17 @@ def share_constants(graph: Path, constants: Path, weights: WeightsFile) -> int:
 
 
 def check_ir(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], weights_size: int) -> None:
-    """Check the XML file at `path`, whose constants are in a file of so many bytes.
+    """Check the XML file at `path`, whose constants are in a file of `weights_size` bytes.
 
     Raises:
-        BundleError: it is none of OpenVINO's, takes or returns something else than the manifest says, or takes
+        BundleError: it is not a valid OpenVINO graph, has other inputs or outputs than the manifest says, or takes
             constants from beyond the end of their file.
     """
     if path.stat().st_size > MAX_BYTES:
         raise BundleError(MSG_NO_MODEL.format(path=path, reason="it is too large"))
     raw = path.read_bytes()
-    if b"<!" in raw:  # comments and sections of characters, which OpenVINO never writes; and entities
-        raise BundleError(MSG_NO_MODEL.format(path=path, reason="it has a declaration"))
+    if b"<!" in raw:  # comments, CDATA sections and entity declarations, none of which OpenVINO writes
+        raise BundleError(MSG_NO_MODEL.format(path=path, reason="it has a declaration, a comment or a CDATA section"))
     try:
         root = ElementTree.fromstring(raw)
     except ElementTree.ParseError as error:
@@ -81,10 +83,10 @@ def check_ir(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorS
         _check_constant(layer, path, weights_size)
     own = root.findall("./layers/layer")
     given = [_shown_input(layer) for layer in own if layer.get("type") == "Parameter"]
-    wanted = [_shown(spec.name, spec.dtype, spec.shape) for spec in inputs]
+    expected = [_shown(spec.name, spec.dtype, spec.shape) for spec in inputs]
     names = {text.partition(" ")[0] for text in given}
-    # OpenVINO drops an input of which only the shape is used.
-    _check_same(given, [text for text in wanted if text.partition(" ")[0] in names], path)
+    # OpenVINO drops inputs of which only the shape is used.
+    _check_same(given, [text for text in expected if text.partition(" ")[0] in names], path)
     results = [layer.get("output_names", "") for layer in own if layer.get("type") == "Result"]
     _check_same(results, [spec.name for spec in outputs], path)
 
@@ -95,11 +97,13 @@ def _check_constant(layer: ElementTree.Element, path: Path, weights_size: int) -
     data = layer.find("data")
     numbers = [] if data is None else [data.get(name, "") for name in ("offset", "size")]
     if not numbers or not all(text.isascii() and text.isdigit() and len(text) < 20 for text in numbers):
-        raise BundleError(MSG_NO_MODEL.format(path=path, reason="it has a constant without a place"))
+        raise BundleError(MSG_NO_MODEL.format(path=path, reason="it has a constant without a valid offset and size"))
     offset, size = map(int, numbers)
     if offset + size > weights_size:
-        told = {"name": (layer.get("name") or "")[:200], "offset": offset, "end": offset + size}
-        raise BundleError(MSG_RANGE.format(path=path, size=weights_size, **told))
+        raise BundleError(
+            f"{path} takes the constant {(layer.get('name') or '')[:200]!r} from bytes {offset} to {offset + size} of "
+            f"a weights file that has only {weights_size}."
+        )
 
 
 def _shown_input(layer: ElementTree.Element) -> str:
@@ -112,7 +116,7 @@ def _shown_input(layer: ElementTree.Element) -> str:
 
 
 def _shown(name: str, dtype: str, shape: Sequence[object]) -> str:
-    """A free size is any number, or `?`: which one each is, only the manifest tells."""
+    """Return a description of a tensor, with `?` for free sizes, whose names only the manifest has."""
     sizes = ", ".join(text if text.isdigit() else "?" for text in map(str, shape))
     return f"{name[:200]} ({dtype}, [{sizes}])"
 
@@ -127,22 +131,22 @@ def _check_same(given: Sequence[str], expected: Sequence[str], path: Path) -> No
         )
 
 
-#: Where the ONNX files are while they are converted, and constants before they are shared.
+#: The temporary folder for the ONNX files to convert, and for constants until they are shared.
 _SCRATCH = "scratch"
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Check the options of `export`: there are none."""
+    """Raise ConfigurationError for any options of `export`: this format has none."""
     check_known_options('format="openvino"', "format_options", options, {})
 
 
 def check_load_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError for options that the backend of the same name does not know."""
+    """Raise ConfigurationError for options that the backend `openvino` does not know."""
     check_backend_options(options)
 
 
 def runtime_version() -> str:
-    """What converted the graphs, and ran them to compare them with PyTorch."""
+    """Return the version of OpenVINO, which converts the graphs and runs them to compare them with PyTorch."""
     return f"openvino {version('openvino')}"
 
 
@@ -167,7 +171,7 @@ def write_quantized(
     quantizing: Quantizing,
     progress: Progress,
 ) -> dict[str, WrittenGraph]:
-    """Write `graphs` as `write_graphs` does, quantized as ONNX graphs are: OpenVINO takes their integers over.
+    """Write `graphs` as `write_graphs` does, quantized like ONNX graphs: OpenVINO's converter keeps their integers.
 
     Raises:
         BundleError: as `write_graphs`.
@@ -179,20 +183,20 @@ def write_quantized(
 
 
 def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
-    """Check the file of `graph` in the bundle `root`, without its weights; raise BundleError."""
+    """Raise BundleError unless the file of `graph` in the bundle at `root` is valid; its weights are not read."""
     inputs, outputs = [*graph.inputs, *graph.cache_inputs], [*graph.outputs, *graph.cache_outputs]
     check_ir(root / graph.file, inputs, outputs, manifest.files[m.WEIGHTS_FILE].size)
 
 
 def open_graph(graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> OpenVinoSession:
-    """The graph in OpenVINO; raise BackendError."""
+    """Open the graph in OpenVINO, or raise BackendError."""
     return OpenVinoSession(graph, root, device, options)
 
 
 def _converted(
     models: Mapping[str, WrittenGraph], scratch: Path, folder: Path, progress: Progress
 ) -> dict[str, WrittenGraph]:
-    """The ONNX files in `scratch` as OpenVINO's in `folder`; `scratch` is gone then."""
+    """Convert the ONNX files in `scratch` to OpenVINO files in `folder`, and remove `scratch`."""
     (folder / m.GRAPHS_FOLDER).mkdir()
     constants = scratch / "constants.bin"
     written = {}
@@ -203,10 +207,10 @@ def _converted(
             path = f"{m.GRAPHS_FOLDER}/{name}.xml"
             try:
                 openvino().serialize(core().read_model(scratch / model.file), folder / path, constants)
-            except Exception as error:  # openvino's errors are RuntimeErrors, or of classes of their own
+            except Exception as error:  # openvino's errors have no common base class
                 problem = first_line(error, named=True)
                 raise BundleError(
-                    f"OpenVINO does not take the {name} graph: {problem}. Nothing has been written."
+                    f"OpenVINO cannot convert the {name} graph: {problem}. Nothing has been written."
                 ) from error
             nodes = share_constants(folder / path, constants, weights)
             written[name] = replace(model, file=path, nodes=nodes)

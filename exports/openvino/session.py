@@ -1,4 +1,4 @@
-"""Compiled models of OpenVINO on PyTorch tensors."""
+"""Compile models with OpenVINO, and run them on PyTorch tensors."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tgate_compile.bundle.manifest import WEIGHTS_FILE, Graph
 from tgate_compile.bundle.read_manifest import inputs_of, output_shapes, outputs_of
 from tgate_compile.engine.backends import Option, at_least, check_known_options, one_of
 
-#: What openvino sends an event with when it is imported, unless the user has said no beforehand. Without it, openvino
-#: takes a stub of its own.
+#: The package with which openvino sends an event when it is imported, unless the user has opted out before. If it is
+#: missing, openvino uses its own stub.
 _TELEMETRY = "openvino_telemetry"
 
 
 def openvino() -> ModuleType:
-    """The module `openvino`, which sends nothing if it is first imported here."""
+    """Import the module `openvino` without its telemetry, unless it has already been imported elsewhere."""
     if "openvino" in sys.modules:
         return sys.modules["openvino"]
     was_there, before = _TELEMETRY in sys.modules, sys.modules.get(_TELEMETRY)
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # so importing it says that it is not installed
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # importing it raises ModuleNotFoundError
     try:
         return importlib.import_module("openvino")
     finally:
@@ -41,7 +41,7 @@ def openvino() -> ModuleType:
 
 @functools.cache
 def core() -> Any:
-    """The `openvino.Core` of this process: it loads its plug-ins once."""
+    """Return the `openvino.Core` of this process, which loads its plug-ins only once."""
     return openvino().Core()
 
 
@@ -49,18 +49,19 @@ def _is_text(given: object) -> bool:
     return isinstance(given, str) and bool(given)
 
 
-#: What is computed in, as OpenVINO calls it. By its own choice it would be bfloat16 on some processors.
+#: OpenVINO's names of the dtypes to compute in. Its own default would be bfloat16 on some CPUs.
 PRECISIONS: Mapping[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 OPTIONS: Mapping[str, Option] = {
-    "device": Option('one that OpenVINO finds here: "CPU", "GPU", "NPU"', _is_text),
+    "device": Option('a device that OpenVINO finds here, such as "CPU", "GPU" or "NPU"', _is_text),
     "precision": Option(
-        '"float32", or "float16" or "bfloat16", which are faster where the device has them', one_of(PRECISIONS).fits
+        '"float32", or "float16" or "bfloat16", which are faster where the device supports them',
+        one_of(PRECISIONS).fits,
     ),
     "threads": at_least(1, "a whole number of threads, at least 1"),
-    "cache": Option("a folder for compiled graphs, which are opened faster the next time", _is_text),
+    "cache": Option("a folder for compiled graphs, which then open faster the next time", _is_text),
 }
 
-#: torch's dtypes in OpenVINO, as attributes of `openvino.Type`.
+#: The attributes of `openvino.Type` for torch's dtypes.
 ELEMENT_TYPES: Mapping[torch.dtype, str] = {
     torch.float32: "f32",
     torch.float16: "f16",
@@ -75,33 +76,28 @@ ELEMENT_TYPES: Mapping[torch.dtype, str] = {
     torch.int64: "i64",
 }
 
-MSG_NO_DEVICE = (
-    'OpenVINO finds no device "{given}" here; it has {available}. Intel\'s GPUs and NPUs need their drivers: '
-    "https://docs.openvino.ai/ has them."
-)
-
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError for options that the backend does not know, or a device that is not here."""
+    """Raise ConfigurationError for options that the backend does not know, or a device that is not available."""
     check_installed("openvino", extra="openvino", what='backend="openvino"')
     check_known_options('backend="openvino"', "backend_options", options, OPTIONS)
     _check_device(str(options.get("device", "CPU")))
 
 
 def check_device(device: torch.device) -> None:
-    """Raise BackendError unless tensors on `device` are in memory that OpenVINO reads."""
+    """Raise BackendError unless OpenVINO can read tensors on `device`."""
     if device.type != "cpu":
         raise BackendError(
-            f'The backend "openvino" takes tensors on the CPU, and the pipeline is on "{device}". Call '
-            'pipe.to("cpu"); backend_options={"device": "GPU"} has Intel\'s GPU compute.'
+            f'The backend "openvino" needs tensors on the CPU, but the pipeline is on "{device}". Call '
+            'pipe.to("cpu"); to compute on an Intel GPU, use backend_options={"device": "GPU"}.'
         )
 
 
 class CompiledModel:
-    """An `openvino.Model`, compiled for a device, which is given inputs of these names.
+    """An `openvino.Model` compiled for a device, which is called with `inputs` of these names.
 
     Raises:
-        Exception: openvino's, of any class, if it does not take the model.
+        Exception: openvino cannot compile the model; the error may have any class.
     """
 
     def __init__(self, model: Any, inputs: Sequence[str], options: Mapping[str, object]) -> None:
@@ -116,19 +112,19 @@ class CompiledModel:
             settings["CACHE_DIR"] = options["cache"]
         self.device = device
         taken = {name: position for position, port in enumerate(model.inputs) for name in port.get_names()}
-        # It drops an input of which only the shape is used.
+        # OpenVINO drops inputs of which only the shape is used.
         self._positions = [taken.get(name) for name in inputs]
         self._request: Any = core().compile_model(model, device, settings).create_infer_request()
 
     def run(
         self, inputs: Sequence[torch.Tensor], outputs: Sequence[tuple[Sequence[int], torch.dtype]]
     ) -> list[torch.Tensor]:
-        """New tensors of the shapes and dtypes of `outputs`, for all inputs.
+        """Run the model, and return new tensors with the shapes and dtypes of `outputs`.
 
         Raises:
-            RuntimeError: openvino's, if it fails.
+            RuntimeError: openvino fails.
         """
-        held = [tensor.contiguous() for tensor in inputs]  # which live until the run is over
+        held = [tensor.contiguous() for tensor in inputs]  # must live until the run is over
         results = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in outputs]
         for position, tensor in zip(self._positions, held, strict=True):
             if position is not None:
@@ -140,7 +136,7 @@ class CompiledModel:
 
 
 def shared(tensor: torch.Tensor) -> Any:
-    """The memory of `tensor`, which is contiguous and on the CPU, as an `openvino.Tensor`."""
+    """Return an `openvino.Tensor` that shares the memory of `tensor`, which is contiguous and on the CPU."""
     package = openvino()
     # Strides of dimensions of size 1 may be anything.
     content = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
@@ -149,20 +145,26 @@ def shared(tensor: torch.Tensor) -> Any:
 
 
 def _check_device(given: str) -> None:
-    """`GPU` is there if `GPU.0` is; `AUTO:GPU,CPU` and the like need all that they name."""
+    """Raise ConfigurationError unless OpenVINO finds the device `given`.
+
+    `GPU` exists if `GPU.0` does. `AUTO:GPU,CPU` and similar names need all devices that they name.
+    """
     available = core().available_devices
     found = {*available, *(name.partition(".")[0] for name in available), "AUTO", "HETERO", "MULTI"}
     if not all(name in found for name in re.split("[:,]", given)):
-        raise ConfigurationError(MSG_NO_DEVICE.format(given=given, available=", ".join(available)))
+        raise ConfigurationError(
+            f'OpenVINO finds no device "{given}" here; it has {", ".join(available)}. Intel GPUs and NPUs need '
+            "drivers: see https://docs.openvino.ai/."
+        )
 
 
 logger = logging.getLogger(__name__)
 
 
 class OpenVinoSession:
-    """Runs the graph `graph` of the bundle at `root`, OpenVINO's own or an ONNX file.
+    """A session that runs `graph` of the bundle at `root`, an OpenVINO or an ONNX file.
 
-    OpenVINO maps the weights from the bundle's file, and copies them into the layouts that it works on.
+    OpenVINO maps the weights from the bundle's file, and copies them into the layouts that it computes with.
     """
 
     def __init__(self, graph: Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> None:
@@ -171,25 +173,24 @@ class OpenVinoSession:
         self._graph = graph
         path = root / graph.file
         try:
-            weights = (
-                () if path.suffix == ".onnx" else (root / WEIGHTS_FILE,)
-            )  # an ONNX file says itself where they are
+            # An ONNX file names its weights file itself.
+            weights = () if path.suffix == ".onnx" else (root / WEIGHTS_FILE,)
             model = core().read_model(path, *weights)
             self._check(model)
             self._compiled = CompiledModel(model, [spec.name for spec in inputs_of(graph)], options)
         except BackendError:
             raise
-        except Exception as error:  # openvino's errors are RuntimeErrors, or of classes of their own
+        except Exception as error:  # openvino's errors have no common base class
             raise BackendError(self._failed(error)) from error
         logger.info("opened %s in OpenVINO in %.1f s", path.name, time.perf_counter() - began)
 
     @property
     def provider(self) -> str:
-        """OpenVINO and its device."""
+        """The name of the runtime and of its device."""
         return f"OpenVINO, {self._compiled.device}"
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All outputs for all inputs, both in the order of the manifest, caches last."""
+        """Run the graph on `inputs` and return all outputs, both in the order of the manifest, caches last."""
         outputs = [
             (shape, getattr(torch, spec.dtype))
             for spec, shape in zip(outputs_of(self._graph), output_shapes(self._graph, inputs), strict=True)
@@ -200,14 +201,14 @@ class OpenVinoSession:
             raise BackendError(self._failed(error)) from error
 
     def _check(self, model: Any) -> None:
-        """Raise BackendError unless outputs are in the manifest's order, in which they are bound."""
+        """Raise BackendError unless the outputs are in the manifest's order, in which they are bound."""
         expected = [spec.name for spec in outputs_of(self._graph)]
         given = [port.get_names() for port in model.outputs]
         if len(given) != len(expected) or not all(name in names for name, names in zip(expected, given, strict=True)):
-            told = ", ".join("/".join(sorted(names)) for names in given)
+            found = ", ".join("/".join(sorted(names)) for names in given)
             raise BackendError(
-                f"The {Path(self._graph.file).stem} graph has the outputs {told} in OpenVINO, and the manifest "
-                f"says {', '.join(expected)}."
+                f"The {Path(self._graph.file).stem} graph has the outputs {found} in OpenVINO, but the manifest says "
+                f"{', '.join(expected)}."
             )
 
     def _failed(self, error: Exception) -> str:

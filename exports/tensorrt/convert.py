@@ -23,21 +23,21 @@ _PROBLEMS = ("INTERNAL_ERROR", "ERROR")
 
 @functools.cache
 def tensorrt_log(package: str) -> Any:
-    """The one `trt.ILogger` for all objects of the package: it must live longer than any of them.
+    """Return the `trt.ILogger` shared by all objects of the package, which must live longer than any of them.
 
-    Its `last_problem` is what went wrong last, in one line.
+    Its attribute `last_problem` is the last error message, in one line.
     """
     trt = importlib.import_module(package)
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # pybind needs this very call
-            self.last_problem = "it does not say why"
+            trt.ILogger.__init__(self)  # pybind needs exactly this call
+            self.last_problem = "no reason given"
 
         def log(self, severity: Any, message: str) -> None:
             if severity.name in _PROBLEMS:
                 self.last_problem = " ".join(message.split())[:500].rstrip(". ")
-            # Problems are raised as errors; its warnings are mostly about its own choices.
+            # Problems are raised as errors, and warnings are mostly about TensorRT's internal choices.
             logger.log(logging.INFO if severity.name in (*_PROBLEMS, "WARNING") else logging.DEBUG, "%s", message)
 
     return Log()
@@ -58,17 +58,13 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
-#: A size that is left free.
+#: The value of a free size.
 FREE = -1
-
-MSG_NOT_PARSED = "{package} cannot read the {graph} graph ({problem})."
-MSG_NOT_BUILT = "{package} cannot build an engine of the {graph} graph ({problem})."
-MSG_DIFFERS = "{package} reads the {graph} graph as one with {given}, and it has {expected}."
 
 
 @dataclass(frozen=True)
 class Binding:
-    """An input or output: a size of `FREE` is left free."""
+    """An input or output; free sizes have the value `FREE`."""
 
     name: str
     dtype: torch.dtype
@@ -83,11 +79,11 @@ class EngineSettings:
     """How an engine is built.
 
     Attributes:
-        flags: members of `trt.BuilderFlag` to set.
-        compute_capabilities: of the GPUs it is built for, such as `8.9`; only TensorRT for RTX builds for several, or
-            for others than the one that is there. None: as the package has it.
-        hardware_compatibility: a member of `trt.HardwareCompatibilityLevel`.
-        timing_cache: a file with what earlier builds have measured; it is made, or added to.
+        flags: the names of the `trt.BuilderFlag` members to set.
+        compute_capabilities: the compute capabilities of the GPUs that it is built for, such as `8.9`; if empty, the
+            default of the package. Only TensorRT for RTX can build for several, or for other GPUs than the present one.
+        hardware_compatibility: the name of a member of `trt.HardwareCompatibilityLevel`.
+        timing_cache: a file with the measurements of earlier builds, which is created or updated.
     """
 
     flags: tuple[str, ...] = ()
@@ -104,32 +100,32 @@ def to_tensorrt(
     profile: Mapping[str, tuple[Shape, Shape, Shape]],
     settings: EngineSettings,
 ) -> Any:
-    """The serialized engine of the ONNX file `model`, as an object with a buffer.
+    """Build an engine from the ONNX file `model`, and return it serialized, as an object with a buffer.
 
-    float32 stays float32: TF32, which rounds to ten bits what is multiplied, is off.
+    float32 stays float32: TF32, which rounds factors to ten bits, is disabled.
 
     Args:
         package: `tensorrt_rtx` or `tensorrt`.
-        model: the file; its weights may be in another beside it.
-        inputs: what it must take, in order.
-        outputs: what it must return, in order.
-        profile: the least, the usual and the largest shape of each input that has a free size.
-        settings: how it is built.
+        model: the path of the file; its weights may be in another file in the same folder.
+        inputs: the expected inputs, in order.
+        outputs: the expected outputs, in order.
+        profile: the smallest, the typical and the largest shape of each input with a free size.
+        settings: how the engine is built.
 
     Raises:
-        BackendError: the file cannot be read, is not what it must be, or no engine can be built of it.
+        BackendError: the file cannot be read, has other inputs or outputs, or no engine can be built from it.
     """
     trt = importlib.import_module(package)
     began = time.perf_counter()
     log = tensorrt_log(package)
-    told = {"package": package, "graph": model.stem}
     builder = trt.Builder(log)
-    # Every tensor has the dtype that the file says. TensorRT 11 knows nothing else.
+    # Every tensor has the dtype that the file says, which is the only mode of TensorRT 11.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
-        raise BackendError(MSG_NOT_PARSED.format(**told, problem=parser_errors(parser) or log.last_problem))
-    _check(network, inputs, outputs, told)
+        problem = parser_errors(parser) or log.last_problem
+        raise BackendError(f"{package} cannot read the {model.stem} graph ({problem}).")
+    _check(network, inputs, outputs, package, model.stem)
     _let_attention_be_decomposed(trt, network)
     config = _config(trt, builder, settings)
     if profile:
@@ -139,30 +135,32 @@ def to_tensorrt(
         config.add_optimization_profile(shapes)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise BackendError(MSG_NOT_BUILT.format(**told, problem=log.last_problem))
+        raise BackendError(f"{package} cannot build an engine for the {model.stem} graph ({log.last_problem}).")
     if settings.timing_cache is not None:
-        _keep(config.get_timing_cache().serialize(), settings.timing_cache)
+        _write(config.get_timing_cache().serialize(), settings.timing_cache)
     logger.info("%s built the %s graph in %.1f s", package, model.stem, time.perf_counter() - began)
     return engine
 
 
 def parser_errors(parser: Any) -> str:
-    """What a parser or refitter of ONNX files says of its failure; empty if nothing."""
+    """Return the error messages of a parser or refitter of ONNX files; empty if there are none."""
     errors = [" ".join(parser.get_error(i).desc().split()).rstrip(".") for i in range(parser.num_errors)]
     return "; ".join(dict.fromkeys(errors))
 
 
-def _check(network: Any, inputs: Sequence[Binding], outputs: Sequence[Binding], told: Mapping[str, str]) -> None:
-    """Raise BackendError unless the network has these inputs and outputs: before minutes of building, not after."""
+def _check(network: Any, inputs: Sequence[Binding], outputs: Sequence[Binding], package: str, graph: str) -> None:
+    """Raise BackendError unless the network has these inputs and outputs, before a build that takes minutes."""
     given = [_binding(network.get_input(i)) for i in range(network.num_inputs)]
     returned = [_binding(network.get_output(i)) for i in range(network.num_outputs)]
-    pairs = [*zip(given, inputs, strict=False), *zip(map(_blurred, returned, outputs), outputs, strict=False)]
+    counts = [f"{len(a)} inputs and {len(b)} outputs" for a, b in ((given, returned), (inputs, outputs))]
+    pairs: list[tuple[object, object]] = [
+        *zip(given, inputs, strict=False),
+        *zip(map(_blurred, returned, outputs), outputs, strict=False),
+        (counts[0], counts[1]),
+    ]
     for one, other in pairs:
         if one != other:
-            raise BackendError(MSG_DIFFERS.format(**told, given=one, expected=other))
-    counts = [f"{len(a)} inputs and {len(b)} outputs" for a, b in ((given, returned), (inputs, outputs))]
-    if counts[0] != counts[1]:
-        raise BackendError(MSG_DIFFERS.format(**told, given=counts[0], expected=counts[1]))
+            raise BackendError(f"{package} reads the {graph} graph as one with {one}, but it has {other}.")
 
 
 def _binding(tensor: Any) -> Binding:
@@ -170,7 +168,7 @@ def _binding(tensor: Any) -> Binding:
 
 
 def _blurred(given: Binding, expected: Binding) -> Binding:
-    """`given` with those of its sizes as `expected` that TensorRT cannot tell from the inputs' free ones."""
+    """Return `given` with the sizes that TensorRT does not know replaced by those of `expected`."""
     if len(given.shape) != len(expected.shape):
         return given
     shape = tuple(b if a == FREE else a for a, b in zip(given.shape, expected.shape, strict=True))
@@ -178,12 +176,11 @@ def _blurred(given: Binding, expected: Binding) -> Binding:
 
 
 def _let_attention_be_decomposed(trt: Any, network: Any) -> None:
-    """Where there is no kernel for a whole attention (float32, free sizes), the build fails unless it is allowed to
-    take several."""
+    """Permit decomposed attention: without a fused kernel (float32, free sizes) the build would fail otherwise."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # NVIDIA's own way to a layer's class
+            layer.__class__ = trt.IAttentionInputLayer  # how NVIDIA's own code casts a layer
             layer.attention.decomposable = True
 
 
@@ -203,13 +200,13 @@ def _config(trt: Any, builder: Any, settings: EngineSettings) -> Any:
         path = settings.timing_cache
         known = path.read_bytes() if path.exists() else b""
         if not config.set_timing_cache(config.create_timing_cache(known), False):
-            # Of another GPU or version: this build measures anew.
+            # The cache is for another GPU or version, so this build measures again.
             config.set_timing_cache(config.create_timing_cache(b""), False)
     return config
 
 
-def _keep(content: Any, path: Path) -> None:
-    """Write `content` to `path`, all or nothing."""
+def _write(content: Any, path: Path) -> None:
+    """Write `content` to `path` atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)

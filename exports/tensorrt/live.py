@@ -1,4 +1,4 @@
-"""Compiled by TensorRT, through Torch-TensorRT."""
+"""Compile graphs live with TensorRT, through Torch-TensorRT."""
 
 from __future__ import annotations
 
@@ -21,17 +21,13 @@ from tgate_compile.passes.graphs import Variant
 
 logger = logging.getLogger(__name__)
 
-MSG_UNKNOWN_OPTIONS = (
-    'backend "tensorrt" does not know the options {unknown}. It knows those of torch_tensorrt.dynamo.compile: {known}.'
-)
-
-#: float32 stays float32, as with the other backends.
+#: The default options: float32 is computed in float32, as in the other backends.
 OPTIONS: Mapping[str, object] = {"disable_tf32": True}
-#: What `compile` takes that is not a choice.
+#: The parameters of `compile` that the backend sets itself.
 _GIVEN = frozenset({"exported_program", "inputs", "arg_inputs", "kwarg_inputs", "device", "kwargs"})
-#: Options that name one dtype to compute in, or several.
+#: The options that name one or several dtypes to compute in.
 _PRECISIONS = ("enabled_precisions", "autocast_low_precision_type")
-#: Those that round more than float32, by the names that torch and Torch-TensorRT have for them.
+#: The dtypes that round more than float32, by their names in torch and Torch-TensorRT.
 _LOWERED: Mapping[str, torch.dtype] = {
     **dict.fromkeys(("float16", "half", "f16", "fp16"), torch.float16),
     **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
@@ -40,9 +36,9 @@ _LOWERED: Mapping[str, torch.dtype] = {
 
 
 class TensorRTBackend:
-    """Compiles the graph for its inputs' shapes, with the weights in the engines: other weights, and it compiles anew.
+    """A backend that compiles graphs for the shapes of their inputs, again whenever the weights change.
 
-    What TensorRT does not know runs in PyTorch.
+    The engines contain the weights. Operators that TensorRT does not support run in PyTorch.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -61,7 +57,7 @@ class TensorRTBackend:
         check_names(options, known, 'backend="tensorrt"', source="The signature of torch_tensorrt.dynamo.compile")
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
-        """By its options: TF32 rounds as float16 does."""
+        """Return the coarsest dtype that the options permit; TF32 rounds like float16."""
         names = {str(item).rpartition(".")[2] for name in _PRECISIONS for item in _items(self._options.get(name))}
         lowered = {_LOWERED[name] for name in names if name in _LOWERED}
         if not {**OPTIONS, **self._options}["disable_tf32"]:
@@ -72,13 +68,13 @@ class TensorRTBackend:
         device = inputs[0].device
         if device.type != "cuda":
             raise BackendError(
-                f'backend "tensorrt" runs on an NVIDIA GPU, and the pipeline is on "{device}". Call pipe.to("cuda").'
+                f'The backend "tensorrt" needs an NVIDIA GPU, but the pipeline is on "{device}". Call pipe.to("cuda").'
             )
         return _Compiled(variant, [tensor.contiguous() for tensor in inputs], {**OPTIONS, **self._options})
 
 
 class _Compiled:
-    """A runner. It is compiled when it first runs, and when the weights have changed."""
+    """A runner that is compiled when it first runs, and again when the weights have changed."""
 
     def __init__(self, variant: Variant, examples: Sequence[torch.Tensor], options: Mapping[str, object]) -> None:
         self._variant = variant
@@ -91,7 +87,7 @@ class _Compiled:
         return outputs
 
     def release(self) -> None:
-        """Let go of the engine, and of the weights."""
+        """Release the engine and the weights."""
         self._module.release()
 
     def _compile(self, weights: Sequence[torch.Tensor]) -> Any:
@@ -106,7 +102,7 @@ class _Compiled:
                     device=self._examples[0].device,
                     **self._options,
                 )
-        except Exception as error:  # TensorRT's own, and whatever the converters raise
+        except Exception as error:  # TensorRT and the converters raise errors of any class
             raise BackendError(
                 f"Torch-TensorRT could not compile the {self._variant.phase.name} graph ({cause_of(error)}). "
                 'optimize(pipe, backend="inductor") or backend="eager" runs the same graph.'
@@ -120,7 +116,7 @@ def _items(option: object) -> tuple[object, ...]:
 
 
 def _program(variant: Variant, weights: Sequence[torch.Tensor]) -> ExportedProgram:
-    """A program of its own, for Torch-TensorRT rewrites what it is given, with the weights as they are now."""
+    """Return a copy of the program with the current weights: Torch-TensorRT changes its input."""
     program = flat_program(variant.program, copy_graph(variant.program.graph_module))
     for name, tensor in zip(variant.weights, weights, strict=True):
         holder = program.state_dict if name in program.state_dict else program.constants

@@ -1,4 +1,4 @@
-"""Run TensorRT engines: refitted with the pipeline's weights, with a cache of compiled kernels."""
+"""Run TensorRT engines, with weights that can be replaced and a cache of compiled kernels."""
 
 from __future__ import annotations
 
@@ -20,42 +20,44 @@ from tgate_compile.exports.tensorrt.convert import DTYPES, parser_errors, tensor
 
 
 def onnx_beside(engine: Path) -> Path:
-    """The ONNX file that says which weights go where, if the file `engine` has none inside."""
+    """Return the path of the ONNX file that names the weights of the file `engine`, if this is stripped of them."""
     return engine.with_suffix(".onnx")
 
 
 def is_stripped(package: str, engine: Any) -> bool:
-    """Whether the engine has no weights inside."""
+    """Return whether the engine has been stripped of its weights."""
     stat = importlib.import_module(package).EngineStat.STRIPPED_WEIGHTS_SIZE
     return bool(engine.get_engine_stat(stat) > 0)
 
 
 def refit(package: str, engine: Any, model: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put `weights` into `engine`, by the names of the initializers of the ONNX file `model`.
+    """Replace the weights in `engine` by `weights`, by the names of the initializers in the ONNX file `model`.
 
-    Those that are not given are taken from the weights file beside it. Nothing of the engine may be running.
+    All others are taken from the weights file in the same folder. The engine must not be running.
 
     Raises:
-        BackendError: the engine has its weights inside, once and for all, or TensorRT does not take these.
+        BackendError: the weights of this engine cannot be replaced, or TensorRT rejects these.
     """
     if not engine.refittable or not model.exists():
         raise BackendError(
-            f"The weights of the denoiser have been changed, and the engine of the {model.stem} graph cannot "
-            'follow. Export the bundle with format_options={"refit": True}, or restore(pipe) and optimize(pipe, '
-            "...) the changed model."
+            f"The weights of the denoiser have changed, but those of the engine for the {model.stem} graph cannot be "
+            'replaced. Export the bundle with format_options={"refit": True}, or call restore(pipe) and '
+            "optimize(pipe, ...) for the changed model."
         )
     trt = importlib.import_module(package)
     log = tensorrt_log(package)
     refitter = trt.Refitter(engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
     names = _weight_names(model)
-    # Which must live as long as the refitter.
+    # These tensors must live as long as the refitter.
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items() if name in names}
     done = parser.load_model_proto(model.read_bytes(), str(model))
     done = done and all(parser.load_initializer(name, t.data_ptr(), t.nbytes) for name, t in held.items())
     if not (done and parser.refit_model_proto() and refitter.refit_cuda_engine()):
         problem = parser_errors(parser) or log.last_problem
-        raise BackendError(f"{package} could not put weights into the engine of the {model.stem} graph ({problem}).")
+        raise BackendError(
+            f"{package} could not replace the weights in the engine of the {model.stem} graph ({problem})."
+        )
 
 
 def _weight_names(model: Path) -> set[str]:
@@ -66,7 +68,7 @@ def _weight_names(model: Path) -> set[str]:
 
 
 class TensorRTRuntimeCache:
-    """The kernels that TensorRT for RTX compiles for the GPU that it finds, in a file, if a folder is given for it."""
+    """A cache of the kernels that TensorRT for RTX compiles for the GPU, in a file if a folder is given for it."""
 
     def __init__(self, trt: Any, engine: Any, path: Path, folder: object) -> None:
         self._trt = trt
@@ -75,7 +77,7 @@ class TensorRTRuntimeCache:
         self._cache: Any = None
 
     def context(self) -> Any:
-        """An execution context that is given its memory."""
+        """Create an execution context whose memory is provided by the caller."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._file is None:
             return self._engine.create_execution_context(strategy)
@@ -83,12 +85,12 @@ class TensorRTRuntimeCache:
         config.set_execution_context_allocation_strategy(strategy)
         self._cache = config.create_runtime_cache()
         if self._file.exists():
-            self._cache.deserialize(self._file.read_bytes())  # of another GPU or version, it stays empty
+            self._cache.deserialize(self._file.read_bytes())  # stays empty if the file is for another GPU or version
         config.set_runtime_cache(self._cache)
         return self._engine.create_execution_context(config)
 
     def save(self) -> None:
-        """Write what is new to the file."""
+        """Write the cache to the file."""
         if self._file is not None:
             temporary = self._file.with_suffix(".tmp")
             temporary.write_bytes(self._cache.serialize())
@@ -97,18 +99,12 @@ class TensorRTRuntimeCache:
 
 logger = logging.getLogger(__name__)
 
-MSG_NOT_OPENED = (
-    "{package} {version} cannot open the engine of the {graph} graph ({problem}). An engine is for the version that "
-    "built it and for GPUs of the compute capabilities that it was built for; here is {gpu}."
-)
-MSG_DIFFERS = "The engine of the {graph} graph has {given}, and the manifest says {expected}."
-
 
 class TensorRTSession:
-    """Runs the engine in the file `path`, which `graph` describes, on the GPU `device`.
+    """A session that runs the engine in the file `path`, which `graph` describes, on the GPU `device`.
 
-    The memory for what is between inputs and outputs comes from torch for each run, and goes back: the graphs of a
-    bundle share it, and so does all else that torch runs on that stream.
+    The memory for intermediate values is allocated from torch for each run and freed after it, so the graphs of a
+    bundle share it with each other and with everything else that torch runs on the same stream.
     """
 
     def __init__(
@@ -139,11 +135,11 @@ class TensorRTSession:
 
     @property
     def provider(self) -> str:
-        """The package and the GPU."""
+        """The name of the package and of the GPU."""
         return f"{self._package} on {torch.cuda.get_device_name(self._device)}"
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All outputs for all inputs, both in the order of the manifest, caches last."""
+        """Run the graph on `inputs` and return all outputs, both in the order of the manifest, caches last."""
         context = self._context
         shapes = [tensor.shape for tensor in inputs]
         with torch.cuda.device(self._device):
@@ -151,7 +147,7 @@ class TensorRTSession:
                 torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self._device)
                 for spec, shape in zip(outputs_of(self._graph), output_shapes(self._graph, inputs), strict=True)
             ]
-            # Which lives until the run has been put on the stream, and whose memory later tensors get after it.
+            # These must live until the run is enqueued; later tensors that reuse their memory follow it on the stream.
             bound = [tensor.contiguous() for tensor in inputs]
             arena = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device=self._device)
             if shapes != self._shapes:
@@ -162,7 +158,7 @@ class TensorRTSession:
             ):
                 self._need(context.set_tensor_address(spec.name, tensor.data_ptr()))
             context.set_device_memory(arena.data_ptr(), arena.numel())
-            # TensorRT would wait for the whole GPU on the default stream: it gets one of its own, in the same order.
+            # On the default stream TensorRT would wait for the whole GPU, so it has its own, in the same order.
             current = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(current)
             self._need(context.execute_async_v3(self._stream.cuda_stream))
@@ -173,10 +169,10 @@ class TensorRTSession:
         return outputs
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put `weights` into the engine, by their names in the denoiser; those that are missing are the bundle's.
+        """Replace the engine's weights by `weights`, which has their names in the denoiser; others are the bundle's.
 
         Raises:
-            BackendError: the engine has its weights inside, once and for all, or TensorRT does not take these.
+            BackendError: the weights of this engine cannot be replaced, or TensorRT rejects these.
         """
         torch.cuda.synchronize(self._device)
         refit(self._package, self._engine, onnx_beside(self._path), weights)
@@ -188,23 +184,20 @@ class TensorRTSession:
             engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
             major, minor = torch.cuda.get_device_capability(self._device)
+            gpu = torch.cuda.get_device_name(self._device)
             raise BackendError(
-                MSG_NOT_OPENED.format(
-                    package=self._package,
-                    version=self._trt.__version__,
-                    graph=self._path.stem,
-                    problem=self._log.last_problem,
-                    gpu=f"{torch.cuda.get_device_name(self._device)}, {major}.{minor}",
-                )
+                f"{self._package} {self._trt.__version__} cannot open the engine of the {self._path.stem} graph "
+                f"({self._log.last_problem}). An engine needs the version that built it, and a GPU with a compute "
+                f"capability that it was built for; this GPU is {gpu}, with {major}.{minor}."
             )
         return runtime, engine
 
     def _check(self) -> None:
-        """Raise BackendError unless the engine takes and returns what the manifest says: names, dtypes and ranks."""
+        """Raise BackendError unless the engine's inputs and outputs have the manifest's names, dtypes and ranks."""
         engine, mode = self._engine, self._trt.TensorIOMode
         expected = [(mode.INPUT, spec) for spec in inputs_of(self._graph)]
         expected += [(mode.OUTPUT, spec) for spec in outputs_of(self._graph)]
-        wanted = {spec.name: (kind.name.lower(), spec.dtype, len(spec.shape)) for kind, spec in expected}
+        required = {spec.name: (kind.name.lower(), spec.dtype, len(spec.shape)) for kind, spec in expected}
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         given = {
             name: (
@@ -214,10 +207,12 @@ class TensorRTSession:
             )
             for name in names
         }
-        for name in {**wanted, **given}:
-            if given.get(name) != wanted.get(name):
-                told = {"given": (name, given.get(name)), "expected": (name, wanted.get(name))}
-                raise BackendError(MSG_DIFFERS.format(graph=self._path.stem, **told))
+        for name in {**required, **given}:
+            if given.get(name) != required.get(name):
+                raise BackendError(
+                    f"The engine of the {self._path.stem} graph has {(name, given.get(name))}, but the manifest says "
+                    f"{(name, required.get(name))}."
+                )
 
     def _need(self, done: bool) -> None:
         if not done:

@@ -1,4 +1,4 @@
-"""Write a bundle's graphs as TensorRT engines, and the options for that."""
+"""Write the graphs of a bundle as TensorRT engines."""
 
 from __future__ import annotations
 
@@ -24,15 +24,12 @@ from tgate_compile.exports.onnx import save as onnx_graphs
 from tgate_compile.exports.tensorrt.convert import FREE, Binding, EngineSettings, Shape, to_tensorrt
 from tgate_compile.exports.tensorrt.open import TensorRTSession, onnx_beside
 
-#: The least, the usual and the most of each free size.
+#: The smallest, the typical and the largest value of each free size.
 Profile = Mapping[str, tuple[int, int, int]]
 
 MSG_NEEDS_GPU = (
-    "{what} needs an NVIDIA GPU where engines are built, and PyTorch finds none here. {instead} Or export on a machine "
-    "with one."
-)
-MSG_NOT_FREE = (
-    'format_options["profile"] has the size {name!r}, which these graphs do not leave free. They leave free: {free}.'
+    "{what} needs an NVIDIA GPU to build engines, but PyTorch finds none here. {instead} Or export on a machine that "
+    "has one."
 )
 
 _LARGEST = {SYMBOLS[name]: most for name, most in LARGEST.items()}
@@ -52,11 +49,11 @@ def _is_range(name: str, bounds: object) -> bool:
     return bool(1 <= least <= usual <= most <= _LARGEST[name])
 
 
-#: Options of `export`, beside `compute_capabilities`, which depends on the package.
+#: The options of `export`, except `compute_capabilities`, which depends on the package.
 OPTIONS: Mapping[str, Option] = {
     "profile": Option(
-        "a mapping from names of b, h and w to three whole numbers, the least, the usual and the most, such as "
-        '{"h": (4, 8, 16)}',
+        "a mapping from the names b, h and w to three integers, the smallest, the typical and the largest value, such "
+        'as {"h": (4, 8, 16)}',
         _is_profile,
     ),
     "weight_streaming": SWITCH,
@@ -69,9 +66,9 @@ OPTIONS: Mapping[str, Option] = {
         lambda given: isinstance(given, (str, os.PathLike)) and Path(given).parent.is_dir(),
     ),
 }
-#: Options of `load`.
+#: The options of `load`.
 LOAD_OPTIONS: Mapping[str, Option] = {
-    "weight_budget": at_least(0, "a whole number of bytes: so many of the weights stay in the GPU's memory"),
+    "weight_budget": at_least(0, "a whole number of bytes, the size of the weights that stay in the GPU's memory"),
     "runtime_cache": Option(
         "a folder that exists", lambda given: isinstance(given, (str, os.PathLike)) and Path(given).is_dir()
     ),
@@ -81,12 +78,12 @@ LOAD_OPTIONS: Mapping[str, Option] = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What was asked for.
+    """The validated options of `export`.
 
     Attributes:
-        settings: of the build.
-        profile: bounds of free sizes; those that are not in it have their defaults.
-        keeps_onnx: engines take their weights from the bundle's weights file, by the ONNX files.
+        settings: the settings of the build.
+        profile: the bounds of free sizes; other free sizes have default bounds.
+        keeps_onnx: whether engines take their weights from the bundle's weights file, with the help of the ONNX files.
     """
 
     settings: EngineSettings
@@ -95,10 +92,10 @@ class EngineOptions:
 
 
 def engine_options(format: str, package: str, known: Collection[str], options: Mapping[str, object]) -> EngineOptions:
-    """The options of `export` for the format, whose package knows `known` of the options.
+    """Return the validated options of `export` for the format, which supports the options `known`.
 
     Raises:
-        ConfigurationError: they are wrong.
+        ConfigurationError: an option is not valid.
     """
     of_format = {
         name: _capabilities_option(package) if name == "compute_capabilities" else OPTIONS[name] for name in known
@@ -116,7 +113,7 @@ def engine_options(format: str, package: str, known: Collection[str], options: M
     choices: Mapping[str, Any] = options
     cache = choices.get("timing_cache")
     settings = EngineSettings(
-        flags=tuple(flag for flag, wanted in flags.items() if wanted),
+        flags=tuple(flag for flag, is_set in flags.items() if is_set),
         compute_capabilities=tuple(choices.get("compute_capabilities", ())),
         hardware_compatibility=_HARDWARE.get(choices.get("hardware_compatible", "")),
         timing_cache=None if cache is None else Path(cache),
@@ -126,54 +123,59 @@ def engine_options(format: str, package: str, known: Collection[str], options: M
 
 
 def full_profile(given: Profile, example: Mapping[str, int]) -> Profile:
-    """Bounds for each free size of a graph, of which `example` has one choice.
+    """Return bounds for each free size of a graph, whose values in the example call are `example`.
 
-    The defaults: batches from 1 to twice the example's, heights and widths from half of it to twice of it.
+    The default bounds are 1 and twice the example for batches, and half and twice the example for heights and widths.
 
     Raises:
-        ConfigurationError: `given` has another size, or does not have the example in its bounds.
+        ConfigurationError: `given` has a size that is not free, or bounds that exclude the example.
     """
     for name in given:
         if name not in example:
-            raise ConfigurationError(MSG_NOT_FREE.format(name=name, free=", ".join(example) or "none"))
+            raise ConfigurationError(
+                f'format_options["profile"] has the size {name!r}, which is not free in these graphs. Their free sizes '
+                f"are: {', '.join(example) or 'none'}."
+            )
     profile = {}
     for name, size in example.items():
         half = 1 if name == SYMBOLS["batch"] else max(1, size // 2)
         least, usual, most = given.get(name, (half, size, min(2 * size, _LARGEST[name])))
         if not least <= size <= most:
             raise ConfigurationError(
-                f'format_options["profile"] has {name} from {least} to {most}, and the call that the bundle is made '
-                f"with has {size}. Give export() another call, or the profile other bounds."
+                f'format_options["profile"] has {name} from {least} to {most}, but the call that the bundle is made '
+                f"with has {size}. Pass another call to export(), or change the bounds."
             )
         profile[name] = (least, usual, most)
     return profile
 
 
 def check_load_options(format: str, known: Collection[str], options: Mapping[str, object]) -> None:
-    """Raise ConfigurationError for options of `load` that are not among `known`, or wrong."""
+    """Raise ConfigurationError for options of `load` that are not among `known`, or not valid."""
     of_backend = {name: LOAD_OPTIONS[name] for name in known}
     check_known_options(f'backend="{format}"', "backend_options", options, of_backend)
 
 
 def check_gpu(format: str, options: EngineOptions, *, always: bool) -> None:
-    """Raise ConfigurationError if engines need a GPU to be built, as they `always` do or with these options only, and
-    there is none."""
+    """Raise ConfigurationError if building engines needs a GPU and there is none.
+
+    It needs one with some of the options, or in some formats `always`.
+    """
     if torch.cuda.is_available():
         return
     if always:
-        instead = 'format="tensorrt-rtx" builds without one, and format="onnx" does, too.'
+        instead = 'Use format="tensorrt-rtx" or format="onnx", which do not need one.'
         raise ConfigurationError(MSG_NEEDS_GPU.format(what=f'format="{format}"', instead=instead))
     if options.keeps_onnx:
         option = "refit" if "REFIT" in options.settings.flags else "strip"
         what, instead = (
             f'format_options["{option}"]',
-            f"Leave {option} out: the engines then have their weights inside.",
+            f"Leave {option} out, so that the engines contain their weights.",
         )
         raise ConfigurationError(MSG_NEEDS_GPU.format(what=what, instead=instead))
 
 
 def _capabilities_option(package: str) -> Option:
-    """The GPUs that the package builds for: `8.9` for its SM89."""
+    """Return the option for the compute capabilities that the package supports, such as `8.9` for its SM89."""
     members = importlib.import_module(package).ComputeCapability.__members__
     numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
     names = [f"{number[:-1]}.{number[-1]}" for number in numbers]
@@ -183,23 +185,21 @@ def _capabilities_option(package: str) -> Option:
     )
 
 
-#: Where the ONNX files are while engines are built of them, if they are not to stay.
+#: The temporary folder for the ONNX files that engines are built from, unless these files are kept.
 _SCRATCH = "scratch"
-
-MSG_NOT_BUILT = "The {graph} graph is not written: {problem}"
 
 
 @dataclass(frozen=True)
 class TensorRTFormat:
-    """The functions of a `GraphFormat`.
+    """A `GraphFormat` for one of the TensorRT packages.
 
     Attributes:
-        name: of the format, and of the backend that loads it.
-        package: that builds and runs engines.
-        options: what `export` may be told, of `tensorrt_options`.
-        load_options: what `load` may be told, of `tensorrt_options.LOAD_OPTIONS`.
-        builds_on_gpu: it needs a GPU to build an engine, which is then for that one.
-        built_for: compute capabilities of the GPUs that its engines are for, unless it is told others.
+        name: the name of the format, and of the backend that loads it.
+        package: the package that builds and runs engines.
+        options: the names of the options of `export`.
+        load_options: the names of the options of `load`, out of `LOAD_OPTIONS`.
+        builds_on_gpu: whether building an engine needs a GPU, for which the engine is then built.
+        built_for: the compute capabilities that engines are built for by default.
     """
 
     name: str
@@ -210,15 +210,15 @@ class TensorRTFormat:
     built_for: tuple[str, ...] = ()
 
     def check_options(self, options: Mapping[str, object]) -> None:
-        """Raise ConfigurationError for options that are wrong, or need a GPU that is not there."""
+        """Raise ConfigurationError for options that are not valid, or that need a GPU if there is none."""
         check_gpu(self.name, self._options(options), always=self.builds_on_gpu)
 
     def check_load_options(self, options: Mapping[str, object]) -> None:
-        """Raise ConfigurationError for options of `load` that are wrong."""
+        """Raise ConfigurationError for options of `load` that are not valid."""
         check_load_options(self.name, self.load_options, options)
 
     def runtime_version(self) -> str:
-        """What built the engines, and runs them: `tensorrt_rtx 1.7.1.116`."""
+        """Return the package that builds and runs engines, with its version, such as `tensorrt_rtx 1.7.1.116`."""
         return f"{self.package} {version(self.package)}"
 
     def write_graphs(
@@ -227,7 +227,7 @@ class TensorRTFormat:
         """Write an engine for each of `graphs` to the bundle at `folder`.
 
         Raises:
-            BundleError: a graph cannot be converted, or no engine can be built of it.
+            BundleError: a graph cannot be converted, or no engine can be built from it.
             ConfigurationError: the profile does not fit the graphs.
         """
         asked = self._options(options)
@@ -254,21 +254,23 @@ class TensorRTFormat:
         return written
 
     def check_graph(self, graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
-        """Check what `open_graph` would read beside an engine without weights; raise BundleError.
+        """Raise BundleError unless the ONNX file and the weights of a stripped engine are valid.
 
-        Nobody but TensorRT can look into an engine, and it does so on a GPU only.
+        The engine itself cannot be checked: only TensorRT can read it, and only on a GPU.
         """
         model = onnx_beside(root / graph.file)
         if model.exists():
             if manifest.weights is None:
-                raise BundleError(MSG_NOT_BUILT.format(graph=graph.file, problem="its weights are not there."))
+                raise BundleError(
+                    f"The engine {graph.file} of the bundle {root} needs weights, but the bundle has none."
+                )
             onnx_file = graph.model_copy(update={"file": model.relative_to(root).as_posix()})
             onnx_graphs.check_graph(onnx_file, root, manifest)
 
     def open_graph(
         self, graph: m.Graph, root: Path, device: torch.device, options: Mapping[str, object]
     ) -> TensorRTSession:
-        """The engine, ready to run; raise BackendError."""
+        """Open the engine, so that it is ready to run, or raise BackendError."""
         return TensorRTSession(self.package, graph, root / graph.file, device, options)
 
     def _options(self, options: Mapping[str, object]) -> EngineOptions:
@@ -286,11 +288,11 @@ class TensorRTFormat:
                 asked.settings,
             )
         except BackendError as error:
-            raise BundleError(MSG_NOT_BUILT.format(graph=model.stem, problem=error)) from error
+            raise BundleError(f"The {model.stem} graph cannot be written: {error}") from error
         return memoryview(engine)
 
     def _gpu(self, asked: EngineOptions) -> str | None:
-        """The GPU, if there is one that the engines are built for."""
+        """Return the device of the GPU, or None unless there is one that the engines are built for."""
         if not torch.cuda.is_available():
             return None
         here = "{}.{}".format(*torch.cuda.get_device_capability())
@@ -303,7 +305,7 @@ RTX = TensorRTFormat(
     options=("profile", "compute_capabilities", "weight_streaming", "strip", "refit"),
     load_options=("weight_budget", "runtime_cache"),
     builds_on_gpu=False,
-    # NVIDIA's own choice: all that it knows but Turing, which would slow the others down.
+    # NVIDIA's default: all supported ones except Turing, which would slow the others down.
     built_for=("8.0", "8.6", "8.9", "12.0", "12.1"),
 )
 ENTERPRISE = TensorRTFormat(
@@ -333,7 +335,7 @@ def _is_free(spec: m.TensorSpec) -> bool:
 
 
 def _bounds(spec: m.TensorSpec, profile: Profile) -> tuple[Shape, Shape, Shape]:
-    """The least, the usual and the largest shape of an input."""
+    """Return the smallest, the typical and the largest shape of an input."""
     least, usual, most = (
         shape_at(spec.shape, {name: bounds[position] for name, bounds in profile.items()}) for position in range(3)
     )

@@ -1,1 +1,1 @@
-"""The page that runs bundles in a browser: its files, ONNX Runtime's, and a server for this machine."""
+"""The page that runs bundles in a browser: its files, those of ONNX Runtime, and a local server."""

@@ -1,4 +1,4 @@
-"""The page for browsers: its folder, and a server for it."""
+"""Write the site with the page for browsers, and serve it locally."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tgate_compile.bundle.read_manifest import read_manifest
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-#: They isolate a page from all other sites; browsers give shared memory, and so threads, to isolated pages only.
+#: The headers that isolate a page from other sites. Only isolated pages have shared memory, and therefore threads.
 HEADERS = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    # What the machine says of these is not to be relied on, and browsers are strict with modules.
+    # The system's types of these files are not reliable, and browsers are strict about the types of modules.
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {
         ".js": "text/javascript",
         ".mjs": "text/javascript",
@@ -39,7 +39,7 @@ class _Handler(SimpleHTTPRequestHandler):
     def end_headers(self) -> None:
         for name, value in HEADERS.items() if self.isolated else ():
             self.send_header(name, value)
-        self.send_header("Cache-Control", "no-cache")  # ask whether a file has changed: sites are written anew
+        self.send_header("Cache-Control", "no-cache")  # revalidate files, because a site may be written again
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -51,27 +51,29 @@ class _Unisolated(_Handler):
 
 
 def server_for(folder: Path, port: int = 0, *, isolated: bool = True) -> ThreadingHTTPServer:
-    """A server of `folder` for this machine alone, at `port` or (0) any that is free; `serve_forever` starts it.
+    """Return a local server for `folder`, which `serve_forever` starts.
 
     Args:
-        isolated: without, it sends no more than other static servers do.
+        folder: the folder to serve.
+        port: the port; 0 means any free one.
+        isolated: whether to send the headers that isolate a page, which static servers usually do not send.
 
     Raises:
-        ConfigurationError: the port cannot be had.
+        ConfigurationError: the port cannot be used.
     """
     handler = partial(_Handler if isolated else _Unisolated, directory=str(folder))
     try:
         return ThreadingHTTPServer((HOST, port), handler)
     except (OSError, OverflowError) as error:
         raise ConfigurationError(
-            f"The site cannot be served at port {port}: {getattr(error, 'strerror', None) or error}. Give "
-            "another --port; 0 takes any that is free."
+            f"The site cannot be served at port {port}: {getattr(error, 'strerror', None) or error}. Choose another "
+            "--port; 0 means any free one."
         ) from error
 
 
 @contextmanager
 def serving(folder: Path, *, isolated: bool = True) -> Iterator[str]:
-    """Serve `folder` from a thread; gives the address of its pages."""
+    """Serve `folder` from a thread, and yield its address."""
     server = server_for(folder, isolated=isolated)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -84,55 +86,58 @@ def serving(folder: Path, *, isolated: bool = True) -> Iterator[str]:
 
 
 def address_of(server: ThreadingHTTPServer) -> str:
-    """Where a browser finds it."""
+    """Return the address of `server` for a browser."""
     return f"http://{HOST}:{server.server_address[1]}/"
 
 
-#: In a site's folder.
+#: The contents of a site's folder, besides the page.
 BUNDLE_FOLDER = "bundle"
 RUNTIME_FOLDER = "runtime"
 SETTINGS_FILE = "site.json"
-#: What the page's schedulers are written for; `tgate_compile/runtime` has the same.
+#: The schedulers that the page supports.
 SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 
 
 def is_site(folder: Path) -> bool:
-    """Whether there is a site in `folder`."""
+    """Return whether `folder` contains a site."""
     return (folder / SETTINGS_FILE).is_file() and (folder / BUNDLE_FOLDER).is_dir()
 
 
 def check_site_target(folder: Path, *, overwrite: bool) -> None:
-    """Raise ConfigurationError unless a site can be put at `folder`, as far as can be told beforehand."""
+    """Raise ConfigurationError unless a site can be written to `folder`, as far as this is known beforehand."""
     if not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())):
         return
     if not is_site(folder) or folder.is_symlink():
         raise ConfigurationError(
-            f"{folder} exists and is no site, and is not replaced: it has no {SETTINGS_FILE}. Give another --out."
+            f"{folder} exists and is not replaced because it is not a site: it has no {SETTINGS_FILE}. Choose another "
+            "--out."
         )
     if not overwrite:
-        raise ConfigurationError(f"{folder} exists already. Give another --out, or --force to write the site anew.")
+        raise ConfigurationError(f"{folder} already exists. Choose another --out, or use --force to replace the site.")
 
 
 def check_bundle(folder: Path) -> Manifest:
-    """The manifest of a bundle that a page can run. What only a browser can tell, the page tells.
+    """Return the manifest of the bundle in `folder`, after checking that the page can run the bundle.
+
+    The page itself checks what only a browser can know.
 
     Raises:
-        BundleError: it is damaged, or no page runs it.
+        BundleError: the bundle is damaged, or the page does not support it.
     """
     manifest = read_manifest(folder)
     if manifest.graph_format != "onnx":
         raise BundleError(
-            f'The bundle {folder} has graphs of the format {manifest.graph_format!r}, and browsers run "onnx".'
+            f'The bundle {folder} has graphs of the format {manifest.graph_format!r}, but browsers run only "onnx".'
         )
     if manifest.components is None:
         raise BundleError(
-            f"The bundle {folder} has the denoiser alone. A page needs one that was exported with `tgate-compile "
+            f"The bundle {folder} has only the denoiser. The page needs a bundle that was exported with `tgate-compile "
             "export --components all`."
         )
     if manifest.scheduler.class_name not in SCHEDULERS:
         raise BundleError(
-            f"The bundle {folder} has a {manifest.scheduler.class_name}, which is not on the page. It has "
-            f"{', '.join(SCHEDULERS)}: export a bundle from a pipeline with one of these."
+            f"The bundle {folder} has a {manifest.scheduler.class_name}, which the page does not support. Export a "
+            f"bundle from a pipeline with one of these: {', '.join(SCHEDULERS)}."
         )
     return manifest
 
@@ -140,17 +145,17 @@ def check_bundle(folder: Path) -> Manifest:
 def write_site(
     folder: Path, bundle: Path, runtime: Mapping[str, Path], *, prompts: Sequence[str] = (), overwrite: bool = False
 ) -> None:
-    """Write a site to `folder`, as a whole or not at all.
+    """Write a site to `folder`, completely or not at all.
 
     Args:
-        folder: what is there is replaced if it is a site and `overwrite` is on.
-        bundle: a complete bundle, which is copied.
-        runtime: ONNX Runtime's files, by name.
-        prompts: suggestions on the page.
-        overwrite: see above.
+        folder: the folder of the site.
+        bundle: the folder of a bundle with components, which is copied.
+        runtime: the files of ONNX Runtime, by name.
+        prompts: the prompts that the page suggests.
+        overwrite: replace the site that is in `folder`.
 
     Raises:
-        BundleError: no page runs the bundle.
+        BundleError: the page does not support the bundle.
         ConfigurationError: the folder cannot be written.
     """
     check_site_target(folder, overwrite=overwrite)
@@ -175,7 +180,7 @@ def write_site(
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise ConfigurationError(
-            f"The site {folder} cannot be written: {error.strerror or error}. Nothing is left of it."
+            f"The site {folder} cannot be written: {error.strerror or error}. Nothing has been written."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

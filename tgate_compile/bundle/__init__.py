@@ -1,1 +1,1 @@
-"""Bundles: an optimized pipeline's graphs on disk."""
+"""Bundles: the graphs of an optimized pipeline, stored on disk."""

@@ -1,4 +1,4 @@
-"""Record the inputs of a denoiser's graphs, to quantize them."""
+"""Record the inputs of a denoiser's graphs in real generations, for quantization."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tgate_compile.passes.graphs import Captured, Emission, Variant
 from tgate_compile.pipeline.generation import Plan
 from tgate_compile.pipeline.hook import GatedDenoiser
 
-#: What a denoiser call was given: caches and arguments, by the bundle's names.
+#: The inputs of a denoiser call, arguments and caches, by their names in the bundle.
 Inputs = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One call of one graph: at which step, and with what."""
+    """One call of one graph: its step and its inputs."""
 
     step: int
     inputs: Inputs
@@ -36,13 +36,13 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calls of each graph, by its phase, as they were in generations of these prompts."""
+    """The recorded calls of each graph, by phase, and the prompts of the generations that made them."""
 
     prompts: tuple[str, ...]
     calls: Mapping[Phase, Sequence[Recorded]]
 
     def inputs_of(self, planned: PlannedGraph) -> list[list[torch.Tensor]]:
-        """The inputs of each recorded call, caches last, in the order and with the dtypes of `planned`."""
+        """Return the inputs of each recorded call, caches last, in the order and with the dtypes of `planned`."""
         own = [value.dtype for value in planned.example_inputs]
         dtypes = [*own, *(site.cache_dtype for site in planned.variant.reused)]
         return [
@@ -51,7 +51,7 @@ class Calibration:
         ]
 
     def steps_of(self, planned: PlannedGraph) -> list[int]:
-        """The step of each."""
+        """Return the step of each recorded call."""
         return [call.step for call in self.calls[planned.variant.phase]]
 
 
@@ -63,21 +63,21 @@ def calibrate(
     prompts: Sequence[str],
     most: int,
 ) -> Calibration:
-    """Run the optimized `pipe` for each of `prompts`, and keep what its graphs were given at `most` steps each.
+    """Run the optimized `pipe` for each of `prompts`, and record the inputs of each graph at up to `most` of its runs.
 
-    `plan` is that of `call`, from which everything but the prompt is taken; without prompts, that as well. A prompt's
-    generation runs eagerly, to its end, but nothing is decoded.
+    `plan` is the plan of `call`, whose other arguments are used with each prompt. If `prompts` is empty, `call` is run
+    with its own prompt. Each generation runs eagerly to the end, but its latents are not decoded.
     """
     own = hook.store
     assert isinstance(own, VariantStore)
-    recorder = _Recorder(own, _wanted(hook, plan, getattr(pipe.scheduler, "order", 1), most))
+    recorder = _Recorder(own, _recorded_runs(hook, plan, getattr(pipe.scheduler, "order", 1), most))
     hook.store = recorder
     own_prompt = call.get("prompt")
     try:
         for prompt in prompts:
-            # As many as the call has: graphs may be made for that batch alone.
-            shown = [prompt] * len(own_prompt) if isinstance(own_prompt, list) else prompt
-            pipe(**{**call, "prompt": shown, "output_type": "latent"})
+            # As many prompts as in the call: graphs may support this batch size only.
+            batch = [prompt] * len(own_prompt) if isinstance(own_prompt, list) else prompt
+            pipe(**{**call, "prompt": batch, "output_type": "latent"})
             recorder.count.clear()
         if not prompts:
             pipe(**{**call, "output_type": "latent"})
@@ -86,8 +86,11 @@ def calibrate(
     return Calibration(tuple(prompts), dict(recorder.calls))
 
 
-def _wanted(hook: GatedDenoiser, plan: Plan, order: int, most: int) -> dict[Phase, dict[int, int]]:
-    """For each graph, by its phase: which of its runs, from 0, are kept, and the step of each. First and last are."""
+def _recorded_runs(hook: GatedDenoiser, plan: Plan, order: int, most: int) -> dict[Phase, dict[int, int]]:
+    """Return the step of each run to record, by the graph's phase and the run's number, which counts from 0.
+
+    The first and the last run of a graph are always among them.
+    """
     calls = max(1, len(hook.config.family.calls))
     runs: dict[Phase, list[int]] = defaultdict(list)
     for (step, phase), (graph, _) in zip(plan.steps, plan.graphs, strict=True):
@@ -99,15 +102,15 @@ def _wanted(hook: GatedDenoiser, plan: Plan, order: int, most: int) -> dict[Phas
 
 
 class _Recorder:
-    """A store whose graphs run eagerly, and keep what they are given."""
+    """A store whose graphs run eagerly, and which records their inputs in the given `runs`."""
 
-    def __init__(self, store: VariantStore, wanted: Mapping[Phase, Mapping[int, int]]) -> None:
+    def __init__(self, store: VariantStore, runs: Mapping[Phase, Mapping[int, int]]) -> None:
         self.denoiser = store.denoiser
         self.folder = store.folder
         self.count: Counter[Phase] = Counter()
         self.calls: dict[Phase, list[Recorded]] = defaultdict(list)
         self._store = store
-        self._wanted = wanted
+        self._runs = runs
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -142,7 +145,7 @@ class _Recorder:
     ) -> None:
         run = self.count[phase]
         self.count[phase] += 1
-        step = self._wanted.get(phase, {}).get(run)
+        step = self._runs.get(phase, {}).get(run)
         if step is None:
             return
         named = zip(argument_names(call, forward), call.leaves, strict=True)
@@ -153,16 +156,16 @@ class _Recorder:
 
 @dataclass(frozen=True)
 class Quantizing:
-    """What a format is told.
+    """The quantization that a format is asked to write.
 
     Attributes:
-        quantization: what is asked for.
-        calibration: what all graphs were given in real generations; None: the scheme needs none.
+        quantization: the requested quantization.
+        calibration: the inputs of all graphs in real generations, or None if the scheme does not need them.
     """
 
     quantization: Quantization
     calibration: Calibration | None
 
     def takes(self, planned: PlannedGraph) -> bool:
-        """Whether `planned` is to be quantized."""
+        """Return whether `planned` is to be quantized."""
         return self.quantization.graphs == "all" or bool(planned.variant.phase.reuse)

@@ -1,4 +1,4 @@
-"""How pipelines make their denoiser's arguments of a prompt: a row for each class."""
+"""Describe how pipelines compute the arguments of their denoiser from a prompt, with one row per pipeline class."""
 
 from __future__ import annotations
 
@@ -11,16 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile.bundle.manifest import Source
 
-MSG_PIPELINE = (
-    'components="all" knows the prompts of {known}, and this is a {given}. Export the denoiser alone, '
-    'components="denoiser", and encode prompts and decode latents by other means.'
-)
-MSG_ARGUMENT = (
-    'The denoiser of this {pipeline} is called with {names}, which components="all" cannot make of a prompt: an '
-    'adapter, a ControlNet or the like. Export the denoiser alone, components="denoiser".'
-)
-
-#: Options of calls that change what is made of a prompt, or of the latents, and are not in the runtime.
+#: Arguments of the pipeline's call that change how a prompt or the latents are processed, which the runtime lacks.
 LEFT_OUT = (
     "clip_skip",
     "prompt_2",
@@ -37,17 +28,18 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is specific to a pipeline class.
+    """The facts that are specific to a pipeline class.
 
     Attributes:
-        encoders: its text encoders and their tokenizers, by the pipeline's names for them.
-        hidden_state: which of an encoder's states is taken: -1 the last one, -2 the one before the last layer.
-        sources: what each argument of the denoiser is, by the bundle's names for them.
-        pooled: the last encoder's pooled output is used, too.
-        masked: the encoders are told where the padding is.
-        lower_case: prompts are stripped and put into lower case.
-        length: the parameter of the pipeline's call that says how many tokens; None: the tokenizer says it.
-        upcasts_vae: float16 weights of the VAE are used as float32, if its configuration asks for it.
+        encoders: the text encoders and their tokenizers, by the pipeline's names for them.
+        hidden_state: which of an encoder's hidden states is used: -1 for the last one, -2 for the input of the last
+            layer.
+        sources: the source of each argument of the denoiser, by its name in the bundle.
+        pooled: whether the pooled output of the last encoder is used, too.
+        masked: whether the encoders receive a mask for the padding.
+        lower_case: whether prompts are stripped and converted to lower case.
+        length: the parameter of the pipeline's call that sets the number of tokens; None if the tokenizer sets it.
+        upcasts_vae: whether a float16 VAE is converted to float32 if its configuration asks for it.
     """
 
     encoders: Mapping[str, str]
@@ -62,12 +54,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ComponentsRequest:
-    """What is asked for with `components="all"`.
+    """A request for `components="all"`.
 
     Attributes:
-        pipeline: the pipeline's class.
-        recipe: that of the pipeline.
-        call: the arguments of the pipeline's call that the bundle is made with.
+        pipeline: the class of the pipeline.
+        recipe: the recipe for the pipeline.
+        call: the arguments of the pipeline's call that the bundle is exported with.
     """
 
     pipeline: type[DiffusionPipeline]
@@ -106,20 +98,23 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def recipe_for(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Recipe:
-    """That of `pipe`, whose components are what it needs.
+    """Return the recipe for `pipe`, after checking that the pipeline has the components it needs.
 
     Raises:
-        UnsupportedModelError: there is none, or it does not fit.
+        UnsupportedModelError: there is no recipe for this class, or the pipeline or `call` does not fit it.
     """
     pipeline = type(pipe).__name__
     if pipeline not in RECIPES:
-        raise UnsupportedModelError(MSG_PIPELINE.format(known=", ".join(RECIPES), given=pipeline))
+        raise UnsupportedModelError(
+            f'components="all" supports {", ".join(RECIPES)}, but this is a {pipeline}. Export only the denoiser '
+            '(components="denoiser"), and encode prompts and decode latents by other means.'
+        )
     recipe = RECIPES[pipeline]
     for name in LEFT_OUT:
         if call.get(name):
             raise UnsupportedModelError(
-                f'components="all" cannot say {name}={call[name]!r}: the runtime has no such option. Leave it out, '
-                'or export the denoiser alone, components="denoiser".'
+                f'components="all" does not support {name}={call[name]!r}: the runtime has no such option. Leave it '
+                'out, or export only the denoiser (components="denoiser").'
             )
     recipe = replace(recipe, encoders=_present(pipe, recipe))
     for encoder, tokenizer in recipe.encoders.items():
@@ -128,23 +123,27 @@ def recipe_for(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Recipe:
         if not hasattr(getattr(pipe, tokenizer, None), "backend_tokenizer"):
             _refuse(pipe, tokenizer, "a tokenizer of the tokenizers library")
         if getattr(getattr(pipe, encoder).config, "use_attention_mask", False) and not recipe.masked:
-            _refuse(pipe, encoder, "used without a mask for its padding")
+            _refuse(pipe, encoder, "a text encoder that needs no attention mask")
     if not isinstance(getattr(pipe, "vae", None), AutoencoderKL):
         _refuse(pipe, "vae", "an AutoencoderKL")
     if getattr(pipe.vae.config, "latents_mean", None) is not None:
-        _refuse(pipe, "vae", "one without a mean of its latents")
+        _refuse(pipe, "vae", "an AutoencoderKL without latents_mean")
     return recipe
 
 
 def check_arguments(pipe: DiffusionPipeline, recipe: Recipe, arguments: Collection[str]) -> None:
-    """Raise UnsupportedModelError unless `recipe` says what all `arguments` of the denoiser are."""
+    """Raise UnsupportedModelError unless `recipe` has a source for each of the denoiser's `arguments`."""
     unknown = [name for name in arguments if name not in recipe.sources]
     if unknown:
-        raise UnsupportedModelError(MSG_ARGUMENT.format(pipeline=type(pipe).__name__, names=", ".join(unknown)))
+        raise UnsupportedModelError(
+            f"The denoiser of this {type(pipe).__name__} is called with {', '.join(unknown)}, which "
+            'components="all" cannot compute from a prompt (an adapter or a ControlNet, for example). Export only the '
+            'denoiser (components="denoiser").'
+        )
 
 
 def _present(pipe: DiffusionPipeline, recipe: Recipe) -> dict[str, str]:
-    """Of several text encoders the first may be missing, with its tokenizer: SDXL then does with the second."""
+    """Return the text encoders that are present; all but the last may be missing, as SDXL's first one may be."""
     *others, last = recipe.encoders.items()
     present = [pair for pair in others if any(getattr(pipe, name, None) is not None for name in pair)]
     return dict([*present, last])
@@ -153,5 +152,5 @@ def _present(pipe: DiffusionPipeline, recipe: Recipe) -> dict[str, str]:
 def _refuse(pipe: DiffusionPipeline, name: str, expected: str) -> None:
     given = type(getattr(pipe, name, None)).__name__
     raise UnsupportedModelError(
-        f'components="all" needs a {name} that is {expected}, but this {type(pipe).__name__} has {given}.'
+        f'components="all" needs {name} to be {expected}, but in this {type(pipe).__name__} it is {given}.'
     )

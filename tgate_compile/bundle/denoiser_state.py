@@ -1,8 +1,8 @@
-"""Record what a denoiser computes beyond its class, configuration and weights, and name what differs elsewhere.
+"""Record what determines a denoiser's output besides its class, configuration and weights, and compare such records.
 
-LoRA scales and active adapters, FreeU factors, attention processors and their settings, hooks, patched forwards, plain
-numbers that were changed: whatever is not as a new model of the same configuration has it. The record is plain data
-that is equal in every process: objects are described by type and attributes, never by identity.
+This includes LoRA scales and active adapters, FreeU factors, attention processors and their settings, hooks, patched
+forwards and changed attributes: whatever differs from a new model of the same configuration. The record is plain data
+that is the same in every process: objects are described by their types and attributes, never by identity.
 """
 
 from __future__ import annotations
@@ -25,29 +25,24 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.manifest import plain_config
 
-MSG_NO_BASELINE = (
-    "its state was recorded as what differs from a new model, and here no new model of its class and configuration can "
-    "be made"
-)
-
 Baseline = Literal["config", "none"]
-#: Plain data, as JSON has it.
+#: Plain data, which JSON can represent.
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 
-# What has no say in what a module computes: bookkeeping, where the weights lie, and how attention's product is done.
+# Attributes that do not affect a module's output: bookkeeping, where weights are, how attention is implemented.
 _IGNORED = frozenset(vars(torch.nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"} | {
     "_attention_backend",
-    "_diffusers_hook",  # `optimize` and `load` refuse all hooks of this kind but their own
+    "_diffusers_hook",  # `optimize` and `load` reject all hooks of this kind except their own
     "_gradient_checkpointing_func",
-    "_hf_hook",  # and all of these but `enable_model_cpu_offload`'s
-    "_internal_dict",  # the configuration, which the manifest has
+    "_hf_hook",  # they also reject these, except those of `enable_model_cpu_offload`
+    "_internal_dict",  # the configuration, which the manifest contains
     "_is_hf_initialized",
     "_old_forward",
     "_parallel_config",
     "forward",
     "gradient_checkpointing",
 }
-# On the whole denoiser: LoRA loaders' notes. Hooks there run around the graph, whatever the graph is.
+# On the denoiser itself: notes of LoRA loaders, and hooks, which run around the graph whatever it computes.
 _IGNORED_ON_ROOT = _IGNORED | {
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -56,26 +51,27 @@ _IGNORED_ON_ROOT = _IGNORED | {
     "lora_scale",
     "peft_config",
 }
-# Keys inside of an attribute that are no state: tomesd notes the size of the latents, and makes a generator; peft notes
-# each layer's name.
+# Keys inside an attribute that are not state: tomesd stores the size of the latents and a generator, peft the name of
+# each layer.
 _IGNORED_KEYS = {"_tome_info": {"size", "hooks", "generator"}, "kwargs": {"target_name"}}
-# Code of these has versions of its own: it is described by its name. Other code is described by what it contains, too.
+# These libraries are versioned, so their code is described by name only. Other code is also described by its content.
 _LIBRARIES = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate", "torchao", "optimum", "tomesd"})
 _DEPTH = 5
-#: Characters of a value; a longer one is cut, with a digest of the whole.
+#: The longest value in characters; a longer one is truncated and followed by a digest of the whole.
 _LONGEST = 400
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An attribute with a value that a new denoiser does not have there.
+    """An attribute of some modules whose value differs from that in a new denoiser.
 
     Attributes:
-        attribute: its name; `type` is the module's class, None where the module is missing.
-        value: plain data; None: nothing, or false, or empty.
-        modules: in how many modules.
-        first: the first of them by name; empty: the denoiser itself.
-        digest: SHA-256 over the names of all of them, sorted, each followed by a newline.
+        attribute: the name of the attribute. `type` stands for the class of the module, and is None where the module
+            is missing.
+        value: plain data. None stands for a missing, false or empty value.
+        modules: the number of modules with this value.
+        first: the name of the first of these modules in alphabetical order; empty for the denoiser itself.
+        digest: the SHA-256 digest of the sorted names of these modules, each followed by a newline.
     """
 
     attribute: str
@@ -87,12 +83,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class DenoiserState:
-    """Everything about a denoiser that is not as a new one has it.
+    """Everything in which a denoiser differs from a new one.
 
     Attributes:
-        baseline: `config`: compared with a new model of the same class and configuration; `none`: there is no such
-            thing, and everything is a difference.
-        differences: sorted by attribute.
+        baseline: `config` if the denoiser was compared with a new model of the same class and configuration; `none` if
+            no such model could be created, so that everything is recorded as a difference.
+        differences: the differences, sorted by attribute.
     """
 
     baseline: Baseline
@@ -102,12 +98,13 @@ class DenoiserState:
 def state_of_denoiser(
     denoiser: torch.nn.Module, *, forward: Callable[..., Any] | None = None, baseline: Baseline | None = None
 ) -> DenoiserState:
-    """What `denoiser` computes beyond its class, configuration and weights.
+    """Return what determines the output of `denoiser` besides its class, configuration and weights.
 
     Args:
-        denoiser: the model; our own hook may be on it.
-        forward: its own, if there is a hook on it.
-        baseline: as recorded elsewhere; None: `config` where a new model can be made, else `none`.
+        denoiser: the model, with or without our hook.
+        forward: the original forward of a hooked denoiser.
+        baseline: the baseline of the record to compare with. The default is `config` if a new model can be created,
+            and `none` otherwise.
     """
     new = None if baseline == "none" else _new_one(denoiser)
     by_path = {} if new is None else dict(new.named_modules())
@@ -118,7 +115,7 @@ def state_of_denoiser(
         usual = {} if reference is None else dict(_attributes(reference, path, None))
         for name in {**usual, **own}:
             if name in module._modules:
-                continue  # a module has taken the attribute's place, and has a path of its own
+                continue  # a module has replaced the attribute, and is visited under its own path
             if own.get(name) != usual.get(name):
                 found[name, _canonical(own.get(name))].append(path)
     for path in by_path:
@@ -131,9 +128,12 @@ def state_of_denoiser(
 def what_differs(
     here: DenoiserState, recorded: DenoiserState, *, there: str = "in the bundle", most: int = 3
 ) -> list[str]:
-    """A phrase for each difference between two states, the telling ones first; empty if they are equal."""
+    """Return a phrase for each difference between two states, the most informative first; empty if they are equal."""
     if here.baseline != recorded.baseline:
-        return [MSG_NO_BASELINE]
+        return [
+            "its state was recorded as the differences from a new model, but no new model of its class and "
+            "configuration can be created here"
+        ]
     own, other = (
         {(d.attribute, _canonical(_as_number(d.value)), d.digest): d for d in side.differences}
         for side in (here, recorded)
@@ -146,25 +146,25 @@ def what_differs(
         mine, theirs = ([each for each in side if each.attribute == name] for side in (only_own, only_other))
         phrases += [phrase for phrase in _phrases(name, mine, theirs, there) if phrase not in phrases]
         if name == "scaling" and not (mine and theirs):
-            return phrases  # adapters that only one side has: the rest follows from them
+            return phrases  # only one side has adapters, and all other differences follow from them
     return phrases if len(phrases) <= most else [*phrases[:most], f"and {len(phrases) - most} more"]
 
 
 def recorded_state(state: m.DenoiserState) -> DenoiserState:
-    """What a manifest has recorded."""
+    """Return the state that a manifest has recorded."""
     return DenoiserState(state.baseline, tuple(Difference(**each.model_dump()) for each in state.differences))
 
 
 def as_recorded(state: DenoiserState) -> m.DenoiserState:
-    """`state` as a manifest has it."""
+    """Return `state` in the form in which a manifest stores it."""
     differences = [m.StateDifference(**asdict(difference)) for difference in state.differences]
     return m.DenoiserState(baseline=state.baseline, differences=differences)
 
 
 def settings_that_differ(denoiser: torch.nn.Module, recorded: Mapping[str, Any]) -> list[str]:
-    """A phrase for each argument of the denoiser's class that its configuration has in another way than `recorded`.
+    """Return a phrase for each setting in which the denoiser's configuration differs from `recorded`.
 
-    Either may lack an argument, which then has its default: versions of diffusers differ in what they know.
+    A setting that is missing on one side has its default: versions of diffusers differ in the settings that they have.
     """
     own = plain_config(getattr(denoiser, "config", {}))
     arguments = inspect.signature(type(denoiser).__init__).parameters.values() if own else ()
@@ -178,14 +178,14 @@ def settings_that_differ(denoiser: torch.nn.Module, recorded: Mapping[str, Any])
 
 
 def _new_one(denoiser: torch.nn.Module) -> torch.nn.Module | None:
-    """A model of the same class and configuration, without weights; None if none can be made."""
+    """Return a model of the same class and configuration, without weights, or None if it cannot be created."""
     if not isinstance(denoiser, ConfigMixin):
         return None
     try:
-        # The random numbers that initialize weights come from a generator of their own; the caller's stays as it is.
+        # Initializing weights draws random numbers; the caller's generator must not change.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             new = type(denoiser).from_config(denoiser.config)
-    except Exception:  # whatever a constructor may do that cannot be done without weights: then there is no baseline
+    except Exception:  # a constructor may do anything that is impossible without weights; then there is no baseline
         return None
     assert isinstance(new, torch.nn.Module)
     return new.eval()
@@ -199,12 +199,12 @@ def _difference(key: tuple[str, str], paths: list[str]) -> Difference:
 
 
 def _attributes(module: torch.nn.Module, path: str, forward: Callable[..., Any] | None) -> Iterator[tuple[str, Json]]:
-    """All that matters of a module itself; nothing, false and empty values are left out."""
+    """Yield the relevant attributes of a module itself, except missing, false and empty values."""
     kind = type(module)
     yield "type", _type_name(kind)  # type: ignore[arg-type]
     if module.training and _asks_for_training(kind) and getattr(module, "p", None) != 0:  # type: ignore[arg-type]
         yield "training", True
-    hooked = "_diffusers_hook" in vars(module)  # and then `forward` is the hook's
+    hooked = "_diffusers_hook" in vars(module)  # then the module's `forward` is that of the hook
     patched = forward if path == "" and forward is not None else None if hooked else vars(module).get("forward")
     if patched is not None and getattr(patched, "__func__", None) is not kind.forward:
         yield "forward", _plain(patched, _DEPTH)
@@ -219,7 +219,7 @@ def _attributes(module: torch.nn.Module, path: str, forward: Callable[..., Any] 
         plain = _plain(value, _DEPTH)
         if not _is_nothing(plain):
             yield name, plain
-        elif getattr(kind, name, None):  # the class has something there, which this hides
+        elif getattr(kind, name, None):  # the instance hides an attribute of the class
             yield name, False
 
 
@@ -233,7 +233,7 @@ def _without(value: Mapping[Any, Any], names: Iterable[str]) -> dict[Any, Any]:
 
 @functools.cache
 def _asks_for_training(kind: type) -> bool:
-    """Whether the code of a module's class looks at `training`, as a dropout does."""
+    """Return whether the code of a module's class reads `training`, as dropout does."""
     functions = (
         function
         for base in kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
@@ -248,15 +248,15 @@ def _is_nothing(value: Json) -> bool:
 
 
 def _plain(value: Any, depth: int) -> Json:
-    """`value` as plain data that is the same in every process."""
+    """Return `value` as plain data that is the same in every process."""
     if value is None or (isinstance(value, (bool, int, str)) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, torch.Tensor):
-        return _about(value)
+        return _summary(value)
     if isinstance(value, (torch.device, torch.Generator)):
-        return None  # where it runs, and what it draws, is no state
+        return None  # the device and the random numbers are not part of the state
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, type):
@@ -285,7 +285,7 @@ def _structure(value: Any, depth: int) -> Json:
         return value.__qualname__
     array = getattr(value, "__array__", None)
     if array is not None:
-        return _about(torch.as_tensor(array()))
+        return _summary(torch.as_tensor(array()))
     slots = {name for base in type(value).__mro__ for name in _listed(vars(base).get("__slots__", ()))}
     attributes = {
         **{name: getattr(value, name) for name in slots if hasattr(value, name)},
@@ -304,8 +304,8 @@ def _items(pairs: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
     return {key: item for key, item in plain if not _is_nothing(item)}
 
 
-def _about(tensor: torch.Tensor) -> Json:
-    """A number, or what a tensor is about: tables computed on other machines differ in their last bits."""
+def _summary(tensor: torch.Tensor) -> Json:
+    """Return a scalar as a number, or else the norms of `tensor`: tables differ in their last bits between machines."""
     if tensor.is_meta:
         return _shape_of(tensor)
     if tensor.numel() == 1 and not tensor.is_complex():
@@ -322,12 +322,12 @@ def _shape_of(tensor: torch.Tensor) -> str:
 
 
 def _function(function: FunctionType, depth: int) -> Json:
-    """A function by its name, with what a closure holds."""
+    """Return the name of a function, with its defaults and the values in its closure."""
     held = []
     for cell in function.__closure__ or ():
         try:
             held.append(_plain(cell.cell_contents, depth))
-        except ValueError:  # a cell that has not been filled
+        except ValueError:  # an empty cell
             held.append(None)
     about = {"defaults": _plain(function.__defaults__, depth), "holds": held}
     about = {key: value for key, value in about.items() if not _is_nothing(value)}
@@ -344,7 +344,7 @@ def _function_name(function: Any) -> str:
 
 @functools.cache
 def _type_name(kind: type) -> str:
-    """A class by its package and name; libraries move classes between their modules."""
+    """Return the package and name of a class, not its module: libraries move classes between modules."""
     package = kind.__module__.partition(".")[0]
     if package in _LIBRARIES or package == "builtins":
         return f"{package}:{kind.__qualname__}"
@@ -354,7 +354,7 @@ def _type_name(kind: type) -> str:
 
 
 def _code_digest(codes: Sequence[CodeType]) -> str:
-    """Of the names and numbers in some code: bytecode itself differs between versions of Python."""
+    """Return a digest of the names and numbers in `codes`: bytecode itself differs between versions of Python."""
 
     def parts(code: CodeType) -> Iterator[str]:
         yield " ".join(code.co_names)
@@ -380,7 +380,7 @@ def _canonical(value: Json) -> str:
 
 
 def _as_number(value: Json) -> Json:
-    """`value` with 1 for 1.0: a scale may be given as either."""
+    """Return `value` with 1 in place of 1.0: a scale may be given as either."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
@@ -388,11 +388,11 @@ def _as_number(value: Json) -> Json:
     return {key: _as_number(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-# How differences are put into words.
+# Descriptions of differences.
 
 _FREEU = ("s1", "s2", "b1", "b2")
-# The telling attributes, in this order; the rest by name.
-_TELLING = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", *_FREEU, "processor", "type")
+# The attributes that are reported first, in this order; the others follow by name.
+_REPORTED_FIRST = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", *_FREEU, "processor", "type")
 _WORDS = {
     "_active_adapter": "the active adapter",
     "_forward_hooks": "the forward hook",
@@ -407,7 +407,7 @@ _WORDS = {
 
 
 def _rank(name: str) -> tuple[int, str]:
-    return (_TELLING.index(name) if name in _TELLING else len(_TELLING), name)
+    return (_REPORTED_FIRST.index(name) if name in _REPORTED_FIRST else len(_REPORTED_FIRST), name)
 
 
 def _phrases(name: str, here: list[Difference], recorded: list[Difference], there: str) -> Iterator[str]:

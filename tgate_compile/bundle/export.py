@@ -1,4 +1,4 @@
-"""`export`: an optimized pipeline's graphs, written for other runtimes."""
+"""`export`: write the graphs of an optimized pipeline for other runtimes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,7 @@ from tgate_compile.pipeline.optimized import preview, required_state_of
 
 logger = logging.getLogger(__name__)
 
-MSG_FORMAT = "format must be one of {known}, but got {given!r}."
-MSG_ROUNDED = (
-    "{model} was quantized by torchao so that layers round their inputs to few bits when they run ({name} and others). "
-    "Bundles do not take that: most formats have no operator for it, and AOTInductor rounds values between integers "
-    "differently, so that its graphs cannot be checked against PyTorch. What works: Int8WeightOnlyConfig, whose "
-    'weights stay int8 in a bundle; or the model as it was, exported with quantize="int8-dynamic".'
-)
-MSG_QUANTIZED = (
-    '{model} was quantized by torchao, and the converter of format="{format}" does not take its weights ({name} and '
-    'others). Export the model as it was with quantize="int8-dynamic", or to another format, such as "onnx".'
-)
-#: What may be written: the denoiser's graphs alone, or all that makes an image of a prompt.
+#: The choices of `components`: the denoiser's graphs only, or everything needed to turn a prompt into an image.
 COMPONENTS = ("denoiser", "all")
 
 
@@ -56,51 +45,55 @@ def export(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write the graphs of an optimized pipeline's schedule to `folder`, as a bundle that `load` serves from.
+    """Write the graphs of an optimized pipeline to `folder`, as a bundle that `load` can serve a pipeline from.
 
-    A bundle has an ONNX file for each graph, one file with the weights of all of them, and a manifest with all that
-    another runtime needs to know (`docs/reference/bundle.md`). Each graph is checked against PyTorch as it is written.
+    By default, a bundle consists of one ONNX file per graph, one file with the weights of all graphs, and a manifest
+    that describes them for other runtimes (`docs/reference/bundle.md`). Each graph is checked against PyTorch as it is
+    written.
 
     Args:
-        pipe: what `optimize` has returned.
-        folder: a new folder, in one that exists.
-        format: `"onnx"`, or `"aoti"`: native code, compiled here for machines like this one; or engines for NVIDIA's
-            GPUs: `"tensorrt-rtx"`, built without one, and `"tensorrt"`; or for devices: `"executorch"`, `"openvino"`,
-            `"coreml"`.
-        call: arguments of the pipeline's call, which fix the shapes that are not dynamic. Its steps are the manifest's
-            example. The default is an empty prompt and the pipeline's own defaults.
-        dynamic: which of `"batch"` (prompts and images at a time), `"height"` and `"width"` each call may choose. True
-            is as many as the denoiser permits: all three, or the batch alone (transformers that compute tables from
-            the size), or none. False is none, and so is True where the format's graphs have fixed sizes: `executorch`
-            and `coreml`.
-        format_options: see the format in `docs/guides/exporting.md`; `onnx` has none, `aoti` has `target`.
-        components: `"all"` also writes the text encoders, the tokenizers and the VAE's decoder, so that
-            `tgate_compile.runtime` makes images of prompts without PyTorch; for Stable Diffusion, SDXL and PixArt.
-        quantize: store the graphs' weights, or compute, in fewer bits: `"int8"` (weights alone), or a mapping with such
-            a `scheme` and more; `docs/guides/edge.md` has the schemes, and what each costs. The text encoders and the
-            VAE stay as they are.
+        pipe: a pipeline that `optimize` has returned.
+        folder: the folder to create. Its parent must exist.
+        format: `"onnx"`; `"aoti"`, native code compiled here for machines like this one; `"tensorrt-rtx"` (built
+            without a GPU) or `"tensorrt"`, engines for NVIDIA GPUs; or `"executorch"`, `"openvino"` or `"coreml"`, for
+            edge devices.
+        call: arguments of the pipeline's call, which determine the shapes that are not dynamic. The steps of this call
+            are the example in the manifest. The default is an empty prompt and the pipeline's own defaults.
+        dynamic: the sizes that each call may choose, out of `"batch"` (prompts and images at a time), `"height"` and
+            `"width"`. True means as many as the denoiser permits: all three, only the batch (for transformers that
+            compute tables from the size), or none. False means none, and so does True for the formats whose graphs have
+            fixed sizes, `executorch` and `coreml`.
+        format_options: options of the format, described in `docs/guides/exporting.md`; `onnx` has none, `aoti` has
+            `target`.
+        components: `"all"` also writes the text encoders, the tokenizers and the VAE decoder, so that
+            `tgate_compile.runtime` can generate images from prompts without PyTorch. This is supported for Stable
+            Diffusion, SDXL and PixArt.
+        quantize: store the weights of the graphs, or compute, in fewer bits: `"int8"` (weights only), another scheme,
+            or a mapping with a `scheme` and further settings. `docs/guides/edge.md` describes the schemes and their
+            costs. The text encoders and the VAE are not quantized.
         overwrite: replace the bundle that is in `folder`.
-        progress: called with a line at the beginning of each stage. None shows the stages on stderr as diffusers shows
-            its progress bars, unless these are disabled (`diffusers.utils.logging.disable_progress_bar()`) or stderr
-            is not a terminal. They are logged at INFO in any case.
+        progress: called with a line of text at the start of each stage. By default, the stages are shown on stderr,
+            unless the progress bars of diffusers are disabled (`diffusers.utils.logging.disable_progress_bar()`) or
+            stderr is not a terminal. Stages are also logged at the level INFO.
 
     Returns:
         `folder`.
 
     Raises:
         ConfigurationError: an argument is wrong, or a package is missing.
-        UnsupportedModelError: this pipeline's graphs cannot be put into a bundle.
+        UnsupportedModelError: the graphs of this pipeline cannot be stored in a bundle.
         CaptureError: the denoiser's code depends on a size that `dynamic` names.
-        BundleError: the bundle cannot be written, or a graph is not what it must be. `folder` is then as it was.
+        BundleError: the bundle cannot be written, or a graph is not correct. `folder` is then unchanged.
     """
     check_pipeline_first("export", pipe, folder, format)
     if not isinstance(format, str) or format not in FORMATS:
-        message = MSG_FORMAT.format(known=", ".join(f'"{known}"' for known in FORMATS), given=format)
+        known = ", ".join(f'"{name}"' for name in FORMATS)
+        message = f"format must be one of {known}, but got {format!r}."
         if folder in FORMATS:
             message += f' The folder comes first: export(pipe, "{format}", format="{folder}").'
         raise ConfigurationError(message + did_you_mean(format, FORMATS))
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
-        raise ConfigurationError(f"export() needs a folder, a str or a Path, but got {folder!r}.")
+        raise ConfigurationError(f"folder must be a str or a Path, but got {folder!r}.")
     free = _free(dynamic, format)
     if components not in COMPONENTS:
         raise ConfigurationError(f"components must be {' or '.join(map(repr, COMPONENTS))}, but got {components!r}.")
@@ -108,8 +101,8 @@ def export(
     pipeline = state.pipeline_class.__name__
     if len(state.hooks) > 1:
         raise UnsupportedModelError(
-            f"This {pipeline} has the denoisers {' and '.join(state.hooks)}, and a bundle holds the graphs of one. "
-            "Bundles of several are not written yet."
+            f"This {pipeline} has several denoisers ({' and '.join(state.hooks)}), but a bundle can hold the graphs "
+            "of only one. Bundles with several denoisers are not supported yet."
         )
     ((component, hook),) = state.hooks.items()
     if call is not None:
@@ -118,33 +111,42 @@ def export(
             _check_multiple(pipe, hook.denoiser, name, call.get(name), free)
     if not isinstance(hook.store, VariantStore):
         raise ConfigurationError(
-            f"This {pipeline} is served from a bundle already: copy that, or restore(pipe) and optimize(pipe, ...) "
-            "first."
+            f"This {pipeline} is already served from a bundle. Copy that bundle, or call restore(pipe) and "
+            "optimize(pipe, ...) first."
         )
     if hook.config.schedule.guidance_similarity is not None:
         raise UnsupportedModelError(
-            "This schedule ends guidance by the predictions' similarity (guidance_similarity), so that which "
-            "graphs a call needs is known only while it runs. A bundle needs a gate_step or a guidance_step "
-            "instead."
+            "This schedule ends guidance when the predictions are similar (guidance_similarity), so the graphs that a "
+            "call needs are only known while it runs. For a bundle, use a gate_step or a guidance_step instead."
         )
     check_can_write(format)
     rounded, quantized = rounded_input(hook.denoiser), wrapped_weight(hook.denoiser)
-    told = {"model": type(hook.denoiser).__name__, "format": format}
+    model = type(hook.denoiser).__name__
     if rounded is not None:
-        raise UnsupportedModelError(MSG_ROUNDED.format(name=rounded, **told))
+        raise UnsupportedModelError(
+            f"{model} was quantized by torchao so that layers round their inputs to few bits at run time ({rounded} "
+            "and others). Bundles do not support this: most formats have no operator for it, and AOTInductor rounds "
+            "values halfway between integers differently, so its graphs cannot be checked against PyTorch. Use "
+            "Int8WeightOnlyConfig, whose weights stay int8 in a bundle, or export the original model with "
+            'quantize="int8-dynamic".'
+        )
     if quantized is not None and not FORMATS[format].quantized_weights:
-        raise UnsupportedModelError(MSG_QUANTIZED.format(name=quantized, **told))
+        raise UnsupportedModelError(
+            f'{model} was quantized by torchao, and the converter of format="{format}" does not support its weights '
+            f'({quantized} and others). Export the original model with quantize="int8-dynamic", or choose another '
+            'format, such as "onnx".'
+        )
     quantization = read_quantization(quantize, format, FORMATS[format].schemes)
     options = dict(format_options or {})
     format_called(format).check_options(options)
-    # pydantic is an extra.
+    # Imported here because pydantic is an optional dependency.
     from tgate_compile.bundle.write import check_target, write_bundle
 
     call = {} if call is None else call
     if "prompt" not in call and call.get("prompt_embeds") is None:
         call = {"prompt": "", **call}
-    says_nothing = not call.get("prompt") and call.get("prompt_embeds") is None
-    if says_nothing and quantization is not None and quantization.calibrated:
+    has_no_prompt = not call.get("prompt") and call.get("prompt_embeds") is None
+    if has_no_prompt and quantization is not None and quantization.calibrated:
         prompts = quantization.calibration_prompts or AUTO_PROMPTS
         quantization = dataclasses.replace(quantization, calibration_prompts=prompts)
     request = None
@@ -157,7 +159,7 @@ def export(
     target = Path(folder)
     target = target.parent.resolve() / target.name if target.name else target.resolve()
     check_target(target, overwrite=overwrite)
-    # Exporters change state of the whole process, as torch.export does.
+    # Exporters change the state of the whole process, as torch.export does.
     with exclusive(), _stages(progress) as report:
         report("Capturing the graphs")
         plan = preview(pipe, call)[component]
@@ -182,23 +184,23 @@ def export(
 def _check_multiple(
     pipe: AnyPipeline, denoiser: torch.nn.Module, name: str, size: object, free: Collection[str] | None
 ) -> None:
-    """Raise ConfigurationError unless graphs can be captured at this height or width that leave it to each call."""
+    """Raise ConfigurationError unless graphs that leave this height or width free can be captured at `size` pixels."""
     pixels = getattr(pipe, "vae_scale_factor", None)
     if free is None or name not in free or not isinstance(pixels, int) or not isinstance(size, int):
         return
     multiple = pixels * downsampling(denoiser)
     if size % multiple:
         raise ConfigurationError(
-            f"For graphs that leave the {name} to each call, {name} must be a multiple of {multiple} pixels; {size} is "
-            f"not. The nearest are {nearest_multiples(size, multiple)}. Or leave {name} out of dynamic, and the bundle "
-            f"has this {name} only."
+            f"For graphs with a free {name}, {name} must be a multiple of {multiple} pixels, but got {size}. The "
+            f"nearest multiples are {nearest_multiples(size, multiple)}. To export a bundle for this {name} only, "
+            f"leave {name} out of dynamic."
         )
 
 
 @contextmanager
 def _stages(progress: Callable[[str], None] | None) -> Iterator[Callable[[str], None]]:
-    """What to call at the beginning of each stage."""
-    # disable=None: not unless stderr is a terminal.
+    """Yield the function to call at the start of each stage."""
+    # disable=None shows the bar only if stderr is a terminal.
     with tqdm(desc="Exporting", bar_format="{desc} [{elapsed}]", disable=None if progress is None else True) as bar:
 
         def report(stage: str) -> None:
@@ -218,12 +220,12 @@ def _free(dynamic: object, format: str) -> Collection[FreeSize] | None:
         return ()
     if isinstance(dynamic, str) or not isinstance(dynamic, Collection) or not set(dynamic) <= set(SYMBOLS):
         raise ConfigurationError(
-            'dynamic must be True (whatever the denoiser permits), False, or names of "batch", "height" and '
-            f'"width", but got {dynamic!r}.'
+            'dynamic must be True (whatever the denoiser permits), False, or a list of names out of "batch", '
+            f'"height" and "width", but got {dynamic!r}.'
         )
     if fixed and dynamic:
         raise ConfigurationError(
-            f'format="{format}" has graphs of fixed sizes only, but got dynamic={dynamic!r}. Leave it out; `call` '
-            "says the sizes."
+            f'format="{format}" supports only fixed sizes, but got dynamic={dynamic!r}. Leave dynamic out; the sizes '
+            "are those of `call`."
         )
     return tuple(dynamic)

@@ -1,4 +1,4 @@
-"""The formats of bundles: what a format's module must provide, and the table of them."""
+"""The interface that the module of a bundle format must provide, and access to the table of formats."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Session(Protocol):
 
     @property
     def provider(self) -> str:
-        """What runs it, for a person: `CPUExecutionProvider`."""
+        """A human-readable name of what runs the graph, such as `CPUExecutionProvider`."""
         ...
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All outputs for all inputs, both in the order of the manifest, caches last.
+        """Run the graph on `inputs` and return all outputs, both in the order of the manifest, caches last.
 
         Raises:
             BackendError: the runtime fails.
@@ -40,17 +40,17 @@ class Session(Protocol):
 
 @runtime_checkable
 class Refittable(Protocol):
-    """A session whose graph can be given other weights."""
+    """A session whose graph's weights can be replaced."""
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take these weights, by their names in the denoiser; those that are missing are the bundle's.
+        """Replace the weights by `weights`, which has their names in the denoiser; others are taken from the bundle.
 
         Raises:
-            BackendError: the graph cannot follow.
+            BackendError: the weights of this graph cannot be replaced.
         """
 
 
-#: Told what is being done, one line a stage.
+#: Called with a line of text at the start of each stage.
 Progress = Callable[[str], None]
 
 
@@ -59,12 +59,13 @@ class WrittenGraph:
     """A graph that has been written.
 
     Attributes:
-        file: relative to the bundle.
-        nodes: the number of its operators.
-        entry: what it is called in a file of several.
-        checked_on: the device that runs it to compare it with PyTorch's graph; None: this machine has none.
-        limits: the least and the most of each free size that it takes, if that is less than what the graph takes.
-        quantized: it is not as close to PyTorch's as rounding permits, and cannot be.
+        file: the path of the file, relative to the bundle.
+        nodes: the number of operators.
+        entry: the name of the graph in a file that holds several.
+        checked_on: the device on which the graph is compared with PyTorch, or None if this machine cannot run it.
+        limits: the smallest and the largest value of each free size, if the written graph supports a smaller range
+            than the original.
+        quantized: whether the graph is quantized, so that it differs from PyTorch by more than rounding.
     """
 
     file: str
@@ -76,7 +77,7 @@ class WrittenGraph:
 
 
 class GraphFormat(Protocol):
-    """Writes graphs, checks what was written, and opens it again. A module has this as functions."""
+    """Functions that write graphs, check what was written, and open it again; usually those of a module."""
 
     def check_options(self, options: Mapping[str, object]) -> None:
         """Raise ConfigurationError for options of `export` that the format does not know."""
@@ -85,13 +86,13 @@ class GraphFormat(Protocol):
         """Raise ConfigurationError for options of `load` that the format does not know."""
 
     def runtime_version(self) -> str:
-        """What made the graphs, for the manifest: `onnxruntime 1.31.1`."""
+        """Return the name and version of the runtime, for the manifest, such as `onnxruntime 1.31.1`."""
         ...
 
     def write_graphs(
         self, graphs: Sequence[PlannedGraph], folder: Path, options: Mapping[str, object], progress: Progress
     ) -> dict[str, WrittenGraph]:
-        """Write `graphs` to the bundle at `folder`; tell where each is, by its name.
+        """Write `graphs` to the bundle at `folder`, and return where each was written, by its name.
 
         Raises:
             BundleError: a graph cannot be converted.
@@ -99,23 +100,23 @@ class GraphFormat(Protocol):
         ...
 
     def check_graph(self, graph: Graph, root: Path, manifest: Manifest) -> None:
-        """Look at a file of the bundle `root`, read from wherever, with suspicion.
+        """Check the file of `graph` in the bundle at `root`, without trusting it.
 
         Raises:
-            BundleError: it is not what `graph` says.
+            BundleError: the file is not what `graph` says.
         """
 
     def open_graph(self, graph: Graph, root: Path, device: torch.device, options: Mapping[str, object]) -> Session:
-        """The graph of the bundle at `root`, ready to run.
+        """Open the graph of the bundle at `root`, so that it is ready to run on `device`.
 
         Raises:
-            BackendError: the runtime does not take it.
+            BackendError: the runtime cannot open it.
         """
         ...
 
 
 class ComponentsFormat(Protocol):
-    """Writes what a pipeline has beside its denoiser, and checks what was written. A module has this as functions."""
+    """Functions that write and check a pipeline's components other than its denoiser; usually those of a module."""
 
     def write_components(
         self,
@@ -127,10 +128,10 @@ class ComponentsFormat(Protocol):
         folder: Path,
         progress: Progress,
     ) -> Components:
-        """Write text encoders, tokenizers and the VAE decoder to the bundle at `folder`.
+        """Write the text encoders, the tokenizers and the VAE decoder to the bundle at `folder`.
 
         Raises:
-            BundleError: something cannot be converted, or differs from PyTorch.
+            BundleError: a component cannot be converted, or differs from PyTorch.
         """
         ...
 
@@ -140,12 +141,12 @@ class ComponentsFormat(Protocol):
         """Check a file of a bundle, whose weights are in a file of `weights_size` bytes, without trusting it.
 
         Raises:
-            BundleError: it is not what the manifest says.
+            BundleError: the file is not what the manifest says.
         """
 
 
 class QuantizingFormat(GraphFormat, Protocol):
-    """A format whose row has schemes."""
+    """A format that supports quantization schemes."""
 
     def write_quantized(
         self,
@@ -155,7 +156,7 @@ class QuantizingFormat(GraphFormat, Protocol):
         quantizing: Quantizing,
         progress: Progress,
     ) -> dict[str, WrittenGraph]:
-        """What `write_graphs` does, for graphs of which those are `quantized` that `quantizing` says.
+        """Write `graphs` as `write_graphs` does, with those quantized that `quantizing` selects.
 
         Raises:
             BundleError: a graph cannot be converted.
@@ -170,7 +171,7 @@ def format_called(name: str) -> GraphFormat:
 
 
 def components_format() -> str:
-    """Return the format that text encoders, tokenizers and VAE decoders are written in, whatever the graphs' own is."""
+    """Return the format of text encoders, tokenizers and VAE decoders, which does not depend on that of the graphs."""
     return next(entry.name for entry in FORMATS.values() if entry.components is not None)
 
 
@@ -184,37 +185,40 @@ def components_functions() -> ComponentsFormat:
 
 
 def openers(name: str) -> dict[str, str]:
-    """The backends that run graphs of the format `name`, its own first, with the format whose functions open them."""
+    """Return the backends that run graphs of the format `name`, each with the format whose functions open them.
+
+    The format's own backend comes first.
+    """
     row = FORMATS[name]
     return {row.backend: name, **row.also}
 
 
 def check_can_write(name: str) -> None:
-    """Raise ConfigurationError, which says what to install, unless `export` has what this format needs."""
+    """Raise ConfigurationError, which says what to install, if a package that `export` needs for `name` is missing."""
     row = FORMATS[name]
     check_installed(*row.to_write, extra=row.extra, what=f'format="{name}"')
 
 
 def check_can_load(name: str) -> None:
-    """Raise ConfigurationError, which says what to install, unless `load` has what this format needs."""
+    """Raise ConfigurationError, which says what to install, if a package that `load` needs for `name` is missing."""
     row = FORMATS[name]
     check_installed(*row.to_load, extra=row.extra, what=f'A bundle of format "{name}"')
 
 
 def check_can_run(name: str, device: torch.device) -> None:
-    """Raise BackendError, which says what is missing, unless graphs of this format run here, for inputs on `device`."""
+    """Raise BackendError, which says what is missing, unless graphs of the format `name` can run here on `device`."""
     if not FORMATS[name].needs_gpu:
         return
     import torch  # not above: the command line reads the table for its help
 
     if not torch.cuda.is_available():
         raise BackendError(
-            f'A bundle of format "{name}" runs on an NVIDIA GPU, and PyTorch {torch.__version__} finds none here: '
-            "there is no GPU, no driver, or no CUDA in this PyTorch. On this machine, load a bundle of another "
+            f'A bundle of format "{name}" needs an NVIDIA GPU, but PyTorch {torch.__version__} finds none: there is '
+            "no GPU, no driver, or this PyTorch was built without CUDA. On this machine, load a bundle of another "
             "format."
         )
     if device.type != "cuda":
         raise BackendError(
-            f'A bundle of format "{name}" runs on an NVIDIA GPU, and the pipeline is on "{device}". Call '
+            f'A bundle of format "{name}" needs an NVIDIA GPU, but the pipeline is on "{device}". Call '
             'pipe.to("cuda") first.'
         )

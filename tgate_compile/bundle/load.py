@@ -1,4 +1,4 @@
-"""`load`: serve a plain pipeline from a bundle."""
+"""`load`: serve a pipeline from a bundle."""
 
 from __future__ import annotations
 
@@ -24,26 +24,6 @@ logger = logging.getLogger(__name__)
 
 Pipeline = TypeVar("Pipeline")
 
-MSG_BACKEND = "load() takes the backend {known}, or None for the one that the bundle is made for, but got {given!r}."
-MSG_OTHER_BACKEND = (
-    'The bundle {folder} has graphs of the format "{format}", which the backend {backends} runs, not "{given}". Leave '
-    "backend out, or export a bundle of another format."
-)
-MSG_OTHER_MODEL = "The bundle {folder} is made from a {expected}, and the {component} of this pipeline is a {given}."
-MSG_OTHER_WEIGHTS = (
-    "The {component} of this pipeline has other weights than the one that the bundle {folder} is made from: another "
-    "checkpoint, another dtype, or a LoRA more or less. Load it into the same model, or export a bundle of this one."
-)
-
-MSG_OTHER_STATE = (
-    "The {component} of this pipeline is not set up as the one that the bundle {folder} was made from: {what}. Set it "
-    "up in the same way, or export a bundle of this one."
-)
-MSG_STATE_UNKNOWN = (
-    "The bundle %s was written by tgate_compile %s, which did not record LoRA scales, attention processors, FreeU and "
-    "hooks: that this pipeline has the same ones cannot be checked. Export the bundle again to have it checked."
-)
-
 
 def load(
     pipe: Pipeline,
@@ -53,60 +33,64 @@ def load(
     backend_options: Mapping[str, object] | None = None,
     sequential: bool = False,
 ) -> Pipeline:
-    """Serve `pipe`, a plain pipeline, from the bundle in `folder`, which `export` has written from one like it.
+    """Serve `pipe` from the bundle in `folder`, which `export` has written from a pipeline with the same model.
 
-    Its ordinary call then runs the bundle's schedule on the bundle's graphs and weights, as after `optimize`, but
-    nothing is captured, converted or compiled; `restore(pipe)` undoes it. The bundle is verified, and must go on lying
-    where it is. Other shapes than those it was made for are an error that says which ones it has.
+    Calling the pipeline then runs the bundle's schedule on the bundle's graphs and weights, as after `optimize`, but
+    nothing is captured, converted or compiled. `restore(pipe)` undoes this. The bundle is verified, and must stay in
+    its folder while it is in use. A call with shapes that the bundle does not support raises an error that names the
+    supported ones.
 
     Args:
-        pipe: a pipeline of the class and with the weights that the bundle was made from, set up in the same way (LoRA
-            scales, attention processors, FreeU). It is changed, and returned.
-        folder: of the bundle.
-        backend: what runs the bundle's graphs: `"onnxruntime"` or `"openvino"` for the format `onnx`, otherwise what
-            the format is called. None: what they are made for.
-        backend_options: those of `optimize` with the same backend: of ONNX Runtime `providers`, `threads`,
-            `prepacking`; of OpenVINO `device`, `precision`, `threads`, `cache`. Of engines: see
-            `docs/guides/exporting.md`.
-        sequential: have one graph open at a time: less memory, and a graph is opened whenever the schedule changes to
-            it, which is twice per generation with T-GATE, and often with others (a warning says how often).
+        pipe: a pipeline of the same class, with the same weights and the same setup (LoRA scales, attention
+            processors, FreeU) as the one that the bundle was exported from. It is changed in place and returned.
+        folder: the folder of the bundle.
+        backend: the backend that runs the graphs: `"onnxruntime"` or `"openvino"` for the format `onnx`, and otherwise
+            the name of the format. The default is the backend that the format is intended for.
+        backend_options: the options of this backend, as in `optimize`: `providers`, `threads` and `prepacking` for ONNX
+            Runtime; `device`, `precision`, `threads` and `cache` for OpenVINO. `docs/guides/exporting.md` has those for
+            engines.
+        sequential: keep only one graph open at a time. This saves memory, but a graph is opened whenever the schedule
+            changes to it: twice per generation with T-GATE, more often with others (a warning says how often).
 
     Returns:
         `pipe` itself.
 
     Raises:
-        ConfigurationError: an argument is wrong, or a package is missing. `pipe` is as it was, here and below.
-        BundleError: the bundle is damaged, or made from another pipeline, another model, other weights, or a model in
-            another state: LoRA scales, attention processors, FreeU, hooks.
+        ConfigurationError: an argument is wrong, or a package is missing. After an error, `pipe` is unchanged.
+        BundleError: the bundle is damaged, or was exported from another pipeline, another model, other weights, or a
+            model with another setup (LoRA scales, attention processors, FreeU, hooks).
         BackendError: this machine cannot run the bundle's graphs.
     """
     check_pipeline_first("load", pipe, folder)
     known = list(dict.fromkeys(row.backend for row in FORMATS.values()))
     if backend is not None and backend not in known:
-        message = MSG_BACKEND.format(known=", ".join(f'"{name}"' for name in known), given=backend)
+        names = ", ".join(f'"{name}"' for name in known)
+        message = f"backend must be one of {names}, or None for the bundle's own backend, but got {backend!r}."
         raise ConfigurationError(message + did_you_mean(backend, known))
     if not isinstance(sequential, bool):
         raise ConfigurationError(f"sequential must be True or False, but got {sequential!r}.")
     if not isinstance(folder, (str, os.PathLike)):
-        raise ConfigurationError(f"load() needs the folder of a bundle, a str or a Path, but got {folder!r}.")
+        raise ConfigurationError(f"folder must be a str or a Path, but got {folder!r}.")
     check_installed("pydantic", what="load()")
-    # pydantic is an extra.
+    # Imported here because pydantic is an optional dependency.
     from tgate_compile.bundle.read import read_bundle
 
-    names = denoiser_names(pipe)
+    denoisers = denoiser_names(pipe)
     bundle = read_bundle(os.path.abspath(folder))
     made_from, method = bundle.manifest.pipeline.class_name, bundle.manifest.method
     backends = openers(bundle.manifest.graph_format)
     chosen = next(iter(backends)) if backend is None else backend
     if chosen not in backends:
-        runs = " or ".join(f'"{name}"' for name in backends)
-        told = {"format": bundle.manifest.graph_format, "backends": runs, "given": backend}
-        raise ConfigurationError(MSG_OTHER_BACKEND.format(folder=bundle.folder, **told))
+        supported = " or ".join(f'"{name}"' for name in backends)
+        raise ConfigurationError(
+            f'The bundle {bundle.folder} has graphs of the format "{bundle.manifest.graph_format}", which need the '
+            f'backend {supported}, but got "{backend}". Leave backend out, or export a bundle of another format.'
+        )
     if type(pipe).__name__ != made_from:
         given = type(pipe).__name__
         raise BundleError(
-            f"The bundle {bundle.folder} is made from a {made_from}, and this is a {given}. Load it into a pipeline "
-            "of that class."
+            f"The bundle {bundle.folder} was exported from a {made_from}, but this is a {given}. Load it into a "
+            "pipeline of that class."
         )
     options = dict(backend_options or {})
     check_can_load(backends[chosen])
@@ -115,7 +99,7 @@ def load(
     check_can_run(bundle.manifest.graph_format, pipe._execution_device)  # type: ignore[attr-defined]
     attach(
         pipe,
-        dict.fromkeys(names, read_schedule(method.schedule)),
+        dict.fromkeys(denoisers, read_schedule(method.schedule)),
         sites=method.sites,
         cache_dtype=None if method.cache_dtype is None else getattr(torch, method.cache_dtype),
         backend=chosen,
@@ -145,21 +129,36 @@ def _serve(
 
     made_from = bundle.manifest.denoiser
     hook = state.hooks.get(made_from.component)
-    model = "missing" if hook is None else type(hook.denoiser).__name__
-    told = {"folder": bundle.folder, "component": made_from.component}
-    if hook is None or len(state.hooks) > 1 or model != made_from.class_name:
-        raise BundleError(MSG_OTHER_MODEL.format(**told, expected=made_from.class_name, given=model))
+    model = "missing" if hook is None else f"a {type(hook.denoiser).__name__}"
+    if hook is None or len(state.hooks) > 1 or type(hook.denoiser).__name__ != made_from.class_name:
+        raise BundleError(
+            f"The bundle {bundle.folder} was exported from a {made_from.class_name}, but the {made_from.component} of "
+            f"this pipeline is {model}."
+        )
     differs = settings_that_differ(hook.denoiser, made_from.config)
     if made_from.state is None:
-        logger.warning(MSG_STATE_UNKNOWN, bundle.folder, bundle.manifest.versions.tgate_compile)
+        logger.warning(
+            "The bundle %s was written by tgate_compile %s, which did not record LoRA scales, attention processors, "
+            "FreeU and hooks, so it cannot be checked that this pipeline has the same ones. Export the bundle again to "
+            "enable this check.",
+            bundle.folder,
+            bundle.manifest.versions.tgate_compile,
+        )
     elif not differs:
         recorded = recorded_state(made_from.state)
         here = state_of_denoiser(hook.denoiser, forward=hook.own_forward, baseline=recorded.baseline)
         differs = what_differs(here, recorded)
     if differs:
-        raise BundleError(MSG_OTHER_STATE.format(**told, what="; ".join(differs)))
+        raise BundleError(
+            f"The {made_from.component} of this pipeline is not set up like the one that the bundle {bundle.folder} "
+            f"was exported from: {'; '.join(differs)}. Set it up in the same way, or export a bundle of this one."
+        )
     if weights_digest(hook.denoiser) != made_from.weights_digest:
-        raise BundleError(MSG_OTHER_WEIGHTS.format(**told))
+        raise BundleError(
+            f"The {made_from.component} of this pipeline has other weights than the one that the bundle "
+            f"{bundle.folder} was exported from: another checkpoint, another dtype, or different LoRAs. Load the "
+            "bundle into the same model, or export a bundle of this one."
+        )
     if sequential:
         warn_of_alternation(bundle.manifest)
     anchor = hook.config.schedule.anchor_weight

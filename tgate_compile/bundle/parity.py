@@ -1,4 +1,4 @@
-"""How far a written graph is from the variant that it was made of."""
+"""Measure how far a written graph is from the variant that it was converted from."""
 
 from __future__ import annotations
 
@@ -16,21 +16,16 @@ from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.engine.free_sizes import SYMBOLS
 from tgate_compile.engine.trust import TOLERANCES, coarsest, full_float32, relative_difference
 
-#: Of a quantized graph, whose differences are those of its few bits: 4 bits were up to 0.51 from random inputs' outputs
-#: where images were 42 dB from the float ones. Nothing but zeros is 1.
+#: The tolerance for quantized graphs: with 4 bits, outputs for random inputs differed by up to 0.51 while images had
+#: a PSNR of 42 dB to the float ones. A graph that returns only zeros differs by 1.
 QUANTIZED_TOLERANCE = 0.9
 
-#: The weights are in memory already, and may be large.
+#: Options that save memory: the weights, which may be large, are already in memory once.
 FRUGAL: Mapping[str, object] = {"prepacking": False, "frugal": True}
 
-#: Height and width, in multiples of what the denoiser halves: the deepest layers see 4x4 latents.
+#: The largest height and width to compare at, in units of what the denoiser downsamples to 1: its deepest layers then
+#: see 4x4 latents.
 ENOUGH = 4
-
-MSG_ON_CPU = " ONNX Runtime runs float32 and float16 there, and no bfloat16."
-MSG_TOO_FAR = (
-    "The {graph} graph in {provider} is {relative:.1e} from PyTorch's on the same inputs, relative to the largest "
-    "value, and {tolerance:.0e} is allowed for {dtype}. Nothing has been written. Please report this."
-)
 
 
 def measure_parity(
@@ -44,13 +39,13 @@ def measure_parity(
     quantized: bool = False,
     real: Sequence[Sequence[torch.Tensor]] | None = None,
 ) -> Parity:
-    """Run the written graph, on `device`, and the variant on the same random inputs, at several of the free sizes.
+    """Run the written graph, on `device`, and the variant on the same random inputs, at several sizes within `limits`.
 
-    These are within `limits`. A `quantized` graph may differ by more, and one that is made for the ranges of `real`
-    inputs is compared on them, the first and the last, instead of random ones.
+    A `quantized` graph may differ by more than others. If it was calibrated on `real` inputs, it is compared on the
+    first and the last of these instead of random ones.
 
     Raises:
-        BundleError: they differ by more than rounding, or the runtime does not take the file.
+        BundleError: the outputs differ by more than rounding, or the runtime cannot run the file.
     """
     own_device = planned.example_inputs[0].device
     eager = planned.variant.program.graph_module
@@ -66,7 +61,7 @@ def measure_parity(
             measured.append(Deviation(sizes=sizes, relative=relative))
             dtypes.update(tensor.dtype for tensor in (*inputs, *results) if tensor.is_floating_point())
     except BackendError as error:
-        hint = MSG_ON_CPU if device.type == "cpu" else ""
+        hint = " ONNX Runtime supports float32 and float16 there, but not bfloat16." if device.type == "cpu" else ""
         raise BundleError(
             f"The {planned.name} graph cannot be checked against PyTorch on the {device}: {error} Nothing has been "
             f"written.{hint}"
@@ -74,15 +69,12 @@ def measure_parity(
     dtype = coarsest(dtypes)
     tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[dtype]
     relative = max(one.relative for one in measured)
-    if not all(one.relative <= tolerance for one in measured):  # NaN is not
+    if not all(one.relative <= tolerance for one in measured):  # also true for NaN
+        kind = "quantized graphs" if quantized else dtype_name(dtype)
         raise BundleError(
-            MSG_TOO_FAR.format(
-                graph=planned.name,
-                provider=session.provider,
-                relative=relative,
-                tolerance=tolerance,
-                dtype="quantized graphs" if quantized else dtype_name(dtype),
-            )
+            f"The {planned.name} graph in {session.provider} differs from PyTorch by {relative:.1e} on the same "
+            f"inputs, relative to the largest value; at most {tolerance:.0e} is allowed for {kind}. Nothing has been "
+            "written. Please report this."
         )
     return Parity(relative=relative, tolerance=tolerance, provider=session.provider, measured=measured)
 
@@ -93,7 +85,7 @@ def _cases(
     limits: Mapping[str, tuple[int, int]],
     real: Sequence[Sequence[torch.Tensor]] | None,
 ) -> list[tuple[dict[str, int], list[torch.Tensor]]]:
-    """Sizes, and inputs of these sizes."""
+    """Return the cases to compare: sizes, and inputs of these sizes."""
     example = example_sizes(planned)
     if real is not None:
         return [(dict(example), list(inputs)) for inputs in (real[0], real[-1])]
@@ -101,7 +93,7 @@ def _cases(
 
 
 def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
-    """The call's own sizes, or smaller ones: PyTorch takes minutes for a large image on a CPU. And others."""
+    """Return the call's own sizes, reduced because PyTorch takes minutes for a large image on a CPU, and others."""
     if not example:
         return [{}]
     sides = {SYMBOLS["height"], SYMBOLS["width"]}
@@ -116,7 +108,7 @@ def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) 
 
 
 def _random_inputs(planned: PlannedGraph, graph: Graph, sizes: Mapping[str, int]) -> list[torch.Tensor]:
-    """Normal numbers for latents, texts and caches; a timestep or a mask of integers is that of the call."""
+    """Return normally distributed latents, text embeddings and caches; timesteps and masks are those of the call."""
     generator = torch.Generator().manual_seed(0)
 
     def random(spec: TensorSpec) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The graphs that a bundle holds: their inputs and outputs, the sizes that stay free, and what they cost."""
+"""Plan the graphs of a bundle: their inputs and outputs, the sizes that stay free, and their costs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tgate_compile.pipeline.hook import GatedDenoiser
 
 
 def argument_names(call: Call, forward: Callable[..., Any]) -> tuple[str, ...]:
-    """For each leaf of `call`, in order, the parameter of `forward` that it is, and its path inside of it."""
+    """Return a name for each leaf of `call`, in order: the parameter of `forward`, and the path inside of it."""
     parameters = list(inspect.signature(forward).parameters)
     leaves, _ = pytree.tree_flatten_with_path(call.arguments)
     return tuple(_name(path, parameters) for path, _ in leaves)
@@ -50,7 +50,7 @@ def _key(step: Any) -> Any:
     return step.idx if isinstance(step, pytree.SequenceKey) else getattr(step, "key", None) or getattr(step, "name", "")
 
 
-#: What denoisers call their timestep.
+#: The names that denoisers have for their timestep.
 TIMESTEPS = ("timestep", "timesteps", "t")
 
 
@@ -59,13 +59,13 @@ class PlannedGraph:
     """A variant to be written.
 
     Attributes:
-        name: of the graph, and of its file.
+        name: the name of the graph and of its file.
         variant: the graph, with free sizes.
-        captured: what it is made of.
-        sized: the graph for the shapes of the call alone.
-        arguments: what each argument of the denoiser's call was, by its name.
-        own_names: the bundle's names of the variant's inputs.
-        weights: the tensors of the variant's weights, in its order; the denoiser's own, not copies.
+        captured: the captured program that the variant is derived from.
+        sized: the graph for the shapes of the example call only.
+        arguments: the arguments of the denoiser's call, by name.
+        own_names: the names of the variant's inputs in the bundle, without caches.
+        weights: the weights of the variant, in its order; the denoiser's own tensors, not copies.
         units: see `FreeShapes`; empty if no size is free.
     """
 
@@ -80,12 +80,12 @@ class PlannedGraph:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Of all inputs, caches last."""
+        """The names of all inputs, caches last."""
         return (*self.own_names, *(cache_name(site) for site in self.variant.reused))
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Of all outputs, caches last."""
+        """The names of all outputs, caches last."""
         count = self.captured.out_spec.num_leaves
         own = ["out_sample", *(f"out_{i}" for i in range(1, count))]
         whole = {(emission.site.kind, emission.site.name) for emission in self.variant.emitted if not emission.merged}
@@ -98,13 +98,13 @@ class PlannedGraph:
 
     @property
     def example_inputs(self) -> list[torch.Tensor]:
-        """The inputs of the call that it was planned for, caches left out."""
+        """The inputs of the example call, without caches."""
         values = [self.arguments[name] for name in self.own_names]
         return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def planned_graphs(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
-    """The graphs of `plan`, by the phase that each serves, with the sizes `free`.
+    """Return the graphs of `plan` with the free sizes `free`, by the phase that each serves.
 
     Raises:
         CaptureError: torch.export finds that the denoiser's code depends on one of these sizes.
@@ -115,22 +115,22 @@ def planned_graphs(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) 
     phases = dict.fromkeys((phase, call.key) for phase, call in plan.graphs)
     graphs = {}
     for key, call in calls.items():
-        wanted = [phase for phase, its_key in phases if its_key == key and phase not in graphs]
-        sized = [hook.store.variant(phase, call, hook.own_forward)[0] for phase in wanted]
+        served = [phase for phase, call_key in phases if call_key == key and phase not in graphs]
+        sized = [hook.store.variant(phase, call, hook.own_forward)[0] for phase in served]
         names = argument_names(call, hook.own_forward)
         call = _with_float_timestep(call, names)
-        guided = {phase.guided for phase in wanted} == {True}
+        guided = {phase.guided for phase in served} == {True}
         shapes = free_shapes(hook.denoiser, hook.own_forward, call, hook.config.family, guided=guided, free=free)
-        variants, captured = hook.store.free_variants(wanted, shapes.call, hook.own_forward, shapes.shapes)
-        for phase, variant, static in zip(wanted, variants, sized, strict=True):
+        variants, captured = hook.store.free_variants(served, shapes.call, hook.own_forward, shapes.shapes)
+        for phase, variant, static in zip(served, variants, sized, strict=True):
             graphs[phase] = _planned(variant, captured, static, call, names, live, shapes.units)
     return {phase: graphs[phase] for phase, _ in phases}
 
 
 def _with_float_timestep(call: Call, names: Sequence[str]) -> Call:
-    """`call` with a timestep in float32, so that one graph serves schedulers with whole steps and with parts of them.
+    """Return `call` with a float32 timestep, so that one graph serves schedulers with integer and fractional timesteps.
 
-    Denoisers begin by making it float themselves.
+    Denoisers convert the timestep to float first anyway.
     """
     leaves = [
         leaf.float() if name in TIMESTEPS and torch.is_tensor(leaf) and not leaf.is_floating_point() else leaf
@@ -140,9 +140,10 @@ def _with_float_timestep(call: Call, names: Sequence[str]) -> Call:
 
 
 def graph_name(phase: Phase) -> str:
-    """Return `full`, `pruned`, `pruned-self-reused`; the less common of the two batches says so: `full-unguided`.
+    """Return the name of the graph for `phase`, such as `full`, `pruned` or `full-unguided`.
 
-    Most graphs that reuse cross-attention run after a gate, without guidance; the others run under guidance.
+    The name mentions guidance only in the less common case: most graphs that reuse cross-attention run after a gate,
+    without guidance; the others run with guidance.
     """
     name = phase.name.replace(", ", "-")
     if phase.guided == ("cross" not in phase.reuse):
@@ -151,7 +152,7 @@ def graph_name(phase: Phase) -> str:
 
 
 def cache_name(site: Site) -> str:
-    """Of an input or output that carries the value of `site`."""
+    """Return the name of an input or output that carries the value of `site`."""
     return f"cache.{site.name}"
 
 
@@ -179,17 +180,17 @@ def _planned(
 
 
 def _emission_name(emission: Emission, whole: set[tuple[Kind, str]]) -> str:
-    """A graph may hand on a value both whole and merged."""
+    """Return the name of an output, which marks a merged value if the graph also emits the whole value."""
     site = emission.site
     return cache_name(site) + (".merged" if emission.merged and (site.kind, site.name) in whole else "")
 
 
-#: Where in the latents' shape each free size is.
+#: The dimension of the latents that each free size belongs to.
 LATENTS_DIMENSION: Mapping[str, int] = {SYMBOLS["batch"]: 0, SYMBOLS["height"]: -2, SYMBOLS["width"]: -1}
 
 
 def describe_graph(planned: PlannedGraph, file: str, entry: str | None, nodes: int) -> Graph:
-    """The graph in `file`, of so many operators; its parity is not measured yet."""
+    """Return the manifest's description of a graph in `file` with `nodes` operators, without its parity."""
     variant = planned.variant
     program = variant.program
     symbols = symbols_of(planned)
@@ -225,13 +226,13 @@ def describe_graph(planned: PlannedGraph, file: str, entry: str | None, nodes: i
 
 
 def inputs_of(planned: PlannedGraph) -> list[torch.fx.Node]:
-    """The nodes of the graph's inputs, caches last, weights left out."""
+    """Return the placeholders of the graph's inputs, caches last, without weights."""
     variant = planned.variant
     return [node for node in variant.program.graph.nodes if node.op == "placeholder"][len(variant.weights) :]
 
 
 def symbols_of(planned: PlannedGraph) -> dict[sympy.Symbol, str]:
-    """The manifest's names for the free sizes of the graph, by torch's symbols, as the latents' shape shows them."""
+    """Return the manifest's names for the free sizes of the graph, by torch's symbols in the latents' shape."""
     latents = inputs_of(planned)[planned.variant.inputs.index(planned.captured.latents)]
     shape = shape_of(latents)
     symbols: dict[sympy.Symbol, str] = {}
@@ -244,7 +245,7 @@ def symbols_of(planned: PlannedGraph) -> dict[sympy.Symbol, str]:
 
 
 def size_of(size: int | torch.SymInt, symbols: Mapping[sympy.Symbol, str]) -> Size:
-    """`size` as the manifest says it."""
+    """Return `size` in the manifest's notation."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     expression = size.node.expr.subs({symbol: sympy.Symbol(name, integer=True) for symbol, name in symbols.items()})
@@ -258,19 +259,15 @@ def _spec(name: str, node: torch.fx.Node, symbols: Mapping[sympy.Symbol, str]) -
 
 logger = logging.getLogger(__name__)
 
-#: What is tried, one after the other. Some transformers have tables of positions for one size.
+#: The sets of free sizes to try, in this order. Some transformers have position tables for only one size.
 ATTEMPTS: tuple[tuple[FreeSize, ...], ...] = (("batch", "height", "width"), ("batch",))
-
-MSG_NOT_FREE = (
-    "{model} cannot be exported with these sizes left to each call: {free}. At {sizes} its graph fails ({error}). "
-    "Leave out dynamic, or name fewer of them."
-)
 
 
 def choose_sizes(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize] | None) -> dict[Phase, PlannedGraph]:
-    """The graphs of `plan` with the sizes `free`, seen to work at other sizes than the call's.
+    """Return the graphs of `plan` with the free sizes `free`, after running them at other sizes than the call's.
 
-    None leaves free what the denoiser's code permits: batch, height and width, or the batch alone, or nothing.
+    If `free` is None, as many sizes are free as the denoiser's code permits: batch, height and width, only the batch,
+    or none.
 
     Raises:
         CaptureError: the denoiser's code depends on one of `free`.
@@ -281,18 +278,19 @@ def choose_sizes(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize] | N
         try:
             return _checked(hook, plan, attempt)
         except CaptureError as error:
-            logger.info("%s cannot leave %s free: %s", type(hook.denoiser).__name__, ", ".join(attempt), error)
+            sizes = ", ".join(attempt)
+            logger.info("%s does not work with these free sizes: %s (%s)", type(hook.denoiser).__name__, sizes, error)
     return planned_graphs(hook, plan, ())
 
 
 def example_sizes(planned: PlannedGraph) -> dict[str, int]:
-    """The free sizes of the call that `planned` is made for."""
+    """Return the values of the free sizes in the example call of `planned`."""
     latents = planned.example_inputs[planned.own_names.index(planned.latents)]
     return {name: latents.shape[LATENTS_DIMENSION[name]] // unit for name, unit in planned.units.items()}
 
 
 def other_sizes(example: Mapping[str, int]) -> dict[str, int]:
-    """More prompts, and half the height: no larger than the call's own."""
+    """Return sizes that differ from `example`: a larger batch, and half the height to limit the cost."""
     other = dict(example)
     if SYMBOLS["batch"] in other:
         other[SYMBOLS["batch"]] += 1
@@ -311,14 +309,16 @@ def _checked(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) -> dic
                     _run_without_numbers(planned, sizes)
             except Exception as error:  # whatever an operator raises
                 shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
-                told = {"free": ", ".join(free), "sizes": shown, "error": first_line(error)}
-                raise CaptureError(MSG_NOT_FREE.format(model=type(hook.denoiser).__name__, **told)) from error
+                raise CaptureError(
+                    f"{type(hook.denoiser).__name__} cannot be exported with these free sizes: {', '.join(free)}. At "
+                    f"{shown} its graph fails ({first_line(error)}). Leave dynamic out, or name fewer sizes."
+                ) from error
     return graphs
 
 
 @contextmanager
 def _without_torch_log() -> Iterator[None]:
-    """torch writes a traceback into its log before it raises the error."""
+    """Disable the log in which torch writes a traceback before it raises the error."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was = log.disabled
     log.disabled = True
@@ -329,7 +329,10 @@ def _without_torch_log() -> Iterator[None]:
 
 
 def _run_without_numbers(planned: PlannedGraph, sizes: Mapping[str, int]) -> None:
-    """Run the graph on shapes alone. torch.export lets a table of 16 positions be added to `h*w` values."""
+    """Run the graph on shapes only.
+
+    torch.export does not find every mistake: it permits adding a table of 16 positions to `h*w` values.
+    """
     symbols = symbols_of(planned)
     with torch.no_grad(), FakeTensorMode() as mode:
         weights = [mode.from_tensor(weight) for weight in planned.weights]
@@ -342,7 +345,7 @@ def _run_without_numbers(planned: PlannedGraph, sizes: Mapping[str, int]) -> Non
 
 
 def returns_of(spec: pytree.TreeSpec) -> Returns | None:
-    """What `spec` puts outputs into; None if it is neither."""
+    """Return the container of the outputs in `spec`, or None if it is neither a tuple nor an output class."""
     if spec == pytree.tree_structure(tuple(range(spec.num_leaves))):
         return Returns(class_name=None, fields=[])
     is_output = isinstance(spec.type, type) and issubclass(spec.type, BaseOutput)
@@ -352,10 +355,10 @@ def returns_of(spec: pytree.TreeSpec) -> Returns | None:
 
 
 def unflatten_as(returns: Returns, denoiser: torch.nn.Module, version: str) -> Callable[[Sequence[torch.Tensor]], Any]:
-    """A function that puts outputs into what `denoiser` returns; `version` of diffusers is only told in the error.
+    """Return a function that packs a sequence of outputs into the type that `denoiser` returns.
 
     Raises:
-        BundleError: there is no such class beside that of the denoiser.
+        BundleError: the denoiser's module does not have the output class. The message names the diffusers `version`.
     """
     if returns.class_name is None:
         return tuple
@@ -363,7 +366,7 @@ def unflatten_as(returns: Returns, denoiser: torch.nn.Module, version: str) -> C
     found = getattr(sys.modules[module], returns.class_name, None)
     if not (isinstance(found, type) and issubclass(found, BaseOutput)):
         raise BundleError(
-            f"The bundle's denoiser returns a {returns.class_name}, and {module} has no such output class. Its "
-            f"diffusers was {version}."
+            f"The denoiser of the bundle returns a {returns.class_name}, but {module} has no such output class. The "
+            f"bundle was exported with diffusers {version}."
         )
     return lambda outputs: found(**dict(zip(returns.fields, outputs, strict=True)))

@@ -1,4 +1,4 @@
-"""Schedules as rows of a manifest, from which runtimes read what each step does."""
+"""Convert schedules to the rows of a manifest, from which a runtime reads what each step does."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tgate_compile.methods.method import Phase, checked_gate_step
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import read_schedule
 
-#: The most steps that rows are written for.
+#: The largest number of steps for which rows are written.
 MAX_STEPS = 64
 _DIGITS = string.digits + string.ascii_lowercase
 
 
 def plans_of(schedule: Schedule, graphs: Mapping[Phase, str]) -> Plans | None:
-    """Return the rows of `schedule`, whose graphs a bundle has by these names; None if steps are decided as they run.
+    """Return the rows of `schedule`, or None if its steps are only decided while a generation runs.
 
     Args:
-        schedule: the bundle's.
-        graphs: by the phases that they serve.
+        schedule: the schedule of the bundle.
+        graphs: the names of the bundle's graphs, by the phase that each serves.
     """
     if schedule.guidance_similarity is not None:
         return None
@@ -55,7 +55,7 @@ def plan_from(plans: Plans, num_steps: int, *, guided: bool, gate_step: int | No
     """Return what each of `num_steps` steps does; `gate_step` moves the gate.
 
     Raises:
-        ConfigurationError: there are no rows for that.
+        ConfigurationError: the plans do not cover so many steps, or the gate cannot be moved.
     """
     if num_steps > MAX_STEPS or (gate_step is not None and gate_step > MAX_STEPS):
         raise ConfigurationError(f"This bundle has plans for up to {MAX_STEPS} steps.")
@@ -74,10 +74,10 @@ def plan_for(
 ) -> list[PlannedPhase]:
     """Return what each step of a generation with the bundle of `manifest` does.
 
-    It is read from the manifest's rows, or computed by the schedule's rules where there are none for such a generation.
+    The plan is read from the manifest's rows. If these do not cover the generation, it is computed from the schedule.
 
     Raises:
-        ConfigurationError: the schedule has no gate that could be moved, or `gate_step` is not valid.
+        ConfigurationError: the schedule has no gate to move, or `gate_step` is not valid.
     """
     plans = manifest.method.plans
     if gate_step is not None:
@@ -96,12 +96,12 @@ def plan_for(
 
 
 def _moved(schedule: Schedule, guided: bool) -> list[tuple[Phase, ...]] | None:
-    """The plans for each place of the gate, if the plan for fewer steps is always the beginning of that for more."""
+    """Return the plan for each gate step; None unless the plan for fewer steps is always a prefix of a longer one."""
     if schedule.gate_step is None:
         return None
     moved = [replace(schedule, gate_step=gate) for gate in range(1, MAX_STEPS + 1)]
     plans = [one.plan(MAX_STEPS, guided=guided) for one in moved]
-    for gate in (1, 10, 40):  # a rule that depends on the number of steps does so wherever the gate is
+    for gate in (1, 10, 40):  # if a rule depends on the number of steps, it does so at every gate step
         if any(moved[gate].plan(n, guided=guided) != plans[gate][:n] for n in range(1, MAX_STEPS)):
             return None
     return plans

@@ -1,4 +1,4 @@
-"""Read a bundle with suspicion: whatever is not as the manifest says, or reaches out of the folder, is refused."""
+"""Read and verify an untrusted bundle: reject whatever contradicts the manifest or refers to other folders."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tgate_compile.bundle.read_manifest import MSG_UNREADABLE, read_manifest
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk.
+    """A verified bundle on disk.
 
     Attributes:
-        folder: where it is.
-        manifest: what it says of itself, which has been found to be so.
+        folder: the folder that contains it.
+        manifest: its manifest.
     """
 
     folder: Path
@@ -27,24 +27,24 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Bytes of all its files but the manifest."""
+        """The total size of all files except the manifest, in bytes."""
         return sum(file.size for file in self.manifest.files.values())
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
-    """The bundle in `folder`, verified: its manifest, that its files are all there, their hashes, and its graphs.
+    """Return the bundle in `folder`, after verifying its manifest, files, hashes and graphs.
 
-    Nothing is unpickled, and nothing of it is run.
+    Nothing is unpickled, and no code of the bundle is run.
 
     Raises:
-        BundleError: it is not what it must be; the message says in what.
-        ConfigurationError: a package that its format needs is missing.
+        BundleError: the bundle is not valid; the message says why.
+        ConfigurationError: a package that its format needs is not installed.
     """
     root = Path(folder)
     manifest = read_manifest(root)
     if manifest.graph_format not in FORMATS:
         raise BundleError(
-            f"The bundle {root} has graphs of the format {manifest.graph_format!r}, and this tgate_compile reads "
+            f"The bundle {root} has graphs of the format {manifest.graph_format!r}, but this tgate_compile reads only "
             f"{', '.join(FORMATS)}."
         )
     check_can_load(manifest.graph_format)

@@ -1,4 +1,4 @@
-"""Read a manifest with suspicion: its sizes, its files, and how its graphs hand values on."""
+"""Read and verify a manifest, without trusting it: its sizes, its files, and the wiring between its graphs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tgate_compile.bundle.manifest import (
 )
 from tgate_compile.methods.schedule_file import read_schedule
 
-#: A number, or an expression of names and numbers with + - * // and brackets.
+#: A number, or an expression of names and numbers with + - * // and parentheses.
 Size = int | str
 
 _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
@@ -38,17 +38,17 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
 }
-#: `8*h`: what tells the value of h.
+#: An expression such as `8*h`, from which the value of h can be computed.
 _MULTIPLE = re.compile(r"(?:([1-9][0-9]{0,17})\*)?([a-z][a-z0-9_]*)")
 
 MAX_LENGTH = 200
 
 
 def size_at(size: Size, values: Mapping[str, int]) -> int:
-    """What `size` is for these values of its names.
+    """Return the value of `size`, given the values of its names.
 
     Raises:
-        ValueError: it is no such expression, or has other names.
+        ValueError: `size` is not a valid expression, or has a name that is not in `values`.
     """
     if isinstance(size, int):
         return size
@@ -57,11 +57,11 @@ def size_at(size: Size, values: Mapping[str, int]) -> int:
     try:
         return _evaluate(ast.parse(size, mode="eval").body, values)
     except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{size!r} is no size") from error
+        raise ValueError(f"{size!r} is not a valid size") from error
 
 
 def shape_at(shape: Sequence[Size], values: Mapping[str, int]) -> tuple[int, ...]:
-    """Each of `shape` at these values.
+    """Return the value of each size in `shape`, given the values of its names.
 
     Raises:
         ValueError: as `size_at`.
@@ -70,9 +70,9 @@ def shape_at(shape: Sequence[Size], values: Mapping[str, int]) -> tuple[int, ...
 
 
 def solve(expected: Sequence[Sequence[Size]], given: Sequence[Sequence[int]]) -> dict[str, int] | None:
-    """The values of all names for which the shapes `expected` are those that are `given`; None if there are none.
+    """Return the values of all names for which the shapes `expected` equal `given`, or None if there are none.
 
-    Each name must be known from a multiple of it, `8*h`, as it is from the latents' shape.
+    Each name must occur somewhere as a plain multiple, such as `8*h`; the latents' shape contains all of them.
     """
     if len(expected) != len(given) or any(len(a) != len(b) for a, b in zip(expected, given, strict=False)):
         return None
@@ -91,7 +91,7 @@ def solve(expected: Sequence[Sequence[Size]], given: Sequence[Sequence[int]]) ->
 
 
 def nearest_multiples(size: int, multiple: int) -> str:
-    """The multiples of `multiple` on both sides of `size`: `480 and 512`."""
+    """Return the multiples of `multiple` on both sides of `size`, such as `480 and 512`."""
     below = size // multiple * multiple
     return f"{below} and {below + multiple}" if below else f"{multiple}"
 
@@ -99,13 +99,16 @@ def nearest_multiples(size: int, multiple: int) -> str:
 def wrong_pixels(
     expected: Sequence[Size], given: Sequence[int], pixels: int | None, limits: Mapping[str, tuple[int, int]]
 ) -> str:
-    """What is wrong with the height and width of images whose latents have the shape `given`; empty if nothing is.
+    """Return what is wrong with the height and width, in pixels, of images with the latents' shape `given`.
 
     Args:
         expected: the latents' shape in a graph.
         given: the latents' shape in a call.
-        pixels: of an image, for one of its latents; None if these latents are not images'.
-        limits: the least and the most of each name.
+        pixels: the number of pixels per latent along one side, or None if the latents are not those of an image.
+        limits: the smallest and the largest value of each name.
+
+    Returns:
+        A phrase; empty if nothing is wrong.
     """
     if pixels is None or len(expected) != len(given) or len(given) < 4:
         return ""
@@ -125,7 +128,7 @@ def _wrong(size: Size, given: int, pixels: int, limits: Mapping[str, tuple[int, 
     least, most = (unit * pixels * limit for limit in limits[multiple[2]])
     if given % unit:
         nearest = nearest_multiples(given * pixels, unit * pixels)
-        return f"a multiple of {unit * pixels} pixels, and {given * pixels} is not (the nearest are {nearest})"
+        return f"a multiple of {unit * pixels} pixels, not {given * pixels} (the nearest are {nearest})"
     return "" if least <= given * pixels <= most else f"from {least} to {most} pixels, not {given * pixels}"
 
 
@@ -138,14 +141,14 @@ def _evaluate(node: ast.expr, values: Mapping[str, int]) -> int:
         return _OPERATORS[type(node.op)](_evaluate(node.left, values), _evaluate(node.right, values))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_evaluate(node.operand, values)
-    raise ValueError(f"{ast.unparse(node)[:MAX_LENGTH]!r} is no size, or has a name without a value")
+    raise ValueError(f"{ast.unparse(node)[:MAX_LENGTH]!r} is not a valid size, or has a name without a value")
 
 
 _CHUNK = 1 << 20
 
 
 def file_of(path: Path) -> File:
-    """Size and hash of the file at `path`."""
+    """Return the size and the hash of the file at `path`."""
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as file:
@@ -156,9 +159,9 @@ def file_of(path: Path) -> File:
 
 
 def wiring_of(graphs: Mapping[str, Graph]) -> list[Wire]:
-    """A wire from each value that is handed on to each cache input of the same site, shape and dtype.
+    """Return a wire from each cache output to each cache input of the same kind, site, shape and dtype.
 
-    Which of several producers counts is said by the steps: the last one that ran and kept the value.
+    If an input has several producers, the steps decide: its value comes from the last one that ran and kept it.
     """
     return [
         Wire(graph=name, output=output.name, to_graph=to_name, to_input=to_input.name)
@@ -172,46 +175,50 @@ def wiring_of(graphs: Mapping[str, Graph]) -> list[Wire]:
 
 
 def check_wiring(manifest: Manifest, path: Path) -> None:
-    """Raise BundleError if a wire or a step of the manifest at `path` is about what is not there."""
+    """Raise BundleError if a wire or a step of the manifest at `path` refers to something that does not exist."""
     possible = wiring_of(manifest.graphs)
     for wire in manifest.wiring:
         if wire not in possible:
             shown = f"{wire.graph}.{wire.output} to {wire.to_graph}.{wire.to_input}"
             raise BundleError(
-                f"The manifest {path} wires {shown}, which is not there, or has another shape or dtype at its other "
-                "end."
+                f"The manifest {path} has a wire from {shown}, but one of its ends does not exist, or the two ends "
+                "differ in shape or dtype."
             )
     for step in manifest.example.steps:
         if step.graph not in manifest.graphs:
             raise BundleError(
-                f"The manifest {path} has a graph {step.graph!r} in its example, which is none of its graphs."
+                f"The example in the manifest {path} uses a graph {step.graph!r}, which the manifest does not have."
             )
 
 
-#: A manifest has some kilobytes, and more with many graphs.
+#: A typical manifest has a few kilobytes per graph.
 MAX_MANIFEST_BYTES = 50_000_000
 
 MSG_INVALID = "The manifest {path} is not valid: {where}: {problem}."
-MSG_LINK = "{path} is a link, and a bundle has plain files and folders only. It has been changed since it was written."
+MSG_LINK = (
+    "{path} is a link, but a bundle consists of plain files and folders only. The bundle has been changed since it was "
+    "written."
+)
 MSG_UNREADABLE = "{path} cannot be read: {reason}."
 
 
 class _Header(BaseModel):
-    """What a manifest of any version has."""
+    """The part of a manifest that all versions have."""
 
     model_config = ConfigDict(strict=True)
     schema_version: int = 0
 
 
 def read_manifest(root: Path, *, hashes: bool = True) -> Manifest:
-    """The manifest in `root`, after a look at all files that it names: their paths, sizes and hashes.
+    """Return the manifest in `root`, after checking the paths, sizes and hashes of all files that it names.
 
     Args:
-        root: the bundle's folder.
-        hashes: without, files may have been changed, though not in their sizes; which takes no time.
+        root: the folder of the bundle.
+        hashes: whether to check hashes. Without this the check takes no time, but does not notice changes that keep a
+            file's size.
 
     Raises:
-        BundleError: it is not what it must be; the message says in what.
+        BundleError: the manifest or a file is not valid; the message says why.
     """
     try:
         manifest = _manifest(root)
@@ -230,15 +237,15 @@ def _manifest(root: Path) -> Manifest:
             raw = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         reason = error.strerror or error
-        raise BundleError(f"{root} is no bundle: there is no {MANIFEST_FILE} in it ({reason}).") from error
+        raise BundleError(f"{root} is not a bundle: its {MANIFEST_FILE} cannot be opened ({reason}).") from error
     if len(raw) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes, and is no manifest.")
+        raise BundleError(f"{path} is not a manifest: it has more than {MAX_MANIFEST_BYTES} bytes.")
     try:
         version = _Header.model_validate_json(raw).schema_version
         if version > SCHEMA_VERSION:
             raise BundleError(
-                f"The manifest {path} has schema version {version}, and this tgate_compile reads versions up to "
-                f"{SCHEMA_VERSION}. Install a newer tgate_compile."
+                f"The manifest {path} has schema version {version}, but this tgate_compile reads versions up to "
+                f"{SCHEMA_VERSION} only. Install a newer tgate_compile."
             )
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
@@ -248,20 +255,22 @@ def _manifest(root: Path) -> Manifest:
     except ConfigurationError as error:
         raise BundleError(str(error)) from error
     for used in (manifest.weights, *(graph.file for graph in manifest.graphs.values()), *_component_files(manifest)):
-        # A Core ML package is a folder, whose files are named.
+        # A Core ML package is a folder; the manifest lists the files in it.
         is_folder = manifest.graph_format == "coreml" and any(name.startswith(f"{used}/") for name in manifest.files)
         if used is not None and used not in manifest.files and not is_folder:
-            raise BundleError(f"The manifest {path} uses the file {used!r}, but does not name it among its files.")
+            raise BundleError(f"The manifest {path} uses the file {used!r}, but does not list it in `files`.")
     if manifest.weights not in (WEIGHTS_FILE, None) or (
         manifest.graph_format in ("onnx", "openvino") and manifest.weights is None
     ):
         raise BundleError(MSG_INVALID.format(path=path, where="weights", problem=f"expected {WEIGHTS_FILE!r}"))
     returns = manifest.denoiser.returns
     if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in manifest.graphs.values()):
-        raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem="not one field an output"))
+        problem = "there must be one field per output"
+        raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem=problem))
     quantized = [] if manifest.quantization is None else manifest.quantization.graphs
     if not set(quantized) <= set(manifest.graphs):
-        raise BundleError(MSG_INVALID.format(path=path, where="quantization.graphs", problem=f"{quantized}"[:200]))
+        problem = f"unknown graphs in {quantized}"[:200]
+        raise BundleError(MSG_INVALID.format(path=path, where="quantization.graphs", problem=problem))
     _check_sizes(manifest, path)
     _check_components(manifest, path)
     check_wiring(manifest, path)
@@ -277,32 +286,35 @@ def _component_files(manifest: Manifest) -> list[str]:
 
 
 def _check_components(manifest: Manifest, path: Path) -> None:
-    """They have a weights file of their own, beside all their graphs, and say what each argument of the denoiser is."""
+    """Check that the components' files are in one folder and that every argument of the denoiser has a source."""
     components = manifest.components
     if components is None:
         return
     outside = [name for name in _component_files(manifest) if str(PurePosixPath(name).parent) != COMPONENTS_FOLDER]
     if outside or components.weights != COMPONENTS_WEIGHTS_FILE:
-        raise BundleError(MSG_INVALID.format(path=path, where="components", problem="a file out of its folder"))
+        problem = f"all files must be in the folder {COMPONENTS_FOLDER!r}, the weights in {COMPONENTS_WEIGHTS_FILE!r}"
+        raise BundleError(MSG_INVALID.format(path=path, where="components", problem=problem))
     if set(components.arguments) != set(manifest.denoiser.arguments):
-        raise BundleError(MSG_INVALID.format(path=path, where="components.arguments", problem="not the denoiser's"))
+        problem = "the arguments are not those of the denoiser"
+        raise BundleError(MSG_INVALID.format(path=path, where="components.arguments", problem=problem))
     made = {"latents", "timestep", "sizes", "resolution", "aspect_ratio"}
     for encoder in components.text_encoders:
         inputs, outputs = ({spec.name for spec in specs} for specs in (encoder.inputs, encoder.outputs))
         if not (
             inputs <= {"input_ids", "attention_mask"} and {"hidden_states"} <= outputs <= {"hidden_states", "pooled"}
         ):
-            raise BundleError(MSG_INVALID.format(path=path, where=encoder.component, problem=f"{inputs} to {outputs}"))
+            problem = f"unexpected inputs {sorted(inputs)} or outputs {sorted(outputs)}"
+            raise BundleError(MSG_INVALID.format(path=path, where=encoder.component, problem=problem))
         made |= outputs | (inputs & {"attention_mask"})
     missing = set(components.arguments.values()) - made
     if missing:
         raise BundleError(
-            MSG_INVALID.format(path=path, where="components.arguments", problem=f"nothing makes {sorted(missing)}")
+            MSG_INVALID.format(path=path, where="components.arguments", problem=f"nothing provides {sorted(missing)}")
         )
 
 
 def _check_sizes(manifest: Manifest, path: Path) -> None:
-    """Every free size in a shape is one of the manifest's."""
+    """Check that the manifest defines every free size that occurs in a shape."""
     example = {name: size.example for name, size in manifest.sizes.items()}
     for graph in manifest.graphs.values():
         for spec in (*graph.inputs, *graph.cache_inputs, *graph.outputs, *graph.cache_outputs):
@@ -316,7 +328,7 @@ def _check_sizes(manifest: Manifest, path: Path) -> None:
 
 def _invalid(path: Path, error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])[:200] or "the whole"
+    where = ".".join(str(part) for part in first["loc"])[:200] or "the whole file"
     return MSG_INVALID.format(path=path, where=where, problem=first["msg"])
 
 
@@ -332,16 +344,18 @@ def _check_files(root: Path, manifest: Manifest, *, hashes: bool) -> None:
         found.update(Path(parent, name).relative_to(root).as_posix() for name in files)
     named = {MANIFEST_FILE, *manifest.files}
     if named - found:
-        raise BundleError(f"The bundle {root} is not complete: {_listed(named - found)} of its manifest are not there.")
+        raise BundleError(
+            f"The bundle {root} is not complete: its manifest lists {_listed(named - found)}, which it does not have."
+        )
     if found - named:
-        raise BundleError(f"In the bundle {root} are {_listed(found - named)}, which its manifest does not name.")
+        raise BundleError(f"The bundle {root} contains {_listed(found - named)}, which its manifest does not list.")
     for name, expected in manifest.files.items():
         path = root / name
         size = path.stat().st_size
         if size != expected.size:
             raise BundleError(
-                f"{path} has {size} bytes, and the manifest says {expected.size}. The copy is not complete, or was "
-                "changed."
+                f"{path} has {size} bytes, but the manifest says {expected.size}. The copy is not complete, or it has "
+                "been changed."
             )
     for name, expected in manifest.files.items() if hashes else ():
         if file_of(root / name) != expected:
@@ -353,8 +367,8 @@ def _check_path(name: str, manifest: Path) -> None:
     plain = name == "/".join(parts) and not any(part in ("..", "/") or set(part) & set("\\:\0") for part in parts)
     if not plain or name == MANIFEST_FILE:
         raise BundleError(
-            f"The manifest {manifest} names the file {name!r}. The files of a bundle are named relative to its "
-            "folder, with forward slashes, and lie inside of it."
+            f"The manifest {manifest} names the file {name!r}. The files of a bundle must be in its folder, and their "
+            "names must be relative to it, with forward slashes."
         )
 
 
@@ -368,28 +382,28 @@ class HasShape(Protocol):
 
     @property
     def shape(self) -> Sequence[int]:
-        """Its sizes."""
+        """The sizes of the tensor's dimensions."""
         ...
 
 
 def inputs_of(graph: Graph) -> list[TensorSpec]:
-    """All inputs, caches last."""
+    """Return all inputs of `graph`, caches last."""
     return [*graph.inputs, *graph.cache_inputs]
 
 
 def outputs_of(graph: Graph) -> list[TensorSpec | CacheOutput]:
-    """All outputs, caches last."""
+    """Return all outputs of `graph`, caches last."""
     return [*graph.outputs, *graph.cache_outputs]
 
 
 def sizes_for(graph: Graph, inputs: Sequence[HasShape]) -> Mapping[str, int] | None:
-    """The free sizes of `graph` for `inputs`, caches left out or not; None if they are of no shape that it takes."""
+    """Return the free sizes of `graph` for `inputs`, with or without caches; None if it does not accept the shapes."""
     specs = inputs_of(graph)[: len(inputs)]
     return solve([spec.shape for spec in specs], [tuple(tensor.shape) for tensor in inputs])
 
 
 def output_shapes(graph: Graph, inputs: Sequence[HasShape]) -> list[tuple[int, ...]]:
-    """The shapes of all outputs for inputs of the right shapes."""
+    """Return the shapes of all outputs for inputs of valid shapes."""
     sizes = sizes_for(graph, inputs)
     assert sizes is not None, "the store has checked the call"
     return [shape_at(spec.shape, sizes) for spec in outputs_of(graph)]

@@ -1,4 +1,4 @@
-"""A bundle's graphs, in the place of graphs that are captured and compiled here."""
+"""Serve a denoiser from the graphs of a bundle, instead of from graphs that are captured and compiled here."""
 
 from __future__ import annotations
 
@@ -21,16 +21,9 @@ from tgate_compile.engine.weights import fingerprint, live_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
 
-MSG_PIXELS = (
-    "In images of the bundle {folder}, {wrong}. Call the pipeline with such a size, or export a bundle for this one."
-)
-MSG_ARGUMENTS = (
-    "The bundle {folder} is made for a denoiser that is called with {expected}, but this call has {given}. Export a "
-    "bundle with a call like this one."
-)
 MSG_CHANGED = (
-    "The weights or modules of the denoiser have been changed since the bundle {folder} was loaded, which has the old "
-    "ones{what}. Call tgate_compile.restore(pipe), then optimize(pipe, ...) for the changed model."
+    "The weights or modules of the denoiser have changed since the bundle {folder} was loaded, but the bundle has the "
+    "old ones{what}. Call tgate_compile.restore(pipe), then optimize(pipe, ...) for the changed model."
 )
 
 
@@ -47,7 +40,7 @@ class BundledGraph:
     def run(
         self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The denoiser's flat outputs for `call`, and the values of `emitted`."""
+        """Return the denoiser's flat outputs for `call`, and the values of `emitted`."""
         by_name = dict(zip(self.names, call.leaves, strict=True))
         inputs = [_as(spec, by_name[spec.name]) for spec in self.graph.inputs]
         reused = [caches[spec.kind, spec.site] for spec in self.graph.cache_inputs]
@@ -56,14 +49,14 @@ class BundledGraph:
         return outputs[:count], outputs[count:]
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
-        """What the denoiser returns, from its flat outputs."""
+        """Pack the flat outputs into the type that the denoiser returns."""
         return self.put(outputs)
 
 
 class BundleStore:
     """The graphs of `bundle` for `denoiser`, each opened by `functions` when it is first needed.
 
-    They stay open; if they are `sequential`, until another one is needed.
+    Open graphs stay open. With `sequential`, a graph is closed when another one is needed.
     """
 
     def __init__(
@@ -93,31 +86,31 @@ class BundleStore:
 
     @property
     def folder(self) -> str:
-        """The bundle's."""
+        """The folder of the bundle."""
         return str(self._bundle.folder)
 
     @property
     def open_graphs(self) -> tuple[str, ...]:
-        """The names of the graphs that are open now."""
+        """The names of the graphs that are currently open."""
         return tuple(self._graphs[phase][0] for phase, _ in self._sessions)
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """What is cached, of whatever kind."""
+        """The names of all modules whose outputs are cached."""
         graphs = self._bundle.manifest.graphs.values()
         return tuple(dict.fromkeys(output.site for graph in graphs for output in graph.cache_outputs))
 
     @property
     def variants(self) -> list[tuple[Variant, Captured]]:
-        """None is made here."""
+        """An empty list: a bundle's graphs are not derived here."""
         return []
 
     def refresh(self, *, begins: bool = True) -> None:
-        """Check that the denoiser is still what it was when the bundle was loaded; graphs that can, follow its weights.
+        """Check that the denoiser has not changed since the bundle was loaded; if its weights have, refit the graphs.
 
         Raises:
-            BundleError: it is not, and they cannot.
-            BackendError: likewise.
+            BundleError: the denoiser has changed, and the graphs cannot be refitted.
+            BackendError: the runtime cannot refit a graph.
         """
         weights = bit_sums(self.denoiser)
         if fingerprint(self.denoiser) != self._modules:
@@ -130,7 +123,7 @@ class BundleStore:
             self._weights = weights
 
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
-        """What the graph of `phase` hands on; the call must be one that the bundle is made for."""
+        """Return the values that the graph of `phase` emits for `call`, which the bundle must support."""
         graph = self._graph(phase)
         sizes = self._sizes(graph, call, argument_names(call, forward))
         return tuple(_emission(output, sizes, self._anchor) for output in graph.cache_outputs)
@@ -138,11 +131,11 @@ class BundleStore:
     def get(
         self, phase: Phase, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], forward: Callable[..., Any]
     ) -> BundledGraph:
-        """The graph of `phase`.
+        """Return the graph of `phase`, after opening it if necessary.
 
         Raises:
-            BundleError: there is none, or `call` has other shapes or arguments than it is made for.
-            BackendError: the runtime does not take it.
+            BundleError: there is no such graph, or it does not support the shapes or arguments of `call`.
+            BackendError: the runtime cannot open it.
         """
         key = (call.key, phase)
         if key not in self._opened:
@@ -176,24 +169,22 @@ class BundleStore:
             needed = f"{phase.name}, {'with' if phase.guided else 'without'} guidance"
             graphs = ", ".join(name for name, _ in self._graphs.values())
             raise BundleError(
-                f"The bundle {self._bundle.folder} has no graph for what this call needs ({needed}). It has "
-                f"{graphs}. Export one with a call like this one."
+                f"The bundle {self._bundle.folder} has no graph for a step of this call ({needed}). It has {graphs}. "
+                "Export a bundle with a call like this one."
             )
         return self._graphs[phase][1]
 
     def _sizes(self, graph: Graph, call: Call, names: Sequence[str]) -> Mapping[str, int]:
-        """The free sizes of `graph` in `call`, which is checked."""
+        """Check `call` against `graph`, and return its free sizes."""
         manifest = self._bundle.manifest.denoiser
         given = dict(zip(names, call.leaves, strict=True))
         tensors = [name for name, value in given.items() if torch.is_tensor(value)]
         constants = {name: value for name, value in given.items() if not torch.is_tensor(value)}
         if set(tensors) != set(manifest.arguments) or _exactly(constants) != _exactly(manifest.constants):
             raise BundleError(
-                MSG_ARGUMENTS.format(
-                    folder=self._bundle.folder,
-                    expected=_arguments(manifest.arguments, manifest.constants),
-                    given=_arguments(tensors, constants),
-                )
+                f"The bundle {self._bundle.folder} needs the denoiser to be called with "
+                f"{_arguments(manifest.arguments, manifest.constants)}, but this call has "
+                f"{_arguments(tensors, constants)}. Export a bundle with a call like this one."
             )
         inputs = [_as(spec, given[spec.name]) for spec in graph.inputs]
         sizes = sizes_for(graph, inputs)
@@ -204,25 +195,28 @@ class BundleStore:
         expected = [_shown(spec) for spec in graph.inputs]
         found = [_shown_tensor(spec.name, tensor) for spec, tensor in zip(graph.inputs, inputs, strict=True)]
         pairs = [pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]]
-        wanted, got = (", ".join(texts) for texts in zip(*pairs, strict=True))
+        supported, got = (", ".join(texts) for texts in zip(*pairs, strict=True))
         free = self._bundle.manifest.sizes.items()
         if free:
-            wanted += " with " + ", ".join(f"{name} from {size.least} to {size.most}" for name, size in free)
+            supported += " with " + ", ".join(f"{name} from {size.least} to {size.most}" for name, size in free)
         raise BundleError(
-            f"The bundle {self._bundle.folder} is made for {wanted}, but this call has {got}. Call the pipeline "
-            "with the sizes, the number of images and the prompts' lengths that the bundle was made for, or export "
-            "one for these."
+            f"The bundle {self._bundle.folder} supports {supported}, but this call has {got}. Call the pipeline with "
+            "an image size, a number of images and a prompt length that the bundle supports, or export a bundle for "
+            "these."
         )
 
     def _check_pixels(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
-        """Raise BundleError, which says it in pixels, if the images' height or width does not suit the graph."""
+        """Raise BundleError, with sizes in pixels, if the graph does not support the images' height or width."""
         manifest = self._bundle.manifest
         limits = {name: (size.least, size.most) for name, size in manifest.sizes.items()}
         for spec, tensor in zip(graph.inputs, inputs, strict=True):
             if spec.name == manifest.denoiser.latents:
                 wrong = wrong_pixels(spec.shape, tensor.shape, manifest.pipeline.vae_scale_factor, limits)
                 if wrong:
-                    raise BundleError(MSG_PIXELS.format(folder=self._bundle.folder, wrong=wrong))
+                    raise BundleError(
+                        f"For the bundle {self._bundle.folder}, {wrong}. Call the pipeline with such a size, or export "
+                        "a bundle for this one."
+                    )
 
     def _within(self, sizes: Mapping[str, int]) -> bool:
         free = self._bundle.manifest.sizes
@@ -238,13 +232,13 @@ def _emission(output: CacheOutput, sizes: Mapping[str, int], anchor: float) -> E
 
 
 def _as(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
-    """A timestep of whole numbers for a graph that takes parts of them; anything else as it is."""
-    whole = not tensor.is_floating_point() and spec.dtype == "float32"
-    return tensor.float() if whole else tensor
+    """Return `tensor`, converted to float32 if it is an integer timestep and the graph expects fractional ones."""
+    is_integer_timestep = not tensor.is_floating_point() and spec.dtype == "float32"
+    return tensor.float() if is_integer_timestep else tensor
 
 
 def _exactly(constants: Mapping[str, object]) -> dict[str, tuple[type, object]]:
-    """True == 1 == 1.0, but graphs made for them differ."""
+    """Return the constants with their types: True == 1 == 1.0, but the graphs captured for them differ."""
     return {name: (type(value), value) for name, value in constants.items()}
 
 

@@ -1,4 +1,4 @@
-"""The weights of a bundle: their digest, the file that holds them, its index, and mapping them into memory."""
+"""Hash, write, index and memory-map the weights of a bundle."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tgate_compile.engine.weights import plain_tensors
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of `tensor` in C order: its own memory, if it is contiguous and on the CPU."""
+    """Return the bytes of `tensor` in C order, without a copy if it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def weights_digest(denoiser: torch.nn.Module) -> str:
-    """SHA-256 over a line `name dtype shape sha256` for each parameter and buffer, sorted by name.
+    """Return the SHA-256 digest of a line `name dtype shape sha256` for each parameter and buffer, sorted by name.
 
-    For example `conv_in.bias float32 4 9f86d0...`; the inner hash is that of the bytes in C order, little-endian.
+    A line is, for example, `conv_in.bias float32 4 9f86d0...`; its hash is that of the bytes in C order, little-endian.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(plain_tensors(denoiser).items()):
@@ -40,23 +40,23 @@ def weights_digest(denoiser: torch.nn.Module) -> str:
 
 
 def bit_sums(denoiser: torch.nn.Module) -> tuple[int, ...]:
-    """A sum over the bits of each weight: far quicker than the digest, and unequal after any ordinary change."""
+    """Return a sum over the bits of each weight: much faster than the digest, and different after any usual change."""
     return tuple(int(as_integers(tensor).sum()) for tensor in plain_tensors(denoiser).values())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` of `torch.float32`."""
+    """Return the name of `dtype` without `torch.`, such as `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
-#: Large tensors begin at a page, so that a runtime can map them; small ones where any element type may begin.
+#: Large tensors start at a page boundary, so that a runtime can map them; small ones are aligned for any element type.
 PAGE = 4096
 ALIGNMENT = 64
 LARGE = 1 << 20
 
 
 class WeightsFile:
-    """Writes tensors one after the other. No more than one is ever copied at a time."""
+    """A weights file to which tensors are appended. At most one tensor is copied at a time."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -64,7 +64,7 @@ class WeightsFile:
         self._size = 0
 
     def add(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """Offset and length of the bytes of `tensor`, which are written unless they are there already."""
+        """Return the offset and the length of the bytes of `tensor`, after writing them unless the file has them."""
         content = tensor_bytes(tensor)
         key = (hashlib.sha256(content).digest(), content.nbytes)
         if key not in self._offsets:
@@ -77,16 +77,15 @@ class WeightsFile:
         return self._offsets[key], content.nbytes
 
 
-#: Beside the weights. Not safetensors: there, equal tensors cannot share bytes, and large ones not begin at a page.
+#: The index of the weights file. In a safetensors file, equal tensors could not share bytes, nor large ones be aligned.
 INDEX_FILE = "graphs/weights.json"
 MAX_INDEX_BYTES = 50_000_000
 
-MSG_INDEX = "{path} is no index of a weights file: {problem}."
-MSG_PLACE = "{path} has the tensor {name!r} at bytes {offset} to {end}, which is not where a {dtype} {shape} can be."
+MSG_INDEX = "{path} is not a valid index of a weights file: {problem}."
 
 
 class Place(BaseModel):
-    """A tensor in the weights file, in C order, little-endian."""
+    """The location of a tensor in the weights file, in C order, little-endian."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -101,7 +100,7 @@ class _Index(RootModel[dict[Name, Place]]):
 
 
 def write_weights(tensors: Mapping[str, torch.Tensor], weights: WeightsFile, index: Path) -> None:
-    """Add `tensors` to `weights`, and say in the file `index` where each of them is."""
+    """Add `tensors` to `weights`, and write their locations to the file `index`."""
     places = {}
     for name, tensor in tensors.items():
         offset, length = weights.add(tensor)
@@ -112,10 +111,10 @@ def write_weights(tensors: Mapping[str, torch.Tensor], weights: WeightsFile, ind
 
 
 def read_index(path: Path, weights_size: int) -> dict[str, Place]:
-    """Where each tensor is in a weights file of so many bytes, by its name.
+    """Return the location of each tensor in a weights file of `weights_size` bytes, by name.
 
     Raises:
-        BundleError: the file is no index, or a tensor does not lie in the weights file.
+        BundleError: the file is not a valid index, or a tensor is not within the weights file.
     """
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise BundleError(MSG_INDEX.format(path=path, problem="it is too large"))
@@ -128,18 +127,20 @@ def read_index(path: Path, weights_size: int) -> dict[str, Place]:
         end = place.offset + place.length
         size = math.prod(place.shape) * getattr(torch, place.dtype).itemsize
         if place.length != size or end > weights_size or place.offset % ALIGNMENT:
-            told = {"offset": place.offset, "end": end, "dtype": place.dtype, "shape": place.shape}
-            raise BundleError(MSG_PLACE.format(path=path, name=name[:200], **told))
+            raise BundleError(
+                f"{path} places the tensor {name[:200]!r} at bytes {place.offset} to {end}, which is not a valid "
+                f"location of a tensor of dtype {place.dtype} and shape {place.shape}."
+            )
     return places
 
 
 class MappedWeights:
-    """The tensors of the weights file of the bundle at `root`, on `device`.
+    """The tensors in the weights file of the bundle at `root`, on `device`.
 
-    On the CPU they are the file's own pages, read when they are first used; elsewhere, copies.
+    On the CPU they are memory-mapped, so a page is read when it is first used; on other devices they are copies.
 
     Raises:
-        BundleError: the index is not that of the weights file.
+        BundleError: the index does not fit the weights file.
         OSError: a file cannot be read.
     """
 
@@ -153,16 +154,16 @@ class MappedWeights:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Those called `names`, the same objects every time.
+        """Return the tensors called `names`; every call returns the same objects.
 
         Raises:
-            BundleError: one of them is not there.
+            BundleError: the bundle does not have one of them.
         """
         names = list(names)
         missing = [name for name in names if name not in self._places]
         if missing:
             raise BundleError(
-                f"The bundle {self._root} has no weights called {', '.join(missing[:5])}, which its graphs ask for."
+                f"The bundle {self._root} does not have the weights {', '.join(missing[:5])}, which its graphs need."
             )
         for name in names:
             if name not in self._tensors:
@@ -179,14 +180,14 @@ _MAPPED: weakref.WeakValueDictionary[object, MappedWeights] = weakref.WeakValueD
 
 
 def mapped_weights(root: Path, device: torch.device) -> MappedWeights:
-    """The weights of the bundle at `root`, the same object for as long as someone has it.
+    """Return the weights of the bundle at `root`; every call returns the same object for as long as it is in use.
 
     Raises:
         BundleError: as `MappedWeights`.
         OSError: as `MappedWeights`.
     """
-    told = os.stat(root / WEIGHTS_FILE)  # a bundle may be replaced by another one of its name
-    key = (told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns, str(device))
+    stat = os.stat(root / WEIGHTS_FILE)  # a bundle may be replaced by another one with the same name
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, str(device))
     found = _MAPPED.get(key)
     if found is None:
         found = _MAPPED[key] = MappedWeights(root, device)

@@ -1,4 +1,4 @@
-"""Write a bundle: all of it or nothing."""
+"""Write a bundle, completely or not at all."""
 
 from __future__ import annotations
 
@@ -43,28 +43,30 @@ from tgate_compile.pipeline.hook import GatedDenoiser
 
 
 def check_target(folder: Path, *, overwrite: bool) -> None:
-    """Raise BundleError unless a bundle can be put at `folder`, as far as can be told beforehand."""
+    """Raise BundleError unless a bundle can be written to `folder`, as far as this is known beforehand."""
     if not folder.parent.is_dir():
-        raise BundleError(f"{folder} cannot be written: {folder.parent} is no folder.")
+        raise BundleError(f"{folder} cannot be written: {folder.parent} is not a folder.")
     if os.path.lexists(folder):
         if not overwrite:
             raise BundleError(
-                f"{folder} exists already. Choose another folder, or give overwrite=True to replace the bundle in it."
+                f"{folder} already exists. Choose another folder, or pass overwrite=True to replace the bundle in it."
             )
         is_empty = folder.is_dir() and not any(folder.iterdir())
         if folder.is_symlink() or not (is_empty or (folder / MANIFEST_FILE).is_file()):
-            raise BundleError(f"{folder} exists and is no bundle, and is not replaced: it has no {MANIFEST_FILE}.")
+            raise BundleError(
+                f"{folder} exists and is not replaced because it is not a bundle: it has no {MANIFEST_FILE}."
+            )
 
 
 @contextmanager
 def written_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its name at the end of the context; after an error it is gone.
+    """Yield a new temporary folder, which is renamed to `folder` at the end of the context, or removed after an error.
 
-    What was there goes only when its successor is complete. A process that is killed leaves at most a hidden folder,
-    `.NAME.HEX.tmp`, or what was there as `.NAME.HEX.old`.
+    An existing bundle is removed only when the new one is complete. A process that is killed leaves at most a hidden
+    folder, `.NAME.HEX.tmp`, or the old bundle as `.NAME.HEX.old`.
 
     Raises:
-        BundleError: `folder` exists and is not to be replaced, or it cannot be written.
+        BundleError: `folder` exists and must not be replaced, or it cannot be written.
     """
     check_target(folder, overwrite=overwrite)
     mark = uuid.uuid4().hex
@@ -77,14 +79,14 @@ def written_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         _move(temporary, folder, folder.with_name(f".{folder.name}.{mark}.old"))
     except OSError as error:
         raise BundleError(
-            f"The bundle {folder} cannot be written: {error.strerror or error}. Nothing is left of it."
+            f"The bundle {folder} cannot be written: {error.strerror or error}. Nothing has been written."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
-    """Have everything on the disk before the name says that it is complete."""
+    """Flush all files to disk, so that a folder with the final name is always complete."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -121,15 +123,15 @@ def write_bundle(
     overwrite: bool,
     progress: Progress,
 ) -> None:
-    """Write the graphs of `plan` to `folder`; `hook` is that of the denoiser `component` of the optimized `pipe`.
+    """Write the graphs of `plan` to `folder`.
 
-    `components`: what is to be written beyond the denoiser. `call` is what `plan` was made for. The other arguments are
-    those of `export`.
+    `hook` belongs to the denoiser `component` of the optimized `pipe`, `plan` was made for `call`, and `components`
+    describes the components to write in addition to the denoiser. The other arguments are those of `export`.
 
     Raises:
-        CaptureError: the denoiser's code depends on a size that is to be left free.
-        BundleError: it cannot be written, or a graph is not what it must be. `folder` is then as it was.
-        UnsupportedModelError: the denoiser takes or returns what no bundle can say.
+        CaptureError: the denoiser's code depends on a size in `free`.
+        BundleError: the bundle cannot be written, or a graph is not correct. `folder` is then unchanged.
+        UnsupportedModelError: the denoiser takes or returns values that a manifest cannot represent.
     """
     graphs = choose_sizes(hook, plan, free)
     denoiser = _denoiser(component, hook, next(iter(graphs.values())), progress)
@@ -188,12 +190,12 @@ def _quantizing(
     quantization: Quantization | None,
     progress: Progress,
 ) -> Quantizing | None:
-    """What a format is told, after the generations that it takes to know."""
+    """Return the quantization for the format to write, after the generations that its calibration needs."""
     if quantization is None:
         return None
     if not quantization.calibrated:
         return Quantizing(quantization, None)
-    progress("Generating, to measure values")
+    progress("Generating images to measure the ranges of activations")
     prompts, most = quantization.calibration_prompts, quantization.calibration_steps
     return Quantizing(quantization, calibrate(pipe, hook, plan, call, prompts, most))
 
@@ -241,16 +243,16 @@ def _described(
 ) -> dict[str, m.Graph]:
     described = {}
     for planned in graphs:
-        its = written[planned.name]
-        graph = describe_graph(planned, its.file, its.entry, its.nodes)
-        if its.checked_on is not None:
+        result = written[planned.name]
+        graph = describe_graph(planned, result.file, result.entry, result.nodes)
+        if result.checked_on is not None:
             progress(f"Checking the {planned.name} graph against PyTorch")
             real = None
             if quantizing is not None and quantizing.calibration is not None:
                 real = quantizing.calibration.inputs_of(planned)
-            device = torch.device(its.checked_on)
+            device = torch.device(result.checked_on)
             parity = measure_parity(
-                planned, graph, functions, folder, device, its.limits, quantized=its.quantized, real=real
+                planned, graph, functions, folder, device, result.limits, quantized=result.quantized, real=real
             )
             graph = graph.model_copy(update={"parity": parity})
         described[planned.name] = graph
@@ -258,7 +260,7 @@ def _described(
 
 
 def _sizes(planned: PlannedGraph, written: Collection[WrittenGraph]) -> dict[str, m.FreeSize]:
-    """What all graphs take."""
+    """Return the ranges of the free sizes that all graphs support."""
     largest = {SYMBOLS[name]: most for name, most in LARGEST.items()}
     sizes = {}
     for name, example in example_sizes(planned).items():
@@ -273,14 +275,15 @@ def _denoiser(component: str, hook: GatedDenoiser, planned: PlannedGraph, progre
     returns = returns_of(planned.captured.out_spec)
     if returns is None:
         raise UnsupportedModelError(
-            f"The denoiser {model} returns {planned.captured.out_spec}; a bundle can say a tuple, or one of "
-            "diffusers' output classes."
+            f"The denoiser {model} returns {planned.captured.out_spec}, but a bundle supports only a tuple or an "
+            "output class of diffusers."
         )
     constants = {name: value for name, value in planned.arguments.items() if not torch.is_tensor(value)}
     for name, value in constants.items():
         if type(value) not in (bool, int, float, str, type(None)):
             raise UnsupportedModelError(
-                f"The denoiser {model} is called with {name}={value!r}, which a manifest cannot say."
+                f"The denoiser {model} is called with {name}={value!r}, which a manifest cannot represent: other "
+                "arguments than tensors must be None, bool, int, float or str."
             )
     progress("Hashing the weights")
     return m.Denoiser(

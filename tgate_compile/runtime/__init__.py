@@ -1,4 +1,4 @@
-"""Bundles as text-to-image programs on numpy and ONNX Runtime: no torch, diffusers or transformers is imported here.
+"""Run bundles as text-to-image programs with numpy and ONNX Runtime, without torch, diffusers or transformers.
 
 pipe = tgate_compile.runtime.BundlePipeline("my-bundle")
 image = pipe("a large red circle on a blue background", seed=0)

@@ -24,32 +24,32 @@ class Ddim:
     """`DDIMScheduler` of diffusers with `eta=0`, for a generation of `steps` steps.
 
     Attributes:
-        timesteps: what the denoiser is told at each step, int64, [steps].
-        initial_sigma: what normal noise is multiplied by to begin with.
-        warm_up: calls beyond the steps: none.
+        timesteps: the timestep of each denoiser call, int64, [steps].
+        initial_sigma: the factor of the initial noise.
+        warm_up: the number of denoiser calls in addition to the steps, which is 0.
     """
 
     initial_sigma = 1.0
     warm_up = 0
 
     def __init__(self, given: Mapping[str, Any], steps: int) -> None:
-        """Raises ConfigurationError for a configuration that is not written here."""
+        """Prepare a generation, or raise ConfigurationError if the configuration is not supported."""
         self._config = checked_config("DDIMScheduler", given, DEFAULTS, {**COMMON_CHOICES, "thresholding": (False,)})
         self._alphas = cumulative_alphas(self._config)
         self._stride = self._config["num_train_timesteps"] // steps
         self.timesteps = self._timesteps(steps)
         if self.timesteps[0] >= len(self._alphas):
             raise ConfigurationError(
-                f"With {steps} steps and its steps_offset, DDIM begins at timestep {self.timesteps[0]}, and the "
-                f"model was trained up to {len(self._alphas) - 1}. Take fewer steps."
+                f"With {steps} steps and its steps_offset, DDIM starts at timestep {self.timesteps[0]}, but the model "
+                f"was trained up to {len(self._alphas) - 1}. Use fewer steps."
             )
 
     def model_input(self, latents: Array, step: int) -> Array:
-        """What the denoiser sees of `latents` at `step`."""
+        """Return the denoiser's input for `latents` at `step`."""
         return latents
 
     def step(self, prediction: Array, step: int, latents: Array) -> Array:
-        """The latents after `step`, from the denoiser's `prediction` for those before it."""
+        """Return the latents after `step`, given the denoiser's `prediction` for those before it."""
         timestep = int(self.timesteps[step])
         alpha, alpha_next = self._alpha(timestep), self._alpha(timestep - self._stride)
         signal, noise = alpha**0.5, (1 - alpha) ** 0.5

@@ -1,4 +1,4 @@
-"""The denoiser of a bundle: its graphs, chosen step by step, with the caches carried along."""
+"""Run the denoiser of a bundle: choose the graph of each step, and pass the caches from step to step."""
 
 from __future__ import annotations
 
@@ -26,21 +26,12 @@ from tgate_compile.runtime._session import Session, Settings, detached, ort_valu
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
-MSG_NO_GRAPH = (
-    "The bundle {folder} has no graph for what this call needs ({phase}, {guidance} guidance). It has {graphs}. Export "
-    "one with a call like this one."
-)
-
-MSG_PIXELS = (
-    "In images of the bundle {folder}, {wrong}. Ask for images of such a size, or export a bundle for this one."
-)
-
-#: For each half of guidance, what is known of it besides latents and timesteps; the first dimension is that of images.
+#: For each guidance half, the inputs other than latents and timesteps, by source; the first dimension is the batch.
 Conditions = Mapping[Half, Mapping[Source, Array]]
 
 
 class Graphs:
-    """The graphs of a bundle, each opened when it is first needed; if they are `sequential`, one at a time."""
+    """The graphs of a bundle, each opened when it is first needed; with `sequential`, only one is open at a time."""
 
     def __init__(self, manifest: Manifest, folder: Path, settings: Settings, *, sequential: bool = False) -> None:
         self._manifest = manifest
@@ -51,39 +42,41 @@ class Graphs:
 
     @property
     def open(self) -> tuple[str, ...]:
-        """The names of the graphs that are open now."""
+        """The names of the graphs that are currently open."""
         return tuple(self._sessions)
 
     def close(self) -> None:
-        """Close all."""
+        """Close all graphs."""
         self._sessions.clear()
         return_freed_memory()
 
     def prepare(self, plan: Sequence[PlannedPhase]) -> None:
-        """Open those that serve `plan`, as long as they may be open together; raises what `name` and `session` do."""
+        """Check that there is a graph for each step of `plan`, and open them unless `sequential`.
+
+        Raises:
+            BundleError: as `name`.
+            BackendError: as `session`.
+        """
         for name in dict.fromkeys(map(self.name, plan)):
             if not self._sequential:
                 self.session(name)
 
     def name(self, planned: PlannedPhase) -> str:
-        """Return the name of the graph that serves a step; raises BundleError if there is none."""
+        """Return the name of the graph that serves a step, or raise BundleError if there is none."""
         if planned.graph is None:
             phase = phase_of(planned.phase)
             raise BundleError(
-                MSG_NO_GRAPH.format(
-                    folder=self._folder,
-                    phase=phase.name,
-                    guidance="with" if phase.guided else "without",
-                    graphs=", ".join(self._manifest.graphs),
-                )
+                f"The bundle {self._folder} has no graph for a step of this call ({phase.name}, "
+                f"{'with' if phase.guided else 'without'} guidance). It has {', '.join(self._manifest.graphs)}. Export "
+                "a bundle with a call like this one."
             )
         return planned.graph
 
     def session(self, name: str) -> Session:
-        """Return the graph of this name, open.
+        """Return the session of the graph `name`, after opening it if necessary.
 
         Raises:
-            BackendError: ONNX Runtime does not take it.
+            BackendError: ONNX Runtime cannot open the graph.
         """
         if name not in self._sessions:
             graph = self._manifest.graphs[name]
@@ -93,12 +86,12 @@ class Graphs:
         return self._sessions[name]
 
     def kept(self, value: OrtValue) -> OrtValue:
-        """`value`, which a graph has returned, so that it may be held when that graph is closed."""
+        """Return `value`, which a graph has returned, in a form that does not keep this graph open."""
         return detached(value) if self._sequential else value
 
 
 class Denoiser:
-    """The denoiser of one generation. Calls come in the order of the steps."""
+    """The denoiser of one generation, which is called for each step in order."""
 
     def __init__(
         self,
@@ -108,7 +101,7 @@ class Denoiser:
         plan: Sequence[PlannedPhase],
         conditions: Conditions,
     ) -> None:
-        """Of the steps of `plan`; under guidance, `conditions` has both halves."""
+        """Prepare the steps of `plan`; with guidance, `conditions` has both halves."""
         assert manifest.components is not None
         self._graphs = graphs
         self._manifest = manifest
@@ -123,22 +116,22 @@ class Denoiser:
 
     @property
     def plan(self) -> Sequence[PlannedPhase]:
-        """What each step does."""
+        """The phase of each step."""
         return self._plan
 
     def open_graphs(self) -> None:
-        """Open all that the plan needs and that may be open together; raises what `Graphs.prepare` does."""
+        """Open the graphs that the plan needs, as `Graphs.prepare` does."""
         self._graphs.prepare(self._plan)
 
     def graph_name(self, step: int) -> str:
-        """Of the graph that serves `step`."""
+        """Return the name of the graph that serves `step`."""
         return self._graphs.name(self._plan[step])
 
     def __call__(self, step: int, latents: Array, timestep: float, guidance_scale: float) -> Array:
-        """The prediction for `latents`, [images, channels, h, w], with guidance where the step has it.
+        """Return the prediction for `latents`, [images, channels, h, w], with guidance if the step has it.
 
         Raises:
-            BundleError: the graph is made for other shapes.
+            BundleError: the graph does not support the shapes.
             BackendError: ONNX Runtime fails.
         """
         phase = self._plan[step].phase
@@ -158,7 +151,7 @@ class Denoiser:
         if phase.guided:
             halves = dict(zip(self._manifest.family.order, np.split(prediction, 2), strict=True))
             prediction = halves["uncond"] + np.float32(guidance_scale) * (halves["cond"] - halves["uncond"])
-        return prediction[:, : latents.shape[1]]  # beyond the latents' channels is a learned variance
+        return prediction[:, : latents.shape[1]]  # further channels are a learned variance
 
     def _argument(self, spec: TensorSpec, latents: Array, timestep: float, *, guided: bool) -> OrtValue:
         source = self._sources[spec.name]
@@ -167,7 +160,7 @@ class Denoiser:
             return ort_value(np.concatenate([latents] * len(halves)), spec)
         if source == "timestep":
             batch = len(halves) * len(latents)
-            return ort_value(np.full((batch,) * len(spec.shape), timestep), spec)  # one number, or one for each row
+            return ort_value(np.full((batch,) * len(spec.shape), timestep), spec)  # a scalar, or one value per row
         key = (guided, spec.name)
         if key not in self._made:
             value = np.concatenate([self._conditions[half][source] for half in halves])
@@ -180,14 +173,17 @@ class Denoiser:
         return (self._manifest.method.keep,) if self._guided else tuple(self._conditions)
 
     def _check_pixels(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
-        """Raise BundleError, which says it in pixels, if the images' height or width does not suit the graph."""
+        """Raise BundleError, with sizes in pixels, if the graph does not support the images' height or width."""
         limits = {name: (size.least, size.most) for name, size in self._manifest.sizes.items()}
         pixels = self._manifest.pipeline.vae_scale_factor
         for spec in graph.inputs:
             if spec.name == self._manifest.denoiser.latents:
                 wrong = wrong_pixels(spec.shape, inputs[spec.name].shape(), pixels, limits)
                 if wrong:
-                    raise BundleError(MSG_PIXELS.format(folder=self._folder, wrong=wrong))
+                    raise BundleError(
+                        f"For the bundle {self._folder}, {wrong}. Request images of such a size, or export a bundle "
+                        "for this one."
+                    )
 
     def _check_shapes(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
         specs = [*graph.inputs, *graph.cache_inputs]
@@ -201,15 +197,15 @@ class Denoiser:
             expected = ", ".join(f"{spec.name} {spec.shape}" for spec, _ in others)
             given = ", ".join(f"{spec.name} {list(shape)}" for spec, shape in others)
             raise BundleError(
-                f"The bundle {self._folder} is made for {expected}, but this call has {given}. Ask for images of "
-                "another size, or for another number at a time, or export a bundle that takes these."
+                f"The bundle {self._folder} supports {expected}, but this call has {given}. Request images of another "
+                "size, or another number of images at a time, or export a bundle for these."
             )
         for name, value in sizes.items():
             limits = self._manifest.sizes[name]
             if not limits.least <= value <= limits.most:
                 raise BundleError(
-                    f"The bundle {self._folder} takes {name} from {limits.least} to {limits.most}, but this "
-                    f"call has {value}."
+                    f"The bundle {self._folder} supports {name} from {limits.least} to {limits.most}, but this call "
+                    f"has {value}."
                 )
 
 

@@ -1,4 +1,4 @@
-"""DPM-Solver++ of second order, with several steps' predictions (arXiv 2211.01095, algorithm 2), in numpy."""
+"""DPM-Solver++, second-order multistep (arXiv 2211.01095, algorithm 2), in numpy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CHOICES = {
     **COMMON_CHOICES,
     "solver_order": (1, 2),
     "algorithm_type": ("dpmsolver++",),
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # diffusers takes these for "midpoint"
+    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # diffusers treats the others as "midpoint"
     "thresholding": (False,),
     "use_exponential_sigmas": (False,),
     "use_beta_sigmas": (False,),
@@ -50,7 +50,7 @@ CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "variance_type": (None,),
 }
-#: diffusers' rule for `lower_order_final`.
+#: Below this number of steps `lower_order_final` takes effect, as in diffusers.
 FEW_STEPS = 15
 
 
@@ -58,16 +58,16 @@ class DpmPlusPlus:
     """`DPMSolverMultistepScheduler` of diffusers, of order 1 or 2, for a generation of `steps` steps.
 
     Attributes:
-        timesteps: what the denoiser is told at each step, int64, [steps].
-        initial_sigma: what normal noise is multiplied by to begin with.
-        warm_up: calls beyond the steps: none.
+        timesteps: the timestep of each denoiser call, int64, [steps].
+        initial_sigma: the factor of the initial noise.
+        warm_up: the number of denoiser calls in addition to the steps, which is 0.
     """
 
     initial_sigma = 1.0
     warm_up = 0
 
     def __init__(self, given: Mapping[str, Any], steps: int) -> None:
-        """Raises ConfigurationError for a configuration that is not written here."""
+        """Prepare a generation, or raise ConfigurationError if the configuration is not supported."""
         self._config = checked_config("DPMSolverMultistepScheduler", given, DEFAULTS, CHOICES)
         alphas = cumulative_alphas(self._config)
         if self._config["rescale_betas_zero_snr"]:
@@ -87,11 +87,11 @@ class DpmPlusPlus:
         self._before: Array | None = None
 
     def model_input(self, latents: Array, step: int) -> Array:
-        """What the denoiser sees of `latents` at `step`."""
+        """Return the denoiser's input for `latents` at `step`."""
         return latents
 
     def step(self, prediction: Array, step: int, latents: Array) -> Array:
-        """The latents after `step`, from the denoiser's `prediction` for those before it; steps come in order."""
+        """Return the latents after `step`, given the denoiser's `prediction`; steps must be in order."""
         sigma, after = float(self._sigmas[step]), float(self._sigmas[step + 1])
         scale, scale_after = (sigma**2 + 1) ** -0.5, (after**2 + 1) ** -0.5
         clean = self._clean(prediction, latents, sigma, scale)
@@ -102,7 +102,7 @@ class DpmPlusPlus:
             ratio = np.log(earlier / sigma) / np.log(sigma / after)
             towards = clean + (clean - self._before) * float(0.5 / ratio)
         self._before = clean
-        # exp(-h), with h the distance of the two log-SNRs, is the ratio of the sigmas.
+        # exp(-h), where h is the difference of the two log-SNRs, is the ratio of the sigmas.
         moved: Array = (after * scale_after) / (sigma * scale) * latents - scale_after * (after / sigma - 1) * towards
         return moved
 

@@ -1,4 +1,4 @@
-"""Euler's method on the probability flow (arXiv 2206.00364, algorithm 1 without churn), in numpy."""
+"""Euler's method for the probability flow ODE (arXiv 2206.00364, algorithm 1 without churn), in numpy."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class Euler:
     """`EulerDiscreteScheduler` of diffusers without churn, for a generation of `steps` steps.
 
     Attributes:
-        timesteps: what the denoiser is told at each step, float32, [steps]; not always whole numbers.
-        initial_sigma: what normal noise is multiplied by to begin with.
-        warm_up: calls beyond the steps: none.
+        timesteps: the timestep of each denoiser call, float32, [steps]; not always an integer.
+        initial_sigma: the factor of the initial noise.
+        warm_up: the number of denoiser calls in addition to the steps, which is 0.
     """
 
     warm_up = 0
 
     def __init__(self, given: Mapping[str, Any], steps: int) -> None:
-        """Raises ConfigurationError for a configuration that is not written here."""
+        """Prepare a generation, or raise ConfigurationError if the configuration is not supported."""
         self._config = checked_config("EulerDiscreteScheduler", given, DEFAULTS, CHOICES)
         alphas = cumulative_alphas(self._config)
         if self._config["rescale_betas_zero_snr"]:
@@ -72,12 +72,12 @@ class Euler:
         self.initial_sigma = (largest**2 + 1) ** 0.5 if self._config["timestep_spacing"] == "leading" else largest
 
     def model_input(self, latents: Array, step: int) -> Array:
-        """What the denoiser sees of `latents` at `step`."""
+        """Return the denoiser's input for `latents` at `step`."""
         scaled: Array = latents / float(self._sigmas[step] ** 2 + 1) ** 0.5
         return scaled
 
     def step(self, prediction: Array, step: int, latents: Array) -> Array:
-        """The latents after `step`, from the denoiser's `prediction` for those before it."""
+        """Return the latents after `step`, given the denoiser's `prediction` for those before it."""
         sigma, after = float(self._sigmas[step]), float(self._sigmas[step + 1])
         if self._config["prediction_type"] == "epsilon":
             clean = latents - sigma * prediction

@@ -1,4 +1,4 @@
-"""Noise levels and configurations, which all schedulers share."""
+"""The noise levels and configurations that all schedulers share."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from tgate_compile._errors import ConfigurationError
 
-#: Of whatever dtype the docstring says.
+#: An array whose dtype is given in the docstring.
 Array = NDArray[Any]
 
-#: Stands for the last of the cumulative products, which zero terminal SNR makes 0: its sigma would be infinite.
+#: Replaces the last of the cumulative products if zero terminal SNR makes it 0: its sigma would be infinite.
 NEARLY_ZERO = 2.0**-24
 
 
 def cumulative_alphas(config: Mapping[str, Any]) -> Array:
-    """The products of `1 - beta` up to each training timestep, float32, [num_train_timesteps].
+    """Return the cumulative products of `1 - beta` for each training timestep, float32, [num_train_timesteps].
 
-    Source: diffusers, whose rounding to float32 in between is kept, so that results agree.
+    Intermediate values are rounded to float32 where diffusers does it, so that results agree.
     """
     betas = _betas(config)
     if config["rescale_betas_zero_snr"]:
@@ -31,13 +31,13 @@ def cumulative_alphas(config: Mapping[str, Any]) -> Array:
 
 
 def sigmas_of(alphas: Array) -> Array:
-    """The noise's standard deviation beside a signal of one, float32, [num_train_timesteps], growing."""
+    """Return the noise's standard deviation relative to the signal, float32, [num_train_timesteps], ascending."""
     sigmas: Array = ((1 - alphas) / alphas) ** 0.5
     return sigmas
 
 
 def karras_sigmas(largest: float, smallest: float, count: int) -> Array:
-    """`count` sigmas between these, most of them small. Source: arXiv 2206.00364, equation 5, with rho 7."""
+    """Return `count` descending sigmas, most of them small (arXiv 2206.00364, equation 5, with rho 7)."""
     ramp = np.linspace(0, 1, count)
     first, last = largest ** (1 / 7), smallest ** (1 / 7)
     sigmas: Array = (first + ramp * (last - first)) ** 7
@@ -45,10 +45,10 @@ def karras_sigmas(largest: float, smallest: float, count: int) -> Array:
 
 
 def timesteps_of(sigmas: Array, training: Array) -> Array:
-    """The timesteps, as fractions between whole ones, at which `training`'s sigmas are these."""
-    logs, wanted = np.log(training), np.log(np.maximum(sigmas, 1e-10))
-    low = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2)
-    weight = np.clip((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0, 1)
+    """Return the timesteps, with fractions, at which the interpolated sigmas in `training` equal `sigmas`."""
+    logs, targets = np.log(training), np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip(np.searchsorted(logs, targets, side="right") - 1, 0, len(logs) - 2)
+    weight = np.clip((logs[low] - targets) / (logs[low] - logs[low + 1]), 0, 1)
     timesteps: Array = (1 - weight) * low + weight * (low + 1)
     return timesteps
 
@@ -66,7 +66,7 @@ def _betas(config: Mapping[str, Any]) -> Array:
 
 
 def _with_zero_terminal_snr(betas: Array) -> Array:
-    """Source: arXiv 2305.08891, algorithm 1."""
+    """Rescale `betas` to zero terminal SNR (arXiv 2305.08891, algorithm 1)."""
     roots = np.sqrt(_products(betas))
     first, last = roots[0].copy(), roots[-1].copy()
     products = ((roots - last) * (first / (first - last))) ** 2
@@ -77,7 +77,7 @@ def _products(betas: Array) -> Array:
     return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
 
 
-#: All of these schedulers have them. The values are diffusers' defaults, for keys that a configuration leaves out.
+#: The settings that all schedulers have, with diffusers' defaults for keys that a configuration omits.
 COMMON: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -94,7 +94,7 @@ COMMON_CHOICES: Mapping[str, Sequence[object]] = {
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
 
-#: By the names that `scheduler=` takes; the classes in diffusers.
+#: The values of `scheduler=`, with the names of the classes in diffusers.
 NAMES: Mapping[str, str] = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -106,25 +106,25 @@ NAMES: Mapping[str, str] = {
 def checked_config(
     scheduler: str, given: Mapping[str, Any], defaults: Mapping[str, Any], choices: Mapping[str, Sequence[object]]
 ) -> dict[str, Any]:
-    """All of `defaults`' keys, with the values that `given` has for them.
+    """Return `defaults`, updated by the values of the same keys in `given`.
 
-    Keys of `given` beyond these are those of other schedulers, which diffusers keeps in a configuration, too.
+    Other keys in `given` are ignored: diffusers also keeps the settings of other schedulers in a configuration.
 
     Args:
-        scheduler: the class, for the message.
-        given: a scheduler's configuration, of this class or of another.
-        defaults: what a configuration may leave out.
-        choices: for some keys, the only values that there is an implementation for.
+        scheduler: the name of the class, for the error message.
+        given: the configuration of a scheduler, of this class or of another.
+        defaults: all settings of the scheduler, with their defaults.
+        choices: for some keys, the supported values.
 
     Raises:
-        ConfigurationError: a value is none of the choices.
+        ConfigurationError: a value is not supported.
     """
     config = {key: given.get(key, default) for key, default in defaults.items()}
     for key, known in choices.items():
         if config[key] not in known:
             raise ConfigurationError(
-                f"{scheduler} with {key}={config[key]!r} is not in this runtime, which has "
-                f"{' and '.join(map(repr, known))} there. Export the bundle from a pipeline with a scheduler of "
-                f"that kind, or run it with another: {', '.join(NAMES)}."
+                f"This runtime does not support {scheduler} with {key}={config[key]!r}, only with "
+                f"{' and '.join(map(repr, known))}. Export the bundle from a pipeline with a supported scheduler, or "
+                f"choose another with scheduler=: {', '.join(NAMES)}."
             )
     return config

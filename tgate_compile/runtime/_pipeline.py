@@ -1,4 +1,4 @@
-"""A bundle as a text-to-image program."""
+"""Run a bundle as a text-to-image program."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from tgate_compile.runtime._text_and_images import Decoder, Encoded, Prompts, pi
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: What it needs.
+#: The packages that the runtime needs.
 NEEDS = ("onnxruntime", "tokenizers")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is over.
+    """A completed step.
 
     Attributes:
-        number: from 0.
-        steps: of the whole generation.
-        graph: the name of the graph that it ran.
-        letter: what it did; `docs/reference/schedules.md` has the letters.
-        seconds: how long it took.
-        latents: after it, [images, channels, h, w].
+        number: the number of the step, from 0.
+        steps: the number of steps in the generation.
+        graph: the name of the graph that was run.
+        letter: the letter of the step's phase, explained in `docs/reference/schedules.md`.
+        seconds: the duration of the step, in seconds.
+        latents: the latents after the step, [images, channels, h, w].
     """
 
     number: int
@@ -55,12 +55,12 @@ class Step:
 
 
 class BundlePipeline:
-    """A bundle that was exported with `components="all"`, ready to make images of prompts.
+    """A bundle that was exported with `components="all"`, ready to generate images from prompts.
 
-    It needs numpy, ONNX Runtime, pydantic and tokenizers, and Pillow for pictures; neither PyTorch nor diffusers.
-    Sessions are opened when they are first needed, and stay. Calls share nothing else: threads may make them at the
-    same time. If it is `sequential`, the text encoders, each graph, and the decoder are closed before the next is
-    opened, and calls come one after the other.
+    It needs numpy, ONNX Runtime, pydantic and tokenizers, and Pillow for PIL images, but neither PyTorch nor diffusers.
+    Sessions are opened when they are first needed, and stay open. Calls share nothing else, so they can be made from
+    several threads at the same time. With `sequential`, the text encoders, each graph and the decoder are closed before
+    the next one is opened, and calls are serialized.
     """
 
     def __init__(
@@ -72,37 +72,36 @@ class BundlePipeline:
         verify: bool = True,
         sequential: bool = False,
     ) -> None:
-        """Open the bundle in `folder`, which must go on lying there.
+        """Open the bundle in `folder`, which must stay there while the pipeline is in use.
 
         Args:
-            folder: of the bundle.
-            providers: ONNX Runtime's execution providers; None: the CPU.
-            threads: how many work on one operator; None: as many as there are cores.
-            verify: compare the hashes of all files with the manifest. Without, only paths and sizes are looked at, and
-                nothing large is read.
-            sequential: less memory, for the time that it takes to open each graph anew for each call.
+            folder: the folder of the bundle.
+            providers: the execution providers of ONNX Runtime; the default is the CPU.
+            threads: the number of threads per operator; the default is one per core.
+            verify: whether to compare the hashes of all files with the manifest. Otherwise only paths and sizes are
+                checked, and no large file is read.
+            sequential: save memory by keeping only one graph open at a time, which makes every call slower.
 
         Raises:
-            BundleError: it is damaged, has the denoiser alone, or other graphs than ONNX.
+            BundleError: the bundle is damaged, has only the denoiser, or has graphs in another format than ONNX.
             ConfigurationError: an argument is wrong, or a package is missing.
         """
         check_installed(*NEEDS, extra="runtime", what="tgate_compile.runtime")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ConfigurationError(f"threads must be None or a whole number from 1 on, but got {threads!r}.")
+            raise ConfigurationError(f"threads must be None or a positive integer, but got {threads!r}.")
         self._settings = Settings(tuple(providers or Settings.providers), threads)
         self._settings.check()
         self._folder = Path(os.path.abspath(folder))
         self._manifest = read_manifest(self._folder, hashes=verify)
         if self._manifest.graph_format != "onnx":
             raise BundleError(
-                f"The bundle {self._folder} has graphs of the format {self._manifest.graph_format!r}, and this "
-                'runtime runs "onnx".'
+                f"The bundle {self._folder} has graphs of the format {self._manifest.graph_format!r}, but this runtime "
+                'supports only "onnx".'
             )
         if self._manifest.components is None:
             raise BundleError(
-                f"The bundle {self._folder} has the denoiser alone, so that there is nothing to read prompts and to "
-                'decode latents. Export one with tgate_compile.export(..., components="all"), or `tgate-compile '
-                "export --components all`."
+                f"The bundle {self._folder} has only the denoiser, without text encoders and a VAE decoder. Export one "
+                'with tgate_compile.export(..., components="all"), or `tgate-compile export --components all`.'
             )
         self._components: Components = self._manifest.components
         self._sequential = sequential
@@ -115,12 +114,12 @@ class BundlePipeline:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of itself."""
+        """The manifest of the bundle."""
         return self._manifest
 
     @property
     def schedule(self) -> Schedule:
-        """When what is cached."""
+        """The schedule of the bundle."""
         return read_schedule(self._manifest.method.schedule)
 
     def __call__(
@@ -139,29 +138,30 @@ class BundlePipeline:
         callback: Callable[[Step], None] | None = None,
         output: Literal["pil", "numpy"] = "pil",
     ) -> Image | list[Image] | Array:
-        """An image of `prompt`, or a list of images of a list of prompts.
+        """Generate an image for `prompt`, or a list of images for a list of prompts.
 
-        What is not given is as the manifest says.
+        The defaults are those in the manifest.
 
         Args:
-            prompt: what to show. Several at a time need a bundle that takes as many.
-            negative_prompt: what not to show: one for all prompts, or as many.
-            num_inference_steps: denoising steps.
-            guidance_scale: up to 1 means none, which needs a bundle with such graphs.
-            seed: of the first image; the next one's is one more. The noise is numpy's, so that a seed gives other
-                images than in PyTorch; for the same image as there, give its `latents`.
-            latents: normal noise, [images, channels, height / scale, width / scale], in the place of a seed.
-            height: of the images in pixels.
-            width: likewise.
-            scheduler: `"ddim"`, `"euler"`, `"dpm++"` or `"pndm"`, configured as the bundle's own; None: that one.
-            gate_step: another gate than the bundle's.
+            prompt: what to show. The bundle must support as many prompts at a time.
+            negative_prompt: what not to show: one text for all prompts, or a list with one for each.
+            num_inference_steps: the number of denoising steps.
+            guidance_scale: the scale of guidance. Values up to 1 disable it, which needs a bundle with such graphs.
+            seed: the seed of the first image; each further image has the next one. The noise is generated by numpy, so
+                a seed gives other images than in PyTorch. To reproduce those, pass their initial `latents`.
+            latents: normal noise, [images, channels, height / scale, width / scale], instead of a seed.
+            height: the height of the images in pixels.
+            width: the width of the images in pixels.
+            scheduler: `"ddim"`, `"euler"`, `"dpm++"` or `"pndm"`, configured like the bundle's own scheduler, which is
+                the default.
+            gate_step: another gate step than the bundle's.
             callback: called after each step.
-            output: `"numpy"`: an array, float32, from 0 to 1, [height, width, 3], or [images, height, width, 3] of a
-                list of prompts.
+            output: `"pil"` for PIL images, or `"numpy"` for a float32 array with values in [0, 1], [height, width, 3],
+                or [images, height, width, 3] for a list of prompts.
 
         Raises:
             ConfigurationError: an argument is wrong.
-            BundleError: the bundle is not made for such a call.
+            BundleError: the bundle does not support this call.
             BackendError: ONNX Runtime fails.
         """
         prompts = _texts(prompt)
@@ -184,7 +184,7 @@ class BundlePipeline:
 
     @property
     def open_graphs(self) -> tuple[str, ...]:
-        """The names of the denoiser's graphs that are open now."""
+        """The names of the denoiser's graphs that are currently open."""
         return self._graphs.open
 
     def _denoised(
@@ -205,7 +205,7 @@ class BundlePipeline:
             prediction = denoiser(step, noise_scheduler.model_input(current, call), timestep.item(), scale)
             current = noise_scheduler.step(prediction, call, current)
             if call < warm_up:
-                continue  # the first step has more calls to come
+                continue  # further calls belong to the first step
             if callback is not None:
                 seconds, letter = time.perf_counter() - began, denoiser.plan[step].letter
                 callback(Step(step, steps, denoiser.graph_name(step), letter, seconds, current))
@@ -229,11 +229,11 @@ class BundlePipeline:
         if given is not None:
             if np.shape(given) != (count, *shape):
                 raise ConfigurationError(
-                    f"latents must be an array of the shape {(count, *shape)}, but got {np.shape(given)}."
+                    f"latents must be an array of shape {(count, *shape)}, but got {np.shape(given)}."
                 )
             return np.asarray(given, dtype=np.float32)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ConfigurationError(f"seed must be None or a whole number from 0 on, but got {seed!r}.")
+            raise ConfigurationError(f"seed must be None or a non-negative integer, but got {seed!r}.")
         seeds = [None if seed is None else seed + index for index in range(count)]
         return np.stack([np.random.default_rng(one).standard_normal(shape, dtype=np.float32) for one in seeds])
 
@@ -253,14 +253,14 @@ class BundlePipeline:
         return {half: {**encoded, **sizes} for half, encoded in halves.items()}
 
     def _sizes(self, count: int, latents: Sequence[int]) -> Mapping[Source, Array]:
-        """What some denoisers are told of the images' size; the same in both halves."""
+        """Return the inputs of some denoisers for the images' size, which are the same in both halves."""
         height, width = (size * self._components.vae_decoder.scale_factor for size in latents[-2:])
 
         def rows(*values: float) -> Array:
             return np.tile(np.array(values, dtype=np.float32), (count, 1))  # [images, values]
 
         return {
-            "sizes": rows(height, width, 0, 0, height, width),  # of the original, where it was cut, of the target
+            "sizes": rows(height, width, 0, 0, height, width),  # original size, crop offset, target size
             "resolution": rows(height, width),
             "aspect_ratio": rows(height / width),
         }
@@ -277,7 +277,7 @@ class BundlePipeline:
 def _texts(prompt: object) -> list[str]:
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ConfigurationError(f"prompt must be a text or a list of texts, but got {prompt!r}.")
+        raise ConfigurationError(f"prompt must be a string or a list of strings, but got {prompt!r}.")
     return list(texts)
 
 
@@ -288,7 +288,8 @@ def _negatives(negative: object, count: int) -> list[str] | None:
     if isinstance(texts, Sequence) and len(texts) == count and all(isinstance(text, str) for text in texts):
         return list(texts)
     raise ConfigurationError(
-        f"negative_prompt must be None, a text, or a list of {count} texts as prompt is, but got {negative!r}."
+        f"negative_prompt must be None, a string, or a list of {count} strings (as many as prompts), but got "
+        f"{negative!r}."
     )
 
 

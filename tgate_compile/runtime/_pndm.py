@@ -21,7 +21,7 @@ CHOICES = {
     "prediction_type": ("epsilon", "v_prediction"),
     "skip_prk_steps": (True, False),
 }
-#: How many predictions a linear multistep combines: the weights of the last ones, the latest first.
+#: The weights of the latest predictions in a linear multistep of one to four predictions, the latest first.
 _WEIGHTS: Sequence[Sequence[float]] = (
     (1.0,),
     (3 / 2, -1 / 2),
@@ -34,20 +34,20 @@ _RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 class Pndm:
     """`PNDMScheduler` of diffusers, for a generation of `steps` steps.
 
-    It makes more denoiser calls than steps: one more with `skip_prk_steps`, else nine more.
+    It makes more denoiser calls than there are steps: one more with `skip_prk_steps`, and nine more without.
 
     Attributes:
-        timesteps: what the denoiser is told at each call, int64, [calls].
-        initial_sigma: what normal noise is multiplied by to begin with.
-        warm_up: calls beyond the steps, which come first.
+        timesteps: the timestep of each denoiser call, int64, [calls].
+        initial_sigma: the factor of the initial noise.
+        warm_up: the number of additional calls, which come first.
     """
 
     initial_sigma = 1.0
 
     def __init__(self, given: Mapping[str, Any], steps: int) -> None:
-        """Raises ConfigurationError for a configuration that is not written here."""
+        """Prepare a generation, or raise ConfigurationError if the configuration is not supported."""
         self._config = checked_config("PNDMScheduler", given, DEFAULTS, CHOICES)
-        # Another scheduler's option, which this one has not.
+        # A setting of other schedulers, which PNDM ignores.
         self._alphas = cumulative_alphas({**self._config, "rescale_betas_zero_snr": False})
         self._stride = int(self._config["num_train_timesteps"]) // steps
         spaced = self._spaced(steps)
@@ -57,8 +57,8 @@ class Pndm:
         else:
             if steps < 4:
                 raise ConfigurationError(
-                    "PNDM begins with Runge-Kutta steps, which take 4 steps or more, but num_inference_steps is "
-                    f"{steps}. Take more, or export the bundle with a scheduler that has skip_prk_steps=True."
+                    "PNDM starts with Runge-Kutta steps, which need 4 steps or more, but num_inference_steps is "
+                    f"{steps}. Use more steps, or export the bundle with a scheduler that has skip_prk_steps=True."
                 )
             between = spaced[-4:].repeat(2) + np.tile([0, self._stride // 2], 4)
             self._prk = between[:-1].repeat(2)[1:-1][::-1]
@@ -66,8 +66,8 @@ class Pndm:
         self.timesteps: Array = np.concatenate([self._prk, plms]).astype(np.int64)
         if self.timesteps.max() >= len(self._alphas):
             raise ConfigurationError(
-                f"With {steps} steps and its steps_offset, PNDM begins at timestep {self.timesteps.max()}, and "
-                f"the model was trained up to {len(self._alphas) - 1}. Take fewer steps."
+                f"With {steps} steps and its steps_offset, PNDM starts at timestep {self.timesteps.max()}, but the "
+                f"model was trained up to {len(self._alphas) - 1}. Use fewer steps."
             )
         self.warm_up = len(self.timesteps) - steps
         self._predictions: list[Array] = []  # the latest first
@@ -75,17 +75,17 @@ class Pndm:
         self._before: Array | None = None
 
     def model_input(self, latents: Array, step: int) -> Array:
-        """What the denoiser sees of `latents` at the call `step`."""
+        """Return the denoiser's input for `latents` at the call `step`."""
         return latents
 
     def step(self, prediction: Array, step: int, latents: Array) -> Array:
-        """The latents after the call `step`, from the denoiser's `prediction`; calls come in order."""
+        """Return the latents after the call `step`, given the denoiser's `prediction`; calls must be in order."""
         if step < len(self._prk):
             return self._runge_kutta(prediction, step, latents)
         return self._multistep(prediction, step, latents)
 
     def _runge_kutta(self, prediction: Array, call: int, latents: Array) -> Array:
-        """One of the four calls of a step, all of which start at the latents of the first."""
+        """Make one of the four calls of a step, all of which start at the latents of the first."""
         stage = call % 4
         if stage == 0:
             self._predictions = [prediction, *self._predictions[:3]]
@@ -100,7 +100,7 @@ class Pndm:
 
     def _multistep(self, prediction: Array, call: int, latents: Array) -> Array:
         timestep = int(self.timesteps[call])
-        if call == 1:  # without Runge-Kutta: the first step once more, with the mean of both predictions
+        if call == 1:  # without Runge-Kutta, the first step is repeated with the mean of both predictions
             assert self._before is not None
             mean = (prediction + self._predictions[0]) / 2
             return self._moved(self._before, timestep + self._stride, timestep, mean)
@@ -112,7 +112,7 @@ class Pndm:
         return self._moved(latents, timestep, timestep - self._stride, np.asarray(direction))
 
     def _moved(self, latents: Array, timestep: int, after: int, prediction: Array) -> Array:
-        """From `timestep` to `after`: formula 9 of the paper."""
+        """Move `latents` from `timestep` to `after` (equation 9 of the paper)."""
         alpha, alpha_after = self._alpha(timestep), self._alpha(after)
         if self._config["prediction_type"] == "v_prediction":
             prediction = alpha**0.5 * prediction + (1 - alpha) ** 0.5 * latents
@@ -126,7 +126,7 @@ class Pndm:
         return float(self._alphas[timestep])
 
     def _spaced(self, steps: int) -> Array:
-        """The steps' timesteps, growing."""
+        """Return the timesteps of the steps, ascending."""
         trained, spacing = int(self._config["num_train_timesteps"]), self._config["timestep_spacing"]
         if spacing == "linspace":
             return np.linspace(0, trained - 1, steps).round().astype(np.int64)

@@ -1,4 +1,4 @@
-"""Noise schedulers, chosen by the manifest or by name."""
+"""Choose a noise scheduler, from the manifest or by name."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tgate_compile.runtime._pndm import Pndm
 
 
 class Scheduler(Protocol):
-    """A scheduler of one generation: its methods are called for each denoiser call in order.
+    """The scheduler of one generation, whose methods are called for each denoiser call in order.
 
-    There is a call for each of `timesteps`. The first `warm_up` ones come on top of the steps, and belong to the first.
+    There is one call for each of `timesteps`. The first `warm_up` calls are additional and belong to the first step.
     """
 
     timesteps: Any
@@ -38,25 +38,26 @@ _CLASSES: Mapping[str, Callable[[Mapping[str, Any], int], Scheduler]] = {
 
 
 def make_scheduler(spec: SchedulerSpec, name: str | None, steps: int) -> Scheduler:
-    """The scheduler `name`, or (None) that of the bundle, with the bundle's configuration, for so many steps.
+    """Return the scheduler `name`, or that of the bundle if it is None, for a generation of `steps` steps.
 
-    What that leaves out for a scheduler of another class are the class's own defaults, as in diffusers' `from_config`.
+    It has the bundle's configuration. Settings that are missing there because the class is another one have the
+    defaults of the class, as with diffusers' `from_config`.
 
     Raises:
-        ConfigurationError: there is none here of that name, of that class or with that configuration.
+        ConfigurationError: the name, the class, the configuration or the number of steps is not supported.
     """
     if name is not None and name not in NAMES:
         raise ConfigurationError(
             f"scheduler must be one of {', '.join(map(repr, NAMES))}, or None for the bundle's own, but got {name!r}."
         )
-    wanted = spec.class_name if name is None else NAMES[name]
-    if wanted not in _CLASSES:
+    class_name = spec.class_name if name is None else NAMES[name]
+    if class_name not in _CLASSES:
         names = " or ".join(map(repr, NAMES))
         raise ConfigurationError(
-            f"The bundle's scheduler is a {wanted}, which is not in this runtime. It has {', '.join(_CLASSES)}; ask "
-            f"for one of them by scheduler={names}."
+            f"The bundle's scheduler is a {class_name}, which this runtime does not support. It supports "
+            f"{', '.join(_CLASSES)}; choose one of these with scheduler={names}."
         )
     most = spec.config.get("num_train_timesteps", 1000)
     if isinstance(steps, bool) or not hasattr(steps, "__index__") or not 1 <= steps.__index__() <= most:
-        raise ConfigurationError(f"num_inference_steps must be a whole number from 1 to {most}, but got {steps!r}.")
-    return _CLASSES[wanted](spec.config, steps.__index__())
+        raise ConfigurationError(f"num_inference_steps must be an integer from 1 to {most}, but got {steps!r}.")
+    return _CLASSES[class_name](spec.config, steps.__index__())

@@ -1,4 +1,4 @@
-"""One ONNX file in ONNX Runtime, on OrtValues: what one run returns, another takes without a copy."""
+"""Run ONNX files in ONNX Runtime on OrtValues, which can be passed from one run to another without a copy."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Settings:
     """How sessions are opened.
 
     Attributes:
-        providers: execution providers, the first that takes an operator runs it.
-        threads: of one operator; None: as many as there are cores.
+        providers: the execution providers, in order of priority.
+        threads: the number of threads per operator; None means one per core.
     """
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     threads: int | None = None
 
     def check(self) -> None:
-        """Raise ConfigurationError if there is no such provider."""
+        """Raise ConfigurationError if a provider is not available."""
         import onnxruntime
 
         known = onnxruntime.get_available_providers()
@@ -38,39 +38,39 @@ class Settings:
 
     @property
     def device(self) -> str:
-        """Where values lie that one run hands to another."""
+        """The device of values that are passed from one run to another."""
         return "cuda" if self.providers[0] in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
 
 
 class Session:
-    """Runs the file at `path`, whose inputs and outputs are those that the manifest says."""
+    """A session that runs the file at `path`, with the inputs and outputs that the manifest describes."""
 
     def __init__(
         self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], settings: Settings
     ) -> None:
-        """Raises BackendError if ONNX Runtime does not take it, and BundleError if it is another graph."""
+        """Open the file; raise BackendError if ONNX Runtime cannot, and BundleError if it is another graph."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # its warnings are about its own placement of operators
+        options.log_severity_level = 3  # the warnings are about the placement of operators
         options.intra_op_num_threads = settings.threads or 0
         try:
-            # It refuses weights from anywhere but the file's own folder.
+            # ONNX Runtime rejects weights from anywhere but the file's own folder.
             self._session = onnxruntime.InferenceSession(path, options, providers=list(settings.providers))
-        except Exception as error:  # ONNX Runtime has no common base class of its errors
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise BackendError(_failed("open", path, error)) from error
         given = [
             [value.name for value in values] for values in (self._session.get_inputs(), self._session.get_outputs())
         ]
         expected = [[spec.name for spec in specs] for specs in (inputs, outputs)]
         if given != expected:
-            raise BundleError(f"{path} takes and returns {given}, and the manifest says {expected}.")
+            raise BundleError(f"{path} has the inputs and outputs {given}, but the manifest says {expected}.")
         self._path = path
         self._outputs = expected[1]
         self._device = settings.device
 
     def run(self, inputs: Mapping[str, OrtValue], *, kept: int = 0) -> list[OrtValue]:
-        """All outputs; the last `kept` of them stay on the device, for another run.
+        """Run the graph and return all outputs; the last `kept` of them stay on the device, for another run.
 
         Raises:
             BackendError: ONNX Runtime fails.
@@ -89,7 +89,7 @@ class Session:
 
 
 def ort_value(array: Array, spec: TensorSpec) -> OrtValue:
-    """`array` as what `spec` is, on the CPU."""
+    """Return `array` as an OrtValue on the CPU, with the dtype of `spec`."""
     import numpy as np
     import onnxruntime
 
@@ -97,11 +97,11 @@ def ort_value(array: Array, spec: TensorSpec) -> OrtValue:
 
 
 def detached(value: OrtValue) -> OrtValue:
-    """A copy of what a session has returned, which else keeps that session, and all its weights, in memory."""
+    """Return a copy of a session's output, which itself would keep the session and its weights in memory."""
     import onnxruntime
 
     array, device = value.numpy(), value.device_name()
-    if device == "cpu":  # numpy has fp8 as bytes, which only this one makes fp8 again
+    if device == "cpu":  # numpy represents fp8 as bytes, and only this function converts them back
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, value.element_type())
     return onnxruntime.OrtValue.ortvalue_from_numpy(array, device)
 

@@ -1,4 +1,4 @@
-"""Prompts to embeddings, and latents to images."""
+"""Encode prompts and decode latents."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MSG_CUT = "The end of this prompt is beyond the %d tokens that the text encoder takes, and is left out: %r"
-
-#: What is known of some prompts, by what the manifest calls it; the first dimension is that of the prompts.
+#: The encodings of some prompts, by source; the first dimension is the number of prompts.
 Encoded = dict[Source, Array]
 
 
@@ -33,14 +31,14 @@ class Prompts:
         self._zeros = components.negative == "zeros"
 
     def encoded(self, texts: Sequence[str]) -> Encoded:
-        """`hidden_states`, [texts, tokens, dim], and, where the encoders have them, `attention_mask` and `pooled`."""
+        """Return `hidden_states`, [texts, tokens, dim], and `attention_mask` and `pooled` if the encoders have them."""
         parts = [encoder.encoded(texts) for encoder in self._encoders]
         joined = {source: value for part in parts for source, value in part.items()}
         joined["hidden_states"] = np.concatenate([part["hidden_states"] for part in parts], axis=-1)
         return joined
 
     def negative(self, texts: Sequence[str] | None, prompts: Encoded) -> Encoded:
-        """Those of negative prompts; None: there are none, beside these `prompts`."""
+        """Return the encodings of negative prompts; None stands for missing ones, with the shapes of `prompts`."""
         if texts is not None:
             return self.encoded(texts)
         if not self._zeros:
@@ -56,8 +54,8 @@ class _Encoder:
         self._path = folder / spec.tokenizer.file
         try:
             self._tokenizer = Library.from_file(str(self._path))
-        except Exception as error:  # it raises plain exceptions
-            raise BundleError(f"{self._path} is no tokenizer of the tokenizers library: {error}.") from error
+        except Exception as error:  # the tokenizers library raises plain exceptions
+            raise BundleError(f"{self._path} is not a file of the tokenizers library: {error}.") from error
         self._session = Session(folder / spec.file, spec.inputs, spec.outputs, settings)
 
     def encoded(self, texts: Sequence[str]) -> Encoded:
@@ -75,29 +73,34 @@ class _Encoder:
         return encoded
 
     def _tokens(self, texts: Sequence[str]) -> Mapping[str, Array]:
-        """`input_ids` and `attention_mask`, both [texts, tokens]."""
+        """Return `input_ids` and `attention_mask`, both [texts, tokens]."""
         spec: Tokenizer = self._spec.tokenizer
         encodings = self._tokenizer.encode_batch([text.lower().strip() if spec.lower_case else text for text in texts])
         for text, encoding in zip(texts, encodings, strict=True):
             if encoding.overflowing:
-                logger.warning(MSG_CUT, spec.length, text[-60:])
+                logger.warning(
+                    "This prompt is truncated, because it has more than the %d tokens that the text encoder supports. "
+                    "It ends with %r.",
+                    spec.length,
+                    text[-60:],
+                )
             if len(encoding.ids) != spec.length:
                 raise BundleError(
-                    f"{self._path} makes {len(encoding.ids)} tokens of a text, and the manifest says {spec.length}."
+                    f"{self._path} encodes a text as {len(encoding.ids)} tokens, but the manifest says {spec.length}."
                 )
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         return {"input_ids": ids, "attention_mask": np.array([encoding.attention_mask for encoding in encodings])}
 
 
 class Decoder:
-    """The VAE's decoder of a bundle."""
+    """The VAE decoder of a bundle."""
 
     def __init__(self, spec: VaeDecoder, folder: Path, settings: Settings) -> None:
         self._spec = spec
         self._session = Session(folder / spec.file, spec.inputs, spec.outputs, settings)
 
     def __call__(self, latents: Array) -> Array:
-        """Images from 0 to 1, float32, [images, height, width, 3], of `latents`, [images, channels, h, w]."""
+        """Decode `latents`, [images, channels, h, w], to images in [0, 1], float32, [images, height, width, 3]."""
         (spec,) = self._spec.inputs
         scaled = latents / self._spec.scaling_factor + self._spec.shift_factor
         (images,) = self._session.run({spec.name: ort_value(scaled, spec)})
@@ -107,7 +110,7 @@ class Decoder:
 
 
 def pil_images(images: Array) -> list[Image]:
-    """`images`, [images, height, width, 3], from 0 to 1, as pictures."""
+    """Convert `images`, [images, height, width, 3], with values in [0, 1], to PIL images."""
     from PIL import Image
 
     return [Image.fromarray(image) for image in (images * 255).round().astype(np.uint8)]

@@ -1,13 +1,13 @@
-/** Bars for the time of each step: the run in full beside the gated one, which has the colours of its strip. */
+/** Draw the time of each step as two bars: the plain run, and the gated run in the colors of its strip. */
 
 const HEIGHT = 210, LEFT = 52, RIGHT = 6, TOP = 22, BOTTOM = 22;
-/** A bar is cut at so many times the median of the run in full: one busy moment must not flatten all others. */
+/** Bars are cut off at this multiple of the plain run's median, so that one slow step does not flatten all others. */
 const MOST = 2.2;
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
- * The chart as an SVG of `width` pixels. `plain` and `gated`: what is there of both runs, `{letter, seconds}` by step;
- * `steps` of each; `gate`: the first step after it, or `steps`.
+ * Return the chart as an SVG, `width` pixels wide. `plain` and `gated`: the completed steps of both runs, `{letter, seconds}`;
+ * `steps`: the number of steps of each; `gate`: the first step after the gate, or `steps`.
  */
 export function chartOf({ plain, gated, steps, gate, width }) {
   const svg = made("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img" });
@@ -41,21 +41,21 @@ export function chartOf({ plain, gated, steps, gate, width }) {
   return svg;
 }
 
-/** The middle one; 0 of none. */
+/** Return the median, or 0 if there are no values. */
 export function medianOf(values) {
   const sorted = [...values].sort((one, other) => one - other), half = sorted.length >> 1;
   if (!sorted.length) return 0;
   return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
 }
 
-/** `8.2 ms`, `83 ms`, `1.20 s`. */
+/** Format a duration, such as `8.2 ms`, `83 ms` or `1.20 s`. */
 export function milliseconds(seconds) {
   if (seconds >= 1) return `${seconds.toFixed(2)} s`;
   const thousandths = seconds * 1e3;
   return `${thousandths > 0 && thousandths < 9.95 ? thousandths.toFixed(1) : thousandths.toFixed(0)} ms`;
 }
 
-/** The next round number. */
+/** Round up to the next round number. */
 function ceiling(value) {
   const unit = 10 ** Math.floor(Math.log10(value));
   return unit * [1, 1.2, 1.6, 2, 2.4, 3, 4, 5, 6, 8, 10].find((one) => one * unit >= value - 1e-12);

@@ -1,4 +1,4 @@
-/** DDIM (arXiv 2010.02502), deterministic. As `runtime/_ddim.py`. */
+/** DDIM (arXiv 2010.02502), deterministic. Like `runtime/_ddim.py`. */
 
 import { BundleError } from "./errors.js";
 import { countdown, cumulativeAlphas, linspace, roundToEven } from "./noise_levels.js";
@@ -27,18 +27,18 @@ export class Ddim {
     this.timesteps = this.#spaced(steps);
     if (this.timesteps[0] >= this.#alphas.length) {
       throw new BundleError(
-        `With ${steps} steps and its steps_offset, DDIM begins at timestep ${this.timesteps[0]}, and the model was ` +
-          `trained up to ${this.#alphas.length - 1}. Take fewer steps.`,
+        `With ${steps} steps and its steps_offset, DDIM starts at timestep ${this.timesteps[0]}, but the model was ` +
+          `trained up to ${this.#alphas.length - 1}. Use fewer steps.`,
       );
     }
   }
 
-  /** What the denoiser sees of `latents` at `step`. */
+  /** Return the denoiser's input for `latents` at `step`. */
   modelInput(latents, step) {
     return latents;
   }
 
-  /** The latents after `step`, from the denoiser's `prediction` for those before it. */
+  /** Return the latents after `step`, given the denoiser's `prediction` for those before it. */
   step(prediction, step, latents) {
     const { prediction_type: type, clip_sample: clips, clip_sample_range: range } = this.#config;
     const alpha = this.#alpha(this.timesteps[step]), next = this.#alpha(this.timesteps[step] - this.#stride);

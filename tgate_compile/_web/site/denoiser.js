@@ -1,10 +1,10 @@
-/** The denoiser of a bundle: its graphs, chosen step by step, with the caches carried along. As `runtime/_denoiser.py`. */
+/** Run the denoiser of a bundle: choose the graph of each step, and pass the caches on. Like `runtime/_denoiser.py`. */
 
 import { BundleError } from "./errors.js";
 import { tensor } from "./session.js";
 import { floats } from "./text.js";
 
-/** The denoiser of one generation of one image. Calls come in the order of the steps. */
+/** The denoiser of one generation of one image, which is called for each step in order. */
 export class Denoiser {
   #manifest;
   #runtime;
@@ -16,8 +16,8 @@ export class Denoiser {
   #made = new Map();
 
   /**
-   * `plan` is that of `schedule.js`; `conditions` what is known besides latents and timesteps, by half of guidance and
-   * source, `{values, shape}`. Throws BundleError if the bundle has no graph for a step.
+   * `plan` is a plan of `schedule.js`; `conditions` are the inputs other than latents and timesteps, `{values, shape}`, by
+   * guidance half and source. Throws BundleError if the bundle has no graph for a step.
    */
   constructor(manifest, runtime, sessions, plan, conditions) {
     this.#manifest = manifest;
@@ -29,24 +29,24 @@ export class Denoiser {
     this.#graphs = graphsOf(manifest, plan);
   }
 
-  /** The name of the graph that serves `step`. */
+  /** Return the name of the graph that serves `step`. */
   graphName(step) {
     return this.#graphs[step][0];
   }
 
-  /** The graphs, as the manifest describes them, of the steps from `step` on. */
+  /** Return the manifest's descriptions of the graphs of the steps from `step` on. */
   graphsFrom(step) {
     return [...new Set(this.#graphs.slice(step).map(([, graph]) => graph))];
   }
 
-  /** The graph of `step`. */
+  /** Return the manifest's description of the graph of `step`. */
   graph(step) {
     return this.#graphs[step][1];
   }
 
   /**
-   * The prediction for `latents`, Float32Array of `shape` [1, channels, h, w], with guidance where the step has it. The
-   * step's graph is open.
+   * Return the prediction for `latents`, Float32Array of `shape` [1, channels, h, w], with guidance if the step has it. The
+   * graph of the step must be open.
    */
   async run(step, latents, shape, timestep, guidanceScale) {
     const { phase } = this.plan[step], [, graph] = this.#graphs[step];
@@ -58,7 +58,7 @@ export class Denoiser {
     const results = await this.#sessions.get(graph.file).run(feeds, [output.name, ...kept.map((spec) => spec.name)]);
     for (const spec of kept) this.#keep(`${spec.kind} ${spec.site}`, results[spec.name]);
     const prediction = floats(results[output.name]), size = latents.length;
-    if (!phase.guided) return prediction.subarray(0, size); // beyond the latents' channels is a learned variance
+    if (!phase.guided) return prediction.subarray(0, size); // further channels are a learned variance
     const half = prediction.length / 2, [first] = this.#manifest.family.order;
     const at = first === "uncond" ? [0, half] : [half, 0];
     return Float32Array.from({ length: size }, (_, i) => {
@@ -67,7 +67,7 @@ export class Denoiser {
     });
   }
 
-  /** Let go of the caches, which may lie on the GPU. */
+  /** Release the caches, which may be on the GPU. */
   release() {
     for (const value of this.#caches.values()) value.dispose();
     this.#caches.clear();
@@ -82,7 +82,7 @@ export class Denoiser {
     const source = this.#manifest.components.arguments[spec.name], halves = this.#halves(guided), count = halves.length;
     if (source === "latents") return tensor(this.#runtime, spec, repeated(latents, count), [count, ...shape.slice(1)]);
     if (source === "timestep") {
-      const dims = spec.shape.map(() => count); // one number, or one for each row
+      const dims = spec.shape.map(() => count); // a scalar, or one value per row
       return tensor(this.#runtime, spec, Array(dims.length ? count : 1).fill(timestep), dims);
     }
     const key = `${guided} ${spec.name}`;
@@ -100,12 +100,12 @@ export class Denoiser {
   }
 }
 
-/** The name and the description of the graph of each step of `plan`. Throws BundleError where there is none. */
+/** Return the name and the description of the graph of each step of `plan`. Throws BundleError if there is none. */
 export function graphsOf(manifest, plan) {
   return plan.map(({ graph, phase }) => {
     if (graph === null) {
       throw new BundleError(
-        `The bundle has no graph for what this call needs (${phase.reuse.join(" and ") || "nothing"} reused, ` +
+        `The bundle has no graph for a step of this call (${phase.reuse.join(" and ") || "nothing"} reused, ` +
           `${phase.guided ? "with" : "without"} guidance). It has ${Object.keys(manifest.graphs).join(", ")}.`,
       );
     }

@@ -1,6 +1,6 @@
 /**
- * DPM-Solver++ of second order, with several steps' predictions (arXiv 2211.01095, algorithm 2).
- * As `runtime/_dpm_plus_plus.py`.
+ * DPM-Solver++, second-order multistep (arXiv 2211.01095, algorithm 2).
+ * Like `runtime/_dpm_plus_plus.py`.
  */
 
 import { alphasAboveZero, countdown, interpolated, karrasSigmas, linspace, roundToEven, sigmasOf, timestepsOf } from "./noise_levels.js";
@@ -28,7 +28,7 @@ const CHOICES = {
   ...COMMON_CHOICES,
   solver_order: [1, 2],
   algorithm_type: ["dpmsolver++"],
-  solver_type: ["midpoint", "logrho", "bh1", "bh2"], // diffusers takes these for "midpoint"
+  solver_type: ["midpoint", "logrho", "bh1", "bh2"], // diffusers treats the others as "midpoint"
   thresholding: [false],
   use_exponential_sigmas: [false],
   use_beta_sigmas: [false],
@@ -37,7 +37,7 @@ const CHOICES = {
   final_sigmas_type: ["zero", "sigma_min"],
   variance_type: [null],
 };
-/** diffusers' rule for `lower_order_final`. */
+/** Below this number of steps `lower_order_final` takes effect, as in diffusers. */
 const FEW_STEPS = 15;
 
 /** `DPMSolverMultistepScheduler` of diffusers, of order 1 or 2, for a generation of `steps` steps. */
@@ -63,12 +63,12 @@ export class DpmPlusPlus {
     this.timesteps = timesteps.map(Math.trunc);
   }
 
-  /** What the denoiser sees of `latents` at `step`. */
+  /** Return the denoiser's input for `latents` at `step`. */
   modelInput(latents, step) {
     return latents;
   }
 
-  /** The latents after `step`, from the denoiser's `prediction` for those before it; steps come in order. */
+  /** Return the latents after `step`, given the denoiser's `prediction`; steps must be in order. */
   step(prediction, step, latents) {
     const sigma = this.#sigmas[step], after = this.#sigmas[step + 1];
     const scale = (sigma ** 2 + 1) ** -0.5, scaleAfter = (after ** 2 + 1) ** -0.5;
@@ -79,7 +79,7 @@ export class DpmPlusPlus {
       towards = clean.map((value, i) => value + ((value - before[i]) * 0.5) / ratio);
     }
     this.#before = clean;
-    // exp(-h), with h the distance of the two log-SNRs, is the ratio of the sigmas.
+    // exp(-h), where h is the difference of the two log-SNRs, is the ratio of the sigmas.
     const kept = (after * scaleAfter) / (sigma * scale), moved = scaleAfter * (after / sigma - 1);
     return latents.map((latent, i) => kept * latent - moved * towards[i]);
   }

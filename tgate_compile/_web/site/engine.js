@@ -1,11 +1,11 @@
 /**
- * A pipeline in a worker, for pages:
+ * Runs a pipeline in a worker, for pages:
  *
  *     const engine = new Engine();
  *     await engine.open({ bundle: "bundle/", runtime: "runtime/" });
  *     const { pixels, width, height } = await engine.generate({ prompt: "a large red circle", seed: 0 });
  *
- * Settings and arguments are those of `BundlePipeline`'s functions; their callbacks come as events instead.
+ * Settings and arguments are those of the methods of `BundlePipeline`, except that callbacks are events.
  */
 
 import { BundleError } from "./errors.js";
@@ -16,29 +16,29 @@ export class Engine {
   #count = 0;
 
   constructor() {
-    this.#worker.addEventListener("message", ({ data }) => this.#hear(data));
+    this.#worker.addEventListener("message", ({ data }) => this.#receive(data));
     this.#worker.addEventListener("error", (event) => {
       event.preventDefault();
-      this.#failAll(new BundleError(`The page's worker could not be started: ${event.message ?? "its script does not load"}.`));
+      this.#failAll(new BundleError(`The page's worker could not be started: ${event.message ?? "its script could not be loaded"}.`));
     });
   }
 
-  /** `on`: functions by event, `bytes`. Throws BundleError. */
+  /** Open a bundle. `on` has a callback for the event `bytes`. Throws BundleError. */
   open(settings, on = {}) {
     return this.#call("open", { from: document.baseURI, ...settings }, on);
   }
 
-  /** `on`: functions by event: `step`, `preview` (if the call says `preview: true`), `stage`, `cut`. Throws BundleError. */
+  /** Generate an image. `on` has callbacks by event: `step`, `preview` (with `preview: true`), `stage`, `cut`. Throws BundleError. */
   generate(call, on = {}) {
     return this.#call("generate", call, on);
   }
 
-  /** The same for two calls that take turns; `step` and `preview` say whose `turn` it was, 0 or 1. */
+  /** Generate the images of two calls, whose steps alternate; `step` and `preview` have the position of the call, `turn`. */
   compare(calls, on = {}) {
     return this.#call("compare", calls, on);
   }
 
-  /** Stop whatever it does, and free its memory. What is under way is rejected with an AbortError. */
+  /** Stop the worker, and free its memory. Unfinished calls are rejected with an AbortError. */
   close() {
     this.#worker.terminate();
     this.#failAll(new DOMException("Stopped.", "AbortError"));
@@ -52,7 +52,7 @@ export class Engine {
     });
   }
 
-  #hear({ id, event, detail, result, error }) {
+  #receive({ id, event, detail, result, error }) {
     const call = this.#calls.get(id);
     if (event) {
       call.on[event]?.(detail);

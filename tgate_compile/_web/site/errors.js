@@ -1,4 +1,4 @@
-/** A mistake that the page can explain: its message says what was given, what was expected and what to do. */
+/** An error with a message for the user, which says what was given, what was expected and what to do. */
 export class BundleError extends Error {
   name = "BundleError";
 }

@@ -1,4 +1,4 @@
-/** Euler's method on the probability flow (arXiv 2206.00364, algorithm 1 without churn). As `runtime/_euler.py`. */
+/** Euler's method for the probability flow ODE (arXiv 2206.00364, algorithm 1 without churn). Like `runtime/_euler.py`. */
 
 import { alphasAboveZero, countdown, interpolated, karrasSigmas, linspace, roundToEven, sigmasOf, timestepsOf } from "./noise_levels.js";
 import { COMMON, COMMON_CHOICES, checkedConfig } from "./scheduler_config.js";
@@ -44,13 +44,13 @@ export class Euler {
     this.initialSigma = this.#config.timestep_spacing === "leading" ? Math.sqrt(largest ** 2 + 1) : largest;
   }
 
-  /** What the denoiser sees of `latents` at `step`. */
+  /** Return the denoiser's input for `latents` at `step`. */
   modelInput(latents, step) {
     const scale = Math.sqrt(this.#sigmas[step] ** 2 + 1);
     return latents.map((latent) => latent / scale);
   }
 
-  /** The latents after `step`, from the denoiser's `prediction` for those before it. */
+  /** Return the latents after `step`, given the denoiser's `prediction` for those before it. */
   step(prediction, step, latents) {
     const sigma = this.#sigmas[step], after = this.#sigmas[step + 1], type = this.#config.prediction_type;
     return latents.map((latent, i) => {

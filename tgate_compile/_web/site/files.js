@@ -1,4 +1,4 @@
-/** The files of a bundle, fetched, counted and compared with the manifest. Nothing is kept here. */
+/** Fetch the files of a bundle, and compare them with the manifest. */
 
 import { BundleError } from "./errors.js";
 
@@ -7,34 +7,34 @@ export class Files {
   #expected;
   #onBytes;
 
-  /** `base`: the bundle's address; `expected`: the manifest's `files`; `onBytes` is told of each piece that arrives. */
+  /** `base`: the bundle's address; `expected`: `files` of the manifest; `onBytes`: called with the length of each piece. */
   constructor(base, expected, onBytes) {
     this.#base = base;
     this.#expected = expected;
     this.#onBytes = onBytes;
   }
 
-  /** The file's bytes, Uint8Array. Throws BundleError unless it is the one that the manifest names. */
+  /** Return the bytes of a file, Uint8Array. Throws BundleError unless it is the one that the manifest describes. */
   async bytes(name) {
     const bytes = await fetched(new URL(name, this.#base), this.#onBytes);
     const { size, sha256 } = this.#expected[name];
     if (bytes.length !== size) {
-      throw new BundleError(`${name} has ${bytes.length} bytes, and the manifest says ${size}. The copy is not complete, or was changed.`);
+      throw new BundleError(`${name} has ${bytes.length} bytes, but the manifest says ${size}. The copy is not complete, or it has been changed.`);
     }
-    // Browsers have it in secure contexts only: over https, and on this machine.
+    // Browsers have crypto.subtle only in secure contexts: over https, and on this machine.
     if (globalThis.crypto?.subtle && (await hashOf(bytes)) !== sha256) {
       throw new BundleError(`${name} has been changed: its SHA-256 is not the one in the manifest.`);
     }
     return bytes;
   }
 
-  /** A file with JSON. */
+  /** Return the content of a JSON file. */
   async json(name) {
     return JSON.parse(new TextDecoder().decode(await this.bytes(name)));
   }
 }
 
-/** What lies at `url`, Uint8Array; `onBytes` is called with the length of each piece, and all that will come if known. */
+/** Fetch `url` as Uint8Array; `onBytes` is called with the length of each piece. */
 export async function fetched(url, onBytes = () => {}) {
   let response;
   try {

@@ -1,13 +1,13 @@
-/** Half precision: typed arrays of it are new in browsers, and ONNX Runtime takes whichever the browser has. */
+/** Convert to and from half precision. Not all browsers have Float16Array; for others ONNX Runtime accepts the bits. */
 
 const Halves = globalThis.Float16Array;
 
-/** Numbers as half precision: Float16Array, or Uint16Array of the bits. */
+/** Convert numbers to half precision: Float16Array, or Uint16Array of the bits. */
 export function toFloat16(values) {
   return Halves ? Halves.from(values) : Uint16Array.from(values, bitsOf);
 }
 
-/** Half precision as Float32Array. */
+/** Convert half precision to Float32Array. */
 export function fromFloat16(halves) {
   return halves instanceof Uint16Array ? Float32Array.from(halves, valueOf) : Float32Array.from(halves);
 }
@@ -18,7 +18,7 @@ function valueOf(bits) {
   return sign * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : (fraction / 1024) * 2 ** -14);
 }
 
-/** Rounded to the nearest, halves to the even one. */
+/** Return the bits of a number rounded to half precision, halves to the even one. */
 function bitsOf(value) {
   const sign = value < 0 || Object.is(value, -0) ? 0x8000 : 0, size = Math.abs(value);
   if (Number.isNaN(size)) return 0x7e00;
@@ -26,5 +26,5 @@ function bitsOf(value) {
   const exponent = size < 2 ** -14 ? -14 : Math.floor(Math.log2(size)), unit = 2 ** (exponent - 10);
   const whole = size / unit, low = Math.floor(whole), rest = whole - low;
   const rounded = rest > 0.5 || (rest === 0.5 && low % 2) ? low + 1 : low;
-  return sign | (exponent === -14 ? rounded : ((exponent + 14) << 10) + rounded); // a carry goes into the exponent
+  return sign | (exponent === -14 ? rounded : ((exponent + 14) << 10) + rounded); // a carry increments the exponent
 }

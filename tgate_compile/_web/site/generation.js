@@ -1,4 +1,4 @@
-/** One generation of one image, step by step, so that two can take turns. */
+/** The generation of one image, step by step, so that the steps of two generations can alternate. */
 
 import { Denoiser, graphsOf } from "./denoiser.js";
 import { BundleError } from "./errors.js";
@@ -7,12 +7,12 @@ import { normalNoise } from "./noise.js";
 import { gateOf, planOf, plainPlan, stripOf } from "./schedule.js";
 import { makeScheduler } from "./schedulers.js";
 
-/** A graph that has just been opened runs up to so often, and so long, before it is timed: browsers compile it meanwhile. */
+/** The most runs, and the longest time, for warming up a newly opened graph: browsers compile it in the background. */
 const WARM_UP_RUNS = 12, WARM_UP_SECONDS = 2;
 
-/** The call of `BundlePipeline.generate` on the pipeline's parts; `begin`, as many `step`s as there are, `finish`. */
+/** A call of `BundlePipeline.generate`: call `begin`, then `step` for each of `steps`, then `finish`. */
 export class Generation {
-  /** What each step was: `{step, steps, graph, letter, seconds}`. */
+  /** The completed steps: `{step, steps, graph, letter, seconds}`. */
   done = [];
   #parts;
   #call;
@@ -28,12 +28,12 @@ export class Generation {
   #encodeSeconds = 0;
   #warmUpSeconds = 0;
 
-  /** Throws BundleError for a call that the bundle is not made for; nothing is loaded for that. */
+  /** Check the call without loading anything. Throws BundleError if the bundle does not support it. */
   constructor(parts, call) {
     const { manifest } = parts, { components } = manifest, { method } = manifest;
     const { steps = components.num_inference_steps, guidanceScale = components.guidance_scale } = call;
     const { prompt, gateStep, seed = 0, plain = false } = call;
-    if (typeof prompt !== "string") throw new BundleError(`prompt must be a text, but got ${JSON.stringify(prompt)}.`);
+    if (typeof prompt !== "string") throw new BundleError(`prompt must be a string, but got ${JSON.stringify(prompt)}.`);
     this.#parts = parts;
     this.#call = { ...call, steps, guidanceScale };
     this.#guided = guidanceScale > 1;
@@ -46,17 +46,17 @@ export class Generation {
     this.#latents = this.#noise(call.latents, seed).map((value) => value * this.#scheduler.initialSigma);
   }
 
-  /** How many there are. */
+  /** The number of steps. */
   get steps() {
     return this.#call.steps;
   }
 
-  /** What the steps run, as the manifest describes it. */
+  /** The manifest's descriptions of the graphs that the steps run. */
   get graphs() {
     return this.#graphs;
   }
 
-  /** Load what is needed first, `graphs` where they are not loaded one by one, and read the prompt. */
+  /** Encode the prompt, and load `graphs` and the decoder unless graphs are loaded one by one. */
   async begin(graphs = this.#graphs) {
     const { manifest, sessions, runtime, prompts, sequential } = this.#parts, { components } = manifest;
     this.#stage(sequential ? "loading the text encoder" : "loading the model");
@@ -71,7 +71,7 @@ export class Generation {
     this.#denoiser = new Denoiser(manifest, runtime, sessions, this.#plan, conditions);
   }
 
-  /** Make the next step. */
+  /** Run the next step. */
   async step() {
     const { manifest, sessions, sequential } = this.#parts, step = this.done.length, graph = this.#graphs[step];
     if (sequential) {
@@ -89,13 +89,13 @@ export class Generation {
     this.#call.onStep?.(this.done[step]);
   }
 
-  /** What there is so far: `{pixels, width, height}`. The decoder is open unless graphs are loaded one by one. */
+  /** Return the current image, `{pixels, width, height}`. The decoder must be open. */
   async image() {
     const { manifest, sessions, runtime } = this.#parts;
     return decoded(manifest.components.vae_decoder, sessions, runtime, this.#latents, this.#shape);
   }
 
-  /** The image, and how it was made. */
+  /** Return the image, and measurements of the generation. */
   async finish() {
     const { manifest, sessions, sequential } = this.#parts, { components } = manifest;
     this.#denoiser.release();
@@ -138,11 +138,11 @@ export class Generation {
   #noise(given, seed) {
     const count = this.#shape.reduce((product, size) => product * size, 1);
     if (given === undefined || given === null) return normalNoise(seed, count);
-    if (given.length !== count) throw new BundleError(`latents must be ${count} numbers, ${JSON.stringify(this.#shape)}, but got ${given.length}.`);
+    if (given.length !== count) throw new BundleError(`latents must be ${count} numbers of shape ${JSON.stringify(this.#shape)}, but got ${given.length}.`);
     return Float32Array.from(given);
   }
 
-  /** What some denoisers are told of the image's size: of the original, where it was cut, of the target. */
+  /** Return the inputs of some denoisers for the image's size; `sizes` has the original size, crop offset and target size. */
   #sizes() {
     const { height, width } = this.#parts.manifest.components;
     const row = (...values) => ({ values: Float32Array.from(values), shape: [1, values.length] });

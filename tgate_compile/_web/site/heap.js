@@ -1,8 +1,8 @@
-/** How large WebAssembly's memory is. ONNX Runtime keeps its own to itself, so it is seen as it is made. */
+/** Measure WebAssembly's memory. ONNX Runtime does not expose its memory, so it is recorded when it is created. */
 
 let memory = null;
 
-/** Call it before ONNX Runtime is loaded. */
+/** Record the memory that is created from now on; call this before ONNX Runtime is loaded. */
 export function watchHeap() {
   WebAssembly.Memory = new Proxy(WebAssembly.Memory, {
     construct(kind, args) {
@@ -12,7 +12,7 @@ export function watchHeap() {
   });
 }
 
-/** In bytes; null before there is one. It grows and never shrinks, so this is also the most that it ever was. */
+/** Return the size in bytes, or null if there is no memory yet. It never shrinks, so this is also its maximum. */
 export function heapBytes() {
   return memory && memory.buffer.byteLength;
 }

@@ -1,9 +1,9 @@
-/** From latents to images. As `runtime/_images.py`. */
+/** Decode latents to images. Like `runtime/_text_and_images.py`. */
 
 import { tensor } from "./session.js";
 import { floats } from "./text.js";
 
-/** The image of `latents`, Float32Array of `shape` [1, channels, h, w], by the decoder that is open: `{pixels, width, height}`. */
+/** Decode `latents`, Float32Array of `shape` [1, channels, h, w], to `{pixels, width, height}`. The decoder must be open. */
 export async function decoded(spec, sessions, runtime, latents, shape) {
   const [input] = spec.inputs, [output] = spec.outputs;
   const scaled = latents.map((latent) => latent / spec.scaling_factor + spec.shift_factor);
@@ -17,7 +17,7 @@ export async function decoded(spec, sessions, runtime, latents, shape) {
   return { pixels, width, height };
 }
 
-/** How alike two images are, in decibels; Infinity if they are the same. */
+/** Return the PSNR of two images in decibels; Infinity if they are equal. */
 export function psnr(one, other) {
   let error = 0;
   for (let i = 0; i < one.length; i++) if (i % 4 !== 3) error += (one[i] - other[i]) ** 2;

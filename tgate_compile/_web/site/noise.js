@@ -1,6 +1,6 @@
-/** Normal noise from a seed: mulberry32 and Box-Muller. Other noise than numpy's or PyTorch's of the same seed. */
+/** Generate normal noise from a seed, with mulberry32 and Box-Muller. It differs from that of numpy or PyTorch. */
 
-/** `count` numbers, Float32Array. */
+/** Return `count` normally distributed numbers, Float32Array. */
 export function normalNoise(seed, count) {
   const uniform = mulberry32(seed);
   const noise = new Float32Array(count);
@@ -18,6 +18,6 @@ function mulberry32(seed) {
     state = (state + 0x6d2b79f5) >>> 0;
     let mixed = Math.imul(state ^ (state >>> 15), state | 1);
     mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32; // from 0 up to, but not, 1
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32; // in [0, 1)
   };
 }

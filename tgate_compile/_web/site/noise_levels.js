@@ -1,12 +1,12 @@
-/** How much noise there is at each timestep that a denoiser was trained with. As `runtime/_noise_levels.py`. */
+/** The noise levels at the timesteps that a denoiser was trained with. Like `runtime/_noise.py`. */
 
-/** Stands for the last of the cumulative products, which zero terminal SNR makes 0: its sigma would be infinite. */
+/** Replaces the last of the cumulative products if zero terminal SNR makes it 0: its sigma would be infinite. */
 const NEARLY_ZERO = 2 ** -24;
 const { fround } = Math;
 
 /**
- * The products of `1 - beta` up to each training timestep, Float32Array.
- * Source: diffusers, whose rounding to float32 in between is kept, so that results agree.
+ * Return the cumulative products of `1 - beta` for each training timestep, Float32Array.
+ * Intermediate values are rounded to float32 where diffusers does it, so that results agree.
  */
 export function cumulativeAlphas(config) {
   let given = betas(config);
@@ -14,37 +14,37 @@ export function cumulativeAlphas(config) {
   return products(given);
 }
 
-/** The same where the last one must not be 0. */
+/** Return the same products, with a last one that is not 0. */
 export function alphasAboveZero(config) {
   const alphas = cumulativeAlphas(config);
   if (config.rescale_betas_zero_snr) alphas[alphas.length - 1] = NEARLY_ZERO;
   return alphas;
 }
 
-/** The noise's standard deviation beside a signal of one, Float32Array, growing. */
+/** Return the noise's standard deviation relative to the signal, Float32Array, ascending. */
 export function sigmasOf(alphas) {
   return alphas.map((alpha) => Math.sqrt(fround(fround(1 - alpha) / alpha)));
 }
 
-/** `count` sigmas between these, most of them small. Source: arXiv 2206.00364, equation 5, with rho 7. */
+/** Return `count` descending sigmas, most of them small (arXiv 2206.00364, equation 5, with rho 7). */
 export function karrasSigmas(largest, smallest, count) {
   const first = largest ** (1 / 7), last = smallest ** (1 / 7);
   return linspace(0, 1, count).map((ramp) => (first + ramp * (last - first)) ** 7);
 }
 
-/** The timesteps, as fractions between whole ones, at which `training`'s sigmas are these. */
+/** Return the timesteps, with fractions, at which the interpolated sigmas in `training` equal `sigmas`. */
 export function timestepsOf(sigmas, training) {
   const logs = training.map(Math.log);
   return sigmas.map((sigma) => {
-    const wanted = Math.log(Math.max(sigma, 1e-10));
-    const above = logs.findIndex((log) => log > wanted);
+    const target = Math.log(Math.max(sigma, 1e-10));
+    const above = logs.findIndex((log) => log > target);
     const low = Math.min(Math.max((above < 0 ? logs.length : above) - 1, 0), logs.length - 2);
-    const weight = Math.min(Math.max((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0), 1);
+    const weight = Math.min(Math.max((logs[low] - target) / (logs[low] - logs[low + 1]), 0), 1);
     return (1 - weight) * low + weight * (low + 1);
   });
 }
 
-/** `values` between whole positions, as numpy.interp. */
+/** Interpolate `values` at fractional positions, like numpy.interp. */
 export function interpolated(positions, values) {
   return positions.map((position) => {
     const at = Math.min(Math.max(position, 0), values.length - 1), low = Math.min(Math.floor(at), values.length - 2);
@@ -52,19 +52,19 @@ export function interpolated(positions, values) {
   });
 }
 
-/** As numpy.linspace. */
+/** Return `count` evenly spaced numbers, like numpy.linspace. */
 export function linspace(start, stop, count) {
   const step = count > 1 ? (stop - start) / (count - 1) : 0;
   return Array.from({ length: count }, (_, i) => (i === count - 1 && count > 1 ? stop : start + i * step));
 }
 
-/** To the nearest whole number, halves to the even one, as numpy does. */
+/** Round to the nearest integer, halves to the even one, like numpy. */
 export function roundToEven(value) {
   const low = Math.floor(value), rest = value - low;
   return rest > 0.5 || (rest === 0.5 && low % 2 !== 0) ? low + 1 : low;
 }
 
-/** From `start` down, by `stride`, above 0: numpy.arange(start, 0, -stride). */
+/** Return the numbers from `start` down to 0, exclusive, in steps of `stride`, like numpy.arange(start, 0, -stride). */
 export function countdown(start, stride) {
   return Array.from({ length: Math.ceil(start / stride) }, (_, i) => start - i * stride);
 }
@@ -82,12 +82,12 @@ function betas(config) {
   return Float32Array.from(linspace(start, end, count));
 }
 
-/** Source: arXiv 2305.08891, algorithm 1. */
+/** Rescale betas to zero terminal SNR (arXiv 2305.08891, algorithm 1). */
 function withZeroTerminalSnr(given) {
   const roots = products(given).map(Math.sqrt);
   const first = roots[0], last = roots[roots.length - 1], scale = fround(first / fround(first - last));
-  const wanted = roots.map((root) => fround(fround(root - last) * scale) ** 2);
-  return wanted.map((product, i) => 1 - (i === 0 ? product : fround(product / wanted[i - 1])));
+  const rescaled = roots.map((root) => fround(fround(root - last) * scale) ** 2);
+  return rescaled.map((product, i) => 1 - (i === 0 ? product : fround(product / rescaled[i - 1])));
 }
 
 function products(given) {

@@ -1,4 +1,4 @@
-/** The page: what is asked for goes to a worker, and what it tells is shown. */
+/** The page: passes calls to a worker, and shows progress and results. */
 
 import { chartOf, medianOf, milliseconds } from "./chart.js";
 import { graphsOf } from "./denoiser.js";
@@ -10,7 +10,7 @@ import { canUseThreads, defaultThreads } from "./runtime.js";
 import { gateOf, hasMovableGate, mostSteps, planOf, stripOf } from "./schedule.js";
 
 const WORDS = {
-  F: "all, with guidance", f: "all, without guidance",
+  F: "computed in full, with guidance", f: "computed in full, no guidance",
   S: "self-attention reused", s: "self-attention reused, no guidance",
   D: "deep part reused", d: "deep part reused, no guidance",
   P: "cross-attention reused", p: "cross-attention reused, no guidance",
@@ -18,21 +18,21 @@ const WORDS = {
   R: "cross-attention and deep part reused", r: "cross-attention and deep part reused, no guidance",
 };
 const NOT_ISOLATED =
-  "This server does not send the headers that let a page have threads (Cross-Origin-Opener-Policy and " +
-  "Cross-Origin-Embedder-Policy), so WebAssembly runs on one.";
-/** Images of at most this side are shown with hard pixels. */
+  "This server does not send the headers that enable threads (Cross-Origin-Opener-Policy and " +
+  "Cross-Origin-Embedder-Policy), so WebAssembly uses only one.";
+/** Images up to this height and width are scaled without smoothing. */
 const SMALL = 256;
 
-/** The figures, and what they show, in the order of the calls. */
+/** The ids of the two figures, in the order of the calls. */
 const RUNS = ["plain", "gated"];
 
 const get = (id) => document.getElementById(id);
 const query = new URLSearchParams(location.search);
 let manifest = null, engine = null, running = null;
-/** What is shown: the steps that are over, by run, and the results. */
+/** The state that is shown: the completed steps of both runs. */
 let shown = { steps: 25, gate: 10, plain: [], gated: [] };
 let received = 0;
-/** How many tokens of a prompt that was too long were taken; null if all were. */
+/** The number of tokens that a prompt was truncated to; null if it was not. */
 let cut = null;
 
 start();
@@ -42,7 +42,7 @@ async function start() {
   get("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme !== "dark"));
   try {
     manifest = await readManifest(new URL("bundle/manifest.json", document.baseURI));
-    graphsOf(manifest, currentPlan()); // the bundle's own call can be run
+    graphsOf(manifest, currentPlan()); // throws if the bundle's own call cannot be run
   } catch (error) {
     showError(error);
     return;
@@ -62,7 +62,7 @@ async function start() {
   showIdeas(prompts);
 }
 
-// What is asked for.
+// The form.
 
 function fillForm() {
   const { components, method } = manifest;
@@ -82,7 +82,7 @@ function fillForm() {
   showPlan();
 }
 
-/** Not before somebody looks for it: a browser may wake a GPU for the answer. */
+/** Enable WebGPU if there is an adapter. Called only when the settings are opened: the request may wake up a GPU. */
 async function offerGpu() {
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   get("provider").options[1].disabled = !adapter;
@@ -102,7 +102,7 @@ function showIdeas(prompts) {
   get("prompt").value ||= prompts[0] ?? "";
 }
 
-function asked() {
+function callOf() {
   const number = (id) => get(id).valueAsNumber, { schedule } = manifest.method, steps = number("steps");
   return {
     prompt: get("prompt").value,
@@ -126,15 +126,15 @@ function settings() {
 
 function currentPlan() {
   const { components, method } = manifest;
-  const form = get("steps").value ? asked() : { steps: components.num_inference_steps, guidanceScale: components.guidance_scale };
+  const form = get("steps").value ? callOf() : { steps: components.num_inference_steps, guidanceScale: components.guidance_scale };
   return planOf(method, form.steps, form.guidanceScale > 1, form.gateStep);
 }
 
 function showPlan() {
   if (!get("steps").validity.valid) return;
-  const { steps } = asked();
+  const { steps } = callOf();
   get("gate").max = steps;
-  if (get("gate").valueAsNumber < 1) get("gate").value = 1; // the scale begins at 0 to lie on the strip
+  if (get("gate").valueAsNumber < 1) get("gate").value = 1; // the slider starts at 0 to align with the strip
   get("gate-shown").textContent = get("gate").value;
   get("steps-shown").textContent = steps;
   const letters = stripOf(currentPlan());
@@ -145,7 +145,7 @@ function showPlan() {
 // A run.
 
 async function run() {
-  const call = asked(), chosen = settings();
+  const call = callOf(), chosen = settings();
   showError(null);
   setRunning(true);
   try {
@@ -162,7 +162,7 @@ async function run() {
     showChart();
     showNumbers();
     await showMemory(gated);
-    get("status").textContent = doneText(plain, gated) + (cut === null ? "" : ` The prompt is longer than the ${cut} tokens that the model takes; its end was left out.`);
+    get("status").textContent = doneText(plain, gated) + (cut === null ? "" : ` The prompt was truncated to the ${cut} tokens that the model supports.`);
   } catch (error) {
     engine?.close();
     engine = null;
@@ -172,7 +172,7 @@ async function run() {
   setRunning(false);
 }
 
-/** A worker for these settings: the one that is there, or a new one, since neither threads nor memory can be changed later. */
+/** Ensure that the worker has these settings, and else start a new one: threads and memory cannot be changed later. */
 async function opened(chosen) {
   const key = JSON.stringify(chosen);
   if (engine?.key === key) return;
@@ -191,21 +191,21 @@ async function compared(calls, sequential) {
     figure.querySelector(".told").textContent = "";
     showStrip(figure.querySelector(".strip"), strips[turn], 0);
   });
-  const say = (text) => (get("status").textContent = text);
+  const report = (text) => (get("status").textContent = text);
   return engine.compare(calls, {
     bytes: onBytes,
-    stage: (text) => say(`${text[0].toUpperCase()}${text.slice(1)}${received ? `, ${bytesText(received)} so far` : ""}`),
+    stage: (text) => report(`${text[0].toUpperCase()}${text.slice(1)}${received ? `, ${bytesText(received)} so far` : ""}`),
     cut: (tokens) => (cut = tokens),
     step: ({ turn, ...step }) => {
       const done = shown[RUNS[turn]];
       done.push(step);
       figures[turn].querySelector(".time").textContent = secondsText(sumOf(done));
       showStrip(figures[turn].querySelector(".strip"), strips[turn], done.length);
-      say(`Step ${done.length} of ${steps}${sequential ? `, ${turn ? "with T-GATE" : "in full"}` : ""}`);
+      report(`Step ${done.length} of ${steps}${sequential ? `, ${turn ? "with T-GATE" : "in full"}` : ""}`);
       get("progress").value = (shown.plain.length + shown.gated.length) / (2 * steps);
       showChart();
     },
-    preview: ({ turn, ...image }) => paint(figures[turn], image, "Not finished yet"),
+    preview: ({ turn, ...image }) => paint(figures[turn], image, "Preview of an unfinished image"),
   });
 }
 
@@ -222,25 +222,25 @@ function setRunning(on) {
   get("results").setAttribute("aria-busy", String(on));
 }
 
-// What is shown of it.
+// The results.
 
 function showResult(name, result, plain = null) {
   const figure = get(name), time = figure.querySelector(".time");
   paint(figure, result, `${get("prompt").value}, ${figure.querySelector("h2").textContent.toLowerCase()}`);
   showStrip(figure.querySelector(".strip"), result.strip);
   time.textContent = secondsText(result.seconds);
-  const told = [];
+  const details = [];
   if (plain) {
     const faster = document.createElement("small");
     faster.textContent = fasterText(plain.seconds / result.seconds);
     time.append(faster);
     const likeness = psnr(result.pixels, plain.pixels);
-    told.push(likeness === Infinity ? "the same image" : `${likeness.toFixed(1)} dB PSNR to the other`);
+    details.push(likeness === Infinity ? "the same image" : `${likeness.toFixed(1)} dB PSNR to the other`);
   }
-  if (result.openSeconds) told.push(`loading ${secondsText(result.openSeconds)}`);
-  if (result.warmUpSeconds) told.push(`warming up ${secondsText(result.warmUpSeconds)}`);
-  told.push(`prompt ${secondsText(result.encodeSeconds)}`, `decoding ${secondsText(result.decodeSeconds)}`);
-  figure.querySelector(".told").textContent = told.join(" \u00b7 ");
+  if (result.openSeconds) details.push(`loading ${secondsText(result.openSeconds)}`);
+  if (result.warmUpSeconds) details.push(`warming up ${secondsText(result.warmUpSeconds)}`);
+  details.push(`prompt ${secondsText(result.encodeSeconds)}`, `decoding ${secondsText(result.decodeSeconds)}`);
+  figure.querySelector(".told").textContent = details.join(" \u00b7 ");
 }
 
 function paint(figure, { pixels, width, height }, words) {
@@ -252,7 +252,7 @@ function paint(figure, { pixels, width, height }, words) {
   canvas.setAttribute("aria-label", words);
 }
 
-/** A strip of `letters`; those from `done` on are still to come. */
+/** Show a strip of `letters`, of which the first `done` steps are completed. */
 function showStrip(element, letters, done = letters.length) {
   element.replaceChildren(
     ...Array.from(letters, (letter, i) => {
@@ -275,7 +275,7 @@ function showChart() {
 }
 
 function chartWords() {
-  if (!shown.plain.length) return "Bars will come here, two for each step.";
+  if (!shown.plain.length) return "The chart will have two bars for each step.";
   const medians = [`in full ${milliseconds(medianOf(shown.plain.map(({ seconds }) => seconds)))}`];
   for (const graph of new Set(shown.gated.map((step) => step.graph))) {
     const times = shown.gated.filter((step) => step.graph === graph).map(({ seconds }) => seconds);
@@ -322,11 +322,11 @@ function showNumbers() {
 
 async function showMemory({ heapBytes }) {
   const rows = [
-    ["fetched, ONNX Runtime included", received],
-    ["WebAssembly\u2019s memory, the most there was", heapBytes],
+    ["downloaded, including ONNX Runtime", received],
+    ["WebAssembly memory, maximum", heapBytes],
     ["caches, kept from the gate on", cacheBytes(manifest)],
   ];
-  if (performance.memory) rows.push(["JavaScript\u2019s heap of the page", performance.memory.usedJSHeapSize]);
+  if (performance.memory) rows.push(["JavaScript heap of the page", performance.memory.usedJSHeapSize]);
   const show = () =>
     get("memory").replaceChildren(
       ...rows.map(([name, bytes]) => {
@@ -338,9 +338,9 @@ async function showMemory({ heapBytes }) {
       }),
     );
   show();
-  // The browser answers when it next tidies up, which may be a while.
+  // The browser answers after its next garbage collection, which may take a while.
   performance.measureUserAgentSpecificMemory?.().then(({ bytes }) => {
-    rows.push(["page and worker, as the browser counts", bytes]);
+    rows.push(["page and worker, as measured by the browser", bytes]);
     show();
   }, () => {});
 }
@@ -348,10 +348,10 @@ async function showMemory({ heapBytes }) {
 function showFacts() {
   const { graphs, denoiser, pipeline, components, files, versions, scheduler } = manifest;
   const size = Object.values(files).reduce((sum, file) => sum + file.size, 0);
-  const sizes = Object.entries(graphs).map(([name, { facts }]) => `${name} ${(facts.macs_total / 1e9).toFixed(2)} G multiply-accumulates a step, ${(facts.parameters / 1e6).toFixed(2)} M parameters`);
+  const sizes = Object.entries(graphs).map(([name, { facts }]) => `${name} with ${(facts.macs_total / 1e9).toFixed(2)} G multiply-accumulates per step and ${(facts.parameters / 1e6).toFixed(2)} M parameters`);
   get("facts").textContent =
     `${pipeline.class_name}, ${denoiser.class_name}, ${components.width} by ${components.height} pixels, ${scheduler.class_name}, ` +
-    `${bytesText(size)} in all: ${sizes.join("; ")}. Nothing is sent anywhere: the model comes to you.`;
+    `${bytesText(size)} in total. Graphs: ${sizes.join("; ")}. The model runs in your browser, and no data is sent to a server.`;
   get("machine").textContent =
     `${navigator.hardwareConcurrency ?? "an unknown number of"} cores, ${browserName()}, tgate_compile ${versions.tgate_compile}.` +
     (canUseThreads() ? "" : ` ${NOT_ISOLATED}`);
@@ -369,7 +369,7 @@ function setTheme(dark) {
   get("theme").setAttribute("aria-pressed", String(dark));
 }
 
-// Words for numbers.
+// Formatting.
 
 function sumOf(steps) {
   return steps.reduce((sum, { seconds }) => sum + seconds, 0);

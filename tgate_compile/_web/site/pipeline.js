@@ -1,10 +1,10 @@
 /**
- * A bundle as a text-to-image program, on onnxruntime-web. As `runtime/_pipeline.py`, for one image at a time.
+ * Runs a bundle as a text-to-image program with onnxruntime-web, like `runtime/_pipeline.py`, for one image at a time.
  *
  *     const pipe = await BundlePipeline.open("bundle/", { runtime: "runtime/" });
  *     const { pixels, width, height } = await pipe.generate({ prompt: "a large red circle" });
  *
- * Better in a worker, since a step holds up whatever runs beside it: `engine.js` does that.
+ * A step blocks its thread, so it is better to use this in a worker, as `engine.js` does.
  */
 
 import { Files } from "./files.js";
@@ -15,7 +15,7 @@ import { loadRuntime } from "./runtime.js";
 import { Sessions } from "./session.js";
 import { Prompts } from "./text.js";
 
-/** Images between the steps are made as long as one takes less than this. */
+/** Previews are shown as long as one takes less time than this. */
 const PREVIEW_SECONDS = 0.15;
 
 export class BundlePipeline {
@@ -28,11 +28,11 @@ export class BundlePipeline {
   }
 
   /**
-   * The bundle at `base`, with ONNX Runtime from the folder `runtime`; addresses are relative to `from`.
+   * Open the bundle at `base`, with ONNX Runtime from the folder `runtime`; addresses are relative to `from`.
    *
-   * provider: "wasm" or "webgpu". threads: of WebAssembly, where the page is isolated. sequential: each graph is loaded when
-   * it is needed and let go when it is not, which takes less memory and more time. onBytes is told of each piece that arrives.
-   * Throws BundleError for a bundle that this page cannot run.
+   * provider: "wasm" or "webgpu". threads: the number of WebAssembly threads, if the page is isolated. sequential: keep only
+   * one graph loaded at a time, which takes less memory and more time. onBytes: called with the length of each piece that
+   * arrives. Throws BundleError if this page cannot run the bundle.
    */
   static async open(base, { runtime, provider, threads, sequential = false, onBytes, from = globalThis.location?.href } = {}) {
     const folder = new URL(base, from);
@@ -41,19 +41,18 @@ export class BundlePipeline {
     return new BundlePipeline(manifest, loaded, new Files(folder, manifest.files, onBytes), sequential);
   }
 
-  /** How many threads there are. */
+  /** The number of threads. */
   get threads() {
     return this.#parts.runtime.threads;
   }
 
   /**
-   * An image of `prompt`: `{pixels, width, height}` and how it was made. What is not given is as the manifest says.
+   * Generate an image for `prompt`: `{pixels, width, height}` and measurements. The defaults are those in the manifest.
    *
-   * seed: of the noise. latents: normal noise, Float32Array of [1, channels, h, w], in the place of a seed. gateStep: another
-   * gate than the bundle's. plain: all steps in full, with guidance, and nothing reused. negativePrompt, steps and
-   * guidanceScale are what they are called. Each of these may be called between the steps:
-   * onStep({step, steps, graph, letter, seconds}), onPreview({pixels, width, height}), onStage(text), and onCut(tokens) if
-   * the end of the prompt is left out.
+   * seed: the seed of the noise. latents: normal noise, Float32Array of [1, channels, h, w], instead of a seed. gateStep:
+   * another gate step than the bundle's. plain: compute all steps in full, without reusing anything. The other arguments
+   * are negativePrompt, steps and guidanceScale, and callbacks: onStep({step, steps, graph, letter, seconds}),
+   * onPreview({pixels, width, height}), onStage(text), and onCut(tokens) if the prompt is truncated.
    */
   async generate(call) {
     const [result] = await this.#made([call]);
@@ -61,8 +60,8 @@ export class BundlePipeline {
   }
 
   /**
-   * The images of two calls with as many steps. They take turns step by step, so that whatever else happens on the device
-   * happens to both; with `sequential`, one comes after the other.
+   * Generate the images of two calls with the same number of steps. Their steps alternate, so that other activity on the
+   * device affects both equally; with `sequential`, one image follows the other.
    */
   async compare(calls) {
     if (!this.#parts.sequential) return this.#made(calls);
@@ -85,7 +84,7 @@ export class BundlePipeline {
     return results.map((result) => ({ ...result, heapBytes: heapBytes(), threads: this.threads }));
   }
 
-  /** Shows what there is, unless that took too long last time; how long it took now. */
+  /** Show a preview unless the last one took too long, and return its duration in seconds. */
   async #preview({ onPreview }, generation, seconds) {
     const isLast = generation.done.length === generation.steps, isFirst = generation.done.length === 1;
     if (!onPreview || this.#parts.sequential || isLast || seconds > PREVIEW_SECONDS) return seconds;

@@ -1,24 +1,24 @@
-/** onnxruntime-web, loaded from the site's own folder. */
+/** Load onnxruntime-web from the site's own folder. */
 
 import { BundleError } from "./errors.js";
 import { fetched } from "./files.js";
 import { watchHeap } from "./heap.js";
 
-/** What each kind of processor needs: the module, and the WebAssembly that it drives. */
+/** The files for each provider: the module, and the WebAssembly that it loads. */
 const BUILDS = {
   wasm: { module: "ort.wasm.min.mjs", binary: "ort-wasm-simd-threaded" },
   webgpu: { module: "ort.webgpu.min.mjs", binary: "ort-wasm-simd-threaded.asyncify" },
 };
 
-/** Whether there may be threads: the server must have sent the headers that isolate the page. */
+/** Return whether threads are available, which needs the headers that isolate the page. */
 export const canUseThreads = () => globalThis.crossOriginIsolated === true;
 
-/** How many threads there are if nobody says: half of the cores, at most 4, as in ONNX Runtime. */
+/** Return the default number of threads: half of the cores, at most 4, as in ONNX Runtime. */
 export function defaultThreads() {
   return canUseThreads() ? Math.min(4, Math.max(1, Math.ceil((navigator.hardwareConcurrency || 1) / 2))) : 1;
 }
 
-/** ONNX Runtime for `provider`, "wasm" or "webgpu", from the folder at `base`. */
+/** Load ONNX Runtime for `provider`, "wasm" or "webgpu", from the folder at `base`. */
 export async function loadRuntime(base, { provider = "wasm", threads = defaultThreads(), onBytes } = {}) {
   if (!Object.hasOwn(BUILDS, provider)) throw new BundleError(`provider must be "wasm" or "webgpu", but got ${JSON.stringify(provider)}.`);
   if (provider === "webgpu" && !(await navigator.gpu?.requestAdapter())) {

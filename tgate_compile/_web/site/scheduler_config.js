@@ -1,8 +1,8 @@
-/** What a scheduler's configuration says, checked against what is written here. As `runtime/_scheduler_config.py`. */
+/** Check the configuration of a scheduler. Like `runtime/_noise.py`. */
 
 import { BundleError } from "./errors.js";
 
-/** All of these schedulers have them. The values are diffusers' defaults, for keys that a configuration leaves out. */
+/** The settings that all schedulers have, with diffusers' defaults for keys that a configuration omits. */
 export const COMMON = {
   num_train_timesteps: 1000,
   beta_start: 0.0001,
@@ -20,17 +20,17 @@ export const COMMON_CHOICES = {
 };
 
 /**
- * All of `defaults`' keys, with the values that `given` has for them.
- * Throws BundleError where a value is none of `choices`.
+ * Return `defaults`, updated by the values of the same keys in `given`.
+ * Throws BundleError if a value is not among `choices`.
  */
 export function checkedConfig(scheduler, given, defaults, choices) {
   const config = Object.fromEntries(Object.entries(defaults).map(([key, value]) => [key, key in given ? given[key] : value]));
   for (const [key, known] of Object.entries(choices)) {
     if (!known.includes(config[key])) {
-      const there = known.map((one) => JSON.stringify(one)).join(" and ");
+      const supported = known.map((one) => JSON.stringify(one)).join(" and ");
       throw new BundleError(
-        `${scheduler} with ${key}=${JSON.stringify(config[key])} is not on this page, which has ${there} there. ` +
-          "Export the bundle from a pipeline with a scheduler of that kind.",
+        `This page does not support ${scheduler} with ${key}=${JSON.stringify(config[key])}, only with ${supported}. ` +
+          "Export the bundle from a pipeline with such a scheduler.",
       );
     }
   }

@@ -1,13 +1,13 @@
-/** ONNX files in ONNX Runtime, opened when they are needed. As `runtime/_session.py`. */
+/** Run ONNX files in ONNX Runtime. Like `runtime/_session.py`. */
 
 import { BundleError } from "./errors.js";
 import { toFloat16 } from "./float16.js";
 
 const TYPED = { float32: Float32Array, int64: BigInt64Array, int32: Int32Array, bool: Uint8Array };
 
-/** One opened file, whose inputs and outputs are those that the manifest says. */
+/** An open file, with the inputs and outputs that the manifest describes. */
 class Session {
-  /** It has not run yet, so that its first run also compiles, allocates and warms up. */
+  /** Whether it has not run yet, so that its first run also compiles, allocates and warms up. */
   fresh = true;
   #inner;
 
@@ -15,9 +15,9 @@ class Session {
     this.#inner = inner;
   }
 
-  /** The outputs named `wanted`, tensors by name, for `feeds`, likewise. */
-  async run(feeds, wanted) {
-    return this.#inner.run(feeds, wanted);
+  /** Run the graph on `feeds`, tensors by name, and return the outputs called `names`, also by name. */
+  async run(feeds, names) {
+    return this.#inner.run(feeds, names);
   }
 
   async release() {
@@ -26,8 +26,8 @@ class Session {
 }
 
 /**
- * The open files of a bundle. Files of one weights file are opened together where possible, since its bytes are then
- * fetched once; each session has a copy of what it uses in WebAssembly's memory.
+ * The open files of a bundle. Files with the same weights file are opened together if possible, so that it is fetched only
+ * once; each session has a copy of the weights that it uses in WebAssembly's memory.
  */
 export class Sessions {
   #runtime;
@@ -39,7 +39,7 @@ export class Sessions {
     this.#files = files;
   }
 
-  /** Open those of `graphs` (with `file`, `inputs`, `outputs` and so on, as in the manifest) that are not; seconds taken. */
+  /** Open those of `graphs`, as described in the manifest, that are not open yet, and return the time taken in seconds. */
   async open(graphs, weights) {
     const missing = graphs.filter((graph, i) => !this.#open.has(graph.file) && graphs.findIndex((one) => one.file === graph.file) === i);
     if (!missing.length) return 0;
@@ -49,12 +49,12 @@ export class Sessions {
     return (performance.now() - began) / 1000;
   }
 
-  /** The session of a file that is open. */
+  /** Return the session of an open file. */
   get(file) {
     return this.#open.get(file);
   }
 
-  /** Release those that are not among `graphs`. */
+  /** Release all sessions except those of `graphs`. */
   async keepOnly(graphs) {
     for (const [file, session] of this.#open) {
       if (graphs.some((graph) => graph.file === file)) continue;
@@ -70,9 +70,9 @@ export class Sessions {
     try {
       inner = await ort.InferenceSession.create(await this.#files.bytes(graph.file), {
         executionProviders: [provider],
-        logSeverityLevel: 3, // its warnings are about its own placement of operators
+        logSeverityLevel: 3, // the warnings are about the placement of operators
         externalData: [{ path: weights.split("/").pop(), data }],
-        // What one step hands to the next stays where it is.
+        // Caches stay on the GPU from step to step.
         preferredOutputLocation: provider === "webgpu" && caches.length ? Object.fromEntries(caches) : undefined,
       });
     } catch (error) {
@@ -85,13 +85,13 @@ export class Sessions {
       [...graph.outputs, ...(graph.cache_outputs ?? [])],
     ].map((specs) => specs.map((spec) => spec.name).join(" "));
     if (given.join("; ") !== expected.join("; ")) {
-      throw new BundleError(`${graph.file} takes and returns ${given.join("; ")}, and the manifest says ${expected.join("; ")}.`);
+      throw new BundleError(`${graph.file} has the inputs and outputs ${given.join("; ")}, but the manifest says ${expected.join("; ")}.`);
     }
     return new Session(inner);
   }
 }
 
-/** `values` as the tensor that `spec` is. */
+/** Return `values` as a tensor with the dtype of `spec`. */
 export function tensor(runtime, spec, values, shape) {
   if (spec.dtype === "float16") return new runtime.ort.Tensor("float16", toFloat16(values), shape);
   const convert = spec.dtype === "int64" ? BigInt : Number;

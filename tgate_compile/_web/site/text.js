@@ -1,4 +1,4 @@
-/** From a prompt to what a denoiser is told of it. As `runtime/_text.py`. */
+/** Encode prompts for the denoiser. Like `runtime/_text_and_images.py`. */
 
 import { BundleError } from "./errors.js";
 import { fromFloat16 } from "./float16.js";
@@ -20,7 +20,7 @@ export class Prompts {
     this.#runtime = runtime;
   }
 
-  /** By source, `{values, shape}`: `hidden_states`, [1, tokens, dim], and, where there are, `attention_mask` and `pooled`. */
+  /** Return `hidden_states`, [1, tokens, dim], and `attention_mask` and `pooled` if there are, as `{values, shape}` by source. */
   async encoded(text, onCut = () => {}) {
     const parts = [];
     for (const spec of this.#components.text_encoders) parts.push(await this.#encodedBy(spec, text, onCut));
@@ -29,7 +29,7 @@ export class Prompts {
     return joined;
   }
 
-  /** Those of a negative prompt; null: there is none, beside `prompt`. */
+  /** Return the encodings of a negative prompt; null stands for a missing one, with the shapes of `prompt`. */
   async negative(text, prompt) {
     if (text !== null) return this.encoded(text);
     if (this.#components.negative !== "zeros") return this.encoded("");
@@ -42,7 +42,7 @@ export class Prompts {
     const { file, length, lower_case: lower } = spec.tokenizer;
     if (!this.#tokenizers.has(file)) this.#tokenizers.set(file, new Tokenizer(await this.#files.json(file)));
     const { ids, mask, cut } = this.#tokenizers.get(file).encode(lower ? text.toLowerCase().trim() : text);
-    if (ids.length !== length) throw new BundleError(`${file} makes ${ids.length} tokens of a text, and the manifest says ${length}.`);
+    if (ids.length !== length) throw new BundleError(`${file} encodes a text as ${ids.length} tokens, but the manifest says ${length}.`);
     if (cut) onCut(length);
     const tokens = { input_ids: ids, attention_mask: mask };
     const feeds = Object.fromEntries(spec.inputs.map((one) => [one.name, tensor(this.#runtime, one, tokens[one.name], [1, length])]));
@@ -53,7 +53,7 @@ export class Prompts {
   }
 }
 
-/** A tensor's numbers, Float32Array of their own. */
+/** Return a copy of a tensor's values as Float32Array. */
 export function floats(value) {
   return value.type === "float16" ? fromFloat16(value.data) : Float32Array.from(value.data);
 }

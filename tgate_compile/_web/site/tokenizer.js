@@ -1,11 +1,11 @@
 /**
- * Turns a text into token ids, as a tokenizer.json of the `tokenizers` library says.
+ * Encode texts as token ids, according to a tokenizer.json of the `tokenizers` library.
  *
- * tokenizers.min.mjs does the work: `dist/tokenizers.min.mjs` of npm's @huggingface/tokenizers 0.2.0, unchanged; its licence is
- * tokenizers.LICENSE.txt. It is a port of the library, and differs from it on some characters: `\w` and `\s` of a few components
- * are ASCII's or JavaScript's, and a capital sigma at the end of a word becomes a final one. Other tokens would mean another
- * image, so `EXACT` names the components that both agree on, and states the others in their terms. Whatever it does not name is
- * refused.
+ * The work is done by tokenizers.min.mjs, which is `dist/tokenizers.min.mjs` of @huggingface/tokenizers 0.2.0 on npm,
+ * unchanged; its license is tokenizers.LICENSE.txt. It is a port of the library that treats some characters differently: `\w`
+ * and `\s` of a few components are those of ASCII or JavaScript, and a capital sigma at the end of a word becomes a final one.
+ * Different tokens would give a different image, so `EXACT` lists the components with the same result in both, and rewrites
+ * others in terms of these. Components that it does not list are rejected.
  */
 
 import { BundleError } from "./errors.js";
@@ -15,10 +15,10 @@ const SPACE = "\\p{White_Space}";
 const WORD = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}"; // `\w` of Rust's regular expressions
 const BYTE_LEVEL_WORDS = `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^${SPACE}\\p{L}\\p{N}]+|${SPACE}+(?!\\P{White_Space})|${SPACE}+`;
 
-/** What no error message quotes. */
+/** The keys that error messages leave out. */
 const BULKY = ["vocab", "merges", "precompiled_charsmap"];
 
-/** By part of the file and type: what gives the same tokens in the port, or null where nothing does. */
+/** By part of the file and type, a definition that gives the same tokens in the port, or null if there is none. */
 const EXACT = {
   normalizer: {
     Sequence: (data) => ({ ...data, normalizers: data.normalizers.map((one) => exact("normalizer", one)) }),
@@ -27,7 +27,7 @@ const EXACT = {
     NFKC: (data) => data,
     NFKD: (data) => data,
     Lowercase: (data) => ({ type: "Sequence", normalizers: [{ type: "Replace", pattern: { String: "Σ" }, content: "σ" }, data] }),
-    Replace: (data) => ({ ...data, content: data.content.replaceAll("$", "$$$$") }), // the port's `$` has a meaning
+    Replace: (data) => ({ ...data, content: data.content.replaceAll("$", "$$$$") }), // `$` is special in the port
   },
   pre_tokenizer: {
     Sequence: (data) => ({ ...data, pretokenizers: data.pretokenizers.map((one) => exact("pre_tokenizer", one)) }),
@@ -52,12 +52,12 @@ export class Tokenizer {
   #truncation;
   #padding;
 
-  /** `data` is the file's JSON. Throws BundleError for a tokenizer that may make other tokens here. */
+  /** `data` is the JSON of the file. Throws BundleError if the tokens might differ from those of the library. */
   constructor(data) {
     const added = data.added_tokens ?? [];
     const odd = added.find((token) => token.single_word || token.lstrip || token.rstrip);
     if (odd) throw unsupported("added token", JSON.stringify(odd));
-    // The port would also find these in text that reads so only once it is normalized: "<|ENDOFTEXT|>".
+    // The port would also find these in texts that contain them only after normalization, such as "<|ENDOFTEXT|>".
     this.#added = new Map(added.filter((token) => !token.normalized).map((token) => [token.content, token.id]));
     this.#addedPattern = anyOf([...this.#added.keys()]);
     const parts = Object.fromEntries(Object.keys(EXACT).map((part) => [part, exact(part, data[part])]));
@@ -73,7 +73,7 @@ export class Tokenizer {
     if (this.#padding && !Number.isInteger(this.#padding.strategy?.Fixed)) throw unsupported("padding", JSON.stringify(this.#padding.strategy));
   }
 
-  /** `ids` and `mask` (1 for a token, 0 for padding), both arrays, and whether the end of `text` was `cut` off. */
+  /** Return the arrays `ids` and `mask` (1 for a token, 0 for padding), and `cut`, whether `text` was truncated. */
   encode(text) {
     let ids = text.split(this.#addedPattern).flatMap((part) => this.#added.get(part) ?? this.#library.encode(part).ids);
     const [before, after] = this.#frame, most = this.#truncation ? this.#truncation.max_length - before.length - after.length : Infinity;
@@ -87,13 +87,13 @@ export class Tokenizer {
   }
 }
 
-/** An expression that splits a text at each of `words`, which it keeps, and takes the longest of those that begin together. */
+/** Return a regular expression that splits a text at `words` and keeps these; at each position, the longest word matches. */
 function anyOf(words) {
   const escaped = words.map((word) => word.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
   return words.length ? new RegExp(`(${escaped.sort((a, b) => b.length - a.length).join("|")})`, "u") : undefined;
 }
 
-/** One part of the file, for the port. Throws BundleError unless it is known to give the same tokens there. */
+/** Return a part of the file for the port. Throws BundleError unless it is known to give the same tokens there. */
 function exact(part, data) {
   if (!data && part !== "model") return null;
   const found = Object.hasOwn(EXACT[part], data.type) ? EXACT[part][data.type](data) : null;
@@ -101,7 +101,7 @@ function exact(part, data) {
   return found;
 }
 
-/** A pre-tokenizer that takes all matches of an expression, and nothing between them. */
+/** Return a pre-tokenizer that keeps the matches of a regular expression, and drops the text between them. */
 function pieces(regex) {
   return { type: "Split", pattern: { Regex: regex }, behavior: "Removed", invert: true };
 }
@@ -110,7 +110,7 @@ function inTurn(...pretokenizers) {
   return { type: "Sequence", pretokenizers };
 }
 
-/** The ids before and after those of a text. The port would look them up by their names, which need not be in the vocabulary. */
+/** Return the ids before and after those of a text. The port would look up their names, which the vocabulary may lack. */
 function frameOf(data) {
   if (!data || data.type === "ByteLevel") return [[], []];
   if (data.type === "RobertaProcessing") return [[data.cls[1]], [data.sep[1]]];
@@ -122,7 +122,7 @@ function frameOf(data) {
 
 function unsupported(what, given) {
   return new BundleError(
-    `This page does not support the bundle's tokenizer, which has the ${what} ${given}. Export a bundle of Stable Diffusion or ` +
+    `This page does not support the bundle's tokenizer, because of its ${what} ${given}. Export a bundle of Stable Diffusion or ` +
       "SDXL, or run this one with `tgate-compile run`.",
   );
 }

@@ -1,33 +1,33 @@
-/** The pipeline in a thread of its own, so that the page stays alive: `engine.js` talks to it. */
+/** The worker that runs the pipeline, so that the page stays responsive; `engine.js` communicates with it. */
 
 import { BundlePipeline } from "./pipeline.js";
 
 let pipe = null;
-/** Tells the page of an event, for the call that is under way; a pipeline loads files in later calls, too. */
-let tell = null;
+/** Sends an event of the current call to the page; a pipeline also loads files in later calls. */
+let send = null;
 
 const METHODS = {
   async open({ bundle, ...settings }) {
-    pipe = await BundlePipeline.open(bundle, { ...settings, onBytes: (count) => tell("bytes", count) });
+    pipe = await BundlePipeline.open(bundle, { ...settings, onBytes: (count) => send("bytes", count) });
     return { threads: pipe.threads };
   },
-  generate: (call) => pipe.generate(heard(call, 0)),
-  compare: (calls) => pipe.compare(calls.map(heard)),
+  generate: (call) => pipe.generate(withCallbacks(call, 0)),
+  compare: (calls) => pipe.compare(calls.map(withCallbacks)),
 };
 
-/** A call with functions that tell the page, and which of the calls it is. */
-function heard(call, turn) {
+/** Return a call with callbacks that send events to the page, with the position of the call as `turn`. */
+function withCallbacks(call, turn) {
   return {
     ...call,
-    onStep: (step) => tell("step", { ...step, turn }),
-    onPreview: call.preview ? (image) => tell("preview", { ...image, turn }) : undefined,
-    onStage: (text) => tell("stage", text),
-    onCut: (tokens) => tell("cut", tokens),
+    onStep: (step) => send("step", { ...step, turn }),
+    onPreview: call.preview ? (image) => send("preview", { ...image, turn }) : undefined,
+    onStage: (text) => send("stage", text),
+    onCut: (tokens) => send("cut", tokens),
   };
 }
 
 self.addEventListener("message", async ({ data: { id, method, argument } }) => {
-  tell = (event, detail) => self.postMessage({ id, event, detail });
+  send = (event, detail) => self.postMessage({ id, event, detail });
   try {
     self.postMessage({ id, result: await METHODS[method](argument) });
   } catch (error) {
