@@ -66,7 +66,7 @@ def test_all_letters_many_steps_and_all_formats(tmp_path: Path) -> None:
         ({}, "a.png", "needs a mapping"),
         ("FFpp", "a.png", "needs a mapping"),
         ({"mine": ""}, "a.png", "'mine'"),
-        ({"mine": "FFxx"}, "a.png", "'FFxx'"),
+        ({"mine": "FF1"}, "a.png", "'FF1'"),
         ({"mine": 10}, "a.png", "got 10"),
         ({"mine": "FFpp"}, "a.jpg", "a.jpg"),
         ({"mine": "FFpp"}, "none/a.png", "No such"),
