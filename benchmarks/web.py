@@ -26,8 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tgate_compile._web.onnxruntime_web import VERSION
-from tgate_compile._web.site import serving
+from tgate_compile._web.site import VERSION, serving
 from tgate_compile.study.bench.measure import processor
 
 PROMPT = "a small green star on a white background"

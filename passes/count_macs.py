@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from tgate_compile.passes.attention_core import FUSED
-from tgate_compile.passes.editing import operand, shape_of
+from tgate_compile.passes.graphs import operand, shape_of
 
 aten = torch.ops.aten
 

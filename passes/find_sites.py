@@ -15,8 +15,7 @@ from torch.fx import Node
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile.methods.method import Kind
 from tgate_compile.passes.attention_core import LAYOUT, SCALING, AttentionCore, attention_cores, product_operands
-from tgate_compile.passes.editing import operand
-from tgate_compile.passes.graphs import Site
+from tgate_compile.passes.graphs import Site, operand
 
 aten = torch.ops.aten
 

@@ -1,16 +1,127 @@
-"""The central data types: a captured denoiser, its sites, and the variants derived from it."""
+"""Captured graphs and their variants, and what passes share to edit them."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from tgate_compile.methods.method import Kind, Phase
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The result of a pass.
+
+    Attributes:
+        changes: the number of places that the pass changed; 0 means that the graph is unchanged.
+    """
+
+    changes: int
+
+
+def add_call(
+    graph: torch.fx.Graph, target: torch._ops.OpOverload, source: Node, *args: object, **kwargs: object
+) -> Node:
+    """Insert a node that calls `target` on `source` and further arguments, which may be nodes or constants."""
+    node = graph.call_function(target, (source, *args), kwargs)  # type: ignore[arg-type]
+    fake = source.meta["val"]
+    with fake.fake_mode:
+        node.meta["val"] = target(fake, *(a.meta["val"] if isinstance(a, Node) else a for a in args), **kwargs)
+    return node
+
+
+def operand(node: Node, position: int) -> Node:
+    """Return the positional argument `position` of `node`, which must be a node."""
+    value = node.args[position]
+    assert isinstance(value, Node), f"{node.format_node()}: argument {position} is not a node"
+    return value
+
+
+def argument(node: Node, position: int, name: str, default: object = None) -> object:
+    """Return the argument `name` of `node`, passed by position or by keyword."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def outputs_of(graph: torch.fx.Graph) -> tuple[Node, ...]:
+    """Return the values that `graph` returns, which must be one flat tuple."""
+    values = graph.output_node().args[0]
+    assert isinstance(values, (tuple, list)), "the graph's output is not flat"
+    return tuple(value for value in values if isinstance(value, Node))
+
+
+def shape_of(node: Node) -> torch.Size:
+    """Return the shape of the value of `node`."""
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def is_mutable(node: Node) -> bool:
+    """Return whether `node` writes into one of its operands."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def copy_graph(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Return `graph_module` with a copy of its graph that can be changed; submodules and fake tensors are shared.
+
+    The output of the graph must be a flat tuple, and so is the output of the copy.
+    """
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(graph_module.graph, val_map={})
+    graph.output(tuple(output))  # type: ignore[arg-type]
+    for node in graph.nodes:
+        node.meta = copy.copy(node.meta)  # so that changes by a pass do not affect the original's node
+    return torch.fx.GraphModule(graph_module, graph)
+
+
+def flat_program(source: ExportedProgram, graph_module: torch.fx.GraphModule) -> ExportedProgram:
+    """Return an exported program of `graph_module` that takes flat tensors and returns a flat tuple.
+
+    It has only the part of the state of `source` that the graph uses. Parameters are shared with `source`, not copied.
+    """
+    specs = {spec.arg.name: spec for spec in source.graph_signature.input_specs}
+    inputs = [
+        specs.get(node.name) or InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), target=None)
+        for node in graph_module.graph.nodes
+        if node.op == "placeholder"
+    ]
+    outputs = [
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), target=None)
+        for node in outputs_of(graph_module.graph)
+    ]
+    user_inputs = [spec for spec in inputs if spec.kind is InputKind.USER_INPUT]
+    used = {spec.target for spec in inputs}
+    signature = ModuleCallSignature(
+        inputs=[],
+        outputs=[],
+        in_spec=pytree.tree_structure((tuple(range(len(user_inputs))), {})),
+        out_spec=pytree.tree_structure(tuple(range(len(outputs)))),
+        forward_arg_names=[spec.arg.name for spec in user_inputs],
+    )
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        state_dict={name: tensor for name, tensor in source.state_dict.items() if name in used},
+        range_constraints=source.range_constraints,
+        module_call_graph=[ModuleCallEntry(fqn="", signature=signature)],
+        constants={name: value for name, value in source.constants.items() if name in used},
+        verifiers=source.verifiers,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from tgate_compile.passes.attention_core import FUSED
-from tgate_compile.passes.editing import PassResult, add_call, argument, operand, shape_of
+from tgate_compile.passes.graphs import PassResult, add_call, argument, operand, shape_of
 
 
 def contiguous_inputs(graph_module: torch.fx.GraphModule, names: Collection[str]) -> PassResult:

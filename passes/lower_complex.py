@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from tgate_compile.passes.editing import PassResult, argument, operand, shape_of
+from tgate_compile.passes.graphs import PassResult, argument, operand, shape_of
 
 aten = torch.ops.aten
 

@@ -13,8 +13,12 @@ from torch.fx import Node
 from tgate_compile._errors import VerificationError
 from tgate_compile.methods.method import Phase
 from tgate_compile.passes.attention_core import attention_cores
-from tgate_compile.passes.editing import (
+from tgate_compile.passes.graphs import (
+    Captured,
+    Emission,
     PassResult,
+    Site,
+    Variant,
     add_call,
     copy_graph,
     flat_program,
@@ -23,7 +27,6 @@ from tgate_compile.passes.editing import (
     outputs_of,
     shape_of,
 )
-from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
 
 aten = torch.ops.aten
 

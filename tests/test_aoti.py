@@ -30,8 +30,7 @@ from tgate_compile.exports.inductor import save as aoti_graphs
 from tgate_compile.exports.inductor.open import AotiSession, entry_name
 from tgate_compile.exports.inductor.save import to_aoti
 from tgate_compile.methods.method import Phase
-from tgate_compile.passes.editing import flat_program
-from tgate_compile.passes.graphs import Variant
+from tgate_compile.passes.graphs import Variant, flat_program
 
 #: Inductor orders sums in its own way.
 CLOSE = 1e-4

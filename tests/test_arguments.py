@@ -12,9 +12,9 @@ import pytest
 import tgate_compile
 from tests.tiny_pipelines import run, stable_diffusion
 from tgate_compile import BundleError, ConfigurationError, Schedule
-from tgate_compile._arguments import BackendName, BundleBackendName, FormatName
 from tgate_compile._cli.loading import load_pipeline
 from tgate_compile._cli.options import Dtype
+from tgate_compile._errors import BackendName, BundleBackendName, FormatName
 from tgate_compile.bundle.formats import FORMATS, openers
 from tgate_compile.bundle.read_manifest import wrong_pixels
 from tgate_compile.engine.backends import BACKENDS

@@ -16,9 +16,8 @@ from typer.testing import CliRunner
 from tests.programs import program
 from tgate_compile import BundleError, ConfigurationError
 from tgate_compile._cli.app import app
-from tgate_compile._web import onnxruntime_web
-from tgate_compile._web.onnxruntime_web import FILES, runtime_files
-from tgate_compile._web.site import address_of, check_bundle, server_for
+from tgate_compile._web import site as onnxruntime_web
+from tgate_compile._web.site import FILES, address_of, check_bundle, runtime_files, server_for
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

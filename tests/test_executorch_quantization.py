@@ -22,7 +22,7 @@ from tgate_compile.bundle.read import read_bundle
 
 pytest.importorskip("executorch", reason="needs ExecuTorch")
 
-from tgate_compile.exports.executorch.quantize import Integers, xnnpack_integers
+from tgate_compile.exports.executorch.convert import Integers, xnnpack_integers
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

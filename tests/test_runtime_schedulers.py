@@ -12,7 +12,7 @@ import torch
 from tgate_compile import ConfigurationError
 from tgate_compile.bundle.manifest import Scheduler as Spec
 from tgate_compile.bundle.manifest import plain_config
-from tgate_compile.runtime._schedulers import Scheduler, make_scheduler
+from tgate_compile.runtime._pipeline import Scheduler, make_scheduler
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

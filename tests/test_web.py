@@ -21,8 +21,7 @@ from tests.tiny_pipelines import PROMPT
 from tgate_compile import load_demo_pipeline, optimize, restore
 from tgate_compile._cli.app import app
 from tgate_compile._errors import ConfigurationError
-from tgate_compile._web.onnxruntime_web import runtime_files
-from tgate_compile._web.site import serving, write_site
+from tgate_compile._web.site import runtime_files, serving, write_site
 from tgate_compile.runtime import BundlePipeline
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -11,8 +11,7 @@ import pytest
 from tests.browsing import chromium
 from tests.programs import program
 from tgate_compile._errors import ConfigurationError
-from tgate_compile._web.onnxruntime_web import runtime_files
-from tgate_compile._web.site import write_site
+from tgate_compile._web.site import runtime_files, write_site
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -12,8 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._arguments import BackendName, check_names, check_pipeline_first, did_you_mean
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import BackendName, ConfigurationError, check_names, check_pipeline_first, did_you_mean
 from tgate_compile.engine.config import AUTO_PROMPTS
 from tgate_compile.methods.method import Half, Method
 from tgate_compile.methods.schedule import Schedule, schedule_of

@@ -25,8 +25,7 @@ from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph
 from tgate_compile.bundle.read_manifest import inputs_of, outputs_of
 from tgate_compile.engine.backends import check_known_options, one_of
-from tgate_compile.passes.editing import copy_graph, flat_program
-from tgate_compile.passes.graphs import Variant
+from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
 from tgate_compile.passes.lower_complex import lower_complex
 from tgate_compile.passes.specialize import remove_dead
 

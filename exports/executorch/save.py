@@ -16,9 +16,8 @@ from tgate_compile.bundle.plan import PlannedGraph
 from tgate_compile.bundle.read_manifest import inputs_of, outputs_of
 from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.engine.backends import check_known_options, one_of
-from tgate_compile.exports.executorch.convert import to_executorch
+from tgate_compile.exports.executorch.convert import Integers, to_executorch
 from tgate_compile.exports.executorch.open import ExecuTorchSession, open_program
-from tgate_compile.exports.executorch.quantize import Integers
 
 PROGRAM_FILE = "graphs/graphs.pte"
 

@@ -10,12 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from tgate_compile._arguments import check_names
-from tgate_compile._errors import BackendError, ConfigurationError, first_line
+from tgate_compile._errors import BackendError, ConfigurationError, check_names, first_line
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.traffic import exclusive
-from tgate_compile.passes.editing import copy_graph
-from tgate_compile.passes.graphs import Variant
+from tgate_compile.passes.graphs import Variant, copy_graph
 
 #: The number of runs before the recording; the first one chooses kernels and initializes libraries.
 _WARM_UP = 2

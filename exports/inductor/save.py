@@ -22,8 +22,7 @@ from tgate_compile.bundle.weights import INDEX_FILE, WeightsFile, read_index, wr
 from tgate_compile.engine.backends import check_known_options, one_of
 from tgate_compile.exports.inductor.live import CPU_OPTIONS
 from tgate_compile.exports.inductor.open import AotiSession, check_package, entry_name
-from tgate_compile.passes.editing import copy_graph, flat_program
-from tgate_compile.passes.graphs import Variant
+from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from tgate_compile.bundle.read_manifest import shape_at, solve
 from tgate_compile.bundle.weights import WeightsFile, dtype_name
 from tgate_compile.engine.capture import without_stack_traces
 from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
-from tgate_compile.exports.onnx.check import check_onnx_file
 from tgate_compile.exports.onnx.convert import program_to_onnx
-from tgate_compile.exports.onnx.file import check_model, save_model
+from tgate_compile.exports.onnx.open import check_onnx_file
+from tgate_compile.exports.onnx.quantize import check_model, save_model
 from tgate_compile.exports.onnx.session import open_session, run_bound, session_options
 
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tgate_compile._errors import UnsupportedModelError, check_installed
-from tgate_compile.passes.editing import copy_graph, flat_program
-from tgate_compile.passes.graphs import Variant
+from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
 from tgate_compile.passes.legalize import expand_masks, promote_concatenated
 from tgate_compile.passes.lower_complex import lower_complex
 from tgate_compile.passes.specialize import remove_dead

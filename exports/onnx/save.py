@@ -17,13 +17,11 @@ from tgate_compile.bundle.plan import PlannedGraph, inputs_of, size_of, symbols_
 from tgate_compile.bundle.quantization import Scheme
 from tgate_compile.bundle.weights import WeightsFile, dtype_name
 from tgate_compile.engine.backends import check_known_options
-from tgate_compile.exports.onnx.check import check_onnx_file
 from tgate_compile.exports.onnx.convert import to_onnx
-from tgate_compile.exports.onnx.file import check_model, save_model
 from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
-from tgate_compile.exports.onnx.open import OnnxSession, PiecewiseSession
-from tgate_compile.exports.onnx.quantize import quantize_weights, save_static
-from tgate_compile.passes.editing import outputs_of, shape_of
+from tgate_compile.exports.onnx.open import OnnxSession, PiecewiseSession, check_onnx_file
+from tgate_compile.exports.onnx.quantize import check_model, quantize_weights, save_model, save_static
+from tgate_compile.passes.graphs import outputs_of, shape_of
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -11,13 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch.export import ExportedProgram
 
-from tgate_compile._arguments import check_names
-from tgate_compile._errors import BackendError, cause_of
+from tgate_compile._errors import BackendError, cause_of, check_names
 from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.trust import MadeOfWeights, coarsest
-from tgate_compile.passes.editing import copy_graph, flat_program
-from tgate_compile.passes.graphs import Variant
+from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph, describe_graph, example_sizes
 from tgate_compile.bundle.read_manifest import inputs_of, outputs_of, shape_at
 from tgate_compile.engine.backends import SWITCH, Option, at_least, check_known_options, one_of
-from tgate_compile.engine.free_sizes import LARGEST, SYMBOLS
+from tgate_compile.engine.capture import LARGEST, SYMBOLS
 from tgate_compile.exports.onnx import save as onnx_graphs
 from tgate_compile.exports.tensorrt.convert import FREE, Binding, EngineSettings, Shape, to_tensorrt
 from tgate_compile.exports.tensorrt.open import TensorRTSession, onnx_beside

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.passes.tiny_denoiser import tiny_capture, tiny_denoiser, tiny_inputs
-from tgate_compile.passes.editing import copy_graph
-from tgate_compile.passes.graphs import Captured, Emission
+from tgate_compile.passes.graphs import Captured, Emission, copy_graph
 from tgate_compile.passes.specialize import emit
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.passes.tiny_denoiser import tiny_capture, tiny_denoiser
-from tgate_compile.passes.editing import copy_graph
+from tgate_compile.passes.graphs import copy_graph
 from tgate_compile.passes.specialize import cache_input_name, remove_dead, reuse
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from tests.comparing import difference
-from tgate_compile.passes.editing import PassResult
+from tgate_compile.passes.graphs import PassResult
 from tgate_compile.passes.legalize import unfuse_attention, unfuse_gelu, unfuse_halves, unfuse_norms
 
 Pass = Callable[[torch.fx.GraphModule], PassResult]

@@ -22,8 +22,8 @@ from tgate_compile.methods.schedule import Schedule
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from tgate_compile._arguments import BackendName
     from tgate_compile._cli.demo_runs import Mode, Results, Row, Task
+    from tgate_compile._errors import BackendName
 
 
 # Two lines each, so that the table fits into 80 columns.

@@ -15,10 +15,10 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 import tgate_compile
-from tgate_compile._arguments import BackendName
 from tgate_compile._cli.console import work_of
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.pipeline import load_demo_pipeline
+from tgate_compile._errors import BackendName
 from tgate_compile.study.comparison.run import psnr
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tgate_compile._arguments import BackendName
 from tgate_compile._cli.console import ERR
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import BackendName, ConfigurationError
 from tgate_compile._runtimes import BACKENDS, check_backend_installed
 from tgate_compile.methods.method import checked_gate_step
 

@@ -59,8 +59,7 @@ def web(
 ) -> None:
     """Write a page that runs a model in the browser, with T-GATE and without, for any static server."""
     check_installed("pydantic", extra="onnx", what="web")
-    from tgate_compile._web.onnxruntime_web import runtime_files
-    from tgate_compile._web.site import check_bundle, check_site_target, is_site, server_for, write_site
+    from tgate_compile._web.site import check_bundle, check_site_target, is_site, runtime_files, server_for, write_site
     from tgate_compile.bundle.formats import check_can_write
 
     schedule.check_known_in_advance()

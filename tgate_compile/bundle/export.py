@@ -13,14 +13,22 @@ from typing import Any, Literal
 import torch
 from diffusers.utils.logging import tqdm
 
-from tgate_compile._arguments import AnyPipeline, FormatName, check_call, check_pipeline_first, did_you_mean
-from tgate_compile._errors import ConfigurationError, UnsupportedModelError, check_installed
+from tgate_compile._errors import (
+    AnyPipeline,
+    ConfigurationError,
+    FormatName,
+    UnsupportedModelError,
+    check_call,
+    check_installed,
+    check_pipeline_first,
+    did_you_mean,
+)
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.formats import check_can_write, components_format, format_called
 from tgate_compile.bundle.quantization import Scheme, read_quantization
 from tgate_compile.bundle.read_manifest import nearest_multiples
+from tgate_compile.engine.capture import SYMBOLS, FreeSize, downsampling
 from tgate_compile.engine.config import AUTO_PROMPTS
-from tgate_compile.engine.free_sizes import SYMBOLS, FreeSize, downsampling
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import rounded_input, wrapped_weight

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from tgate_compile._arguments import BundleBackendName, check_pipeline_first, did_you_mean
-from tgate_compile._errors import BundleError, ConfigurationError, check_installed
+from tgate_compile._errors import (
+    BundleBackendName,
+    BundleError,
+    ConfigurationError,
+    check_installed,
+    check_pipeline_first,
+    did_you_mean,
+)
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.formats import GraphFormat, check_can_load, check_can_run, format_called, openers
 from tgate_compile.methods.schedule_file import read_schedule

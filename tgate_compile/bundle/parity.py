@@ -13,7 +13,7 @@ from tgate_compile.bundle.manifest import Deviation, Graph, Parity, TensorSpec
 from tgate_compile.bundle.plan import PlannedGraph, example_sizes, other_sizes
 from tgate_compile.bundle.read_manifest import shape_at
 from tgate_compile.bundle.weights import dtype_name
-from tgate_compile.engine.free_sizes import SYMBOLS
+from tgate_compile.engine.capture import SYMBOLS
 from tgate_compile.engine.trust import TOLERANCES, coarsest, full_float32, relative_difference
 
 #: The tolerance for quantized graphs: with 4 bits, outputs for random inputs differed by up to 0.51 while images had

@@ -22,13 +22,12 @@ from tgate_compile.bundle.manifest import CacheInput, CacheOutput, Facts, Graph,
 from tgate_compile.bundle.read_manifest import Size, shape_at
 from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.engine.call import Call
-from tgate_compile.engine.free_sizes import SYMBOLS, FreeSize, free_shapes
+from tgate_compile.engine.capture import SYMBOLS, FreeSize, free_shapes
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import live_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.count_macs import count_macs
-from tgate_compile.passes.editing import outputs_of, shape_of
-from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
+from tgate_compile.passes.graphs import Captured, Emission, Site, Variant, outputs_of, shape_of
 from tgate_compile.pipeline.generation import Plan
 from tgate_compile.pipeline.hook import GatedDenoiser
 

@@ -35,7 +35,7 @@ from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.quantization import Quantization
 from tgate_compile.bundle.read_manifest import file_of, wiring_of
 from tgate_compile.bundle.weights import dtype_name, weights_digest
-from tgate_compile.engine.free_sizes import LARGEST, SYMBOLS, FreeSize
+from tgate_compile.engine.capture import LARGEST, SYMBOLS, FreeSize
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule_file import schedule_data
 from tgate_compile.pipeline.generation import Plan, strip_of

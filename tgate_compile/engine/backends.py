@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
-from tgate_compile._arguments import did_you_mean
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import ConfigurationError, did_you_mean
 from tgate_compile._runtimes import BACKENDS, FORMATS, home_of
 from tgate_compile.passes.graphs import Variant
 

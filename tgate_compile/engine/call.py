@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import UnsupportedModelError
-from tgate_compile.passes.editing import outputs_of
+from tgate_compile.passes.graphs import outputs_of
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from tgate_compile._arguments import AnyPipeline
-from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
+from tgate_compile._errors import AnyPipeline, CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.traffic import exclusive, running
 from tgate_compile.methods.schedule import Schedule
@@ -31,7 +30,7 @@ from tgate_compile.pipeline.generation import Generation, Plan, Previewed
 from tgate_compile.pipeline.hook import MSG_NO_COPY, GatedDenoiser, hook_of
 from tgate_compile.pipeline.loop import Loop, OnUnsupported, StartOver, rewindable
 from tgate_compile.pipeline.modular import family_of_pipeline
-from tgate_compile.pipeline.scheduler_watch import observed
+from tgate_compile.pipeline.two_halves import observed
 
 logger = logging.getLogger(__name__)
 

@@ -9,25 +9,79 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from tgate_compile._errors import BundleError, ConfigurationError, check_installed
 from tgate_compile.bundle.manifest import Components, Manifest, Source, warn_of_alternation
+from tgate_compile.bundle.manifest import Scheduler as SchedulerSpec
 from tgate_compile.bundle.plan_rows import plan_for
 from tgate_compile.bundle.read_manifest import read_manifest
 from tgate_compile.methods.method import Half
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import read_schedule
+from tgate_compile.runtime._ddim import Ddim
 from tgate_compile.runtime._denoiser import Conditions, Denoiser, Graphs
-from tgate_compile.runtime._noise import Array
-from tgate_compile.runtime._schedulers import Scheduler, make_scheduler
+from tgate_compile.runtime._dpm_plus_plus import DpmPlusPlus
+from tgate_compile.runtime._euler import Euler
+from tgate_compile.runtime._noise import NAMES, Array
+from tgate_compile.runtime._pndm import Pndm
 from tgate_compile.runtime._session import Settings
 from tgate_compile.runtime._text_and_images import Decoder, Encoded, Prompts, pil_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+class Scheduler(Protocol):
+    """The scheduler of one generation, whose methods are called for each denoiser call in order.
+
+    There is one call for each of `timesteps`. The first `warm_up` calls are additional and belong to the first step.
+    """
+
+    timesteps: Any
+    initial_sigma: float
+    warm_up: int
+
+    def model_input(self, latents: Array, step: int) -> Array: ...
+
+    def step(self, prediction: Array, step: int, latents: Array) -> Array: ...
+
+
+_CLASSES: Mapping[str, Callable[[Mapping[str, Any], int], Scheduler]] = {
+    "DDIMScheduler": Ddim,
+    "EulerDiscreteScheduler": Euler,
+    "DPMSolverMultistepScheduler": DpmPlusPlus,
+    "PNDMScheduler": Pndm,
+}
+
+
+def make_scheduler(spec: SchedulerSpec, name: str | None, steps: int) -> Scheduler:
+    """Return the scheduler `name`, or that of the bundle if it is None, for a generation of `steps` steps.
+
+    It has the bundle's configuration. Settings that are missing there because the class is another one have the
+    defaults of the class, as with diffusers' `from_config`.
+
+    Raises:
+        ConfigurationError: the name, the class, the configuration or the number of steps is not supported.
+    """
+    if name is not None and name not in NAMES:
+        raise ConfigurationError(
+            f"scheduler must be one of {', '.join(map(repr, NAMES))}, or None for the bundle's own, but got {name!r}."
+        )
+    class_name = spec.class_name if name is None else NAMES[name]
+    if class_name not in _CLASSES:
+        names = " or ".join(map(repr, NAMES))
+        raise ConfigurationError(
+            f"The bundle's scheduler is a {class_name}, which this runtime does not support. It supports "
+            f"{', '.join(_CLASSES)}; choose one of these with scheduler={names}."
+        )
+    most = spec.config.get("num_train_timesteps", 1000)
+    if isinstance(steps, bool) or not hasattr(steps, "__index__") or not 1 <= steps.__index__() <= most:
+        raise ConfigurationError(f"num_inference_steps must be an integer from 1 to {most}, but got {steps!r}.")
+    return _CLASSES[class_name](spec.config, steps.__index__())
+
 
 #: The packages that the runtime needs.
 NEEDS = ("onnxruntime", "tokenizers")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._arguments import AnyPipeline, check_pipeline_first
-from tgate_compile._errors import ConfigurationError, UnsupportedModelError
+from tgate_compile._errors import AnyPipeline, ConfigurationError, UnsupportedModelError, check_pipeline_first
 from tgate_compile.engine.capture import MSG_NO_SITES
 from tgate_compile.engine.families import family_of
 from tgate_compile.methods.method import Kind

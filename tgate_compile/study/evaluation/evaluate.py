@@ -15,8 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tgate_compile._arguments import AnyPipeline, BackendName, check_pipeline_first
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import AnyPipeline, BackendName, ConfigurationError, check_pipeline_first
 from tgate_compile.bundle.weights import bit_sums
 from tgate_compile.pipeline.attach import MSG_ALREADY, attached, denoiser_names
 from tgate_compile.pipeline.modular import check_ordinary

@@ -13,8 +13,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._arguments import check_names
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import ConfigurationError, check_names
 from tgate_compile._version import __version__
 from tgate_compile.methods.schedule import Schedule
 

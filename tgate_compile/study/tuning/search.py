@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._arguments import AnyPipeline, BackendName, check_pipeline_first
-from tgate_compile._errors import ConfigurationError, UnsupportedModelError
+from tgate_compile._errors import (
+    AnyPipeline,
+    BackendName,
+    ConfigurationError,
+    UnsupportedModelError,
+    check_pipeline_first,
+)
 from tgate_compile.engine.capture import denies_cross_attention
 from tgate_compile.engine.families import has_joint_attention
 from tgate_compile.methods.method import Method, methods
