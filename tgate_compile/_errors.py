@@ -7,10 +7,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from typing import Literal
 
 #: The last sentence of messages about pipelines and calls that cannot be gated.
 INSTEAD = 'What works instead: the pipeline without tgate_compile, or optimize(..., on_unsupported="plain").'
@@ -113,9 +110,6 @@ FormatName = Literal["onnx", "tensorrt-rtx", "tensorrt", "openvino", "aoti", "ex
 #: Values of `backend=` in `load`.
 BundleBackendName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti", "executorch", "coreml"]
 
-#: A pipeline, or a similar object. `Any` is for mypy, which resolves the pipelines that diffusers exports to the
-#: placeholders in `diffusers.utils.dummy_torch_and_transformers_objects`; these do not derive from DiffusionPipeline.
-AnyPipeline: TypeAlias = "DiffusionPipeline | Any"
 
 #: Names that diffusers' pipelines still accept, although their signatures no longer list them.
 _DEPRECATED = ("callback", "callback_steps")

@@ -14,7 +14,6 @@ import torch
 from diffusers.utils.logging import tqdm
 
 from tgate_compile._errors import (
-    AnyPipeline,
     ConfigurationError,
     FormatName,
     UnsupportedModelError,
@@ -28,7 +27,7 @@ from tgate_compile.bundle.formats import check_can_write, components_format, for
 from tgate_compile.bundle.quantization import Scheme, read_quantization
 from tgate_compile.bundle.read_manifest import nearest_multiples
 from tgate_compile.engine.capture import SYMBOLS, FreeSize, downsampling
-from tgate_compile.engine.config import AUTO_PROMPTS
+from tgate_compile.engine.config import AUTO_PROMPTS, AnyPipeline
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import rounded_input, wrapped_weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -11,6 +12,14 @@ from tgate_compile._errors import ConfigurationError
 from tgate_compile.engine.families import Family
 from tgate_compile.methods.schedule import Schedule
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+#: A pipeline, or a similar object. `Any` is for mypy, which resolves the pipelines that diffusers exports to the
+#: placeholders in `diffusers.utils.dummy_torch_and_transformers_objects`; these do not derive from DiffusionPipeline.
+AnyPipeline: TypeAlias = "DiffusionPipeline | Any"
+
+#: Prompts for what is measured on a few generations when no others are given.
 AUTO_PROMPTS = (
     "a red fox in the snow",
     "a portrait of an old fisherman",

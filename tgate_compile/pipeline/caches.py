@@ -7,10 +7,7 @@ from typing import Literal
 
 import torch
 
-from tgate_compile._errors import (
-    INSTEAD,
-    UnsupportedModelError,
-)
+from tgate_compile._errors import INSTEAD, UnsupportedModelError
 from tgate_compile.methods.method import Half, Kind, Phase
 from tgate_compile.passes.graphs import Emission
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.export.graph_signature import InputKind
 
-from tgate_compile._errors import AnyPipeline, check_call
+from tgate_compile._errors import check_call
+from tgate_compile.engine.config import AnyPipeline
 from tgate_compile.engine.trust import Served
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.passes.count_macs import count_macs

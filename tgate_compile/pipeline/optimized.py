@@ -13,8 +13,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from tgate_compile._errors import AnyPipeline, CaptureError, ConfigurationError, UnsupportedModelError
-from tgate_compile.engine.config import Config
+from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
+from tgate_compile.engine.config import AnyPipeline, Config
 from tgate_compile.engine.traffic import exclusive, running
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.facts import (

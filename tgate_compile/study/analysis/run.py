@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._errors import AnyPipeline, ConfigurationError, UnsupportedModelError, check_pipeline_first
+from tgate_compile._errors import ConfigurationError, UnsupportedModelError, check_pipeline_first
 from tgate_compile.engine.capture import MSG_NO_SITES
+from tgate_compile.engine.config import AnyPipeline
 from tgate_compile.engine.families import family_of
 from tgate_compile.methods.method import Kind
 from tgate_compile.methods.schedule import Schedule

@@ -15,8 +15,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tgate_compile._errors import AnyPipeline, BackendName, ConfigurationError, check_pipeline_first
+from tgate_compile._errors import BackendName, ConfigurationError, check_pipeline_first
 from tgate_compile.bundle.weights import bit_sums
+from tgate_compile.engine.config import AnyPipeline
 from tgate_compile.pipeline.attach import MSG_ALREADY, attached, denoiser_names
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import state_of

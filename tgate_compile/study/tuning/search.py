@@ -12,14 +12,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._errors import (
-    AnyPipeline,
-    BackendName,
-    ConfigurationError,
-    UnsupportedModelError,
-    check_pipeline_first,
-)
+from tgate_compile._errors import BackendName, ConfigurationError, UnsupportedModelError, check_pipeline_first
 from tgate_compile.engine.capture import denies_cross_attention
+from tgate_compile.engine.config import AnyPipeline
 from tgate_compile.engine.families import has_joint_attention
 from tgate_compile.methods.method import Method, methods
 from tgate_compile.methods.schedule import Schedule, schedule_of
