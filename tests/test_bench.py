@@ -240,5 +240,5 @@ def test_the_backends_that_are_there() -> None:
     assert _backends(None, "cpu", None)[0] == "eager"
     assert not {"tensorrt", CUDA_GRAPHS} & set(_backends(None, "cpu", None))
     assert _backends([Backend("inductor")], "cpu", False) == ["inductor"]
-    with pytest.raises(ConfigurationError, match="--cuda-graphs are for GPUs"):
+    with pytest.raises(ConfigurationError, match="--cuda-graphs needs a CUDA GPU"):
         _backends([Backend("inductor")], "cpu", True)

@@ -68,7 +68,7 @@ def test_it_fills_a_folder_and_goes_on_with_it(model: str, tmp_path: Path) -> No
         (["-p", "red cat", "-c", "gate_steps=2"], "gate_steps"),
         (["-p", "red cat", "-c", "a: gate_step=2", "-c", "a: gate_step=3"], "called 'a'"),
         (["-p", "red cat", "-c", "steps=3", "--plot", "a.gif"], "a.gif"),
-        (["-p", "red cat", "-c", "steps=3", "--clip", "nowhere"], "--clip: there is no nowhere"),
+        (["-p", "red cat", "-c", "steps=3", "--clip", "nowhere"], "--clip nowhere does not exist"),
     ],
 )
 def test_what_is_wrong_is_seen_before_the_model_is_loaded(

@@ -216,7 +216,7 @@ def test_bad_input_is_refused_early(
 def test_outputs_are_checked_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "load", None)
     (tmp_path / "fox.png").touch()
-    for out, shown in (("fox.png", "exists already"), ("fox.png/a.png", "Cannot write"), ("fox.jpg", ".png")):
+    for out, shown in (("fox.png", "already exists"), ("fox.png/a.png", "Cannot write"), ("fox.jpg", ".png")):
         result = run(app, ["generate", "-p", "a fox", "-o", str(tmp_path / out)])
         assert result.exit_code == 1
         assert shown in result.stderr

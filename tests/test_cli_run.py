@@ -62,7 +62,7 @@ def test_options_and_json(bundle: str, tmp_path: Path) -> None:
     assert told["images"] == [str(out)]
     again = run(app, ["run", bundle, "-p", "red fox", "-o", str(out)])
     assert again.exit_code == 1
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
 
 
 def test_bundles_that_cannot_be_run(tmp_path: Path) -> None:

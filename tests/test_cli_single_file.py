@@ -94,7 +94,7 @@ def test_every_command_with_a_model_takes_one() -> None:
 @pytest.mark.parametrize(
     ("file", "config", "words"),
     [
-        ("none.safetensors", None, "There is no file .*none.safetensors"),
+        ("none.safetensors", None, "The file .*none.safetensors does not exist"),
         ("damaged.safetensors", "sd", "cannot be read as a checkpoint"),
         ("damaged.ckpt", "sd", "cannot be read as a checkpoint"),
         ("notes.txt", "sd", r"notes.txt is not a checkpoint.*\.safetensors or \.ckpt"),
@@ -104,7 +104,7 @@ def test_every_command_with_a_model_takes_one() -> None:
         ("model.safetensors", "sdxl", "do not fit the configuration of .*sdxl"),
         ("model.safetensors", "notes.txt", "--model-config .*notes.txt is a file.*tokenizer"),
         ("model.safetensors", "nothing", "There is no folder .*nothing"),
-        ("model.safetensors", "", "holds no diffusers pipeline"),
+        ("model.safetensors", "", "does not contain a diffusers pipeline"),
         ("sd", "sd", "--model-config is the configuration for a --model that is a single-file checkpoint"),
     ],
 )
@@ -132,7 +132,7 @@ def test_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         load(str(folder / "model.safetensors"))
     for part in (
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "could not be had: no network",
+        "could not be loaded: no network",
         "--model-config",
         "save_pretrained",
     ):

@@ -27,7 +27,7 @@ def test_a_folder_gets_names_that_tell_the_seed(tmp_path: Path) -> None:
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"fox\.jpg is no \.png file.*Use .*fox\.png"):
+    with pytest.raises(ConfigurationError, match=r"fox\.jpg is not a \.png file.*Use .*fox\.png"):
         image_paths(tmp_path / "fox.jpg", [7])
 
 
@@ -36,7 +36,7 @@ def test_folders_are_made_and_existing_files_kept(tmp_path: Path) -> None:
     check_targets([path], force=False)
     assert path.parent.is_dir()
     path.touch()
-    with pytest.raises(ConfigurationError, match="exists already"):
+    with pytest.raises(ConfigurationError, match="already exists"):
         check_targets([path], force=False)
     check_targets([path], force=True)
 

@@ -246,7 +246,7 @@ def test_graphs_that_are_not_there(tmp_path: Path) -> None:
 def test_from_the_command_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["export", "--out", str(tmp_path / "b"), "--quantize-option", "block=16"])
     assert result.exit_code == 1
-    assert "--quantize-option is for --quantize" in result.output
+    assert "--quantize-option needs --quantize" in result.output
     result = CliRunner().invoke(
         app, ["export", "--out", str(tmp_path / "b"), "--quantize", "int4", "--quantize-option", "block=5"]
     )

@@ -1,4 +1,4 @@
-"""The console script: says what to install where something is missing, then hands over to the app."""
+"""The console script: checks that the packages of the command are installed, then runs the app."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import sys
 import warnings
 
-#: What the command line needs beyond the library: the module, and the distribution if it is called otherwise.
+#: The modules that the command line needs beyond the dependencies of the library.
 NEEDED = ("typer", "rich", "transformers", "PIL")
-#: The same for `run`, and for `web` with a bundle, which do without torch.
+#: The same for `run`, and for `web` with a bundle, which run without torch.
 NEEDED_TO_RUN = ("typer", "rich", "PIL")
 
 MSG_MISSING = (
-    "tgate-compile needs {missing}, which the library itself does not. Install the command line's packages with\n"
+    "tgate-compile needs packages that are not installed: {missing}. Install them with\n"
     "  pip install 'tgate_compile[cli]'\n"
 )
 
@@ -26,9 +26,9 @@ def main() -> None:
         sys.stderr.write(MSG_MISSING.format(missing=", ".join(missing)))
         sys.exit(1)
     if not sys.warnoptions:
-        # Deprecations between the libraries underneath are nothing that a user of the command line can act on.
+        # Users of the command line cannot act on deprecation warnings that one dependency causes in another.
         warnings.simplefilter("ignore")
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # they give advice while they are imported
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # they log advice when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
     from tgate_compile._cli.app import app
@@ -37,5 +37,5 @@ def main() -> None:
 
 
 def _command() -> str | None:
-    """The first argument that is no option: those before a command have no values."""
+    """Return the first argument that is not an option; options before a command take no values."""
     return next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)

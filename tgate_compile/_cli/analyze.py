@@ -1,4 +1,4 @@
-"""`tgate-compile analyze`: how a model's attentions converge over the steps, and what its text does when."""
+"""`tgate-compile analyze`: how a model's attentions converge over the steps, and when the text matters."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ def analyze(
     seeds: prompt_options.Seeds = None,
     image: options.Image,
     self_attention: Annotated[
-        bool, typer.Option("--self/--no-self", help="Self-attentions too, which takes more memory.")
+        bool, typer.Option("--self/--no-self", help="Also measure self-attentions, which takes more memory.")
     ] = True,
     switch_step: Annotated[
         list[int] | None,
-        typer.Option("--switch-step", min=0, help="Remove or add the text at this step; several times."),
+        typer.Option("--switch-step", min=0, help="Remove or add the text at this step; repeatable."),
     ] = None,
     trajectories: Annotated[
-        bool, typer.Option("--trajectories/--no-trajectories", help="Generations with text in some of the steps.")
+        bool,
+        typer.Option("--trajectories/--no-trajectories", help="Also generate with the text in only some of the steps."),
     ] = True,
     converged_within: Annotated[
-        float, typer.Option(help="What counts as converged, as a fraction of the way from floor to peak.")
+        float, typer.Option(help="Threshold of convergence, as a fraction of the way from floor to peak.")
     ] = CONVERGED_WITHIN,
     out: Annotated[
         Path | None,
@@ -54,20 +55,21 @@ def analyze(
         list[Path] | None,
         typer.Option(
             "--plot",
-            help="Draw it: .png, .svg or .pdf; several times. Needs matplotlib.",
+            help="Draw the curves into this .png, .svg or .pdf file; repeatable. Needs matplotlib.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     pictures: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the first prompt's images with text in some of the steps.", rich_help_panel=options.OUTPUT
+            help="Draw the first prompt's images with the text in only some of the steps.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """See how the attentions converge over the steps, and what the text does when: the paper's figures 2 and 3."""
+    """Show how attentions converge over the steps, and when the text matters, as in the paper's figures 2 and 3."""
     embedded = None if embedded_name(model) is None else _EMBEDDED_PROMPTS
     texts = prompt_options.chosen_prompts(prompt, prompts, count, embedded=embedded)
     figures = [*(plot or ()), *([pictures] if pictures is not None else ())]

@@ -48,7 +48,7 @@ _TYPE = re.compile(f"<({'|'.join(_TYPES)})>")
 
 
 class _Command(TyperCommand):
-    """A command whose `--help` has sections, and names of options that are never cut short."""
+    """A command whose `--help` has sections and does not truncate the names of options."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -59,20 +59,20 @@ class _Command(TyperCommand):
                 section = getattr(parameter, "rich_help_panel", None) or ("Arguments" if is_argument else "Options")
                 names, text = record
                 sections.setdefault(section, []).append((_TYPE.sub(lambda found: _TYPES[found[1]], names), text))
-        # What belongs to no section is the command's own, but for --help, which comes last.
+        # The command's own options, which have no section, come first; --help is the last of them.
         for name in sorted(sections, key=lambda name: name not in ("Arguments", "Options")):
             with formatter.section(name):
                 formatter.write_dl(sections[name])
 
 
 class _Commands(TyperGroup):
-    """Errors in one or two lines on stderr and exit code 1; with `--debug` they pass, traceback and all."""
+    """A group that prints errors in one or two lines on stderr and exits with 1; with `--debug` it raises them."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The commands, each with the whole first sentence of its help."""
+        """Write the commands, each with the first sentence of its help."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, _first_sentence(self.get_command(ctx, name).help)) for name in COMMANDS])
 
@@ -88,7 +88,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError, _USAGE_ERROR):
-            raise  # typer's own business
+            raise  # typer handles them
         except TGateError as error:
             if ctx.params["debug"]:
                 raise
@@ -96,12 +96,14 @@ class _Commands(TyperGroup):
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            print_error(f"{_in_short(error)}\nThis is unexpected; tgate-compile --debug ... shows where it happened.")
+            print_error(
+                f"{_in_short(error)}\nThis error is unexpected; tgate-compile --debug ... shows where it was raised."
+            )
         raise typer.Exit(1)
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as typer takes it: an argument that is annotated with a dataclass becomes an option for each field."""
+    """Return `command` for typer: an argument that is annotated with a dataclass becomes an option for each field."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, type[Any]] = {}
     parameters: list[inspect.Parameter] = []
@@ -151,8 +153,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         OUT.print(f"tgate-compile {__version__}")
         raise typer.Exit
 
@@ -160,11 +162,11 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, help="Log what is done to stderr; -vv in detail.")
+        int, typer.Option("--verbose", "-v", count=True, help="Log progress to stderr; -vv logs details.")
     ] = 0,
 ) -> None:
     """Text-to-image diffusion with T-GATE: cross-attention and guidance only for the steps that need them."""

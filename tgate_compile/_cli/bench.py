@@ -34,9 +34,9 @@ from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 
 RANDOM_PREFIX = "random:"
 
-MSG_NO_GPU = "--cuda-graphs are for GPUs, and this runs on {device}."
-MSG_NO_PEER = "--peer {peers}: not installed. Run: pip install {packages}."
-MSG_LEFT_OUT = "Left out, since they are not installed: {peers}. To measure them as well: pip install {packages}."
+MSG_NO_GPU = "--cuda-graphs needs a CUDA GPU, but the device is {device}. Leave it out."
+MSG_NO_PEER = "--peer {peers}: not installed. Run pip install {packages}."
+MSG_LEFT_OUT = "Skipped, because they are not installed: {peers}. To measure them too, run pip install {packages}."
 MSG_UNKNOWN = "--{option} must be one of {known}, but got {given!r}."
 
 _METHODS = tuple(method.key for method in methods_for(1) if method.key not in (PLAIN, FEWER_STEPS))
@@ -60,13 +60,13 @@ def bench(
     loading: options.Loading,
     method: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help=f"{', '.join(_METHODS)}; several times.", show_default="all"),
+        typer.Option(metavar="NAME", help=f"{', '.join(_METHODS)}; repeatable.", show_default="all"),
     ] = None,
     backend: Annotated[
         list[options.Backend] | None,
         typer.Option(
             metavar="NAME",
-            help=f"{', '.join(each.value for each in options.Backend)}; several times.",
+            help=f"{', '.join(each.value for each in options.Backend)}; repeatable.",
             show_default="all that are installed",
         ),
     ] = None,
@@ -74,23 +74,25 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help=f"{', '.join(each.key for each in PEERS)}; several times.",
+            help=f"{', '.join(each.key for each in PEERS)}; repeatable.",
             show_default="all that are installed",
         ),
     ] = None,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other packages, and diffusers' own ways.")] = True,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Also time other packages and diffusers' own methods.")
+    ] = True,
     cuda_graphs: Annotated[
         bool | None,
         typer.Option(
             "--cuda-graphs/--no-cuda-graphs",
-            help="The backend inductor with CUDA graphs, too.",
+            help="Also time the inductor backend with CUDA graphs.",
             show_default="on GPUs",
         ),
     ] = None,
     channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Weights in this layout, in all contenders: faster on most GPUs.")
+        bool, typer.Option("--channels-last", help="Use this memory format for all contenders: faster on most GPUs.")
     ] = False,
-    repeat: Annotated[int, typer.Option(min=1, help="Images that are timed, after the first; the median counts.")] = 5,
+    repeat: Annotated[int, typer.Option(min=1, help="Images to time after the first; the median is reported.")] = 5,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="What to show.", show_default="one", rich_help_panel=options.IMAGE),
@@ -106,7 +108,7 @@ def bench(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Time schedules on backends, and other packages, beside the plain pipeline: in turns, in one process."""
+    """Time schedules on backends, and other packages, against the plain pipeline: interleaved, in one process."""
     chosen_peers = _peers(peer) if peers else []
     chosen_methods = _named(method, dict.fromkeys(_METHODS), "method", keys=True)
     more = schedule_options.methods_in(schedule)
@@ -158,15 +160,15 @@ def _named(given: list[str] | None, known: dict[str, Any], option: str, *, keys:
 
 
 def _peers(given: list[str] | None) -> list[Peer]:
-    """Those that are installed. One that was asked for and is not is an error; the others are named on stderr."""
+    """Return the installed peers. Print which are missing, or raise an error if they were asked for."""
     chosen: list[Peer] = _named(given, {each.key: each for each in PEERS}, "peer")
     absent = [each for each in chosen if not each.is_installed]
     if absent:
         keys = ", ".join(each.key for each in absent)
-        told = {"peers": keys, "packages": " ".join(dict.fromkeys(each.package for each in absent))}
+        missing = {"peers": keys, "packages": " ".join(dict.fromkeys(each.package for each in absent))}
         if given:
-            raise ConfigurationError(MSG_NO_PEER.format(**told))
-        print_note(MSG_LEFT_OUT.format(**told))
+            raise ConfigurationError(MSG_NO_PEER.format(**missing))
+        print_note(MSG_LEFT_OUT.format(**missing))
     return [each for each in chosen if each.is_installed]
 
 
@@ -180,7 +182,7 @@ def _backends(given: list[options.Backend] | None, device: str, cuda_graphs: boo
     if given:
         names = list(dict.fromkeys(each.value for each in given))
     else:
-        # Engines are for GPUs.
+        # Engines need a GPU.
         usable = [name for name, entry in BACKENDS.items() if on_gpu or not entry.needs_gpu]
         names = sorted((name for name in usable if is_backend_installed(name)), key=lambda name: name != "eager")
     if "inductor" in names and (on_gpu if cuda_graphs is None else cuda_graphs):
@@ -191,7 +193,7 @@ def _backends(given: list[options.Backend] | None, device: str, cuda_graphs: boo
 def _load(
     model: str | None, loading: options.Loading, prompt: str | None, image: options.Image, gate_step: float | None
 ) -> tuple[Any, dict[str, Any], int, int]:
-    """The pipeline, the arguments of its call, its steps and its gate."""
+    """Return the pipeline, the arguments of a call, the number of steps and the gate."""
     from tgate_compile._cli.loading import Loaded, demo_prompts, load
 
     if model is not None and model.startswith(RANDOM_PREFIX):

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _PROMPTS = 5
 
-#: For models that know more than coloured shapes.
+#: For models that can draw more than coloured shapes.
 DEFAULT_PROMPTS = (
     "a red fox in the snow",
     "a portrait of an old fisherman",
@@ -52,8 +52,8 @@ def compare(
             "-m",
             metavar="MODEL",
             help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or embedded:sd, embedded:sdxl, "
-            "embedded:pixart or embedded:lcm; several times.",
-            show_default="all the embedded ones",
+            "embedded:pixart or embedded:lcm; repeatable.",
+            show_default="all embedded models",
             rich_help_panel=options.MODEL,
         ),
     ] = None,
@@ -75,7 +75,7 @@ def compare(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Compare T-GATE, DeepCache, Adaptive Guidance and fewer steps with the plain pipeline: images, time, likeness."""
+    """Compare T-GATE, DeepCache, Adaptive Guidance and fewer steps with the plain pipeline: images and timings."""
     names = model or [f"{EMBEDDED_PREFIX}{variant}" for variant in DEMO_VARIANTS]
     if loading.model_config is not None and not any(Path(name).is_file() for name in names):
         raise ConfigurationError(MSG_CONFIG_ALONE.format(given=", ".join(names)))
@@ -96,7 +96,7 @@ def compare(
     with make_progress(shown=not json) as progress:
         for name in dict.fromkeys(names):
             bar = progress.add_task(f"{name}: loading", total=None)
-            # A configuration is for single files.
+            # Only single files take a configuration.
             own = loading if Path(name).is_file() else replace(loading, model_config=None)
 
             def show(done: int, total: int, what: str, bar: Any = bar) -> None:
@@ -107,7 +107,7 @@ def compare(
             except Exception as error:
                 if len(names) == 1:
                     raise
-                # A model that fails is told of, and does not take the others' results with it.
+                # A model that fails is reported, and the results of the others are kept.
                 logger.info("%s failed", name, exc_info=True)
                 of_model = ModelFigures(name, error=f"{type(error).__name__}: {error}")
                 print_note(MSG_FAILED.format(model=name, reason=error))

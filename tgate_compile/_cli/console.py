@@ -45,28 +45,28 @@ def _errors_only(record: logging.LogRecord) -> bool:
 
 
 def print_error(message: str) -> None:
-    """One error, on stderr. Lines are not wrapped: a path or an option must stay whole."""
+    """Print an error on stderr. Lines are not wrapped, so that paths and options stay whole."""
     ERR.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
 
 
 def print_note(message: str) -> None:
-    """Something to know, on stderr."""
+    """Print a note on stderr."""
     ERR.print(f"[yellow]Note:[/] {escape(message)}", soft_wrap=True)
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """Pure JSON on stdout, whatever the terminal: no colours, no wrapping, no NaN or Infinity."""
+    """Print JSON on stdout, without colours, line wrapping, NaN or Infinity, even on a terminal."""
     typer.echo(json.dumps(data, indent=2, allow_nan=False))
 
 
 def show_logs(verbosity: int) -> None:
-    """Show the library's log on stderr: nothing at 0, what it does at 1, every detail at 2.
+    """Show the library's log on stderr: warnings at 0, progress at 1, every detail at 2.
 
-    Other packages' loggers show errors only, unless every detail is asked for: what they advise while they are
-    imported is nothing that a user of the command line can act on.
+    Below 2, other packages' loggers show only errors: users of the command line cannot act on the advice that these
+    packages log when they are imported.
     """
     for name in _TALKATIVE:
-        # A filter, since PyTorch sets the levels of loggers anew when it is imported.
+        # A filter, because PyTorch resets the levels of loggers when it is imported.
         foreign = logging.getLogger(name)
         foreign.removeFilter(_errors_only)
         if verbosity < 2:
@@ -93,12 +93,12 @@ class Work:
     gated: int
 
     def as_dict(self) -> dict[str, int]:
-        """Plain data; the names say what is counted."""
+        """Return the counts as plain data."""
         return {f"macs_{name}": value for name, value in asdict(self).items()}
 
 
 def planned_calls(scheduler: Any, strip: str, num_steps: int) -> str:
-    """The letter of each denoiser call, for a strip with one of each step. Sets the scheduler's timesteps."""
+    """Return the letter of each denoiser call, given a letter for each step. Sets the scheduler's timesteps."""
     scheduler.set_timesteps(num_steps)
     from tgate_compile.pipeline.progress import StepCounter  # PyTorch takes seconds
 
@@ -107,9 +107,9 @@ def planned_calls(scheduler: Any, strip: str, num_steps: int) -> str:
 
 
 def work_of(description: Description, calls: str) -> Work:
-    """The work of a generation with these calls, for an optimized pipeline whose graphs for them are captured.
+    """Return the work of a generation with these calls by an optimized pipeline that has captured their graphs.
 
-    A call of the full graph without guidance is the same work at half the batch.
+    A call of the full graph without guidance counts as half a call with guidance, because the batch is half.
     """
     graphs: dict[str, dict[int, int]] = {}
     for variant in description.variants:
@@ -125,13 +125,13 @@ def work_of(description: Description, calls: str) -> Work:
 
 
 def _macs(graphs: dict[str, dict[int, int]], letter: str) -> int:
-    """Of the graph of a step; steps with guidance have the larger batch."""
+    """Return the multiply-accumulates of a step's graph; steps with guidance have the larger batch."""
     by_batch = graphs[GRAPH_NAMES[letter.upper()]]
     return by_batch[max(by_batch) if letter.isupper() else min(by_batch)]
 
 
 def make_progress(*, shown: bool = True) -> Progress:
-    """A progress display on stderr: stage, bar, count, time so far, time to go."""
+    """Return a progress display on stderr: stage, bar, count, elapsed and remaining time."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -145,7 +145,7 @@ def make_progress(*, shown: bool = True) -> Progress:
 
 
 class _StepBar:
-    """What pipelines use of tqdm."""
+    """The part of the interface of tqdm that pipelines use."""
 
     def __init__(self, progress: Progress, description: str, iterable: Iterable[Any] | None, total: int | None) -> None:
         self._progress = progress
@@ -168,7 +168,7 @@ class _StepBar:
 
 @contextmanager
 def steps_shown(pipe: Any, progress: Progress, description: str) -> Iterator[None]:
-    """Inside, `pipe` shows its steps in `progress`. Costs nothing, unlike a callback, which may change the latents."""
+    """Show the steps of `pipe` in `progress`. Costs nothing, unlike a callback, which may change the latents."""
 
     def progress_bar(iterable: Iterable[Any] | None = None, total: int | None = None) -> _StepBar:
         return _StepBar(progress, description, iterable, total)
@@ -180,10 +180,10 @@ def steps_shown(pipe: Any, progress: Progress, description: str) -> Iterator[Non
         del pipe.progress_bar
 
 
-MSG_NOT_PNG = "--out {given} is no .png file: images are written as PNG, which keeps the settings. Use {better}."
+MSG_NOT_PNG = "--out {given} is not a .png file: images are written as PNG, which stores their settings. Use {better}."
 
 
-MSG_EXISTS = "{given} exists already. Give another --out, or --force to overwrite it."
+MSG_EXISTS = "{given} already exists. Give another --out, or --force to overwrite it."
 
 
 MSG_NOT_WRITABLE = "Cannot write to the folder {given}: {reason}. Give another --out."
@@ -193,7 +193,7 @@ _OTHER_FORMATS = {".bmp", ".gif", ".jpeg", ".jpg", ".tif", ".tiff", ".webp"}
 
 
 def image_paths(out: Path, seeds: Sequence[int]) -> list[Path]:
-    """One path per image: `out` itself for one image and a .png, else names that tell the seed.
+    """Return a path for each image: `out` if it is a .png for a single image, otherwise names with the seed.
 
     Raises:
         ConfigurationError: `out` is a file of another format.
@@ -209,10 +209,10 @@ def image_paths(out: Path, seeds: Sequence[int]) -> list[Path]:
 
 
 def check_targets(paths: Sequence[Path], *, force: bool) -> None:
-    """Make the folders, and see that every path can be written.
+    """Create the parent folders of `paths`, and check that every path can be written.
 
     Raises:
-        ConfigurationError: a folder cannot be made or written to, or a file exists and `force` is off.
+        ConfigurationError: a folder cannot be created or written to, or a file exists and `force` is off.
     """
     for path in paths:
         check_folder(path.parent)
@@ -221,7 +221,7 @@ def check_targets(paths: Sequence[Path], *, force: bool) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Make `folder`, and see that it can be written to.
+    """Create `folder`, and check that it can be written to.
 
     Raises:
         ConfigurationError: it cannot.

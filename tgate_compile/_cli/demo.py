@@ -39,7 +39,7 @@ _HEADINGS = (
 
 
 def results_table(results: Results) -> RenderableType:
-    """What the demo prints."""
+    """Return the table and the notes that the demo prints."""
     task = results.task
     count = len(task.prompts)
     table = Table(
@@ -58,24 +58,24 @@ def results_table(results: Results) -> RenderableType:
 
 
 def sentences(results: Results) -> list[str]:
-    """What a reader of the table should know, one line each."""
+    """Return the notes below the table, one line each."""
     lines = [
-        "Times: median over the prompts, warm, the rows taking turns. "
+        "Times: median over the prompts after a warm-up, with the rows interleaved. "
         "MACs: the denoiser's linear and convolution layers. "
-        f"Parameters after the gate; before it {results.rows[0].parameters / 1e6:.2f} M.",
-        "Guidance drop: the plain pipeline with guidance up to the gate only, and nothing cached.",
+        f"Parameters: after the gate; {results.rows[0].parameters / 1e6:.2f} M before it.",
+        "Guidance drop: the plain pipeline with guidance only up to the gate, without caches.",
     ]
     first = [f"{row.title} {row.first_call_extra_seconds:.1f} s" for row in results.rows if row.cache_bytes]
     if first:
-        lines.append(f"Once, in the first call, to capture the graphs and compile them: {'; '.join(first)}.")
+        lines.append(f"Additional time of the first call, which captures and compiles the graphs: {'; '.join(first)}.")
     lines.append(guidance_sentence(results))
     if any(row.key == "inductor" for row in results.rows):
-        lines.append("The compiled row holds Inductor's own effect as well, for better or worse.")
+        lines.append("The compiled row also includes the effect of Inductor itself, positive or negative.")
     return lines
 
 
 def guidance_sentence(results: Results) -> str:
-    """How much of T-GATE's saving comes from the dropped guidance alone."""
+    """Return a sentence on how much of T-GATE's saving comes from the dropped guidance alone."""
     from tgate_compile._cli.demo_runs import saving_by_guidance
 
     rows = {row.key: row for row in results.rows}
@@ -86,12 +86,12 @@ def guidance_sentence(results: Results) -> str:
     share = saving_by_guidance(results.rows)
     if share is None:
         return (
-            "T-GATE saved no time here: the machine is too busy, or the images are too few. "
-            f"Of the MACs that it saves, dropping guidance after the gate already gives {work:.0%}."
+            "T-GATE saved no time here: the machine is too busy, or there are too few images. "
+            f"Dropping guidance after the gate accounts for {work:.0%} of the MACs that it saves."
         )
     return (
-        f"The guidance drop alone gives {share:.0%} of the time that T-GATE (eager) saves, and {work:.0%} of the MACs. "
-        "The rest is the cross-attention, and on a model this small also that a graph runs with less Python."
+        f"The guidance drop alone accounts for {share:.0%} of the time that T-GATE (eager) saves, and {work:.0%} of "
+        "the MACs. The rest comes from the cross-attention and, on a model this small, from less Python overhead."
     )
 
 
@@ -118,15 +118,15 @@ def demo(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     count: Annotated[
-        int, typer.Option(min=1, max=1000, help="Take so many of the prompts.", rich_help_panel=options.IMAGE)
+        int, typer.Option(min=1, max=1000, help="Number of prompts to use.", rich_help_panel=options.IMAGE)
     ] = 8,
     seed: options.Seed = 0,
     compiled: Annotated[
-        bool, typer.Option("--compiled", help="A row compiled with Inductor as well, which takes a minute or two.")
+        bool, typer.Option("--compiled", help="Add a row compiled with Inductor, which takes a minute or two.")
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Prompts become images with T-GATE and without, on the embedded model: a picture, and a table of what it saves."""
+    """Draw images with and without T-GATE on the embedded model, and print a table of what it saves."""
     check_folder(out)
     steps = EMBEDDED.steps if steps is None else steps
     gate_step = max(1, round(steps * EMBEDDED.gate_step / EMBEDDED.steps)) if gate_step is None else gate_step
@@ -135,7 +135,7 @@ def demo(
         print_note(MSG_NEVER_GATED.format(gate=gate, steps=steps).replace(", or --no-tgate", ""))
     fastest = automatic_backends("cpu")[0]
     backends: dict[BackendName, None] = dict.fromkeys(("eager", fastest, *(("inductor",) if compiled else ())))  # type: ignore[arg-type]
-    ERR.print(f"[dim]Backends: {', '.join(backends)}. The fastest that is installed here: {fastest}.[/]")
+    ERR.print(f"[dim]Backends: {', '.join(backends)}. The fastest one installed: {fastest}.[/]")
     with make_progress(shown=True) as progress:
         loading = progress.add_task("Loading the embedded model", total=1)
         # PyTorch and diffusers take seconds.
@@ -169,13 +169,13 @@ def _run_all(progress: Progress, task: Task, modes: Sequence[Mode]) -> None:
     for mode in modes:
         what = "Compiling (a minute or two)" if mode.key == "inductor" else "Warming up"
         progress.update(preparing, description=f"{what}: {mode.title}")
-        if mode.key != "guidance_dropped":  # it is the plain pipeline's object, which is warm by then
+        if mode.key != "guidance_dropped":  # it uses the plain pipeline, which is warm by then
             warm_up(mode, task)
         progress.advance(preparing)
     progress.update(preparing, description="Warmed up")
     images = progress.add_task("", total=len(task.prompts) * len(modes))
     for index in range(len(task.prompts)):
-        # The rows take turns, and in another order each time, so that a busy moment hits none of them alone.
+        # The rows take turns in a changing order, so that a busy moment does not affect only one of them.
         for turn in range(len(modes)):
             mode = modes[(index + turn) % len(modes)]
             progress.update(images, description=f"Image {index + 1}: {mode.title}")

@@ -1,4 +1,4 @@
-"""The runs of `tgate-compile demo`: the embedded model in several modes, what they took, and their picture."""
+"""The runs of `tgate-compile demo`: the embedded model in several modes, their figures and the picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tgate_compile.study.comparison.run import psnr
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-#: Rows that are not T-GATE's. The keys of the others are their backends' names.
+#: Rows without T-GATE. The keys of the others are the names of their backends.
 UNGATED = ("plain", "guidance_dropped")
 
 
@@ -38,16 +38,16 @@ _TITLES = {
 
 @dataclass
 class Mode:
-    """One way to run the pipeline, and what it gave.
+    """One way to run the pipeline, and the results.
 
     Attributes:
-        key: for programs.
-        title: for people, short.
-        pipe: a pipeline of its own: an optimized denoiser belongs to one pipeline.
-        callback: given to each call as `callback_on_step_end`.
-        first_seconds: the first call, capture and compilation included.
-        seconds: the later calls, one image each.
-        images: of the later calls.
+        key: identifier for programs.
+        title: short name for people.
+        pipe: not shared with another optimized mode, since an optimized denoiser belongs to one pipeline.
+        callback: passed to each call as `callback_on_step_end`.
+        first_seconds: time of the first call, including capture and compilation.
+        seconds: times of the later calls, one image each.
+        images: images of the later calls.
     """
 
     key: str
@@ -66,7 +66,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Task:
-    """What every mode is asked for."""
+    """The prompts and settings that are the same in every mode."""
 
     prompts: tuple[str, ...]
     steps: int
@@ -76,9 +76,9 @@ class Task:
 
 
 def make_modes(gate: int, backends: Sequence[BackendName]) -> list[Mode]:
-    """The modes, plain first, then T-GATE on each of the backends, the fastest last."""
+    """Return the modes: plain first, then T-GATE on each of the backends, the fastest last."""
     plain = load_demo_pipeline()
-    # At the end of step gate - 1, and keeping the cond half: diffusers' own way to stop guidance.
+    # diffusers' own way to stop guidance: at the end of step gate - 1, keeping the cond half.
     cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=gate - 1)
     modes = [Mode("plain", "plain", plain), Mode("guidance_dropped", "guidance drop", plain, cutoff)]
     modes += [Mode(backend, _TITLES[backend], _optimized(gate, backend)) for backend in backends]
@@ -88,12 +88,12 @@ def make_modes(gate: int, backends: Sequence[BackendName]) -> list[Mode]:
 
 
 def warm_up(mode: Mode, task: Task) -> None:
-    """The first call, which captures and compiles; its image is thrown away."""
+    """Run the first call, which captures and compiles, and discard the image."""
     _, mode.first_seconds = _run(mode, task, 0)
 
 
 def measure(mode: Mode, task: Task, index: int) -> None:
-    """One image of prompt `index`, timed."""
+    """Make an image of prompt `index`, and record its time."""
     image, seconds = _run(mode, task, index)
     mode.images.append(image)
     mode.seconds.append(seconds)
@@ -121,7 +121,7 @@ def _run(mode: Mode, task: Task, index: int) -> tuple[Image.Image, float]:
     return result.images[0], time.perf_counter() - began
 
 
-#: Of the plain pipeline's time. Below that, the machine's noise is larger than what is saved.
+#: Smallest saving to report, as a fraction of the plain pipeline's time; smaller ones are lost in noise.
 LEAST_SAVED = 0.05
 
 
@@ -130,19 +130,19 @@ class Row:
     """The figures of one mode.
 
     Attributes:
-        key: for programs.
-        title: for people.
-        seconds: per image: the median of the warm calls.
-        all_seconds: of the warm calls, in the order of the prompts.
-        speedup: against plain.
-        first_call_extra_seconds: what the first call took longer: capture, and compilation.
+        key: identifier for programs.
+        title: name for people.
+        seconds: time per image, the median of the warm calls.
+        all_seconds: times of the warm calls, in the order of the prompts.
+        speedup: speedup over plain.
+        first_call_extra_seconds: additional time of the first call, for capture and compilation.
         macs: multiply-accumulates per image, in linear and convolution layers of the denoiser.
-        parameters: of the denoiser, before the gate.
-        parameters_gated: after the gate.
-        cache_bytes: what the cache holds after the gate.
-        right: for each image whether it shows everything that its prompt names, as the attribute reader sees it.
+        parameters: parameters of the denoiser before the gate.
+        parameters_gated: parameters after the gate.
+        cache_bytes: size of the cache after the gate.
+        right: for each image, whether it shows everything that its prompt names, according to the attribute reader.
         accuracy: share of right images, and shares per attribute.
-        psnrs: of each image to the plain one in dB; None where they are identical to the bit.
+        psnrs: PSNR of each image to the plain one in dB; None where they are bit-identical.
     """
 
     key: str
@@ -161,7 +161,7 @@ class Row:
 
     @property
     def mean_psnr(self) -> float | None:
-        """Over the images that differ from the plain ones at all; None if there are none."""
+        """The mean PSNR of the images that differ from the plain ones; None if none differs."""
         differing = [value for value in self.psnrs if value is not None]
         return mean(differing) if differing else None
 
@@ -175,7 +175,7 @@ class Results:
     strip: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON, with what it was measured on."""
+        """Return the results and a description of the machine as JSON-compatible data."""
         machine = {
             "platform": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
@@ -189,7 +189,7 @@ class Results:
 
 
 def results_of(modes: Sequence[Mode], task: Task) -> Results:
-    """The figures of `modes`, which have run all of the task's prompts; the plain one is first."""
+    """Return the figures of `modes`, which have run all of the task's prompts; the plain one is first."""
     plain, reader = modes[0], AttributeReader.load()
     eager = next(mode for mode in modes if mode.key == "eager")
     description = tgate_compile.describe(eager.pipe)
@@ -224,9 +224,9 @@ def results_of(modes: Sequence[Mode], task: Task) -> Results:
 
 
 def saving_by_guidance(rows: Sequence[Row]) -> float | None:
-    """Of the time that T-GATE saves uncompiled, the share that dropping guidance alone saves.
+    """Return the share of the time saved by T-GATE, uncompiled, that dropping guidance alone saves.
 
-    None if T-GATE saves nothing, or so little that the share would be noise.
+    Return None if T-GATE saves nothing, or so little that the share would be noise.
     """
     seconds = {row.key: row.seconds for row in rows}
     saved = seconds["plain"] - seconds["eager"]
@@ -250,7 +250,7 @@ _LINE = "#d9dce1"
 
 
 def draw_picture(results: Results, plain: Mode, gated: Mode) -> Image.Image:
-    """The grid, `plain` beside `gated`; both have run all of the task's prompts."""
+    """Draw the grid, `plain` beside `gated`; both have run all of the task's prompts."""
     prompts = results.task.prompts[:MAX_ROWS]
     head = _draw_head(results)
     width = head.width
@@ -262,7 +262,7 @@ def draw_picture(results: Results, plain: Mode, gated: Mode) -> Image.Image:
         _write_prompt(picture, top, prompt, index, rows[plain.key], rows[gated.key])
         for column, tile in enumerate(_tiles(plain.images[index], gated.images[index])):
             picture.paste(tile, (_left(column), top))
-            # White backgrounds would have no edge.
+            # Without an outline, white backgrounds would have no visible edge.
             box = (_left(column), top, _left(column) + TILE - 1, top + TILE - 1)
             ImageDraw.Draw(picture).rectangle(box, outline=_LINE)
     return picture
@@ -271,7 +271,7 @@ def draw_picture(results: Results, plain: Mode, gated: Mode) -> Image.Image:
 def _tiles(plain: Image.Image, gated: Image.Image) -> list[Image.Image]:
     difference = ImageChops.difference(plain.convert("RGB"), gated.convert("RGB"))
     amplified = difference.point(lambda value: min(value * AMPLIFICATION, 255))
-    # Lanczos for the images, which are smooth; the difference pixel by pixel, since every one of them counts.
+    # Lanczos for the images, which are smooth; nearest for the difference, in which every pixel counts.
     return [
         plain.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS),
         gated.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS),
@@ -298,7 +298,7 @@ def _draw_head(results: Results) -> Image.Image:
 
 
 def _draw_strip(draw: ImageDraw.ImageDraw, strip: str, top: int) -> None:
-    """The schedule: a cell per step, and what the two colours mean."""
+    """Draw the schedule, a cell per step, with a legend of the two colours."""
     cell = min(16, 460 // len(strip))
     for step, kind in enumerate(strip):
         left = MARGIN + step * cell
@@ -355,5 +355,5 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def shown_modes(modes: Sequence[Mode]) -> tuple[Mode, Mode]:
-    """The two modes to draw: plain, and T-GATE on the last of the backends."""
+    """Return the two modes to draw: plain, and T-GATE on the last of the backends."""
     return modes[0], modes[-1]

@@ -37,7 +37,7 @@ def describe(
     schedule: ScheduleOptions,
     json: options.Json = False,
 ) -> None:
-    """Show what a schedule does to a model: sites, graphs, parameters, multiply-accumulates. Computes no step."""
+    """Show what a schedule does to a model: sites, graphs, parameters, multiply-accumulates. Runs no denoising step."""
     schedule.check_known_in_advance()
     loaded = loading.load(model)
     settings, chosen = chosen_for(loaded, loading, image, schedule, shown=not json)
@@ -96,7 +96,7 @@ def _print_tables(description: Description, kinds: Collection[str], work: Work) 
 
 
 def _block(site: str) -> str:
-    """The block of the denoiser that a site is in: down_blocks.1, mid_block, transformer_blocks."""
+    """Return the block of the denoiser that a site is in: down_blocks.1, mid_block, transformer_blocks."""
     first, second, *_ = site.split(".")
     return f"{first}.{second}" if second.isdigit() and first.endswith(("down_blocks", "up_blocks")) else first
 
@@ -105,7 +105,7 @@ def inspect(
     bundle: Annotated[Path, typer.Argument(help="The folder of a bundle.", show_default=False)],
     json: options.Json = False,
 ) -> None:
-    """Verify a bundle, and show what is in it: graphs, sizes, and how close to PyTorch it was when written."""
+    """Verify a bundle and show its contents: graphs, sizes, and the deviation from PyTorch when it was written."""
     check_installed("pydantic", what="inspect")
     from tgate_compile.bundle.read import read_bundle
 
@@ -129,10 +129,12 @@ def _print_bundle(bundle: Bundle) -> None:
     ]
     if manifest.quantization is not None:
         quantization = manifest.quantization
-        kept = f", but for {', '.join(quantization.keep)}" if quantization.keep else ""
+        kept = f", except {', '.join(quantization.keep)}" if quantization.keep else ""
         lines.append(f"quantized: {quantization.scheme} in {', '.join(quantization.graphs)}{kept}")
         if quantization.calibration is not None:
-            lines.append(f"measured on {', '.join(map(repr, quantization.calibration.prompts)) or 'its own call'}")
+            lines.append(
+                f"calibrated on {', '.join(map(repr, quantization.calibration.prompts)) or 'the example call'}"
+            )
     for line in lines:
         OUT.print(escape(line), soft_wrap=True)
     table = Table("graph", "inputs", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -151,18 +153,18 @@ def _print_bundle(bundle: Bundle) -> None:
         f"{manifest.pipeline.diffusers}, for {versions.runtime}",
         soft_wrap=True,
     )
-    OUT.print(f"verified: {len(manifest.files)} files, {bundle.size / 1e6:.1f} MB, are as they were written")
+    OUT.print(f"verified: {len(manifest.files)} files, {bundle.size / 1e6:.1f} MB, unchanged since they were written")
 
 
 def _print_components(components: Components) -> None:
-    """A table like that of the graphs, and what `run` does with it."""
+    """Print a table like that of the graphs, and the settings that `run` uses by default."""
     table = Table("component", "model", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("from\nPyTorch", justify="right", no_wrap=True)
     for encoder in components.text_encoders:
         model = f"{encoder.class_name}, {encoder.tokenizer.length} tokens"
         table.add_row(escape(encoder.component), escape(model), f"{encoder.parity.relative:.0e}")
     decoder = components.vae_decoder
-    model = f"{decoder.class_name}, {decoder.scale_factor} pixels for one of the latents"
+    model = f"{decoder.class_name}, {decoder.scale_factor} pixels per latent"
     table.add_row("vae_decoder", escape(model), f"{decoder.parity.relative:.0e}")
     OUT.print(table)
     OUT.print(

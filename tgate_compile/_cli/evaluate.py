@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 MSG_CONTENDER = (
     '--contender {given!r}: expected the fields of a schedule, such as "gate_step=10 anchor_weight=1.0", or "steps=15" '
-    'alone for the plain pipeline in fewer steps; a label may stand before them, as in "early: gate_step=5".'
+    'alone for the plain pipeline in fewer steps; a label may precede them, as in "early: gate_step=5".'
 )
-MSG_NONE = "Give something to compare with the plain pipeline: --contender or --schedule, several times."
-MSG_NOT_THERE = "--{option}: there is no {given}."
+MSG_NONE = "Give at least one schedule to compare with the plain pipeline: --contender or --schedule, both repeatable."
+MSG_NOT_THERE = "--{option} {given} does not exist. Check the path."
 MSG_TWICE = "Two contenders are called {label!r}. Give them labels: --contender 'label: ...'."
 
 _EMBEDDED_PROMPTS = 64
@@ -52,7 +52,7 @@ def evaluate(
         typer.Option(
             "--out",
             "-o",
-            help="Folder for images and numbers; continued if it is there.",
+            help="Folder for images and numbers; an existing one is resumed.",
             rich_help_panel=options.OUTPUT,
         ),
     ],
@@ -65,7 +65,7 @@ def evaluate(
             "--contender",
             "-c",
             metavar="TEXT",
-            help='"gate_step=10 sp_interval=5", "steps=15", "label: gate_step=5"; several times.',
+            help='"gate_step=10 sp_interval=5", "steps=15", "label: gate_step=5"; repeatable.',
             show_default="a few, for the embedded model",
         ),
     ] = None,
@@ -89,23 +89,25 @@ def evaluate(
     fid_reference: Annotated[
         Path | None, typer.Option(help="Folder of real images, or an .npz file of their statistics.")
     ] = None,
-    fid_size: Annotated[int, typer.Option(min=16, help="Images are resized to that many pixels for FID.")] = 256,
+    fid_size: Annotated[int, typer.Option(min=16, help="Side in pixels to which images are resized for FID.")] = 256,
     lpips_weights: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="torchvision's alexnet-owt-7be5be79.pth.", show_default="torch's downloads"),
     ] = None,
     clip: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A CLIP model, for CLIP scores.")] = None,
     latents: Annotated[
-        bool, typer.Option("--latents/--no-latents", help="Keep final latents, for their drift.")
+        bool, typer.Option("--latents/--no-latents", help="Keep the final latents, to measure their drift.")
     ] = True,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw the numbers: .png, .svg or .pdf. Needs matplotlib.", rich_help_panel=options.OUTPUT),
+        typer.Option(
+            help="Draw the numbers into this .png, .svg or .pdf file. Needs matplotlib.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Measure what schedules do to the images, over many prompts. Killed, it goes on; under torchrun, it is shared."""
+    """Measure what schedules do to the images, over many prompts. Resumes if interrupted; torchrun splits the work."""
     embedded = embedded_name(model) is not None
     contenders = _contenders(contender or [], schedule or [], embedded=embedded)
     texts = prompt_options.chosen_prompts(prompt, prompts, count, embedded=_EMBEDDED_PROMPTS if embedded else None)
@@ -150,7 +152,7 @@ def evaluate(
             progress=lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
         )
     if not first:
-        return  # the first process says it for all
+        return  # only the first process prints the results
     if plot is not None:
         evaluation.plot(plot)
     if json:
@@ -176,7 +178,7 @@ def _contenders(given: list[str], files: list[Path], *, embedded: bool) -> dict[
 
 
 def _parsed(text: str) -> tuple[str, Schedule | int]:
-    """A label, and a schedule or a number of steps."""
+    """Return a label, and a schedule or a number of steps."""
     before, colon, after = text.rpartition(":")
     fields: dict[str, Any] = {}
     for word in re.split(r"[\s,]+", after.strip()):
@@ -197,7 +199,7 @@ def _parsed(text: str) -> tuple[str, Schedule | int]:
 
 
 def _own_device(given: str) -> str:
-    """torchrun starts a process for each GPU, and tells it which is its own."""
+    """Return the GPU that torchrun has assigned to this process, or `given` without torchrun."""
     local = os.environ.get("LOCAL_RANK")
     if local is None or given not in ("auto", "cuda"):
         return given

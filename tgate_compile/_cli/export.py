@@ -28,20 +28,20 @@ Scheme = Enum("Scheme", {name: name for name in SCHEMES}, type=str)  # type: ign
 
 
 class Components(str, Enum):
-    """What is written."""
+    """The parts of a pipeline to export."""
 
     denoiser = "denoiser"
     all = "all"
 
 
-#: Of the embedded pipelines' own kind, for schemes that are calibrated.
+#: Number of demo prompts for calibrated schemes on an embedded pipeline.
 CALIBRATION_PROMPTS = 4
-#: What writing and checking ONNX graphs takes after their capture, as a multiple of its time: between 2.3 (the embedded
+#: The time for writing and checking ONNX graphs, as a multiple of the time of their capture: between 2.3 (the embedded
 #: model) and 3.8 (SDXL, docs/guides/exporting.md).
 AFTER_CAPTURE = 3.5
 
-MSG_NO_SCHEME = "--quantize-option is for --quantize, which is not given."
-MSG_OPTION = "{option} takes NAME=VALUE, with a value in JSON or a plain text, but got {given!r}."
+MSG_NO_SCHEME = "--quantize-option needs --quantize, which is missing. Add it."
+MSG_OPTION = "{option} takes NAME=VALUE, where VALUE is JSON or plain text, but got {given!r}."
 
 
 def export(
@@ -50,26 +50,26 @@ def export(
     *,
     loading: options.LoadingOnCpu,
     format: Annotated[
-        Format, typer.Option("--format", metavar="NAME", help=f"What the graphs are written as: {', '.join(FORMATS)}.")
+        Format, typer.Option("--format", metavar="NAME", help=f"File format of the graphs: {', '.join(FORMATS)}.")
     ] = ONNX,
     format_option: Annotated[
         list[str] | None,
         typer.Option(
             "--format-option",
             metavar="NAME=VALUE",
-            help="An option of the format (docs/guides/exporting.md has them); several times.",
+            help="An option of the format (see docs/guides/exporting.md); repeatable.",
         ),
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Fix batch, height and width.")] = False,
     components: Annotated[
-        Components, typer.Option("--components", help="all: with text encoders, tokenizers and VAE, for `run`.")
+        Components, typer.Option("--components", help="all adds text encoders, tokenizers and VAE, which `run` needs.")
     ] = Components.denoiser,
     quantize: Annotated[
         Scheme | None,
         typer.Option(
             "--quantize",
             metavar="NAME",
-            help=f"Store or compute in fewer bits: {', '.join(SCHEMES)} (docs/guides/edge.md has the schemes).",
+            help=f"Store or compute in fewer bits: {', '.join(SCHEMES)} (see docs/guides/edge.md).",
         ),
     ] = None,
     quantize_option: Annotated[
@@ -77,7 +77,7 @@ def export(
         typer.Option(
             "--quantize-option",
             metavar="NAME=VALUE",
-            help="An option of --quantize, such as keep or block; several times.",
+            help="An option of --quantize, such as keep or block; repeatable.",
         ),
     ] = None,
     image: options.Image,
@@ -86,14 +86,14 @@ def export(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Write a model's graphs with a schedule into a folder, for another runtime."""
+    """Export a model's graphs with a schedule into a folder, for another runtime."""
     format_options = _parsed("--format-option", format_option or [])
     quantization = _quantization(quantize, quantize_option or [])
     read_quantization(quantization, format.value, FORMATS[format.value].schemes)
     schedule.check_known_in_advance()
     check_can_write(format.value)
     if components is Components.all:
-        check_can_write("onnx")  # which the components are written as
+        check_can_write("onnx")  # the format of the components
         check_installed("tokenizers", what="--components all")
     began = time.perf_counter()
     progress = _progress(began, shown=not json)
@@ -135,10 +135,10 @@ def export(
 
 
 def _progress(began: float, *, shown: bool) -> Callable[[str], None]:
-    """Stages on stderr, each with the time at which it begins; once the capture is over, about how much is left."""
+    """Return a function that prints a stage and its start time on stderr, and the time left once capture has ended."""
     captures: list[float] = []
 
-    def say(stage: str) -> None:
+    def print_stage(stage: str) -> None:
         now = time.perf_counter()
         left = ""
         if len(captures) == 1:
@@ -150,11 +150,11 @@ def _progress(began: float, *, shown: bool) -> Callable[[str], None]:
         if shown:
             ERR.print(f"[dim]{now - began:6.1f} s[/]  {stage}{left}", soft_wrap=True)
 
-    return say
+    return print_stage
 
 
 def _quantization(scheme: Scheme | None, options: list[str]) -> dict[str, object] | None:
-    """What the library is told."""
+    """Return the argument `quantize` of the export."""
     if scheme is None:
         if options:
             raise ConfigurationError(MSG_NO_SCHEME)

@@ -1,4 +1,4 @@
-"""`tgate-compile generate`: images from a prompt, by any supported checkpoint, with T-GATE or without."""
+"""`tgate-compile generate`: images from a prompt with any supported checkpoint, with or without T-GATE."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from tgate_compile.methods.method import GRAPH_NAMES
 if TYPE_CHECKING:
     from tgate_compile._cli.loading import Loaded
 
-MSG_CAPTION = "The embedded model was made for captions of coloured shapes, so this image may show anything: {grammar}"
+MSG_CAPTION = (
+    "The embedded model was trained on captions of coloured shapes, so this image may show anything: {grammar}"
+)
 
 
 def generate(
@@ -45,12 +47,12 @@ def generate(
     seed: options.RandomSeed = None,
     num_images: options.NumImages = 1,
     schedule: ScheduleOptions,
-    tgate: Annotated[bool, typer.Option("--tgate/--no-tgate", help="Without: the plain pipeline.")] = True,
+    tgate: Annotated[bool, typer.Option("--tgate/--no-tgate", help="--no-tgate runs the plain pipeline.")] = True,
     backend: options.BackendOption = options.EAGER,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Make images from a prompt. What is not given is set as the model's family needs it."""
+    """Make images from a prompt. Options that are not given get the defaults of the model's family."""
     chosen_backend = options.check_backend(backend)
     first_seed = random.randrange(2**31) if seed is None else seed
     seeds = [first_seed + i for i in range(num_images)]
@@ -135,8 +137,8 @@ def _print_result(used: dict[str, Any], strip: str, paths: list[Path], seconds: 
     table.add_row("settings", f"{used['steps']} steps of {used['scheduler']}, guidance {used['guidance']:g}, {gate}")
     counted = ", ".join(f"{count} {GRAPH_NAMES[letter]}" for letter, count in Counter(strip.upper()).items())
     table.add_row("steps", Text.assemble(coloured(strip), f"  {counted}"))
-    capture = ", capture of the graphs included" if used["schedule"] else ""
+    capture = ", including the capture of the graphs" if used["schedule"] else ""
     table.add_row("time", f"{seconds:.1f} s for {len(paths)} image{'s' if len(paths) > 1 else ''}{capture}")
     OUT.print(table)
-    for path in paths:  # not in the table, which would cut a long one short
+    for path in paths:  # not in the table, which would truncate long paths
         OUT.print(f"written   {path}", soft_wrap=True)

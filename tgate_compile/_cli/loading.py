@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -33,9 +33,6 @@ from tgate_compile._demo.captions import caption_of, random_scene
 from tgate_compile._demo.variants import DemoVariant, demo_variant
 from tgate_compile._errors import ConfigurationError
 
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger(__name__)
 
 _DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -44,64 +41,65 @@ MSG_NO_FOLDER = (
     "There is no folder {given}. Give a folder made by a pipeline's save_pretrained, or a hub id (owner/name)."
 )
 MSG_NO_PIPELINE = (
-    "The folder {given} holds no diffusers pipeline: it has no {index}. Give the folder that save_pretrained made."
+    "The folder {given} does not contain a diffusers pipeline: it has no {index}. Give a folder made by a pipeline's "
+    "save_pretrained."
 )
 MSG_FILE = (
     "{given} is not a checkpoint: single-file checkpoints end in {known}. Otherwise give a folder made by a pipeline's "
     "save_pretrained, or a hub id (owner/name)."
 )
-MSG_NO_FILE = "There is no file {given}."
+MSG_NO_FILE = "The file {given} does not exist. Check the path."
 MSG_DAMAGED = "{given} cannot be read as a checkpoint: {reason}"
-MSG_LORA = "{given} has the weights of a LoRA, not of a model. Give it by --lora, beside the --model it was made for."
+MSG_LORA = "{given} has the weights of a LoRA, not of a model. Pass it as --lora, together with --model."
 MSG_PART = (
     "{given} is not the checkpoint of a whole pipeline: it has no weights named {prefix}*, but, for example, {names}. "
     "Give a checkpoint with the denoiser, the VAE and the text encoder in one file."
 )
 MSG_NEEDS_CONFIG = (
     "{given} is a single-file checkpoint, which has weights only. The configuration of its pipeline{source} could not "
-    "be had: {reason}\n"
-    "Give it by --model-config: the hub id of a pipeline of this kind, or, without a network, a folder made by such a "
-    "pipeline's save_pretrained (of which the weights are not read)."
+    "be loaded: {reason}\n"
+    "Pass it as --model-config: the hub id of a pipeline of this kind or, without a network, a folder made by such a "
+    "pipeline's save_pretrained (its weights are not read)."
 )
 MSG_CONFIG_FILE = (
     "--model-config {given} is a file. Give a folder made by a pipeline's save_pretrained, or a hub id: an original "
-    ".yaml configuration does not have the tokenizer and the scheduler."
+    ".yaml configuration does not contain the tokenizer and the scheduler."
 )
 MSG_CANNOT_READ_FILES = "{pipeline} cannot be loaded from a single file. Give a folder made by its save_pretrained."
 MSG_NOT_LOADED = "{given} could not be loaded: {reason}"
 MSG_NOT_FOUND = (
-    "{given} could not be had from the hub: {reason}\n"
-    "There is no folder of this name here either. See that the id is right, the network is up, and, for a gated model, "
-    "that you are logged in."
+    "{given} could not be loaded from the hub: {reason}\n"
+    "A folder of this name does not exist either. Check that the id is right, that the network is up and, for a gated "
+    "model, that you are logged in."
 )
 MSG_OFFLINE = (
-    "No network: {given} is not on this machine, and the hub cannot be reached ({reason}). Download it where there is "
-    "one, and give the folder here. Without a network, the embedded models work: leave --model out."
+    "No network: {given} is not on this machine, and the hub cannot be reached ({reason}). Download it on another "
+    "machine, and give the folder here. The embedded models work without a network: leave out --model."
 )
-MSG_NO_UNET = "--unet puts in another UNet, but {pipeline} has none. Leave it out."
+MSG_NO_UNET = "--unet replaces the UNet, but {pipeline} has none. Leave it out."
 
 
-#: How the files of whole checkpoints end. Both are read without unpickling anything but tensors.
+#: File suffixes of whole checkpoints. Both are read without unpickling anything but tensors.
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
-#: What the denoiser's weights are called in the checkpoint of a whole pipeline.
+#: Prefix of the denoiser's weights in the checkpoint of a whole pipeline.
 _DENOISER_PREFIX = "model.diffusion_model."
 
 
 def load_pipeline(
     model: str, unet: str | None, dtype: Dtype, device: torch.device, *, config: str | None = None
 ) -> tuple[DiffusionPipeline, Dtype]:
-    """The pipeline in a folder, in a single file or on the hub, in the number format asked for or in the best one.
+    """Load the pipeline from a folder, a single file or the hub, and return it with its number format.
 
     Args:
         model: the folder, file or hub id.
-        unet: likewise, of another UNet; None: its own.
-        dtype: the number format.
-        device: what it is going to run on.
+        unet: the folder or hub id of another UNet; None: the pipeline's own.
+        dtype: the number format; `auto` is the best one for the pipeline and the device.
+        device: the device that the pipeline will run on.
         config: for a single file: the folder or hub id of a pipeline with its configuration; None: the one on the hub
-            that diffusers takes for such weights.
+            that diffusers chooses for such weights.
 
     Raises:
-        ConfigurationError: there is none, or it cannot be loaded.
+        ConfigurationError: the pipeline does not exist or cannot be loaded.
     """
     is_file = Path(model).is_file()
     if config is not None and not is_file:
@@ -131,7 +129,7 @@ def load_pipeline(
 
 
 def _config_of_file(model: str, config: str | None) -> tuple[Mapping[str, Any], str]:
-    """The index of the pipeline that a single-file checkpoint is one of, and where its configuration is."""
+    """Return the index of the pipeline of a single-file checkpoint, and where its configuration is."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
 
     weights = _weights_in(model)
@@ -139,7 +137,7 @@ def _config_of_file(model: str, config: str | None) -> tuple[Mapping[str, Any], 
     if config is None:
         known = infer_diffusers_model_type(weights)
         names = sorted(weights)
-        # "v1" is what diffusers takes everything for that it does not know.
+        # diffusers returns "v1" for weights that it does not recognize.
         if known == "v1" and not any(name.startswith(_DENOISER_PREFIX) for name in names):
             shown = ", ".join(names[:3]) or "nothing"
             raise ConfigurationError(MSG_PART.format(given=model, prefix=_DENOISER_PREFIX, names=shown))
@@ -156,14 +154,14 @@ def _config_of_file(model: str, config: str | None) -> tuple[Mapping[str, Any], 
 
 
 def _weights_in(model: str) -> Mapping[str, torch.Tensor]:
-    """The tensors in a checkpoint, mapped into memory where the file permits."""
+    """Return the tensors in a checkpoint, memory-mapped if the file permits."""
     from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 
     if Path(model).suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise ConfigurationError(MSG_FILE.format(given=model, known=" or ".join(CHECKPOINT_SUFFIXES)))
     try:
         weights: Mapping[str, torch.Tensor] = load_single_file_checkpoint(model, local_files_only=True)
-    except Exception as error:  # of the libraries that read such files, each has errors of its own
+    except Exception as error:  # each library that reads such files raises different errors
         raise ConfigurationError(MSG_DAMAGED.format(given=model, reason=first_line(error))) from error
     if any(re.search(r"(^|[._])lora[._]", name) for name in weights):
         raise ConfigurationError(MSG_LORA.format(given=model))
@@ -182,7 +180,7 @@ def _load_file(pipeline: str, model: str, config: str, dtype: Dtype, **parts: An
 
 
 def _load(kind: Any, source: str, dtype: Dtype, **parts: Any) -> Any:
-    # Hub checkpoints come with fp16 files, without, or with nothing else.
+    # Checkpoints on the hub have fp16 files, other files, or both.
     variants = ("fp16", None) if dtype is Dtype.fp16 else (None, "fp16")
     reasons = []
     for variant in variants:
@@ -221,7 +219,7 @@ def _check_exists(model: str) -> None:
 
 
 def why_unreachable(error: BaseException) -> str | None:
-    """Why the hub could not be asked, if that is the reason for `error`, which may say that a file does not exist."""
+    """Return why the hub is unreachable if that caused `error`, which may report only a missing file; else None."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
@@ -233,18 +231,18 @@ def why_unreachable(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The gist of a long message."""
+    """Return the first line of the message that is not blank, or the name of the error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 MSG_SCHEDULER = "The scheduler must be one of {known}, but got {given!r}."
 MSG_NO_PEFT = "--lora needs the package peft. Install it with\n  pip install peft"
-MSG_UNET_ALONE = "--unet puts another UNet into the pipeline of --model, which is missing. Add it."
+MSG_UNET_ALONE = "--unet replaces the UNet in the pipeline of --model, which is missing. Add it."
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A pipeline that is ready to run, and what it was made of."""
+    """A pipeline that is ready to run, and where it comes from."""
 
     pipe: DiffusionPipeline
     family: Family
@@ -274,13 +272,13 @@ def load(
     unet: str | None = None,
     lora: str | None = None,
 ) -> Loaded:
-    """Load `model` (None: the embedded pipeline). Whatever can be checked before a long load is checked first.
+    """Load `model` (None: the embedded pipeline). All checks that need no model run before the long load.
 
     `embedded:sdxl` and the like are the other embedded pipelines. `model_config` is for a single-file checkpoint: see
     `load_pipeline`.
 
     Raises:
-        ConfigurationError: the model, device, scheduler or LoRA cannot be had.
+        ConfigurationError: the model, device, scheduler or LoRA cannot be loaded or used.
     """
     torch_device = choose_device(device)
     if scheduler is not None and scheduler not in SCHEDULERS:
@@ -319,13 +317,13 @@ def load(
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
-    """Put in the scheduler of this short name, with the noise schedule of the checkpoint's own."""
+    """Set the scheduler with this short name, keeping the noise schedule of the checkpoint."""
     class_name, overrides = SCHEDULERS[name]
     pipe.scheduler = getattr(diffusers, class_name).from_config(pipe.scheduler.config, **overrides)
 
 
 def quieten_libraries() -> None:
-    """No progress bars and no advice from the libraries underneath; downloads from the hub still show theirs."""
+    """Disable progress bars and advice of diffusers and transformers; downloads still show their progress."""
     from transformers.utils import logging as transformers_logging
 
     for library in (diffusers.utils.logging, transformers_logging):
@@ -336,7 +334,7 @@ def quieten_libraries() -> None:
 
 def _load_lora(pipe: Any, lora: str) -> None:
     if not hasattr(pipe, "load_lora_weights"):
-        raise ConfigurationError(f"{type(pipe).__name__} takes no LoRA weights. Leave --lora out.")
+        raise ConfigurationError(f"{type(pipe).__name__} does not support LoRA weights. Leave out --lora.")
     path = Path(lora)
     try:
         if path.is_file():
@@ -348,7 +346,7 @@ def _load_lora(pipe: Any, lora: str) -> None:
 
 
 def _may_replace(scheduler: Any, family: Family) -> bool:
-    # "trailing" marks few-step distilled checkpoints, which work with their own scheduler only.
+    # "trailing" marks few-step distilled checkpoints, which work only with their own scheduler.
     return type(scheduler).__name__ in family.replaced and scheduler.config.get("timestep_spacing") != "trailing"
 
 
@@ -358,14 +356,16 @@ DTYPES = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torc
 MSG_DEVICE = "The device must be auto, cpu, cuda, cuda:<number> or mps, but got {given!r}."
 
 
-MSG_NO_DEVICE = "There is no {given} device here that torch {version} can use. Use --device cpu, or leave it out."
+MSG_NO_DEVICE = (
+    "torch {version} cannot use the device {given} on this machine. Use --device cpu, or leave out --device."
+)
 
 
 def choose_device(given: str) -> torch.device:
-    """The device called `given`; `auto` is the best one here.
+    """Return the device called `given`; `auto` is the best one available.
 
     Raises:
-        ConfigurationError: there is no such device.
+        ConfigurationError: the device does not exist or cannot be used.
     """
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if given == "auto":
@@ -383,7 +383,7 @@ def choose_device(given: str) -> torch.device:
 
 
 def choose_dtype(given: Dtype, pipeline_class: str, device: torch.device) -> Dtype:
-    """The number format asked for, or the best one for a pipeline of this class on `device`."""
+    """Return the number format asked for, or the best one for a pipeline of this class on `device`."""
     if given is not Dtype.auto:
         return given
     if device.type == "cpu":
@@ -410,11 +410,11 @@ CHOSEN = (
 _SEED = 0
 
 
-_SHARE_OF_PAIRS = 4  # one of so many
+_SHARE_OF_PAIRS = 4  # one prompt in four
 
 
 def demo_prompts(count: int) -> list[str]:
-    """The first `count` prompts; those beyond the chosen ones are drawn from the held-out captions, always the same."""
+    """Return the first `count` prompts: the chosen ones, then held-out captions drawn with a fixed seed."""
     rng = np.random.default_rng(_SEED)
     prompts = list(CHOSEN[:count])
     while len(prompts) < count:

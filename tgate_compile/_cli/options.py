@@ -18,27 +18,27 @@ from tgate_compile.methods.method import checked_gate_step
 if TYPE_CHECKING:
     from tgate_compile._cli.loading import Loaded
 
-#: The embedded model that is taken without --model, and what the names of all of them begin with.
+#: The embedded model that is used without --model, and the prefix of the names of embedded models.
 DEFAULT_EMBEDDED = "sd"
 EMBEDDED_PREFIX = "embedded:"
 
 #: The sections of `--help`.
 MODEL, IMAGE, SCHEDULE, OUTPUT = "Model", "Image", "Schedule", "Output"
 
-MSG_SIZE = "{given} is not a multiple of 8, which the models need. The nearest: {below} or {above}."
+MSG_SIZE = "{given} is not a multiple of 8, which the models need. Use {below} or {above}."
 MSG_AUTO = (
-    "auto measures schedules on a model, and this command takes a number (10) or a fraction (0.4). "
-    "`tgate-compile tune --out schedule.json` finds a gate step."
+    "auto measures schedules on a model, but this command takes only a number (10) or a fraction (0.4). "
+    "Find a gate step with `tgate-compile tune --out schedule.json`."
 )
 
 MSG_CONFIG_ALONE = (
-    "--model-config is the configuration for a --model that is a single-file checkpoint, and {given} is not one. Leave "
+    "--model-config is the configuration for a --model that is a single-file checkpoint, but {given} is not one. Leave "
     "it out."
 )
 
 
 class Dtype(str, Enum):
-    """Number formats by their usual short names."""
+    """Number formats, under the usual short names."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -52,21 +52,21 @@ EAGER = Backend("eager")
 
 
 class Keep(str, Enum):
-    """The guidance half that goes on after the gate."""
+    """The guidance half that is kept after the gate."""
 
     uncond = "uncond"
     cond = "cond"
 
 
 def embedded_name(model: str | None) -> str | None:
-    """The name of the embedded pipeline that is asked for; None for a folder, a file or a hub id."""
+    """Return the name of the embedded pipeline; None if `model` is a folder, a file or a hub id."""
     if model is None:
         return DEFAULT_EMBEDDED
     return model.removeprefix(EMBEDDED_PREFIX) if model.startswith(EMBEDDED_PREFIX) else None
 
 
 def parse_gate_step(text: object) -> float:
-    """A gate step from the command line: an int is a number of steps, a float a fraction of them."""
+    """Parse a gate step: an int is a number of steps, a float a fraction of them."""
     given = str(text)
     if given == "auto":
         raise typer.BadParameter(MSG_AUTO)
@@ -83,7 +83,7 @@ def parse_gate_step(text: object) -> float:
 
 
 def check_size(given: int | None) -> int | None:
-    """A height or width: a multiple of 8, or None for the model's own."""
+    """Check a height or width, which must be a multiple of 8, or None for the model's own."""
     if given is not None and given % 8:
         below = given - given % 8
         raise typer.BadParameter(MSG_SIZE.format(given=given, below=below, above=below + 8))
@@ -91,7 +91,7 @@ def check_size(given: int | None) -> int | None:
 
 
 def check_backend(backend: Backend) -> BackendName:
-    """The name of `backend`.
+    """Return the name of `backend`.
 
     Raises:
         ConfigurationError: its packages are not installed.
@@ -140,23 +140,23 @@ Side = Annotated[
     typer.Option(
         min=8,
         callback=check_size,
-        help="Of the image in pixels: a multiple of 8.",
+        help="Size in pixels, a multiple of 8.",
         show_default="the model's",
         rich_help_panel=IMAGE,
     ),
 ]
-NegativePrompt = Annotated[str | None, typer.Option(help="What not to show.", rich_help_panel=IMAGE)]
+NegativePrompt = Annotated[str | None, typer.Option(help="What the image should not show.", rich_help_panel=IMAGE)]
 NumImages = Annotated[
-    int, typer.Option("--num-images", "-n", min=1, help="Images of each prompt, in one batch.", rich_help_panel=IMAGE)
+    int, typer.Option("--num-images", "-n", min=1, help="Images per prompt, in one batch.", rich_help_panel=IMAGE)
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, help="Of the first image; each further image takes the next one.", rich_help_panel=IMAGE)
+    int, typer.Option(min=0, help="Seed of the first image; the others use the next ones.", rich_help_panel=IMAGE)
 ]
 RandomSeed = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Of the first image; each further image takes the next one.",
+        help="Seed of the first image; the others use the next ones.",
         show_default="random",
         rich_help_panel=IMAGE,
     ),
@@ -166,22 +166,22 @@ BackendOption = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help=f"What runs the graphs: {', '.join(each.value for each in Backend)}. eager starts at once, inductor "
-        "compiles for minutes, auto takes the fastest that is installed.",
+        help=f"Backend for the graphs: {', '.join(each.value for each in Backend)}. eager starts at once, inductor "
+        "compiles for minutes, auto uses the fastest one installed.",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.", rich_help_panel=OUTPUT)]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.", rich_help_panel=OUTPUT)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.", rich_help_panel=OUTPUT)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How a model is loaded. An argument of a command that is annotated with this becomes these options."""
+    """Options for loading a model. A command's argument that is annotated with this class becomes these options."""
 
     model_config: Annotated[
         str | None,
         typer.Option(
-            help="For a checkpoint in a single file: folder or hub id of a pipeline with its configuration.",
+            help="Folder or hub id of a pipeline whose configuration fits a single-file checkpoint.",
             show_default="found on the hub",
             rich_help_panel=MODEL,
         ),
@@ -220,7 +220,7 @@ class Loading:
     ] = Dtype.auto
 
     def load(self, model: str | None) -> Loaded:
-        """Load `model` (None: the embedded pipeline), showing that it takes a while.
+        """Load `model` (None: the embedded pipeline), with a status display.
 
         Raises:
             ConfigurationError: the model, device, scheduler or LoRA cannot be loaded.
@@ -231,20 +231,20 @@ class Loading:
             return load(model, **self.arguments())
 
     def arguments(self) -> dict[str, Any]:
-        """The same as arguments of `load`."""
+        """Return the options as arguments of `load`."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingOnCpu(Loading):
-    """The same, on the CPU unless something else is asked for."""
+    """The same options, with the CPU as the default device."""
 
     device: Annotated[str, typer.Option(help="auto, cpu, cuda (or cuda:1, ...) or mps.", rich_help_panel=MODEL)] = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """What an image is like. An argument of a command that is annotated with this becomes these options."""
+    """Options for images. A command's argument that is annotated with this class becomes these options."""
 
     steps: Steps = None
     guidance: Guidance = None
@@ -253,25 +253,25 @@ class Image:
 
     @property
     def size(self) -> dict[str, int]:
-        """Height and width, as far as they are given."""
+        """The height and width, if given."""
         given = {"height": self.height, "width": self.width}
         return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of checkpoints is used. A row matches where each of its conditions holds or is not given.
+    """The default settings of a family of checkpoints. A row matches if all conditions that it has are met.
 
     Attributes:
-        name: for people.
+        name: name for people.
         pipelines: condition: the class name of the pipeline is one of these.
         schedulers: condition: the class name of its scheduler is one of these.
         guidance_embedded: condition: the denoiser takes the guidance scale as an input (a distilled model).
         steps: denoising steps.
         guidance: guidance scale.
-        gate_step: the paper's for this family, of `steps`.
-        scheduler: put in where the checkpoint has one of `replaced`; None leaves the checkpoint's own.
-        replaced: schedulers that checkpoints of the family have only by age or convention.
+        gate_step: the paper's gate step for this family, out of `steps`.
+        scheduler: replaces a scheduler in `replaced`; None keeps the checkpoint's own.
+        replaced: schedulers that checkpoints of the family have only because of their age or by convention.
         gpu_dtype: the number format on a GPU.
     """
 
@@ -296,13 +296,13 @@ _ANY_OTHER = frozenset(
     {"DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"}
     | {"PNDMScheduler", "UniPCMultistepScheduler"}
 )
-# Their main.py, too, puts DPM-Solver++ in the place of what SD and SDXL come with.
+# The authors' main.py also replaces the schedulers of SD and SDXL with DPM-Solver++.
 _SLOWER = frozenset({"DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"})
 
-#: The embedded pipeline; its own row, since it is the one that was measured at these settings.
+#: The embedded pipeline has a separate row, with the settings at which it was measured.
 EMBEDDED = Family("embedded", 25, 5.0, 10)
 
-#: The first row that matches is taken. Gates: tables 1 and 3 of arXiv 2404.02747, and the authors' read-me.
+#: The first row that matches is used. Gates: tables 1 and 3 of arXiv 2404.02747, and the authors' README.
 FAMILIES: tuple[Family, ...] = (
     # The guidance scale goes into the denoiser; 8 is the scale that the LCM authors distilled for.
     Family("LCM, guidance embedded", 4, 8.0, 1, guidance_embedded=True, scheduler="lcm", replaced=_ANY_OTHER),
@@ -315,7 +315,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("unknown", 25, 5.0, 10),
 )
 
-#: Short names of schedulers: the diffusers class, and what is set on top of the checkpoint's own configuration.
+#: Short names of schedulers: the diffusers class, and settings that override the checkpoint's configuration.
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
@@ -333,7 +333,7 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def recognise(pipe: Any) -> Family:
-    """The family of a loaded pipeline."""
+    """Return the family of a loaded pipeline."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     embedded = getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None
     for family in FAMILIES:
@@ -347,16 +347,16 @@ def recognise(pipe: Any) -> Family:
 
 
 def gpu_dtype(pipeline_class: str) -> str:
-    """The number format for a pipeline class on a GPU, which has to be known before anything is loaded."""
+    """Return the number format for a pipeline class on a GPU, which must be known before anything is loaded."""
     return next((f.gpu_dtype for f in FAMILIES if f.pipelines and pipeline_class in f.pipelines), "fp16")
 
 
 MSG_NO_PROMPTS = (
-    "Give a few prompts like those that the model will get: --prompt (several times), or --prompts FILE, one a line."
+    "Give a few prompts that are typical of the model's use: --prompt (repeatable), or --prompts FILE, one per line."
 )
 MSG_BOTH = "Give --prompt or --prompts, not both."
 MSG_NOT_READ = "The prompts cannot be read from {given}: {reason}."
-MSG_EMPTY = "{given} has no prompts: expected one a line."
+MSG_EMPTY = "{given} has no prompts: expected one per line."
 
 Prompt = Annotated[
     list[str] | None,
@@ -364,24 +364,24 @@ Prompt = Annotated[
         "--prompt",
         "-p",
         metavar="TEXT",
-        help="What to show; several times.",
+        help="What to show; repeatable.",
         show_default="a few",
         rich_help_panel=IMAGE,
     ),
 ]
 Prompts = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A text file with a prompt in each line.", rich_help_panel=IMAGE)
+    Path | None, typer.Option(metavar="FILE", help="A text file with one prompt per line.", rich_help_panel=IMAGE)
 ]
 Count = Annotated[
-    int | None, typer.Option(min=1, help="Take so many of the prompts.", show_default="all", rich_help_panel=IMAGE)
+    int | None, typer.Option(min=1, help="Number of prompts to use.", show_default="all", rich_help_panel=IMAGE)
 ]
 
 
 def parse_seeds(text: object) -> list[int]:
-    """`0,1,2` as a list."""
+    """Parse seeds such as `0,1,2`."""
     words = str(text).split(",")
     if not all(word.strip().isdecimal() for word in words):
-        raise typer.BadParameter(f"expected numbers with commas between them (0,1,2), got {str(text)!r}.")
+        raise typer.BadParameter(f"expected numbers separated by commas (0,1,2), got {str(text)!r}.")
     return [int(word) for word in words]
 
 
@@ -399,16 +399,16 @@ Seeds = Annotated[
 
 
 def chosen_prompts(given: list[str] | None, file: Path | None, count: int | None, *, embedded: int | None) -> list[str]:
-    """The prompts given, or those in `file`, or the demo's.
+    """Return the prompts given, those in `file`, or the demo's.
 
     Args:
         given: the prompts.
-        file: has them one a line.
-        count: take so many of them; None: all, or `embedded` of the demo's.
-        embedded: with neither prompts nor a file, so many of the demo's; None: that is an error.
+        file: a text file with one prompt per line.
+        count: number of prompts to use; None: all, or `embedded` of the demo's.
+        embedded: number of the demo's prompts to use without prompts and file; None: raise an error instead.
 
     Raises:
-        ConfigurationError: there are none, or two lists of them, or the file cannot be read.
+        ConfigurationError: there are no prompts, or both prompts and a file, or the file cannot be read.
     """
     if given and file is not None:
         raise ConfigurationError(MSG_BOTH)

@@ -20,16 +20,18 @@ from tgate_compile.study.cost import MODELS, model_named, paper_tables, schedule
 if TYPE_CHECKING:
     from tgate_compile.study.cost import ImageCost
 
-#: Options whose names are not those of the arguments of `image_cost`.
+#: Options whose names differ from those of the arguments of `image_cost`.
 _OPTIONS = {"guided": "guidance", "batch": "num-images"}
 
 MSG_NOTHING_ASKED = "Give --paper for the paper's tables, or --architecture with one of: {known}."
-MSG_PAPER_ALONE = "--paper shows the tables as they are. Leave out {given}, or leave out --paper."
-MSG_NEVER_GATED = "Gate step {gate} is at or beyond the last of {steps} steps, so that nothing is gated."
+MSG_PAPER_ALONE = "--paper shows the paper's tables unchanged. Leave out {given}, or leave out --paper."
+MSG_NEVER_GATED = "Gate step {gate} is at or beyond the last of {steps} steps, so nothing is gated."
 
 
 def report(
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's tables, ours beside theirs.")] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Show the paper's tables with our figures beside them.")
+    ] = False,
     architecture: Annotated[
         str | None,
         typer.Option("--architecture", "-a", metavar="NAME", help=f"{', '.join(MODELS)}.", show_default="all"),
@@ -40,7 +42,7 @@ def report(
     num_images: options.NumImages = 1,
     json: options.Json = False,
 ) -> None:
-    """Count what a schedule costs on a model, or every row of the paper's tables. Needs no weights and runs nothing."""
+    """Count the cost of a schedule on a model, or of all rows of the paper's tables. Needs no weights, runs nothing."""
     schedule.check_known_in_advance()
     size: dict[str, Any] = {**image.size}
     if image.steps is not None:
@@ -83,7 +85,7 @@ def _paper_rows(model: str | None) -> list[dict[str, Any]]:
 
 
 def _asked_rows(model: str, schedule: Schedule | None, size: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The schedule asked for, then what it is to be compared with: guidance drop alone, and every step in full."""
+    """Return the rows of the schedule asked for and of its baselines: guidance drop alone, and every step in full."""
     real = model_named(model)
     chosen = {} if schedule is None else {k: v for k, v in asdict(schedule).items() if v is not None}
     steps = size.get("steps", real.steps)

@@ -1,4 +1,4 @@
-"""`tgate-compile run`: images of prompts by a bundle, without PyTorch."""
+"""`tgate-compile run`: images from prompts with a bundle, without PyTorch."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ if TYPE_CHECKING:
 
 
 def run(
-    bundle: Annotated[
-        Path, typer.Argument(help="A folder that `export --components all` has written.", show_default=False)
-    ],
+    bundle: Annotated[Path, typer.Argument(help="A folder written by `export --components all`.", show_default=False)],
     prompt: Annotated[
         list[str],
         typer.Option(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help="What to show; several times for several images.",
+            help="What to show; repeatable, with an image for each.",
             rich_help_panel=options.IMAGE,
         ),
     ],
@@ -48,15 +46,13 @@ def run(
         ),
     ] = None,
     gate_step: options.GateStep = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads that work on one operator.", show_default="all")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.", show_default="all")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check all files' hashes first.")] = True,
     sequential: Annotated[bool, typer.Option("--sequential", help="Keep only one graph in memory at a time.")] = False,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Make images with a bundle, on ONNX Runtime alone. What is not given is as it was exported."""
+    """Make images with a bundle, using only ONNX Runtime. Options default to the values used in the export."""
     first_seed = random.randrange(2**31) if seed is None else seed
     seeds = [first_seed + i for i in range(len(prompt))]
     paths = image_paths(out, seeds)
@@ -91,8 +87,8 @@ def run(
         save_png(picture, path, used | {"prompt": text, "seed": own_seed})
     strip, times = "".join(step.letter for step in done), _times(done)
     if json:
-        told = {"prompts": prompt, "seeds": seeds, "images": [str(path) for path in paths], "strip": strip}
-        print_json(used | told | {"seconds": seconds, "seconds_per_step": times})
+        results = {"prompts": prompt, "seeds": seeds, "images": [str(path) for path in paths], "strip": strip}
+        print_json(used | results | {"seconds": seconds, "seconds_per_step": times})
     else:
         _print_result(used, strip, times, paths, seconds)
 
@@ -116,7 +112,7 @@ def _made(
 
 
 def _times(done: Sequence[Step]) -> dict[str, float]:
-    """Seconds a step by graph, their means; each graph's first step is left out if there are others."""
+    """Return the mean seconds per step of each graph, without the first step if there are others."""
     seconds: dict[str, list[float]] = {}
     for step in done:
         seconds.setdefault(step.graph, []).append(step.seconds)
@@ -128,8 +124,8 @@ def _print_result(used: dict[str, Any], strip: str, times: dict[str, float], pat
     table.add_row("bundle", f"{used['bundle']}: {used['schedule']}")
     table.add_row("settings", f"{used['steps']} steps of {used['scheduler']}, guidance {used['guidance']:g}")
     table.add_row("steps", Text.assemble(coloured(strip)))
-    table.add_row("a step", ", ".join(f"{1000 * each:.1f} ms {graph}" for graph, each in times.items()))
+    table.add_row("per step", ", ".join(f"{1000 * each:.1f} ms {graph}" for graph, each in times.items()))
     table.add_row("time", f"{seconds:.1f} s for {len(paths)} image{'s' if len(paths) > 1 else ''}")
     OUT.print(table)
-    for path in paths:  # not in the table, which would cut a long one short
+    for path in paths:  # not in the table, which would truncate long paths
         OUT.print(f"written   {path}", soft_wrap=True)

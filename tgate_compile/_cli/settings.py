@@ -1,4 +1,4 @@
-"""What a command runs with: steps, guidance and schedule, as given or as the model needs them."""
+"""The settings of a command: steps, guidance and schedule, as given or with the defaults of the model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from tgate_compile._cli.options import Image, Loading
 
 MSG_NEVER_GATED = (
-    "Gate step {gate} is at or beyond the last of {steps} steps, so that nothing is gated. "
+    "Gate step {gate} is at or beyond the last of {steps} steps, so nothing is gated. "
     "Give a smaller --gate-step, or --no-tgate."
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one generation.
+    """The settings of one generation.
 
     Attributes:
         steps: denoising steps.
@@ -47,7 +47,7 @@ class Settings:
 def settings_for(
     loaded: Loaded, *, steps: int | None, guidance: float | None, gate_step: float | None, tgate: bool = True
 ) -> Settings:
-    """What is None is the family's; its gate moves along with the number of steps."""
+    """Return the settings, with the family's defaults for None; the default gate scales with the number of steps."""
     family = loaded.family
     chosen_steps = family.steps if steps is None else steps
     if gate_step is None:
@@ -61,13 +61,13 @@ def settings_for(
 def schedule_for(
     loaded: Loaded, options: ScheduleOptions, settings: Settings, size: Mapping[str, int], *, shown: bool
 ) -> Schedule:
-    """The schedule of the options, measured on the model for `--gate-step auto`.
+    """Return the schedule of the options, measured on the model for `--gate-step auto`.
 
     Args:
         loaded: the model, plain.
-        options: as they were given.
-        settings: of the generations to come, whose gate is the family's unless one is given.
-        size: height and width, as far as they are given.
+        options: the options for the schedule.
+        settings: the settings of the generations, whose gate is the family's unless one is given.
+        size: height and width, if given.
         shown: whether to show the progress of a measurement.
     """
     if not options.is_automatic:
@@ -93,7 +93,7 @@ def schedule_for(
 def chosen_for(
     loaded: Loaded, loading: Loading, image: Image, options: ScheduleOptions, *, shown: bool
 ) -> tuple[Settings, Schedule]:
-    """The settings and the schedule of a command's generations. What the user has not given is printed.
+    """Return the settings and the schedule of a command, and print those that the user has not given.
 
     Args:
         loaded: the model, plain.
@@ -115,7 +115,7 @@ def chosen_for(
 def print_chosen(
     loaded: Loaded, loading: Loading, image: Image, settings: Settings, schedule: Schedule | None = None
 ) -> None:
-    """One line on stderr with what the user has left open, and what was taken."""
+    """Print the values chosen for settings that the user has not given, in one line on stderr."""
     given: dict[str, Any] = {**loading.arguments(), "steps": image.steps, "guidance": image.guidance}
     chosen = {
         "device": str(loaded.device),
@@ -133,29 +133,29 @@ def print_chosen(
 AUTO = "auto"
 
 
-MSG_FILE_ALONE = "--schedule has the whole schedule. Leave out {given}, or leave out --schedule."
+MSG_FILE_ALONE = "--schedule gives the whole schedule. Leave out {given}, or leave out --schedule."
 
 
 MSG_AUTO_ALONE = "--gate-step auto chooses the whole schedule. Leave out {given}, or give a number of steps."
 
 
 MSG_NO_MODEL = (
-    "--gate-step auto measures schedules on a model, and this command loads none. Find one with `tgate-compile tune "
-    "--out schedule.json`, and give it by --schedule."
+    "--gate-step auto measures schedules on a model, but this command does not load one. Find a schedule with "
+    "`tgate-compile tune --out schedule.json`, and pass it as --schedule."
 )
 
 
 MSG_SIMILARITY = (
-    "With a guidance similarity, the step at which guidance stops is known only while images are made. Give "
+    "With a guidance similarity, the step at which guidance stops is known only while images are made. Use "
     "--guidance-step or --gate-step instead."
 )
 
 
-#: The methods that `Schedule` has no fields for, by their keys; their options are `--KEY-FIELD`.
+#: The methods for which `Schedule` has no fields, by key; their options are `--KEY-FIELD`.
 _FURTHER: dict[str, type[Method]] = {key: kind for key, kind in methods().items() if kind not in IN_SHORT}
 
 
-#: Methods that run without a gate, unless one is asked for.
+#: Methods that run without a gate unless one is given.
 _ALONE = {"guidance_step", "guidance_similarity", "deepcache_interval", *_FURTHER}
 
 
@@ -168,20 +168,20 @@ Files = Annotated[
     typer.Option(
         "--schedule",
         metavar="FILE",
-        help="A schedule file to compare as well; several times.",
+        help="A schedule file to add to the comparison; repeatable.",
         rich_help_panel=SCHEDULE,
     ),
 ]
 
 
 def parse_gate_step_or_auto(text: object) -> float | str:
-    """What `parse_gate_step` takes, or `auto`."""
+    """Parse a gate step, or `auto`."""
     return AUTO if str(text) == AUTO else parse_gate_step(text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ShortOptions:
-    """The options that are fields of `Schedule`, and the schedule that all options make."""
+    """The options that are fields of `Schedule`, and the schedule that all options define."""
 
     gate_step: Annotated[
         Any,
@@ -190,8 +190,8 @@ class _ShortOptions:
             "-g",
             parser=parse_gate_step_or_auto,
             metavar="N",
-            help="Steps to run in full: a number (10), a fraction of the steps (0.4), or auto: measure schedules on a "
-            "few prompts, and take the cheapest that is close enough.",
+            help="Steps to run in full: a number (10), a fraction of the steps (0.4), or auto, which measures "
+            "schedules on a few prompts and uses the cheapest that is close enough.",
             show_default="the model's, unless another method is chosen",
             rich_help_panel=SCHEDULE,
         ),
@@ -200,7 +200,7 @@ class _ShortOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Compute self-attention only every so many steps before the gate.",
+            help="Compute self-attention only every N steps before the gate.",
             show_default="1",
             rich_help_panel=SCHEDULE,
         ),
@@ -218,7 +218,7 @@ class _ShortOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Compute a UNet's deep part only every so many steps.",
+            help="Compute a UNet's deep part only every N steps.",
             show_default="1",
             rich_help_panel=SCHEDULE,
         ),
@@ -279,18 +279,18 @@ class _ShortOptions:
         if self.is_automatic and others:
             raise ConfigurationError(MSG_AUTO_ALONE.format(given=_options(others)))
         if self.is_chosen_by_user:
-            self.schedule(0.5)  # whatever is wrong with the schedule is found before anything is loaded
+            self.schedule(0.5)  # raises errors before anything is loaded
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were given, by their names."""
+        """The options that were given, by name."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "file")
         plain = ((name, value.value if isinstance(value, Keep) else value) for name, value in values)
         return {name: value for name, value in plain if value is not None}
 
     @property
     def others(self) -> tuple[Method, ...]:
-        """The further methods that were asked for, by any of their options."""
+        """The further methods for which any option was given."""
         given = self.given
         return tuple(
             kind(**{field.name: given[name] for name, field in options_of(kind).items() if name in given})
@@ -315,13 +315,13 @@ class _ShortOptions:
             raise ConfigurationError(MSG_SIMILARITY)
 
     def schedule(self, default_gate: float | None) -> Schedule:
-        """The schedule in the file, or the one that the options make.
+        """Return the schedule in the file, or the one that the options define.
 
         Args:
-            default_gate: the gate step where neither one nor another method is given; None: none.
+            default_gate: the gate step if neither a gate step nor another method is given; None: no gate.
 
         Raises:
-            ConfigurationError: the file is not a schedule's, or the options do not make one, or it is to be measured.
+            ConfigurationError: the file or the options do not define a valid schedule, or it has to be measured.
         """
         if self.file is not None:
             return load_schedule(self.file)
@@ -356,7 +356,7 @@ def _further_options() -> list[tuple[str, Any, Any]]:
 if TYPE_CHECKING:
 
     class ScheduleOptions(_ShortOptions):
-        """A schedule. An argument of a command that is annotated with this becomes these options."""
+        """Options for a schedule. A command's argument annotated with this class becomes these options."""
 
 else:
     ScheduleOptions = make_dataclass(
@@ -370,10 +370,10 @@ else:
 
 
 def methods_in(files: list[Path] | None) -> tuple[ComparedMethod, ...]:
-    """The schedules in files as methods to compare, each with the name of its file.
+    """Return the schedules in `files` as methods to compare, each named after the file.
 
     Raises:
-        ConfigurationError: a file is not a schedule's, or two have the same name.
+        ConfigurationError: a file does not contain a valid schedule, or two have the same name.
     """
     compared: dict[str, ComparedMethod] = {}
     for file in files or ():

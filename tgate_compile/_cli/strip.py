@@ -1,10 +1,10 @@
-"""`tgate-compile strip`: draw a schedule, one character or cell a step."""
+"""`tgate-compile strip`: draw a schedule, one character or cell per step."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -13,9 +13,6 @@ from tgate_compile._cli import options
 from tgate_compile._cli.console import OUT, check_targets, print_json
 from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile.study.figures import check_figure, strip_picture
-
-if TYPE_CHECKING:
-    pass
 
 _STYLES = {"F": "cyan", "S": "blue", "D": "green", "P": "yellow", "Q": "red", "R": "magenta"}
 
@@ -35,12 +32,14 @@ def strip(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw it: .png, .svg or .pdf. Needs matplotlib.", rich_help_panel=options.OUTPUT),
+        typer.Option(
+            help="Draw the strip into this .png, .svg or .pdf file. Needs matplotlib.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Show a schedule, one character a step. Runs nothing and needs no model."""
+    """Show a schedule, one character per step. Runs nothing and needs no model."""
     schedule.check_known_in_advance()
     chosen = schedule.schedule(None)
     guided = guidance is None or guidance > 1
@@ -66,7 +65,7 @@ def strip(
 
 
 def coloured(letters: str) -> Text:
-    """A strip for the terminal: a colour for what is reused, bold where guidance runs."""
+    """Return a strip for the terminal, coloured by what is reused, and bold where guidance runs."""
     text = Text()
     for letter in letters:
         style = _STYLES.get(letter.upper(), "default")

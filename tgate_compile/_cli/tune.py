@@ -36,7 +36,7 @@ def tune(
     seeds: prompt_options.Seeds = None,
     image: options.Image,
     tolerance: Annotated[
-        float, typer.Option(help="Drift of the final latents that is allowed, as a fraction of their norm.")
+        float, typer.Option(help="Allowed drift of the final latents, as a fraction of their norm.")
     ] = DEFAULT_TOLERANCE,
     out: Annotated[
         Path | None,
@@ -45,7 +45,8 @@ def tune(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw what was measured: .png, .svg or .pdf. Needs matplotlib.", rich_help_panel=options.OUTPUT
+            help="Draw the measurements into this .png, .svg or .pdf file. Needs matplotlib.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     force: options.Force = False,

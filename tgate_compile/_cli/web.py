@@ -16,8 +16,8 @@ from tgate_compile._cli.console import ERR, OUT, print_json, print_note
 from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile._errors import ConfigurationError, check_installed
 
-MSG_BUNDLE_ALONE = "--bundle is a model with all its settings. Leave out {given}, or leave out --bundle."
-MSG_AS_IT_IS = "{folder} has a site already, which is served as it is. --force writes it anew."
+MSG_BUNDLE_ALONE = "--bundle contains a model with all settings. Leave out {given}, or leave out --bundle."
+MSG_AS_IT_IS = "{folder} already contains a site, which is served unchanged. Use --force to write it again."
 
 
 def web(
@@ -29,7 +29,9 @@ def web(
     loading: options.LoadingOnCpu,
     bundle: Annotated[
         Path | None,
-        typer.Option(help="A bundle of `export --components all` instead of --model.", rich_help_panel=options.MODEL),
+        typer.Option(
+            help="A bundle written by `export --components all`, instead of --model.", rich_help_panel=options.MODEL
+        ),
     ] = None,
     image: options.Image,
     schedule: ScheduleOptions,
@@ -39,7 +41,7 @@ def web(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help="What to show, as a suggestion on the page; several times.",
+            help="A prompt that the page suggests; repeatable.",
             rich_help_panel=options.IMAGE,
         ),
     ] = None,
@@ -47,17 +49,17 @@ def web(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="The folder dist of the npm package onnxruntime-web.",
-            show_default="fetched by npm, once",
+            help="The dist folder of the npm package onnxruntime-web.",
+            show_default="downloaded with npm once",
         ),
     ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the site on this machine until Ctrl-C.")] = False,
-    open: Annotated[bool, typer.Option("--open", help="Serve the site, and open it in a browser.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="To serve at; 0 takes any that is free.")] = 0,
+    open: Annotated[bool, typer.Option("--open", help="Serve the site and open it in a browser.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve at; 0 uses any free one.")] = 0,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Write a page that runs a model in the browser, with T-GATE and without, for any static server."""
+    """Write a page that runs a model in the browser, with and without T-GATE, for any static server."""
     check_installed("pydantic", extra="onnx", what="web")
     from tgate_compile._web.site import check_bundle, check_site_target, is_site, runtime_files, server_for, write_site
     from tgate_compile.bundle.formats import check_can_write
@@ -67,7 +69,7 @@ def web(
     given = [f"--{name.replace('_', '-')}" for name, value in of_model.items() if value is not None]
     if bundle is not None and given:
         raise ConfigurationError(MSG_BUNDLE_ALONE.format(given=" and ".join(given)))
-    server = server_for(out, port) if serve or open else None  # the port is there, or nothing is written
+    server = server_for(out, port) if serve or open else None  # before anything is written, in case the port is taken
     asked = bool(given or bundle or prompt or runtime or force)
     if server is not None and is_site(out) and not asked:
         print_note(MSG_AS_IT_IS.format(folder=out))
@@ -106,7 +108,7 @@ def _export(
     *,
     shown: bool,
 ) -> list[str]:
-    """Write a bundle of `model` with fixed sizes, which run fastest; prompts to suggest for it."""
+    """Write a bundle of `model` with fixed sizes, which run fastest, and return prompts to suggest."""
     import tgate_compile
     from tgate_compile._cli.loading import demo_prompts
     from tgate_compile._cli.settings import chosen_for
@@ -126,7 +128,7 @@ def _export(
 
 
 def _changed(given: options.Loading | options.Image) -> dict[str, Any]:
-    """The options that are not at their defaults."""
+    """Return the options that differ from their defaults."""
     values = ((field, getattr(given, field.name)) for field in fields(given))
     return {field.name: value for field, value in values if value != field.default}
 
@@ -135,7 +137,7 @@ def _serve(server: ThreadingHTTPServer, *, open_browser: bool) -> None:
     from tgate_compile._web.site import address_of
 
     address = address_of(server)
-    ERR.print(f"Serving at {address} for this machine. Ctrl-C ends it.", soft_wrap=True)
+    ERR.print(f"Serving at {address}, for this machine only. Press Ctrl-C to stop.", soft_wrap=True)
     if open_browser:
         webbrowser.open(address)
     try:
