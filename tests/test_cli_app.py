@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 import tgate_compile
-from tgate_compile._cli import entry, loading
+from tgate_compile import _cli as entry
+from tgate_compile._cli import loading
 from tgate_compile._cli.app import app
 from tgate_compile._errors import UnsupportedModelError
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from tests import tiny_pipelines
 from tests.single_file import same_weights, save_single_file
 from tgate_compile import ConfigurationError
-from tgate_compile._cli.app import COMMANDS, app, with_groups
+from tgate_compile._cli.app import _MODULES, COMMANDS, app, with_groups
 from tgate_compile._cli.loading import load
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -68,7 +68,7 @@ def test_generate(folder: Path, tmp_path: Path) -> None:
 
 
 def test_every_command_with_a_model_takes_one() -> None:
-    modules = {name: importlib.import_module(f"tgate_compile._cli.{name}") for name in COMMANDS}
+    modules = {name: importlib.import_module(f"tgate_compile._cli.{_MODULES.get(name, name)}") for name in COMMANDS}
     options = {
         name: inspect.signature(with_groups(getattr(module, name))).parameters for name, module in modules.items()
     }
