@@ -65,7 +65,7 @@ SCHEDULERS: dict[str, tuple[int, int]] = {
 EVENTS = ("", "", "", "", "preview", "raise", "interrupt", "threads", "again")
 #: The probability that a drawn "again" event takes place, because it rebuilds all graphs.
 AGAIN = 0.15
-#: Pipelines with callbacks. There are no previews if the denoiser needs more than latents, timestep and text.
+#: Pipelines with callbacks. Previews do not work if the denoiser needs more than latents, timestep and text.
 CALLBACKS = {
     "preview": ("unet", "img2img"),
     "raise": ("unet", "img2img", "sdxl", "ip"),

@@ -1,4 +1,4 @@
-"""Find the sites of a captured graph: attentions, by their data flow, and a UNet's deep feature."""
+"""Find the sites of a captured graph: attentions, recognized by data flow, and a UNet's deep feature."""
 
 from __future__ import annotations
 

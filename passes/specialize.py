@@ -134,7 +134,7 @@ def _is_interface(node: Node) -> bool:
 
 
 def remove_identities(graph_module: torch.fx.GraphModule) -> PassResult:
-    """Replace operators that do nothing by their operand; the operators themselves become dead code.
+    """Replace operators that do nothing with the operand; the operators themselves become dead code.
 
     They have a small cost in an eager run, and other formats lack some of them: ONNX cannot squeeze a dimension that is
     not 1.

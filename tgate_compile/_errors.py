@@ -170,7 +170,7 @@ def check_pipeline_first(function: str, first: object, *others: object) -> None:
 
 
 def brief(value: object) -> str:
-    """Return `value` for a message; a pipeline, or a value with a long representation, is described by its type."""
+    """Return `value` for a message; for a pipeline or a value with a long representation, return the type."""
     if _is_like_pipeline(value):
         return f"a {type(value).__name__}"
     shown = repr(value)

@@ -26,7 +26,7 @@ from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
 
 logger = logging.getLogger(__name__)
 
-#: Inductor's options for code without weights, which are passed to it by their qualified names when it is loaded.
+#: Inductor's options for code without weights. They are passed to the code at loading, under the qualified names.
 WITHOUT_WEIGHTS: Mapping[str, Any] = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,

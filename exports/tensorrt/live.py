@@ -25,7 +25,7 @@ OPTIONS: Mapping[str, object] = {"disable_tf32": True}
 _GIVEN = frozenset({"exported_program", "inputs", "arg_inputs", "kwarg_inputs", "device", "kwargs"})
 #: The options that name one or several dtypes to compute in.
 _PRECISIONS = ("enabled_precisions", "autocast_low_precision_type")
-#: The dtypes that round more than float32, by their names in torch and Torch-TensorRT.
+#: The dtypes that round more than float32, by name in torch and Torch-TensorRT.
 _LOWERED: Mapping[str, torch.dtype] = {
     **dict.fromkeys(("float16", "half", "f16", "fp16"), torch.float16),
     **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),

@@ -65,7 +65,7 @@ MSG_CONFIG_FILE = (
     "--model-config {given} is a file. Give a folder made by a pipeline's save_pretrained, or a hub id: an original "
     ".yaml configuration does not contain the tokenizer and the scheduler."
 )
-MSG_CANNOT_READ_FILES = "{pipeline} cannot be loaded from a single file. Give a folder made by its save_pretrained."
+MSG_CANNOT_READ_FILES = "{pipeline} cannot be loaded from a single file. Give a folder made by save_pretrained."
 MSG_NOT_LOADED = "{given} could not be loaded: {reason}"
 MSG_NOT_FOUND = (
     "{given} could not be loaded from the hub: {reason}\n"

@@ -408,7 +408,7 @@ def chosen_prompts(given: list[str] | None, file: Path | None, count: int | None
         embedded: number of the demo's prompts to use without prompts and file; None: raise an error instead.
 
     Raises:
-        ConfigurationError: there are no prompts, or both prompts and a file, or the file cannot be read.
+        ConfigurationError: no prompts are given, or both prompts and a file, or the file cannot be read.
     """
     if given and file is not None:
         raise ConfigurationError(MSG_BOTH)

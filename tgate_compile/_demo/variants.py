@@ -62,7 +62,7 @@ def demo_variant(name: str) -> DemoVariant:
     """Return the embedded model called `name`.
 
     Raises:
-        ConfigurationError: there is no such model.
+        ConfigurationError: the name is unknown.
     """
     if name not in DEMO_VARIANTS:
         raise ConfigurationError(f"The embedded model must be one of {', '.join(DEMO_VARIANTS)}, but got {name!r}.")

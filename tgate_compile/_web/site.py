@@ -84,7 +84,7 @@ def _fetch(folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise ConfigurationError(
-            f"The page needs {PACKAGE}, which npm fetches, but there is no npm here. Install Node.js, which includes "
+            f"The page needs {PACKAGE}, which npm downloads, but npm is not installed. Install Node.js, which includes "
             f"it, or {_BY_HAND}."
         )
     logger.info("fetching %s %s with npm", PACKAGE, VERSION)

@@ -22,7 +22,7 @@ from tgate_compile.passes.graphs import Captured, Emission, Variant
 from tgate_compile.pipeline.generation import Plan
 from tgate_compile.pipeline.hook import GatedDenoiser
 
-#: The inputs of a denoiser call, arguments and caches, by their names in the bundle.
+#: The inputs of a denoiser call, arguments and caches, by name in the bundle.
 Inputs = Mapping[str, torch.Tensor]
 
 

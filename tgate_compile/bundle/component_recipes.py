@@ -34,7 +34,7 @@ class Recipe:
         encoders: the text encoders and their tokenizers, by the pipeline's names for them.
         hidden_state: which of an encoder's hidden states is used: -1 for the last one, -2 for the input of the last
             layer.
-        sources: the source of each argument of the denoiser, by its name in the bundle.
+        sources: the source of each argument of the denoiser, by the name in the bundle.
         pooled: whether the pooled output of the last encoder is used, too.
         masked: whether the encoders receive a mask for the padding.
         lower_case: whether prompts are stripped and converted to lower case.
@@ -101,7 +101,7 @@ def recipe_for(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Recipe:
     """Return the recipe for `pipe`, after checking that the pipeline has the components it needs.
 
     Raises:
-        UnsupportedModelError: there is no recipe for this class, or the pipeline or `call` does not fit it.
+        UnsupportedModelError: this class has no recipe, or the pipeline or `call` does not fit the recipe.
     """
     pipeline = type(pipe).__name__
     if pipeline not in RECIPES:

@@ -54,7 +54,7 @@ _IGNORED_ON_ROOT = _IGNORED | {
 # Keys inside an attribute that are not state: tomesd stores the size of the latents and a generator, peft the name of
 # each layer.
 _IGNORED_KEYS = {"_tome_info": {"size", "hooks", "generator"}, "kwargs": {"target_name"}}
-# These libraries are versioned, so their code is described by name only. Other code is also described by its content.
+# These libraries are versioned, so their code is described by name only, other code also by content.
 _LIBRARIES = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate", "torchao", "optimum", "tomesd"})
 _DEPTH = 5
 #: The longest value in characters; a longer one is truncated and followed by a digest of the whole.
@@ -185,7 +185,7 @@ def _new_one(denoiser: torch.nn.Module) -> torch.nn.Module | None:
         # Initializing weights draws random numbers; the caller's generator must not change.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             new = type(denoiser).from_config(denoiser.config)
-    except Exception:  # a constructor may do anything that is impossible without weights; then there is no baseline
+    except Exception:  # a constructor may do things that need weights; the baseline is then unknown
         return None
     assert isinstance(new, torch.nn.Module)
     return new.eval()
@@ -380,7 +380,7 @@ def _canonical(value: Json) -> str:
 
 
 def _as_number(value: Json) -> Json:
-    """Return `value` with 1 in place of 1.0: a scale may be given as either."""
+    """Return `value` with 1 instead of 1.0: a scale may be given as either."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):

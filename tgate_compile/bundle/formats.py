@@ -92,7 +92,7 @@ class GraphFormat(Protocol):
     def write_graphs(
         self, graphs: Sequence[PlannedGraph], folder: Path, options: Mapping[str, object], progress: Progress
     ) -> dict[str, WrittenGraph]:
-        """Write `graphs` to the bundle at `folder`, and return where each was written, by its name.
+        """Write `graphs` to the bundle at `folder`, and return where each was written, by name.
 
         Raises:
             BundleError: a graph cannot be converted.

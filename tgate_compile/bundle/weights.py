@@ -180,7 +180,7 @@ _MAPPED: weakref.WeakValueDictionary[object, MappedWeights] = weakref.WeakValueD
 
 
 def mapped_weights(root: Path, device: torch.device) -> MappedWeights:
-    """Return the weights of the bundle at `root`; every call returns the same object for as long as it is in use.
+    """Return the weights of the bundle at `root`; while an object is in use, every call returns the same one.
 
     Raises:
         BundleError: as `MappedWeights`.

@@ -317,7 +317,7 @@ def deep_layer(denoiser: torch.nn.Module, branch: int) -> str:
 
 
 def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call) -> Inputs:
-    """Return the graph's inputs by their role.
+    """Return the graph's inputs by role.
 
     Raises:
         UnsupportedModelError: the prediction does not have the shape of the supposed latents.

@@ -47,7 +47,7 @@ class Store(Protocol):
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """The names of the sites that can be cached, as far as they are known yet."""
+        """The names of the sites that can be cached, if already known."""
         ...
 
     @property

@@ -15,7 +15,7 @@ from tgate_compile.methods.schedule import Schedule
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-#: A pipeline, or a similar object. `Any` is for mypy, which resolves the pipelines that diffusers exports to the
+#: A pipeline, or a similar object. `Any` is needed because mypy resolves the pipelines that diffusers exports to the
 #: placeholders in `diffusers.utils.dummy_torch_and_transformers_objects`; these do not derive from DiffusionPipeline.
 AnyPipeline: TypeAlias = "DiffusionPipeline | Any"
 

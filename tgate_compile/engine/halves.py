@@ -39,7 +39,7 @@ def latents_of(arguments: Mapping[str, Any]) -> torch.Tensor:
     dimensions whose name does not stand for a time, a text or another condition.
 
     Raises:
-        UnsupportedModelError: there is no such tensor.
+        UnsupportedModelError: no tensor qualifies.
     """
     leaves = list(named_leaves(arguments))
     tensors: list[tuple[str, torch.Tensor]] = [(name, leaf) for name, leaf in leaves if _may_be_latents(leaf)]
@@ -65,7 +65,7 @@ def timestep_of(arguments: Mapping[str, Any]) -> Any:
     leaves = [
         (name, leaf)
         for name, leaf in named_leaves(arguments)
-        # A tensor with more dimensions (one timestep for each frame) is recognized by its name alone.
+        # A tensor with more dimensions (one timestep for each frame) is recognized by name alone.
         if (torch.is_tensor(leaf) and (leaf.ndim <= 2 or name == "timestep"))
         or (isinstance(leaf, (int, float)) and not isinstance(leaf, bool))
     ]

@@ -61,7 +61,7 @@ _FRAMES_CHANGE = (
 
 
 _ATTENTION_MAPS = (
-    f"it reads or changes the attention maps while it runs, and a compiled graph has none to read. {_PLAIN}"
+    f"it reads or changes the attention maps while it runs, and a compiled graph does not expose them. {_PLAIN}"
 )
 
 
@@ -78,7 +78,7 @@ _CROSS_FRAME = (
 
 
 _ADDED_KEYS = (
-    "its attentions append the keys of the prompt to those of the latents, so that there is no cross-attention to "
+    "its attentions append the keys of the prompt to those of the latents, so it has no cross-attention to "
     f"cache. {_PLAIN}, or with fewer steps"
 )
 
@@ -90,7 +90,7 @@ _SOUND_AND_VIDEO = (
 
 
 _TEXT_IN_CHANNELS = (
-    "its denoiser reads the text from channels beside the latents' own, so that there is no cross-attention to cache. "
+    "its denoiser reads the text from additional channels of the latents, so it has no cross-attention to cache. "
     f"{_PLAIN}, or with fewer steps"
 )
 

@@ -78,7 +78,7 @@ class _Held:
 
 
 class VariantStore:
-    """The captures and compiled variants of `denoiser`, by its state, the phase and the shapes of the inputs.
+    """The captures and compiled variants of `denoiser` by state, phase and shapes of the inputs.
 
     A new shape, dtype, device or constant argument leads to a new capture, which is logged; so does a change of the
     denoiser (see `fingerprint`). Graphs of earlier states and shapes are kept as long as there is room for them.

@@ -198,7 +198,7 @@ _FEW = 64
 
 
 def fingerprint(denoiser: torch.nn.Module) -> Hashable:
-    """Return a fingerprint of what a captured graph depends on. Graphs stay valid as long as it is equal.
+    """Return a fingerprint of what a captured graph depends on. Graphs stay valid until the fingerprint changes.
 
     It covers the modules and their plain attributes (LoRA scales and active adapters, FreeU's factors, attention
     processors and their attributes), hooks inside the denoiser, plain values that foreign code reads, and each

@@ -200,7 +200,7 @@ def _listed(modules: Mapping[str, torch.nn.Module]) -> str:
 
 
 def _with_possible_half(pipe: DiffusionPipeline, schedule: Schedule) -> Schedule:
-    """Return `schedule` with `keep` set to the only half that the family can keep, if there is no choice."""
+    """Return `schedule`, with `keep` set if the family can keep only one of the halves."""
     only = family_of_pipeline(pipe).only
     if only is None:
         return schedule

@@ -51,7 +51,7 @@ class Caches:
                     self.merge(key, anchor)
 
     def merge(self, key: Key, anchor: float) -> None:
-        """Replace the halves' values by their weighted mean, accumulated in at least fp32."""
+        """Replace the halves' values with the weighted mean, accumulated in at least fp32."""
         uncond, cond = (self._values.pop((half, key)) for half in ("uncond", "cond"))
         accumulated = torch.promote_types(uncond.dtype, torch.float32) if uncond.itemsize > 1 else torch.float32
         mean = (1.0 - anchor) * uncond.to(accumulated) + anchor * cond.to(accumulated)

@@ -200,7 +200,7 @@ class Generation:
             logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
 
     def denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a denoiser call in place of the denoiser's forward."""
+        """Run a denoiser call instead of the denoiser's forward."""
         if threading.get_ident() != self._thread:
             raise ConcurrentGenerationError(MSG_CONCURRENT)
         if self._preview and not self._loop.paused:

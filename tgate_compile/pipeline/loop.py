@@ -1,4 +1,4 @@
-"""The denoising loop: the state shared by its denoisers, pausing during callbacks, and starting over."""
+"""The denoising loop: the state that denoisers share, pausing during callbacks, and starting over."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def is_callback(name: str, value: Any) -> bool:
 
 
 class _PausingCallbacks(MultiPipelineCallbacks):  # type: ignore[misc]
-    """A wrapper of diffusers' callback objects, which a pipeline recognizes by their class."""
+    """A wrapper of diffusers' callback objects, which a pipeline recognizes by class."""
 
     def __init__(self, loop: Loop, callback: Any) -> None:
         super().__init__([callback])

@@ -202,7 +202,7 @@ class Progress:
         return True
 
     def _placed(self, timestep: _Timestep) -> _Timestep:
-        """Return `timestep`, which must be one of the scheduler's, by its index."""
+        """Return `timestep` as an index into the scheduler's timesteps, which must include it."""
         if timestep.place is not None:
             return timestep
         if not self._is_one(timestep):

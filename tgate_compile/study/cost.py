@@ -116,7 +116,7 @@ def _pixart(tokens: int, conditions: Mapping[str, Shape], **config: Any) -> Arch
 _PIXART_ALPHA = _pixart(120, {"resolution": ("batch", 2), "aspect_ratio": ("batch", 1)})
 _PIXART_SIGMA = _pixart(300, {"resolution": None, "aspect_ratio": None}, use_additional_conditions=False)
 
-#: Models by their names in the paper's tables (paper_tables.json).
+#: Models by name in the paper's tables (paper_tables.json).
 MODELS: Mapping[str, Model] = {
     "sd15": Model(_SD15),
     "sd21": Model(_SD21),
@@ -132,7 +132,7 @@ def model_named(name: str) -> Model:
     """Return the model called `name`.
 
     Raises:
-        ConfigurationError: there is no such model.
+        ConfigurationError: the name is unknown.
     """
     if name not in MODELS:
         raise ConfigurationError(f"The model must be one of {', '.join(MODELS)}, but got {name!r}.")

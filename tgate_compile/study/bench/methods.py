@@ -36,7 +36,7 @@ def random_pipeline(
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """Return a pipeline with random weights and the arguments of its call.
 
-    The call passes prompt embeddings in place of a prompt and returns latents in place of images.
+    The call passes prompt embeddings instead of a prompt and returns latents instead of images.
 
     Args:
         name: one of `NAMES`.
@@ -45,7 +45,7 @@ def random_pipeline(
         size: height and width of the image in pixels; None for the model's own size.
 
     Raises:
-        ConfigurationError: there is no such model.
+        ConfigurationError: the name is unknown.
     """
     check_random_model(name)
     # Not above: the command line reads the names for its help.
@@ -113,7 +113,7 @@ _SP_INTERVAL = 5
 _DEEPCACHE_INTERVAL = 3
 
 WHY_NO_UNET = "DeepCache needs a UNet, because it skips the UNet's deep layers. {denoiser} is a transformer."
-WHY_NO_GUIDANCE = "This model runs without guidance, so there is no guidance to stop."
+WHY_NO_GUIDANCE = "This model runs without guidance, so guidance cannot be stopped."
 WHY_SAME = "In {steps} steps of this model, it would be identical to {other}."
 WHY_NO_STEP = "T-GATE saves {saved:.0%} of the operations here, which is less than half of one of the {steps} steps."
 WHY_NO_COST = "The cost of T-GATE is unknown here, so the number of steps with equal cost is unknown too."

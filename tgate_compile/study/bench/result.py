@@ -20,9 +20,9 @@ class BenchmarkRow:
     Attributes:
         key: identifier for programs.
         title: name for people.
-        backend: backend that runs the graphs; empty if there are no graphs.
+        backend: backend that runs the graphs; empty for a row without graphs.
         baseline: key of the plain row to compare with.
-        error: why there are no measurements, if so.
+        error: the error that prevented measurements, if any.
         first_seconds: time of the first call, which includes capture and compilation.
         seconds: time of each later image.
         steps: times of the steps of each later image, in seconds.

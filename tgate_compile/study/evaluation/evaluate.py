@@ -60,7 +60,7 @@ def evaluate(
 ) -> Evaluation:
     """Make images of each prompt with the plain pipeline and with every schedule, and measure them.
 
-    Each image is written to `folder` as soon as it is made. A second call with the same arguments only makes the images
+    Each image is written to `folder` immediately. A second call with the same arguments only makes the images
     that are missing, so an interrupted evaluation can be resumed. More schedules can be added to a folder later.
 
     Under torchrun (or another launcher that sets RANK and WORLD_SIZE), with the same arguments in every process, the

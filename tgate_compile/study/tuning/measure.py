@@ -158,7 +158,7 @@ class Bench:
         return [self._run(call, seed)[1] for call, seed in self._runs]
 
     def run_gated(self, schedule: Schedule, plain: Plain) -> Measured:
-        """Run the optimized pipeline with `schedule` in place of the schedule that it was optimized with.
+        """Run the optimized pipeline with `schedule` instead of the schedule that it was optimized with.
 
         The graphs are derived from the existing capture, so `schedule` must not cache further kinds of sites or merge
         the halves differently.
@@ -206,7 +206,7 @@ def final_latents(pipe: DiffusionPipeline, call: Mapping[str, Any], seed: int) -
     if not torch.is_tensor(result):
         given = f"a {type(result).__name__}"
         raise ConfigurationError(
-            f"Schedules are compared by their final latents, but {type(pipe).__name__} returns {given} for "
+            f"Schedules are compared by the final latents, but {type(pipe).__name__} returns {given} for "
             'output_type="latent". Choose the gate step by looking at the images instead.'
         )
     return result.detach().to("cpu", torch.float32)

@@ -64,7 +64,7 @@ def grid_of(num_steps: int) -> list[int]:
 def next_gate(within: dict[int, bool], num_steps: int) -> int | None:
     """Return the gate to try next: halfway between the last one outside the tolerance and the first one within it.
 
-    Return None if there is no gate in between. Gate 0 counts as outside the tolerance, and `num_steps`, which never
+    Return None if none is left in between. Gate 0 counts as outside the tolerance, and `num_steps`, which never
     gates, as within it.
     """
     first = min((gate for gate, is_within in within.items() if is_within), default=num_steps)
@@ -229,7 +229,7 @@ class _Search:
             for sweep in sweeps:
                 if sweep is GUIDANCE_DROP and self._rows and self._rows[0].strip.islower():
                     self._plan(-len(grid))
-                    continue  # there is no guidance to drop
+                    continue  # the pipeline already runs without guidance
                 rows = {gate: self._measure(sweep.name, sweep.schedule(gate), plain) for gate in grid}
                 while (gate := next_gate({g: row.within for g, row in rows.items()}, plain.num_steps)) is not None:
                     best = min((row.cost for row in self._rows if row.within and row.schedule is not None), default=1.0)
