@@ -50,7 +50,7 @@ MSG_IMAGES = "expected 64x64 RGB images, or a tensor [batch, 3, 64, 64] with val
 
 @dataclass(frozen=True)
 class Reading:
-    """The result of reading an image. Like a `Scene`, but not validated: object and background may have the same colour."""
+    """A scene recognized in an image. Not validated like a `Scene`: object and background may have the same colour."""
 
     objects: tuple[SceneObject, ...]
     background: Colour

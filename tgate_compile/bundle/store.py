@@ -134,7 +134,7 @@ class BundleStore:
         """Return the graph of `phase`, after opening it if necessary.
 
         Raises:
-            BundleError: the bundle does not have the graph, or the graph does not support the shapes or arguments of `call`.
+            BundleError: the bundle lacks the graph, or the graph does not support the shapes or arguments of `call`.
             BackendError: the runtime cannot open it.
         """
         key = (call.key, phase)

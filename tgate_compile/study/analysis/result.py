@@ -210,7 +210,7 @@ class Analysis:
         """Draw the first prompt's images with text in some of the steps, to a .png, .svg or .pdf file.
 
         Raises:
-            ConfigurationError: the analysis has no pictures, matplotlib is not installed, or the file cannot be written.
+            ConfigurationError: no pictures were made, matplotlib is not installed, or the file cannot be written.
         """
         if not self.pictures:
             raise ConfigurationError("This analysis has no pictures. Call analyze(..., pictures=True).")
