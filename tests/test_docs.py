@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,13 @@ def test_readme_commands_use_files_that_earlier_ones_write() -> None:
         for bundle in words[1:2] if words[0] in ("run", "inspect") else ():
             assert bundle in written, f"{bundle} is read before it is written"
         written.add(out or "")
+
+
+def test_git_ignores_what_the_readme_writes() -> None:
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    for words in commands((ROOT / "README.md").read_text(encoding="utf-8")):
+        if (out := dict(pairwise(words)).get("--out")) is not None:
+            assert any(fnmatch(f"/{out}", pattern.rstrip("/")) for pattern in ignored), out
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
