@@ -9,7 +9,7 @@ from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.figures import strip_picture
 
 STEPS = 25
-ROWS = {
+ROWS: dict[str, Schedule | str] = {
     "plain": "F" * STEPS,
     "fewer steps (17)": "F" * 17,
     "guidance drop, step 10": Schedule(None, guidance_step=10),
