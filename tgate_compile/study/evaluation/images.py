@@ -56,7 +56,7 @@ class Contender:
         return {"schedule": None if self.schedule is None else schedule_data(self.schedule), "steps": self.steps}
 
 
-Given = Mapping[str, Schedule | int] | Sequence[Schedule | int]
+Given = Mapping[str, Schedule | Method | int] | Sequence[Schedule | Method | int]
 
 
 def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ...]:
@@ -71,14 +71,14 @@ def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ..
         items = [(str(item) if isinstance(item, (Method, Schedule)) else f"{item} steps", item) for item in given]
     else:
         items = []
-    items = [(label, schedule_of(item) if isinstance(item, Method) else item) for label, item in items]
-    if not items or not all(isinstance(label, str) and label.strip() and _is_known(item) for label, item in items):
+    known = [(label, schedule_of(item) if isinstance(item, Method) else item) for label, item in items]
+    if not known or not all(isinstance(label, str) and label.strip() and _is_known(item) for label, item in known):
         raise ConfigurationError(
             "schedules must be a sequence, or a mapping from labels, with at least one tgate_compile.Schedule or "
             f"number of steps of the plain pipeline, but got {given!r}."
         )
     contenders = [Contender(PLAIN, None, num_inference_steps)]
-    for label, item in items:
+    for label, item in known:
         schedule = item if isinstance(item, Schedule) else None
         contenders.append(Contender(label, schedule, num_inference_steps if isinstance(item, Schedule) else item))
     names: dict[str, str] = {}
