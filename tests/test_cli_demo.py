@@ -1,4 +1,4 @@
-"""`tgate-compile demo`: a picture and honest figures, from the embedded pipeline."""
+"""`tgate-compile demo`: a picture and measured figures from the embedded pipeline."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STEPS, GATE, PROMPTS = 4, 2, 2
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder that a short demo wrote, and the JSON that it printed."""
+    """Run a short demo; return its folder and the JSON that it printed."""
     out = tmp_path_factory.mktemp("demo") / "new"
     arguments = ["demo", "--out", str(out), "--json"]
     arguments += ["--steps", str(STEPS), "--gate-step", str(GATE), "--count", str(PROMPTS)]

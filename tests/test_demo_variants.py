@@ -38,7 +38,7 @@ CAPTIONS = [
     "a white star above a green triangle on a purple background",
 ]
 
-# Well below what was measured on hundreds of captions.
+# Well below the rates measured on hundreds of captions.
 LEAST = {
     "sdxl": {"all": 4 / 6},
     "pixart": {"all": 4 / 6},
@@ -59,7 +59,7 @@ def pipeline(name: str) -> Any:
 
 
 def images(pipeline: Any, name: str, **options: Any) -> torch.Tensor:
-    """One image per caption, [6, 3, 64, 64]."""
+    """Return one image per caption, [6, 3, 64, 64]."""
     variant = DEMO_VARIANTS[name]
     noise = [torch.Generator().manual_seed(i) for i in range(len(CAPTIONS))]
     settings = {"num_inference_steps": variant.steps, "guidance_scale": variant.guidance, **variant.call, **options}

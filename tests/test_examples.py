@@ -1,4 +1,4 @@
-"""The examples run as they are, offline, and the own loop makes the image that the pipeline's call makes."""
+"""The examples run unmodified and offline, and the custom loop makes the same image as the pipeline's call."""
 
 from __future__ import annotations
 
