@@ -22,7 +22,7 @@ from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import _functional
 from tgate_compile.engine.weights import fingerprint, live_tensors
 
-#: The programs by their dependencies. Each is kept with its model, since the keys contain ids of the model's parts.
+#: Dependencies -> the program and its model, which is kept since the key contains ids of the model's parts.
 _PROGRAMS: dict[Hashable, tuple[ExportedProgram, torch.nn.Module]] = {}
 
 

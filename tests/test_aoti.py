@@ -1,4 +1,4 @@
-"""Bundles of format "aoti": compiled ahead of time, with the results of `optimize`, and a single copy of the weights."""
+"""Bundles of format "aoti": compiled ahead of time, the results of `optimize`, one copy of the weights."""
 
 from __future__ import annotations
 

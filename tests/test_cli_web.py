@@ -113,7 +113,7 @@ def test_the_server_lets_pages_have_threads(tmp_path: Path) -> None:
 
 
 def npm_that(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a fake npm the only program, with an empty cache."""
+    """Make a script called npm the only program on PATH, with an empty cache."""
     programs = folder / "programs"
     programs.mkdir()
     path = programs / "npm"
