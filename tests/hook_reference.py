@@ -1,6 +1,6 @@
 """T-GATE v1 with plain forward hooks: slow, obvious, and without a line of tgate_compile.
 
-Cross-attentions are still computed after the gate, but their results discarded. Rules from arXiv 2404.02747 v1,
+Cross-attentions are still computed after the gate, but the results discarded. Rules from arXiv 2404.02747 v1,
 section 3.2: full steps until the gate; the cache is each cross-attention's output at the last full step, the mean of
 the guidance halves; from the gate on, the cached value is used, and only the kept half is computed.
 """

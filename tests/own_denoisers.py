@@ -271,7 +271,7 @@ class DecoderLayers(nn.Module):
         )
         self.text = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, batch_first=True)
         for layer in self.layers:
-            layer.dropout2 = nn.Identity()  # type: ignore[assignment]  # which stands where the tap is
+            layer.dropout2 = nn.Identity()  # type: ignore[assignment]  # serves as the tap
         self.time = nn.Linear(1, DIM)
 
     def forward(self, *, context: list[Tensor], timesteps: Tensor, noisy: Tensor) -> dict[str, Tensor]:

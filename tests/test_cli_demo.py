@@ -32,7 +32,7 @@ from tgate_compile._cli.loading import CHOSEN, demo_prompts
 from tgate_compile._demo.captions import is_held_out, parse_caption
 from tgate_compile._runtimes import automatic_backends
 
-# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+# diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),

@@ -23,7 +23,7 @@ from tgate_compile._demo.variants import DEMO_VARIANTS
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 OTHERS = [name for name in DEMO_VARIANTS if name != "sd"]
 
-# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+# diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -95,7 +95,7 @@ def test_a_plain_call_runs_without_a_word(
     capfd.readouterr()
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
-        # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+        # diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
         warnings.filterwarnings("ignore", "__array__ implementation")
         image = pipeline("a large red circle on a blue background", num_inference_steps=2).images[0]
     said = capfd.readouterr()

@@ -1,4 +1,4 @@
-"""Tests compute the same with shared traced graphs as with their own."""
+"""Tests that share traced graphs get the same results as with separate graphs."""
 
 from __future__ import annotations
 

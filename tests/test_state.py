@@ -691,7 +691,7 @@ def test_denoiser_changed_in_the_middle_of_an_own_loop() -> None:
 
 
 def test_a_hook_that_was_taken_off_is_noticed() -> None:
-    """Removing accelerate's hook restores the earlier forward and drops ours, which must not silently go unnoticed."""
+    """Removing accelerate's hook restores the earlier forward and drops ours, which must not go unnoticed."""
     from accelerate import cpu_offload_with_hook
     from accelerate.hooks import remove_hook_from_module
 

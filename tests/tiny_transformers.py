@@ -192,7 +192,7 @@ def lumina() -> Any:
     )
     with torch.no_grad():
         for layer in transformer.layers:
-            layer.gate.fill_(0.5)  # of the cross-attention: zero, in a new model
+            layer.gate.fill_(0.5)  # the cross-attention's gate, which is zero in a new model
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = LuminaPipeline(vae=None, text_encoder=None, tokenizer=None, transformer=transformer, scheduler=scheduler)
     return silent(pipe)
@@ -203,7 +203,7 @@ def lumina_call(batch: int = 1) -> dict[str, Any]:
 
 
 def stable_diffusion_3() -> Any:
-    """Return Stable Diffusion 3, whose attention is joint: text and latents in one sequence, without cross-attention."""
+    """Return Stable Diffusion 3, which has joint attention over text and latents, and no cross-attention."""
     transformer = seeded(
         lambda: SD3Transformer2DModel(
             sample_size=LATENT_SIZE,
