@@ -1,4 +1,4 @@
-"""The runtime in docs/reference/bundle.md, on numpy and ONNX Runtime only, makes the library's latents."""
+"""The runtime in docs/reference/bundle.md, with only numpy and ONNX Runtime, makes the same latents as the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages' links lead somewhere, their commands have options that exist, and the notebook runs."""
+"""The pages' links resolve, their commands use existing options, and the notebook runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def without_code(markdown: str) -> str:
 
 
 def anchors(markdown: str) -> set[str]:
-    """The ids of a page's headings, as Python-Markdown makes them."""
+    """Return the ids of a page's headings, as Python-Markdown makes them."""
     found = set()
     for heading in _HEADING.findall(_FENCE.sub("", markdown)):
         text = re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower()
@@ -60,7 +60,7 @@ def anchors(markdown: str) -> set[str]:
 
 
 def commands(markdown: str) -> Iterator[list[str]]:
-    """The arguments of every `tgate-compile` in a page, in code blocks and in running text."""
+    """Return the arguments of every `tgate-compile` in a page, in code blocks and text."""
     lines = [
         line.strip()
         for language, code in _FENCE.findall(markdown)
@@ -166,7 +166,7 @@ def test_commands_of_the_readme_are_found() -> None:
 
 
 def test_readme_commands_use_files_that_earlier_ones_write() -> None:
-    """Run from top to bottom, no command reads a file that is not there, and none writes another one's."""
+    """Run from top to bottom, no command reads a missing file or overwrites another command's."""
     written: set[str] = set()
     for words in commands((ROOT / "README.md").read_text(encoding="utf-8")):
         options = dict(pairwise(words))

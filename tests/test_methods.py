@@ -80,7 +80,7 @@ def test_the_methods_of_the_package_are_found() -> None:
 
 def test_pab_within_its_window() -> None:
     assert Schedule.of(PAB(3, 2, begin=0.2, end=0.9)).strip(STEPS) == "FFPSPQFQPF"
-    # Before a gate everything is computed for it, and self-attention goes on being reused after it.
+    # The step before a gate computes everything for it; self-attention is reused again after it.
     assert (PAB(3, 2, begin=0.0, end=1.0) + TGate(5)).strip(STEPS) == "FQPSFpqpqp"
     assert (PAB(3, 1, begin=0.0, end=1.0) + AdaptiveGuidance(step=4)).strip(STEPS) == "FPPFfppfpp"
 
@@ -151,7 +151,7 @@ def test_pab_is_as_in_diffusers(build: Callable[[], Any], call: Callable[[], Any
         return torch.as_tensor(pipe(**call(), num_inference_steps=STEPS, generator=generator, output_type="latent")[0])
 
     pipe = build()
-    pipe.scheduler = DDIMScheduler(steps_offset=1)  # timesteps 901, 801, ..., 1: within (100, 800) are the steps 2 to 8
+    pipe.scheduler = DDIMScheduler(steps_offset=1)  # timesteps 901, 801, ..., 1: steps 2 to 8 are within (100, 800)
     plain = images(pipe)
     tgate_compile.optimize(pipe, method, backend="eager")
     ours = images(pipe)
