@@ -24,7 +24,7 @@ _FLAGS = (
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """Headless Chromium, with what is written to its console; a skip where there is none."""
+    """Start headless Chromium and collect its console messages; skip the test if it is not installed."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: no browser to look with")
     from selenium.webdriver.chrome.service import Service
 
@@ -47,6 +47,6 @@ def chromium() -> Iterator[Any]:
 
 
 def show_at(browser: Any, width: int, height: int) -> None:
-    """The size of its window; below 600 pixels it is a phone."""
+    """Set the window size; pages take a width below 600 pixels for a phone."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

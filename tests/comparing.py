@@ -1,17 +1,17 @@
-"""How results are compared."""
+"""Compare results numerically."""
 
 from __future__ import annotations
 
 import torch
 
-#: Largest difference, relative to the largest value, that rounding may explain.
+#: Largest difference, relative to the largest value, that rounding can explain.
 ROUNDING = 1e-5
-#: Smallest one that shows that something else has been computed.
+#: Smallest difference that shows that something else was computed.
 VISIBLE = 1e-3
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value of `b`."""
+    """Return the largest difference, relative to the largest value of `b`."""
     assert a.shape == b.shape
     assert a.dtype == b.dtype
     assert a.isfinite().all()

@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Settings and fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 from tests import once
 from tests.sharing import shared_programs
 
-# Tiny tensors: threads cost more than they bring, and a busy machine makes them cost far more.
+# On tiny tensors threads cost more than they gain, and far more on a busy machine.
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -21,7 +21,7 @@ transformers.utils.logging.set_verbosity_error()
 HEAVY = "takes from twenty seconds to minutes; `pytest --heavy` runs it, as CI does"
 
 
-#: The files that take longest come first: one of them at the end would keep one process busy, and the others waiting.
+#: Slowest files, run first: one of them at the end would keep one process busy while the others wait.
 LONGEST = (
     "test_denoisers.py",
     "test_authors_reference.py",
@@ -67,17 +67,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each file to one process as a whole, so that its fixtures are made once, unless --dist says otherwise."""
+    """Run each file in a single process, so that its fixtures are made once, unless --dist is given."""
     if config.getoption("dist") != "load":
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    config.option.loadscopereorder = False  # by the number of tests
+    config.option.loadscopereorder = False  # would sort by the number of tests
     return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="module")
 def shared_captures() -> Iterator[None]:
-    """Models that equal one of an earlier test take its traced graph; see `tests/sharing.py`."""
+    """Reuse the traced graphs of equal models from earlier tests; see `tests/sharing.py`."""
     with shared_programs():
         yield

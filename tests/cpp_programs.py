@@ -1,4 +1,4 @@
-"""The C++ examples: how they are built, and what each must do with a bundle."""
+"""Build the C++ examples, and check what each does with a bundle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def built(example: str, build: Path, options: Sequence[str], environment: Mapping[str, str] | None = None) -> Path:
-    """The program of a folder of `EXAMPLES`, built in the folder `build` with `options` of CMake."""
+    """Build the program of a folder of `EXAMPLES` in `build`, with CMake `options`, and return its path."""
     configure = ["cmake", "-S", str(EXAMPLES / example), "-B", str(build), *options]
     for command in (configure, ["cmake", "--build", str(build)]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -28,13 +28,13 @@ def built(example: str, build: Path, options: Sequence[str], environment: Mappin
 
 
 def write_inputs(folder: Path) -> Path:
-    """The inputs of a program for the bundles of `exported.compiled`."""
+    """Return a program's inputs for the bundles of `exported.compiled`."""
     runpy.run_path(str(EXAMPLES / "cpp" / "write_inputs.py"))["write_inputs"](plain(), folder, PROMPT, COMPILED_STEPS)
     return folder
 
 
 def assert_same_latents(program: Path, bundle: Path, folder: Path) -> None:
-    """The program ends with the latents that the pipeline's own call ends with."""
+    """Check that the program ends with the same latents as the pipeline's own call."""
     inputs, out = write_inputs(folder / "inputs"), folder / "out.npy"
     command = [str(program), str(bundle), str(inputs), "5", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -47,7 +47,7 @@ def assert_same_latents(program: Path, bundle: Path, folder: Path) -> None:
 
 
 def assert_refused(program: Path, bundle: Path, inputs: Path, *parts: str) -> None:
-    """The program fails, and says why."""
+    """Check that the program fails and reports why."""
     command = [str(program), str(bundle), str(inputs), "5", str(inputs / "out.npy")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
@@ -56,6 +56,6 @@ def assert_refused(program: Path, bundle: Path, inputs: Path, *parts: str) -> No
 
 
 def assert_checks_arguments(program: Path, folder: Path) -> None:
-    """The program explains its arguments, and names what is missing from the empty `folder`."""
+    """Check that the program explains its arguments, and names the files missing from the empty `folder`."""
     assert subprocess.run([str(program)], capture_output=True).returncode == 2
     assert_refused(program, folder, folder, "cannot read", "manifest.json")

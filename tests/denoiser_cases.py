@@ -1,6 +1,6 @@
-"""The pipelines beside Stable Diffusion and PixArt: how each is called, and what is true of its denoiser.
+"""The pipelines besides Stable Diffusion and PixArt: how to call each, and the expected facts about its denoiser.
 
-Written down by hand from diffusers' code, and checked in `test_denoisers.py`.
+Written by hand from diffusers' code, and checked in `test_denoisers.py`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class Case:
     """One pipeline.
 
     Attributes:
-        build: makes it, always the same.
-        call: the arguments of its call, for so many prompts.
+        build: makes the pipeline, always with the same weights.
+        call: returns the arguments of its call for a number of prompts.
         sites: the paths of the cross-attentions of its denoiser, or of each of its denoisers.
-        halved: see `OneCall`; empty where each guidance half has a denoiser call of its own.
+        halved: see `OneCall`; empty if each guidance half has a separate denoiser call.
         alternating: see `OneCall`.
         kept: see `OneCall`; the position of the negative prompt's half, unless a comment says otherwise.
-        guidance: the name of the call's argument that is 1 for no guidance.
+        guidance: the call's guidance argument, which is 1 for no guidance.
         denoisers: the names of the denoisers.
         gate: the gate of the tests, for `STEPS` steps.
-        strip: what these look like in a description.
-        exact: whether caching alone changes nothing, since what is cached is the same in all steps.
+        strip: the schedule strip for these steps.
+        exact: whether caching alone changes nothing, since the cached values are the same in all steps.
     """
 
     build: Callable[[], Any]
@@ -61,7 +61,7 @@ CASES = {
     "AnimateDiffPipeline": Case(
         tiny_video.animatediff,
         tiny_video.animatediff_call,
-        _UNET,  # and not the motion modules' `attn2`, which attend to the latents alone
+        _UNET,  # without the motion modules' `attn2`, which attend to the latents only
         halved=("sample", "encoder_hidden_states"),
         denoisers=("unet",),
     ),
@@ -94,7 +94,7 @@ CASES = {
             "text_embedding_mask",
             "encoder_hidden_states_t5",
             "text_embedding_mask_t5",
-            # Both alternate, but are the same for all rows.
+            # The rows of both alternate, but are all equal.
             "image_meta_size",
             "style",
         ),
@@ -102,7 +102,7 @@ CASES = {
     "LattePipeline": Case(
         tiny_video.latte,
         tiny_video.latte_call,
-        _TRANSFORMER_BLOCKS,  # and none in `temporal_transformer_blocks`
+        _TRANSFORMER_BLOCKS,  # there is none in `temporal_transformer_blocks`
         halved=_LATENTS_TIME_TEXT,
     ),
     "SanaPipeline": Case(
@@ -167,7 +167,7 @@ _UNET_XL = tuple(
 _SAMPLE_TEXT = ("sample", "encoder_hidden_states")
 _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 
-#: Pipelines with the denoiser of one that is tested at length, and other inputs, or another layout of them.
+#: Pipelines that share a denoiser with one tested in depth, but pass it other inputs or lay them out differently.
 SIBLINGS = {
     "StableDiffusionControlNetImg2ImgPipeline": Case(
         lambda: tiny_siblings.controlnet("StableDiffusionControlNetImg2ImgPipeline"),
@@ -269,12 +269,12 @@ SIBLINGS = {
         tuple(f"visual_transformer_blocks.{block}.cross_attention" for block in (0, 1)),
     ),
 }
-#: Those that diffusers itself cannot call with two prompts.
+#: Pipelines that diffusers itself cannot call with two prompts.
 ONE_PROMPT = ("AnimateDiffControlNetPipeline", "WanVACEPipeline")
 
 
 def run(pipe: Any, **call: Any) -> torch.Tensor:
-    """Call `pipe` with a seeded generator, for latents."""
+    """Call `pipe` with a seeded generator, and return latents."""
     call = {"num_inference_steps": STEPS, "output_type": "latent", **call}
     return pipe(generator=torch.Generator().manual_seed(0), **call)[0]
 
@@ -289,7 +289,7 @@ def expected_of(
     kept: int | None = None,
     cached: bool = True,
 ) -> torch.Tensor:
-    """What plain hooks make of `pipe(**call)`: T-GATE, or, with `cached` False, guidance that stops at the gate."""
+    """Run `pipe(**call)` with T-GATE by plain hooks or, if `cached` is False, only without guidance after the gate."""
     with ExitStack() as stack:
         for name, gate in zip(case.denoisers, gates or [case.gate] * len(case.denoisers), strict=True):
             denoiser = getattr(pipe, name)
@@ -312,5 +312,5 @@ def expected_of(
 
 
 def _is_guided(pipe: Any) -> bool:
-    """Whether `pipe` makes the second of two calls now. Some have no property for it; they are called with guidance."""
+    """Whether `pipe` now makes the second of two calls. Pipelines without a property for this always use guidance."""
     return bool(getattr(pipe, "do_classifier_free_guidance", True))

@@ -1,8 +1,8 @@
-"""T-GATE v1 with plain forward hooks, for denoisers of every kind; like `hook_reference.py` without a line of ours.
+"""T-GATE v1 with plain forward hooks, for all denoisers; like `hook_reference.py`, it uses no tgate_compile code.
 
-Where one call carries both guidance halves, the halved arguments are named by hand, not guessed from their shapes.
-Where each half has a call of its own, both are cached at the gate step, and from the gate on the first call of a
-timestep computes the prediction that the second one returns as well.
+If one call carries both guidance halves, the halved arguments are named by hand, not guessed from their shapes.
+If each half has a separate call, both are cached at the gate step, and from the gate on the first call of a
+timestep computes the prediction that the second one also returns.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 
 
 class OneCall:
-    """One generation of a denoiser whose batch is both guidance halves, or has no guidance.
+    """One generation of a denoiser whose batch has both guidance halves, or no guidance.
 
     Args:
         denoiser: the UNet or transformer.
         gate: the first gated step.
-        guided: whether the batch is both halves.
-        halved: names of the arguments that have rows for both halves, one half after the other. All tensors inside of
-            such an argument have, except the `alternating` ones.
-        alternating: names of the tensors, inside of these arguments, whose rows alternate between the halves.
-        kept: 0 or 1, the position of the half that goes on.
+        guided: whether the batch has both halves.
+        halved: names of the arguments that have rows for both halves, one half after the other. All tensors in
+            such an argument do, except the `alternating` ones.
+        alternating: names of the tensors in these arguments whose rows alternate between the halves.
+        kept: 0 or 1, the position of the half that is computed after the gate.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class OneCall:
         return (doubled,) if given.get("return_dict") is False else type("Output", (), {"sample": doubled})
 
     def attention(self, name: str, output: torch.Tensor) -> torch.Tensor:
-        """What the cross-attention `name` hands on, having computed `output`."""
+        """Return the value that cross-attention `name` passes on, given its computed `output`."""
         if self.step >= self.gate:
             assert self.caches[name].shape == output.shape
             return self.caches[name]
@@ -79,12 +79,12 @@ class OneCall:
 
 
 class TwoCalls:
-    """One generation of a denoiser that is called for the prompt, and then, under guidance, for the negative prompt.
+    """One generation of a denoiser that is called for the prompt and then, with guidance, for the negative prompt.
 
     Args:
         denoiser: the UNet or transformer.
         gate: the first gated step, counted in the steps of this denoiser.
-        guided: asked at the first call of each timestep: whether there is a second one.
+        guided: called at the first call of each timestep; returns whether there will be a second one.
     """
 
     def __init__(self, denoiser: torch.nn.Module, gate: int, *, guided: Callable[[], bool]) -> None:
@@ -108,7 +108,7 @@ class TwoCalls:
         return self.prediction
 
     def attention(self, name: str, output: torch.Tensor) -> torch.Tensor:
-        """What the cross-attention `name` hands on, having computed `output`."""
+        """Return the value that cross-attention `name` passes on, given its computed `output`."""
         if self.step >= self.gate:
             return sum(self.caches[name]) / len(self.caches[name])
         self.caches[name] = [*self.caches[name], output] if self.is_second else [output]
@@ -117,7 +117,7 @@ class TwoCalls:
 
 @contextmanager
 def played(reference: OneCall | TwoCalls, denoiser: torch.nn.Module, sites: Collection[str]) -> Iterator[None]:
-    """Put `reference` on the denoiser, whose cross-attentions are the modules at `sites`, and take it off again."""
+    """Hook `reference` into the denoiser, whose cross-attentions are the modules at `sites`, and remove it again."""
     with ExitStack() as stack:
         for name in sites:
 

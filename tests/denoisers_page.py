@@ -33,7 +33,7 @@ from tgate_compile.engine.unsupported import (
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "denoisers.md"
 
-#: Classes that tests in `test_pipelines.py` run, and the test.
+#: Classes that are run in `test_pipelines.py`, and by which test.
 IN_TEST_PIPELINES: Mapping[str, str] = {
     "LatentConsistencyModelPipeline": "test_lcm_with_embedded_guidance",
     "PixArtAlphaPipeline": "test_pixart",
@@ -47,11 +47,11 @@ IN_TEST_PIPELINES: Mapping[str, str] = {
     "StableDiffusionXLPipeline": "test_sdxl",
 }
 IN_TEST_DENOISERS = {name.split(",")[0] for name in (*CASES, *SIBLINGS)}
-#: In `test_more_pipelines.py` and `test_halves.py`.
+#: The same for `test_more_pipelines.py` and `test_halves.py`.
 IN_TEST_MORE = {"Kandinsky3Pipeline", "SemanticStableDiffusionPipeline"}
 TESTED = IN_TEST_PIPELINES.keys() | IN_TEST_DENOISERS | IN_TEST_MORE
 
-#: What is cached in each denoiser; the others have an `attn2` in every transformer block.
+#: The cached attentions of each denoiser; the others have an `attn2` in every transformer block.
 CACHED: Mapping[str, str] = {
     "AudioLDM2UNet2DConditionModel": "each cross-attention to one of its two texts",
     "CosmosTransformer3DModel": "`attn2` of every block, before its gate",
@@ -86,7 +86,7 @@ def modular_classes() -> Mapping[str, type]:
 
 @functools.cache
 def unavailable() -> frozenset[str]:
-    """Names of classes that need a package that is not installed; diffusers replaces them by dummies."""
+    """Names of classes that need a package that is not installed; diffusers replaces them with dummies."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return frozenset(name for name in dir(diffusers) if isinstance(getattr(diffusers, name, None), DummyObject))
@@ -99,9 +99,9 @@ def _subclasses(base: type, package: str) -> Mapping[str, type]:
             try:
                 importlib.import_module(module.name)
             except ImportError:
-                continue  # a package is missing: `unavailable` has what is in there
+                continue  # a package is missing: `unavailable` has the classes of this module
         for name in dir(diffusers):
-            getattr(diffusers, name, None)  # which imports what is left
+            getattr(diffusers, name, None)  # imports the remaining ones
     return {cls.__name__: cls for cls in _all_subclasses(base) if cls.__module__.partition(".")[0] == "diffusers"}
 
 
@@ -113,7 +113,7 @@ def _all_subclasses(cls: type) -> Iterator[type]:
 
 
 def denoisers_of(pipeline: type) -> tuple[str, ...]:
-    """The model classes that the constructor of `pipeline` names for its denoiser."""
+    """Return the model classes that the constructor of `pipeline` names for its denoiser."""
     parameters = inspect.signature(pipeline).parameters.values()
     annotations = [str(getattr(p.annotation, "__name__", p.annotation)) for p in parameters if _is_denoiser(p.name)]
     names = (name for annotation in annotations for name in re.findall(r"[A-Za-z]\w+", annotation))
@@ -125,7 +125,7 @@ def _is_denoiser(parameter: str) -> bool:
 
 
 def lists_of(pipeline: type) -> list[str]:
-    """In which of the lists `pipeline` is: tested, recognized, refused, not denoising. It should be in one."""
+    """Return the lists that contain `pipeline`: tested, recognized, refused, not denoising. It should be one."""
     name = pipeline.__name__
     by_denoiser = [d for d in denoisers_of(pipeline) if d in JOINT_ATTENTION or d in REFUSED_DENOISERS]
     return [
@@ -139,7 +139,7 @@ def lists_of(pipeline: type) -> list[str]:
 
 
 def guidance(family: Family) -> str:
-    """How the guidance halves reach the denoiser."""
+    """Describe how the guidance halves reach the denoiser."""
     if family.unguided:
         return "no halves"
     if family.calls:
@@ -155,14 +155,14 @@ def guidance(family: Family) -> str:
 
 
 def continues(family: Family) -> str:
-    """Which guidance half the denoiser computes after the gate."""
+    """Describe which guidance half the denoiser computes after the gate."""
     return "the only one" if family.unguided else family.only or "uncond or cond"
 
 
 def gated_table() -> str:
     rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name in sorted(FAMILIES.keys() & pipeline_classes().keys()):
-        # Of several the last: `UNetMotionModel`, which is made of the other.
+        # The last one if there are several: `UNetMotionModel`, which is made from the other.
         denoiser = denoisers_of(pipeline_classes()[name])[-1]
         rows[denoiser, guidance(FAMILIES[name]), continues(FAMILIES[name])].append(name)
     header = ("denoiser", "what is cached", "how guidance arrives", "continues", "tested", "recognized")
@@ -227,7 +227,7 @@ TABLES = {
 
 
 def regenerated(page: str) -> str:
-    """`page` with its tables regenerated."""
+    """Return `page` with its tables regenerated."""
     for name, make in TABLES.items():
         begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         before, _, rest = page.partition(begin)

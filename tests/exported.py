@@ -11,23 +11,23 @@ from tests.tiny_pipelines import stable_diffusion
 
 STEPS = 6
 GATE = 3
-#: Of the formats whose graphs are compiled: the fewest that have both graphs.
+#: Steps for formats with compiled graphs: the fewest that need both graphs.
 COMPILED_STEPS = 4
 COMPILED_GATE = 2
 
 
 def exported() -> Path:
-    """The bundle of `plain()` with a gate at step `GATE`; leave it as it is."""
+    """Return the bundle of `plain()` with a gate at step `GATE`; do not modify it."""
     return made_once("onnx-bundle", lambda folder: _export(folder, "onnx", GATE, STEPS))
 
 
 def exported_compiled(format: str) -> Path:
-    """The bundle of `plain()` in a format that takes most of a minute; leave it as it is."""
+    """Return the bundle of `plain()` in a format that takes most of a minute to export; do not modify it."""
     return made_once(f"{format}-bundle", lambda folder: _export(folder, format, COMPILED_GATE, COMPILED_STEPS))
 
 
 def plain() -> Any:
-    """The pipeline that they are made from."""
+    """Return the pipeline that the bundles are exported from."""
     return stable_diffusion(layout="small")
 
 

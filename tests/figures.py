@@ -1,9 +1,9 @@
-"""The figures in Markdown pages, and the result files that they come from.
+"""Compare the figures in Markdown pages with the result files that they come from.
 
-A page marks its figures with `<!-- fig: NAME -->`, right after them in a text and on a line of its own before a table.
-`docs/figures.toml` has an entry for each mark, which names the result file and says how the figures follow from it; the
-comment at its top describes the entries. `docs/evidence/findings.md` also has places that a program fills in,
-`<!-- findings: gates -->`; `tests/test_findings.py` compares their tables.
+A page marks its figures with `<!-- fig: NAME -->`, right after them in a text, or on a separate line before a table.
+`docs/figures.toml` has an entry for each mark: the result file, and how the figures are derived from it; the
+comment at its top describes the entries. `docs/evidence/findings.md` also has tables that a program fills in,
+`<!-- findings: gates -->`; `tests/test_findings.py` compares them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Mark:
     """A mark in a page, and the figures it stands beside.
 
     Attributes:
-        name: the name of its entry, or nothing for a table that a program fills in.
+        name: the name of its entry; empty for a table that a program fills in.
         text: the Markdown between the previous mark and this one.
-        table: the table that follows right after it, or nothing.
+        table: the table right after it, or empty.
         line: its line in the page.
     """
 
@@ -68,7 +68,7 @@ class Figure:
 
 
 class Record:
-    """A JSON object, whose keys are attributes."""
+    """A JSON object with its keys as attributes."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
@@ -93,7 +93,7 @@ def _wrapped(value: Any) -> Any:
 
 
 def pick(rows: Record | list[Any], names: str) -> list[Any]:
-    """The rows of these names, or those whose texts are these: `"plain; steps 20"`."""
+    """Return the rows with these names, or those with these texts: `"plain; steps 20"`."""
     return [_row(rows, name.strip()) for name in names.split(";")]
 
 
@@ -106,12 +106,12 @@ def _row(rows: Record | list[Any], name: str) -> Any:
 
 @cache
 def read(path: str) -> Any:
-    """A file's content, an object or a list."""
+    """Return a file's content, an object or a list."""
     return _wrapped(json.loads((ROOT / path).read_text(encoding="utf-8")))
 
 
 def gain(before: str, after: str, *files: Any) -> tuple[float, float, int, int]:
-    """How much better one row of `benchmarks/quality.py` is than another, over the pairs of all `files`.
+    """Compute how much better one row of `benchmarks/quality.py` is than another, over the pairs of all `files`.
 
     Returns:
         The difference in percent of the pairs that are right, its standard error, the pairs won, and the pairs lost.
@@ -127,20 +127,20 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _value(expression: str, content: Any, **names: Any) -> Any:
-    """The value of an expression over an object's keys. Only our own sidecar is evaluated."""
+    """Evaluate an expression over an object's keys. Only used for our own sidecar."""
     keys = {key: content[key] for key in content.data if key.isidentifier()} if isinstance(content, Record) else {}
     return eval(" ".join(expression.split()), {"__builtins__": {}, **_FUNCTIONS, **keys, **names})
 
 
 @cache
 def entries() -> Mapping[str, Entry]:
-    """The sidecar's entries, by name."""
+    """Return the sidecar's entries by name."""
     found: dict[str, Entry] = tomllib.loads(SIDECAR.read_text(encoding="utf-8"))
     return found
 
 
 def marks(markdown: str) -> Iterator[Mark]:
-    """All marks of a page, in order."""
+    """Return all marks of a page, in order."""
     before = 0
     for mark in _MARK.finditer(markdown):
         table = _TABLE.match(markdown[mark.end() :].lstrip("\n"))
@@ -154,7 +154,7 @@ def marks(markdown: str) -> Iterator[Mark]:
 
 
 def tables(markdown: str) -> Iterator[tuple[int, str]]:
-    """The line and the text of each table in which at least two cells begin with a decimal figure."""
+    """Return the line and text of each table in which at least two cells begin with a decimal figure."""
     for table in _TABLE.finditer(markdown):
         measured = [cell for row in _cells(table[0]) for cell in row if _MEASURED_CELL.match(cell)]
         if len(measured) > 1:
@@ -162,15 +162,15 @@ def tables(markdown: str) -> Iterator[tuple[int, str]]:
 
 
 def _cells(table: str) -> list[list[str]]:
-    """The rows of a table, without the heading and without the first cell of each row."""
+    """Return the rows of a table, without the heading and the first cell of each row."""
     return [[cell.strip() for cell in line.strip()[1:-1].split("|")][1:] for line in table.splitlines()[2:]]
 
 
 def figures(mark: Mark, entry: Entry) -> Iterator[Figure]:
-    """The figures beside a mark, with the values that the entry's file gives them.
+    """Return the figures beside a mark, with their values computed from the entry's file.
 
     Raises:
-        ValueError: the entry is incomplete, or the page has other numbers of rows or figures than the entry.
+        ValueError: the entry is incomplete, or its numbers of rows or figures differ from the page's.
     """
     ways = {"figures", "cells", "rows"} & entry.keys()
     unknown = entry.keys() - {"file", "figures", "cells", "rows", "columns"}
@@ -214,7 +214,7 @@ def _paired(printed: Iterable[str], values: Iterable[Any], what: str) -> Iterato
 
 
 def _values(expressions: Iterable[str], content: Any) -> list[Any]:
-    """The expressions' values: several for one that starts with `*`, `None` (not checked) for an empty one."""
+    """Evaluate expressions: several values for one that starts with `*`, `None` (not checked) for an empty one."""
     found: list[Any] = []
     for expression in expressions:
         value = _value(expression.removeprefix("*"), content, file=content) if expression else None

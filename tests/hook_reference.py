@@ -1,8 +1,8 @@
 """T-GATE v1 with plain forward hooks: slow, obvious, and without a line of tgate_compile.
 
-Cross-attentions are still computed after the gate, and their results thrown away. Rules from arXiv 2404.02747 v1,
+Cross-attentions are still computed after the gate, but the results discarded. Rules from arXiv 2404.02747 v1,
 section 3.2: full steps until the gate; the cache is each cross-attention's output at the last full step, the mean of
-the guidance halves; from the gate on the cached value, and the kept half alone.
+the guidance halves; from the gate on, the cached value is used, and only the kept half is computed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 
 
 class HookReference:
-    """State of one generation played with hooks.
+    """State of one generation with hooks.
 
     Args:
         denoiser: a UNet or transformer whose cross-attentions are the modules called `attn2`.
         gate: the first gated step.
-        guided: whether the batch is [uncond; cond]; a function if that changes on the way.
-        keep: which half goes on.
+        guided: whether the batch is [uncond; cond]; a function if that changes during the generation.
+        keep: which half is computed after the gate.
         interleaved: whether the rows of SDXL's `time_ids` alternate between the halves.
         calls_per_step: denoiser calls of one step (2 for Heun and KDPM2).
-        warmup_calls: first calls that are no steps (1 for PNDM).
+        warmup_calls: number of first calls that do not count as steps (1 for PNDM).
         anchor: the weight of the cond half in the cache.
     """
 
@@ -101,7 +101,7 @@ class HookReference:
 
 @contextmanager
 def hook_reference(pipe: Any, gate: int, **options: Any) -> Iterator[HookReference]:
-    """One generation of the plain pipeline `pipe` with T-GATE; afterwards the denoiser is as it was."""
+    """Run one generation of the plain pipeline `pipe` with T-GATE, and restore the denoiser afterwards."""
     denoiser = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
     reference = HookReference(denoiser, gate, **options)
     sites = {name: module for name, module in denoiser.named_modules() if name.endswith("attn2")}

@@ -1,4 +1,4 @@
-"""The page's JavaScript modules in Node.js: what they compute, without a browser."""
+"""Run the page's JavaScript modules in Node.js, without a browser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SITE = Path(str(resources.files("tgate_compile._web").joinpath("site")))
 
 
 def run_in_node(script: str, given: Any) -> Any:
-    """What the body of an async function of `given` returns; it may import the page's modules. Both are JSON."""
+    """Run the body of an async function of `given` and return its result; both are JSON. It may import the modules."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("there is no Node.js on this machine")

@@ -1,4 +1,4 @@
-"""Measure the layout of the package: `python -m tests.layout` prints the counts, and test_layout.py holds them."""
+"""Measure the layout of the package: `python -m tests.layout` prints the counts, and test_layout.py checks them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"tgate_compile": "tgate_compile", "passes": "tgate_compile.passes", "exports": "tgate_compile.exports"}
 
-#: Files that mark a package are not counted as short modules: some hold a docstring only.
+#: Files that mark a package are not counted as short modules: some have only a docstring.
 MARKERS = ("__init__.py", "__main__.py")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is counted.
+    """The counts.
 
     Attributes:
-        modules: all of them.
-        short: modules of fewer than 40 lines, packages' own files left out.
+        modules: all modules.
+        short: modules of fewer than 40 lines, except packages' `__init__.py`.
         long: modules of more than 500 lines.
         crowded: folders of more than 20 files.
-        floors: the rows of the import contract.
-        circles: modules that import each other, directly or in a round, when they are loaded.
+        floors: the number of layers of the import contract.
+        circles: modules that import each other when they are loaded, directly or through others.
     """
 
     modules: int
@@ -37,7 +37,7 @@ class Layout:
 
 
 def measure() -> Layout:
-    """Count what is in the tree."""
+    """Count the modules in the tree."""
     files = dict(_files())
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in files.items()}
     sizes: dict[Path, int] = {}
@@ -63,7 +63,7 @@ def _files() -> Iterator[tuple[str, Path]]:
 
 
 def _imports(path: Path, files: Mapping[str, Path]) -> Iterator[str]:
-    """The modules that a module imports when it is loaded: not within functions, not for type checkers."""
+    """Return the modules that a module imports when it is loaded: not in functions, not for type checkers."""
     statements: list[ast.stmt] = list(ast.parse(path.read_text(encoding="utf-8")).body)
     while statements:
         statement = statements.pop()
@@ -80,7 +80,7 @@ def _imports(path: Path, files: Mapping[str, Path]) -> Iterator[str]:
 
 
 def _circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
-    """Groups of modules each of which can be reached from each other one."""
+    """Return groups of modules in which each module can be reached from every other one."""
 
     def reached(start: str) -> set[str]:
         found: set[str] = set()
@@ -91,7 +91,7 @@ def _circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
                 waiting.append(name)
         return found
 
-    # A package that re-exports what its own modules define is no circle.
+    # A package that re-exports names from its own modules is not circular.
     reach = {name: reached(name) for name in imports}
     groups = {
         tuple(sorted(other for other in imports if other in reach[name] and name in reach[other])) for name in reach

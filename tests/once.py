@@ -1,4 +1,4 @@
-"""Make what is costly once in a test session, for all of its processes."""
+"""Make expensive files once in a test session, for all of its processes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _folder: Path | None = None
 
 
 def begin(config: pytest.Config) -> None:
-    """Make the session's folder; the processes of pytest-xdist are told where their controller has made it."""
+    """Make the session's folder; the workers of pytest-xdist use the one that their controller has made."""
     global _folder
     given = getattr(config, "workerinput", {}).get("shared_folder")
     _folder = config.stash[_HOME] = Path(given or tempfile.mkdtemp(prefix="tgate-tests-"))
 
 
 def tell(config: pytest.Config, worker: dict[str, str]) -> None:
-    """Say in a worker's input where the folder is."""
+    """Pass the folder's path to a worker."""
     worker["shared_folder"] = str(config.stash[_HOME])
 
 
 def end(config: pytest.Config) -> None:
-    """Remove the folder, when all processes are done."""
+    """Remove the folder when all processes are done."""
     if not hasattr(config, "workerinput"):
         shutil.rmtree(config.stash[_HOME], ignore_errors=True)
 
 
 def made_once(name: str, make: Callable[[Path], object]) -> Path:
-    """The path `name` that `make` has written, in this process or in another; leave it as it is."""
+    """Return the path `name` written by `make`, in this process or another; do not modify it."""
     assert _folder is not None, "outside of pytest there is no session"
     path = _folder / name
     with FileLock(f"{path}.lock"):

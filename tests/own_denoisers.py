@@ -1,6 +1,6 @@
-"""Denoisers that are nobody's but their author's, each written in another way.
+"""Custom denoisers, each written in a different way.
 
-Where the value of a cross-attention is, each has an `nn.Identity` called `tap`: it leaves no trace in a graph, and
+Each passes the value of a cross-attention through an `nn.Identity` called `tap`: it leaves no trace in a graph, and
 a reference can hook it.
 """
 
@@ -29,7 +29,7 @@ def joined(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections around `mix`, which is what differs."""
+    """Projections around `mix`, in which the subclasses differ."""
 
     def __init__(self, key_dim: int = DIM) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Einsum(Attention):
 
 
 class KeysFirst(Attention):
-    """Scores have the keys in their rows."""
+    """Attention whose scores have the keys in their rows."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = heads(k) @ heads(q).mT / 2  # [batch, heads, text tokens, tokens]
@@ -60,7 +60,7 @@ class KeysFirst(Attention):
 
 
 class Baddbmm(Attention):
-    """Batch and heads in one dimension, and a bias on the scores."""
+    """Attention with batch and heads in one dimension, and a bias on the scores."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (heads(x).flatten(0, 1) for x in (q, k, v))
@@ -70,7 +70,7 @@ class Baddbmm(Attention):
 
 
 class MultiQuery(Attention):
-    """All heads share keys and values; the last text token is masked; the softmax is written out."""
+    """Attention whose heads share keys and values; the last text token is masked, and the softmax written out."""
 
     def __init__(self) -> None:
         super().__init__(DIM // HEADS)
@@ -84,14 +84,14 @@ class MultiQuery(Attention):
 
 
 class Linear(Attention):
-    """No softmax: the queries meet the product of keys and values."""
+    """Linear attention without a softmax: the queries multiply the product of keys and values."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return joined(F.elu(heads(q)).add(1) @ (F.elu(heads(k)).add(1).transpose(-1, -2) @ heads(v)) / k.shape[1])
 
 
 class InAModule(Attention):
-    """The attention proper is a module that has no weights."""
+    """Attention whose core is a module without weights."""
 
     class Core(nn.Module):
         def __init__(self) -> None:
@@ -111,7 +111,7 @@ class InAModule(Attention):
 
 
 class Native(nn.Module):
-    """`torch.nn.MultiheadAttention`, with the text's last token masked."""
+    """`torch.nn.MultiheadAttention` with the last text token masked."""
 
     def __init__(self, *, batch_first: bool, need_weights: bool) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Denoiser(nn.Module):
 
 
 class WithResidual(Denoiser):
-    """Attentions that add their own residual connection, each in another order."""
+    """Attentions that add their own residual connection, each in a different order."""
 
     class First(Attention):
         def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class WithResidual(Denoiser):
 
 
 class GatedInside(Denoiser):
-    """The attention module multiplies its result by a gate that follows the timestep, which must stay live."""
+    """Attention that multiplies its result by a gate computed from the timestep, which must stay live."""
 
     class Gated(Attention):
         def forward(self, x: Tensor, context: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
@@ -201,7 +201,7 @@ class GatedInside(Denoiser):
 
 
 class Inline(nn.Module):
-    """Blocks that write out their attentions, self and two crosses, in one forward; the context is a dict."""
+    """Blocks with self-attention and two cross-attentions inline in one forward; the context is a dict."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -234,7 +234,7 @@ class Inline(nn.Module):
 
 
 class Functional(Denoiser):
-    """`F.multi_head_attention_forward` on parameters of the block's own."""
+    """`F.multi_head_attention_forward` on the block's own parameters."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -262,7 +262,7 @@ class Functional(Denoiser):
 
 
 class DecoderLayers(nn.Module):
-    """`torch.nn.TransformerDecoderLayer`, which has self-attention, cross-attention and feed-forward in it."""
+    """`torch.nn.TransformerDecoderLayer`, which contains self-attention, cross-attention and feed-forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class DecoderLayers(nn.Module):
         )
         self.text = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, batch_first=True)
         for layer in self.layers:
-            layer.dropout2 = nn.Identity()  # type: ignore[assignment]  # which stands where the tap is
+            layer.dropout2 = nn.Identity()  # type: ignore[assignment]  # serves as the tap
         self.time = nn.Linear(1, DIM)
 
     def forward(self, *, context: list[Tensor], timesteps: Tensor, noisy: Tensor) -> dict[str, Tensor]:
@@ -283,15 +283,15 @@ class DecoderLayers(nn.Module):
 
 
 class Unsigned(Denoiser):
-    """`forward` names none of its arguments."""
+    """A denoiser whose `forward` does not name its arguments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return {"out": [super().forward(args[0], args[1], **kwargs)]}
 
 
 class TextFirst(Denoiser):
-    """The latents come last, and have as many tokens as the text; the timestep has another name, and the result a
-    class."""
+    """The latents come last, and have as many tokens as the text; the timestep has another name; the result is an
+    object."""
 
     @dataclass
     class Output(BaseOutput):
@@ -302,21 +302,21 @@ class TextFirst(Denoiser):
 
 
 class WithoutTime(Denoiser):
-    """Blind to the timestep."""
+    """Ignores the timestep."""
 
     def forward(self, z: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(z, torch.zeros(()), context)
 
 
 class TimedText(Denoiser):
-    """Keys and values are made of the text and the timestep together."""
+    """Computes keys and values from the text and the timestep together."""
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return super().forward(x, t, context + self.time(t.float().reshape(-1, 1, 1) / 500))
 
 
 class Shared(Denoiser):
-    """One cross-attention that both blocks call."""
+    """Has one cross-attention, which both blocks call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,7 +335,7 @@ class Shared(Denoiser):
 
 
 class TwoModalities(nn.Module):
-    """Two latents, each with its own tokens; each attends to the other, which is no cross-attention to be cached."""
+    """Two latents with separate tokens, each attending to the other: cross-attentions that must not be cached."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ class TwoModalities(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """An image model: [batch, channels, height, width], with projections by 1 x 1 convolutions, inline."""
+    """An image model on [batch, channels, height, width], with inline projections by 1 x 1 convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,12 +379,12 @@ class Convolutional(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A denoiser, how it is called, and what its sites are called.
+    """A denoiser, how to call it, and the names of its sites.
 
     Attributes:
-        build: makes it.
-        sites: the sites expected, in graph order.
-        predict: calls it, for [batch, tokens, dim] latents, a timestep and [batch, text tokens, dim] text.
+        build: makes the denoiser.
+        sites: the expected sites, in graph order.
+        predict: calls it on [batch, tokens, dim] latents, a timestep and [batch, text tokens, dim] text.
     """
 
     build: Callable[[], nn.Module]

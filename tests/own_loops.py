@@ -1,4 +1,4 @@
-"""A pipeline of one's own over the tiny Stable Diffusion UNet, whose denoising loop can be written in many ways."""
+"""A custom pipeline over the tiny Stable Diffusion UNet, with denoising loops written in many ways."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from tests.tiny_pipelines import VELOCITY, stable_diffusion
 
 STEPS = 6
-#: [prompts, tokens, dim]: the text of up to four prompts, and that of no prompt.
+#: [prompts, tokens, dim]: embeddings of up to four prompts, and of the empty prompt.
 TEXTS = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(3))
 NO_TEXT = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(4))
 
@@ -62,5 +62,5 @@ class Looping(DiffusionPipeline):  # type: ignore[misc]
 
 
 def looping(pipeline: type[Looping] = Looping, scheduler: Any = None) -> Any:
-    """One of these, always with the same weights."""
+    """Return a pipeline, always with the same weights."""
     return pipeline(stable_diffusion(layout="small").unet, scheduler or DDIMScheduler(**VELOCITY))

@@ -1,4 +1,4 @@
-"""Bundles with all components, of tiny pipelines: complete text-to-image programs. Each is exported once."""
+"""Bundles of tiny pipelines with all components: complete text-to-image programs, each exported once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.exported import GATE, STEPS
 from tests.once import made_once
 from tests.tiny_pipelines import SIZE, TEXT_DIM, VELOCITY, pixart, sdxl, seeded, stable_diffusion
 
-#: Of PixArt's prompts.
+#: The length of PixArt's prompts.
 LENGTH = 12
 
 
 def plain() -> Any:
-    """A Stable Diffusion pipeline whose timesteps are float32, so that its graphs serve every scheduler."""
+    """Return a Stable Diffusion pipeline with float32 timesteps, so that its graphs serve every scheduler."""
     pipe = stable_diffusion(layout="small")
     pipe.scheduler = EulerDiscreteScheduler(**VELOCITY)
     return pipe
 
 
 def pixart_with_text() -> Any:
-    """PixArt with a T5 whose tokens are letters."""
+    """Return PixArt with a T5 whose tokens are letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0)]
     pieces += [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)]
     sizes = {"d_model": TEXT_DIM, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
@@ -40,7 +40,7 @@ def pixart_with_text() -> Any:
     return pipe
 
 
-#: Arguments of its calls.
+#: Arguments of PixArt's calls.
 PIXART_CALL: dict[str, Any] = {
     "use_resolution_binning": False,
     "clean_caption": False,
@@ -58,7 +58,7 @@ def program(
     call: tuple[tuple[str, Any], ...] = (),
     **schedule: Any,
 ) -> Path:
-    """The bundle of a pipeline; leave it as it is."""
+    """Return a pipeline's bundle; do not modify it."""
     given = {"prompt": "", "num_inference_steps": STEPS, **(PIXART_CALL if name == "pixart" else {}), **dict(call)}
 
     def make(folder: Path) -> None:
@@ -70,7 +70,7 @@ def program(
 
 
 def noise(count: int = 1, size: int = SIZE) -> NDArray[Any]:
-    """Latents of the tiny pipelines."""
+    """Return latents for the tiny pipelines."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn((count, 4, size // 2, size // 2), generator=generator).numpy()
 
@@ -84,7 +84,7 @@ def _optimized(name: str, schedule: tuple[tuple[str, Any], ...]) -> Any:
 def reference(
     prompt: Any, latents: NDArray[Any], name: str = "sd", scheduler: Any = None, schedule: Any = None, **call: Any
 ) -> NDArray[Any]:
-    """The images of a pipeline in PyTorch, [images, height, width, 3]."""
+    """Return the images of a pipeline in PyTorch, [images, height, width, 3]."""
     pipe = _optimized(name, tuple((schedule or {"gate_step": GATE}).items()))
     own, pipe.scheduler = pipe.scheduler, scheduler or pipe.scheduler
     given = {"num_inference_steps": STEPS, **(PIXART_CALL if name == "pixart" else {}), **call}
@@ -96,9 +96,9 @@ def reference(
 
 
 def psnr(images: NDArray[Any], expected: NDArray[Any]) -> float:
-    """In decibels, of images from 0 to 1."""
+    """Return the PSNR in decibels of images with values from 0 to 1."""
     assert images.shape == expected.shape
     assert np.isfinite(images).all()
-    assert expected.std() > 0.05  # there is something to see
+    assert expected.std() > 0.05  # not a blank image
     error = float(np.square(images.astype(np.float64) - expected).mean())
     return -10 * float(np.log10(error)) if error else float("inf")

@@ -1,4 +1,4 @@
-"""Assert that `optimize` refuses a pipeline, and leaves it as it was."""
+"""Assert that `optimize` refuses a pipeline and leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _state(pipe: Any) -> list[Any]:
 
 @contextmanager
 def untouched(pipe: Any) -> Iterator[None]:
-    """The pipeline, its denoiser and all modules of that are the same after the block as before."""
+    """Assert that the block leaves the pipeline, its denoiser and all of the denoiser's modules unchanged."""
     before = _state(pipe)
     yield
     after = _state(pipe)
@@ -33,7 +33,7 @@ def untouched(pipe: Any) -> Iterator[None]:
 
 
 def refused(pipe: Any, error: type[Exception], *parts: str, **options: Any) -> str:
-    """`optimize` raises `error`, whose message has all of `parts`, and leaves `pipe` alone."""
+    """Assert that `optimize` raises `error` with all of `parts` in its message, and leaves `pipe` unchanged."""
     with untouched(pipe), pytest.raises(error) as caught:
         tgate_compile.optimize(pipe, **{"gate_step": 3, "backend": "eager", **options})
     message = str(caught.value)

@@ -1,11 +1,11 @@
 """Share the graphs that `torch.export` makes between the tests of one process.
 
-Most tests build the same few tiny models, and to trace one of them takes up to a second. What a graph depends on is
-what `fingerprint` and the call's key say, which the library itself relies on from call to call: a second model for
-which both are equal takes the first one's graph, with its own weights. All that follows on the tracing is done anew
-for each test: finding the sites, the passes, the verification and the backends.
+Most tests build the same few tiny models, each of which takes up to a second to trace. A graph depends only on
+`fingerprint` and the call's key, as the library itself assumes from call to call: a second model for
+which both are equal reuses the first one's graph, with its own weights. Everything after the tracing is repeated
+in each test: finding the sites, the passes, the verification and the backends.
 
-Modules whose subject is the capture, or what makes it stale, do without it.
+Modules that test the capture, or when it becomes stale, do not share graphs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import _functional
 from tgate_compile.engine.weights import fingerprint, live_tensors
 
-#: The programs by what they depend on, each with the model it was made of: keys hold ids of its parts.
+#: Dependencies -> the program and its model, which is kept since the key contains ids of the model's parts.
 _PROGRAMS: dict[Hashable, tuple[ExportedProgram, torch.nn.Module]] = {}
 
 
 @contextmanager
 def shared_programs() -> Iterator[None]:
-    """Within the block, `torch.export.export` traces equal models once."""
+    """Make `torch.export.export` trace equal models only once within the block."""
     export = torch.export.export
 
     def shared(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Any = None, **options: Any) -> ExportedProgram:
@@ -36,7 +36,7 @@ def shared_programs() -> Iterator[None]:
             return export(module, args, kwargs, **options)
         key = _key(module, args, kwargs)
         if key not in _PROGRAMS:
-            # `capture` would do the same to each copy, which traces it again.
+            # `capture` would do this to each copy, which would trace it again.
             _PROGRAMS[key] = _functional(export(module, args, kwargs, **options)), module
         program, _ = _PROGRAMS[key]
         return _with_tensors_of(module, program)
@@ -57,7 +57,7 @@ def _key(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _with_tensors_of(module: torch.nn.Module, program: ExportedProgram) -> ExportedProgram:
-    """A program of its own for `module`; the graph, which nothing changes in place, is the same."""
+    """Return a separate program for `module`; its graph, which is never changed in place, is shared."""
     live = live_tensors(module)
     result = copy.copy(program)
     result._state_dict = {name: live[name] for name in program.state_dict}

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion checkpoint in the original layout, as people download it."""
+"""A tiny Stable Diffusion checkpoint in the original layout, as distributed in a single file."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-#: Parts of diffusers' names, and what they are in the original, within a residual block and a VAE's attention.
+#: Parts of diffusers' names and their originals, in a residual block and a VAE's attention.
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-#: In the UNet, in which all blocks have one layer.
+#: The same for the UNet, whose blocks all have one layer.
 _UNET = {
     "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
     "conv_norm_out": "out.0", "conv_out": "out.2", "down_blocks.0.resnets.0": "input_blocks.1.0",

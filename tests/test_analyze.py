@@ -1,4 +1,4 @@
-"""`analyze`: its numbers are those of an independent look at the same generations, and the pipeline is as it was."""
+"""`analyze`: its numbers match independent measurements of the same generations; the pipeline is unchanged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def drift(x: torch.Tensor, plain: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def analyzed() -> tuple[Any, Analysis]:
-    """A plain pipeline, and its analysis."""
+    """Return a plain pipeline and its analysis."""
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     steps = (0, 1, 3, STEPS)
     return pipe, analyze(
@@ -107,7 +107,7 @@ def test_trajectories_lose_their_text_where_they_say(analyzed: tuple[Any, Analys
     empty = [drift(latents(pipe, "", s), latents(pipe, p, s)) for p in PROMPTS for s in (0, 3)]
     assert first.mean[0] == pytest.approx(sum(empty) / 4, rel=1e-4)
 
-    # The same by hand, with the pipeline's own callback: from step 3 on the prompt is the empty one.
+    # The same with the pipeline's own callback: from step 3 on the prompt is empty.
     texts = pipe.encode_prompt("", "cpu", 1, True, negative_prompt="")
 
     def forget(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -210,9 +210,9 @@ def test_without_guidance_there_is_no_null_text() -> None:
 @pytest.mark.parametrize(
     ("name", "kinds", "halves"),
     [
-        ("WanPipeline", {"cross", "self"}, {"cond", "uncond"}),  # a call for each half
+        ("WanPipeline", {"cross", "self"}, {"cond", "uncond"}),  # a separate call for each half
         ("WanPipeline, two transformers", {"cross", "self"}, {"cond", "uncond"}),
-        ("LTXPipeline", {"cross", "self"}, {"cond", "uncond"}),  # its attentions do not say what they are
+        ("LTXPipeline", {"cross", "self"}, {"cond", "uncond"}),  # its attentions do not declare their kind
         ("AnimateDiffPipeline", {"cross", "self"}, {"cond", "uncond"}),  # text for each frame
         ("LuminaPipeline", {"cross", "self"}, {"cond", "uncond"}),  # the cond half first
         ("StableVideoDiffusionPipeline", {"cross", "self"}, {"cond", "uncond"}),  # no text

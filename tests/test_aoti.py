@@ -1,4 +1,4 @@
-"""Bundles of format "aoti": compiled ahead of time, run as after `optimize`, on weights that are there once."""
+"""Bundles of format "aoti": compiled ahead of time, the results of `optimize`, one copy of the weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tgate_compile.exports.inductor.save import to_aoti
 from tgate_compile.methods.method import Phase
 from tgate_compile.passes.graphs import Variant, flat_program
 
-#: Inductor orders sums in its own way.
+#: Inductor adds in a different order.
 CLOSE = 1e-4
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def bundle() -> Path:
 
 
 def opened(bundle: Path, name: str) -> tuple[AotiSession, list[torch.Tensor]]:
-    """A graph of `bundle`, and inputs for it."""
+    """Return a session for a graph of `bundle`, and inputs for it."""
     graph = read_bundle(bundle).manifest.graphs[name]
     batch = 2 if name == "full" else 1
     inputs = [torch.randn(batch, 4, 8, 8), torch.tensor(500.0)]
@@ -58,7 +58,7 @@ def opened(bundle: Path, name: str) -> tuple[AotiSession, list[torch.Tensor]]:
     return AotiSession(graph, bundle, CPU), inputs
 
 
-# What is served.
+# Supported calls and pipelines.
 
 
 def test_as_after_optimize(bundle: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_a_bundle_says(bundle: Path) -> None:
         assert graph.parity is not None
         assert graph.parity.provider == "AOTInductor, cpu"
         assert 0 < graph.parity.relative < 1e-5
-        assert len(graph.parity.measured) == 2  # at other sizes, too
+        assert len(graph.parity.measured) == 2  # also at other sizes
     result = CliRunner().invoke(app, ["inspect", str(bundle)])
     assert result.exit_code == 0, result.output
     assert "verified: 3 files" in result.stdout
@@ -106,7 +106,7 @@ def test_weights_are_stored_once(bundle: Path) -> None:
 
 
 def test_weights_are_in_memory_once(bundle: Path) -> None:
-    """A change of the mapped tensor is seen by both graphs, and the file is as it was."""
+    """Both graphs see a change of the mapped tensor, and the file is unchanged."""
     sessions = [opened(bundle, name) for name in ("full", "pruned")]
     before = [session.run(inputs)[0] for session, inputs in sessions]
     weight = mapped_weights(bundle, CPU).tensors(["conv_out.bias"])["conv_out.bias"]
@@ -120,7 +120,7 @@ def test_weights_are_in_memory_once(bundle: Path) -> None:
 
 
 def unpacked_folders() -> set[Path]:
-    """What torch has unpacked packages of this process into."""
+    """Return the folders into which torch has unpacked packages for this process."""
     libraries = re.findall(r"(/\S+)/data/aotinductor/", Path("/proc/self/maps").read_text())
     return {Path(library) for library in libraries if Path(library).exists()}
 
@@ -134,7 +134,7 @@ def test_nothing_is_left_in_the_temporary_folder(bundle: Path) -> None:
     del session
     gc.collect()
     assert unpacked_folders() == before
-    # Nor when Python exits with a session that something still holds.
+    # Nor when Python exits while something still holds a session.
     program = (
         "import builtins, tests.test_aoti as t; from pathlib import Path; "
         f"builtins.held = t.opened(Path({str(bundle)!r}), 'pruned'); print(*t.unpacked_folders())"
@@ -144,7 +144,7 @@ def test_nothing_is_left_in_the_temporary_folder(bundle: Path) -> None:
     assert not Path(told.stdout.strip()).exists()
 
 
-# What is not served.
+# Calls and bundles that are refused.
 
 
 def test_code_for_other_devices(bundle: Path) -> None:
@@ -177,7 +177,7 @@ def test_options(bundle: Path) -> None:
     tgate_compile.load(pipe, bundle, backend="aoti")
 
 
-# What is not written.
+# Exports that are refused.
 
 
 def test_no_compiler(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
 
 
 def test_weights_in_another_memory_format(tmp_path: Path) -> None:
-    """Compiled code is for the strides of its weights, and a bundle's are in C order."""
+    """Compiled code depends on its weights' strides, and the weights in a bundle are contiguous."""
     from torch._inductor.package.package import package_aoti
 
     convolution = torch.nn.Conv2d(3, 5, 3).eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -224,4 +224,4 @@ def test_weights_in_another_memory_format(tmp_path: Path) -> None:
     loader.load_constants(weights, False, True, True)
     (result,) = loader.boxed_run([example])
     assert difference(result, convolution(example)) < CLOSE
-    assert not convolution.weight.is_contiguous()  # it is the user's
+    assert not convolution.weight.is_contiguous()  # the user's weight is unchanged

@@ -1,4 +1,4 @@
-"""What is in a bundle of format "aoti" is looked at with suspicion, and before any of it is run."""
+"""Bundles of format "aoti" are untrusted: their content is checked before any of it is run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGE = "graphs/graphs.pt2"
 INDEX = "graphs/weights.json"
 ENTRY = "graphs/data/aotinductor/full.graph"
 
-#: Names and contents of what is in a package.
+#: Names and contents of the files in a package.
 Members = dict[str, bytes]
 
 pytestmark = [
@@ -38,12 +38,12 @@ def original() -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy, to be damaged."""
+    """Return a copy of the bundle, to be damaged."""
     return Path(shutil.copytree(original, tmp_path / "bundle"))
 
 
 def tell_manifest(folder: Path, name: str) -> None:
-    """Have the manifest say what is in the file `name`, as someone would who changes a bundle with intent."""
+    """Update the manifest for the file `name`, as in a deliberately modified bundle."""
     content = (folder / name).read_bytes()
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

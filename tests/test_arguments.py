@@ -1,4 +1,4 @@
-"""Wrong arguments are explained: what was given, what is accepted, and what was probably meant."""
+"""Errors for wrong arguments state what was given, what is accepted, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def message_of(call: Callable[[], object], error: type[Exception] = Configuratio
     return str(caught.value)
 
 
-# Names that editors complete.
+# Argument names, for completion in editors.
 
 
 def test_the_literals_are_those_of_the_tables() -> None:
@@ -61,7 +61,7 @@ def test_a_misspelt_choice(plain: Any, call: Callable[[Any], object], nearest: s
     assert f'Did you mean "{nearest}"?' in message_of(lambda: call(plain))
 
 
-# Options in mappings.
+# Options passed as mappings.
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_misspelt_options_of_formats(
     assert f'format="{format}" has no option "{next(iter(options))}". {expected}' in message
 
 
-# Arguments in another's place.
+# Misplaced arguments.
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_folder_and_the_format_of_an_export_swapped(plain: Any) -> None:
 
 
 def unit_of(pipe: Any) -> int:
-    """Pixels: what height and width must be multiples of in graphs that leave them free."""
+    """Return the pixels of which height and width must be multiples in graphs with free sizes."""
     halvings = sum(1 for block in pipe.unet.down_blocks if block.downsamplers is not None)
     return int(pipe.vae_scale_factor * 2**halvings)
 
@@ -214,7 +214,7 @@ def test_sizes_of_latents_are_explained_in_pixels(expected: list[Any], given: tu
 
 def test_a_size_that_a_bundle_does_not_take_is_explained_in_pixels(optimized: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    call = {"height": 16, "width": 16, "num_inference_steps": STEPS}  # and no prompt, which is then empty
+    call = {"height": 16, "width": 16, "num_inference_steps": STEPS}  # without a prompt, which is then empty
     folder = tgate_compile.export(optimized, tmp_path / "bundle", call=call, dynamic=False)
     pipe = tgate_compile.load(stable_diffusion(layout="small"), folder)
     message = message_of(lambda: run(pipe, steps=STEPS, height=24, width=16), BundleError)
@@ -225,7 +225,7 @@ def test_a_size_that_a_bundle_does_not_take_is_explained_in_pixels(optimized: An
 # The hub.
 
 
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # which diffusers gives
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # from diffusers
 def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     device: Any = "cpu"

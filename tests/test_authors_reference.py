@@ -1,8 +1,8 @@
 """Against the final latents of the authors' own packages, on the same weights, inputs and schedulers.
 
-`data/authors/README.md` (T-GATE v1 and v2) and `data/deepcache/README.md` (DeepCache, alone and with T-GATE) say how
-they were made. Every case without a known bug of theirs must agree within fp32 rounding; where their code is wrong,
-what is right is stated here.
+`data/authors/README.md` (T-GATE v1 and v2) and `data/deepcache/README.md` (DeepCache, alone and with T-GATE) describe
+how they were made. Every case that their known bugs do not affect must agree within fp32 rounding; for the others,
+the tests state the correct result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tgate_compile
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 DATA = Path(__file__).parent / "data"
-TOLERANCE = 1e-4  # of the latents' largest value
+TOLERANCE = 1e-4  # relative to the latents' largest value
 
 
 def _cases(source: str) -> dict[str, dict[str, Any]]:
@@ -37,7 +37,7 @@ WRONG_THERE = {name for name, case in CASES.items() if case["affected_by_officia
 
 @functools.cache
 def _pipeline(source: str, model: str, kind: str, **options: Any) -> Any:
-    """The case's pipeline, optimized once: cases that differ by scheduler and gate must not need more."""
+    """Return the case's pipeline, optimized only once: cases that differ in scheduler and gate must not need more."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
@@ -81,7 +81,7 @@ def _run(case: dict[str, Any], **options: Any) -> torch.Tensor:
     arguments = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in case["call_kwargs"].items()
-        if name != "lcm"  # an argument of the authors' alone
+        if name != "lcm"  # an argument of the authors' package only
     }
     latents: torch.Tensor = pipe(
         **load_file(DATA / case["source"] / "inputs" / f"{case['inputs']}.safetensors"),
@@ -108,7 +108,7 @@ def test_agrees_with_the_authors(name: str) -> None:
     gate = case["tgate"]["gate_step"]
     theirs = _reference(case)
     assert _difference(_run(case, gate_step=gate), theirs["latents"]) < TOLERANCE
-    if "_B1_" in name:  # other cases follow on calls of the same pipeline, too
+    if "_B1_" in name:  # others also run after earlier calls of the same pipeline
         assert _difference(_run(case, gate_step=gate), theirs["latents"]) < TOLERANCE, "second call"
 
 
@@ -127,13 +127,13 @@ def test_a_gate_beyond_the_last_step_is_the_plain_pipeline(name: str) -> None:
     case = CASES[name]
     plain = _reference(case)["plain"]
     assert _difference(_run(case, gate_step=case["num_inference_steps"]), plain) < TOLERANCE
-    # and the gate matters: without it this test would prove nothing
+    # The gate must matter, or the comparison would prove nothing.
     assert _difference(_reference(case)["latents"], plain) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", sorted(name for name in WRONG_THERE if "heun" in name))
 def test_a_step_of_a_second_order_scheduler_is_two_calls(name: str) -> None:
-    """Theirs counts calls as steps, so that its gate closes at half the steps, or it raises."""
+    """The authors' code counts calls as steps, so that its gate closes at half the steps, or it raises."""
     case = CASES[name]
     gate, steps = case["tgate"]["gate_step"], case["num_inference_steps"]
     ours = _run(case, gate_step=gate)
@@ -145,7 +145,7 @@ def test_a_step_of_a_second_order_scheduler_is_two_calls(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in WRONG_THERE if "nocfg" in name))
 def test_samples_of_a_batch_without_guidance_do_not_mix(name: str) -> None:
-    """Theirs averages the two samples as if they were guidance halves; each must be what it is alone."""
+    """The authors' code averages the two samples like guidance halves; each must be as in a call for it alone."""
     case = CASES[name]
     gate = case["tgate"]["gate_step"]
     both = _run(case, gate_step=gate)
@@ -165,7 +165,7 @@ def test_samples_of_a_batch_without_guidance_do_not_mix(name: str) -> None:
 
 
 def test_the_warm_up_call_of_pndm_is_no_step() -> None:
-    """Theirs raises for PixArt, whose gate test forgets the warm-up call; SD's counts it right, and so do we here."""
+    """The authors' code raises for PixArt, whose gate test omits the warm-up call; for SD it counts it correctly."""
     case = CASES["pixart_alpha_pndm_B1_v1_g4"]
     _run(case, gate_step=4)
     ran = tgate_compile.describe(_pipeline_of(case))
@@ -175,7 +175,7 @@ def test_the_warm_up_call_of_pndm_is_no_step() -> None:
 
 
 def test_negative_time_ids_are_meant_after_the_gate() -> None:
-    """diffusers interleaves SDXL's time ids for batches; after the gate theirs and ours take the negative ones."""
+    """diffusers interleaves SDXL's time ids for batches; after the gate both implementations use the negative ones."""
     case = CASES["sdxl_dpm_B2_v1_negsizes"]
     assert _difference(_run(case, gate_step=4), _reference(case)["latents"]) < TOLERANCE
 

@@ -1,4 +1,4 @@
-"""`optimize(pipe, gate_step="auto")`: what `tune` chooses."""
+"""`optimize(pipe, gate_step="auto")` uses the gate that `tune` chooses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks: the figures hold together, other packages are measured as what they are, and failures are rows."""
+"""Benchmarks: figures are consistent, other packages are measured under their own names, failures become rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHOSEN = ("plain", "tgate", "adaptive_guidance")
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[Any, Benchmark]:
-    """A plain pipeline, and its benchmark."""
+    """Return a plain pipeline and its benchmark."""
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     task = Task({"prompt": "red cat", "guidance_scale": 5.0, "num_inference_steps": STEPS}, STEPS, GATE, REPEAT)
     methods = [method for method in methods_for(GATE) if method.key in (*CHOSEN, "tgate_v2")]
@@ -79,7 +79,7 @@ def test_operations_are_counted_alike(measured: tuple[Any, Benchmark]) -> None:
     finally:
         restore(pipe)
     plain, gated = row_of(benchmark, "plain"), row_of(benchmark, "tgate_eager")
-    assert plain.macs == STEPS * graphs["full"]  # one is counted while it runs, the other in the graph
+    assert plain.macs == STEPS * graphs["full"]  # counted during the run, and in the graph
     assert gated.macs == GATE * graphs["full"] + (STEPS - GATE) * graphs["pruned"]
     # Two ways to stop guidance at the same step: ours, and diffusers' own callback.
     assert row_of(benchmark, "guidance_cutoff").macs == row_of(benchmark, "adaptive_guidance_eager").macs
@@ -150,7 +150,7 @@ def test_operations_of_layers_only() -> None:
     x = torch.ones(1, 6, 8)
     with macs_counted({"a": attention}) as count:
         attention(x, x, x, need_weights=False)
-    assert count.macs == 6 * 8 * 8 * 4  # q, k, v and out; not q times k
+    assert count.macs == 6 * 8 * 8 * 4  # q, k, v and out, without q times k
 
 
 def test_a_class_of_its_own() -> None:
@@ -203,7 +203,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
-    """As if these modules were not installed."""
+    """Hide these modules, as if they were not installed."""
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else real(name))
 

@@ -1,4 +1,4 @@
-"""A bundle is read with suspicion, and written all or nothing."""
+"""Bundles are untrusted when read, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def original() -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy, to be damaged."""
+    """Return a copy of the bundle, to be damaged."""
     return Path(shutil.copytree(original, tmp_path / "bundle"))
 
 
@@ -46,7 +46,7 @@ def change_manifest(folder: Path, change: Callable[[Any], object]) -> None:
 
 
 def change_model(folder: Path, change: Callable[[onnx.ModelProto], object], name: str = "graphs/full.onnx") -> None:
-    """Change a graph as someone would who also puts the new hash into the manifest."""
+    """Change a graph and put its new hash into the manifest."""
     model = onnx.load_model(folder / name, load_external_data=False)
     change(model)
     content = model.SerializeToString()
@@ -62,7 +62,7 @@ def refused(folder: Path, *parts: str) -> None:
         assert part in str(caught.value)
 
 
-# What is in it.
+# Content.
 
 
 def test_what_a_bundle_says(original: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_a_bundle_says(original: Path) -> None:
         ("timestep", []),
         ("encoder_hidden_states", ["2*b", 16, 32]),
     ]
-    assert full.inputs[1].dtype == "float32"  # Euler's are no whole numbers
+    assert full.inputs[1].dtype == "float32"  # Euler's timesteps are not integers
     assert {name: size.example for name, size in manifest.sizes.items()} == {"b": 1, "h": 8, "w": 8}
     assert [spec.name for spec in pruned.inputs] == ["sample", "timestep"]
     sites = [
@@ -118,7 +118,7 @@ def test_the_shipped_schema_is_that_of_the_types() -> None:
     assert json.loads(path.read_text()) == json_schema()
 
 
-# What is refused.
+# Bundles that are refused.
 
 
 def test_files_that_are_missing(folder: Path) -> None:

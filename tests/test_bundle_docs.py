@@ -1,7 +1,8 @@
-"""The runtime in docs/reference/bundle.md, on numpy and ONNX Runtime only, makes the library's latents."""
+"""The runtime in docs/reference/bundle.md, with only numpy and ONNX Runtime, makes the same latents as the library."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import tgate_compile
 from tests.comparing import assert_differ, difference
 from tests.exported import GATE, STEPS, exported, plain
 from tests.tiny_pipelines import LATENT_SIZE, PROMPT, run
+from tgate_compile.bundle.plan import graph_name
+from tgate_compile.bundle.plan_rows import plans_of
+from tgate_compile.methods.schedule import Schedule
 
 TEXT = (Path(__file__).parents[1] / "docs" / "reference" / "bundle.md").read_text()
 
@@ -40,3 +44,14 @@ def test_the_runtime_of_the_document() -> None:
     tgate_compile.optimize(pipe, GATE, backend="eager")
     assert difference(latents, run(pipe, steps=STEPS)) < 1e-4
     assert_differ(latents, plain_latents)
+
+
+def test_the_plans_of_the_document() -> None:
+    (example,) = (json.loads(text) for text in re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL))
+    schedule = Schedule(4)
+    graphs = {schedule.graph_phase(phase) for phase in schedule.plan(6, guided=True)}
+    plans = plans_of(schedule, {phase: graph_name(phase) for phase in graphs})
+    assert plans is not None
+    whole = plans.model_dump()
+    assert example["phases"] == whole["phases"][: len(example["phases"])]
+    assert example["guided"] == whole["guided"][: len(example["guided"])]

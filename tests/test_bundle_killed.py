@@ -1,4 +1,4 @@
-"""What is left of an export that is killed: the whole bundle, what was there before, or nothing that loads."""
+"""A killed export leaves the complete bundle, the previous one, or nothing that can be loaded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tgate_compile.bundle.read import read_bundle
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("Converting the pruned graph", "Hashing the files")
-#: Seconds; a replacement of one bundle by another takes about ten milliseconds.
+#: Seconds. Replacing one bundle by another takes about ten milliseconds.
 DELAYS = (*(0.001 * 1.3**i for i in range(18)), 1.0)
 
-# One process imports the library, and forks those that are killed.
+# One process imports the library and forks the processes to be killed.
 
 KILLED_AT_STAGES = """
 import os, signal, sys

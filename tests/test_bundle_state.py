@@ -1,4 +1,4 @@
-"""A bundle is loaded only into a pipeline that is set up as the one it was made from, beyond class and weights."""
+"""A bundle is loaded only into a pipeline set up like the exported one, beyond its class and weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 class Doubling(AttnProcessor2_0):  # type: ignore[misc]
-    """Attention of someone's own."""
+    """A custom attention processor."""
 
     def __init__(self, factor: float = 2.0) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Doubling(AttnProcessor2_0):  # type: ignore[misc]
 
 
 def with_lora(scale: float = 1.0, active: str = "a") -> Any:
-    """Two adapters of the same shapes, one of them active."""
+    """Return a pipeline with two adapters of the same shapes, one of them active."""
     pipe = plain()
     add_lora(pipe.unet, "a")
     add_lora(pipe.unet, "b", seed=11)
@@ -51,7 +51,7 @@ def with_lora(scale: float = 1.0, active: str = "a") -> Any:
 
 @pytest.fixture(scope="module")
 def of_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of `with_lora()`."""
+    """Export a bundle of `with_lora()`."""
     pipe = tgate_compile.optimize(with_lora(), 2, backend="eager")
     folder = tmp_path_factory.mktemp("lora") / "bundle"
     return tgate_compile.export(
@@ -306,7 +306,7 @@ def test_it_is_the_same_in_every_process() -> None:
 
 
 def test_it_is_small(of_lora: Path) -> None:
-    """Values are said once for all modules that have them."""
+    """A value is reported once for all modules that have it."""
     state = json.loads((of_lora / "manifest.json").read_text())["denoiser"]["state"]
     assert len(json.dumps(state)) < 6000
     manifest = json.loads((exported() / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Which attentions are cached, in which dtype, and what is said of it before a call."""
+"""Options for which attentions are cached and in which dtype, and their description before a call."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_caches_in_another_dtype(sd: SimpleNamespace, dtype: torch.dtype, bound:
 
 
 def test_narrow_dtypes_saturate() -> None:
-    """A value beyond fp8's largest becomes the largest, not infinity or a NaN."""
+    """A value beyond fp8's range is clamped to the largest, instead of becoming infinity or NaN."""
     pipe = stable_diffusion(layout="small")
     with torch.no_grad():
         pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_out[0].bias.add_(1e6)

@@ -1,4 +1,4 @@
-"""Callbacks that call the denoiser: their calls are no steps, and see the denoiser as the plain pipeline has it."""
+"""Callbacks that call the denoiser: their calls do not count as steps, and use the plain denoiser."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ GATE, STEPS = 3, 6
 
 
 class Preview:
-    """Calls the denoiser at some of the steps, moves the latents by what it predicts, and remembers it.
+    """Calls the denoiser at some steps, moves the latents by its prediction, and records both.
 
     Args:
-        steps: at which steps.
+        steps: the steps at which it calls the denoiser.
         batch: rows of the call.
-        at: the timestep of the call; None means that of the step.
+        at: the timestep of the call; None for the step's own.
     """
 
     def __init__(self, *steps: int, batch: int = 1, at: int | None = None) -> None:
@@ -68,7 +68,7 @@ class Preview:
         latents.copy_(self.moved(step, timestep, latents))
 
     def check(self, plain: Any) -> None:
-        """What the calls saw is what the plain denoiser gives."""
+        """Assert that the calls returned the plain denoiser's predictions."""
         assert len(self.calls) == len(self.steps)
         for inputs, prediction in self.calls:
             with torch.no_grad():
@@ -76,7 +76,7 @@ class Preview:
 
 
 class Official(PipelineCallback):
-    """A callback of diffusers' kind."""
+    """Return a callback as diffusers takes them."""
 
     tensor_inputs = ["latents"]  # noqa: RUF012
 
@@ -110,7 +110,7 @@ WAYS: dict[str, Callable[[Preview], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def sd() -> SimpleNamespace:
-    """An optimized pipeline and a plain one with the same weights."""
+    """Return an optimized pipeline and a plain one with the same weights."""
     gated, plain = (stable_diffusion(layout="small") for _ in range(2))
     tgate_compile.optimize(gated, GATE, backend="eager")
     return SimpleNamespace(gated=gated, plain=plain, image=run(gated))
@@ -118,7 +118,7 @@ def sd() -> SimpleNamespace:
 
 @contextmanager
 def aside(reference: Any) -> Iterator[None]:
-    """Inside the context the denoiser of a hook reference is the plain one."""
+    """Make the denoiser of a hook reference the plain one inside the context."""
     denoiser, inside = reference.denoiser, dict(vars(reference))
     reference.step, reference.guided, reference.cache = -1, lambda: False, {}
     forward = vars(denoiser).pop("forward")
@@ -237,7 +237,7 @@ def test_a_callback_that_ends_guidance_and_calls_the_denoiser(sd: SimpleNamespac
         theirs.moved = moved  # type: ignore[method-assign]
         expected = run(sd.plain, callback_on_step_end=callbacks(theirs))
     if cutoff > GATE:
-        # After the gate the pipeline goes on with the prompt's half alone, and so do the hooks.
+        # After the gate the pipeline continues with only the prompt's half, and so do the hooks.
         assert tgate_compile.describe(sd.gated).strip == "FFFppp"
     assert_same(result, expected)
 
@@ -259,7 +259,7 @@ def test_a_callback_that_changes_an_ip_adapters_scale() -> None:
     assert torch.equal(run(gated, gate_step=1000, **call(gated)), run(plain, **call(plain)))
 
 
-# Pipelines and loops of one's own.
+# Custom pipelines and loops.
 
 
 class Calling(Looping):
@@ -281,7 +281,7 @@ def test_callbacks_in_a_list() -> None:
     tgate_compile.optimize(pipe, GATE, backend="eager")
     without = pipe()
     assert torch.equal(pipe(callbacks=[Watcher(), Watcher()]), without)
-    # As a function, under whatever name.
+    # As a function under any name.
     assert torch.equal(pipe(watcher=lambda *given: Watcher()(*given)), without)
 
 

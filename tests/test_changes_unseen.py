@@ -1,4 +1,4 @@
-"""Changes of what a denoiser computes that leave no trace in its modules' plain attributes."""
+"""Changes of a denoiser's computation that leave no trace in its modules' plain attributes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ungated(pipe: Any) -> Any:
 
 
 def check(make: Callable[[], Any], *changes: Callable[[Any], Any], **call: Any) -> Any:
-    """After each of `changes`, which are visible, the optimized pipeline makes the plain one's image."""
+    """Assert that after each of `changes`, which must have an effect, the optimized image equals the plain one."""
     plain, ours = make(), ungated(make())
     before = run(plain, steps=STEPS, **call)
     assert torch.equal(run(ours, steps=STEPS, **call), before)
@@ -62,7 +62,7 @@ def test_scales_that_are_no_python_numbers(number: Callable[[float], Any]) -> No
     compiled = pipe._tgate_compile.hook.store.compilations
     scales[0](pipe)
     run(pipe, steps=STEPS)
-    assert pipe._tgate_compile.hook.store.compilations == compiled  # as it was before
+    assert pipe._tgate_compile.hook.store.compilations == compiled  # no new compilation
 
 
 def test_an_image_scale_of_numpy() -> None:
@@ -74,7 +74,7 @@ def test_an_entry_of_the_configuration() -> None:
     check(small, lambda pipe: pipe.unet.register_to_config(center_input_sample=True))
 
 
-# Functions of others in the place of diffusers' own, for all models.
+# Patches of diffusers' functions, for all models.
 
 strength = {"value": 0.8}
 
@@ -145,13 +145,13 @@ def test_a_global_variable_of_the_denoisers_own_forward(monkeypatch: pytest.Monk
     check(make, lambda pipe: monkeypatch.setitem(globals(), "factor", 0.5))
 
 
-# Denoisers of one's own class.
+# Custom denoiser classes.
 
 settings: dict[str, Any] = {"scale": 1.0, "more": SimpleNamespace(offset=0.0)}
 
 
 class Configured(diffusers.UNet2DConditionModel):  # type: ignore[misc]
-    """Reads a dictionary of its Python module, an attribute of its class, and tensors that are no buffers."""
+    """Reads a dictionary of its Python module, an attribute of its class, and tensors that are not buffers."""
 
     scale = 1.0
 

@@ -19,7 +19,7 @@ run = CliRunner().invoke
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny Stable Diffusion pipeline of random weights."""
+    """Return a folder with a tiny Stable Diffusion pipeline with random weights."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_pipelines.stable_diffusion(layout="small").save_pretrained(folder)
     return str(folder)

@@ -103,7 +103,7 @@ def test_a_real_process_prints_json_and_nothing_else(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
-    # Nothing of the packages underneath, some of which warn while they are imported.
+    # No output of dependencies, some of which warn while they are imported.
     chosen = "Chosen for embedded (embedded): device cpu, dtype fp32, scheduler DPMSolverMultistepScheduler, guidance 5"
     assert done.stderr.strip() == chosen
     data = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""`tgate-compile demo`: a picture and honest figures, from the embedded pipeline."""
+"""`tgate-compile demo`: a picture and measured figures from the embedded pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tgate_compile._cli.loading import CHOSEN, demo_prompts
 from tgate_compile._demo.captions import is_held_out, parse_caption
 from tgate_compile._runtimes import automatic_backends
 
-# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+# diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -43,7 +43,7 @@ STEPS, GATE, PROMPTS = 4, 2, 2
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder that a short demo wrote, and the JSON that it printed."""
+    """Run a short demo; return its folder and the JSON that it printed."""
     out = tmp_path_factory.mktemp("demo") / "new"
     arguments = ["demo", "--out", str(out), "--json"]
     arguments += ["--steps", str(STEPS), "--gate-step", str(GATE), "--count", str(PROMPTS)]

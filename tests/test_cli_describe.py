@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tgate_compile._cli.app import app
 from tgate_compile._cli.console import planned_calls
 
-# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+# diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -33,7 +33,7 @@ def test_json_has_the_description_and_the_plan() -> None:
     assert plan["macs_plain"] == 20 * full["macs"]
     assert plan["macs_guidance_dropped"] == 5 * full["macs"] + 15 * full["macs"] // 2
     assert plan["macs_gated"] == 5 * full["macs"] + 15 * pruned["macs"]
-    # The two steps of the capture are not the user's.
+    # The two steps of the capture do not count.
     assert "strip" not in data
 
 
@@ -56,7 +56,7 @@ def test_the_table_is_for_people() -> None:
 
 
 def test_calls_are_counted_and_not_steps() -> None:
-    # Heun: two calls a step, one for the last.
+    # Heun: two calls per step, one for the last.
     assert planned_calls(HeunDiscreteScheduler(), "FFpp", 4) == "FFFF" + "ppp"
-    # PNDM: its second call repeats the first one's timestep, and is no step.
+    # PNDM: its second call repeats the first timestep and does not count as a step.
     assert planned_calls(PNDMScheduler(skip_prk_steps=True), "FFpp", 4) == "FFF" + "pp"

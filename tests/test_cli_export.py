@@ -1,4 +1,4 @@
-"""`tgate-compile export` and `inspect`: a bundle that loads, and what it says of itself."""
+"""`tgate-compile export` and `inspect`: a bundle that loads, and its description."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ run = CliRunner().invoke
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny pipeline whose weights are large beside its graphs, as those of real ones are."""
+    """Return a folder with a tiny pipeline whose weights are large compared with its graphs, as in real ones."""
     folder = tmp_path_factory.mktemp("wide")
     tiny_pipelines.stable_diffusion(layout="small", block_out_channels=(256,)).save_pretrained(folder)
     return str(folder)
@@ -100,4 +100,4 @@ def test_stages_are_logged_and_reported(caplog: pytest.LogCaptureFixture, capsys
             report("Hashing")
     assert seen == ["Capturing the graphs"]
     assert caplog.messages == ["Capturing the graphs", "Hashing"]
-    assert "[00:" not in capsys.readouterr().err  # a bar, which is for terminals
+    assert "[00:" not in capsys.readouterr().err  # progress bars are for terminals only

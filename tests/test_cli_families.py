@@ -1,4 +1,4 @@
-"""The family of a checkpoint is read from the loaded pipeline, and gives the paper's settings."""
+"""The family of a checkpoint is detected from the loaded pipeline, and determines the paper's settings."""
 
 from __future__ import annotations
 

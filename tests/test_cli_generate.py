@@ -1,4 +1,4 @@
-"""`tgate-compile generate`: the library's image, with its settings inside; bad input is refused early."""
+"""`tgate-compile generate` writes the library's image with its settings inside, and refuses bad input early."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tgate_compile._cli import loading as checkpoints
 from tgate_compile._cli.app import app
 from tgate_compile._runtimes import automatic_backends
 
-# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+# diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -31,7 +31,7 @@ QUICK = ["--steps", "4", "--gate-step", "2", "--seed", "3"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny Stable Diffusion pipeline of random weights."""
+    """Return a folder with a tiny Stable Diffusion pipeline with random weights."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_pipelines.stable_diffusion().save_pretrained(folder)
     return str(folder)
@@ -141,7 +141,7 @@ def test_sizes_and_sdxl(tmp_path: Path) -> None:
     out = tmp_path / "cat.png"
     data = generated(str(tmp_path / "model"), out, "--steps", "2", "--height", "16", "--width", "24", "--keep", "cond")
     assert pixels(out).shape == (16, 24, 3)
-    # The family's own: 10 of 25 steps is 1 of 2; DPM-Solver++ in the place of Euler.
+    # The family's settings: 10 of 25 steps become 1 of 2; DPM-Solver++ replaces Euler.
     assert (data["family"], data["strip"], data["keep"]) == ("SDXL", "Fp", "cond")
     assert (data["guidance"], data["scheduler"]) == (5.0, "DPMSolverMultistepScheduler")
 

@@ -57,7 +57,7 @@ def test_names_are_whole_at_80_columns(command: str) -> None:
             assert name in words or parameter.param_type_name == "argument"
 
 
-#: Options whose help may differ from one command to another, and what they mean in all of them.
+#: Options whose help may differ between commands, and their common meaning.
 ONE_MEANING = {
     "--out": "where results are written",
     "--plot": "the file of a picture",

@@ -33,7 +33,7 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline's folder and its checkpoint, `model.safetensors`; beside them, an SDXL pipeline's folder."""
+    """Return a pipeline's folder and its checkpoint, `model.safetensors`, next to an SDXL pipeline's folder."""
     home = tmp_path_factory.mktemp("checkpoints")
     pipe.save_pretrained(home / "sd")
     save_single_file(pipe, home / "model.safetensors")
@@ -125,7 +125,7 @@ def test_a_configuration_for_an_embedded_model(folder: Path) -> None:
     assert "embedded:sd is not one" in " ".join(result.output.split())
 
 
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # which diffusers gives
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # from diffusers
 def test_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigurationError) as caught:

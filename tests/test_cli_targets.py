@@ -1,4 +1,4 @@
-"""Where the command line writes to: one path per image, checked before the work, with the settings inside."""
+"""Output paths of the command line: one per image, checked before the work starts, with the settings inside."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ run = CliRunner().invoke
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny Stable Diffusion pipeline of random weights."""
+    """Return a folder with a tiny Stable Diffusion pipeline with random weights."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_pipelines.stable_diffusion(layout="small").save_pretrained(folder)
     return str(folder)
@@ -52,7 +52,7 @@ def test_tuning_prints_its_table(model: str) -> None:
     assert result.exit_code == 0, result.output
     for shown in ("guidance step 2", "gate step 2", "drift", "tolerance 0.5", "4 steps of DPMSolverMultistepScheduler"):
         assert shown in result.stdout
-    assert "%" not in result.stdout  # progress goes elsewhere
+    assert "%" not in result.stdout  # progress goes to stderr
     refused = run(app, ["tune", "-m", model, "-p", "red cat", "--tolerance", "0"])
     assert refused.exit_code == 1
     assert "tolerance must" in refused.stderr

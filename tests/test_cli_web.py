@@ -1,4 +1,4 @@
-"""`tgate-compile web`: what it writes, serves and refuses. What the page does is in `test_web.py`."""
+"""`tgate-compile web`: the files it writes, serves and refuses. `test_web.py` tests the page itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ run = CliRunner().invoke
 
 @pytest.fixture
 def runtime(tmp_path: Path) -> str:
-    """A folder with files of the right names, which no browser sees here."""
+    """Return a folder with files of the right names; no browser loads them here."""
     folder = tmp_path / "dist"
     folder.mkdir()
     for name in FILES:
@@ -113,7 +113,7 @@ def test_the_server_lets_pages_have_threads(tmp_path: Path) -> None:
 
 
 def npm_that(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only program there is calls itself npm; the cache is empty."""
+    """Make a script called npm the only program on PATH, with an empty cache."""
     programs = folder / "programs"
     programs.mkdir()
     path = programs / "npm"

@@ -1,4 +1,4 @@
-"""Comparisons: what is measured is what direct runs give, and the page works in a real browser."""
+"""Comparisons: measurements match direct runs, and the page works in a real browser."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def compared() -> tuple[Any, ModelFigures, Pictures]:
-    """A plain pipeline, and what its comparison says."""
+    """Return a plain pipeline and its comparison."""
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     task = Task(PROMPTS, (0, 7), STEPS, GATE, {"guidance_scale": 5.0})
     return pipe, *compare_model("tiny", pipe, task, judged=False)
@@ -63,7 +63,7 @@ def test_every_method_is_there_with_its_strip(compared: tuple[Any, ModelFigures,
     assert strips["tgate"] == "FFFppp"
     assert strips["deepcache"] == "FDDFDD"
     assert strips["adaptive_guidance"] == "FFFfff"
-    # Its interval begins after step 2, which is the last one before the gate.
+    # Its interval begins after step 2, the last one before the gate.
     assert method_of(model, "tgate_v2").why_not == "In 6 steps of this model, it would be identical to T-GATE v1."
     assert set(pictures) == set(METHODS) - {"tgate_v2"}
     assert all(len(images) == 2 for images in pictures.values())
@@ -219,7 +219,7 @@ def test_the_peak_of_memory_is_seen() -> None:
 
 
 def made_up(names: Sequence[str] = ("first", "second model")) -> Comparison:
-    """A comparison of images of plain colours, two prompts each; the last method of the first model does not apply."""
+    """Compare plain-coloured images, two prompts each; the last method does not apply to the first model."""
     models, pictures = [], {}
     for name in names:
         methods = []
@@ -274,7 +274,7 @@ def test_the_figures_are_plain_data(compared: tuple[Any, ModelFigures, Pictures]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium, with what it writes to its console."""
+    """Start headless Chromium and collect its console messages."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: no browser to look with")
     from selenium.webdriver.chrome.service import Service
 
@@ -298,7 +298,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any, tmp_path: Path) -> Any:
-    """The browser with the page."""
+    """Open the page in the browser."""
     path = tmp_path / "page.html"
     path.write_text(page_of(made_up()), encoding="utf-8")
     show_at(browser, 1280, 900)
@@ -347,7 +347,7 @@ def test_an_image_is_enlarged_and_compared_under_a_slider(opened: Any) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
     stage = opened.find_element(By.ID, "stage")
-    # From its handle in the middle a quarter of its width to the right.
+    # Drag the handle from the middle by a quarter of the width to the right.
     ActionChains(opened).move_to_element(stage).click_and_hold().move_by_offset(
         int(stage.size["width"] / 4), 0
     ).release().perform()
@@ -366,7 +366,7 @@ def test_the_keyboard_suffices(opened: Any) -> None:
     press(opened, "ARROW_LEFT")
     press(opened, "ARROW_LEFT")
     press(opened, "ARROW_LEFT")
-    assert of_page(opened, right) == 5  # the last of the six that there are
+    assert of_page(opened, right) == 5  # wraps around to the last of six
     press(opened, "ARROW_DOWN")
     assert of_page(opened, "document.getElementById('viewer-prompt').textContent") == "first: blue dog"
     press(opened, "ESCAPE")

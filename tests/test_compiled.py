@@ -1,4 +1,4 @@
-"""The Inductor backend: right, and compiled once. One denoiser, as small as can be, serves all tests."""
+"""The Inductor backend: correct results from a single compilation. All tests share one minimal denoiser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.comparing import assert_differ, difference
 from tests.hook_reference import hook_reference
 from tests.tiny_pipelines import VELOCITY, run, stable_diffusion
 
-#: Compiled kernels add up in another order, and six steps amplify that.
+#: Compiled kernels add in a different order, and six steps amplify the difference.
 TOLERANCE = 1e-4
 
 
@@ -27,7 +27,7 @@ def build() -> Any:
 
 
 def compiler_counters() -> dict[str, Any]:
-    """Everything that torch counts when it traces, compiles or loads compiled code."""
+    """Return all of torch's counters for tracing, compiling and loading compiled code."""
     counters = {name: dict(values) for name, values in torch._dynamo.utils.counters.items()}
     counters["kernels"] = {"generated": torch._inductor.metrics.generated_kernel_count}
     counters["compile times"] = {
@@ -47,7 +47,7 @@ def compiled() -> SimpleNamespace:
 
 @pytest.fixture
 def settled(compiled: SimpleNamespace) -> Iterator[SimpleNamespace]:
-    """The compiled pipeline; whatever the test does with it must not compile anything."""
+    """Return the compiled pipeline, and check that the test compiles nothing."""
     scheduler = compiled.plain.scheduler
     store = compiled.gated._tgate_compile.hook.store
     made, before = store.compilations, compiler_counters()
@@ -75,7 +75,7 @@ def test_right(settled: SimpleNamespace) -> None:
 
 
 def test_second_call(settled: SimpleNamespace) -> None:
-    # With it the gate is crossed.
+    # This call crosses the gate.
     assert torch.equal(run(settled.gated), settled.first)
 
 
@@ -167,7 +167,7 @@ def test_global_settings_are_left_alone(settled: SimpleNamespace) -> None:
 
 
 def test_float_timesteps_are_compiled_once(compiled: SimpleNamespace) -> None:
-    # Not `settled`: this one may compile, since a timestep of another dtype is another graph.
+    # Not `settled`: this may compile, since a timestep of another dtype needs another graph.
     store = compiled.gated._tgate_compile.hook.store
     scheduler, made = compiled.gated.scheduler, store.compilations
     compiled.plain.scheduler = diffusers.EulerDiscreteScheduler(**VELOCITY)

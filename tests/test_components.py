@@ -1,4 +1,4 @@
-"""Bundles with all components: what they say, what is refused of them, and what is not written."""
+"""Bundles with all components: their manifests, and the bundles and exports that are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy, to be damaged."""
+    """Return a copy of the bundle, to be damaged."""
     return Path(shutil.copytree(program(dynamic=True), tmp_path / "bundle"))
 
 
@@ -42,7 +42,7 @@ def change_manifest(folder: Path, change: Callable[[Any], object]) -> None:
 
 
 def change_file(folder: Path, name: str, content: bytes) -> None:
-    """As someone would who also puts the new hash into the manifest."""
+    """Change a file and put its new hash into the manifest."""
     (folder / name).write_bytes(content)
     told = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     change_manifest(folder, lambda manifest: manifest["files"].update({name: told}))
@@ -55,7 +55,7 @@ def refused(folder: Path, *parts: str) -> None:
         assert part in str(caught.value)
 
 
-# What they say.
+# Manifests.
 
 
 def test_stable_diffusion() -> None:
@@ -137,7 +137,7 @@ def test_a_tokenizer_that_does_more(tmp_path: Path) -> None:
         write_tokenizer(tokenizer, "tokenizer", 10, tmp_path / "tokenizer.json")
 
 
-# What is refused of them.
+# Bundles that are refused.
 
 
 @pytest.mark.parametrize("name", ["text_encoder.onnx", "vae_decoder.onnx"])
@@ -174,7 +174,7 @@ def test_manifests_that_are_not_valid(folder: Path, change: Callable[[Any], obje
     refused(folder, "manifest", *parts)
 
 
-# What is not written.
+# Exports that are refused.
 
 
 def not_exported(pipe: Any, tmp_path: Path, *parts: str, error: Any = UnsupportedModelError, **options: Any) -> None:
@@ -226,7 +226,7 @@ def test_arguments_that_no_prompt_makes() -> None:
 
 
 def test_a_half_precision_vae_that_asks_for_float32() -> None:
-    """As SDXL's does."""
+    """SDXL's VAE does."""
     from tgate_compile.exports.onnx.components import _decoder_graph
 
     pipe = sdxl().to(torch.float16)

@@ -1,4 +1,4 @@
-"""`format="coreml"`: converted and looked at here; Core ML itself runs on Apple's devices only."""
+"""`format="coreml"`: converted and inspected here; Core ML itself runs only on Apple devices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bundle(optimized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(bundle: Path) -> Manifest:
-    """Which checks names, dtypes and shapes of each function."""
+    """Read the manifest, which checks names, dtypes and shapes of each function."""
     return read_bundle(bundle).manifest
 
 

@@ -1,6 +1,6 @@
-"""The costs of the real models, read off their graphs on the meta device; no weights are ever allocated.
+"""The costs of the real models, computed from their graphs on the meta device; no weights are ever allocated.
 
-One test per model, which checks all that needs its captures: they take seconds, and are shared within the process only.
+One test per model checks everything that needs its captures: they take seconds, and only one process shares them.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tgate_compile.study.cost import (
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-# The paper's, in millions, and how far off they may be. Its SD-2.1 is an eighth of a million smaller than the model,
-# and its SDXL two and a half millions larger, both before and after the gate: what is removed agrees.
+# The paper's counts in millions, and their tolerances. Its SD-2.1 is an eighth of a million smaller than the model,
+# and its SDXL two and a half million larger, both before and after the gate: the removed parameters agree.
 PARAMETERS = paper_tables()["params_millions"]
 PARAMETERS_WITHIN = {"sd15": 3e-6, "sd21": 2e-4, "sdxl": 1.2e-3, "pixart_alpha": 3e-6}
 
-# What docs/evidence/costs.md shows, by `tgate-compile report --paper --json`, and its units.
+# The figures in docs/evidence/costs.md, from `tgate-compile report --paper --json`, and their units.
 KEPT = json.loads((Path(__file__).parents[1] / "docs" / "results" / "costs.json").read_text(encoding="utf-8"))
 COUNTED = (
     ("ours_macs_t", 1e12),
@@ -48,7 +48,7 @@ COUNTED = (
     ("ours_params_at_end_m", 1e6),
 )
 
-# Models whose captures are the same stand together.
+# Models with the same captures are grouped.
 GROUPS = [("sd15",), ("sd21",), ("sdxl",), ("pixart_alpha", "lcm_pixart_alpha"), ("pixart_sigma",), ("lcm_sdxl",)]
 LARGE = GROUPS[2:]
 
@@ -79,7 +79,7 @@ def test_the_papers_rows(names: tuple[str, ...]) -> None:
     for name in names:
         model = MODELS[name]
         assert _full_step(model).layers == _counted_by_hooks(model.architecture, 2 if model.guided else 1)
-        # The guidance drop alone, which every other saving is to be compared with.
+        # Only dropping guidance, the baseline for all other savings.
         if model.guided:
             full, half = image_cost(model, None, guided=True), image_cost(model, None, guided=False)
             dropped = image_cost(model, Schedule(None, guidance_step=10))
@@ -97,7 +97,7 @@ def _full_step(model: Model) -> Any:
 
 
 def _check_what_the_deepcache_rows_are_not() -> None:
-    """Read literally, with our rules, the rows would have other counts; docs/evidence/costs.md explains why."""
+    """Taken literally, the rows would have other counts with our rules; docs/evidence/costs.md explains why."""
     tera = {}
     for gate, branch in [(None, 0), (10, 0), (10, 1), (13, 1)]:
         schedule = Schedule(gate, deepcache_interval=3, deepcache_branch=branch)
@@ -109,7 +109,7 @@ def _check_what_the_deepcache_rows_are_not() -> None:
 
 
 def _counted_by_hooks(architecture: Architecture, batch: int) -> int:
-    """The paper's count taken the authors' way: hooks on every linear and convolution layer of a plain run."""
+    """Count as the paper's authors do: with hooks on every linear and convolution layer of a plain run."""
     sizes = {"batch": batch, "height": architecture.size // 8, "width": architecture.size // 8}
     total = 0
 
@@ -153,7 +153,7 @@ def test_what_is_counted_otherwise_than_the_row_says_is_noted(
     assert schedule_of(row) == (schedule, notes)
 
 
-# A UNet of two blocks, to look at the sums themselves.
+# A UNet of two blocks, to check the sums themselves.
 TINY = Model(
     Architecture(
         "UNet2DConditionModel",
@@ -212,7 +212,7 @@ def test_parameters_in_the_papers_convention_and_in_the_graph() -> None:
         assert cost.parameters == cost.parameters_at_end == everything
     gated = image_cost(TINY, Schedule(4))
     assert (gated.parameters, gated.parameters_at_end) == (everything - own, everything - own - norms)
-    # With fi_interval some of the last steps still compute self-attention: its weights stay.
+    # With fi_interval some of the last steps still compute self-attention, so its weights stay.
     assert image_cost(TINY, Schedule(5, sp_interval=2, fi_interval=2)).parameters_at_end == gated.parameters_at_end
 
 
@@ -222,7 +222,7 @@ def test_size_batch_steps_and_guidance() -> None:
     assert image_cost(TINY, schedule, batch=3).macs == 3 * once.macs
     assert image_cost(TINY, schedule, guided=False).strip == "fffpppppp"
     assert image_cost(TINY, schedule, steps=4).strip == "FFFp"
-    # Twice the latents are nearly twice the work: what is done for the text and the timestep stays the same.
+    # Twice the latents need nearly twice the work: the text's and the timestep's part stays the same.
     assert 1.95 < image_cost(TINY, schedule, height=128).macs / once.macs < 2.0
     assert 1.95 < image_cost(TINY, schedule, width=128).macs / once.macs < 2.0
 

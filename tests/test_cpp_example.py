@@ -1,4 +1,4 @@
-"""The C++ example builds, and ends with the latents that the pipeline's own call ends with."""
+"""The C++ example builds, and ends with the same latents as the pipeline's own call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: what of them a CPU can show. tests/test_gpu.py has the rest."""
+"""CUDA graphs, as far as they can be tested on a CPU; see tests/test_gpu.py for the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_inputs_are_copied_to_fixed_addresses_and_cached_values_once() -> None:
     assert torch.equal(static.buffers[0], other)
     assert static.buffers[0].is_contiguous()
     assert int(static.buffers[1]) == 6
-    # Another generation's value, also one that lies where the first has been.
+    # Another generation's value, even at the address of the first one.
     assert static.fill([other, timestep, cached + 1]) == 3
     assert torch.equal(static.buffers[2], cached + 1)
     assert [buffer.data_ptr() for buffer in static.buffers] == addresses
@@ -28,7 +28,7 @@ def test_inputs_are_copied_to_fixed_addresses_and_cached_values_once() -> None:
 
 def test_a_buffer_keeps_no_cached_value_alive() -> None:
     static = StaticInputs([torch.zeros(3)], cached=1)
-    for value in range(3):  # each is freed before the next is made, and may get its address
+    for value in range(3):  # each is freed before the next is made, which may get its address
         assert static.fill([torch.full((3,), float(value))]) == 1
         assert torch.equal(static.buffers[0], torch.full((3,), float(value)))
 

@@ -1,4 +1,4 @@
-"""DeepCache on SDXL against plain hooks, which hand the feature of an older step to the layer above the deep part."""
+"""DeepCache on SDXL against plain hooks that pass an older step's feature to the layer above the deep part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 8
 
 @contextmanager
 def replayed(pipe: Any, layer: str, computed: set[int]) -> Iterator[None]:
-    """What comes up into `layer` from below is that of the last step of `computed`; everything is still run."""
+    """Replace the deep feature that enters `layer` by that of the last step of `computed`; still run everything."""
     unet = pipe.unet
     resnet = unet.get_submodule(layer)
     feature: list[torch.Tensor] = []
@@ -50,7 +50,7 @@ def replayed(pipe: Any, layer: str, computed: set[int]) -> Iterator[None]:
 
 
 def _skip_channels(unet: Any, layer: str) -> int:
-    """Channels of the skip connection that joins at an up layer, by the UNet's own rule."""
+    """Return the channels of the skip connection that joins at an up layer, as the UNet computes them."""
     _, block, _, index = layer.split(".")
     channels = list(unet.config.block_out_channels)[::-1]
     last = int(index) == len(unet.up_blocks[int(block)].resnets) - 1
@@ -58,7 +58,7 @@ def _skip_channels(unet: Any, layer: str) -> int:
     return int(skip)
 
 
-# The up blocks have two layers each: three branches to a block leave every third one without a layer.
+# The up blocks have two layers each but three branches, so every third branch has no layer.
 BRANCHES = {0: "up_blocks.1.resnets.1", 1: "up_blocks.1.resnets.0", 3: "up_blocks.0.resnets.1"}
 
 
@@ -76,7 +76,7 @@ def test_sdxl(branch: int, interval: int) -> None:
 
 
 def test_sdxl_with_tgate() -> None:
-    """The deep part runs anew at the step before the gate and at the gate, then every third step from there."""
+    """The deep part is computed at the step before the gate, at the gate, and every third step from there."""
     pipe, gate = sdxl(), 4
     computed = {0, 3, 4, 7}
     with hook_reference(pipe, gate, interleaved=True), replayed(pipe, BRANCHES[0], computed):

@@ -1,4 +1,4 @@
-"""The judge of the pipeline has to be right itself."""
+"""The attribute reader, which judges the pipeline's images, is correct itself."""
 
 from __future__ import annotations
 

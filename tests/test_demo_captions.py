@@ -1,4 +1,4 @@
-"""Captions and scenes say the same; the held-out split stays held out."""
+"""Captions match their scenes, and the held-out split stays held out."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_pair_is_held_out_whichever_object_comes_first() -> None:
     ],
 )
 def test_the_split_is_the_same_everywhere(caption: str, held_out: bool) -> None:
-    # The weights were trained on one side of it: it must never change.
+    # The weights were trained on one side of the split, so it must never change.
     assert is_held_out(parse_caption(caption)) == held_out
 
 

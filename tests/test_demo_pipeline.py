@@ -16,7 +16,7 @@ from tgate_compile._demo.pipeline import WEIGHTS, load_demo_pipeline
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "demo_pipeline.json"
 
-# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+# diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),

@@ -1,4 +1,4 @@
-"""What is drawn is what the scene says."""
+"""Rendered images match their scenes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tgate_compile._demo.captions import COLOURS, IMAGE_SIZE, RGB, SHAPES, Scene
 
 
 def _covered(scene: Scene, seed: int = 0) -> np.ndarray:
-    """Where the first object's colour is, [64, 64]."""
+    """Return the mask of pixels with the first object's colour, [64, 64]."""
     image = render(scene, np.random.default_rng(seed)).astype(float)
     return np.abs(image - RGB[scene.objects[0].colour]).max(axis=2) < 40
 

@@ -23,7 +23,7 @@ from tgate_compile._demo.variants import DEMO_VARIANTS
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 OTHERS = [name for name in DEMO_VARIANTS if name != "sd"]
 
-# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+# diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -38,7 +38,7 @@ CAPTIONS = [
     "a white star above a green triangle on a purple background",
 ]
 
-# Well below what was measured on hundreds of captions.
+# Well below the rates measured on hundreds of captions.
 LEAST = {
     "sdxl": {"all": 4 / 6},
     "pixart": {"all": 4 / 6},
@@ -59,7 +59,7 @@ def pipeline(name: str) -> Any:
 
 
 def images(pipeline: Any, name: str, **options: Any) -> torch.Tensor:
-    """One image per caption, [6, 3, 64, 64]."""
+    """Return one image per caption, [6, 3, 64, 64]."""
     variant = DEMO_VARIANTS[name]
     noise = [torch.Generator().manual_seed(i) for i in range(len(CAPTIONS))]
     settings = {"num_inference_steps": variant.steps, "guidance_scale": variant.guidance, **variant.call, **options}
@@ -95,7 +95,7 @@ def test_a_plain_call_runs_without_a_word(
     capfd.readouterr()
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
-        # diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+        # diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
         warnings.filterwarnings("ignore", "__array__ implementation")
         image = pipeline("a large red circle on a blue background", num_inference_steps=2).images[0]
     said = capfd.readouterr()

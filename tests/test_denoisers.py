@@ -1,4 +1,4 @@
-"""Pipelines beside Stable Diffusion and PixArt, through their unchanged call: see `denoiser_cases.py`."""
+"""Pipelines besides Stable Diffusion and PixArt, through their unchanged call: see `denoiser_cases.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Pair:
     """A plain and an optimized pipeline with the same weights.
 
     Attributes:
-        before: the names of all attributes of the pipeline and its denoisers, before they were optimized and ran.
+        before: the names of all attributes of the pipeline and its denoisers before `optimize` and the first run.
     """
 
     name: str
@@ -64,7 +64,7 @@ def test_gated(pair: Pair) -> None:
 
 @pytest.mark.parametrize("pair", [name for name, case in CASES.items() if case.halved], indirect=True)
 def test_one_prompt(pair: Pair) -> None:
-    """Two rows are easily mistaken: for those of a table, or of two prompts."""
+    """Two rows can easily be mistaken for a table's, or for two prompts."""
     call = pair.case.call(1)
     assert_same(run(pair.gated, **call), expected_of(pair.case, pair.plain, call))
 
@@ -95,7 +95,7 @@ def test_description(pair: Pair) -> None:
 
 
 def test_description_beforehand(pair: Pair) -> None:
-    """What is said of a call before it runs is what it then does."""
+    """The description of a call before it runs matches the call."""
     call = pair.case.call(2)
     foreseen = tgate_compile.describe(pair.gated, num_inference_steps=STEPS, output_type="latent", **call)
     run(pair.gated, **call)
@@ -110,7 +110,7 @@ def test_restore(pair: Pair) -> None:
     try:
         left = parts(pair.case, pipe)
         left_behind = {name: set(vars(part)) - pair.before[name] for name, part in left.items()}
-        # diffusers itself notes things down on a pipeline that runs.
+        # diffusers itself sets attributes on a pipeline that runs.
         assert left_behind.pop("pipeline") <= set(vars(pair.plain))
         assert not any(left_behind.values())
         for name, untouched in parts(pair.case, pair.plain).items():
@@ -121,10 +121,10 @@ def test_restore(pair: Pair) -> None:
         optimized(pair.case, pipe)
 
 
-#: Attentions whose projections are not called `to_k` are taken for none: see `denies_cross_attention`.
+#: Attentions whose projections are not called `to_k` are not recognized: see `denies_cross_attention`.
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_sibling(name: str) -> None:
-    """Gated, ungated, and the sites: what can differ where the denoiser is that of a pipeline above."""
+    """Check gated, ungated and the sites, which can differ although the denoiser is that of a pipeline above."""
     case = SIBLINGS[name]
     call = case.call(1 if name in ONE_PROMPT else 2)
     pipe = case.build()

@@ -1,4 +1,4 @@
-"""What is peculiar to how some pipelines bring guidance to their denoiser: see `denoiser_cases.py`."""
+"""Peculiarities in how some pipelines pass guidance to their denoiser: see `denoiser_cases.py`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(name: str) -> Any:
     return CASES[name].build()
 
 
-# Kolors: the rows of the sizes alternate. Lumina: the prompt's half comes first.
+# Kolors: the sizes' rows alternate. Lumina: the prompt's half comes first.
 @pytest.mark.parametrize("name", ["KolorsPipeline", "LuminaPipeline"])
 def test_the_prompts_half_is_kept(name: str) -> None:
     case, pipe = CASES[name], build(name)
@@ -36,7 +36,7 @@ def test_the_prompts_half_is_kept(name: str) -> None:
     assert_same(run(pipe, **call), expected)
 
 
-# With nothing cached, the text of the half that goes on still matters: it must be the right one.
+# Without caches the text of the remaining half still matters, so it must be the right half.
 @pytest.mark.parametrize("name", ["AnimateDiffPipeline", "LuminaPipeline", "WanPipeline"])
 def test_guidance_that_stops(name: str) -> None:
     case, pipe = CASES[name], build(name)
@@ -53,7 +53,7 @@ def test_the_other_half_cannot_be_kept(name: str) -> None:
         tgate_compile.optimize(build(name), 3, backend="eager", keep="uncond")
 
 
-# A table of positions has a row for each token, shared by the halves, and here as many rows as the batch.
+# The position table has a row for each token, shared by the halves, and here as many rows as the batch.
 @pytest.mark.parametrize(
     ("name", "make", "size"),
     [
@@ -83,7 +83,7 @@ def test_stable_audio_without_a_negative_prompt() -> None:
 
 
 def test_stable_video_diffusion_between_guidance_scales() -> None:
-    """Its guidance grows from frame to frame, and is on if it is anywhere."""
+    """Its guidance scale grows from frame to frame, and guidance is on if it is on for any frame."""
     case, pipe = CASES["StableVideoDiffusionPipeline"], build("StableVideoDiffusionPipeline")
     call = {**case.call(1), "min_guidance_scale": 0.5, "max_guidance_scale": 1.5}
     expected = expected_of(case, pipe, call)
@@ -93,7 +93,7 @@ def test_stable_video_diffusion_between_guidance_scales() -> None:
 
 
 def test_stable_video_diffusion_with_the_prompts_half_in_the_cache() -> None:
-    """Its cross-attentions return the same in all steps: with the cond half's own value nothing is lost by caching."""
+    """Its cross-attentions return the same in all steps: caching the cond half's own value loses nothing."""
     case, pipe = CASES["StableVideoDiffusionPipeline"], build("StableVideoDiffusionPipeline")
     call = case.call(1)
     only_without_guidance = expected_of(case, pipe, call, cached=False)
@@ -110,11 +110,11 @@ def test_guidance_rescale() -> None:
     assert_same(run(pipe, **call), expected)
 
 
-# Wan: two calls in each timestep, and in 2.2 two transformers.
+# Wan: two calls per timestep, and in 2.2 two transformers.
 
 
 def pair(name: str, gate_step: Any) -> SimpleNamespace:
-    """A plain and an optimized pipeline with the same weights."""
+    """Return a plain and an optimized pipeline with the same weights."""
     gated = tgate_compile.optimize(build(name), gate_step, backend="eager")
     return SimpleNamespace(case=CASES[name], plain=build(name), gated=gated)
 
@@ -155,7 +155,7 @@ def test_two_transformers_ungated(wan_of_two: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(("steps", "strip"), [(9, "FFFpppp|Fp"), (2, "F|F"), (1, "F")])
 def test_two_transformers_with_another_number_of_steps(wan_of_two: SimpleNamespace, steps: int, strip: str) -> None:
-    """The boundary then falls elsewhere."""
+    """The boundary between the transformers moves."""
     call = {**wan_of_two.case.call(1), "num_inference_steps": steps}
     assert_same(run(wan_of_two.gated, **call), expected_of(wan_of_two.case, wan_of_two.plain, call, gates=(3, 1)))
     assert tgate_compile.describe(wan_of_two.gated).strip.strip("|") == strip
@@ -179,7 +179,7 @@ def test_a_transformer_that_no_timestep_reaches(ratio: float) -> None:
 
 @pytest.mark.parametrize(("at", "strip"), [(0, "Fffppp"), (2, "FFFppp"), (4, "FFFppp")])
 def test_guidance_switched_off_on_the_way(wan: SimpleNamespace, at: int, strip: str) -> None:
-    """From then on there is one call in a timestep, and what is cached then is of the prompt alone."""
+    """From then on there is one call per timestep, and only the prompt's values are cached."""
 
     def switch_off(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == at:
@@ -232,5 +232,5 @@ def test_two_calls_compiled() -> None:
     call = case.call(1)
     expected = expected_of(case, pipe, call)
     tgate_compile.optimize(pipe, case.gate, backend="inductor")
-    # Compiled kernels add up in another order, and six steps amplify that.
+    # Compiled kernels add in a different order, and six steps amplify the difference.
     assert difference(run(pipe, **call), expected) < 1e-4

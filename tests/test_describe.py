@@ -1,4 +1,4 @@
-"""What `describe` says, against numbers counted by other means."""
+"""`describe` against numbers counted by other means."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def denoiser_of(pipe: Any) -> Any:
 
 
 class HookCounter:
-    """Multiply-accumulates of a plain denoiser while it runs, in all and inside its cross-attentions.
+    """Multiply-accumulates of a plain denoiser while it runs, in total and inside its cross-attentions.
 
     Attributes:
-        layers: of linear and convolution layers, [all, in cross-attentions].
-        attention: of attention's own products, likewise.
+        layers: counts of linear and convolution layers, [all, in cross-attentions].
+        attention: counts of the attentions' matrix products, [all, in cross-attentions].
     """
 
     def __init__(self, denoiser: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ class HookCounter:
 
         def counted(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             batch, heads, queries, width = query.shape
-            if self.running:  # the text encoder has attentions, too
+            if self.running:  # the text encoder also has attentions
                 self.add(self.attention, 2 * batch * heads * queries * key.shape[2] * width)
             return original(query, key, *args, **kwargs)
 
@@ -83,11 +83,11 @@ def test_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     description = tgate_compile.describe(pipe)
     full, pruned = description.variants
 
-    # Sites: by the names that diffusers gives its cross-attentions.
+    # Sites: by diffusers' names of its cross-attentions.
     assert set(description.sites) == {name for name, _ in denoiser.named_modules() if name.endswith("attn2")}
     assert len(set(description.sites)) == len(description.sites)
 
-    # Parameters: all, and all but those of the cross-attentions, of the norms before them (PixArt's block has one
+    # Parameters: all, and all except those of the cross-attentions, of the norms before them (PixArt's block has one
     # norm for its feed-forward, also called norm2, which stays), and of the projection of the text.
     parameters = {name: p.numel() for name, p in denoiser.named_parameters()}
     assert description.parameters == full.parameters == sum(parameters.values())
@@ -113,8 +113,8 @@ def test_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nodes.
     assert full.nodes > pruned.nodes > 50
 
-    # Multiply-accumulates: a full step is what the plain model does; a pruned one does it at half the batch, and
-    # without the cross-attentions and PixArt's projection of the text (its batch is 1 here).
+    # Multiply-accumulates: a full step has the plain model's; a pruned one has them at half the batch, and
+    # without those of the cross-attentions and PixArt's projection of the text (its batch is 1 here).
     tgate_compile.restore(pipe)
     counter = HookCounter(denoiser, monkeypatch)
     run(pipe, **{**call, "steps": 2})
@@ -131,13 +131,13 @@ def test_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pruned.macs == (layers - cross_layers) // 2 // half - projection
     assert pruned.macs_total - pruned.macs == (attention - cross_attention) // 2 // half
 
-    # Caches: one value of a half for each site.
+    # Caches: one value per site, for one half.
     expected = cache_bytes(denoiser, description.sites, pipe, call) // half
     assert full.cache_bytes == pruned.cache_bytes == expected
 
 
 def cache_bytes(denoiser: Any, sites: tuple[str, ...], pipe: Any, call: dict[str, Any]) -> int:
-    """Bytes of what all cross-attentions of the plain model return."""
+    """Count the bytes of the outputs of all cross-attentions of the plain model."""
     sizes: dict[str, int] = {}
     handles = [
         denoiser.get_submodule(site).register_forward_hook(

@@ -1,11 +1,14 @@
-"""The pages' links lead somewhere, their commands have options that exist, and the notebook runs."""
+"""The pages' links resolve, their commands use existing options, and the notebook runs."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,17 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.figures import ROOT
-
 pytest.importorskip("typer")
 
 import typer
 
+import tgate_compile
+from tests.comparing import assert_differ
+from tests.figures import ROOT
+from tests.tiny_pipelines import run, stable_diffusion
+from tgate_compile import Schedule, TGate
 from tgate_compile._cli.app import app
+from tgate_compile.methods.method import CROSS, DEEP, GRAPH_NAMES, SELF, TEMPORAL, Kind, Phase
 
 PAGES = sorted(
     [
@@ -44,7 +51,7 @@ def without_code(markdown: str) -> str:
 
 
 def anchors(markdown: str) -> set[str]:
-    """The ids of a page's headings, as Python-Markdown makes them."""
+    """Return the ids of a page's headings, as Python-Markdown makes them."""
     found = set()
     for heading in _HEADING.findall(_FENCE.sub("", markdown)):
         text = re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower()
@@ -53,7 +60,7 @@ def anchors(markdown: str) -> set[str]:
 
 
 def commands(markdown: str) -> Iterator[list[str]]:
-    """The arguments of every `tgate-compile` in a page, in code blocks and in running text."""
+    """Return the arguments of every `tgate-compile` in a page, in code blocks and text."""
     lines = [
         line.strip()
         for language, code in _FENCE.findall(markdown)
@@ -83,7 +90,9 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests", "training"])
+@pytest.mark.parametrize(
+    "folder", ["benchmarks", "examples", "exports", "passes", "tests", "tgate_compile", "training"]
+)
 def test_pages_that_the_code_names_exist(folder: str) -> None:
     named = {
         page
@@ -110,13 +119,54 @@ def test_commands_have_options_that_exist(page: Path) -> None:
     assert wrong == []
 
 
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    page = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: tgate_compile\.(\w+)$", page, re.MULTILINE))
+    assert set(tgate_compile.__all__) - {"__version__"} <= named
+
+
+def test_the_letters_of_strips_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "reference" / "schedules.md").read_text(encoding="utf-8")
+    words: dict[str, frozenset[Kind]] = {"cross": CROSS, "self": SELF, "temporal": TEMPORAL, "deep": DEEP}
+    letters = {}
+    for reused, guided, not_guided in re.findall(r"^\| (.+?) \| `([A-Z])` \| `([a-z])` \|", page, re.MULTILINE):
+        kinds = words if reused == "all four" else [word for word in words if word in reused]
+        reuse = frozenset[Kind]().union(*(words[word] for word in kinds))
+        assert (guided, not_guided) == (Phase(True, reuse=reuse).character, Phase(False, reuse=reuse).character)
+        letters[guided] = reuse
+    assert set(letters) == set(GRAPH_NAMES)
+
+
+def test_the_method_of_the_guide_works(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "guides" / "adding-a-method.md").read_text(encoding="utf-8")
+    (code,) = [code for language, code in _FENCE.findall(page) if "selfreuse.py" in language]
+    (tmp_path / "selfreuse.py").write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("selfreuse", tmp_path / "selfreuse.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["selfreuse"] = module  # dataclasses look for the module of their class
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["selfreuse"]
+    method = module.SelfReuse(3)
+    assert f" {Schedule.of(method).strip(25)} " in page
+    pipe = stable_diffusion(layout="small")
+    plain = run(pipe, steps=6)
+    tgate_compile.optimize(pipe, method + TGate(4), backend="eager")
+    assert_differ(run(pipe, steps=6), plain)
+    assert tgate_compile.describe(pipe).strip == "FSSFpq"
+    assert [str(one) for one in module.SelfReuse.candidates()] == [str(module.SelfReuse(n)) for n in (2, 3)]
+
+
 def test_commands_of_the_readme_are_found() -> None:
     found = list(commands((ROOT / "README.md").read_text(encoding="utf-8")))
     assert {words[0] for words in found} >= {"demo", "generate", "describe", "tune", "strip", "report", "export", "run"}
 
 
 def test_readme_commands_use_files_that_earlier_ones_write() -> None:
-    """Run from top to bottom, no command reads a file that is not there, and none writes another one's."""
+    """Run from top to bottom, no command reads a missing file or overwrites another command's."""
     written: set[str] = set()
     for words in commands((ROOT / "README.md").read_text(encoding="utf-8")):
         options = dict(pairwise(words))
@@ -127,6 +177,13 @@ def test_readme_commands_use_files_that_earlier_ones_write() -> None:
         for bundle in words[1:2] if words[0] in ("run", "inspect") else ():
             assert bundle in written, f"{bundle} is read before it is written"
         written.add(out or "")
+
+
+def test_git_ignores_what_the_readme_writes() -> None:
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    for words in commands((ROOT / "README.md").read_text(encoding="utf-8")):
+        if (out := dict(pairwise(words)).get("--out")) is not None:
+            assert any(fnmatch(f"/{out}", pattern.rstrip("/")) for pattern in ignored), out
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

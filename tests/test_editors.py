@@ -1,4 +1,4 @@
-"""What an editor and a type checker know of the library in a user's program, after README's editable installation."""
+"""Editors and type checkers see the library's types in a user's program after README's editable installation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_packaging import build, environment_with, only
 
-#: A program outside of the tree, with the type that each of its values must have.
+#: A program outside the tree, with the expected type of each of its values.
 PROGRAM = """
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def load(own: StableDiffusionPipeline) -> None:
         reveal_type(loop)  # OwnLoop
 """
 
-#: Lines that must not pass.
+#: Lines that the type checker must reject.
 WRONG = """
 import tgate_compile
 
@@ -57,7 +57,7 @@ tgate_compile.optimize(pipe, gate_stp=10)
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with the editable installation."""
+    """Return the interpreter of an environment with the editable installation."""
     folder = tmp_path_factory.mktemp("editable")
     build("editable", folder)
     return environment_with(only(folder, "*.whl"), folder / "venv")
@@ -89,7 +89,7 @@ def test_an_editor_marks_wrong_choices(python: Path, tmp_path: Path) -> None:
     assert lines == {number for number, line in enumerate(WRONG.splitlines(), 1) if "(pipe, " in line}
 
 
-@pytest.mark.heavy  # mypy reads all of PyTorch
+@pytest.mark.heavy  # mypy analyses all of PyTorch
 def test_mypy_knows_the_types(python: Path, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     command = ["mypy", "--strict", "--python-executable", str(python), "program.py"]

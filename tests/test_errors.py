@@ -1,4 +1,4 @@
-"""One line of another package's error, for messages of our own."""
+"""Errors of other packages are shortened to one line for our messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate`: its numbers are right, its images are those of the pipeline, and it goes on where it was killed."""
+"""`evaluate`: correct numbers, the pipeline's own images, and continuing after it was killed."""
 
 from __future__ import annotations
 
@@ -54,28 +54,28 @@ PROMPTS = ["red cat", "blue dog"]
 GUIDANCE = {"guidance_scale": 5.0}
 SCHEDULES = {"early": Schedule(2), "never gated": Schedule(50), "fewer": 3}
 
-# What pytorch-fid 0.3.0 and lpips 0.1.4 give for the weights and pixels of the tests below.
+# Results of pytorch-fid 0.3.0 and lpips 0.1.4 for the weights and pixels of the tests below.
 INCEPTION_FIRST = [0.0003431540390010923, 0.9261507391929626, 0.0003807056345976889, 0.16306321322917938]
 INCEPTION_NORM = 15.620994567871094
 LPIPS = 0.10375969856977463
 
 
 def drawn(pipe: Any, prompt: int, seed: int = 0, **call: Any) -> Any:
-    """An image as `evaluate` draws it."""
+    """Return an image as `evaluate` generates it."""
     generator = torch.Generator().manual_seed(seed * 1_000_000 + prompt)
     return pipe(PROMPTS[prompt], generator=generator, **{"num_inference_steps": STEPS, **GUIDANCE, **call}).images[0]
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Evaluation]:
-    """A plain pipeline, and an evaluation of it."""
+    """Return a plain pipeline and its evaluation."""
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     folder = tmp_path_factory.mktemp("evaluation") / "new" / "folder"
     return pipe, evaluate(pipe, SCHEDULES, PROMPTS, folder, seeds=(0, 3), num_inference_steps=STEPS, call=GUIDANCE)
 
 
 def files_of(folder: Path) -> dict[str, float]:
-    """When each image was written."""
+    """Return the modification time of each image."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
 
 
@@ -184,7 +184,7 @@ def test_what_is_there_is_not_made_again(evaluated: tuple[Any, Evaluation]) -> N
     before = files_of(folder)
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     arguments: dict[str, Any] = {"seeds": (0, 3), "num_inference_steps": STEPS, "call": GUIDANCE}
-    pipe.unet.forward = None  # nothing runs
+    pipe.unet.forward = None  # so that nothing can run
     again = evaluate(pipe, SCHEDULES, PROMPTS, folder, **arguments)
     assert again.as_dict() == evaluation.as_dict()
     assert files_of(folder) == before
@@ -266,7 +266,7 @@ def test_batches_draw_the_same_images(tmp_path: Path) -> None:
     macs = {variant.name: variant.macs for variant in describe(pipe).variants}
     assert evaluation["gate step 2"].measures["cost"] == pytest.approx(
         (macs["full"] + macs["pruned"]) / (2 * macs["full"])
-    )  # whatever the batch: the last one has one image
+    )  # although the last batch has only one image
 
 
 # Frechet distances, Inception, LPIPS, CLIP.
@@ -309,7 +309,7 @@ def test_statistics_files_are_pytorch_fids(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seeded weights in a file as pytorch-fid's, its classifier included."""
+    """Write seeded weights to a file like pytorch-fid's, including the classifier."""
     network = Inception()
     made = torch.Generator().manual_seed(5)
 
@@ -379,7 +379,7 @@ def test_fid_of_images_and_its_cache(inception_weights: Path, tmp_path: Path) ->
     assert evaluation.protocol["fid_features"]["size"] == 32
     assert "2 images" in evaluation.remarks[0]
 
-    # The statistics are kept, and taken for those of the same images only.
+    # The statistics are kept, but only used for the same images.
     (reference,) = (tmp_path / "a" / "statistics").glob("reference.*.npz")
     before = reference.stat().st_mtime_ns
     blind = Features("inception", lambda pixels: pytest.fail("not again"), features.prepare, features.about)
@@ -467,7 +467,7 @@ def test_the_embedded_pipeline_is_read(tmp_path: Path) -> None:
     assert evaluation["early"].measures["lost"] == 2 * (1.0 - evaluation["early"].measures["accuracy"])  # type: ignore[operator]
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,7 @@ def test_contenders_have_labels() -> None:
     assert (gated.file_name, gated.steps, fewer.steps) == ("gate-step-10-sp-interval-5", 25, 15)
 
 
-# Killed, and several processes.
+# Killed processes, and several processes at once.
 
 _PROGRAM = """
 import os
@@ -572,7 +572,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     before = files_of(folder)
     assert len(before) == 6
     assert not (folder / "results.json").exists()
-    # Killed while it writes, it leaves such a file behind.
+    # A process killed while it writes leaves such a file.
     part = folder / "images" / "early" / "00002-0.png.1.part"
     part.write_bytes(b"cut off")
     finished = _run("-c", _PROGRAM, str(folder))
@@ -601,7 +601,7 @@ def test_two_processes_share_the_images(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     assert len(files_of(tmp_path / "folder")) == 8
     scores = [(tmp_path / f"folder-{rank}").read_text() for rank in (0, 1)]
-    assert scores[0] == scores[1]  # each process has what the first has measured
+    assert scores[0] == scores[1]  # both use the first one's measurements
     data = json.loads((tmp_path / "folder" / "results.json").read_text())
     assert data["rows"][1]["images"] == 4
 

@@ -1,4 +1,4 @@
-"""The examples run as they are, offline, and the own loop makes the image that the pipeline's call makes."""
+"""The examples run unmodified and offline, and the custom loop makes the same image as the pipeline's call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMPT = "a large red circle on a blue background"  # of own_loop.py
 
-# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+# diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),

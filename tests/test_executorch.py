@@ -1,4 +1,4 @@
-"""Bundles of format "executorch": methods of one program, run as after `optimize`, with their weights there once."""
+"""Bundles of format "executorch": methods of one program that share their weights, with the results of `optimize`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 pytest.importorskip("executorch", reason="needs ExecuTorch")
 
-#: XNNPACK orders sums in its own way.
+#: XNNPACK adds in a different order.
 CLOSE = 1e-4
 CPU = torch.device("cpu")
 PROGRAM = "graphs/graphs.pte"
@@ -43,11 +43,11 @@ def bundle() -> Path:
 
 @pytest.fixture
 def folder(bundle: Path, tmp_path: Path) -> Path:
-    """A copy, to be damaged."""
+    """Return a copy of the bundle, to be damaged."""
     return Path(shutil.copytree(bundle, tmp_path / "bundle"))
 
 
-# What is served.
+# Supported calls and pipelines.
 
 
 def test_as_after_optimize(bundle: Path) -> None:
@@ -87,7 +87,7 @@ def test_other_schedules(method: dict[str, Any], call: dict[str, Any], names: se
 
 
 def test_a_transformer(tmp_path: Path) -> None:
-    """Whose timestep is expanded, and whose GELUs are approximated, which XNNPACK would take for exact ones."""
+    """Its timestep is expanded, and its GELUs are approximate, which XNNPACK would mistake for exact ones."""
     pipe = pixart()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     expected = run(pipe, steps=STEPS, **pixart_prompt())
@@ -109,7 +109,7 @@ def test_what_a_bundle_says(bundle: Path) -> None:
     assert manifest.sizes == {}
     for name, graph in manifest.graphs.items():
         assert (graph.file, graph.entry) == (PROGRAM, name)
-        assert graph.facts.nodes < 10  # nearly all of it is XNNPACK's, in two pieces
+        assert graph.facts.nodes < 10  # XNNPACK runs nearly all of it, in two pieces
         assert graph.parity is not None
         assert 0 < graph.parity.relative < 1e-5
     result = CliRunner().invoke(app, ["inspect", str(bundle)])
@@ -124,7 +124,7 @@ def test_weights_are_stored_once(bundle: Path) -> None:
     assert (bundle / PROGRAM).stat().st_size < 1.25 * size
 
 
-# What is not served.
+# Calls and bundles that are refused.
 
 
 def change_manifest(folder: Path, change: Callable[[Any], object]) -> None:
@@ -134,7 +134,7 @@ def change_manifest(folder: Path, change: Callable[[Any], object]) -> None:
 
 
 def change_program(folder: Path, content: bytes) -> None:
-    """Have the manifest say so, too, as someone would who changes a bundle with intent."""
+    """Change the program and the manifest's hash, as in a deliberately modified bundle."""
     (folder / PROGRAM).write_bytes(content)
     told = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     change_manifest(folder, lambda manifest: manifest["files"].update({PROGRAM: told}))
@@ -149,7 +149,7 @@ def test_programs_that_are_none(folder: Path) -> None:
 
 
 def test_a_program_whose_graphs_are_damaged(folder: Path) -> None:
-    """XNNPACK's part is looked at by XNNPACK alone, when it is loaded."""
+    """Only XNNPACK checks its own part, when that is loaded."""
     content = (folder / PROGRAM).read_bytes()
     change_program(folder, content.replace(b"XN00", b"XN99").replace(b"XH00", b"XH99"))
     graph = read_bundle(folder).manifest.graphs["pruned"]
@@ -194,7 +194,7 @@ def test_other_devices(bundle: Path) -> None:
         executorch_graphs.open_graph(graph, bundle, torch.device("mps"), {})
 
 
-# What is not written.
+# Exports that are refused.
 
 
 def test_options(bundle: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The C++ example builds, and ends with the latents that the pipeline's own call ends with."""
+"""The C++ example builds, and ends with the same latents as the pipeline's own call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wheel = Path(executorch.__path__[0])
     options = [f"-DCMAKE_PREFIX_PATH={wheel / 'share' / 'cmake'}", f"-DPython3_ROOT_DIR={sys.base_prefix}"]
-    # ExecuTorch's CMake files ask `python3` which of its libraries is for this Python.
+    # ExecuTorch's CMake files run `python3` to find the libraries for this Python.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     return built("executorch", tmp_path_factory.mktemp("executorch-cpp"), options, environment)
 

@@ -1,4 +1,4 @@
-"""ExecuTorch programs whose layers multiply integers: close to the float ones, smaller, and with their weights once."""
+"""ExecuTorch programs with integer layers: close to the float ones, smaller, with one copy of the weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ operators = torch.ops.quantized_decomposed
 
 
 class _Layers(torch.nn.Module):
-    """A convolution, and a linear layer on its channels."""
+    """A convolution and linear layers on its channels."""
 
     def __init__(self, size: float = 1.0) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def latents(seed: int) -> torch.Tensor:
 
 
 def layers_of(program: torch.export.ExportedProgram) -> dict[str, bool]:
-    """The layers, each with whether its weight is an integer."""
+    """Return whether the weight of each layer is an integer."""
 
     def is_integer(node: Node) -> bool:
         weight = node.args[1]
@@ -74,7 +74,7 @@ def layers_of(program: torch.export.ExportedProgram) -> dict[str, bool]:
 @pytest.mark.parametrize(("scheme", "convolution"), [("int8-dynamic", False), ("int8-static", True)])
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_layers(scheme: str, convolution: bool, size: float) -> None:
-    """However small the weights are: the quantizer's own scales have a least one."""
+    """Even small weights are quantized, although the quantizer's own scales have a minimum."""
     module = _Layers(size)
     before = copy.deepcopy(module.state_dict())
     program = torch.export.export(module, (latents(0),), strict=False)
@@ -96,7 +96,7 @@ def test_layers_that_are_kept() -> None:
 
 
 def test_ranges_are_those_of_the_calls() -> None:
-    """What is beyond them is cut off; without calls nothing is measured, and a dynamic scheme needs none."""
+    """Values beyond the ranges are clipped; a dynamic scheme needs no calls."""
     program = torch.export.export(_Layers(), (latents(0),), strict=False)
     static = xnnpack_integers(program, integers("int8-static", calls=1)).module()
     dynamic = xnnpack_integers(program, integers("int8-dynamic", calls=0)).module()
@@ -117,7 +117,7 @@ def check_quantized(manifest: Manifest, names: set[str]) -> None:
         assert parity is not None
         assert parity.tolerance == QUANTIZED_TOLERANCE
         assert 1e-5 < parity.relative < 0.2
-        assert manifest.graphs[name].facts.nodes < 20  # still XNNPACK's
+        assert manifest.graphs[name].facts.nodes < 20  # still run by XNNPACK
 
 
 @pytest.mark.heavy
@@ -148,7 +148,7 @@ def test_a_unet_in_int8(tmp_path: Path) -> None:
     assert manifest.quantization.calibration is not None
     assert set(manifest.quantization.calibration.steps) == {"full", "pruned"}
     size = sum(parameter.nbytes for parameter in pipe.unet.parameters())
-    assert (folder / PROGRAM).stat().st_size < 0.7 * size  # of both graphs: their weights are there once
+    assert (folder / PROGRAM).stat().st_size < 0.7 * size  # both graphs share one copy of the weights
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, folder)
     assert 1e-5 < difference(run(pipe, steps=STEPS), expected) < 0.2

@@ -1,4 +1,4 @@
-"""`export` and `load`: the images of the eager graphs, or a clear error and nothing changed."""
+"""`export` and `load`: the images of the eager graphs, or a clear error without side effects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tgate_compile.bundle.read import read_bundle
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-#: ONNX Runtime orders sums in its own way.
+#: ONNX Runtime adds in a different order.
 CLOSE = 1e-4
 
 
@@ -39,7 +39,7 @@ def bundle() -> Path:
 
 @pytest.fixture(scope="module")
 def optimized() -> Any:
-    """With its graphs captured, and not converted."""
+    """Return a pipeline with captured graphs that are not converted."""
     pipe = plain()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     tgate_compile.describe(pipe, prompt="")
@@ -54,7 +54,7 @@ def eager(pipe: Any, **call: Any) -> torch.Tensor:
         tgate_compile.restore(pipe)
 
 
-# What is served.
+# Supported calls and pipelines.
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_as_after_optimize(bundle: Path) -> None:
 
 
 def test_all_graphs_of_a_schedule(tmp_path: Path) -> None:
-    """Caches that are handed on whole and merged, by the same graph."""
+    """One graph emits caches both whole and merged."""
     pipe = plain()
     options: dict[str, Any] = {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}
     tgate_compile.optimize(pipe, **options, backend="eager")
@@ -128,7 +128,7 @@ def test_an_epsilon_that_is_nearly_nothing(tmp_path: Path) -> None:
 
 
 def test_denoisers_that_return_an_output_class() -> None:
-    """As AnimateDiff's does."""
+    """AnimateDiff's does."""
     unet = plain().unet
     returned = returns_of(pytree.tree_structure(UNet2DConditionOutput(sample=torch.zeros(1))))
     assert returned is not None
@@ -154,7 +154,7 @@ def test_sizes_that_each_call_chooses(bundle: Path, call: dict[str, Any]) -> Non
 
 
 def test_schedulers_with_parts_of_timesteps(bundle: Path) -> None:
-    """The bundle is made with DDIM's whole timesteps, and Euler's are none."""
+    """The bundle is made with DDIM's integer timesteps; Euler's are not integers."""
     pipe = plain()
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
     expected = eager(pipe)
@@ -162,7 +162,7 @@ def test_schedulers_with_parts_of_timesteps(bundle: Path) -> None:
     assert difference(run(pipe), expected) < CLOSE
 
 
-# What is not served.
+# Calls and bundles that are refused.
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_other_calls(bundle: Path, call: dict[str, Any], parts: tuple[str, ...])
 
 
 def test_tables_of_positions(tmp_path: Path) -> None:
-    """PixArt's is for one size; torch.export does not mind."""
+    """PixArt's graph is for one size, although torch.export does not complain."""
     pipe = pixart()
     call = {"num_inference_steps": 6, **pixart_prompt()}
     tgate_compile.optimize(pipe, GATE, backend="eager")
@@ -272,7 +272,7 @@ def test_weights_changed_after_loading(bundle: Path) -> None:
         run(pipe)
 
 
-# What is not written.
+# Exports that are refused.
 
 
 def not_exported(pipe: Any, folder: Any, *parts: str, error: type[Exception] = BundleError, **options: Any) -> None:
@@ -307,7 +307,7 @@ def test_folders_that_are_taken(optimized: Any, bundle: Path, tmp_path: Path) ->
 
 @contextmanager
 def files_limited_to(size: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond `size` bytes, as it does on a full disk."""
+    """Let no file grow beyond `size` bytes, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))

@@ -1,4 +1,4 @@
-"""Figures in README, CHANGELOG and docs agree with the result files that they come from; see `tests/figures.py`."""
+"""Figures in README, CHANGELOG and docs agree with their result files; see `tests/figures.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`benchmarks/findings.py`, on a handful of captions, and the page that its results are in."""
+"""`benchmarks/findings.py` on a handful of captions, and the page with its results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "evidence" / "findings.md"
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
-# diffusers 0.42 turns a tensor into an array in a way that numpy 2 advises against.
+# diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -84,7 +84,7 @@ def test_what_is_missing_is_made_again(benchmarks: tuple[ModuleType, ModuleType]
     assert json.loads((measured / "results.json").read_text()) == before
     made = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert images[0] in made
-    assert len(made) == 3  # its batch, and no other
+    assert len(made) == 3  # only its own batch
 
 
 def test_an_unknown_setting_is_an_error(

@@ -1,4 +1,4 @@
-"""What makes a captured graph out of date, and what does not."""
+"""Changes that make a captured graph stale, and changes that do not."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_equal_models_have_equal_fingerprints() -> None:
 
 
 def test_it_is_quick() -> None:
-    # It runs once per image; a model of 150 modules in well under a step's time.
+    # It runs once per image, for a model of 150 modules in well under a step's time.
     unet = unet_with_lora()
     fingerprint(unet)
     began = time.perf_counter()

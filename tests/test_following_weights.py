@@ -1,4 +1,4 @@
-"""Graphs that can take other weights get them when the denoiser's have changed; the others are refused."""
+"""Graphs that can be refitted get changed weights of the denoiser; with others the call is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tgate_compile.exports.onnx import save as onnx_graphs
 
 
 class Following:
-    """Runs a graph of ONNX Runtime, and tells what it was to follow: engines that do it need a GPU."""
+    """Runs a graph in ONNX Runtime and records the weights for refits; engines that can be refitted need a GPU."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -33,7 +33,7 @@ class Following:
 
 @pytest.fixture
 def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Following]:
-    """Those that are opened from now on."""
+    """Collect the sessions that are opened from now on."""
     exported()
     opened: list[Following] = []
     open_graph = onnx_graphs.open_graph

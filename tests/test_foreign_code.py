@@ -1,4 +1,4 @@
-"""Python code of others on and inside a denoiser: it acts as in the plain pipeline, or is refused by name."""
+"""Third-party code on and inside a denoiser acts as in the plain pipeline, or is refused by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tgate_compile import ConfigurationError, UnsupportedModelError
 
 GATE = 3
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2"
-#: Puts code on a UNet, and returns what takes it off again.
+#: Installs code on a UNet, and returns a function that removes it.
 Put = Callable[[Any], Callable[[], Any]]
 
 
@@ -48,7 +48,7 @@ def by_hooks(pipe: Any, **call: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def sd() -> SimpleNamespace:
-    """An optimized pipeline and a plain one with the same weights. Tests leave both as they are."""
+    """Return an optimized pipeline and a plain one with the same weights. Tests must not modify them."""
     gated, plain = optimized(), small()
     return SimpleNamespace(gated=gated, plain=plain, image=run(gated), compilations=compilations(gated))
 
@@ -58,7 +58,7 @@ def compilations(pipe: Any) -> int:
 
 
 def check_parity(gated: Any, plain: Any, **call: Any) -> torch.Tensor:
-    """The image of `gated`, which is that of the hooks; ungated, it is the plain pipeline's to the bit."""
+    """Return the image of `gated`; check it against the hooks, and the ungated one bitwise against `plain`."""
     result = run(gated, **call)
     assert_same(result, by_hooks(plain, **call))
     assert torch.equal(run(gated, gate_step=1000, **call), run(plain, **call))
@@ -67,14 +67,14 @@ def check_parity(gated: Any, plain: Any, **call: Any) -> torch.Tensor:
 
 @contextmanager
 def on(put: Put, *pipes: Any) -> Iterator[None]:
-    """Code is on the UNets of `pipes` inside the context."""
+    """Install code on the UNets of `pipes` inside the context."""
     with ExitStack() as stack:
         for pipe in pipes:
             stack.callback(put(pipe.unet))
         yield
 
 
-# Hooks on the denoiser itself are outside of the graph.
+# Hooks on the denoiser itself run outside the graph.
 
 
 def weaker(module: Any, args: Any, kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ def test_what_hooks_on_the_denoiser_collect(sd: SimpleNamespace, gate: int) -> N
     assert seen[:6] == seen[6:] == [(torch.Tensor, torch.Size([2, 4, 8, 8])) * 2] * 6
 
 
-# Code inside the denoiser that cannot be repeated by a graph.
+# Code inside the denoiser that a graph cannot repeat.
 
 
 SEEN: list[Any] = []
@@ -264,7 +264,7 @@ class Storing(AttnProcessor):
 
 
 class ThroughAMethod(AttnProcessor):
-    """Counts its calls in another method than the one that is called."""
+    """Counts its calls in a helper method."""
 
     def note(self) -> None:
         self.calls = getattr(self, "calls", 0) + 1
@@ -280,7 +280,7 @@ class InTheBase(Counting):
 
 
 class Reading(AttnProcessor):
-    """Changes with something that others change."""
+    """Depends on a setting that other code changes."""
 
     def __init__(self, controller: Any) -> None:
         self.controller = controller
@@ -391,7 +391,7 @@ def test_a_class_of_diffusers_that_was_patched(sd: SimpleNamespace, monkeypatch:
 
 
 def test_code_whose_effects_show_only_when_it_runs(sd: SimpleNamespace) -> None:
-    # Nothing in the hook's own code says that it changes something.
+    # The hook's own code does not show that it changes anything.
     def keep(module: Any, args: Any, output: Any) -> None:
         module.kept.append(output)
         module.number.add_(1)
@@ -419,7 +419,7 @@ def test_hooks_of_all_modules(sd: SimpleNamespace, register: str) -> None:
     assert torch.equal(run(sd.gated), sd.image)
 
 
-# Code that a graph can repeat, with the settings that it reads.
+# Code that a graph can repeat, and the settings that it reads.
 
 
 SCALE = 1.0
@@ -488,7 +488,7 @@ SCALES = [{"mid": 1.0}]
 _closure, _set_closure = by_a_closure()
 _shared, _hooked = Scaling(), Hooked()
 _marked = Hooked()
-#: How code is put on, how its setting is changed.
+#: Installs the code, and changes its setting.
 PURE: dict[str, tuple[Put, Callable[[float], Any]]] = {
     "global number": (hook(by_a_global), set_global),
     "number of a class": (hook(by_a_class), functools.partial(setattr, Settings, "scale")),
@@ -528,7 +528,7 @@ def test_code_that_is_replaced_by_another(sd: SimpleNamespace, put: Callable[[An
     assert_differ(*images)
 
 
-# What its author calls pure.
+# Code that its author marks as pure.
 
 
 def marked_hook() -> Any:
@@ -549,7 +549,7 @@ class MarkedProcessor(AttnProcessor):
 
 
 class UnmarkedProcessor(MarkedProcessor):
-    """What is said of a class is not said of its subclasses."""
+    """Marking a class does not mark its subclasses."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         FACTORS[0] = 2.0
@@ -591,7 +591,7 @@ def test_what_cannot_be_called_pure(given: Any) -> None:
         tgate_compile.pure(given)
 
 
-# What is known to work goes on working.
+# Code that is known to work.
 
 
 def sliced(pipe: Any) -> None:
@@ -649,7 +649,7 @@ def test_other_weights_in_a_lora() -> None:
     first = check_parity(gated, plain)
     made = compilations(gated)
     for pipe in (gated, plain):
-        with torch.no_grad():  # as hotswapping does
+        with torch.no_grad():  # as in hotswapping
             for name, parameter in pipe.unet.named_parameters():
                 if "lora_B" in name:
                     parameter.mul_(3)
@@ -667,11 +667,11 @@ def test_tomesd(sd: SimpleNamespace) -> None:
     assert_same(run(gated), sd.image)
 
 
-# A denoiser of one's own.
+# A custom denoiser.
 
 
 class Own(torch.nn.Module):
-    """A UNet of diffusers', and something around it."""
+    """A diffusers UNet with code around it."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -766,7 +766,7 @@ def own(kind: type[Own]) -> Any:
 def test_a_denoiser_that_keeps_state(kind: type[Own], reason: str, clean: None) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{kind.__name__} keeps state from call to call.*{reason}"):
         run(optimized(own(kind)))
-    # The look at it has left no trace.
+    # The inspection has no side effects.
     assert SEEN == []
     assert COUNT == 0
     served = optimized(own(kind), on_unsupported="plain")

@@ -1,4 +1,4 @@
-"""FreeU's Fourier filter in runtimes without complex numbers, or with wrong ones."""
+"""FreeU's Fourier filter in runtimes without complex numbers, or with incorrect ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gate that has no step to act on says so, once for each pipeline, with the number that would act."""
+"""A gate without a step to act on causes a warning, once per pipeline, with a number that would act."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def optimized(name: str = "StableDiffusionPipeline", **options: Any) -> Any:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """The warnings so far."""
+    """Return the warnings so far."""
     return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
@@ -36,7 +36,7 @@ def test_fewer_steps_than_the_default_gate(said: Callable[[], list[str]]) -> Non
         "The gate did not act in this call of StableDiffusionPipeline: it ran 5 steps, and gate_step is 10. "
         "A gate_step of at most 4 acts here; a fraction such as gate_step=0.4 adapts to the number of steps."
     )
-    # The number is right.
+    # The suggested number works.
     run(pipe, steps=5, gate_step=4)
     assert tgate_compile.describe(pipe).strip == "FFFFp"
     run(other, steps=5)

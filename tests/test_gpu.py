@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none."""
+"""Tests that need a GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -82,4 +82,4 @@ def test_cuda_graphs_add_no_copy_of_the_weights() -> None:
     before = torch.cuda.memory_allocated()
     run(pipe)
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before  # nothing of a generation is left
+    assert torch.cuda.memory_allocated() <= before  # the generation's memory is free again

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: the command for GPUs, run on a CPU with a tiny model."""
+"""benchmarks/gpu.py, the command for GPUs, run on a CPU with a tiny model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gpu() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -52,7 +52,7 @@ def test_one_command_measures_all(gpu: ModuleType, tmp_path: Path) -> None:
     assert rows["tgate_eager"]["cache_bytes"] > 0
     goals = {goal["what"]: goal for goal in first["goals"]}
     assert goals["T-GATE v1, eager: caches, GB"]["met"]
-    # Without torch.compile beside it there is nothing to compare with.
+    # Without a torch.compile row there is nothing to compare with.
     assert goals["T-GATE v1, eager: speedup over torch.compile, of the operations' ratio"]["met"] is None
     assert json.loads((tmp_path / "late.json").read_text())["traceEvents"]
 

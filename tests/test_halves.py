@@ -1,4 +1,4 @@
-"""Whether a batch has both halves of guidance, and which is which, is found out and not guessed."""
+"""Whether a batch has both guidance halves, and in which order, is detected and not guessed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_semantic_guidance(number: int) -> None:
 
 
 class Composed(Looping):
-    """Several prompts for each image, each with a prediction and a weight of its own."""
+    """Several prompts for each image, with separate predictions and weights."""
 
     prompts = 3
 
@@ -83,7 +83,7 @@ class ComposedOfTwo(Composed):
 
 
 class WithoutStep(Composed):
-    """The same, with an update of its own instead of the scheduler's."""
+    """The same with a custom update instead of the scheduler's."""
 
     def stepped(self, prediction: torch.Tensor, timestep: Any, latents: torch.Tensor) -> torch.Tensor:
         return latents - 0.1 * prediction
@@ -106,18 +106,18 @@ def test_composed_prompts(pipeline: type[Looping], reason: str) -> None:
     assert torch.equal(served(), looping(pipeline)())
 
 
-# Several images without guidance, although there is a guidance scale.
+# Several images without guidance in spite of a guidance scale.
 
 
 class Embedded(Looping):
-    """The scale is no guidance: one prediction for each image, as in models with distilled guidance."""
+    """The scale does not mean guidance: one prediction for each image, as in models with distilled guidance."""
 
     def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
         return self.denoised(latents, timestep, TEXTS[: len(latents)] * scale)
 
 
 class EmbeddedTwins(Embedded):
-    """The same for two images that begin with equal noise: their batch looks like two halves."""
+    """The same for two images that start from equal noise: their batch looks like two halves."""
 
     def timesteps(self) -> Any:
         yield from self.scheduler.timesteps
@@ -135,19 +135,19 @@ def test_images_without_halves(images: int, gate: int) -> None:
 
 
 def test_two_equal_images_without_halves() -> None:
-    # After one step the scheduler has shown that there are two latents, not one in two halves.
+    # The scheduler's first step shows that there are two latents, not one in two halves.
     pipe = gated(looping(EmbeddedTwins))
     assert_same(pipe(images=2), by_hooks(looping(EmbeddedTwins), guided=False, images=2))
-    # With the gate at the first step they have been merged by then.
+    # With the gate at the first step they are already merged by then.
     with pytest.raises(tgate_compile.UnsupportedModelError, match="two halves were expected"):
         gated(looping(EmbeddedTwins), gate_step=1)(images=2)
 
 
-# Guidance that the pipeline does not speak of.
+# Guidance without an attribute for it.
 
 
 class Unspoken(Looping):
-    """Has no `guidance_scale`, and no property that says whether guidance is on."""
+    """Has no `guidance_scale`, and no property for whether guidance is on."""
 
     @torch.no_grad()
     def __call__(self, images: int = 1, strength_of_text: float = 5.0) -> torch.Tensor:  # type: ignore[override]
@@ -168,7 +168,7 @@ def test_guidance_that_only_the_batch_shows(gate: int, images: int) -> None:
 
 
 class PromptFirst(Looping):
-    """[cond; uncond]."""
+    """The batch is [cond; uncond]."""
 
     def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
         texts = torch.cat([TEXTS[: len(latents)], NO_TEXT.expand(len(latents), -1, -1)])
@@ -189,7 +189,7 @@ class Rescaled(PromptFirst):
 def test_which_half_is_the_prompts(pipeline: type[Looping], keep: str) -> None:
     first_is_cond = pipeline is not Looping
     kept = int((keep == "cond") != first_is_cond)
-    # With nothing cached, the text of the half that goes on still matters.
+    # Without caches the text of the remaining half still matters.
     expected = by_hooks(looping(pipeline), kept=kept, cached=False, images=2)
     assert_differ(expected, by_hooks(looping(pipeline), kept=1 - kept, cached=False, images=2))
     assert_same(gated(looping(pipeline), gate_step=None, guidance_step=GATE, keep=keep)(images=2), expected)
@@ -250,7 +250,7 @@ def test_layouts_are_found_in_the_rows() -> None:
         assert one_half(call(1, 2, 1, 2), 4, "uncond", family).leaves[1][:, 0].tolist() == [1, 1]
         assert one_half(call(1, 1, 2, 2), 4, "uncond", family).leaves[1][:, 0].tolist() == [1, 1]
         assert one_half(call(1, 1, 2, 2), 4, "cond", family).leaves[1][:, 0].tolist() == [2, 2]
-    # Equal rows tell nothing, and do not matter; sizes that no pattern explains are as the family says.
+    # Equal rows show nothing, and do not matter; for sizes without a pattern the family decides.
     assert not alternating(call(1, 1, 1, 1), 4, Family())
     assert one_half(call(1, 2, 3, 4), 4, "uncond", Family()).leaves[1][:, 0].tolist() == [1, 2]
     assert one_half(call(1, 2, 3, 4), 4, "uncond", xl).leaves[1][:, 0].tolist() == [1, 3]
@@ -267,11 +267,11 @@ def test_plain_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "4 times" in told[0]
 
 
-# Guidance that a callback switches.
+# Guidance that is switched on and off.
 
 
 class Switched(Looping):
-    """Guidance is on at some of the steps only, by the pipeline's own word."""
+    """Guidance is on only in some of the steps, as the pipeline's property reports."""
 
     steps_with_guidance: tuple[int, ...] = ()
     index = 0
@@ -309,7 +309,7 @@ def test_guidance_that_goes_and_comes(steps: tuple[int, ...]) -> None:
 
 
 def _merged(reference: OneCall, name: str, output: torch.Tensor, pipe: Any) -> torch.Tensor:
-    """What a cross-attention hands on, where guidance may be off in steps before the gate."""
+    """Return the value that a cross-attention passes on if guidance may be off in steps before the gate."""
     if reference.step >= reference.gate:
         return reference.caches[name]
     reference.caches[name] = sum(output.chunk(2)) / 2 if pipe.do_classifier_free_guidance else output

@@ -1,4 +1,4 @@
-"""Graphs are kept: going back to a size, an adapter or a prompt's length that has been there compiles nothing."""
+"""Graphs are kept: returning to an earlier size, adapter or prompt length compiles nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tgate_compile.engine.weights import fingerprint
 
 GATE = 2
 STEPS = 3
-#: Compiled kernels, and ONNX Runtime's and OpenVINO's, add up in another order, and the steps amplify that.
+#: Compiled kernels, and those of ONNX Runtime and OpenVINO, add in a different order, and the steps amplify that.
 TOLERANCES = {"eager": 0.0, "onnxruntime": 1e-4, "openvino": 1e-4, "inductor": 1e-4}
 
 
@@ -60,7 +60,7 @@ def by_hooks(pipe: Any, **call: Any) -> torch.Tensor:
 
 
 def check_both(pipe: Any, plain: Any, tolerance: float = 0.0, **call: Any) -> None:
-    """`pipe` makes of a call what the hooks make of it, and without a gate what the plain pipeline does."""
+    """Check `pipe` against the hooks and, without a gate, against the plain pipeline."""
     gated, ungated = latents(pipe, **call), latents(pipe, gate_step=1000, **call)
     assert difference(ungated, latents(plain, **call)) <= tolerance
     assert difference(gated, by_hooks(plain, **call)) <= max(tolerance, 1e-5)
@@ -105,7 +105,7 @@ def unload(pipe: Any) -> None:
 STATES: dict[str, tuple[Callable[[Any], Any], list[Callable[[Any], Any]], list[int], dict[str, Any]]] = {
     "LoRAs": (with_loras, [lora("a"), lora("b")] * 2, [2, 4, 4, 4], {}),
     "LoRA scales": (with_loras, [lora("a", scale) for scale in (0.3, 0.7, 0.3)], [2, 4, 4], {}),
-    # Loaded again, it is of the same form: the graphs take the new weights.
+    # A LoRA loaded again has the same structure, so the graphs take its weights.
     "LoRAs loaded in turn": (lambda pipe: pipe, [load(1), unload, load(2), unload], [2, 4, 4, 4], {}),
     "IP-Adapter scales": (
         with_ip_adapter,
@@ -143,7 +143,7 @@ def test_freeu_that_is_off_again_is_no_other_state() -> None:
 
 
 def test_a_function_that_takes_the_place_of_another_is_another_state() -> None:
-    """Also if it lies at the address where the other one was."""
+    """Even at the address of the first one."""
     unet = least().unet
     seen = set()
     for scale in range(20):
@@ -188,7 +188,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]]]] = {
 
 @contextmanager
 def plain_compilations(module: Any) -> Iterator[list[int]]:
-    """The number of graphs that plain torch.compile makes of `module`."""
+    """Count the graphs that plain torch.compile makes of `module`."""
     made = [0]
 
     def compile(graph: Any, inputs: Any) -> Any:
@@ -206,7 +206,7 @@ def plain_compilations(module: Any) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("name", ["unet", "pixart", pytest.param("sdxl", marks=pytest.mark.heavy)])
 def test_lengths_of_the_text(name: str) -> None:
-    """One graph of the first length, and one for all others; none of these for the pruned graph, which has no text."""
+    """There is one full graph for the first length and one for all others; the only pruned graph has no text."""
     build, call = MODELS[name]
     pipe, plain = optimized(build()), build()
     counts = []
@@ -240,7 +240,7 @@ def test_lengths_of_the_text_in_other_backends(backend: str) -> None:
 
 
 def test_lengths_and_sizes() -> None:
-    """A length that has been free for one size is not taken for granted at another one."""
+    """A length that is free for one size is not assumed to be free for another one."""
     pipe, plain = optimized(least()), least()
     for tokens, width in ((16, 16), (32, 16), (32, 24), (48, 24), (77, 24), (48, 16)):
         check_both(pipe, plain, **prompt(tokens, width=width, height=16))
@@ -256,7 +256,7 @@ def test_what_else_is_made_of_a_graph_with_a_free_length(tmp_path: Any) -> None:
     assert "G" in str(described)
     fixed = optimized(least())
     latents(fixed, **prompt(32))
-    # Of the call that it was captured with.
+    # The numbers are those of the captured call.
     assert macs >= {(v.name, v.macs, v.macs_total) for v in tgate_compile.describe(fixed).variants if v.name == "full"}
 
     made = store_of(pipe).compilations
@@ -276,7 +276,7 @@ def test_what_else_is_made_of_a_graph_with_a_free_length(tmp_path: Any) -> None:
 
 
 class Cut(torch.nn.Module):
-    """Reads the first tokens of the text only."""
+    """Reads only the first tokens of the text."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class Cut(torch.nn.Module):
 
 
 class Scaled(Cut):
-    """Does something to the latents as well, from a certain length on."""
+    """Also changes the latents from a certain length on."""
 
     def forward(
         self, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, return_dict: bool = True
@@ -309,7 +309,7 @@ class Scaled(Cut):
 
 
 class Table(Cut):
-    """Has a row for each length, which changes the latents."""
+    """Changes the latents by a table with an entry for each length."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         super().__init__(unet)
@@ -326,14 +326,14 @@ class Table(Cut):
 
 
 class Specialized(Cut):
-    """Its length is a number in the graph."""
+    """The length becomes a constant in the graph."""
 
     def text(self, text: torch.Tensor) -> torch.Tensor:
         return text * float(range(100)[text.shape[1]])
 
 
 class Lengths(Looping):
-    """Calls its denoiser with a text of the length that it is given."""
+    """Calls its denoiser with a text of a given length."""
 
     @torch.no_grad()
     def __call__(self, tokens: int) -> torch.Tensor:  # type: ignore[override]
@@ -366,7 +366,7 @@ def test_a_denoiser_that_depends_on_the_length(denoiser: type[Cut]) -> None:
     for tokens in LENGTHS:
         pipe(tokens)
     assert store_of(pipe).compilations == made
-    # Two kinds of full step at most for each length. Whatever the text does, the pruned graph goes without it, unless
+    # At most two kinds of full step for each length. The pruned graph never needs the text, unless
     # the latents depend on its length.
     pruned = [variant for variant, _ in store_of(pipe).variants if variant.phase.name == "pruned"]
     assert len(pruned) == 1 or denoiser in (Scaled, Table)
@@ -388,12 +388,12 @@ def test_dropped_graphs_are_reported_once(caplog: pytest.LogCaptureFixture) -> N
                 assert torch.equal(latents(pipe, width=width, height=16, gate_step=1000), image)
     dropped = [r.getMessage() for r in caplog.records if "graph_memory" in r.getMessage()]
     assert len(dropped) == 1
-    # One state is left, and what is remembered of it.
+    # Only one state and its captures are left.
     assert len(store_of(pipe)._captures) <= 2
 
 
 def test_a_call_that_looks_at_the_denoiser_keeps_its_graphs() -> None:
-    """With a callback the denoiser is looked at in each step: these are not calls of their own."""
+    """With a callback the denoiser is inspected at each step, which does not count as a new call."""
 
     def nothing(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return tensors

@@ -1,4 +1,4 @@
-"""The layout stays one that a stranger finds their way in."""
+"""The package layout stays easy to navigate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both graphs share the denoiser's parameters: nothing is copied, nothing is forgotten."""
+"""Both graphs share the denoiser's parameters, without copies or omissions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiny_pipelines import (
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Address and size of each distinct memory."""
+    """Return address and size of each distinct storage."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
@@ -57,7 +57,7 @@ def test_the_graphs_share_the_parameters(name: str) -> None:
     full, pruned = pipe._tgate_compile.hook.store.compiled
     parameters = dict(denoiser.named_parameters())
 
-    # The very objects, in what is exported and in what is run.
+    # The same objects, in the exported program and in the weights that are run.
     for compiled in (full, pruned):
         assert compiled.variant.program.state_dict
         for path, tensor in compiled.variant.program.state_dict.items():
@@ -66,7 +66,7 @@ def test_the_graphs_share_the_parameters(name: str) -> None:
             if path in parameters:
                 assert tensor is parameters[path]
 
-    # All of the model's memory, and no more. Constants of the graph are no parameters: a few numbers.
+    # All of the model's memory and no more, except for the graph's constants, which are a few numbers.
     together = storages([*full.weights, *pruned.weights])
     constants = [t for c in (full, pruned) for t in c.variant.program.constants.values() if torch.is_tensor(t)]
     extra = {address: size for address, size in together.items() if address not in before}
@@ -76,7 +76,7 @@ def test_the_graphs_share_the_parameters(name: str) -> None:
     assert of_parameters == before == storages(denoiser.parameters())
     assert sum(of_parameters.values()) == sum(p.numel() * p.element_size() for p in denoiser.parameters())
 
-    # The pruned graph's are among the full one's.
+    # The full graph has all of the pruned graph's storages.
     assert set(storages(pruned.weights)) - set(storages(constants)) < set(storages(full.weights))
 
 
@@ -108,11 +108,11 @@ def test_old_weights_are_let_go() -> None:
     store = pipe._tgate_compile.hook.store
     assert_no_old_tensors(pipe)
     assert len(store.compiled) == 4
-    # The same parameters with other contents: both dtypes' graphs are still good.
+    # The same parameters with other values: both dtypes' graphs are still valid.
     pipe.to(torch.float32)
     run(pipe)
     assert store.compilations == 4
-    # Other parameters: the graphs of the present state take them, those of the other one let go of the old ones.
+    # Other parameters: the current state's graphs take them, and the other state's release the old ones.
     other = stable_diffusion(layout="small")
     pipe.unet.load_state_dict(other.unet.state_dict(), assign=True)
     run(pipe)
@@ -147,7 +147,7 @@ def test_captures_do_not_pile_up(caplog: pytest.LogCaptureFixture) -> None:
         for size in (1, 2, 3):
             make(size)
             assert len(store.compiled) == min(size, 2)
-        # The oldest went: the newest is still there, the first is made again.
+        # The oldest was dropped: the newest is still there, and the first is made again.
         make(3)
         assert store.compilations == 3
         make(1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.tiny_pipelines import pixart, pixart_prompt, run, stable_diffusion
 from tests.tiny_video import latte, latte_call
 from tgate_compile import PAB, AdaptiveGuidance, ConfigurationError, DeepCache, Schedule, TGate
 from tgate_compile.bundle.plan_rows import MAX_STEPS, plan_from, plans_of
-from tgate_compile.methods.method import GRAPH_NAMES, REUSED, Phase, methods
+from tgate_compile.methods.method import GRAPH_NAMES, REUSED, Kind, Method, Phase, Share, Timeline, methods
 from tgate_compile.methods.schedule_file import load_schedule, read_schedule, save_schedule, schedule_data
 
 STEPS = 10
@@ -79,7 +80,7 @@ def test_the_methods_of_the_package_are_found() -> None:
 
 def test_pab_within_its_window() -> None:
     assert Schedule.of(PAB(3, 2, begin=0.2, end=0.9)).strip(STEPS) == "FFPSPQFQPF"
-    # Before a gate everything is computed for it, and self-attention goes on being reused after it.
+    # The step before a gate computes everything for it; self-attention is reused again after it.
     assert (PAB(3, 2, begin=0.0, end=1.0) + TGate(5)).strip(STEPS) == "FQPSFpqpqp"
     assert (PAB(3, 1, begin=0.0, end=1.0) + AdaptiveGuidance(step=4)).strip(STEPS) == "FPPFfppfpp"
 
@@ -150,7 +151,7 @@ def test_pab_is_as_in_diffusers(build: Callable[[], Any], call: Callable[[], Any
         return torch.as_tensor(pipe(**call(), num_inference_steps=STEPS, generator=generator, output_type="latent")[0])
 
     pipe = build()
-    pipe.scheduler = DDIMScheduler(steps_offset=1)  # timesteps 901, 801, ..., 1: within (100, 800) are the steps 2 to 8
+    pipe.scheduler = DDIMScheduler(steps_offset=1)  # timesteps 901, 801, ..., 1: steps 2 to 8 are within (100, 800)
     plain = images(pipe)
     tgate_compile.optimize(pipe, method, backend="eager")
     ours = images(pipe)
@@ -196,3 +197,26 @@ def test_refusals_name_what_is_missing() -> None:
         run(pipe, steps=3)
     with pytest.raises(ConfigurationError, match="sp_interval is given as well"):
         tgate_compile.optimize(stable_diffusion(), TGate(3), sp_interval=2)
+
+
+@dataclass(frozen=True)
+class Forgetful(Method):
+    """A method that emits what its graphs do not hand on."""
+
+    key: ClassVar[str] = "forgetful"
+    title: ClassVar[str] = "Forgetful"
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset({"self"})
+
+    def share(self, step: int, guided: bool, timeline: Timeline) -> Share:
+        return Share(emit=self.kinds) if step == 0 else Share(reuse=self.kinds)
+
+    def hands_on(self, guided: bool, reuse: frozenset[Kind]) -> Share:
+        return Share()
+
+
+def test_a_method_that_contradicts_itself_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"step 0 hands on self, which hands_on\(\)"):
+        Schedule.of(Forgetful()).plan(3, guided=True)

@@ -1,4 +1,4 @@
-"""Modular pipelines: the denoiser under a guider, whose predictions come in calls of their own."""
+"""Modular pipelines: the guider makes a separate denoiser call for each prediction."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _WAN_SITES = ("blocks.0.attn2", "blocks.1.attn2")
 
 @dataclass(frozen=True)
 class Case:
-    """One modular pipeline: how it is built and called, and where its denoisers have cross-attentions."""
+    """One modular pipeline: how to build and call it, and the cross-attentions of its denoisers."""
 
     build: Callable[[], Any]
     call: Callable[[int], dict[str, Any]]
@@ -83,7 +83,7 @@ CASES = {
         ("transformer_blocks.0.attn2", "transformer_blocks.1.attn2"),
     ),
 }
-#: Guiders that need two predictions, and make of two equal ones that prediction.
+#: Guiders that need two predictions, and return the same if both are equal.
 SUPPORTED: dict[str, Callable[[], Any]] = {
     "ClassifierFreeGuidance": lambda: ClassifierFreeGuidance(guidance_scale=5.0, guidance_rescale=0.7),
     "ClassifierFreeGuidance, original": lambda: ClassifierFreeGuidance(
@@ -96,7 +96,7 @@ SUPPORTED: dict[str, Callable[[], Any]] = {
     "TangentialClassifierFreeGuidance": TangentialClassifierFreeGuidance,
 }
 _SKIP = LayerSkipConfig(indices=[0], fqn="mid_block.attentions", skip_attention=False, skip_ff=True)
-#: Guiders that are refused, and what the message says of them.
+#: Guiders that are refused, and the reason in the message.
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "PerturbedAttentionGuidance": (lambda: PerturbedAttentionGuidance(perturbed_guidance_layers=[0]), "pred_cond_skip"),
     "SkipLayerGuidance": (lambda: SkipLayerGuidance(skip_layer_guidance_layers=[0]), "pred_cond_skip"),
@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def expected_of(case: Case, pipe: Any, call: dict[str, Any], gate: int | None = None) -> torch.Tensor:
-    """What plain hooks make of `pipe(**call)`."""
+    """Run `pipe(**call)` with T-GATE by plain hooks."""
     with ExitStack() as stack:
         for name, guider in zip(case.denoisers, ("guider", "guider_2"), strict=False):
             denoiser = getattr(pipe, name)
@@ -125,14 +125,14 @@ def expected_of(case: Case, pipe: Any, call: dict[str, Any], gate: int | None = 
 
 @dataclass(frozen=True)
 class Pair:
-    """A plain pipeline and an optimized one like it, for tests that share what has been captured."""
+    """A plain pipeline and an equal optimized one, for tests that share captured graphs."""
 
     case: Case
     plain: Any
     gated: Any
 
     def check(self, guider: Any, strip: str) -> None:
-        """Both, under `guider`: gated as by hooks, ungated to the bit."""
+        """Check both with `guider`: gated against the hooks, ungated bitwise against plain."""
         call = self.case.call(2)
         for pipe in (self.plain, self.gated):
             pipe.update_components(guider=guider.new())
@@ -164,7 +164,7 @@ def sdxl() -> Any:
     return modular_sdxl()
 
 
-# What is right.
+# Supported guiders and loops.
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -193,11 +193,11 @@ def test_gated_as_by_hooks_and_ungated_to_the_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_guiders_with_two_predictions(name: str, ltx: Pair) -> None:
-    # LTX's predictions are tokens, all that MagnitudeAwareGuidance takes.
+    # LTX's predictions are tokens, the only kind that MagnitudeAwareGuidance takes.
     ltx.check(SUPPORTED[name](), "FFFppp")
 
 
-# Guidance is on in a part of the steps, or in none: it stops before the gate or after it, or begins late.
+# Guidance is on in some of the steps or none: it stops before or after the gate, or begins late.
 @pytest.mark.parametrize(
     ("start", "stop", "strip"),
     [
@@ -238,7 +238,7 @@ def test_another_guider_or_scheduler_is_picked_up() -> None:
     assert_same(second, expected_of(case, pipe, call))
 
 
-# The warm-up call of PNDM is no step; Heun's steps have two timesteps.
+# PNDM's warm-up call does not count as a step; Heun's steps have two timesteps.
 @pytest.mark.parametrize(("scheduler", "strip"), [(PNDMScheduler, "FFFFppp"), (HeunDiscreteScheduler, "FFFFFFppppp")])
 def test_steps_of_other_schedulers(scheduler: Any, strip: str) -> None:
     options = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
@@ -251,7 +251,7 @@ def test_steps_of_other_schedulers(scheduler: Any, strip: str) -> None:
     assert {step for step, phase in state if phase.reuse} == {3, 4, 5}
 
 
-# The fraction of a gate is one of the steps that the loop has.
+# A fractional gate is a fraction of the loop's steps.
 @pytest.mark.parametrize(
     ("call", "steps"),
     [({"strength": 0.7}, 7), ({"strength": 0.7, "denoising_end": 0.5}, 2), ({"denoising_end": 0.6}, 6)],
@@ -355,7 +355,7 @@ def test_describe_tells_beforehand(sdxl: Any, caplog: pytest.LogCaptureFixture) 
     tgate_compile.restore(sdxl)
 
 
-# What is refused, and why.
+# Refusals and their reasons.
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -381,7 +381,7 @@ def test_every_guider_of_diffusers_is_supported_or_refused() -> None:
 
 def test_frequency_decoupled_guidance() -> None:
     pytest.importorskip("kornia", reason="FrequencyDecoupledGuidance needs it")
-    case, pipe = CASES["SDXL"], modular_sdxl()  # its pyramids are of images
+    case, pipe = CASES["SDXL"], modular_sdxl()  # its pyramids need images
     pipe.update_components(guider=diffusers.FrequencyDecoupledGuidance(guidance_scales=[5.0, 3.0]))
     expected = expected_of(case, pipe, case.call(1))
     tgate_compile.optimize(pipe, GATE, backend="eager")
@@ -465,7 +465,7 @@ def test_a_class_is_no_pipeline(name: str) -> None:
 
 
 class Unguided(WanLoopDenoiser):  # type: ignore[misc]
-    """What a distilled model's blocks may be like: no guider."""
+    """Blocks without a guider, as for a distilled model."""
 
     @property
     def expected_components(self) -> list[Any]:
@@ -515,7 +515,7 @@ def test_a_loop_that_starts_over() -> None:
 
 
 class Preview(ModularPipelineBlocks):  # type: ignore[misc]
-    """Calls the denoiser by itself in every step, after the guider has been served."""
+    """Calls the denoiser once more in every step, after the guider's calls."""
 
     model_name = "wan"
 
@@ -556,7 +556,7 @@ def test_tools_for_ordinary_pipelines_say_so(sdxl: Any, tmp_path: Path) -> None:
             call()
 
 
-# `enable_auto_cpu_offload` itself asks for a device whose free memory it can read.
+# `enable_auto_cpu_offload` itself needs a device that reports its free memory.
 @pytest.mark.parametrize("first", ["hook", "optimize"])
 def test_the_offload_hook_of_a_components_manager(first: str) -> None:
     pipe, call = modular_wan(), modular_wan_call()
@@ -574,7 +574,7 @@ def test_the_offload_hook_of_a_components_manager(first: str) -> None:
 
 
 class AddsLora(ModularPipelineBlocks):  # type: ignore[misc]
-    """Changes the denoiser in the middle of the loop."""
+    """Changes the denoiser during the loop."""
 
     model_name = "wan"
 

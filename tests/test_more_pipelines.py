@@ -1,4 +1,4 @@
-"""Pipelines with ways of their own: Kandinsky 3 and AudioLDM 2 against hooks; those of several stages, refused."""
+"""Unusual pipelines: Kandinsky 3 and AudioLDM 2 against hooks; pipelines of several stages are refused."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def run_kandinsky_3(pipe: Any, **call: Any) -> Tensor:
 
 
 def test_kandinsky_3() -> None:
-    """All of its attentions call themselves cross-attentions: those of the latents with themselves, and the pooling of
-    the text into the time embedding, which goes on after the gate."""
+    """All of its attentions are declared as cross-attentions: also self-attention of the latents, and the pooling of
+    the text into the time embedding, which is still computed after the gate."""
     plain, gated = kandinsky_3(), tgate_compile.optimize(kandinsky_3(), GATE, backend="eager")
     halved = ("sample", "encoder_hidden_states", "encoder_attention_mask")
     result = run_kandinsky_3(gated)
@@ -82,7 +82,7 @@ def test_kandinsky_3() -> None:
 
 
 class Audio(diffusers.DiffusionPipeline):  # type: ignore[misc]
-    """AudioLDM 2's loop, without its text encoders and vocoder: two texts, of which each attends to one."""
+    """AudioLDM 2's loop without its text encoders and vocoder: two texts, each with its own cross-attentions."""
 
     def __init__(self, unet: torch.nn.Module, scheduler: Any) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_audioldm_2() -> None:
 
 
 def bare(pipeline: str, **components: Any) -> Any:
-    """A pipeline that has these components, and no others."""
+    """Return a pipeline with only these components."""
     made = getattr(diffusers, pipeline)
     parameters = inspect.signature(made.__init__).parameters.items()
     needed = [name for name, parameter in parameters if parameter.default is inspect.Parameter.empty]
@@ -177,7 +177,7 @@ def prior() -> Any:
 
 
 def added_keys(**options: Any) -> UNet2DConditionModel:
-    """A UNet whose attentions have the text's keys beside the latents' own."""
+    """Return a UNet whose attentions have keys of the text as well as of the latents."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -247,10 +247,10 @@ def test_without_cross_attention_is_refused_at_once(name: str) -> None:
     pipe = JOINT[name]()
     with pytest.raises(UnsupportedModelError, match=r"no cross-attention .*What works instead"):
         tgate_compile.optimize(pipe, GATE, backend="eager")
-    tgate_compile.optimize(pipe, None, guidance_step=2, backend="eager")  # which needs none
+    tgate_compile.optimize(pipe, None, guidance_step=2, backend="eager")  # needs no cross-attentions
 
 
 def test_attentions_that_deny_what_they_are() -> None:
-    """Stable Cascade's, with blocks that attend to the text alone, say that they are no cross-attentions, and are."""
+    """In Stable Cascade's blocks that attend only to the text, cross-attentions have `is_cross_attention=False`."""
     pipe = Audio(seeded(lambda: stable_cascade(self_attn=False)), DDPMWuerstchenScheduler())
     tgate_compile.optimize(pipe, GATE, backend="eager")

@@ -1,4 +1,4 @@
-"""`on_unsupported="plain"`: what cannot be gated is served in full, to the bit as the plain pipeline, and says so."""
+"""`on_unsupported="plain"`: calls that cannot be gated run in full, bitwise as in the plain pipeline, and warn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("tgate_compile")]
 
 
-# Pipelines for which no call can be gated.
+# Pipelines whose calls can never be gated.
 
 
 def refused_class() -> tuple[Any, dict[str, Any]]:
@@ -59,7 +59,7 @@ def perturbed_attention() -> tuple[Any, dict[str, Any]]:
 
 
 class Branching(diffusers.UNet2DConditionModel):  # type: ignore[misc]
-    """No graph can be made of it."""
+    """Cannot be captured."""
 
     def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(sample if sample.mean() > 100 else sample * 0.9, *args, **kwargs)
@@ -91,7 +91,7 @@ def test_pipelines(cause: str, caplog: pytest.LogCaptureFixture, monkeypatch: py
         assert torch.equal(run(pipe, **call), expected)
         assert torch.equal(run(pipe, gate_step=2, **call), expected)
         with monkeypatch.context() as patch:
-            if cause == "capture":  # what has failed once is not tried again
+            if cause == "capture":  # a failed capture is not tried again
                 patch.setattr(torch.export, "export", None)
             assert torch.equal(run(pipe, **call), expected)
         assert torch.equal(run(pipe, **call, seed=1), other)
@@ -102,7 +102,7 @@ def test_pipelines(cause: str, caplog: pytest.LogCaptureFixture, monkeypatch: py
     assert (description.strip, description.last_steps, description.cache_bytes) == ("", (), 0)
     assert reason in str(description.plain_because)
     assert f"\nruns in full: {description.plain_because}" in str(description)
-    # Asked about beforehand, no step is run.
+    # Describing the call beforehand runs no step.
     beforehand = tgate_compile.describe(pipe, prompt="red cat", num_inference_steps=6, **call)
     assert (beforehand.strip, beforehand.plain_because) == ("", description.plain_because)
     with pytest.raises(ConfigurationError, match="gate_step"):
@@ -128,11 +128,11 @@ def test_joint_attention() -> None:
     assert "oint attention" in str(tgate_compile.describe(pipe).plain_because)
 
 
-# Causes that only a call shows.
+# Causes that appear only during a call.
 
 
 class Composed(Looping):
-    """Three predictions for each image."""
+    """Makes three predictions for each image."""
 
     def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
         rows = self.denoised(latents.repeat(3, 1, 1, 1), timestep, torch.cat([NO_TEXT, TEXTS[:2]]))
@@ -140,7 +140,7 @@ class Composed(Looping):
 
 
 class InCalls(Looping):
-    """A call for each half, in an order that is not known."""
+    """Makes a separate call for each half, in an unknown order."""
 
     def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
         uncond, cond = (self.denoised(latents, timestep, text) for text in (NO_TEXT, TEXTS[:1]))
@@ -148,7 +148,7 @@ class InCalls(Looping):
 
 
 class BeyondTheTimesteps(Looping):
-    """Goes on after the last timestep."""
+    """Continues after the last timestep."""
 
     def timesteps(self) -> Iterator[Any]:
         yield from self.scheduler.timesteps
@@ -161,7 +161,7 @@ class BeyondTheTimesteps(Looping):
 
 
 class GuidedLate(Looping):
-    """Guidance begins in the middle."""
+    """Turns guidance on in the middle."""
 
     do_classifier_free_guidance = property(lambda self: self.late)
 
@@ -175,7 +175,7 @@ class GuidedLate(Looping):
 
 
 class NoisyAtTheStart(Looping):
-    """Draws its latents from the generator that it is given, or from the global one."""
+    """Draws its latents from the given generator, or from the global one."""
 
     extra = 1
 
@@ -239,7 +239,7 @@ def test_random_numbers_are_drawn_again(random: str) -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         given = {"generator": generators[0], "list": generators, "global": None}[random]
         result = pipe(given)
-        # The generators go on from where the plain call leaves them.
+        # The generators are left in the same state as by the plain call.
         return result, torch.rand(1, generator=None if random == "global" else generators[0]).item()
 
     with torch.random.fork_rng():
@@ -261,7 +261,7 @@ def test_a_hook_that_a_callback_puts_on(at: int) -> None:
     expected = run(plain, callback_on_step_end=callback)
     SEEN.clear()
     assert torch.equal(run(gated, callback_on_step_end=callback), expected)
-    # It is on in the end, once, as in the plain pipeline.
+    # In the end the hook is registered once, as in the plain pipeline.
     assert len(SEEN) == 5 - at
     assert len(gated.unet.mid_block._forward_hooks) == 1
     assert_differ(expected, unhooked)
@@ -296,7 +296,7 @@ def test_the_old_callback_and_a_processor_that_it_changes() -> None:
     assert torch.equal(call(served(small())), expected)
 
 
-# Loops of one's own cannot be repeated.
+# Custom loops cannot be repeated.
 
 
 @contextmanager

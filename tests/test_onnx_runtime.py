@@ -27,12 +27,12 @@ from tgate_compile.exports.onnx.convert import to_onnx
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-#: ONNX Runtime orders sums in its own way.
+#: ONNX Runtime adds in a different order.
 CLOSE = 1e-4
 
 
 def both(pipe: Any, call: dict[str, Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The results of the eager graphs and of ONNX Runtime; the latter twice the same. The pipeline stays optimized."""
+    """Return the results of ONNX Runtime, run twice, and of the eager graphs. The pipeline stays optimized."""
     tgate_compile.optimize(pipe, **options, backend="eager")
     eager = run(pipe, **call)
     tgate_compile.restore(pipe)
@@ -65,12 +65,12 @@ CASES: dict[str, Any] = {
 def test_the_same_images(name: str) -> None:
     build, call, options = CASES[name]
     result, eager = both(build(), call, **options)
-    # A cached value may be rounded to another of fp8's few numbers.
+    # A cached value may be rounded to a different fp8 number.
     assert difference(result, eager) < (5e-3 if name == "fp8 caches" else CLOSE)
 
 
 def test_changed_weights_are_seen() -> None:
-    """Also through `.data`, as peft changes them, past torch's version counters; and then no conversion is repeated."""
+    """Even through `.data`, as in peft, which bypasses torch's version counters; without another conversion."""
     pipe = stable_diffusion(layout="small")
     add_lora(pipe.unet)
     result, _ = both(pipe, {}, gate_step=3)

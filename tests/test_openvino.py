@@ -32,12 +32,12 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 pytest.importorskip("openvino", reason="OpenVINO has no packages for some machines")
 
-#: OpenVINO orders sums in its own way.
+#: OpenVINO adds in a different order.
 CLOSE = 1e-4
 
 
 def both(pipe: Any, call: dict[str, Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The results of the eager graphs and of OpenVINO; the latter twice the same. The pipeline stays optimized."""
+    """Return the results of OpenVINO, run twice, and of the eager graphs. The pipeline stays optimized."""
     tgate_compile.optimize(pipe, **options, backend="eager")
     eager = drawn(pipe, **call)
     tgate_compile.restore(pipe)
@@ -48,7 +48,7 @@ def both(pipe: Any, call: dict[str, Any], **options: Any) -> tuple[torch.Tensor,
 
 
 def drawn(pipe: Any, **call: Any) -> torch.Tensor:
-    """Images' or videos' latents."""
+    """Return the latents of images or videos."""
     if type(pipe).__name__ != "WanPipeline":
         return run(pipe, **call)
     call = {"num_inference_steps": 6, "output_type": "latent", **call}
@@ -77,12 +77,12 @@ CASES: dict[str, Any] = {
 def test_the_same_images(name: str) -> None:
     build, call, options = CASES[name]
     result, eager = both(build(), call, **options)
-    # A cached value may be rounded to another of fp8's few numbers.
+    # A cached value may be rounded to a different fp8 number.
     assert difference(result, eager) < (5e-3 if "fp8" in name else CLOSE)
 
 
 def test_changed_weights_are_seen() -> None:
-    """Also through `.data`, as peft changes them, past torch's version counters; and then no conversion is repeated."""
+    """Even through `.data`, as in peft, which bypasses torch's version counters; without another conversion."""
     pipe = stable_diffusion(layout="small")
     add_lora(pipe.unet)
     result, eager = both(pipe, {"prompt": PROMPTS}, gate_step=3)
@@ -101,7 +101,7 @@ def test_changed_weights_are_seen() -> None:
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
 def test_half_precision(dtype: torch.dtype, most: float) -> None:
-    """OpenVINO computes in float32; and has bfloat16 on a CPU, which ONNX Runtime has not."""
+    """OpenVINO computes in float32, and supports bfloat16 on a CPU, unlike ONNX Runtime."""
     result, eager = both(stable_diffusion(layout="small").to(dtype), {}, gate_step=3)
     assert result.dtype == dtype
     assert difference(result.float(), eager.float()) < most
@@ -148,7 +148,7 @@ def test_tensors_elsewhere() -> None:
 
 
 def test_nothing_is_told_to_anybody() -> None:
-    """The import of openvino sends an event, unless the package for that is out of its sight."""
+    """Importing openvino sends a telemetry event unless its telemetry package is hidden."""
     code = (
         "import sys\n"
         "from tgate_compile.exports.openvino.session import core, openvino\n"

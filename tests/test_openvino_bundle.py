@@ -1,4 +1,4 @@
-"""`format="openvino"`: graphs in OpenVINO's own files, one weights file, and the images of the eager graphs."""
+"""`format="openvino"`: graphs in OpenVINO's own format, one weights file, and the images of the eager graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 pytest.importorskip("openvino", reason="OpenVINO has no packages for some machines")
 
-#: OpenVINO orders sums in its own way.
+#: OpenVINO adds in a different order.
 CLOSE = 1e-4
 CALL = {"prompt": "", "num_inference_steps": STEPS}
 
@@ -69,7 +69,7 @@ def test_onnx_files_in_openvino() -> None:
 
 
 def test_bfloat16(tmp_path: Path) -> None:
-    """Which the format `onnx` has not on CPUs."""
+    """The format `onnx` does not support it on CPUs."""
     pipe = tgate_compile.optimize(plain().to(torch.bfloat16), GATE, backend="eager")
     expected = run(pipe)
     folder = tgate_compile.export(pipe, tmp_path / "bundle", "openvino", call=CALL, dynamic=False)
@@ -88,13 +88,13 @@ def test_bfloat16(tmp_path: Path) -> None:
     ],
 )
 def test_weights_in_few_bits(tmp_path: Path, scheme: str, stored: str, most: float, dynamic: bool) -> None:
-    """They are stored so, and are in OpenVINO."""
+    """The weights are stored in few bits, and stay so in OpenVINO."""
     pipe = tgate_compile.optimize(plain(), GATE, backend="eager")
     expected = run(pipe)
     folder = tgate_compile.export(pipe, tmp_path / "bundle", "openvino", call=CALL, quantize=scheme, dynamic=dynamic)
     manifest = read_bundle(folder).manifest
     weights = sum(tensor.nbytes for tensor in pipe.unet.state_dict().values())
-    assert manifest.files["graphs/weights.bin"].size < 0.4 * weights  # two layers stay in floats
+    assert manifest.files["graphs/weights.bin"].size < 0.4 * weights  # two layers keep float weights
     for graph in ("full", "pruned"):
         assert f'type="Const" version="opset1"><data element_type="{stored}"' in _without_space(
             folder / f"graphs/{graph}.xml"

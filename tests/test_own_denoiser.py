@@ -1,4 +1,4 @@
-"""Denoisers and pipelines of one's own, against T-GATE played with plain hooks at the taps of `own_denoisers.py`."""
+"""Custom denoisers and pipelines against T-GATE by plain hooks at the taps of `own_denoisers.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS, GATE = 5, 2
 
 
 class OwnPipeline(DiffusionPipeline):
-    """Guidance in one batch, as in diffusers; the text is given as it is."""
+    """Guidance in one batch, as in diffusers; the call takes embedded text."""
 
     def __init__(self, transformer: nn.Module, scheduler: Any, predict: Any = None) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class OwnPipeline(DiffusionPipeline):
 
 
 class MerelyAlike:
-    """A pipeline that has never heard of diffusers', but for its scheduler."""
+    """A pipeline that uses nothing of diffusers but a scheduler."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -81,7 +81,7 @@ def built(case: Case) -> OwnPipeline:
 
 @contextmanager
 def played(model: nn.Module, gate: int, *, guided: bool = True) -> Iterator[None]:
-    """T-GATE v1 by hooks: the mean of the halves at every tap, and from the gate on the first half alone."""
+    """Run T-GATE v1 by hooks: cache the mean of the halves at every tap; from the gate on run only the first half."""
     original, step, caches = model.forward, -1, {}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -134,7 +134,7 @@ def test_ungated(case: tuple[Case, OwnPipeline, OwnPipeline]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_fast_path() -> Iterator[None]:
-    """`torch.nn`'s transformer layers have a fast path, which no graph has, and which rounds in another way."""
+    """Disable the fast path of `torch.nn`'s transformer layers, which graphs lack and which rounds differently."""
     torch.backends.mha.set_fastpath_enabled(False)
     yield
     torch.backends.mha.set_fastpath_enabled(True)
@@ -230,7 +230,7 @@ def test_what_is_analyzed_are_the_values_at_the_taps() -> None:
 
 
 class Joint(Denoiser):
-    """Text and latents in one sequence."""
+    """Has text and latents in one sequence."""
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         both = torch.cat([self.start(x, t), context], dim=1)
@@ -240,7 +240,7 @@ class Joint(Denoiser):
 
 
 class MixesRows(Denoiser):
-    """The mean is over the batch."""
+    """Takes a mean over the batch."""
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return super().forward(x - x.mean(), t, context)

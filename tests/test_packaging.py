@@ -1,4 +1,4 @@
-"""What is built from the tree, and for which versions of Python. `.ci/run` also installs the wheel and runs it."""
+"""The built distributions, and their Python versions. `.ci/run` also installs the wheel and runs it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tgate_compile._demo.variants import DEMO_VARIANTS
 
 ROOT = Path(__file__).parents[1]
 
-#: The folders at the top of the tree, and where a wheel has their files.
+#: The folders at the top of the tree, and the place of their files in a wheel.
 HOMES = {"tgate_compile": "tgate_compile", "passes": "tgate_compile/passes", "exports": "tgate_compile/exports"}
 
-#: These need a compiler or NVIDIA's index at installation, and have no wheels.
+#: Packages that have no wheels, but need a compiler or NVIDIA's index at installation.
 SOURCE_ONLY = ("antlr4-python3-runtime", "tensorrt-rtx", "tensorrt-rtx-cu13")
 
-#: How uv begins the last line of an error when no index can be reached.
+#: The beginning of the last line of uv's error if no index can be reached.
 UNREACHABLE = re.compile(
     "Failed to fetch|Could not connect|error sending request|dns error|Connection refused", re.IGNORECASE
 )
@@ -41,7 +41,7 @@ def project() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `sdist/`, `wheel/` and `editable/`, each with what the build backend has made."""
+    """Return a folder with the build backend's results in `sdist/`, `wheel/` and `editable/`."""
     folder = tmp_path_factory.mktemp("built")
     for kind in ("sdist", "wheel", "editable"):
         (folder / kind).mkdir()
@@ -60,7 +60,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def _sources() -> Iterator[PurePosixPath]:
-    """The files of the library, as paths in the tree, without the links to folders."""
+    """Return the library's files as paths in the tree, without the links to folders."""
     for folder in HOMES:
         for path in sorted((ROOT / folder).rglob("*")):
             relative = path.relative_to(ROOT)
@@ -81,7 +81,7 @@ def _code_of(wheel: Path) -> list[str]:
 def test_the_wheel_has_every_file_of_the_tree_once(built: Path) -> None:
     expected = sorted(map(_in_wheel, _sources()))
     assert _code_of(only(built / "wheel", "*.whl")) == expected
-    # Not merely empty on both sides:
+    # Both sides must not be empty.
     assert {"tgate_compile/py.typed", "tgate_compile/passes/__init__.py", "tgate_compile/exports/__init__.py"} <= {
         *expected
     }
@@ -117,12 +117,12 @@ def test_an_editable_install_is_a_path_and_offers_nothing_but_the_library(built:
 
 
 def environment_with(wheel: Path, folder: Path) -> Path:
-    """The interpreter of a new virtual environment that has an unpacked `wheel`, and this one's packages by a path."""
+    """Return the interpreter of a new virtual environment with an unpacked `wheel` and this one's packages."""
     venv.create(folder, symlinks=True)
     packages = only(folder, "lib/python*/site-packages")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(packages)
-    # Names that begin with `z` come after the wheel's, and .pth files of folders on a path are not read.
+    # A name with `z` comes after the wheel's. The .pth files in the added folder are not read.
     (packages / "z.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "bin" / "python"
 
@@ -180,7 +180,7 @@ def test_the_oldest_pytorch_resolves_without_the_tested_set(tmp_path: Path) -> N
 
 
 def _resolve(version: str, constraints: Path, *extras: str) -> str:
-    """What pip would install on Linux, from wheels alone; the test is skipped where no index can be reached."""
+    """Resolve what pip would install on Linux from wheels only; skip the test if no index can be reached."""
     command = ["uv", "pip", "compile", "pyproject.toml", "--quiet", "--no-header", "--constraints", str(constraints)]
     command += ["--python-version", version, "--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:"]
     command += [word for name in SOURCE_ONLY for word in ("--no-binary", name)]

@@ -1,4 +1,4 @@
-"""A generation is one pass over the timesteps. A call may make several, and each begins anew."""
+"""A generation is one pass over the timesteps. A call may make several, and each starts over."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GATE = 3
 
 
 class Restarting(OneCall):
-    """T-GATE by plain hooks, which begins anew wherever `starts` has a denoiser call."""
+    """T-GATE by plain hooks that starts over at each denoiser call in `starts`."""
 
     def __init__(self, denoiser: torch.nn.Module, gate: int, starts: list[int], **options: Any) -> None:
         super().__init__(denoiser, gate, **options)
@@ -38,7 +38,7 @@ class Restarting(OneCall):
 
 
 def check(make: Any, starts: list[int], strip: str, rows: tuple[str, ...] = (), **call: Any) -> None:
-    """The gated pipeline agrees with hooks that begin anew at these denoiser calls."""
+    """Check the gated pipeline against hooks that start over at these denoiser calls."""
     gated, plain = tgate_compile.optimize(make(), GATE, backend="eager"), make()
     result = gated(**call)
     assert tgate_compile.describe(gated).strip == strip
@@ -64,7 +64,7 @@ def test_freeinit(fast: bool) -> None:
 
     gated, plain = tgate_compile.optimize(make(), GATE, backend="eager"), make()
     result = gated(**call(), generator=torch.Generator().manual_seed(0)).frames
-    # Fast sampling makes 2, 4 and 6 of the steps.
+    # Fast sampling turns the steps into 2, 4 and 6.
     starts, strip = ([0, 2, 6], "FFFFFpFFFppp") if fast else ([0, 6, 12], "FFFppp" * 3)
     assert tgate_compile.describe(gated).strip == strip
     sites = gated._tgate_compile.hook.store.site_names
@@ -75,7 +75,7 @@ def test_freeinit(fast: bool) -> None:
 
 
 class OneAfterTheOther(Looping):
-    """Denoises its images one by one, with the timesteps set once for all of them."""
+    """Denoises its images one by one, but sets the timesteps only once."""
 
     @torch.no_grad()
     def __call__(self, images: int = 2, num_inference_steps: int = 6, guidance_scale: float = 5.0) -> torch.Tensor:
@@ -100,21 +100,21 @@ class SetAgain(OneAfterTheOther):
 
 
 class Computed(OneAfterTheOther):
-    """Gives the denoiser timesteps of its own making, which are not the scheduler's tensors."""
+    """Passes its own timesteps to the denoiser instead of the scheduler's tensors."""
 
     def denoised(self, latents: torch.Tensor, timestep: Any, texts: torch.Tensor) -> torch.Tensor:
         return super().denoised(latents, torch.tensor([int(timestep)] * len(latents)), texts)
 
 
 class Numbers(OneAfterTheOther):
-    """Gives it Python numbers."""
+    """Passes Python numbers."""
 
     def denoised(self, latents: torch.Tensor, timestep: Any, texts: torch.Tensor) -> torch.Tensor:
         return super().denoised(latents, int(timestep), texts)
 
 
 class Expanded(OneAfterTheOther):
-    """Gives it one for each row."""
+    """Passes a timestep for each row."""
 
     def denoised(self, latents: torch.Tensor, timestep: Any, texts: torch.Tensor) -> torch.Tensor:
         return super().denoised(latents, timestep.expand(len(latents)), texts)
@@ -142,7 +142,7 @@ def test_second_order_schedulers() -> None:
 
         gated = tgate_compile.optimize(looping(Scaled, scheduler(**VELOCITY)), GATE, backend="eager")
         if pipeline is OneAfterTheOther:
-            # The scheduler itself cannot go back: its state is at the end, which is its own error.
+            # The scheduler's state is at the end and cannot go back, so the scheduler itself raises.
             with pytest.raises(IndexError):
                 gated()
         else:
@@ -151,7 +151,7 @@ def test_second_order_schedulers() -> None:
 
 
 class GoingBack(Looping):
-    """Repeats a part of the timesteps, as resampling does."""
+    """Repeats some of the timesteps, as in resampling."""
 
     def timesteps(self) -> Iterator[Any]:
         timesteps = self.scheduler.timesteps
@@ -159,12 +159,12 @@ class GoingBack(Looping):
 
 
 def test_going_back_begins_anew() -> None:
-    # After the jump there are four timesteps left, of which three run in full.
+    # After the jump four timesteps are left, of which three run in full.
     check(lambda: looping(GoingBack), [0, 4], "FFFpFFFp")
 
 
 class Broken(Looping):
-    """A pass that is left early, and one over all timesteps after it."""
+    """Stops a pass early, and then makes one over all timesteps."""
 
     def timesteps(self) -> Iterator[Any]:
         yield from self.scheduler.timesteps[:2]
@@ -176,7 +176,7 @@ def test_a_pass_that_was_left_early() -> None:
 
 
 class Beyond(Looping):
-    """Goes on after the last timestep, with ones that the scheduler does not have."""
+    """Continues after the last timestep, with timesteps that the scheduler does not have."""
 
     def timesteps(self) -> Iterator[Any]:
         yield from self.scheduler.timesteps
@@ -190,7 +190,7 @@ def test_calls_beyond_the_timesteps_are_refused() -> None:
 
 
 class Refined(Looping):
-    """Denoises once more at the same timestep after the scheduler's step (a corrector)."""
+    """Denoises again at the same timestep after the scheduler's step (a corrector)."""
 
     def stepped(self, prediction: torch.Tensor, timestep: Any, latents: torch.Tensor) -> torch.Tensor:
         latents = super().stepped(prediction, timestep, latents)
@@ -198,7 +198,7 @@ class Refined(Looping):
 
 
 class Twice(Looping):
-    """Evaluates its halves in calls of their own, in an order that is not known."""
+    """Evaluates the halves in separate calls, in an unknown order."""
 
     def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
         uncond = self.denoised(latents, timestep, TEXTS_OF_NOTHING[: len(latents)])

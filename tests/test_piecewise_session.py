@@ -1,4 +1,4 @@
-"""A graph that is run a piece after the other gives what it gives as a whole."""
+"""A graph that is run piece by piece gives the same results as a whole."""
 
 from __future__ import annotations
 

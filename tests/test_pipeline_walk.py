@@ -1,6 +1,6 @@
-"""Every pipeline class of the installed diffusers is in exactly one list, and no list has a class that is not there.
+"""Every pipeline class of the installed diffusers is in exactly one list, and every listed class exists.
 
-A failure after an upgrade of diffusers says what is new: read the class, and give it a row in `_families.py`.
+A failure after an upgrade of diffusers shows what is new: read the class, and add a row for it in `_families.py`.
 """
 
 from __future__ import annotations

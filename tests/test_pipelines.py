@@ -44,7 +44,7 @@ def compilations(pipe: Any) -> int:
 
 
 def check(pipe: Any, call: dict[str, Any], gate: int = 3, keep: str = "uncond", **reference: Any) -> None:
-    """Optimized, `pipe` gives what the hook reference gives, twice; ungated, what it gave before, to the bit."""
+    """Check that the optimized `pipe` matches the hook reference, twice, and the plain pipeline bitwise if ungated."""
     plain = run(pipe, **call)
     with hook_reference(pipe, gate, keep=keep, **reference):
         expected = run(pipe, **call)
@@ -142,7 +142,7 @@ def test_controlnet() -> None:
 
 
 def test_controlnet_that_stops_halfway() -> None:
-    # From then on its residuals are still passed, as zeros, by this pipeline.
+    # From then on this pipeline still passes its residuals, as zeros.
     check(controlnet(), {"image": image(), "control_guidance_end": 0.6})
 
 
@@ -165,7 +165,7 @@ def test_ip_adapter_scale_changed_after_optimize() -> None:
     assert_differ(after, before)
 
 
-# Schedulers, and what can be said in the call. One pair of pipelines serves these tests.
+# Schedulers and call arguments. These tests share one pair of pipelines.
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def pipelines() -> SimpleNamespace:
 
 @pytest.fixture
 def sd(pipelines: SimpleNamespace) -> Iterator[SimpleNamespace]:
-    """A plain and an optimized Stable Diffusion pipeline with the same weights."""
+    """Return a plain and an optimized Stable Diffusion pipeline with the same weights."""
     scheduler = pipelines.plain.scheduler
     yield pipelines
     pipelines.plain.scheduler = pipelines.gated.scheduler = scheduler
@@ -189,7 +189,7 @@ def expected_of(pipe: Any, call: dict[str, Any], gate: int = 3, **reference: Any
 
 
 def check_pair(sd: SimpleNamespace, call: dict[str, Any], gate: int = 3, **reference: Any) -> None:
-    """The optimized pipeline gives what the reference gives, which is not what the plain one gives."""
+    """Check that the optimized pipeline matches the reference, and differs from the plain one."""
     expected = expected_of(sd.plain, call, gate, **reference)
     first = run(sd.gated, **call)
     assert_same(first, expected)
@@ -200,7 +200,7 @@ def check_pair(sd: SimpleNamespace, call: dict[str, Any], gate: int = 3, **refer
     assert torch.equal(run(sd.gated, gate_step=1000, **call), plain)
 
 
-#: Calls of one step, and first calls that are no steps, written down by hand.
+#: Number of calls per step, and of first calls that do not count as steps, written by hand.
 SCHEDULERS = {
     "DDIMScheduler": (1, 0),
     "DDPMScheduler": (1, 0),
@@ -259,13 +259,13 @@ def test_images_of_a_batch_do_not_mix(sd: SimpleNamespace) -> None:
     both = run(sd.gated, PROMPTS, latents=latents)
     for index in range(2):
         alone = run(sd.gated, PROMPTS[index], latents=latents[index : index + 1])
-        # Other batches are other kernels: equal up to rounding, amplified by six steps.
+        # Other batch sizes use other kernels: equal up to rounding, amplified by six steps.
         assert difference(both[index : index + 1], alone) < 1e-4
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_without_guidance_two_prompts_are_not_two_halves(sd: SimpleNamespace, scale: float) -> None:
-    # The same latents twice: nothing but the call tells this batch from [uncond; cond].
+    # The same latents twice: only the call's arguments distinguish this batch from [uncond; cond].
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     call = {"prompt": PROMPTS, "guidance_scale": scale, "latents": latents}
     check_pair(sd, call, guided=False)
@@ -301,7 +301,7 @@ def test_gate_step_of_one_call(sd: SimpleNamespace, gate: int | float, steps: in
     expected = expected_of(sd.plain, {"steps": steps}, full)
     assert_same(run(sd.gated, steps=steps, gate_step=gate), expected)
     assert tgate_compile.describe(sd.gated).strip == "F" * full + "p" * (steps - full)
-    # It was for that call only.
+    # It applies only to that call.
     run(sd.gated)
     assert tgate_compile.describe(sd.gated).strip == "FFFppp"
 
@@ -401,7 +401,7 @@ def test_callback_that_changes_the_prompt(sd: SimpleNamespace, at: int) -> None:
     call = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     check_pair(sd, call)
     same = torch.equal(run(sd.gated, **call), run(sd.gated))
-    assert same == (at >= 2)  # after the cache is taken the prompt matters no more
+    assert same == (at >= 2)  # once the cache is filled the prompt has no effect
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])
@@ -464,7 +464,7 @@ def test_lora_added_before_optimize() -> None:
 def test_lora_scale_in_the_call() -> None:
     pipe = with_lora()
     check(pipe, {"cross_attention_kwargs": {"scale": 0.3}})
-    # Another scale is another graph: it is a constant in it.
+    # Another scale needs another graph, in which it is a constant.
     for scale in (0.9, 0.3):
         call = {"cross_attention_kwargs": {"scale": scale}}
         assert_same(run(pipe, **call), expected_of(with_lora(), call))

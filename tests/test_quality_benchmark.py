@@ -1,4 +1,4 @@
-"""`benchmarks/quality.py`, with a handful of captions."""
+"""`benchmarks/quality.py` with a handful of captions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_each_contender_has_its_cost_and_its_quality(measured: Path) -> None:
     assert plain["strips"] == {"F" * 10: 6}
     assert tgate["strips"] == {"F" * 5 + "p" * 5: 6}
     assert plain["macs"] == plain["macs_with_attention"] == 1
-    assert 0.5 < tgate["macs"] < 0.75  # guidance alone leaves that
+    assert 0.5 < tgate["macs"] < 0.75  # dropping guidance alone leaves 0.75
     assert plain["psnr_to_plain"] is None
     assert 15 < tgate["psnr_to_plain"] < 40
     assert plain["frechet_to_plain"] == pytest.approx(0, abs=0.1)
@@ -115,7 +115,7 @@ def test_the_judge_counts_what_is_lost(quality: ModuleType) -> None:
     drawn = drawings(settings.captions, each=1, seed=5)
     judge.set_plain(drawn)
     wrong = drawn.clone()
-    wrong[8:10] = drawn[[9, 8]]  # two pairs exchanged: neither shows what its caption says
+    wrong[8:10] = drawn[[9, 8]]  # two images swapped: neither matches its caption
 
     result = judge(wrong)
 

@@ -1,4 +1,4 @@
-"""Bundles in fewer bits: smaller, close to the float ones, with one weights file, and honest about it."""
+"""Quantized bundles: smaller, close to the float ones, with one weights file, and documented in the manifest."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from tgate_compile.runtime import BundlePipeline
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 #: The largest difference of the latents, relative to their largest value. Random weights are the worst case: 8 bits of
-#: a channel are off by 0.4 % of its largest weight, and 4 bits of a block by 7 %; what was seen is about half of these.
+#: a channel are off by 0.4 % of its largest weight, and 4 bits of a block by 7 %. Measured: about half of these.
 FAR = {"int8": 0.03, "int4": 0.3, "int8-dynamic": 0.06, "int8-static": 0.2}
-#: Of the weights' bytes in float32: 8 bits are a quarter. Biases, norms, scales, and the layers that are kept are large
-#: in so small a model.
+#: Share of the weights' bytes in float32, of which 8 bits are a quarter. Biases, norms, scales and unquantized layers
+#: are large in such a small model.
 SHARE = {"int8": 0.45, "int4": 0.42, "int8-dynamic": 0.45, "int8-static": 0.5}
 
 
 @functools.cache
 def quantized(scheme: str) -> Path:
-    """The bundle of `plain()`, as `exported()` is."""
+    """Return a quantized bundle of `plain()`, as `exported()` does."""
     pipe = plain()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     home = tempfile.mkdtemp()
@@ -98,7 +98,7 @@ def test_weights_are_there_once(scheme: str) -> None:
         told = {tensor.name: {e.key: e.value for e in tensor.external_data} for tensor in model.graph.initializer}
         places[name] = {key: (int(one["offset"]), int(one["length"])) for key, one in told.items() if one}
     shared = places["full"].keys() & places["pruned"].keys()
-    # Biases of static graphs have the scales of their layers' inputs, which are not those of the other graph.
+    # Biases of static graphs have the scales of their layers' inputs, which differ between the graphs.
     weights = [name for name in shared if "bias" not in name and not name.endswith(("_scale", "_zero_point"))]
     assert len(weights) > 20
     assert all(places["full"][name] == places["pruned"][name] for name in weights)
@@ -109,7 +109,7 @@ def test_calibration_sees_both_sides_of_the_gate() -> None:
     assert quantization is not None
     assert quantization.calibration is not None
     assert quantization.calibration.prompts == list(PROMPTS)
-    # The first and the last step of each graph, of both generations.
+    # The first and the last step of each graph in both generations.
     assert quantization.calibration.steps == {
         "full": [0, GATE - 1] * len(PROMPTS),
         "pruned": [GATE, STEPS - 1] * len(PROMPTS),
@@ -151,7 +151,7 @@ def test_a_program_in_8_bits(tmp_path: Path) -> None:
         pipe, tmp_path / "b", call=call, dynamic=("batch",), components="all", quantize="int8"
     )
     images = [BundlePipeline(one, threads=1)(PROMPT, latents=noise(), output="numpy") for one in (folder, program())]
-    assert psnr(*images) > 35  # 8 bits of pixels are 59 dB; random weights amplify
+    assert psnr(*images) > 35  # 8-bit pixels alone give 59 dB; random weights amplify errors
     assert not np.array_equal(*images)
     told = CliRunner().invoke(app, ["inspect", str(folder)])
     assert "quantized: int8 in full, pruned, but for conv_in" in told.output

@@ -1,4 +1,4 @@
-"""Denoisers whose weights torchao, optimum-quanto or bitsandbytes has quantized before `optimize`."""
+"""Denoisers with weights quantized by torchao, optimum-quanto or bitsandbytes before `optimize`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_as_with_hooks_to_the_bit(config: str) -> None:
     live = live_tensors(pipe.unet)
     assert all(live[name].data_ptr() in held for name in full.weights if name in live)
     assert not [name for name in full.weights if name not in live]  # no copies
-    # Changed in place.
+    # In-place changes.
     pipe.unet.conv_in.bias.add_(0.3)
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.weight.scale.mul_(2)
     changed = run(pipe, steps=STEPS)
@@ -56,7 +56,7 @@ def test_as_with_hooks_to_the_bit(config: str) -> None:
 
 
 def test_the_fingerprint_sees_quantization() -> None:
-    """Also that of weights alone from that of activations, whose tensors are the same."""
+    """It also distinguishes quantized weights from quantized activations, whose tensors are the same."""
     pipes = [stable_diffusion(layout="small"), quantized(), quantized("Int8DynamicActivationInt8WeightConfig")]
     prints = [fingerprint(pipe.unet)[1] for pipe in pipes]  # type: ignore[index]
     assert len(set(prints)) == 3
@@ -75,7 +75,7 @@ def test_quantized_after_the_first_image() -> None:
 
 
 def test_onnx_takes_the_integers(tmp_path: Path) -> None:
-    """They stay eight bits in the file, and the bundle knows them again."""
+    """They stay 8-bit in the file, and the bundle recognizes them."""
     pipe = quantized()
     tgate_compile.optimize(pipe, 1000, backend="eager")
     expected = run(pipe, steps=1)
@@ -125,7 +125,7 @@ def test_rounded_inputs_in_a_backend() -> None:
     ("config", "most"), [("Int8WeightOnlyConfig", CLOSE), ("Int8DynamicActivationInt8WeightConfig", 5e-2)]
 )
 def test_inductor(config: str, most: float) -> None:
-    """A value between two integers may be rounded to the other one."""
+    """A value between two integers may be rounded differently."""
     pipe = quantized(config)
     expected = reference(pipe)
     tgate_compile.optimize(pipe, GATE, backend="inductor")

@@ -1,4 +1,4 @@
-"""What cannot work is refused: with what was given and what to do, and without touching the pipeline."""
+"""Refusals state what was given and what to do, and leave the pipeline unchanged."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_sequential_offload() -> None:
     from accelerate import cpu_offload
 
     pipe = stable_diffusion(layout="small")
-    # What `enable_sequential_cpu_offload` does; that wants an accelerator.
+    # The same as `enable_sequential_cpu_offload`, which needs an accelerator.
     cpu_offload(pipe.unet, torch.device("cpu"))
     refused(pipe, ConfigurationError, "AlignDevicesHook", "remove_all_hooks")
 
@@ -334,7 +334,7 @@ def test_subclass_of_a_refused_pipeline() -> None:
     refused(pipe, UnsupportedModelError, "Mine", "three")
 
 
-# Other packages' patches, and what else is done to a denoiser.
+# Patches by other packages, and other changes to a denoiser.
 
 
 def test_deepcache_helper() -> None:
@@ -420,7 +420,7 @@ def test_replaced_forward(shared: SimpleNamespace) -> None:
     pipe.unet.forward = shared.pipe.unet.forward
     with pytest.raises(ConfigurationError, match="its forward has been replaced since the pipeline was optimized"):
         run(pipe)
-    # Around the forward that was there it does no harm.
+    # Wrapping the previous forward is harmless.
     seen = []
     pipe.unet.forward = lambda *args, **kwargs: seen.append(type(args[0])) or forward(*args, **kwargs)
     assert torch.equal(run(pipe), expected)

@@ -1,4 +1,4 @@
-"""Images of bundles without PyTorch: those of the pipelines in PyTorch."""
+"""Bundles run without PyTorch make the images of the pipelines in PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLASSES = {
     "dpm++": "DPMSolverMultistepScheduler",
     "pndm": "PNDMScheduler",
 }
-#: Of images in float32 that differ by rounding only.
+#: PSNR of float32 images that differ only by rounding.
 CLOSE = 90.0
 
 
@@ -85,7 +85,7 @@ def test_calls(pipe: BundlePipeline, scheduler: str) -> None:
 
 
 def test_a_step_of_several_calls(pipe: BundlePipeline) -> None:
-    """PNDM's first step has more calls than one; it is over once."""
+    """PNDM's first step has more than one call, but is reported once."""
     done: list[Step] = []
     pipe(PROMPT, seed=0, num_inference_steps=6, scheduler="pndm", callback=done.append)
     assert [(step.number, step.steps) for step in done] == [(number, 6) for number in range(6)]
@@ -114,7 +114,7 @@ def test_without_guidance(unguided: BundlePipeline) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["sdxl", "pixart"])
 def test_other_pipelines(name: str) -> None:
-    """SDXL has zeros for a negative prompt that is not given."""
+    """SDXL uses zeros if no negative prompt is given."""
     pipe = BundlePipeline(program(name), threads=1)
     for prompt, call in (
         (PROMPT, {}),
@@ -175,7 +175,7 @@ def test_it_imports_no_torch(pipe: BundlePipeline) -> None:
     assert json.loads(done.stdout) == {"size": [SIZE, SIZE], "loaded": []}
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Nothing heavy is imported before it is used."""
+"""Large packages are imported only when they are used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_type_that_a_public_function_returns_is_public() -> None:
         if inspect.isfunction(function):
             returned = inspect.signature(function).return_annotation
             for word in re.findall(r"[A-Z]\w+", returned):
-                # The caller's own type, or a type of the standard library or diffusers.
+                # The caller's type, or one from the standard library or diffusers.
                 known = word in ("Pipeline", "Code", "Path", "Iterator", "DiffusionPipeline", "None")
                 assert known or word in public, f"{name}() returns {returned}"
     errors = {name for name, value in vars(_errors).items() if isinstance(value, type) and issubclass(value, Exception)}

@@ -1,4 +1,4 @@
-"""The runtime's schedulers in numpy: those of diffusers, to rounding."""
+"""The runtime's numpy schedulers match those of diffusers up to rounding."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def ours(reference: Any, steps: int, name: str | None = None) -> Scheduler:
 
 
 def difference(reference: Any, scheduler: Scheduler, steps: int, dtype: torch.dtype = torch.float32) -> float:
-    """The largest, relative, in a loop of both with random predictions."""
+    """Return the largest relative difference in a loop of both with random predictions."""
     reference.set_timesteps(steps)
     if hasattr(reference, "set_begin_index"):
-        reference.set_begin_index(0)  # or diffusers looks for the first timestep, and takes the second that is equal
+        reference.set_begin_index(0)  # otherwise diffusers takes the second of two equal timesteps
     np.testing.assert_allclose(scheduler.timesteps, reference.timesteps.numpy(), rtol=0, atol=1e-3)
     assert scheduler.timesteps.dtype == reference.timesteps.numpy().dtype
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def test_as_in_diffusers(name: str, spacing: str, prediction_type: str) -> None:
                     if is_pndm and (prediction_type == "sample" or (steps < 4 and not options.get("skip_prk_steps"))):
                         continue  # refused, see below
                     reference = getattr(diffusers, name)(**config, **betas, **options)
-                    if is_pndm:  # its first steps lose too many digits for a comparison in float32
+                    if is_pndm:  # its first steps lose too many digits to compare in float32
                         reference.alphas_cumprod = reference.alphas_cumprod.double()
                         reference.final_alpha_cumprod = reference.final_alpha_cumprod.double()
                     dtype = torch.float64 if is_pndm else torch.float32
@@ -99,9 +99,9 @@ def test_as_in_diffusers(name: str, spacing: str, prediction_type: str) -> None:
                     assert worst < 1e-5, (betas, options, offset, steps)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "PNDMScheduler"])  # which has none
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "PNDMScheduler"])  # without zero terminal SNR
 def test_zero_terminal_snr(name: str) -> None:
-    """Sigmas are up to 4096 there, and diffusers' own rounding that much larger."""
+    """Sigmas reach 4096, which makes diffusers' own rounding that much larger."""
     config = {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     for steps in STEPS:
         reference = getattr(diffusers, name)(**config, **LATENT_DIFFUSION)
@@ -109,7 +109,7 @@ def test_zero_terminal_snr(name: str) -> None:
 
 
 def test_another_than_the_bundles_own() -> None:
-    """As diffusers' `from_config`."""
+    """Like diffusers' `from_config`."""
     own = diffusers.EulerDiscreteScheduler(**LATENT_DIFFUSION, timestep_spacing="leading", steps_offset=1)
     others = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "pndm": "PNDMScheduler"}
     for name, other in others.items():

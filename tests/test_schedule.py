@@ -1,4 +1,4 @@
-"""From step to phase: the rules of every method, on paper, before any graph is made."""
+"""From steps to phases: the rules of every method, without any graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEEP: frozenset[Kind] = frozenset({"deep"})
 AUTHORS = [
     case
     for case in json.loads((Path(__file__).parent / "data" / "authors" / "cases.json").read_text())["cases"]
-    if not case["affected_by_official_bug"]  # where their trace is wrong, too; test_authors_reference.py has these
+    if not case["affected_by_official_bug"]  # their trace is also wrong there; test_authors_reference.py tests these
 ]
 
 
@@ -34,8 +34,8 @@ AUTHORS = [
         (4, 4, "FFFF"),
         (5, 4, "FFFF"),
         (0.4, 25, "F" * 10 + "p" * 15),
-        (0.5, 5, "FFppp"),  # half to even, as Python rounds
-        (0.01, 4, "Fppp"),  # never none at all
+        (0.5, 5, "FFppp"),  # rounds half to even, like Python
+        (0.01, 4, "Fppp"),  # at least one
         (0.99, 4, "FFFF"),
         (0.99, 1, "F"),
         (10, 1, "F"),
@@ -70,7 +70,7 @@ def test_strips_of_all_methods(options: dict[str, Any], strip: str) -> None:
 
 @pytest.mark.parametrize("case", AUTHORS, ids=lambda case: case["name"])
 def test_the_plan_is_what_the_authors_code_did(case: dict[str, Any]) -> None:
-    """Their trace tells per denoiser call the batch, and whether self- (S) and cross-attention (C) were computed."""
+    """Their trace lists the batch of each denoiser call, and whether it computed self- (S) and cross-attention (C)."""
     guided = case["call_kwargs"].get("guidance_scale", 7.5) > 1
     plan = Schedule(**case["tgate"]).plan(case["num_inference_steps"], guided=guided)
     batch = case["B"] * case["num_images_per_prompt"]
@@ -80,7 +80,7 @@ def test_the_plan_is_what_the_authors_code_did(case: dict[str, Any]) -> None:
         ours.append(f"{batch * 2 if phase.guided else batch}{computed}")
     theirs = re.findall(r"\d+:(\S+)", case["trace"])
     if case["scheduler"] == "pndm":
-        theirs = theirs[1:]  # the warm-up call is no step
+        theirs = theirs[1:]  # the warm-up call does not count as a step
     assert ours == theirs
 
 
@@ -123,7 +123,7 @@ def test_a_graph_hands_on_all_that_its_phases_do_and_there_are_few(schedule: Sch
             assert graph.emit >= phase.emit
             assert graph.merge >= phase.merge
             graphs.add(graph)
-    assert len(graphs) <= 4  # whatever the number of steps: none of them is compiled again for another
+    assert len(graphs) <= 4  # for any number of steps, without recompilation
 
 
 def test_reuse_without_emission_or_with_another_batch_is_noticed() -> None:

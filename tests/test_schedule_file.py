@@ -1,4 +1,4 @@
-"""Schedule files: what is written comes back, and nothing but a schedule file is taken for one."""
+"""Schedule files: reading returns what was written, and other files are rejected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tgate_compile.methods.schedule_file import MAX_BYTES, load_schedule, read_s
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-#: Between them they set every field to something that is not its default.
+#: Together they set every field to a value other than its default.
 SCHEDULES = [
     Schedule(7, sp_interval=3, fi_interval=2, warm_up=1, keep="cond", anchor_weight=0.75),
     Schedule(0.4, anchor_weight=0.25, keep="uncond"),
@@ -144,7 +144,7 @@ def test_an_older_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> N
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "folder"]
 
 
-# Fuzzing: whatever the file holds, there is a schedule or a ConfigurationError.
+# Fuzzing: any content gives a schedule or a ConfigurationError.
 
 _FUZZ = settings(
     max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

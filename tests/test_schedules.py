@@ -1,4 +1,4 @@
-"""Methods beyond T-GATE v1 through real pipelines, against plain hooks and against diffusers' own ways."""
+"""Methods beyond T-GATE v1 in real pipelines, against plain hooks and diffusers' own implementations."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_adaptive_guidance_stops_where_the_predictions_agree() -> None:
 
 
 def _similarities(pipe: Any) -> list[float]:
-    """The cosine similarity of the guidance halves at each step of the plain pipeline."""
+    """Return the cosine similarity of the guidance halves at each step of the plain pipeline."""
     seen: list[float] = []
 
     def look(module: Any, args: Any, output: Any) -> None:
@@ -74,7 +74,7 @@ def test_caching_self_attention_reuses_its_output(build: Any) -> None:
     pipe = build()
     plain = _run(pipe)
     tgate_compile.optimize(pipe, 100, sp_interval=3, warm_up=1, backend="eager")
-    # A gate beyond the last step: steps 0 and 1 are the warm-up, 3 the interval; nothing else is computed.
+    # The gate is beyond the last step: 0 and 1 are warm-up steps, and the interval computes step 3; others reuse.
     cached = _run(pipe)
     assert tgate_compile.describe(pipe).strip == "FFSFSS"
     assert_same(cached, _with_replayed_self_attention(build(), computed={0, 1, 3}))

@@ -1,4 +1,4 @@
-"""T-GATE v2 on denoisers beside UNets: cached self-attention against hooks that replay the attention's last output."""
+"""T-GATE v2 on denoisers other than UNets: self-attention caches against hooks that replay the last output."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tgate_compile import UnsupportedModelError
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 STEPS = 7
-#: A gate beyond the last step: 0 and 1 are the warm-up, 3 and 6 the interval; the others reuse.
+#: The gate is beyond the last step: 0 and 1 are warm-up steps, and the interval computes 3 and 6; the others reuse.
 OPTIONS: dict[str, Any] = {"gate_step": 100, "sp_interval": 3, "warm_up": 1}
 COMPUTED = {0, 1, 3, 6}
 
 
 @contextmanager
 def replayed(denoiser: torch.nn.Module, calls_per_step: int) -> Iterator[None]:
-    """Every `attn1` gives its output of the last computed step: of its own guidance half, if each has a call."""
+    """Make every `attn1` return its output of the last computed step, per guidance half if each has a separate call."""
     call = -1
     last: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -72,7 +72,7 @@ def test_self_attention_is_replayed(build: Any, call: dict[str, Any], calls_per_
 
 
 def test_both_kinds_over_the_gate_in_two_calls() -> None:
-    """After the gate self-attention is merged, too, and then computed at every second step."""
+    """After the gate self-attention is also merged, and then computed at every second step."""
     pipe = wan()
     call = {**wan_call(), "num_inference_steps": STEPS}
     tgate_compile.optimize(pipe, 3, backend="eager")

@@ -1,4 +1,4 @@
-"""One graph in memory at a time: the same numbers, and never two of them open."""
+"""Sequential mode: the same numbers with only one graph in memory at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """Of ours; torch has its own."""
+    """Return our warnings, without torch's."""
     return [record for record in caplog.records if record.name == "tgate_compile.bundle.manifest"]
 
 
@@ -36,7 +36,7 @@ def store_of(pipe: Any) -> BundleStore:
 
 
 def opened_at_each_step(pipe: Any) -> tuple[torch.Tensor, list[tuple[str, ...]]]:
-    """Latents, and the graphs that were open after each step."""
+    """Return the latents, and the graphs that were open after each step."""
     seen: list[tuple[str, ...]] = []
 
     def after(own: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def test_a_pipeline_has_one_graph_open() -> None:
     assert both[-1] == ("full", "pruned")
 
     pipe = tgate_compile.load(plain(), exported(), sequential=True)
-    for _ in range(2):  # the full graph is opened anew
+    for _ in range(2):  # the full graph is opened again
         latents, seen = opened_at_each_step(pipe)
         assert torch.equal(latents, expected)
         assert seen == [("full",)] * GATE + [("pruned",)] * (STEPS - GATE)
@@ -59,7 +59,7 @@ def test_a_pipeline_has_one_graph_open() -> None:
 
 def test_the_graph_that_is_left_is_freed() -> None:
     pipe = tgate_compile.load(plain(), exported(), sequential=True)
-    run(pipe, steps=GATE)  # the full graph alone
+    run(pipe, steps=GATE)  # only the full graph
     store = store_of(pipe)
     assert store.open_graphs == ("full",)
     session = weakref.ref(next(iter(store._sessions.values())))
@@ -87,7 +87,7 @@ def test_a_program_has_one_graph_open(schedule: dict[str, Any]) -> None:
 
 
 def test_a_program_frees_the_graph_that_is_left() -> None:
-    """ONNX Runtime's values keep the session that they come from, and caches are such values."""
+    """ONNX Runtime's values keep their session alive, and caches are such values."""
     pipe = BundlePipeline(program(dynamic=True), threads=1, sequential=True)
     seen: list[weakref.ref[Any]] = []
 

@@ -1,4 +1,4 @@
-"""Several pipelines over one denoiser, each optimized in its own way: one at a time, and none disturbs another."""
+"""Several pipelines over one denoiser, each with its own options: they run one at a time and do not interfere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONTROL = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(12))
 
 
 def over(unet: Any, pipeline: type = StableDiffusionPipeline, **components: Any) -> Any:
-    """A pipeline with `unet`, and everything else its own."""
+    """Return a pipeline with `unet` and otherwise separate components."""
     parts = {**stable_diffusion(layout="least").components, "unet": unet, **components}
     pipe = pipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -45,7 +45,7 @@ def control_of(unet: Any) -> Any:
     return seeded(lambda: ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)), 6)
 
 
-#: Pipelines over one UNet: the class, and what is its own in a call.
+#: Pipelines over one UNet: the class, and its specific call arguments.
 KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "txt2img": (StableDiffusionPipeline, {}),
     "img2img": (StableDiffusionImg2ImgPipeline, {"image": image(), "strength": 1.0}),
@@ -85,7 +85,7 @@ def test_pipelines_of_several_kinds_in_turn() -> None:
     plain = {kind: made(kind, unet_of("small")) for kind in KINDS}
     for kind in (*KINDS, *reversed(KINDS)):
         assert_same(latents(kind, pipes[kind]), by_hooks(kind, gates[kind], plain[kind]))
-    # Each call's own gate, and none.
+    # With a gate for one call, and without a gate.
     for kind, pipe in pipes.items():
         assert_same(latents(kind, pipe, gate_step=2), by_hooks(kind, 2, plain[kind]))
         assert torch.equal(latents(kind, pipe, gate_step=1000), latents(kind, plain[kind]))
@@ -94,7 +94,7 @@ def test_pipelines_of_several_kinds_in_turn() -> None:
 
 
 def test_hires_fix() -> None:
-    """The second pipeline refines the enlarged latents of the first, each with half of the steps' gate."""
+    """The second pipeline refines the enlarged images of the first, each with a gate at half of its steps."""
 
     def hires(first: Any, second: Any) -> torch.Tensor:
         small = run(first, steps=STEPS, output_type="pt")
@@ -118,7 +118,7 @@ def test_hires_fix() -> None:
 
 
 def test_sdxl_base_and_refiner() -> None:
-    """The refiner has a denoiser of its own, and shares the second text encoder and the VAE with the base."""
+    """The refiner has a separate denoiser, but shares the second text encoder and the VAE with the base."""
 
     def pair() -> tuple[Any, Any]:
         base = sdxl()
@@ -183,7 +183,7 @@ def test_equal_configurations_share_graphs() -> None:
     latents("txt2img", second)
     latents("txt2img", third)
     assert compilations(first, second, third) == 2
-    # Of another configuration there are other graphs, and those that it made are kept for the rest.
+    # Another configuration needs other graphs; graphs made by a restored pipeline are kept for the others.
     other = optimized(made("txt2img", unet), 2, cache_dtype=torch.bfloat16)
     latents("txt2img", other)
     assert compilations(first, second, third, other) == 4
@@ -215,7 +215,7 @@ def test_a_call_inside_of_another_pipelines_call(inner: str) -> None:
     refused = []
 
     def call(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        # The other pipeline has a scheduler of its own, so that its whole call fits between two steps of this one.
+        # The other pipeline has a separate scheduler, so its whole call fits between two steps of this one.
         assert_same(latents(inner, other), by_hooks(inner, 2))
         with pytest.raises(tgate_compile.ConcurrentGenerationError):
             tgate_compile.restore(other)
@@ -243,25 +243,25 @@ def test_a_call_that_breaks_off_leaves_the_others_alone() -> None:
 
 
 def test_a_plain_pipeline_over_an_optimized_denoiser() -> None:
-    """What `from_pipe` makes of an optimized pipeline is a plain one, whose calls are as in plain."""
+    """`from_pipe` on an optimized pipeline makes a plain one with plain results."""
     gated = optimized(made("txt2img", unet_of()))
     plain = StableDiffusionImg2ImgPipeline.from_pipe(gated)
     plain.set_progress_bar_config(disable=True)
     assert type(plain) is StableDiffusionImg2ImgPipeline
     assert torch.equal(latents("img2img", plain), latents("img2img", made("img2img", unet_of())))
     assert_same(latents("txt2img", gated), by_hooks("txt2img", 2))
-    # It can be optimized as well.
+    # It can also be optimized.
     optimized(plain, 3)
     assert_same(latents("img2img", plain), by_hooks("img2img", 3))
     tgate_compile.restore(gated)
     assert_same(latents("img2img", plain), by_hooks("img2img", 3))
 
 
-# Back again.
+# Restoring.
 
 
 def state(unet: Any, pipes: list[Any]) -> Any:
-    """Everything that `optimize` changes, and what it might."""
+    """Return everything that `optimize` changes or might change."""
     hooks = [(name, id(value)) for name, value in vars(unet).items() if name not in ("_parameters", "_modules")]
     return (
         [(type(pipe), sorted(vars(pipe)), type(pipe.scheduler)) for pipe in pipes],

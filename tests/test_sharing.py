@@ -1,4 +1,4 @@
-"""Tests that share traced graphs compute what they would compute with graphs of their own."""
+"""Tests that share traced graphs get the same results as with separate graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny_pipelines import run, stable_diffusion
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
-    """The models that are traced, in order; what earlier tests have left is not used."""
+    """Collect the traced models in order, and ignore graphs from earlier tests."""
     models: list[torch.nn.Module] = []
     export = torch.export.export
 
@@ -59,7 +59,7 @@ def test_equal_models_are_traced_once_and_keep_their_weights(traced: list[torch.
 def test_other_models_are_traced_anew(traced: list[torch.nn.Module]) -> None:
     def changed() -> Any:
         pipe = least()
-        pipe.unet.down_blocks[0].resnets[0].output_scale_factor = 2.0  # which the graph has as a number
+        pipe.unet.down_blocks[0].resnets[0].output_scale_factor = 2.0  # a constant in the graph
         return pipe
 
     expected = gated(changed())

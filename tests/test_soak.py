@@ -18,7 +18,7 @@ def test_mixed_calls() -> None:
     with quiet():
         problem = soak.run(CALLS)
     assert problem is None
-    # A soak that does nothing would pass as well.
+    # A soak that does nothing would also pass.
     assert soak.done["calls"] >= CALLS
     for name in ("gated", "ungated", "event preview", "event raise", "event interrupt", "event threads", "event again"):
         assert soak.done[name], name
@@ -26,7 +26,7 @@ def test_mixed_calls() -> None:
 
 
 def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the caches hold is off by a thousandth."""
+    """Here the cached values are off by a thousandth."""
     merge = Caches.put
 
     def put(self: Caches, key: Any, value: torch.Tensor, *more: Any) -> None:

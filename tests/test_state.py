@@ -1,4 +1,4 @@
-"""Nothing leaks: not between calls, not out of a broken one, not into anything outside of the optimized pipeline."""
+"""No state leaks between calls, out of failed calls, or to anything outside the optimized pipeline."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def pipelines() -> SimpleNamespace:
 
 @pytest.fixture
 def sd(pipelines: SimpleNamespace) -> Iterator[SimpleNamespace]:
-    """A plain and an optimized pipeline with the same weights, and their images; used by many tests in any order."""
+    """Return a plain and an optimized pipeline with the same weights, and their images, shared by many tests."""
     scheduler = pipelines.plain.scheduler
     yield pipelines
     pipelines.plain.scheduler = pipelines.gated.scheduler = scheduler
 
 
-# Calls that end badly.
+# Calls that fail.
 
 
 class BrokenError(Exception):
@@ -127,7 +127,7 @@ def test_caches_are_freed_after_the_call(sd: SimpleNamespace) -> None:
     assert sd.gated._tgate_compile.hook._hook._active is None
 
 
-# Calls that are unlike the last one.
+# Calls that differ from the previous one.
 
 
 def test_calls_of_all_kinds_in_turn(sd: SimpleNamespace) -> None:
@@ -161,7 +161,7 @@ def test_other_dtype(dtype: torch.dtype) -> None:
     pipe.to(dtype)
     after = run(pipe)
     assert after.dtype == dtype
-    # The reference averages the halves in their own dtype, the graph bfloat16 in single precision.
+    # The reference averages the halves in their own dtype, but the graph averages bfloat16 in single precision.
     tolerance = {torch.float64: 1e-13, torch.bfloat16: 0.05}[dtype]
     assert difference(after, expected_of(plain, {})) <= tolerance
     assert torch.equal(run(pipe, gate_step=1000), run(plain))
@@ -181,7 +181,7 @@ def test_scheduler_replaced(sd: SimpleNamespace) -> None:
 @pytest.mark.parametrize(("strength", "steps"), [(0.5, 4), (0.75, 6), (1.0, 8)])
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler"])
 def test_strength(img2img: SimpleNamespace, scheduler: str, strength: float, steps: int) -> None:
-    # Steps are those of the loop: half of the strength is half of the steps, and the fraction is of these.
+    # Steps are the loop's: half the strength means half the steps, and a fractional gate is relative to these.
     calls, warmup = {"HeunDiscreteScheduler": (2, 0), "PNDMScheduler": (1, 1)}.get(scheduler, (1, 0))
     for pipe in (img2img.plain, img2img.gated):
         config = {**VELOCITY, "skip_prk_steps": True} if warmup else VELOCITY
@@ -234,7 +234,7 @@ def test_autocast_is_refused(sd: SimpleNamespace) -> None:
     assert torch.equal(run(sd.gated), sd.expected)
 
 
-# What happens to the denoiser after `optimize`.
+# Changes to the denoiser after `optimize`.
 
 
 def eager_attention(pipe: Any) -> None:
@@ -343,7 +343,7 @@ def test_training_flags_do_not_matter(sd: SimpleNamespace) -> None:
 
 
 def test_model_offload_hook_keeps_working(sd: SimpleNamespace) -> None:
-    # What `enable_model_cpu_offload` puts on each component; it wants an accelerator, the hook itself does not.
+    # The hook that `enable_model_cpu_offload` adds to each component. Only that method needs an accelerator.
     from accelerate import cpu_offload_with_hook
 
     pipe = small()
@@ -355,7 +355,7 @@ def test_model_offload_hook_keeps_working(sd: SimpleNamespace) -> None:
     hook.remove()
 
 
-# Taking it off again.
+# Restoring.
 
 
 def snapshot(thing: Any) -> dict[str, Any]:
@@ -371,7 +371,7 @@ def assert_unchanged(thing: Any, before: dict[str, Any]) -> None:
 def test_restore_is_exact(sd: SimpleNamespace) -> None:
     pipe = small()
     call = StableDiffusionPipeline.__call__
-    run(pipe)  # leaves attributes of its own
+    run(pipe)  # diffusers adds attributes
     before, before_unet = snapshot(pipe), snapshot(pipe.unet)
     tgate_compile.optimize(pipe, 3, backend="eager")
     assert type(pipe) is not StableDiffusionPipeline
@@ -441,7 +441,7 @@ def test_other_pipelines_of_the_class_are_left_alone(sd: SimpleNamespace) -> Non
     assert torch.equal(run(sd.plain), sd.image)
 
 
-# Outside a generation.
+# Denoiser calls outside a generation.
 
 
 def denoiser_inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -469,7 +469,7 @@ def test_denoiser_can_be_trained_outside_a_generation() -> None:
 
 
 def test_copies_are_refused(sd: SimpleNamespace) -> None:
-    # A copy of a module under diffusers' hooks runs with the weights of the original.
+    # A copy of a module with diffusers' hooks runs with the weights of the original.
     run(sd.gated)
     for thing in (sd.gated.unet, sd.gated):
         with pytest.raises(tgate_compile.ConfigurationError, match="restore"):
@@ -507,11 +507,11 @@ def test_components_shared_with_a_plain_pipeline(sd: SimpleNamespace) -> None:
         assert torch.equal(run(sd.gated), sd.expected)
 
 
-# A loop of one's own.
+# Custom loops.
 
 
 def own_loop(pipe: Any, guided: bool = True, start: int = 0, fail_at: int | None = None) -> torch.Tensor:
-    """The pipeline's loop, written out."""
+    """Run the pipeline's loop, written out."""
     with torch.no_grad():
         embeds, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -615,7 +615,7 @@ def test_two_threads(sd: SimpleNamespace) -> None:
         go_on.set()
         thread.join(60)
     assert len(results) == 1
-    # Had a refused call touched the scheduler first, this image would be wrong.
+    # If a refused call had touched the scheduler, this image would be wrong.
     assert torch.equal(results[0], sd.expected)
     assert torch.equal(run(sd.gated), sd.expected)
 
@@ -629,7 +629,7 @@ def test_call_within_a_call(sd: SimpleNamespace) -> None:
     assert torch.equal(run(sd.gated, callback_on_step_end=nested), sd.expected)
 
 
-# What others put on the denoiser.
+# Hooks and patches on the denoiser.
 
 
 def test_model_offload_hook_put_on_after_optimize(sd: SimpleNamespace) -> None:
@@ -691,7 +691,7 @@ def test_denoiser_changed_in_the_middle_of_an_own_loop() -> None:
 
 
 def test_a_hook_that_was_taken_off_is_noticed() -> None:
-    """Removing accelerate's hook puts back the forward from before it, and ours is gone: no silent plain images."""
+    """Removing accelerate's hook restores the earlier forward and drops ours, which must not go unnoticed."""
     from accelerate import cpu_offload_with_hook
     from accelerate.hooks import remove_hook_from_module
 

@@ -1,4 +1,4 @@
-"""Counting steps: for each scheduler, the steps that its calls belong to, written down by hand."""
+"""Counting steps: the steps of each scheduler's calls, against values written by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 def steps(scheduler: Any, requested: int, visited: int | None = None) -> list[int]:
-    """The step of each denoiser call of a loop over `visited` timesteps (the last ones, as with `strength`)."""
+    """Return the step of each denoiser call in a loop over `visited` timesteps (the last ones, as with `strength`)."""
     scheduler.set_timesteps(requested)
     counter = StepCounter.of(scheduler, visited)
     return [counter.step(call) for call in range(visited or len(scheduler.timesteps))]
@@ -54,7 +54,7 @@ def test_warm_up_call_is_no_step() -> None:
 
 
 def test_runge_kutta_warm_up() -> None:
-    # PNDM with its Runge-Kutta steps: 12 timesteps stand for the first 3 of 10 steps, so that 9 calls are extra.
+    # PNDM with its Runge-Kutta steps: 12 timesteps for the first 3 of 10 steps, so 9 calls are extra.
     scheduler = diffusers.PNDMScheduler()
     assert steps(scheduler, 10) == [0] * 10 + list(range(1, 10))
     assert StepCounter.of(scheduler, None).num_steps == 10

@@ -1,4 +1,4 @@
-"""Subclasses of diffusers' pipelines have the facts of their base; a class that merely has the same name has not."""
+"""Subclasses of diffusers' pipelines inherit the facts of their base; a class with merely the same name does not."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SDXL = Case(
 
 
 def subclassed(pipe: Any) -> Any:
-    """`pipe` as an object of a user's own subclass of its class."""
+    """Make `pipe` an instance of a user's subclass of its class."""
     pipe.__class__ = type("Mine", (type(pipe),), {"__module__": "mine"})
     return pipe
 
 
-# Sizes that alternate, text per frame (and residuals), the prompt first, positions, two calls.
+# Alternating sizes, text per frame (and residuals), the prompt first, positions, two calls.
 @pytest.mark.parametrize(
     "case",
     [

@@ -1,4 +1,4 @@
-"""`format="tensorrt"` where it is not installed, and what would be asked of it (tests/test_tensorrt_gpu.py runs it)."""
+"""`format="tensorrt"` without an installation, and its options; tests/test_tensorrt_gpu.py runs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ without_it = pytest.mark.skipif(
 
 
 def asked(**options: Any) -> EngineOptions:
-    """What becomes of options, whether TensorRT and a GPU are there or not."""
+    """Return the parsed options, which needs neither TensorRT nor a GPU."""
     return engine_options("tensorrt", "tensorrt", ENTERPRISE.options, options)
 
 
@@ -64,7 +64,7 @@ def test_settings_of_engines_without_weights() -> None:
 
 
 def test_the_names_that_are_used() -> None:
-    """The two packages have the same ones."""
+    """Both packages use the same names."""
     trt = pytest.importorskip("tensorrt_rtx")
     for flag in ("TF32", "STRIP_PLAN", "REFIT", "REFIT_IDENTICAL", "WEIGHT_STREAMING", "VERSION_COMPATIBLE"):
         assert flag in trt.BuilderFlag.__members__

@@ -1,4 +1,4 @@
-"""Engines that run: needs an NVIDIA GPU, and the packages that NVIDIA has for it."""
+"""Running TensorRT engines; needs an NVIDIA GPU and NVIDIA's packages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMATS = [
     pytest.param("tensorrt", marks=package("tensorrt")),
 ]
 CALL = {"prompt": "", "num_inference_steps": STEPS}
-#: TensorRT orders sums in its own way.
+#: TensorRT adds in a different order.
 CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2}
 
 
@@ -55,7 +55,7 @@ def test_the_same_images(format: str, dtype: torch.dtype, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_weights_that_change(format: str, tmp_path: Path) -> None:
-    """Engines without weights inside get them from the bundle, and then from the denoiser."""
+    """Engines without weights get them from the bundle, and later from the denoiser."""
     pipe = plain().to("cuda")
     tgate_compile.optimize(pipe, GATE, backend="eager")
     before = run(pipe)

@@ -1,4 +1,4 @@
-"""Engines of TensorRT for RTX: built here, run only where there is an NVIDIA GPU (tests/test_tensorrt_gpu.py)."""
+"""TensorRT for RTX: engines are built here, and run on NVIDIA GPUs in tests/test_tensorrt_gpu.py."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said
 
 @pytest.fixture(scope="module")
 def optimized() -> Any:
-    """In bfloat16, which ONNX Runtime does not run on CPUs."""
+    """Return a pipeline in bfloat16, which ONNX Runtime does not run on CPUs."""
     return tgate_compile.optimize(plain().to(torch.bfloat16), GATE, backend="eager")
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In half precision, with free sizes."""
+    """Return a bundle in half precision with free sizes."""
     pipe = tgate_compile.optimize(plain().to(torch.float16), GATE, backend="eager")
     folder = tmp_path_factory.mktemp("rtx") / "bundle"
     return tgate_compile.export(pipe, folder, "tensorrt-rtx", call=CALL, format_options={"profile": PROFILE})
@@ -49,7 +49,7 @@ def manifest_of(folder: Path) -> Manifest:
     return read_bundle(folder).manifest
 
 
-# What is written.
+# Exports.
 
 
 def test_engines_of_free_sizes(bundle: Path) -> None:
@@ -127,7 +127,7 @@ def test_options_of_load(bundle: Path, options: dict[str, Any], parts: tuple[str
 
 
 def test_what_is_called_to_run_an_engine() -> None:
-    """No engine runs here, but the names are there."""
+    """No engine runs here, but the names exist."""
     called = {
         "Runtime": ["deserialize_cuda_engine", "engine_host_code_allowed"],
         "ICudaEngine": [
@@ -148,11 +148,11 @@ def test_what_is_called_to_run_an_engine() -> None:
         assert [name for name in names if not hasattr(getattr(trt, owner), name)] == [], owner
 
 
-# Networks are looked at before minutes are spent on them.
+# Networks are checked before the build, which takes minutes.
 
 
 def bindings(graph: str) -> tuple[list[Binding], list[Binding], dict[str, Any]]:
-    """Inputs, outputs and a profile of a graph of the ONNX bundle."""
+    """Return inputs, outputs and a profile of a graph of the ONNX bundle."""
     told = manifest_of(exported()).graphs[graph]
 
     def binding(spec: Any) -> Binding:
@@ -167,7 +167,7 @@ def bindings(graph: str) -> tuple[list[Binding], list[Binding], dict[str, Any]]:
 
 
 def test_attention_without_a_kernel_of_its_own() -> None:
-    """In float32 with free sizes there is none: the build failed until attention could be decomposed."""
+    """There is no kernel for float32 with free sizes: the build needs decomposable attention."""
     inputs, outputs, profile = bindings("full")
     assert profile
     engine = to_tensorrt(*RTX, exported() / "graphs/full.onnx", inputs, outputs, profile, EngineSettings())
@@ -224,7 +224,7 @@ def test_profiles() -> None:
         full_profile({"h": (2, 4, 4)}, {})
 
 
-# What is refused.
+# Exports that are refused.
 
 
 def not_exported(
@@ -267,7 +267,7 @@ def test_engines_without_weights_need_a_gpu(optimized: Any, tmp_path: Path, opti
 
 
 def test_what_tensorrt_cannot_build(tmp_path: Path) -> None:
-    """It has no cast to fp8; whatever it is, nothing is left."""
+    """It has no cast to fp8. A failed build leaves no files."""
     pipe = tgate_compile.optimize(plain(), GATE, backend="eager", cache_dtype=torch.float8_e4m3fn)
     parts = ("The full graph is not written", "tensorrt_rtx cannot build", "FP8")
     not_exported(pipe, tmp_path / "bundle", *parts, error=BundleError, dynamic=False)

@@ -1,4 +1,4 @@
-"""Pipelines in several threads: captures take turns, and every result is the one that a single thread gets."""
+"""Pipelines in several threads: captures take turns, and results are the same as in a single thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.own_loops import NO_TEXT, TEXTS
 from tests.tiny_pipelines import image, run, stable_diffusion
 from tgate_compile.engine import traffic as _traffic
 
-#: Seconds after which a thread hangs. A test that does is broken off a little later, with the stacks of all threads.
+#: Seconds after which a thread counts as hanging. The test is aborted later, with the stacks of all threads.
 DEADLOCK = 90
 GATE = 2
 STEPS = 4
@@ -36,7 +36,7 @@ def _no_deadlock() -> Iterator[None]:
 
 
 def at_once(*tasks: Callable[[], Any]) -> list[Any]:
-    """What the tasks return, or the exceptions that they raise, each in a thread of its own; all begin together."""
+    """Start all tasks together, each in a separate thread, and return their results or exceptions."""
     barrier = threading.Barrier(len(tasks))
     results: list[Any] = [None] * len(tasks)
 
@@ -57,9 +57,9 @@ def at_once(*tasks: Callable[[], Any]) -> list[Any]:
 
 
 def twins(count: int, name: str = "StableDiffusionPipeline", **options: Any) -> list[Any]:
-    """Optimized pipelines with denoisers and tokenizers of their own, over the same weights.
+    """Return optimized pipelines with separate denoisers and tokenizers over the same weights.
 
-    A tokenizer cannot be shared: transformers' fast ones keep padding and truncation as state from call to call.
+    A tokenizer cannot be shared: the fast ones of transformers keep padding and truncation as state between calls.
     """
     pipes = [stable_diffusion(name, layout="least") for _ in range(count)]
     for pipe in pipes:
@@ -79,7 +79,7 @@ def check_captures_still_work() -> None:
     assert_same(latents(pipe, gate_step=1000), latents(stable_diffusion(layout="least")))
 
 
-# The traffic rules by themselves.
+# The locking rules on their own.
 
 
 def test_a_capture_waits_for_running_threads() -> None:
@@ -166,7 +166,7 @@ def test_many_threads_take_turns() -> None:
 
 
 def test_a_wait_that_is_interrupted_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by Ctrl-C, which only the main thread gets; here from the wait itself, in each of the three waits."""
+    """As with Ctrl-C, which only the main thread gets; here each of the three waits itself raises it."""
     capturing, interrupted = threading.Event(), threading.Event()
     wait_for = _traffic._changed.wait_for
 
@@ -184,7 +184,7 @@ def test_a_wait_that_is_interrupted_leaves_everything_as_it_was(monkeypatch: pyt
                 raise KeyboardInterrupt
             return wait_for(condition, timeout)
 
-        # Inside of a call that has begun before the capture, whose waiting the capture has given up.
+        # Within a call that began before the capture, which has given up waiting for it.
         with _traffic._changed:
             _traffic._running[me] = 2
         monkeypatch.setattr(_traffic._changed, "wait_for", interrupt)
@@ -201,7 +201,7 @@ def test_a_wait_that_is_interrupted_leaves_everything_as_it_was(monkeypatch: pyt
 
 
 def test_threads_that_wait_hear_of_a_capture_that_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread gives way to one that wants to capture. If that is interrupted, it must go on."""
+    """A thread gives way to one that is about to capture. If that is interrupted, the first must continue."""
     capturing, waiting = threading.Event(), threading.Event()
     wait_for = _traffic._changed.wait_for
     gave_up = threading.Event()
@@ -220,7 +220,7 @@ def test_threads_that_wait_hear_of_a_capture_that_was_given_up(monkeypatch: pyte
                 return wait_for(condition, timeout)
             waiting.set()
             wait_for(lambda: _traffic._owner is None)
-            _traffic._changed.wait(0.3)  # the thread that gives way looks, and sees one that still wants to capture
+            _traffic._changed.wait(0.3)  # the thread that gives way still sees a pending capture
             raise KeyboardInterrupt
 
         monkeypatch.setattr(_traffic._changed, "wait_for", interrupt)
@@ -254,7 +254,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
 
     with caplog.at_level("WARNING", "tgate_compile"):
         assert at_once(waits, captures) == [None, None]
-    # The thread that does not move is waited for once, not at each capture.
+    # A stuck thread is waited for once, not at each capture.
     assert len([record for record in caplog.records if "has been busy for" in record.getMessage()]) == 1
 
 
@@ -263,7 +263,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
 
 @pytest.fixture(scope="module")
 def serial() -> dict[int, torch.Tensor]:
-    """The latents of each size in pixels, made by one pipeline in one thread."""
+    """Return the latents for each size in pixels, made by one pipeline in one thread."""
     (pipe,) = twins(1)
     return {size: latents(pipe, size) for size in (16, 24)}
 
@@ -340,7 +340,7 @@ def test_other_backends(backend: str) -> None:
 
 
 def own_loop(pipe: Any) -> torch.Tensor:
-    """A denoising loop of one's own."""
+    """Run a custom denoising loop."""
     pipe.scheduler.set_timesteps(STEPS)
     texts = torch.cat([NO_TEXT, TEXTS[:1]])
     current = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -361,11 +361,11 @@ def test_own_loops() -> None:
     assert torch.is_tensor(results[2])
 
 
-# What goes wrong in one thread stays there.
+# Errors in one thread do not affect others.
 
 
 class NotExportable(torch.nn.Module):
-    """Stands in for a denoiser's last layer, and does something that no graph can have."""
+    """Wraps a denoiser's last layer, and branches on data, which cannot be captured."""
 
     def __init__(self, layer: torch.nn.Module, error: type[BaseException] | None = None) -> None:
         super().__init__()
@@ -403,7 +403,7 @@ def test_a_capture_that_fails_does_not_disturb_the_others(
 
 
 def test_one_pipeline_in_two_threads(serial: dict[int, torch.Tensor]) -> None:
-    """Captures of the first call, and a second one on the same denoiser: one of them is refused, as documented."""
+    """Simultaneous first calls on one denoiser: all but one may be refused, as documented."""
     (pipe,) = twins(1)
     results = at_once(lambda: latents(pipe), lambda: latents(pipe), lambda: latents(pipe))
     for result in results:
@@ -413,7 +413,7 @@ def test_one_pipeline_in_two_threads(serial: dict[int, torch.Tensor]) -> None:
 
 
 def test_describe_in_another_thread(serial: dict[int, torch.Tensor]) -> None:
-    """Two pipelines over one denoiser, which share their graphs: one runs, the other asks what it would run."""
+    """Two pipelines over one denoiser share their graphs: one runs while the other is described."""
     (pipe,) = twins(1)
     components = {**pipe.components, "tokenizer": copy.deepcopy(pipe.tokenizer)}
     other = StableDiffusionPipeline(**components, requires_safety_checker=False)

@@ -1,4 +1,4 @@
-"""Times that a busy machine has spoiled are not printed as results. All times here are made up."""
+"""Times disturbed by other load are not printed as results. All times here are made up."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tgate_compile.study.tuning.recorder import Convergence
 from tgate_compile.study.tuning.result import Tuning, TuningRow
 from tgate_compile.study.tuning.search import fewer_steps, tune
 
-#: Of steps, that tuning tries in the place of 6.
+#: How many smaller numbers of steps tuning tries instead of 6.
 NUMBERS = len(fewer_steps(6))
 QUIET = (1.0, 1.02, 1.05)
 
 
 class Clock:
-    """In the place of `time`: each generation takes the next of `seconds`, and then those again."""
+    """Replaces `time`: generations take the given `seconds` in turn, repeatedly."""
 
     def __init__(self, seconds: Sequence[float]) -> None:
         self._seconds = itertools.cycle(seconds)
@@ -54,7 +54,7 @@ class Clock:
         ((1.0, 1.0, 9.0), QUIET, None),  # one disturbed run does not move the median
         ((1.0, 1.5, 1.6), QUIET, "its times range from 1 s to 1.6 s, with a median of 1.5 s"),
         (QUIET, (2.0, 7.0, 8.0), "the plain pipeline's times range from 2 s to 8 s"),
-        ((1.0,), (3.0,), None),  # which cannot be told
+        ((1.0,), (3.0,), None),  # unknown from a single time
         ((), (), None),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_gain_that_the_operations_do_not_explain() -> None:
     assert "15.17 times as fast at 0.57" in str(why_unreliable(QUIET, QUIET, speedup=15.17, cost=0.57))
     assert why_unreliable(QUIET, QUIET, speedup=1.8, cost=0.57) is None
     assert why_unreliable(QUIET, QUIET, speedup=4.5, cost=0.57) is not None
-    assert why_unreliable(QUIET, QUIET, speedup=4.5, cost=0.57, most_gain=8.0) is None  # of a faster backend
+    assert why_unreliable(QUIET, QUIET, speedup=4.5, cost=0.57, most_gain=8.0) is None  # a faster backend explains it
     assert spread_of((1.0, 2.0, 2.0)) == 1.0
     assert spread_of((1.0,)) is None
 
@@ -76,7 +76,7 @@ def test_a_gain_that_the_operations_do_not_explain() -> None:
 
 
 def model(times: Mapping[str, Sequence[float]], backend: str = "eager") -> ModelFigures:
-    """A model with a method for each of `times`, the plain one first; all others have 0.57 of its operations."""
+    """Return a model with a method for each of `times`, the plain one first; the others have 0.57 of its operations."""
     methods = tuple(
         MethodFigures(
             key, key, "", 6, "FFFppp", seconds=sorted(runs)[len(runs) // 2], step_seconds=(0.1,) * 6,
@@ -134,7 +134,7 @@ def test_results_of_older_versions_have_no_runs() -> None:
 
 
 def test_a_comparison_of_one_prompt_times_it_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And takes turns; every generation of the second method takes 9 seconds."""
+    """The methods take turns; every generation of the second one takes 9 seconds."""
     order: list[str] = []
     own = comparison_run._Comparing._generate
 
@@ -193,8 +193,8 @@ def tuned(pipe: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Tuning:
 
 
 def test_both_sides_of_a_ratio_are_warm(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first plain generations, which are recorded, and the first of each contender do not count."""
-    # Two recorded plain ones; two timed ones; two of the schedule; two for each number of steps, and two timed ones.
+    """The first plain generations, which are recorded, and the first one of each contender do not count."""
+    # Two recorded plain ones, two timed ones, two of the schedule, two for each number of steps, and two timed ones.
     seconds = [50.0, 60.0, 4.0, 4.0, 70.0, 3.0, *[80.0, 2.0] * NUMBERS, 4.0, 4.0]
     tuning = tuned(pipe, Clock(seconds), monkeypatch)
     assert [row.time for row in tuning.table if row.schedule == Schedule(2)] == [0.75]
@@ -218,7 +218,7 @@ def test_tuning_marks_what_is_not_reliable(pipe: Any, monkeypatch: pytest.Monkey
         (0.6, 0.05, "Fewer steps would do better"),
         (0.6, 0.06, None),
         (0.5, 0.06, "Fewer steps would do as well: 3 steps without a schedule cost 0.500"),
-        (0.6001, 0.04, "Fewer steps would do better"),  # which is shown as 0.600, too
+        (0.6001, 0.04, "Fewer steps would do better"),  # also shown as 0.600
         (0.7, 0.01, None),
         (0.5, 0.2, None),
     ],

@@ -1,6 +1,6 @@
-"""The whole product on a tiny pipeline, in less than a minute: what to run first after a change.
+"""An end-to-end test on a tiny pipeline in less than a minute: run it first after a change.
 
-Each step uses what the step before it has made, as a user would: optimize, describe, export, run without PyTorch, run
+Each step uses the result of the previous one, as a user would: optimize, describe, export, run without PyTorch, run
 from the command line, restore.
 """
 
@@ -43,19 +43,19 @@ def test_the_whole_product(tmp_path: Path) -> None:
         expected = run(pipe, steps=STEPS)
     assert_differ(expected, before)
 
-    # Optimized, it makes the images of T-GATE done with hooks, in every call alike.
+    # Optimized, it makes the same images as T-GATE with hooks, in every call.
     assert tgate_compile.optimize(pipe, GATE, backend="eager") is pipe
     assert_same(run(pipe, steps=STEPS), expected)
     assert_same(run(pipe, steps=STEPS), expected)
     assert difference(run(pipe, steps=STEPS, gate_step=STEPS), before) <= ROUNDING
 
-    # What it does is described.
+    # `describe` reports the optimization.
     description = tgate_compile.describe(pipe, **CALL)
     assert description.strip == "FFFppp"
     assert [variant.name for variant in description.variants] == ["full", "pruned"]
     assert sorted(description.sites) == [name for name, _ in pipe.unet.named_modules() if name.endswith("attn2")]
 
-    # A bundle makes the same image where there is no PyTorch.
+    # A bundle makes the same image without PyTorch.
     latents = noise()
     image = pipe(**CALL, latents=torch.from_numpy(latents), output_type="np").images[0]
     bundle = tgate_compile.export(pipe, tmp_path / "bundle", call=CALL, dynamic=False, components="all")
@@ -64,7 +64,7 @@ def test_the_whole_product(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], check=True)
     assert np.abs(np.load(tmp_path / "image.npy") - image).max() < 1e-4
 
-    # From the command line, too.
+    # The bundle also runs from the command line.
     out = tmp_path / "cat.png"
     done = CliRunner().invoke(app, ["run", str(bundle), "--prompt", PROMPT, "--seed", "3", "--out", str(out)])
     assert done.exit_code == 0, done.output
@@ -72,7 +72,7 @@ def test_the_whole_product(tmp_path: Path) -> None:
     with Image.open(out) as written:
         assert written.size == (SIZE, SIZE)
 
-    # The bundle serves the pipeline in place of its own graphs; then nothing of all this is left.
+    # The bundle replaces the pipeline's own graphs; `restore` leaves no trace.
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, bundle)
     assert difference(run(pipe, steps=STEPS), expected) < 1e-4

@@ -1,4 +1,4 @@
-"""`backend="tensorrt"`: what is said without Torch-TensorRT, and what that gets; tests/test_tensorrt_gpu.py runs it."""
+"""`backend="tensorrt"` without Torch-TensorRT, and the program for it; tests/test_tensorrt_gpu.py runs it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_what_to_install() -> None:
 
 
 def test_the_program_that_it_compiles() -> None:
-    """A copy, with the weights as they are when it is made: the variant's own may be those of another time."""
+    """It is a copy with the current weights, since the variant's may be out of date."""
     pipe = tgate_compile.optimize(plain(), GATE, backend="eager")
     run(pipe)
     store = pipe._tgate_compile.hook.store

@@ -1,4 +1,4 @@
-"""A backend serves a graph once its results have been compared with PyTorch's."""
+"""A backend is used for a graph only after its results were compared with PyTorch's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 class _Times(torch.nn.Module):
-    """A time embedding times a function of the timestep: an exact number, whatever the order of sums."""
+    """Multiplies a time embedding by a function of the timestep, which is exact in any order of summation."""
 
     def __init__(self, inner: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class _Times(torch.nn.Module):
 
 
 def hashed(time: torch.Tensor) -> torch.Tensor:
-    """OpenVINO multiplies 64-bit integers in 32 bits."""
+    """A hash that is wrong in OpenVINO, which multiplies 64-bit integers in 32 bits."""
     return ((time.long() * 2_654_435_761) % 1000).float() / 1000
 
 
 def in_64_bits(time: torch.Tensor) -> torch.Tensor:
-    """OpenVINO computes the sine of a double in 32 bits."""
+    """A sine that is wrong in OpenVINO, which computes the sine of a double in 32 bits."""
     return torch.sin(time.double() * 1e7).float()
 
 
 def without_onnx(time: torch.Tensor) -> torch.Tensor:
-    """No converter to ONNX knows it."""
+    """A function that the ONNX converter does not support."""
     return torch.special.i0(time.float() / 1000)
 
 
@@ -66,7 +66,7 @@ def eager(pipe: Any, gate: int = 2) -> torch.Tensor:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Those about backends."""
+    """Return the warnings about backends."""
     return [record.getMessage() for record in caplog.records if record.name.startswith("tgate_compile.engine.trust")]
 
 
@@ -78,7 +78,7 @@ def test_a_named_backend_that_is_wrong(function: Callable[[torch.Tensor], torch.
     with pytest.raises(BackendError, match=r"full graph .*\"openvino\" is \d\.\de-0\d .*1e-04 .*float32") as error:
         run(pipe, steps=3)
     assert 'backend="eager"' in str(error.value)
-    with pytest.raises(BackendError, match="openvino"):  # not even the second time
+    with pytest.raises(BackendError, match="openvino"):  # also the second time
         run(pipe, steps=3)
 
 
@@ -93,7 +93,7 @@ def test_automatic_goes_on_to_the_next(caplog: pytest.LogCaptureFixture) -> None
     (message,) = warnings_of(caplog)
     for part in ("full graph", '"openvino" is', '"onnxruntime"'):
         assert part in message
-    assert 'backend="inductor"' not in message  # no advice where nothing is to be done
+    assert 'backend="inductor"' not in message  # no advice if there is nothing to do
 
 
 def test_automatic_ends_at_eager(caplog: pytest.LogCaptureFixture) -> None:
@@ -114,12 +114,12 @@ def test_automatic_ends_at_eager(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def only_alone(time: torch.Tensor) -> torch.Tensor:
-    """Of a batch of two, the guided one, OpenVINO computes it as PyTorch does; not of a batch of one."""
+    """A function that OpenVINO computes correctly for the guided batch of two, but not for a batch of one."""
     return hashed(time) if time.shape[0] == 1 else torch.ones_like(time, dtype=torch.float32)
 
 
 def test_a_graph_that_was_right_stays(caplog: pytest.LogCaptureFixture) -> None:
-    """The backend fails at the second graph, in the middle of a generation, which goes on with the same caches."""
+    """The backend fails at the second graph, and the generation continues with the same caches."""
     pytest.importorskip("openvino")
     pipe = pipeline(only_alone)
     expected = eager(pipe)
@@ -134,7 +134,7 @@ def test_a_graph_that_was_right_stays(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_graph_without_finite_values_is_compared_later() -> None:
-    """What is NaN in PyTorch may be NaN, and says nothing of the backend."""
+    """Values that are NaN in PyTorch may be NaN, and prove nothing about the backend."""
     pytest.importorskip("openvino")
     pipe = stable_diffusion(layout="small")
     good = pipe.unet.conv_out.bias.clone()

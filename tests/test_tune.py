@@ -1,4 +1,4 @@
-"""`tune`: what it measures is right, what it chooses follows from it, and the pipeline is as it was."""
+"""`tune`: correct measurements, a choice that follows from them, and an unchanged pipeline."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def drift_of(x: torch.Tensor, plain: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def tuned() -> tuple[Any, Tuning]:
-    """A plain pipeline, and what its tuning says."""
+    """Return a plain pipeline and its tuning."""
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
@@ -88,8 +88,8 @@ def test_the_cost_is_that_of_the_graphs(tuned: tuple[Any, Tuning]) -> None:
     restore(pipe)
     cost = (4 * macs["full"] + 2 * macs["pruned"]) / (STEPS * macs["full"])
     assert row_of(tuning, Schedule(4)).cost == pytest.approx(cost)
-    assert row_of(tuning, Schedule(None, guidance_step=4)).cost == pytest.approx(5 / 6)  # half of two of six steps
-    assert row_of(tuning, Schedule(4)).time == 1.0  # by a clock of the test's own
+    assert row_of(tuning, Schedule(None, guidance_step=4)).cost == pytest.approx(5 / 6)  # two of six steps at half cost
+    assert row_of(tuning, Schedule(4)).time == 1.0  # from the test's clock
 
 
 def test_the_convergence_is_that_of_the_cross_attentions(tuned: tuple[Any, Tuning]) -> None:
@@ -129,11 +129,11 @@ def test_the_cheapest_within_the_tolerance_is_chosen(tuned: tuple[Any, Tuning]) 
     assert tuning.chosen.cost == min(row.cost for row in rows if row.within)
     assert all(row.within == (row.drift <= 0.05) for row in tuning.table)
     assert [row.cost for row in tuning.table] == sorted(row.cost for row in tuning.table)
-    # On both sides of the tolerance there are neighbours: no gate in between has been left out.
+    # Neighbouring gates are on both sides of the tolerance: none in between is left out.
     gates = {row.schedule.gate_step: row.within for row in rows if row.family == "T-GATE"}
     first = min(gate for gate, within in gates.items() if within)
     assert first == 1 or gates[first - 1] is False
-    # What does the same at every step is measured once.
+    # Equivalent schedules are measured once.
     assert len({(row.strip, row.schedule.anchor_weight) for row in rows}) == len(rows)
 
 
@@ -190,7 +190,7 @@ def test_without_matplotlib_all_but_the_plot_works(
         tuned[1].plot(tmp_path / "a.png")
 
 
-# The pipeline afterwards.
+# The pipeline after tuning.
 
 
 def state(pipe: Any) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def test_it_is_plain_again_after_an_error(runs: int, error: type[BaseException])
         tune(pipe, PROMPTS[:1], num_inference_steps=4, tolerance=LOOSE, call={"callback_on_step_end": fail})
     after = state(pipe)
     assert bar.getvalue() == shown != ""
-    # What the pipeline's own call sets, it sets in any case.
+    # The pipeline's own call sets this attribute in any case.
     before["attributes"].pop("_interrupt"), after["attributes"].pop("_interrupt")
     assert after == before
     assert torch.equal(latents(pipe, PROMPTS[0]), before_run)
@@ -242,7 +242,7 @@ def test_it_is_plain_again_afterwards_with_its_progress_bar(capsys: pytest.Captu
     assert [done for done, _, _ in seen] == list(range(1, len(seen) + 1))
     assert seen[-1][0] == seen[-1][1] == 1 + len(tuning.table)
     assert {"plain", "gate step 2", "4 steps"} <= {what for _, _, what in seen}
-    assert all(row.time is None for row in tuning.table)  # one generation, which also made the graphs
+    assert all(row.time is None for row in tuning.table)  # a single generation, which also made the graphs
 
 
 def test_an_optimized_pipeline_is_refused_and_stays_optimized() -> None:
@@ -253,7 +253,7 @@ def test_an_optimized_pipeline_is_refused_and_stays_optimized() -> None:
     assert describe(pipe).strip == "FFpppp"
 
 
-# What can be asked.
+# Arguments.
 
 
 def test_given_candidates_are_measured_and_no_others() -> None:
@@ -332,10 +332,10 @@ def test_a_step_may_have_several_calls(scheduler: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "strip", "steps", "changes"),
     [
-        ("WanPipeline", "FFFppp", 6, 5),  # a call for each half
-        ("WanPipeline, two transformers", "FFFp|FF", 4, 4),  # each counts its own steps
-        ("StableVideoDiffusionPipeline", "FFFppp", 6, 5),  # only one half can go on
-        ("LTXPipeline", "FFFppp", 6, 5),  # its attentions do not say what they are
+        ("WanPipeline", "FFFppp", 6, 5),  # a separate call for each half
+        ("WanPipeline, two transformers", "FFFp|FF", 4, 4),  # each counts its steps separately
+        ("StableVideoDiffusionPipeline", "FFFppp", 6, 5),  # only one half can be kept
+        ("LTXPipeline", "FFFppp", 6, 5),  # its attentions do not declare their kind
         ("CosmosTextToWorldPipeline", "FFFppp", 6, 5),
     ],
 )
@@ -348,7 +348,7 @@ def test_other_denoisers(name: str, strip: str, steps: int, changes: int, tmp_pa
     assert 0.1 < tuning.chosen.cost < 1.0
     assert tuning.chosen.drift > 0.0
     tuning.plot(tmp_path / "a.svg")
-    if name == "StableVideoDiffusionPipeline":  # as optimize() does, it keeps the half that can be kept
+    if name == "StableVideoDiffusionPipeline":  # like optimize(), it keeps the half that can be kept
 
         def frames() -> Any:
             arguments = {**call, "num_inference_steps": 6, "output_type": "latent", "return_dict": False}
@@ -436,7 +436,7 @@ def test_latents_that_are_not_finite_are_no_reference() -> None:
         tune(pipe, PROMPTS, num_inference_steps=2)
 
 
-# Where candidates lie.
+# Candidates.
 
 
 @given(num_steps=st.integers(2, 200), first=st.integers(1, 200))

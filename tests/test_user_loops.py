@@ -1,4 +1,4 @@
-"""Denoising loops as people write them: whatever is not two halves in one pass is found out, or refused."""
+"""Denoising loops as users write them: loops other than two halves in one pass are detected or refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gated(pipe: Any, gate: float = GATE, **options: Any) -> Any:
 
 
 def check(make: Callable[[], Any], call: Callable[[Any], torch.Tensor], gate: int = GATE, **options: Any) -> str:
-    """Ungated the pipeline is the plain one, to the bit; gated it agrees with hooks. The strip is returned."""
+    """Check the ungated pipeline bitwise against the plain one, and the gated one against hooks; return the strip."""
     assert torch.equal(call(gated(make(), 1000)), call(make()))
     pipe, plain = gated(make(), gate), make()
     result = call(pipe)
@@ -47,11 +47,11 @@ def call(pipe: Any) -> torch.Tensor:
     return result
 
 
-# Guidance that is not what the pipeline says.
+# Guidance that differs from the pipeline's attributes.
 
 
 class Always(Looping):
-    """Makes two predictions whatever the scale is, as pipelines with guidance below 1 do."""
+    """Makes two predictions at any scale, as in pipelines with guidance below 1."""
 
     def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
         texts = torch.cat([NO_TEXT.expand(len(latents), -1, -1), TEXTS[: len(latents)]])
@@ -64,7 +64,7 @@ def test_a_scale_below_one() -> None:
 
 
 class Interval(Looping):
-    """Guidance in some of the steps only: its batch changes on the way."""
+    """Uses guidance only in some of the steps, so that its batch changes."""
 
     begins, ends = 0, 6
 
@@ -100,11 +100,11 @@ def test_guidance_that_begins_after_the_gate() -> None:
     assert torch.equal(gated(looping(kind), on_unsupported="plain")(), looping(kind)())
 
 
-# Pipelines derived from diffusers' own.
+# Pipelines derived from diffusers'.
 
 
 class OwnLoop(StableDiffusionPipeline):  # type: ignore[misc]
-    """As in older community pipelines: nothing is noted in attributes; optionally after diffusers' own loop."""
+    """Sets no attributes, as in older community pipelines; may run diffusers' own loop first."""
 
     @torch.no_grad()
     def __call__(
@@ -143,7 +143,7 @@ def test_a_loop_that_notes_nothing() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(4, 6), (6, 4)])
 def test_two_loops_of_different_lengths_in_a_call(first: int, second: int) -> None:
-    # What the first has noted about its timesteps is not about the second.
+    # The first loop's attributes about its timesteps do not apply to the second.
     pipe = gated(own_loop(), 0.5)
     assert torch.equal(run(pipe, steps=second, first=first, gate_step=100), run(own_loop(), steps=second, first=first))
     run(pipe, steps=second, first=first)
@@ -152,7 +152,7 @@ def test_two_loops_of_different_lengths_in_a_call(first: int, second: int) -> No
 
 
 class InPlace(WanPipeline):  # type: ignore[misc]
-    """Combines the two predictions in place, or not."""
+    """Combines the two predictions, in place or not."""
 
     in_place = True
 
@@ -193,7 +193,7 @@ def test_predictions_combined_in_place() -> None:
 
 
 def test_timesteps_that_are_equal_in_bfloat16() -> None:
-    # Cosmos passes them between 0 and 1, and the first of many steps are closer than bfloat16 can tell.
+    # Cosmos passes them between 0 and 1, and the first of many steps are equal in bfloat16.
     def image(pipe: Any) -> torch.Tensor:
         pipe.transformer.to(torch.bfloat16)
         arguments = {
@@ -211,7 +211,7 @@ def test_timesteps_that_are_equal_in_bfloat16() -> None:
     assert tgate_compile.describe(pipe).strip == "F" * 34 + "pp"
 
 
-# Schedulers of one's own.
+# Custom schedulers.
 
 
 class OtherNames(DDIMScheduler):  # type: ignore[misc]
@@ -220,7 +220,7 @@ class OtherNames(DDIMScheduler):  # type: ignore[misc]
 
 
 class Wrapper:
-    """Passes everything on to another scheduler."""
+    """Forwards everything to another scheduler."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -230,7 +230,7 @@ class Wrapper:
 
 
 class Composed(Looping):
-    """Three prompts for one image."""
+    """Combines three prompts for one image."""
 
     def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
         rows = self.denoised(latents.repeat(4, 1, 1, 1), timestep, torch.cat([NO_TEXT, TEXTS[:3]]))
@@ -279,11 +279,11 @@ def test_copies_of_the_scheduler_are_with_private_class() -> None:
     assert copies[0].config == pickle.loads(pickle.dumps(copies[0])).config
 
 
-# Solvers of one's own, which call the denoiser between the scheduler's timesteps.
+# Custom solvers, which call the denoiser between the scheduler's timesteps.
 
 
 class Midpoint(Looping):
-    """Evaluates a second time at a timestep that is not the scheduler's, and visits half of those."""
+    """Visits half of the scheduler's timesteps, with a second evaluation at another timestep."""
 
     def timesteps(self) -> Iterator[Any]:
         yield from self.scheduler.timesteps[::2]
@@ -294,7 +294,7 @@ class Midpoint(Looping):
 
 
 class Scaled(Midpoint):
-    """The same in units of its own."""
+    """The same with timesteps in other units."""
 
     def denoised(self, latents: torch.Tensor, timestep: Any, texts: torch.Tensor) -> torch.Tensor:
         return super().denoised(latents, timestep / 1000, texts)
@@ -307,11 +307,11 @@ def test_midpoints(pipeline: type[Looping]) -> None:
     assert torch.equal(gated(looping(pipeline), on_unsupported="plain")(), looping(pipeline)())
 
 
-# Calls that are repeated in full, since they turn out in the middle to be none that can be gated.
+# Calls that turn out in the middle to be unsupported, and are repeated in full.
 
 
 class LaterComposed(Composed):
-    """Composes its prompts in the last two steps. The timesteps are set by the user, as are the latents."""
+    """Composes its prompts in the last two steps. The user sets the timesteps and the latents."""
 
     in_place = False
 
@@ -346,7 +346,7 @@ def test_a_call_that_has_changed_its_arguments_is_not_repeated() -> None:
         later(LaterInPlace, on_unsupported="plain")
 
 
-# Calls of another kind.
+# Other kinds of calls.
 
 
 class Numbers(Looping):
@@ -363,7 +363,7 @@ def test_timesteps_that_are_numbers_need_no_graphs_of_their_own() -> None:
 
 
 class ByGradient(Looping):
-    """Guidance by the gradient of a loss, through the denoiser and beside it."""
+    """Uses the gradient of a loss as guidance, both through the denoiser and outside of it."""
 
     def guided(self, latents: torch.Tensor, timestep: Any, scale: float) -> torch.Tensor:
         with torch.enable_grad():
@@ -416,7 +416,7 @@ def test_a_callback_that_runs_another_pipeline_over_the_same_denoiser() -> None:
 
 
 class Regions(AttnProcessor2_0):  # type: ignore[misc]
-    """Attention that is given something about the image's regions, which is not about the rows of the batch."""
+    """Attention with an argument about the image's regions, which has no batch dimension."""
 
     def __call__(self, attn: Any, x: Any, encoder_hidden_states: Any = None, regions: Any = None, **kwargs: Any) -> Any:
         result = super().__call__(attn, x, encoder_hidden_states, **kwargs)
@@ -433,7 +433,7 @@ def test_arguments_of_attention_with_as_many_rows_as_the_batch() -> None:
     assert_same(image(torch.tensor([0.1, 0.4])), image(torch.tensor([0.1, 0.3, 0.1])))
 
 
-# Calls that are not a loop.
+# Calls without a loop.
 
 
 class Yielding(Looping):
@@ -466,7 +466,7 @@ def test_true_reasons(pipeline: type[Looping], reason: str) -> None:
 
 
 class Sampled(Looping):
-    """The loop is a function that the call is given."""
+    """Takes its loop as a function in the call."""
 
     @torch.no_grad()
     def __call__(self, sampler: Callable[..., torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
@@ -485,11 +485,11 @@ def test_a_sampler_among_the_arguments_is_mentioned(caplog: pytest.LogCaptureFix
     assert "Nothing was gated" in caplog.text
 
 
-# A denoiser that the loop itself changes.
+# Loops that change the denoiser.
 
 
 class Switching(Looping):
-    """Takes its LoRA off after two steps."""
+    """Disables its LoRA after two steps."""
 
     def timesteps(self) -> Iterator[Any]:
         self.unet.enable_adapters()

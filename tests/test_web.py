@@ -1,4 +1,4 @@
-"""The page in a real browser: its images are those of the pipelines in PyTorch, and its numbers those of the run."""
+"""The page in a real browser: its images match the pipelines in PyTorch, and its numbers match the run."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 STEPS, GATE = 12, 5
 TYPED = "a small green star on a white background"
-#: How long anything may take on a busy machine, in seconds.
+#: Timeout in seconds, long enough for a busy machine.
 PATIENCE = 240
-#: Of 8-bit images that differ by rounding only.
+#: PSNR of 8-bit images that differ only by rounding.
 CLOSE = 60.0
 
 
@@ -50,7 +50,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def site(runtime: dict[str, Path], browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the embedded model is served, as the command line writes it, with latents beside it."""
+    """Serve the embedded model as written by the command line, along with latents; return the address."""
     folder = tmp_path_factory.mktemp("web") / "site"
     arguments = ["web", "--out", str(folder), "--steps", str(STEPS), "--gate-step", str(GATE), "--json"]
     result = CliRunner().invoke(app, arguments)
@@ -63,7 +63,7 @@ def site(runtime: dict[str, Path], browser: Any, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def tiny(runtime: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A site with a tiny model."""
+    """Return a site with a tiny model."""
     folder = tmp_path_factory.mktemp("tiny") / "site"
     write_site(folder, program(), runtime)
     return folder
@@ -100,13 +100,13 @@ def opened(browser: Any, address: str, query: str = "") -> None:
 
 
 def complaints(browser: Any) -> list[str]:
-    """What is on its console, but for the answer that there is no GPU here."""
+    """Return the browser's console messages, except for the one about the missing GPU."""
     messages = [entry["message"] for entry in browser.get_log("browser")]
     return [message for message in messages if "No available adapters" not in message]
 
 
 def shown(browser: Any, figure: str) -> np.ndarray[Any, Any]:
-    """The image in a figure, [height, width, 3], from 0 to 1."""
+    """Return the image in a figure, [height, width, 3], from 0 to 1."""
     width, height, data = of_page(
         browser,
         f"(c => [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]])"
@@ -120,7 +120,7 @@ def rounded(image: Any) -> np.ndarray[Any, Any]:
 
 
 def in_engine(browser: Any, method: str, argument: Any, **settings: Any) -> Any:
-    """What the page's modules give a page of somebody's own; pixels as a list."""
+    """Call the page's modules as from a custom page; return the results with pixels as lists."""
     script = """
     const [method, argument, settings, done] = arguments;
     (async () => {
@@ -140,7 +140,7 @@ def image_of(result: Any) -> np.ndarray[Any, Any]:
 
 
 def expected_images(prompt: str) -> tuple[Any, Any]:
-    """Plain and with T-GATE, of the pipeline in PyTorch, [1, height, width, 3]."""
+    """Return the images of the pipeline in PyTorch, plain and with T-GATE, [1, height, width, 3]."""
     pipe = load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "np"}
@@ -180,7 +180,7 @@ def test_a_typed_prompt_becomes_the_pipelines_images(site: str, browser: Any) ->
 
 
 def test_steps_after_the_gate_take_less_time(site: str, browser: Any) -> None:
-    """The two runs take turns, so that their steps meet the same machine; one quiet moment in a few is enough."""
+    """The two runs take turns, so that they see the same load; one undisturbed attempt out of a few is enough."""
     opened(browser, site)
     calls = [{"prompt": TYPED, "plain": True}, {"prompt": TYPED, "gateStep": 2}]
     ratios = []

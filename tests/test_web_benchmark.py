@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def web() -> Any:
-    with chromium(), pytest.MonkeyPatch.context() as patch:  # a skip where there is none
+    with chromium(), pytest.MonkeyPatch.context() as patch:  # skips without Chromium
         patch.syspath_prepend(str(BENCHMARKS))
         import web
 
@@ -42,7 +42,7 @@ def test_steps_bytes_and_memory(web: Any, tmp_path: Path) -> None:
         assert pair["tgate"]["strip"].endswith("p")
         assert pair["tgate"]["graphs"][-1] == "pruned"
         assert min(ms for run in pair.values() for ms in run["ms"]) > 0
-    timed = [sum(pair["tgate"]["ms"]) / 1e3 for pair in row["pairs"][1:]]  # not those that warm up
+    timed = [sum(pair["tgate"]["ms"]) / 1e3 for pair in row["pairs"][1:]]  # without the warm-up
     assert row["image_s"]["tgate"]["median"] == pytest.approx(sum(timed) / 2)
     assert set(row["step_ms"]) == {"full", "pruned"}
     assert row["fetched"]["runtime"] == runtime["ort-wasm-simd-threaded.wasm"].stat().st_size

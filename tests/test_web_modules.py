@@ -1,4 +1,4 @@
-"""The page's modules in Node.js, against what they are written after: diffusers, transformers, and our schedules."""
+"""The page's modules in Node.js, against their models: diffusers, transformers, and our schedules."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ TEXTS = [
     "<|ENDOFTEXT|> a▁b",
     "👩‍👩‍👧 a very long prompt with 日本語 " * 500,
 ]
-#: From the package @huggingface/tokenizers, with their SHA-256 there.
+#: Files from the package @huggingface/tokenizers, with their SHA-256.
 FOREIGN = {
     "tokenizers.min.mjs": "258e46332101335ce8d95aed7745b19ac3b46d37f3e159a89cf894c2ea9b1d3a",
     "tokenizers.LICENSE.txt": "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4",
 }
-#: Tokens of a prompt.
+#: Number of tokens of a prompt.
 LENGTH = 77
 RUN_SCHEDULERS = """
 const { makeScheduler } = await import("./schedulers.js");
@@ -64,9 +64,9 @@ return given.map(({ spec, steps, noise, predictions }) => {
 """
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "PNDMScheduler"])  # which the page has not
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "PNDMScheduler"])  # not in the page
 def test_schedulers_as_in_diffusers(name: str) -> None:
-    """Each option, each schedule of betas and each kind of prediction, with the spacings in turn."""
+    """Test each option, beta schedule and prediction type, with the spacings in turn."""
     rng = np.random.default_rng(0)
     cases, expected = [], []
     zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
@@ -91,13 +91,13 @@ def test_schedulers_as_in_diffusers(name: str) -> None:
             spec = {"class_name": name, "config": plain_config(dict(reference.config))}
             flat = [array.reshape(len(array), -1).tolist() for array in (noise, predictions)]
             cases.append({"spec": spec, "steps": steps, "noise": flat[0][0], "predictions": flat[1]})
-            # diffusers' own rounding, in float32: that of the first latents, which are that large, stays to the end.
+            # diffusers' own float32 rounding of the first latents, which are that large, remains to the end.
             rounding = 1e-6 * float(reference.init_noise_sigma)
             expected.append((config, rounding, reference.timesteps.numpy(), np.stack(seen), latents.numpy()))
     for (config, rounding, timesteps, seen, latents), made in zip(
         expected, run_in_node(RUN_SCHEDULERS, cases), strict=True
     ):
-        # With zero terminal SNR sigmas are up to 4096, and diffusers' own rounding that much larger.
+        # With zero terminal SNR sigmas reach 4096, which makes diffusers' own rounding that much larger.
         tolerance = 1e-3 if "rescale_betas_zero_snr" in config else 2e-5
         np.testing.assert_allclose(made["timesteps"], timesteps, rtol=0, atol=1e-3, err_msg=str(config))
         for ours, theirs in ((made["seen"], seen), (made["latents"], latents)):
@@ -158,7 +158,7 @@ def embedded_tokenizer(name: str) -> Any:
 
 
 def all_bytes() -> CLIPTokenizer:
-    """A tokenizer of CLIP's kind that knows every byte, so that different texts always have different tokens."""
+    """Return a CLIP tokenizer that knows every byte, so that different texts always have different tokens."""
     letters = sorted(ByteLevel.alphabet())
     merges = [("a", "n</w>"), ("c", "a"), ("ca", "t</w>"), ("Ï", "ĥ</w>"), ("Ï", "ĥ")]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
@@ -167,7 +167,7 @@ def all_bytes() -> CLIPTokenizer:
 
 
 def tokenizer_file(tokenizer: Any) -> dict[str, Any]:
-    """What a bundle has of a tokenizer, for prompts of LENGTH tokens."""
+    """Return a tokenizer's file in a bundle, for prompts of LENGTH tokens."""
     data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     padding = {"pad_id": tokenizer.pad_token_id, "pad_token": tokenizer.pad_token, "pad_type_id": 0}
     return data | {
@@ -177,7 +177,7 @@ def tokenizer_file(tokenizer: Any) -> dict[str, Any]:
 
 
 def odd_texts(count: int) -> list[str]:
-    """Texts of letters, punctuation and white space from all of Unicode, with special tokens among them."""
+    """Return texts of letters, punctuation and white space from all of Unicode, mixed with special tokens."""
     rng = random.Random(0)
     assigned = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
     words = ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "<pad>", "</s>", "<unk>", " circle", "n't", "'LL"]
@@ -269,7 +269,7 @@ def test_files_lie_in_the_bundle(name: str) -> None:
 
 
 def refusal(data: dict[str, Any]) -> str | None:
-    """What the page says of a manifest; None: nothing."""
+    """Return the page's error for a manifest, or None if it accepts it."""
     script = """
     const { checkManifest } = await import("./manifest.js");
     try {
@@ -329,7 +329,7 @@ def test_other_tokenizers_are_refused_by_name() -> None:
 
 
 def test_half_precision() -> None:
-    """Where a browser has no Float16Array, bits are made by hand."""
+    """Without Float16Array in the browser, the bits are computed in JavaScript."""
     values = np.concatenate(
         [np.random.default_rng(0).standard_normal(500), 10.0 ** np.linspace(-9, 5, 200), [0, -0.0, 65519, 65520, 1e-8]]
     ).astype(np.float32)
@@ -360,7 +360,7 @@ def test_noise_is_normal_and_the_seeds_own() -> None:
 
 
 def test_the_pages_files_are_plain() -> None:
-    """No framework, nothing from elsewhere; but for a tokenizers library, which is as npm has it."""
+    """The page uses no framework and no external files, except for a tokenizers library, unmodified from npm."""
     for path in SITE.iterdir():
         text = path.read_text(encoding="utf-8")
         if path.name in FOREIGN:

@@ -1,6 +1,6 @@
-"""Tiny modular pipelines of diffusers' own blocks, with the components of the ordinary ones in `tiny_video` and others.
+"""Tiny modular pipelines of diffusers' own blocks, with the components of the ordinary tiny pipelines.
 
-Where the ordinary ones leave the text encoder and the VAE out, the blocks that need them are left out as well.
+If the ordinary ones omit the text encoder and the VAE, the blocks that need them are omitted, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEPS = 6
 
 
 def modular_sdxl(scheduler: Any = None) -> Any:
-    """SDXL with a UNet of one block, which is captured in a quarter of the time."""
+    """Return SDXL with a UNet of one block, which takes a quarter of the time to capture."""
     source = tiny_pipelines.sdxl(scheduler=scheduler)
     small = {
         "block_out_channels": (32,),
@@ -37,7 +37,7 @@ def modular_sdxl_call(batch: int = 1) -> dict[str, Any]:
 
 
 def modular_wan(boundary_ratio: float | None = None) -> Any:
-    """Wan 2.1; with a boundary the blocks of Wan 2.2."""
+    """Return Wan 2.1, or, with a boundary, the blocks of Wan 2.2."""
     source = tiny_video.wan(boundary_ratio=boundary_ratio)
     components = {"transformer": source.transformer, "scheduler": source.scheduler}
     if boundary_ratio is None:
@@ -68,7 +68,7 @@ def with_components(blocks: Any, components: dict[str, Any]) -> Any:
 
 
 def silence(blocks: Any) -> None:
-    """No progress bars, in no block of `blocks`."""
+    """Disable progress bars in all blocks of `blocks`."""
     if hasattr(blocks, "set_progress_bar_config"):
         blocks.set_progress_bar_config(disable=True)
     for block in blocks.sub_blocks.values():
@@ -76,7 +76,7 @@ def silence(blocks: Any) -> None:
 
 
 def run(pipe: Any, steps: int = STEPS, **call: Any) -> torch.Tensor:
-    """Call `pipe` with a seeded generator, for latents."""
+    """Call `pipe` with a seeded generator, and return latents."""
     latents: torch.Tensor = pipe(
         generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output="latents", **call
     )

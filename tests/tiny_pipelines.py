@@ -1,6 +1,6 @@
-"""Tiny pipelines of the real diffusers classes, with seeded random weights: nothing is downloaded, nothing is mocked.
+"""Tiny pipelines of the real diffusers classes with seeded random weights, without downloads or mocks.
 
-Random weights alone would make a denoiser that hardly listens to its text. Norms, biases and the cross-attentions'
+With random weights alone the text would hardly affect the denoiser. Norms, biases and the cross-attentions'
 outputs are therefore perturbed, so that gating changes the result by far more than rounding.
 """
 
@@ -38,14 +38,14 @@ LATENT_SIZE = 8
 #: Side of an image in pixels: the VAE has two blocks, so that its scale factor is 2.
 SIZE = 2 * LATENT_SIZE
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-#: The epsilon of a random denoiser is no noise, and latents made with it explode; as a velocity it does no harm.
+#: A random denoiser does not predict noise: as epsilon its output makes the latents explode, but not as a velocity.
 VELOCITY = {**SCHEDULE, "prediction_type": "v_prediction"}
 PROMPT = "red cat"
 PROMPTS = ["red cat", "blue dog"]
 
 
 def seeded(build: Callable[[], Module], seed: int = 0) -> Module:
-    """The module that `build` makes, with seeded weights, perturbed; the global random state is left alone."""
+    """Return the module from `build` with seeded, perturbed weights; the global random state is unchanged."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = build()
@@ -62,7 +62,7 @@ def seeded(build: Callable[[], Module], seed: int = 0) -> Module:
     return module.eval().requires_grad_(False)
 
 
-# Components. Each is built once, and copied for each pipeline.
+# Components, each built once and copied for each pipeline.
 
 
 @functools.cache
@@ -120,9 +120,9 @@ def _vae() -> AutoencoderKL:
 @functools.cache
 def _unet(layout: str, in_channels: int = 4, **extra: Any) -> UNet2DConditionModel:
     layouts: dict[str, dict[str, Any]] = {
-        # Projections around the attentions are convolutions; one number of heads (misnamed) for all blocks.
+        # Projections around the attentions are convolutions; all blocks have the same (misnamed) number of heads.
         "sd1": {"attention_head_dim": 4, "cross_attention_dim": TEXT_DIM},
-        # The same with one block: it is captured in a quarter of the time.
+        # The same with one block, which takes a quarter of the time to capture.
         "small": {
             "attention_head_dim": 4,
             "cross_attention_dim": TEXT_DIM,
@@ -130,7 +130,7 @@ def _unet(layout: str, in_channels: int = 4, **extra: Any) -> UNet2DConditionMod
             "down_block_types": ("CrossAttnDownBlock2D",),
             "up_block_types": ("UpBlock2D",),
         },
-        # Without a middle block: the least that there is to capture.
+        # Without a middle block: the smallest UNet that can be captured.
         "least": {
             "attention_head_dim": 2,
             "cross_attention_dim": TEXT_DIM,
@@ -140,7 +140,7 @@ def _unet(layout: str, in_channels: int = 4, **extra: Any) -> UNet2DConditionMod
             "mid_block_type": None,
             "up_block_types": ("UpBlock2D",),
         },
-        # Linear projections; a number of heads for each block.
+        # Linear projections; the number of heads differs between blocks.
         "sd2": {"attention_head_dim": (4, 8), "cross_attention_dim": TEXT_DIM, "use_linear_projection": True},
         "sdxl": {
             "attention_head_dim": (4, 8),
@@ -176,7 +176,7 @@ def _unet(layout: str, in_channels: int = 4, **extra: Any) -> UNet2DConditionMod
 def _pixart_transformer(micro_conditions: bool) -> PixArtTransformer2DModel:
     return seeded(
         lambda: PixArtTransformer2DModel(
-            # The pipelines pass resolution and aspect ratio to models of this size only.
+            # The pipelines pass resolution and aspect ratio only to models of this size.
             sample_size=128 if micro_conditions else LATENT_SIZE,
             num_layers=2,
             patch_size=2,
@@ -212,7 +212,7 @@ def _sd_components(layout: str = "sd1", **unet: Any) -> dict[str, Any]:
 
 
 def stable_diffusion(name: str = "StableDiffusionPipeline", layout: str = "sd1", **unet: Any) -> Any:
-    """Stable Diffusion in the layout of 1.x ("sd1", "small", "least"), or of 2.x with its v-prediction ("sd2")."""
+    """Return Stable Diffusion in the layout of 1.x ("sd1", "small", "least"), or of 2.x with v-prediction ("sd2")."""
     components = _sd_components(layout, **unet)
     if layout != "sd1":
         components["scheduler"] = DDIMScheduler(**VELOCITY, clip_sample=False)
@@ -220,7 +220,7 @@ def stable_diffusion(name: str = "StableDiffusionPipeline", layout: str = "sd1",
 
 
 def latent_consistency(name: str = "LatentConsistencyModelPipeline", *, embedded_guidance: bool = True) -> Any:
-    """LCM: distilled to few steps, with guidance embedded as a number or left out, never as a second half."""
+    """Return LCM: distilled to few steps, with guidance embedded as a number or omitted, never as a second half."""
     components = _sd_components(**({"time_cond_proj_dim": 16} if embedded_guidance else {}))
     components["scheduler"] = LCMScheduler(**SCHEDULE)
     return _silent(getattr(diffusers, name)(**components, requires_safety_checker=False))
@@ -251,7 +251,7 @@ def sdxl(name: str = "StableDiffusionXLPipeline", scheduler: Any = None) -> Any:
 
 
 def pixart(name: str = "PixArtAlphaPipeline", *, micro_conditions: bool = False) -> Any:
-    """PixArt, without its text encoder: T5 has no tiny form worth having, so prompts are passed as embeddings."""
+    """Return PixArt without its text encoder: T5 has no useful tiny form, so prompts are passed as embeddings."""
     modules = {"vae": _vae(), "transformer": _pixart_transformer(micro_conditions)}
     return _silent(
         getattr(diffusers, name)(
@@ -264,7 +264,7 @@ def pixart(name: str = "PixArtAlphaPipeline", *, micro_conditions: bool = False)
 
 
 def pixart_prompt(batch: int = 1, tokens: int = 6) -> dict[str, Any]:
-    """Embedded prompts and negative prompts of different lengths, as call arguments."""
+    """Return embedded prompts and negative prompts of different lengths, as call arguments."""
     generator = torch.Generator().manual_seed(7)
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[:, -2:] = 0
@@ -284,7 +284,7 @@ def pixart_prompt(batch: int = 1, tokens: int = 6) -> dict[str, Any]:
 
 
 def load_ip_adapter(pipe: Any, scale: float = 0.8) -> None:
-    """Load a random IP-Adapter, through diffusers' own loader of its weights."""
+    """Load a random IP-Adapter through diffusers' own weight loader."""
     unet = pipe.unet
     dim = unet.config.cross_attention_dim
     channels = unet.config.block_out_channels
@@ -315,13 +315,13 @@ def load_ip_adapter(pipe: Any, scale: float = 0.8) -> None:
 
 
 def image_embeds(pipe: Any, batch: int = 1) -> list[torch.Tensor]:
-    """What an image encoder would give for `ip_adapter_image_embeds`, the negative half first."""
+    """Return embeddings like an image encoder's for `ip_adapter_image_embeds`, the negative half first."""
     dim = pipe.unet.config.cross_attention_dim
     return [torch.randn(2 * batch, 1, dim, generator=torch.Generator().manual_seed(9))]
 
 
 def add_lora(denoiser: torch.nn.Module, name: str = "default", seed: int = 10) -> None:
-    """Add a LoRA with non-zero weights to every attention projection, as `pipe.load_lora_weights` does."""
+    """Add a LoRA with non-zero weights to every attention projection, like `pipe.load_lora_weights`."""
     from peft import LoraConfig
 
     with torch.random.fork_rng():
@@ -334,12 +334,12 @@ def add_lora(denoiser: torch.nn.Module, name: str = "default", seed: int = 10) -
 
 
 def image(batch: int = 1, size: int = SIZE) -> torch.Tensor:
-    """An image for img2img and inpainting, with values in [0, 1]."""
+    """Return an image for img2img and inpainting, with values in [0, 1]."""
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(11))
 
 
 def mask(size: int = SIZE) -> torch.Tensor:
-    """The left half is to be painted anew."""
+    """Return a mask that selects the left half for inpainting."""
     result = torch.zeros(1, 1, size, size)
     result[..., : size // 2] = 1
     return result

@@ -1,4 +1,4 @@
-"""Tiny pipelines that are siblings of those in the other `tiny_` modules: another input, the same kind of denoiser."""
+"""Tiny pipelines with the denoisers of those in the other `tiny_` modules, but other inputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.tiny_pipelines import (
 from tests.tiny_transformers import TOKENS, embedded, embedded_prompts, silent
 
 NEGATIVE = ["dog", "snow"]
-#: The sizes of SDXL that differ between the halves, so that a wrong half shows.
+#: SDXL's sizes, different for the two halves, so that using the wrong half shows.
 SIZES = {"negative_original_size": (256, 128), "negative_target_size": (8, 64)}
 
 
@@ -47,7 +47,7 @@ def prompts(batch: int) -> dict[str, Any]:
 
 
 def _with(name: str, source: Any, **components: Any) -> Any:
-    """The pipeline class `name` with the parts of `source` that it takes, and `components`."""
+    """Return the pipeline class `name` with the components of `source` that it takes, and `components`."""
     cls = getattr(diffusers, name)
     expected, optional = cls._get_signature_keys(cls)
     parts = {key: value for key, value in source.components.items() if key in expected}
@@ -116,7 +116,7 @@ def controlnet_union_xl_call(batch: int = 1) -> dict[str, Any]:
 
 def upscale() -> Any:
     source = stable_diffusion(layout="small", in_channels=7, num_class_embeds=100)
-    source.vae.register_to_config(scaling_factor=0.08333)  # that of its checkpoint; others are warned of
+    source.vae.register_to_config(scaling_factor=0.08333)  # its checkpoint's; others cause a warning
     return _with("StableDiffusionUpscalePipeline", source, low_res_scheduler=DDPMScheduler(), watermarker=None)
 
 
@@ -249,7 +249,7 @@ def wan_vace() -> Any:
 
 
 def allegro() -> Any:
-    """Its tables of positions come with the call, and here have as many rows as the batch."""
+    """Return Allegro, whose position tables are call arguments, here with as many rows as the batch."""
     transformer = seeded(
         lambda: AllegroTransformer3DModel(
             num_attention_heads=2,
@@ -275,7 +275,7 @@ def allegro_call(batch: int = 1) -> dict[str, Any]:
 
 
 def anyflow() -> Any:
-    """Wan's blocks, with both guidance halves in one call, and a second timestep, the one to arrive at."""
+    """Return AnyFlow: Wan's blocks with both guidance halves in one call, and a second timestep, the target."""
     pipe = diffusers.AnyFlowPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -308,7 +308,7 @@ def wan_video_to_video_call(batch: int = 1) -> dict[str, Any]:
 def cosmos_2_video() -> Any:
     source = tiny_video.cosmos_2()
     vae = tiny_video.wan_image_to_video().vae
-    transformer = tiny_video.cosmos_transformer(in_channels=5)  # the latents, and which frames are given
+    transformer = tiny_video.cosmos_transformer(in_channels=5)  # the latents, and the mask of given frames
     return _with("Cosmos2VideoToWorldPipeline", source, vae=vae, transformer=transformer)
 
 

@@ -1,7 +1,7 @@
-"""Tiny pipelines of the real diffusers classes beside Stable Diffusion and PixArt, for images and sound.
+"""Tiny pipelines of the real diffusers classes besides Stable Diffusion and PixArt, for images and sound.
 
-Their text encoders (T5, ChatGLM, Gemma) have no tiny form worth having, so prompts are passed as embeddings. Where the
-VAE is left out, too, latents are what the tests compare; diffusers allows both to be None.
+Their text encoders (T5, ChatGLM, Gemma) have no useful tiny form, so prompts are passed as embeddings. If the
+VAE is also omitted, the tests compare latents; diffusers allows both to be None.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def silent(pipe: Any) -> Any:
 
 
 def embedded(batch: int, *shape: int, seed: int) -> torch.Tensor:
-    """Random text embeddings; the rows of a smaller batch are the first ones of a larger one."""
+    """Return random text embeddings; the rows of a smaller batch are the first rows of a larger one."""
     return torch.stack(
         [torch.randn(*shape, generator=torch.Generator().manual_seed(100 * seed + row)) for row in range(batch)]
     )
 
 
 def embedded_prompts(batch: int, *, masks: bool = False, dim: int = TEXT_DIM, suffix: str = "") -> dict[str, Any]:
-    """Embedded prompts and negative prompts, and, if asked for, masks with fewer tokens for the negative ones."""
+    """Return embedded prompts and negative prompts and, with `masks`, masks with fewer tokens for the negative ones."""
     seed = 3 if suffix else 1
     call: dict[str, Any] = {
         f"prompt_embeds{suffix}": embedded(batch, TOKENS, dim, seed=seed),
@@ -66,7 +66,7 @@ def embedded_prompts(batch: int, *, masks: bool = False, dim: int = TEXT_DIM, su
 
 
 def kolors() -> Any:
-    """SDXL's UNet, with a projection in front of it that makes a language model's hidden states its text."""
+    """Return Kolors: SDXL's UNet with a projection of a language model's hidden states to its text dimension."""
     unet = seeded(
         lambda: UNet2DConditionModel(
             sample_size=LATENT_SIZE,
@@ -145,7 +145,7 @@ def hunyuan_dit_call(batch: int = 1) -> dict[str, Any]:
 
 
 def sana() -> Any:
-    """Its self-attention is linear: no softmax, and no fused attention node in the graph."""
+    """Return Sana, whose self-attention is linear: no softmax, and no fused attention node in the graph."""
     transformer = seeded(
         lambda: SanaTransformer2DModel(
             sample_size=32,
@@ -192,7 +192,7 @@ def lumina() -> Any:
     )
     with torch.no_grad():
         for layer in transformer.layers:
-            layer.gate.fill_(0.5)  # of the cross-attention: zero, in a new model
+            layer.gate.fill_(0.5)  # the cross-attention's gate, which is zero in a new model
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = LuminaPipeline(vae=None, text_encoder=None, tokenizer=None, transformer=transformer, scheduler=scheduler)
     return silent(pipe)
@@ -203,7 +203,7 @@ def lumina_call(batch: int = 1) -> dict[str, Any]:
 
 
 def stable_diffusion_3() -> Any:
-    """Its attention is joint: text and latents in one sequence, so that there is no cross-attention."""
+    """Return Stable Diffusion 3, which has joint attention over text and latents, and no cross-attention."""
     transformer = seeded(
         lambda: SD3Transformer2DModel(
             sample_size=LATENT_SIZE,
@@ -278,5 +278,5 @@ def stable_audio_call(batch: int = 1) -> dict[str, Any]:
 
 
 def stable_audio_call_without_negative_prompt(batch: int = 1) -> dict[str, Any]:
-    """The pipeline then puts zeros for the other half."""
+    """Return call arguments for which the pipeline uses zeros as the negative half."""
     return {"prompt_embeds": embedded(batch, TOKENS, TEXT_DIM, seed=1), "audio_end_in_s": 4.0}

@@ -51,7 +51,7 @@ _VISION = CLIPVisionConfig(
 
 
 def stable_video_diffusion() -> Any:
-    """Its cross-attentions see one token, the image's embedding: what they return is the same in all steps."""
+    """Return SVD, whose cross-attentions see one token, the image embedding, and return the same in all steps."""
     unet = seeded(
         lambda: UNetSpatioTemporalConditionModel(
             sample_size=LATENT_SIZE,
@@ -87,7 +87,7 @@ def stable_video_diffusion_call(batch: int = 1) -> dict[str, Any]:
 
 
 def animatediff() -> Any:
-    """Its motion modules have two self-attentions over time each, one of them called `attn2`."""
+    """Return AnimateDiff, whose motion modules have two temporal self-attentions each, one called `attn2`."""
     source = stable_diffusion(layout="small")
     adapter = seeded(
         lambda: MotionAdapter(
@@ -138,7 +138,7 @@ def animatediff_xl() -> Any:
         motion_adapter=adapter,
         scheduler=DDIMScheduler(**VELOCITY, clip_sample=False),
     )
-    # `UNetMotionModel.from_unet2d` leaves this one as it is made: unseeded.
+    # `UNetMotionModel.from_unet2d` does not copy this module, so it is unseeded.
     pipe.unet.add_embedding.load_state_dict(source.unet.add_embedding.state_dict())
     pipe.unet.requires_grad_(False)
     return silent(pipe)
@@ -149,7 +149,7 @@ def animatediff_xl_call(batch: int = 1) -> dict[str, Any]:
 
 
 def latte() -> Any:
-    """Attention over space, with the text, and over time, without it, in turns."""
+    """Return Latte, with alternating attention over space, with the text, and over time, without it."""
     transformer = seeded(
         lambda: LatteTransformer3DModel(
             sample_size=LATENT_SIZE,
@@ -226,9 +226,9 @@ def wan_transformer(seed: int = 0, **changed: Any) -> WanTransformer3DModel:
 
 
 def wan(*, boundary_ratio: float | None = None, expand_timesteps: bool = False, **changed: Any) -> Any:
-    """Wan 2.1; with a boundary Wan 2.2, whose second transformer does the timesteps below it.
+    """Return Wan 2.1, or, with a boundary, Wan 2.2, whose second transformer runs the timesteps below it.
 
-    With `expand_timesteps` the small Wan 2.2, which is told the timestep of each token. `changed` goes to the
+    With `expand_timesteps` it is the small Wan 2.2, which takes a timestep for each token. `changed` overrides the
     transformer's configuration.
     """
     pipe = WanPipeline(
@@ -249,7 +249,7 @@ def wan_call(batch: int = 1) -> dict[str, Any]:
 
 
 def wan_image_to_video() -> Any:
-    """Wan 2.1: its cross-attentions see the text and, with keys and values of its own, the image."""
+    """Return Wan 2.1, whose cross-attentions see the text and, with separate keys and values, the image."""
     vae = seeded(
         lambda: AutoencoderKLWan(
             base_dim=3,
@@ -262,7 +262,7 @@ def wan_image_to_video() -> Any:
         ),
         1,
     )
-    in_channels = 4 + 4 + 4  # latents, the mask of the frames that are given, the latents of these
+    in_channels = 4 + 4 + 4  # latents, the mask of given frames, and their latents
     pipe = WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -278,7 +278,7 @@ def wan_image_to_video() -> Any:
 def wan_image_to_video_call(batch: int = 1) -> dict[str, Any]:
     return {
         "image": image(),
-        # What is beyond 512 tokens is taken for the image's.
+        # Tokens beyond 512 count as the image's.
         "prompt_embeds": embedded(batch, 512, TEXT_DIM, seed=1),
         "negative_prompt_embeds": embedded(batch, 512, TEXT_DIM, seed=2),
         "height": 32,
@@ -299,7 +299,7 @@ def skyreels() -> Any:
 
 
 class PassingSafetyChecker(ModelMixin, ConfigMixin):
-    """Stands in for Cosmos' guardrail, models of several gigabytes; diffusers' own tests do the same."""
+    """Replaces Cosmos' guardrail models of several gigabytes, as in diffusers' own tests."""
 
     device = torch.device("cpu")
 
@@ -350,7 +350,7 @@ def cosmos_call(batch: int = 1) -> dict[str, Any]:
 
 
 def cosmos_2() -> Any:
-    """It makes an image: a video of one frame."""
+    """Return a pipeline that makes an image, as a video of one frame."""
     pipe = Cosmos2TextToImagePipeline(
         text_encoder=None,
         tokenizer=None,

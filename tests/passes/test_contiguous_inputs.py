@@ -1,4 +1,4 @@
-"""Inputs are known to lie in C order, however the call lay that was captured."""
+"""Graph inputs are marked as contiguous, whatever the strides in the captured call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def strides(graph_module: torch.fx.GraphModule) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("value", "before"),
     [
-        (torch.tensor(5.0).expand(2)[:1], (0,)),  # a timestep for all images, of which there is one
+        (torch.tensor(5.0).expand(2)[:1], (0,)),  # one timestep, expanded to all images, for one image
         (torch.ones(3).expand(2, 3), (0, 1)),
         (torch.ones(3, 2).t(), (1, 2)),
         (torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last), (60, 1, 15, 3)),

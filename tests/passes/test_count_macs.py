@@ -1,4 +1,4 @@
-"""MACs from the shapes on the nodes, against counts by hand."""
+"""MACs computed from the nodes' shapes, against manual counts."""
 
 from __future__ import annotations
 

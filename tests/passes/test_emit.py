@@ -1,4 +1,4 @@
-"""Emission appends the sites' values to the outputs, merged over the guidance halves where asked."""
+"""Emission appends the sites' values to the outputs, merged over the guidance halves if requested."""
 
 from __future__ import annotations
 

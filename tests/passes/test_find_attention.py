@@ -118,7 +118,7 @@ def test_of_an_attention_with_two_results_the_value_before_both_is_cached() -> N
 
 def test_what_the_graph_says_counts_more_than_what_an_attention_says_of_itself() -> None:
     denoiser = tiny_denoiser()
-    denoiser.blocks[1].attn1.is_cross_attention = True  # its keys depend on the latents
+    denoiser.blocks[1].attn1.is_cross_attention = True  # although its keys depend on the latents
     del denoiser.blocks[0].attn2.is_cross_attention
     denoiser.blocks[1].attn2.is_cross_attention = False
     assert [site.name for site in tiny_capture(denoiser).sites] == ["blocks.0.attn2", "blocks.1.attn2"]
@@ -141,7 +141,7 @@ def test_each_call_of_a_shared_module_is_a_site_of_its_own() -> None:
 
 
 class _Unrecognized(TinyAttention):
-    """Scores as sums of products, without a matrix product."""
+    """Compute the scores as sums of products, without a matrix product."""
 
     def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         query, key, value = self.to_q(hidden), self.to_k(context), self.to_v(context)
@@ -166,7 +166,7 @@ def test_what_was_found_is_in_the_refusal() -> None:
 
 
 class _Core(nn.Module):
-    """Something like attention, given query, key and value of the latents, text, or weights."""
+    """Applies `core`, attention or similar, to a query, key and value made from latents, text, or weights."""
 
     def __init__(self, core: Callable[..., torch.Tensor], sources: str) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def _relative(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 
 def _no_softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return (query @ key.mT).relu() @ value  # layers whose weights the text makes
+    return (query @ key.mT).relu() @ value  # layers with weights computed from the text
 
 
 def _two_layers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -220,7 +220,7 @@ def test_forms(core: Callable[..., torch.Tensor], sources: str, kind: str) -> No
     ("core", "sources"),
     [
         *((core, sources) for core in FORMS for sources in ("cxx", "wxx", "xww", "xtt", "ccc")),
-        (_linear, "xcw"),  # the text's bilinear form
+        (_linear, "xcw"),  # a bilinear form in the text
         (_no_softmax, "xcc"),
         (_two_layers, "xcc"),
     ],
@@ -232,7 +232,7 @@ def test_near_misses(core: Callable[..., torch.Tensor], sources: str) -> None:
 
 @torch.no_grad()
 def test_a_batch_that_is_not_first_is_first_in_the_cache() -> None:
-    """Tokens come first in it, and there are as many as rows: shapes do not tell."""
+    """The token dimension comes first and is as large as the batch, so that shapes cannot tell them apart."""
 
     class TokensFirst(nn.Module):
         def __init__(self) -> None:

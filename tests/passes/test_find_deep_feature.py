@@ -1,4 +1,4 @@
-"""The deep feature of a UNet, and what is left of the UNet when it comes from a cache."""
+"""The deep feature of a UNet, and the rest of the UNet when that comes from a cache."""
 
 from __future__ import annotations
 

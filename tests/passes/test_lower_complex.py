@@ -1,4 +1,4 @@
-"""Complex arithmetic becomes arithmetic on parts, with the same results; what has no rule is left alone."""
+"""Complex arithmetic is lowered to arithmetic on parts with the same results; unknown operators are unchanged."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ Function = Callable[..., torch.Tensor]
 
 
 def turned(value: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotary positions, as Lumina and others write them."""
+    """Apply rotary positions, as Lumina and others do."""
     pairs = torch.view_as_complex(value.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
 
 def filtered(value: torch.Tensor) -> torch.Tensor:
-    """FreeU's filter."""
+    """Apply FreeU's filter."""
     from diffusers.utils.torch_utils import fourier_filter
 
     return fourier_filter(value, 1, 0.2)
 
 
 def mixed(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Sums, differences, products and quotients of complex values, real ones and numbers."""
+    """Combine complex values, real ones and numbers in sums, differences, products and quotients."""
     left, right = fft.fft(value), torch.complex(other, 1 + other.abs())
     total = left * right - right + (left / right) * (2 - 3j) + value - left / 4 + torch.add(left, other, alpha=3) + 1j
     return total.abs() + total.angle().cos() + (total.conj() * 2).imag + (0.5 * total).real
 
 
 def moved(value: torch.Tensor) -> torch.Tensor:
-    """What changes shapes alone."""
+    """Apply operators that only change shapes."""
     left = fft.fft2(value).transpose(0, 1)[:, :1].reshape(3, 30)
     first, second = torch.cat([left, torch.stack([left[0], -left[1]])]).chunk(2)
     one, _ = first.split(2)
@@ -77,7 +77,7 @@ def test_the_same_without_complex_values(name: str) -> None:
 
 
 def lowered(function: Function, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.fx.GraphModule, list[torch.Tensor]]:
-    """The graph of `function` after the pass, and the constants that it takes before its inputs."""
+    """Return the graph of `function` after the pass, and the constants that it takes before its inputs."""
     program = torch.export.export(_Calls(function), inputs, strict=False).run_decompositions({})
     graph_module = program.graph_module
     remove_dead(graph_module)
@@ -108,7 +108,7 @@ def test_a_complex_input_is_left_alone() -> None:
 
 
 def test_free_sizes() -> None:
-    """The matrices follow the size."""
+    """The DFT matrices depend on the size."""
     program = torch.export.export(
         _Calls(lambda given: fft.ifftn(fft.fftn(given, dim=(-2, -1)) * 0.5, dim=(-2, -1)).real),
         (VALUE,),
@@ -126,7 +126,7 @@ def test_free_sizes() -> None:
 
 
 def test_as_exact_as_the_fast_transform() -> None:
-    """At a size of FreeU's, beside the same in 64 bits."""
+    """At a size as in FreeU, compared with the result in 64 bits."""
     given = random(1, 4, 96, 96)
     graph_module, constants = lowered(filtered, (given,))
     (result,) = graph_module(*constants, given)

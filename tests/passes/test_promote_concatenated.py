@@ -1,4 +1,4 @@
-"""What is concatenated has one dtype, as ONNX wants it."""
+"""Concatenated tensors are promoted to one dtype, as ONNX requires."""
 
 from __future__ import annotations
 

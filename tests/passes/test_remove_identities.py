@@ -1,4 +1,4 @@
-"""Operators that do nothing go; those that do something stay."""
+"""Operators that do nothing are removed; others stay."""
 
 from __future__ import annotations
 

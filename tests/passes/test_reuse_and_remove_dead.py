@@ -1,4 +1,4 @@
-"""Reuse puts an input in a site's place; what computed the value is then dead, and goes."""
+"""Reuse replaces a site by an input; the nodes that computed its value are then dead, and removed."""
 
 from __future__ import annotations
 

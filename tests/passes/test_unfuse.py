@@ -1,4 +1,4 @@
-"""Fused operators become products and arithmetic, with the same results; what cannot is left alone."""
+"""Fused operators are decomposed into products and arithmetic with the same results, or left unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def rewritten(change: Pass, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> set[object]:
-    """The operators of the graph of `function` after `change`, which has the same results, and changes once."""
+    """Return the operators of the graph of `function` after `change`; check for equal results and a single change."""
     program = torch.export.export(_Calls(function), inputs, strict=False)
     graph_module = program.graph_module
     assert change(graph_module).changes > 0

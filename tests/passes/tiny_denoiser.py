@@ -1,4 +1,4 @@
-"""A hand-made denoiser, small enough to know every node: self-attention, cross-attention and a residual stream."""
+"""A hand-written denoiser whose every node is known: self-attention, cross-attention and a residual stream."""
 
 from __future__ import annotations
 

@@ -217,6 +217,13 @@ def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]
     end = min((method.guided_steps(num_steps) for method in schedule.methods), default=num_steps)
     timeline = Timeline(num_steps, (0, end, *gates), frozenset(gate - 1 for gate in gates))
     plan = tuple(_phase(schedule.methods, step, guided and step < end, timeline) for step in range(num_steps))
+    for step, phase in enumerate(plan):
+        served = schedule.graph_phase(phase)
+        lacking = sorted((phase.emit - served.emit) | (phase.merge - served.merge))
+        if lacking:
+            raise ConfigurationError(
+                f"{schedule}: step {step} hands on {', '.join(lacking)}, which hands_on() of its methods leaves out."
+            )
     check_plan(plan)
     return plan
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.families import family_of
-from tgate_compile.methods.method import Phase
-from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.method import Method, Phase
+from tgate_compile.methods.schedule import Schedule, schedule_of
 from tgate_compile.methods.schedule_file import schedule_data
 from tgate_compile.pipeline.attach import attached
 from tgate_compile.pipeline.generation import strip_of
@@ -56,7 +56,7 @@ class Contender:
         return {"schedule": None if self.schedule is None else schedule_data(self.schedule), "steps": self.steps}
 
 
-Given = Mapping[str, Schedule | int] | Sequence[Schedule | int]
+Given = Mapping[str, Schedule | Method | int] | Sequence[Schedule | Method | int]
 
 
 def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ...]:
@@ -68,16 +68,17 @@ def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ..
     if isinstance(given, Mapping):
         items = list(given.items())
     elif isinstance(given, Sequence) and not isinstance(given, str):
-        items = [(str(item) if isinstance(item, Schedule) else f"{item} steps", item) for item in given]
+        items = [(str(item) if isinstance(item, (Method, Schedule)) else f"{item} steps", item) for item in given]
     else:
         items = []
-    if not items or not all(isinstance(label, str) and label.strip() and _is_known(item) for label, item in items):
+    known = [(label, schedule_of(item) if isinstance(item, Method) else item) for label, item in items]
+    if not known or not all(isinstance(label, str) and label.strip() and _is_known(item) for label, item in known):
         raise ConfigurationError(
             "schedules must be a sequence, or a mapping from labels, with at least one tgate_compile.Schedule or "
             f"number of steps of the plain pipeline, but got {given!r}."
         )
     contenders = [Contender(PLAIN, None, num_inference_steps)]
-    for label, item in items:
+    for label, item in known:
         schedule = item if isinstance(item, Schedule) else None
         contenders.append(Contender(label, schedule, num_inference_steps if isinstance(item, Schedule) else item))
     names: dict[str, str] = {}
