@@ -124,7 +124,7 @@ def find_attention(
     its residual connection and rescaling, if it has these (diffusers' `Attention`). This is what the paper caches. It
     depends on the latents and the timestep through attention alone. If the module's return value does not, because the
     attention is part of a larger block, the value is the result of the attention itself, followed through its output
-    projection as long as it is only reshaped, cast, scaled and multiplied by weights.
+    projection until an operation other than a reshape, cast, scaling or multiplication by weights.
 
     Args:
         graph_module: a captured denoiser.
