@@ -110,7 +110,8 @@ def test_misspelt_options_of_backends(plain: Any, backend: BackendName, options:
     for needed in ("onnxscript", "openvino") if backend in ("onnxruntime", "openvino") else ():
         pytest.importorskip(needed)
     message = message_of(lambda: tgate_compile.optimize(plain, backend=backend, backend_options=options))
-    assert f'backend="{backend}" has no option "{next(iter(options))}". {expected}' in message
+    wrong = next(iter(options))
+    assert f'backend_options has {wrong!r}, which backend="{backend}" does not accept. {expected}' in message
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,8 @@ def test_misspelt_options_of_formats(
 ) -> None:
     pytest.importorskip(needs)
     message = message_of(lambda: tgate_compile.export(optimized, "bundle", format, format_options=options))
-    assert f'format="{format}" has no option "{next(iter(options))}". {expected}' in message
+    wrong = next(iter(options))
+    assert f'format_options has {wrong!r}, which format="{format}" does not accept. {expected}' in message
 
 
 # Misplaced arguments.

@@ -35,7 +35,7 @@ def test_the_automatic_gate_needs_no_prompts() -> None:
         ({"gate_step": "auto", "sp_interval": 3}, "sp_interval is given as well"),
         ({"gate_step": "auto", "schedule": Schedule(3)}, "schedule is given as well"),
         ({"gate_step": "auto", "tuning": 3}, "must be a mapping"),
-        ({"gate_step": 5, "tuning": {"tolerance": 0.1}}, 'for gate_step="auto"'),
+        ({"gate_step": 5, "tuning": {"tolerance": 0.1}}, 'tuning requires gate_step="auto"'),
         ({"gate_step": "auto", "tuning": {"tolerance": -1}}, "tolerance must be"),
         ({"gate_step": "automatic"}, "gate_step must be"),
     ],

@@ -148,7 +148,7 @@ def test_what_could_not_be_measured_is_said(evaluated: tuple[Any, Evaluation]) -
     _, evaluation = evaluated
     assert set(evaluation.not_measured) == {"lpips", "clip_score", "fid", "fid_to_plain", "accuracy"}
     assert "pt_inception-2015-12-05-6726825d.pth" in evaluation.not_measured["fid"]
-    for words in ("early", "PSNR", "not measured: lpips: its weights are not at hand"):
+    for words in ("early", "PSNR", "not measured: lpips: its weights are not available"):
         assert words in str(evaluation)
 
 

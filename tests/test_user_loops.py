@@ -456,7 +456,7 @@ class InParts(Looping):
     ("pipeline", "reason"),
     [
         (Yielding, "returns before its first step"),
-        (WithGateStep, "gate_step of its own"),
+        (WithGateStep, "already has an argument gate_step"),
         (InParts, "The unet of this InParts was not called"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_note
 from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule_file import schedule_data
 from tgate_compile.study.cost import MODELS, model_named, paper_tables, schedule_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _paper_rows(model: str | None) -> list[dict[str, Any]]:
 def _asked_rows(model: str, schedule: Schedule | None, size: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of the schedule asked for and of its baselines: guidance drop alone, and every step in full."""
     real = model_named(model)
-    chosen = {} if schedule is None else {k: v for k, v in asdict(schedule).items() if v is not None}
+    chosen = {} if schedule is None else {k: v for k, v in schedule_data(schedule).items() if v is not None}
     steps = size.get("steps", real.steps)
     rows: list[tuple[str, Schedule | None]] = [] if schedule is None else [(_method(schedule), schedule)]
     if schedule is not None and schedule.gate_step is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.methods.schedule_file import save_schedule
+from tgate_compile.methods.schedule_file import save_schedule, schedule_data
 from tgate_compile.study.figures import INK, LINE, SOFT, aligned, new_figure, save_figure
 from tgate_compile.study.tuning.recorder import Convergence
 
@@ -142,7 +142,8 @@ class TuningRow:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, with None for numbers that are not finite."""
-        return {name: None if value in (math.inf, -math.inf) else value for name, value in asdict(self).items()}
+        data = asdict(self) | {"schedule": self.schedule and schedule_data(self.schedule)}
+        return {name: None if value in (math.inf, -math.inf) else value for name, value in data.items()}
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,10 @@ class Tuning:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return asdict(self) | {"table": [row.as_dict() for row in self.table]}
+        return asdict(self) | {
+            "schedule": schedule_data(self.schedule),
+            "table": [row.as_dict() for row in self.table],
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the schedule and all measurements to a JSON file for `optimize(pipe, schedule=path)`.
