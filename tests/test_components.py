@@ -91,6 +91,7 @@ def test_stable_diffusion() -> None:
     }
 
 
+@pytest.mark.heavy
 def test_sdxl() -> None:
     components = read_bundle(program("sdxl")).manifest.components
     assert components is not None
@@ -102,6 +103,7 @@ def test_sdxl() -> None:
     assert (components.negative, components.guidance_scale) == ("zeros", 5.0)
 
 
+@pytest.mark.heavy
 def test_pixart() -> None:
     components = read_bundle(program("pixart")).manifest.components
     assert components is not None

@@ -142,6 +142,7 @@ def test_freeu_that_is_off_again_is_no_other_state() -> None:
     assert fingerprint(unet) == before
 
 
+@pytest.mark.heavy
 def test_a_function_that_takes_the_place_of_another_is_another_state() -> None:
     """Even at the address of the first one."""
     unet = least().unet

@@ -143,6 +143,7 @@ def test_the_pruned_graph_alone(tmp_path: Path) -> None:
     assert (full.tolerance, pruned.tolerance) == (1e-4, QUANTIZED_TOLERANCE)
 
 
+@pytest.mark.heavy
 def test_a_program_in_8_bits(tmp_path: Path) -> None:
     pipe = plain_program()
     tgate_compile.optimize(pipe, GATE, backend="eager")
