@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, PyramidAttentionBroadcastConfig
 from diffusers.hooks import apply_pyramid_attention_broadcast
 
 import tgate_compile
-from tests.comparing import assert_differ, assert_same
+from tests.comparing import assert_differ, assert_same, difference
 from tests.tiny_pipelines import pixart, pixart_prompt, run, stable_diffusion
 from tests.tiny_video import latte, latte_call
 from tgate_compile import PAB, AdaptiveGuidance, ConfigurationError, DeepCache, Schedule, TGate
@@ -220,3 +220,17 @@ class Forgetful(Method):
 def test_a_method_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"step 0 hands on self, which hands_on\(\)"):
         Schedule.of(Forgetful()).plan(3, guided=True)
+
+
+def test_a_bundle_runs_pab(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pipe = stable_diffusion(layout="small")
+    tgate_compile.optimize(pipe, PAB(3, 2, begin=0.0, end=1.0) + TGate(4), backend="eager")
+    expected = run(pipe, steps=6)
+    call = {"prompt": "", "num_inference_steps": 6}
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", call=call, dynamic=False)
+    tgate_compile.restore(pipe)
+    tgate_compile.load(pipe, folder)
+    assert difference(run(pipe, steps=6), expected) < 1e-4
+    graphs = json.loads((folder / "manifest.json").read_text())["graphs"]
+    assert {"full", "pruned", "pruned-guided", "pruned-self-reused-guided"} <= set(graphs)
