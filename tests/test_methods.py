@@ -106,6 +106,7 @@ def test_files_hold_further_methods(tmp_path: Path) -> None:
         DeepCache(3) + TGate(7),
         Schedule(None, guidance_step=0.5),
         PAB(4, 2) + TGate(12),
+        PAB(2, 3, 5, begin=0.1, end=1.0) + AdaptiveGuidance(step=31),  # more phases than there are lower-case digits
     ],
     ids=str,
 )

@@ -26,6 +26,7 @@ from tgate_compile._demo.variants import DEMO_VARIANTS
 from tgate_compile.bundle.manifest import phase_spec, plain_config
 from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.methods.pab import PAB
 from tgate_compile.methods.schedule import Schedule
 
 SHAPE = (1, 4, 4, 4)
@@ -196,6 +197,7 @@ SCHEDULES = [
     Schedule(None, deepcache_interval=3),
     Schedule(None, guidance_step=5),
     Schedule(None, guidance_step=0.5, deepcache_interval=2),
+    PAB(2, 3, 5, begin=0.1, end=1.0) + Schedule(None, guidance_step=31),  # more phases than lower-case digits
 ]
 
 
@@ -206,7 +208,7 @@ def test_schedules_as_here(schedule: Schedule) -> None:
     cases: list[dict[str, Any]] = []
     expected = []
     for guided in (True, False):
-        for steps in (1, 5, 12, 25):
+        for steps in (1, 5, 12, 25, 64):
             for gate in (None, 1, 7, 40) if schedule.gate_step is not None else (None,):
                 moved = schedule if gate is None else dataclasses.replace(schedule, gate_step=gate)
                 plan = moved.plan(steps, guided=guided)

@@ -259,13 +259,13 @@ class PlannedPhase(_Strict):
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
 
 
-Rows = list[Annotated[str, Field(pattern="^[0-9a-z]*$")]]
+Rows = list[Annotated[str, Field(pattern="^[0-9a-zA-Z]*$")]]
 
 
 class Plans(_Strict):
     """The schedule step by step, so that a runtime need not implement its rules.
 
-    A row is the plan of a generation. Its digits, in base 36, give the position of each step's phase in `phases`.
+    A row is the plan of a generation. Its digits (0-9, a-z, A-Z) give the position of each step's phase in `phases`.
     """
 
     phases: list[PlannedPhase]

@@ -14,7 +14,9 @@ from tgate_compile.methods.schedule_file import read_schedule
 
 #: The largest number of steps for which rows are written.
 MAX_STEPS = 64
-_DIGITS = string.digits + string.ascii_lowercase
+#: The digits of a row. With three kinds that are each computed, handed on or reused, a schedule has up to 54 phases and
+#: the few at its gate.
+_DIGITS = string.digits + string.ascii_lowercase + string.ascii_uppercase
 
 
 def plans_of(schedule: Schedule, graphs: Mapping[Phase, str]) -> Plans | None:
@@ -46,8 +48,8 @@ def plans_of(schedule: Schedule, graphs: Mapping[Phase, str]) -> Plans | None:
         gates=[None if schedule.gate_step is None else min(schedule.gate(count), count) for count in steps],
         gated_guided=gated[True],
         gated_unguided=gated[False],
-        full_guided=int(full[True]),
-        full_unguided=int(full[False]),
+        full_guided=_DIGITS.index(full[True]),
+        full_unguided=_DIGITS.index(full[False]),
     )
 
 
@@ -66,7 +68,7 @@ def plan_from(plans: Plans, num_steps: int, *, guided: bool, gate_step: int | No
         if rows is None:
             raise ConfigurationError("The gate of this bundle's schedule cannot be moved.")
         row = rows[gate_step - 1][:num_steps]
-    return [plans.phases[int(digit, 36)] for digit in row]
+    return [plans.phases[_DIGITS.index(digit)] for digit in row]
 
 
 def plan_for(

@@ -182,7 +182,9 @@ class Method:
         return Schedule.of(self) + other
 
     def __str__(self) -> str:
-        chosen = [f"{f.name.replace('_', ' ')} {value}" for f in fields(self) if (value := getattr(self, f.name))]
+        chosen = [
+            f"{f.name.replace('_', ' ')} {value}" for f in fields(self) if (value := getattr(self, f.name)) is not None
+        ]
         return f"{self.title} ({', '.join(chosen)})"
 
 

@@ -2,6 +2,9 @@
 
 import { BundleError } from "./errors.js";
 
+/** The digits of a row, each the position of a phase. */
+const DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
+
 /** Return the largest number of steps that a manifest has plans for. */
 export function mostSteps({ plans }) {
   return plans.guided.length;
@@ -42,7 +45,7 @@ export function stripOf(plan) {
 }
 
 function phasesOf(plans, row) {
-  return [...row].map((digit) => plans.phases[Number.parseInt(digit, 36)]);
+  return [...row].map((digit) => plans.phases[DIGITS.indexOf(digit)]);
 }
 
 function checkedSteps(plans, steps) {
