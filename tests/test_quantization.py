@@ -155,7 +155,7 @@ def test_a_program_in_8_bits(tmp_path: Path) -> None:
     assert psnr(*images) > 35  # 8-bit pixels alone give 59 dB; random weights amplify errors
     assert not np.array_equal(*images)
     told = CliRunner().invoke(app, ["inspect", str(folder)])
-    assert "quantized: int8 in full, pruned, but for conv_in" in told.output
+    assert "quantized: int8 in full, pruned, except conv_in" in told.output
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 7), (8, 1)])
