@@ -442,11 +442,12 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def quiet() -> Iterator[None]:
     """Hide expected warnings: a gate that has no effect, a call that runs plain, discarded graphs."""
     logger = logging.getLogger("tgate_compile")
-    before, logger.level = logger.level, logging.ERROR
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.level = before
+        logger.setLevel(before)
 
 
 def main() -> None:

@@ -87,6 +87,7 @@ def test_at_the_stages_of_an_export(tmp_path: Path) -> None:
             read_bundle(folder)
 
 
+@pytest.mark.heavy
 def test_at_any_moment_of_a_replacement(tmp_path: Path) -> None:
     bundle = exported()
     newer = shutil.copytree(bundle, tmp_path / "newer")

@@ -93,6 +93,7 @@ def test_the_library_needs_none_of_the_command_lines_packages() -> None:
     assert done.stderr == entry.MSG_MISSING.format(missing="typer, rich, transformers")
 
 
+@pytest.mark.heavy
 def test_a_real_process_prints_json_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "star.png"
     arguments = ["generate", "--prompt", "a large red star on a white background", "--out", str(out)]

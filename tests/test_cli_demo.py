@@ -52,6 +52,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     return out, json.loads(result.stdout)
 
 
+@pytest.mark.heavy
 def test_the_file_holds_what_was_printed(ran: tuple[Path, dict[str, Any]]) -> None:
     out, printed = ran
     assert json.loads((out / "demo.json").read_text(encoding="utf-8")) == printed
@@ -60,6 +61,7 @@ def test_the_file_holds_what_was_printed(ran: tuple[Path, dict[str, Any]]) -> No
     assert printed["machine"]["torch"] == torch.__version__
 
 
+@pytest.mark.heavy
 def test_the_rows_are_comparable(ran: tuple[Path, dict[str, Any]]) -> None:
     rows = {row["key"]: row for row in ran[1]["rows"]}
     fastest = automatic_backends("cpu")[0]
@@ -78,6 +80,7 @@ def test_the_rows_are_comparable(ran: tuple[Path, dict[str, Any]]) -> None:
     assert all(value > 10 for row in (dropped, eager) for value in row["psnrs"])
 
 
+@pytest.mark.heavy
 def test_the_picture_has_a_row_per_prompt(ran: tuple[Path, dict[str, Any]]) -> None:
     with Image.open(ran[0] / "demo.png") as picture:
         assert picture.mode == "RGB"

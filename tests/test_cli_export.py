@@ -31,6 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.heavy
 def test_a_bundle_from_the_command_line(model: str, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     quick = ["--steps", "4", "--gate-step", "2", "--guidance", "5"]

@@ -93,6 +93,7 @@ def test_a_real_process_without_torch(bundle: str, tmp_path: Path) -> None:
         assert written.size == (SIZE, SIZE)
 
 
+@pytest.mark.heavy
 def test_from_a_model_to_an_image(tmp_path: Path) -> None:
     model, folder, out = (str(tmp_path / name) for name in ("model", "bundle", "cat.png"))
     tiny_pipelines.stable_diffusion(layout="small").save_pretrained(model)

@@ -113,6 +113,7 @@ def test_pixart() -> None:
     assert components.arguments["added_cond_kwargs.aspect_ratio"] == "aspect_ratio"
 
 
+@pytest.mark.heavy
 def test_the_denoiser_alone_has_none() -> None:
     assert read_bundle(exported()).manifest.components is None
     assert not (exported() / "components").exists()

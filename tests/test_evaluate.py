@@ -565,6 +565,7 @@ def _run(*program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.heavy
 def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     killed = _run("-c", _PROGRAM, str(folder), "kill")
@@ -591,6 +592,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.heavy
 def test_two_processes_share_the_images(tmp_path: Path) -> None:
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))

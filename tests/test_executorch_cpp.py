@@ -33,6 +33,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built("executorch", tmp_path_factory.mktemp("executorch-cpp"), options, environment)
 
 
+@pytest.mark.heavy
 def test_the_loop_in_cpp(program: Path, tmp_path: Path) -> None:
     assert_same_latents(program, exported_compiled("executorch"), tmp_path)
 

@@ -96,6 +96,7 @@ def test_as_after_optimize(bundle: Path) -> None:
     assert type(pipe).__call__ is diffusers.StableDiffusionPipeline.__call__
 
 
+@pytest.mark.heavy
 def test_all_graphs_of_a_schedule(tmp_path: Path) -> None:
     """One graph emits caches both whole and merged."""
     pipe = plain()
@@ -188,6 +189,7 @@ def test_other_calls(bundle: Path, call: dict[str, Any], parts: tuple[str, ...])
     run(pipe)
 
 
+@pytest.mark.heavy
 def test_tables_of_positions(tmp_path: Path) -> None:
     """PixArt's graph is for one size, although torch.export does not complain."""
     pipe = pixart()
@@ -204,6 +206,7 @@ def test_tables_of_positions(tmp_path: Path) -> None:
     assert difference(run(pipe, **pixart_prompt(2)), expected) < CLOSE
 
 
+@pytest.mark.heavy
 def test_sizes_that_are_fixed(tmp_path: Path) -> None:
     pipe = plain()
     tgate_compile.optimize(pipe, GATE, backend="eager")

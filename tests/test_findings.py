@@ -50,6 +50,7 @@ def measured(benchmarks: tuple[ModuleType, ModuleType], tmp_path_factory: pytest
     return folder
 
 
+@pytest.mark.heavy
 def test_each_setting_has_cost_and_quality_of_each_seed(measured: Path) -> None:
     results = json.loads((measured / "results.json").read_text())
     assert list(results["settings"]) == ["sd, 3 steps", "sd, 3 steps, Euler"]
@@ -73,6 +74,7 @@ def test_each_setting_has_cost_and_quality_of_each_seed(measured: Path) -> None:
     assert model["pruned_step_macs"] < 0.5 * model["full_step_macs"]
 
 
+@pytest.mark.heavy
 def test_what_is_missing_is_made_again(benchmarks: tuple[ModuleType, ModuleType], measured: Path) -> None:
     before = json.loads((measured / "results.json").read_text())
     images = sorted((measured / "images" / "sd-3-steps" / "images" / "t-gate-1").glob("*.png"))

@@ -26,6 +26,7 @@ def with_freeu(build: Any = plain) -> Any:
     return pipe
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("backend", "dtype", "most"),
     [("openvino", torch.float32, CLOSE), ("openvino", torch.float16, 1e-2), ("onnxruntime", torch.float16, 1e-2)],

@@ -131,6 +131,7 @@ def assert_no_old_tensors(pipe: Any) -> None:
             assert tensor.is_meta or tensor.untyped_storage().data_ptr() in known
 
 
+@pytest.mark.heavy
 def test_captures_do_not_pile_up(caplog: pytest.LogCaptureFixture) -> None:
     pipe = tgate_compile.optimize(pixart(), 1000, backend="eager")
     store = pipe._tgate_compile.hook.store

@@ -223,6 +223,7 @@ def test_a_method_that_contradicts_itself_is_refused() -> None:
         Schedule.of(Forgetful()).plan(3, guided=True)
 
 
+@pytest.mark.heavy
 def test_a_bundle_runs_pab(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pipe = stable_diffusion(layout="small")

@@ -86,6 +86,7 @@ def test_changed_weights_are_seen() -> None:
     assert_differ(changed, result)
 
 
+@pytest.mark.heavy
 def test_half_precision() -> None:
     pipe = stable_diffusion(layout="small").to(torch.float16)
     result, eager = both(pipe, {}, gate_step=3)

@@ -99,6 +99,7 @@ def test_changed_weights_are_seen() -> None:
     assert_differ(changed, result)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
 def test_half_precision(dtype: torch.dtype, most: float) -> None:
     """OpenVINO computes in float32, and supports bfloat16 on a CPU, unlike ONNX Runtime."""

@@ -78,6 +78,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert difference(run(pipe).float(), expected.float()) < 6e-2
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("scheme", "stored", "most", "dynamic"),
     [

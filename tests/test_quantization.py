@@ -67,6 +67,7 @@ def float_latents() -> torch.Tensor:
     return latents
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_scheme(scheme: str) -> None:
     folder = quantized(scheme)
@@ -116,6 +117,7 @@ def test_calibration_sees_both_sides_of_the_gate() -> None:
     }
 
 
+@pytest.mark.heavy
 def test_calibration_has_the_calls_batch(tmp_path: Path) -> None:
     pipe = plain()
     tgate_compile.optimize(pipe, GATE, backend="eager")

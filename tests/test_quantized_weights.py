@@ -34,6 +34,7 @@ def reference(pipe: Any) -> torch.Tensor:
     return result
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_as_with_hooks_to_the_bit(config: str) -> None:
     pipe = quantized(config)
@@ -74,6 +75,7 @@ def test_quantized_after_the_first_image() -> None:
     assert torch.equal(after, reference(pipe))
 
 
+@pytest.mark.heavy
 def test_onnx_takes_the_integers(tmp_path: Path) -> None:
     """They stay 8-bit in the file, and the bundle recognizes them."""
     pipe = quantized()
@@ -109,6 +111,7 @@ def test_executorch_refuses_quantized_weights(tmp_path: Path) -> None:
     assert not pipe._tgate_compile.hook.store.variants
 
 
+@pytest.mark.heavy
 def test_rounded_inputs_in_a_backend() -> None:
     pipe = quantized("Int8DynamicActivationInt8WeightConfig")
     expected = run(pipe, steps=1)

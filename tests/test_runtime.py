@@ -91,6 +91,7 @@ def test_a_step_of_several_calls(pipe: BundlePipeline) -> None:
     assert [(step.number, step.steps) for step in done] == [(number, 6) for number in range(6)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "schedule",
     [

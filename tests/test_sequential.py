@@ -68,6 +68,7 @@ def test_the_graph_that_is_left_is_freed() -> None:
     assert session() is None
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("schedule", [{"dynamic": True}, {"cache_dtype": torch.float8_e4m3fn}], ids=["fp32", "fp8"])
 def test_a_program_has_one_graph_open(schedule: dict[str, Any]) -> None:
     latents = noise()
@@ -86,6 +87,7 @@ def test_a_program_has_one_graph_open(schedule: dict[str, Any]) -> None:
         assert pipe._decoder is None
 
 
+@pytest.mark.heavy
 def test_a_program_frees_the_graph_that_is_left() -> None:
     """ONNX Runtime's values keep their session alive, and caches are such values."""
     pipe = BundlePipeline(program(dynamic=True), threads=1, sequential=True)

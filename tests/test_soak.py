@@ -13,6 +13,7 @@ from tgate_compile.pipeline.caches import Caches
 CALLS = 50
 
 
+@pytest.mark.heavy
 def test_mixed_calls() -> None:
     soak = Soak(0, short=True)
     with quiet():

@@ -52,6 +52,7 @@ def manifest_of(folder: Path) -> Manifest:
 # Exports.
 
 
+@pytest.mark.heavy
 def test_engines_of_free_sizes(bundle: Path) -> None:
     manifest = manifest_of(bundle)
     assert sorted(manifest.files) == ["graphs/full.engine", "graphs/pruned.engine"]
@@ -72,6 +73,7 @@ def test_engines_of_free_sizes(bundle: Path) -> None:
         assert (full.parity, pruned.parity) == (None, None)
 
 
+@pytest.mark.heavy
 def test_engines_of_fixed_sizes(optimized: Any, tmp_path: Path) -> None:
     options = {"compute_capabilities": ["8.9", "12.0"], "weight_streaming": True}
     said: list[str] = []
