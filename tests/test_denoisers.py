@@ -122,6 +122,7 @@ def test_restore(pair: Pair) -> None:
 
 
 #: Attentions whose projections are not called `to_k` are not recognized: see `denies_cross_attention`.
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_sibling(name: str) -> None:
     """Check gated, ungated and the sites, which can differ although the denoiser is that of a pipeline above."""
