@@ -50,7 +50,7 @@ class _Layers(torch.nn.Module):
 
 
 def integers(scheme: Any, keep: tuple[str, ...] = ("last",), calls: int = 3) -> Integers:
-    return Integers(Quantization(scheme, keep=keep), [[latents(seed)] for seed in range(calls)])
+    return Integers(Quantization(scheme, skip=keep), [[latents(seed)] for seed in range(calls)])
 
 
 def latents(seed: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from tgate_compile._cli.app import app
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.manifest import Manifest
 from tgate_compile.bundle.parity import QUANTIZED_TOLERANCE
-from tgate_compile.bundle.quantization import CALIBRATED, KEPT, SCHEMES, Quantization, read_quantization
+from tgate_compile.bundle.quantization import CALIBRATED, SCHEMES, SKIPPED, Quantization, read_quantization
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.onnx.quantize import quantized_by_block, quantized_by_channel
 from tgate_compile.runtime import BundlePipeline
@@ -75,7 +75,7 @@ def test_a_scheme(scheme: str) -> None:
     assert manifest.quantization is not None
     assert manifest.quantization.scheme == scheme
     assert manifest.quantization.graphs == ["full", "pruned"]
-    assert manifest.quantization.keep == list(KEPT)
+    assert manifest.quantization.keep == list(SKIPPED)
     assert manifest.denoiser.weights_digest == manifest_of(exported()).denoiser.weights_digest
 
     sizes = [(one / "graphs/weights.bin").stat().st_size for one in (folder, exported())]
@@ -132,10 +132,10 @@ def test_the_pruned_graph_alone(tmp_path: Path) -> None:
     pipe = plain()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     call = {"prompt": "", "num_inference_steps": STEPS}
-    quantize = {"scheme": "int8", "graphs": "pruned", "keep": ["*"]}
+    quantize = {"scheme": "int8", "graphs": "pruned", "skip": ["*"]}
     with pytest.raises(ConfigurationError, match="graphs of quantize must be"):
         tgate_compile.export(pipe, tmp_path / "b", call=call, quantize=quantize | {"graphs": "full"})
-    folder = tgate_compile.export(pipe, tmp_path / "b", call=call, dynamic=False, quantize=quantize | {"keep": []})
+    folder = tgate_compile.export(pipe, tmp_path / "b", call=call, dynamic=False, quantize=quantize | {"skip": []})
     manifest = manifest_of(folder)
     assert manifest.quantization is not None
     assert manifest.quantization.graphs == ["pruned"]
@@ -198,7 +198,7 @@ def test_half_precision() -> None:
         (8, "quantize must be None, one of"),
         ({"graphs": "all"}, "quantize must be None, one of"),
         ({"scheme": "int8", "bits": 8}, 'unknown settings: "bits"'),
-        ({"scheme": "int8", "keep": "conv_in"}, "must be a list of layer name patterns"),
+        ({"scheme": "int8", "skip": "conv_in"}, "must be a list of layer name patterns"),
         ({"scheme": "int4", "block": 20}, "block of quantize must be one of 16"),
         ({"scheme": "int8-static", "calibration_prompts": "a cat"}, "must be a list of strings"),
         ({"scheme": "int8-static", "calibration_steps": 0}, "a positive integer"),

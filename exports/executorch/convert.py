@@ -101,7 +101,7 @@ def _quantizer(quantization: Quantization) -> Any:
 def _is_taken(node: Node, quantization: Quantization) -> bool:
     """Return whether a layer is quantized; the quantizer also calls this with weights."""
     weight = node if node.op == "get_attr" else node.args[1]
-    return isinstance(weight, Node) and weight.op == "get_attr" and not quantization.keeps(str(weight.target))
+    return isinstance(weight, Node) and weight.op == "get_attr" and not quantization.skips(str(weight.target))
 
 
 def _configuration(*, dynamic: bool) -> QuantizationConfig:

@@ -190,7 +190,7 @@ def quantize_weights(
     left = {}
     order = {node: at for at, node in enumerate(model.graph)}
     for name, tensor in live.items():
-        uses = None if quantization.keeps(name) else uses_of(model.graph.initializers[name])
+        uses = None if quantization.skips(name) else uses_of(model.graph.initializers[name])
         if uses is None or not tensor.is_floating_point():
             left[name] = tensor
             continue
@@ -342,7 +342,7 @@ def save_static(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     names = [str(value.name) for value in model.graph.inputs]
-    kept = [str(layer.name) for name in live if quantization.keeps(name) for layer in _layers(model, name)]
+    kept = [str(layer.name) for name in live if quantization.skips(name) for layer in _layers(model, name)]
     home = Path(tempfile.mkdtemp(dir=path.parent.parent))
     try:
         with (home / Path(WEIGHTS_FILE).name).open("xb") as file:

@@ -77,7 +77,7 @@ def export(
         typer.Option(
             "--quantize-option",
             metavar="NAME=VALUE",
-            help="An option of --quantize, such as keep or block; repeatable.",
+            help="An option of --quantize, such as skip or block; repeatable.",
         ),
     ] = None,
     image: options.Image,

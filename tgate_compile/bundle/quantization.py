@@ -25,7 +25,7 @@ Graphs = Literal["all", "pruned"]
 BLOCKS = (16, 32, 64, 128, 256)
 
 #: The first and the last layer and the time embedding: few of the bytes, but half of the pruned graph's error.
-KEPT = ("conv_in", "conv_out", "time_embedding.*", "pos_embed.*", "proj_out")
+SKIPPED = ("conv_in", "conv_out", "time_embedding.*", "pos_embed.*", "proj_out")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Quantization:
     Attributes:
         scheme: the scheme; see `Scheme`.
         graphs: which graphs are quantized.
-        keep: shell-style patterns of layers whose weights are not quantized.
+        skip: shell-style patterns of layers whose weights are not quantized.
         block: for `int4`, the number of consecutive weights that share a scale.
         calibration_prompts: for `int8-static`, the prompts of the generations in which activations are measured. If
             empty, the prompt of the call that the bundle is exported with.
@@ -45,7 +45,7 @@ class Quantization:
 
     scheme: Scheme
     graphs: Graphs = "all"
-    keep: tuple[str, ...] = KEPT
+    skip: tuple[str, ...] = SKIPPED
     block: int = 32
     calibration_prompts: tuple[str, ...] = ()
     calibration_steps: int = 6
@@ -55,10 +55,10 @@ class Quantization:
             raise ConfigurationError(f"scheme of quantize must be one of {_listed(SCHEMES)}, but got {self.scheme!r}.")
         if self.graphs not in get_args(Graphs):
             raise ConfigurationError(f'graphs of quantize must be "all" or "pruned", but got {self.graphs!r}.')
-        if not _are_texts(self.keep):
+        if not _are_texts(self.skip):
             raise ConfigurationError(
-                "keep of quantize must be a list of layer name patterns, such as ['conv_in', 'up_blocks.*'], but got "
-                f"{self.keep!r}."
+                "skip of quantize must be a list of layer name patterns, such as ['conv_in', 'up_blocks.*'], but got "
+                f"{self.skip!r}."
             )
         if isinstance(self.block, bool) or self.block not in BLOCKS:
             raise ConfigurationError(
@@ -82,10 +82,10 @@ class Quantization:
         """Whether the scheme needs a calibration on real generations."""
         return self.scheme in CALIBRATED
 
-    def keeps(self, weight: str) -> bool:
+    def skips(self, weight: str) -> bool:
         """Return whether the weight with this name, such as `conv_in.weight`, is not quantized."""
         layer = weight.rpartition(".")[0]
-        return any(fnmatchcase(name, pattern) for pattern in self.keep for name in (layer, weight))
+        return any(fnmatchcase(name, pattern) for pattern in self.skip for name in (layer, weight))
 
 
 def read_quantization(given: object, format: str, schemes: Sequence[str]) -> Quantization | None:

@@ -227,7 +227,7 @@ def _quantization(
     return m.Quantization(
         scheme=quantization.scheme,
         graphs=[planned.name for planned in quantized],
-        keep=list(quantization.keep),
+        keep=list(quantization.skip),
         block=quantization.block if quantization.scheme == "int4" else None,
         calibration=measured,
     )

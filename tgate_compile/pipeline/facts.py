@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Facts:
+class CallFacts:
     """Facts about a generation, from a pipeline's call or, for a custom loop, from the user.
 
     Attributes:
@@ -34,7 +34,7 @@ class Facts:
     guided_at: Callable[[str, int], bool] | None = None
 
 
-NO_FACTS = Facts(lambda name: False, lambda: None, watch=False)
+NO_FACTS = CallFacts(lambda name: False, lambda: None, watch=False)
 
 
 def num_calls_of(
@@ -54,13 +54,13 @@ def boundary_of(pipe: DiffusionPipeline, family: Family) -> float | None:
     return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
 
 
-def facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Facts:
+def facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> CallFacts:
     """Return the facts about the generation of a pipeline's call with these arguments."""
     if is_modular(pipe):
         guidance = Guidance(pipe, tuple(state.hooks))
-        return Facts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
+        return CallFacts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
     guided = guidance_of(pipe, arguments)
-    return Facts(lambda name: guided(), lambda: _num_timesteps(pipe), _may_change(state, pipe, arguments))
+    return CallFacts(lambda name: guided(), lambda: _num_timesteps(pipe), _may_change(state, pipe, arguments))
 
 
 def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from tgate_compile.engine.traffic import exclusive, running
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.facts import (
     NO_FACTS,
-    Facts,
+    CallFacts,
     facts_of_call,
     knows_order,
     note_new_loop,
@@ -203,7 +203,7 @@ def generation(
     state = required_state_of(pipe)
     state.last_plain = None
     loop = Loop(on_unsupported=state.on_unsupported, report=state.report_plain)
-    facts = Facts(lambda name: guidance, lambda: num_timesteps, watch=True)
+    facts = CallFacts(lambda name: guidance, lambda: num_timesteps, watch=True)
     with _generations_of_call(state, pipe, gate_step, lambda: facts, loop):
         yield OwnLoop(loop)
 
@@ -253,7 +253,7 @@ def split_gate_step(gate_step: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 @contextmanager
 def _generations_of_call(
-    state: Optimized, pipe: DiffusionPipeline, gate_step: GateStep | None, facts: Callable[[], Facts], loop: Loop
+    state: Optimized, pipe: DiffusionPipeline, gate_step: GateStep | None, facts: Callable[[], CallFacts], loop: Loop
 ) -> Iterator[None]:
     """Activate a generation for each denoiser of `pipe`, and observe its scheduler, inside the context."""
     gates = split_gate_step(gate_step, tuple(state.hooks))
