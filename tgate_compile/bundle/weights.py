@@ -7,7 +7,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from tgate_compile._errors import BundleError
 from tgate_compile.bundle.manifest import WEIGHTS_FILE, Count, Dtype, Name
-from tgate_compile.engine.trust import as_integers
+from tgate_compile.engine.trust import sums_of_bits
 from tgate_compile.engine.weights import plain_tensors
 
 
@@ -32,16 +32,44 @@ def weights_digest(denoiser: torch.nn.Module) -> str:
     A line is, for example, `conv_in.bias float32 4 9f86d0...`; its hash is that of the bytes in C order, little-endian.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(plain_tensors(denoiser).items()):
+    named = sorted(plain_tensors(denoiser).items())
+    for (name, tensor), content in zip(named, _contents([tensor for _, tensor in named]), strict=True):
         shape = "x".join(map(str, tensor.shape))
-        content = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        digest.update(f"{name} {dtype_name(tensor.dtype)} {shape} {content}\n".encode())
+        digest.update(f"{name} {dtype_name(tensor.dtype)} {shape} {hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+#: How many bytes are fetched from a device at a time.
+_FETCHED = 256 << 20
+
+
+def _contents(tensors: Sequence[torch.Tensor], at_most: int = _FETCHED) -> Iterator[memoryview]:
+    """Yield the bytes of each tensor, in C order. Those on other devices than the CPU are fetched many at a time."""
+    waiting: list[torch.Tensor] = []
+
+    def fetched() -> Iterator[memoryview]:
+        content = tensor_bytes(torch.cat(waiting)) if waiting else memoryview(b"")
+        start = 0
+        for each in waiting:
+            yield content[start : start + each.nbytes]
+            start += each.nbytes
+        waiting.clear()
+
+    for tensor in tensors:
+        device = tensor.device
+        size = sum(each.nbytes for each in waiting) + tensor.nbytes
+        if waiting and (device != waiting[0].device or size > at_most):
+            yield from fetched()
+        if device.type == "cpu":
+            yield tensor_bytes(tensor)
+        else:
+            waiting.append(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+    yield from fetched()
 
 
 def bit_sums(denoiser: torch.nn.Module) -> tuple[int, ...]:
     """Return a sum over the bits of each weight: much faster than the digest, and different after any usual change."""
-    return tuple(int(as_integers(tensor).sum()) for tensor in plain_tensors(denoiser).values())
+    return tuple(sums_of_bits(plain_tensors(denoiser).values()))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

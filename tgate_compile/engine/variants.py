@@ -24,7 +24,7 @@ from tgate_compile.engine.halves import latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree, make_backend
-from tgate_compile.engine.weights import check_quantization, check_weights_stay, fingerprint, live_tensors
+from tgate_compile.engine.weights import Watch, check_quantization, check_weights_stay, live_tensors
 from tgate_compile.methods.method import Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant
 from tgate_compile.passes.specialize import specialize
@@ -90,6 +90,8 @@ class VariantStore:
     def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
         self.denoiser = denoiser
         self._config = config
+        self._watch: Watch | None = None  # made at the first call
+        self._is_current = False  # whether `_model` is the state that the watch has seen last
         self._models: dict[Hashable, int] = {}  # numbers of the denoiser's states, by fingerprint
         self._model = -1
         self._next_model = 0
@@ -148,7 +150,14 @@ class VariantStore:
     def refresh(self, *, begins: bool = True) -> None:
         """Check the denoiser for changes, and fetch its present parameters; `begins` starts a new generation."""
         self._generations += begins
-        current = fingerprint(self.denoiser)
+        if self._watch is None:
+            self._watch = Watch(self.denoiser)
+        elif self._watch.refresh() and self._is_current:
+            for key, compiled in self._compiled.items():
+                self._update(key, list(compiled.weights))
+            return
+        self._is_current = False  # until all of this has succeeded
+        current = self._watch.fingerprint
         model = self._models.get(current)
         if model is None:
             check_weights_stay(self.denoiser)
@@ -158,13 +167,19 @@ class VariantStore:
             self._next_model += 1
             if self._captures:
                 logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
-        live = live_tensors(self.denoiser)
+        live = self._watch.live
         self._release_old_tensors(model, live)
         self._model = model
         for key, compiled in self._compiled.items():
             # The graphs of other states release the tensors, which may have been replaced.
-            weights = _tensors_of(compiled.variant.program, live) if key[0].model == model else []
-            self._compiled[key] = dataclasses.replace(compiled, weights=weights)
+            self._update(key, _tensors_of(compiled.variant.program, live) if key[0].model == model else [])
+        self._is_current = True
+
+    def _update(self, key: tuple[_Address, Phase], weights: Sequence[torch.Tensor]) -> None:
+        """Give a compiled variant a new list of weights, by which its runner knows that values may have changed."""
+        compiled = self._compiled[key] = dataclasses.replace(self._compiled[key], weights=weights)
+        if weights and isinstance(compiled.runner, Served):
+            compiled.runner.prepare(weights)
 
     def _release_old_tensors(self, model: int, live: Mapping[str, torch.Tensor]) -> None:
         """Release parameters that the denoiser has replaced from the graphs that hold them.
