@@ -276,12 +276,12 @@ def test_both_commands_can_be_tried_on_a_cpu(
     assert script("gpu_warm").main(["sd15", "tgate_cuda_graphs", *TRY_OUT]) == 0
     assert "sd15 tgate_cuda_graphs: " in capsys.readouterr().out
     out = tmp_path / "gpu.json"
-    arguments = ["--out", str(out), "--models", "sd15", "--contenders", "tgate_cuda_graphs", "plain", "--repeat", "1"]
+    arguments = ["--out", str(out), "--models", "sd15", "--contenders", "tgate_cuda_graphs", "--repeat", "1"]
     gpu.main([*arguments, *TRY_OUT])
     data = json.loads(out.read_text())
     assert data["complete"]
     assert data["command"].startswith("python benchmarks/gpu.py --out ")
-    assert [row["error"] for row in data["suites"][0]["rows"]] == [None, None]
+    assert [row["error"] for row in data["suites"][0]["rows"]] == [None, None]  # T-GATE's, and an empty plain one
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             gpu.main(["--out", str(out)])
@@ -293,7 +293,7 @@ def commands() -> list[str]:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     section = text.partition("## A quarter of an hour on a GPU")[2].partition("\n## ")[0]
     blocks = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
-    return [block.replace("\\\n", " ") for block in blocks if "benchmarks/gpu" in block]
+    return [block.replace("\\\n", " ") for block in blocks if "benchmarks/gpu" in block][:2]
 
 
 def test_the_commands_name_what_there_is(gpu: ModuleType) -> None:
