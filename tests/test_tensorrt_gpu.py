@@ -15,11 +15,17 @@ from tests.exported import GATE, STEPS, plain
 from tests.tiny_pipelines import run
 from tgate_compile import BackendError
 from tgate_compile.bundle.read import read_bundle
+from tgate_compile.exports.tensorrt.open import check_gpu_supported
 
 
 def package(name: str) -> Any:
-    found = importlib.util.find_spec(name) is not None
-    return pytest.mark.skipif(not found, reason=f"{name} is not installed")
+    problem = f"{name} is not installed" if importlib.util.find_spec(name) is None else ""
+    if not problem and torch.cuda.is_available():
+        try:
+            check_gpu_supported(name, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+        except BackendError as error:
+            problem = str(error)
+    return pytest.mark.skipif(bool(problem), reason=problem or "it is there")
 
 
 pytestmark = [
