@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from tests import tiny_pipelines
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
+from tgate_compile.exports.inductor.live import _example_inputs
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.graphs import Captured, Variant
 from tgate_compile.passes.specialize import specialize
@@ -108,6 +109,16 @@ def test_weights_stay_channels_last(graphs: tuple[Captured, list[Variant]]) -> N
         assert kernels
         assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
         assert not any(kernel.is_contiguous() for kernel in kernels)
+
+
+def test_inductor_compiles_for_the_layout_of_the_weights(graphs: tuple[Captured, list[Variant]]) -> None:
+    """Code for other strides would copy the weights in each step; inputs are made contiguous before each step."""
+    for variant in graphs[1]:
+        examples = _example_inputs(variant)
+        placeholders = [node.meta["val"] for node in variant.program.graph.nodes if node.op == "placeholder"]
+        weights = len(variant.weights)
+        assert [each.stride() for each in examples[:weights]] == [each.stride() for each in placeholders[:weights]]
+        assert all(each.is_contiguous() for each in examples[weights:])
 
 
 def test_caches_are_contiguous(graphs: tuple[Captured, list[Variant]]) -> None:
