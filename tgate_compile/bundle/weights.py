@@ -113,7 +113,10 @@ MSG_INDEX = "{path} is not a valid index of a weights file: {problem}."
 
 
 class Place(BaseModel):
-    """The location of a tensor in the weights file, in C order, little-endian."""
+    """The location of a tensor in the weights file, in C order, little-endian.
+
+    Compiled code may expect the tensor in another layout in memory: `order` has its dimensions then, outermost first.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -121,18 +124,38 @@ class Place(BaseModel):
     shape: Annotated[list[Count], Field(max_length=16)]
     offset: Count
     length: Count
+    order: Annotated[list[Count], Field(max_length=16)] | None = None
 
 
 class _Index(RootModel[dict[Name, Place]]):
     pass
 
 
-def write_weights(tensors: Mapping[str, torch.Tensor], weights: WeightsFile, index: Path) -> None:
-    """Add `tensors` to `weights`, and write their locations to the file `index`."""
+def order_of(tensor: torch.Tensor) -> list[int] | None:
+    """Return the dimensions of `tensor`, outermost in memory first; None if it is in C order or has gaps."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+    return None if tensor.is_contiguous() or not tensor.permute(order).is_contiguous() else order
+
+
+def in_order(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+    """Return `tensor`, which is in C order, with the layout of `order_of`."""
+    if order is None:
+        return tensor
+    return tensor.permute(*order).contiguous().permute(*(order.index(dim) for dim in range(tensor.ndim)))
+
+
+def write_weights(
+    tensors: Mapping[str, torch.Tensor], weights: WeightsFile, index: Path, *, keep_layout: bool = False
+) -> None:
+    """Add `tensors` to `weights`, and write their locations to the file `index`, with their layouts if asked."""
     places = {}
     for name, tensor in tensors.items():
         offset, length = weights.add(tensor)
-        place = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "offset": offset, "length": length}
+        place: dict[str, object] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+        place |= {"offset": offset, "length": length}
+        order = order_of(tensor) if keep_layout else None
+        place |= {} if order is None else {"order": order}
         places[name] = json.dumps(place)
     lines = ",\n".join(f" {json.dumps(name)}: {place}" for name, place in places.items())
     index.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
@@ -158,6 +181,11 @@ def read_index(path: Path, weights_size: int) -> dict[str, Place]:
             raise BundleError(
                 f"{path} places the tensor {name[:200]!r} at bytes {place.offset} to {end}, which is not a valid "
                 f"location of a tensor of dtype {place.dtype} and shape {place.shape}."
+            )
+        if place.order is not None and sorted(place.order) != list(range(len(place.shape))):
+            raise BundleError(
+                f"{path} has the order {place.order} for the tensor {name[:200]!r}, which is not an order of the "
+                f"dimensions of the shape {place.shape}."
             )
     return places
 
@@ -195,7 +223,7 @@ class MappedWeights:
             )
         for name in names:
             if name not in self._tensors:
-                self._tensors[name] = self._tensor(name).to(self._device)
+                self._tensors[name] = in_order(self._tensor(name).to(self._device), self._places[name].order)
         return {name: self._tensors[name] for name in names}
 
     def _tensor(self, name: str) -> torch.Tensor:
