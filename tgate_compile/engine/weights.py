@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -45,6 +45,13 @@ def plain_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         else:
             live[name] = tensor
     return live
+
+
+def is_same(live: torch.Tensor | None, held: torch.Tensor) -> bool:
+    """Return whether a program's tensor is the denoiser's present one, or shares its memory (a quantized weight)."""
+    if live is None or live is held or live.is_meta != held.is_meta:
+        return live is held or (live is None and held.is_meta)
+    return live.shape == held.shape and live.data_ptr() == held.data_ptr()
 
 
 def make_up(tensor: torch.Tensor) -> Hashable:
@@ -311,14 +318,10 @@ class _Objects:
         self._numbers: list[tuple[torch.Tensor | np.ndarray | np.generic, Hashable]] = []
         self._found: set[int] = set()
         hooks = torch.nn.modules.module
-        for table in (hooks._global_forward_hooks, hooks._global_forward_pre_hooks):
-            self._add_table(table)
-        for kind in code_owners(denoiser):
-            self._add_table(vars(kind))
+        self._add_tables(hooks._global_forward_hooks, hooks._global_forward_pre_hooks)
+        self._add_tables(*map(vars, code_owners(denoiser)))
         for module in self._modules:
-            self._add_table(module.__dict__)
-            for table in (module._modules, module._parameters, module._buffers):
-                self._add_table(table)
+            self._add_tables(module.__dict__, module._modules, module._parameters, module._buffers)
             for name, value in module.__dict__.items():
                 if name not in _IGNORED:
                     self._add(value, _DEPTH)
@@ -338,9 +341,9 @@ class _Objects:
             and all(_numbers(value) == numbers for value, numbers in self._numbers)
         )
 
-    def _add_table(self, table: Any) -> None:
-        self._tables.append(table)
-        self._contents.append(table.values())
+    def _add_tables(self, *tables: Mapping[Any, Any]) -> None:
+        self._tables += tables
+        self._contents += [table.values() for table in tables]
 
     def _add(self, value: object, depth: int) -> None:
         """Add what `_plain` reads of `value`, an attribute's value, at this depth."""
@@ -355,7 +358,7 @@ class _Objects:
             return
         self._found.add(id(value))
         if isinstance(value, dict):
-            self._add_table(value)
+            self._add_tables(value)
             inside: Iterable[object] = value.values()
         elif isinstance(value, (list, tuple, set, frozenset)):
             self._contents.append(value)
@@ -364,7 +367,7 @@ class _Objects:
             inside = (value.args, value.keywords)
         else:
             attributes = getattr(value, "__dict__", {})
-            self._add_table(attributes)
+            self._add_tables(attributes)
             inside = attributes.values()
         for item in list(inside):
             self._add(item, depth - 1)
