@@ -533,6 +533,8 @@ def checked_device(parser: argparse.ArgumentParser, given: argparse.Namespace) -
     """Return the device and the dtype to measure with, or exit if there is no such device."""
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device found; --device cpu --tiny tries the script, and `tgate-compile bench` measures")
+    if given.tiny:
+        torch.set_num_threads(1)  # on small tensors more threads gain nothing, and wait for each other
     device = torch.device("cuda", torch.cuda.current_device()) if given.device == "cuda" else torch.device("cpu")
     return device, torch.bfloat16 if given.device == "cuda" else torch.float32
 

@@ -128,8 +128,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         before = memory_in_use(device)
         yield peak
         torch.cuda.synchronize(device)
-        idle = idle_in_pools(torch.cuda.memory_snapshot(), device.index or torch.cuda.current_device())
-        peak.total = torch.cuda.max_memory_allocated(device) + idle
+        peak.total = torch.cuda.max_memory_allocated(device) + _idle(device)
         peak.added = peak.total - before
         return
     resident = _resident("VmRSS") if _reset_peak() else None
@@ -143,8 +142,12 @@ def memory_in_use(device: torch.device) -> int:
     """Return the number of bytes in use on a GPU, with the memory pools of CUDA graphs; 0 for other devices."""
     if device.type != "cuda":
         return 0
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.cuda.memory_allocated(device) + idle_in_pools(torch.cuda.memory_snapshot(), index)
+    return torch.cuda.memory_allocated(device) + _idle(device)
+
+
+def _idle(device: torch.device) -> int:
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return idle_in_pools(segments, torch.cuda.current_device() if device.index is None else device.index)
 
 
 def idle_in_pools(segments: Iterable[Mapping[str, Any]], device: int) -> int:
