@@ -21,7 +21,14 @@ from tests.exported import exported
 from tgate_compile import BundleError, TGateError
 from tgate_compile.bundle.manifest import SCHEMA_VERSION, WEIGHTS_FILE, json_schema
 from tgate_compile.bundle.read import read_bundle
-from tgate_compile.bundle.weights import INDEX_FILE, WeightsFile, mapped_weights, write_weights
+from tgate_compile.bundle.weights import (
+    INDEX_FILE,
+    WeightsFile,
+    fetched,
+    mapped_weights,
+    tensor_bytes,
+    write_weights,
+)
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -292,6 +299,28 @@ def test_only_our_own_errors_come_out(folder: Path, original: Path, data: st.Dat
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with suppress(TGateError):
         read_bundle(folder)
+
+
+def test_weights_of_a_gpu_are_fetched_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy waits for the GPU. What is joined for it is separated again."""
+    tensors = [
+        torch.randn(5, 3),
+        torch.randn(4, 6).T,
+        torch.tensor(7),
+        torch.randn(2, 2).bfloat16(),
+        torch.empty(0),
+        torch.tensor([True, False]),
+        torch.randn(40),
+    ]
+    expected = [bytes(tensor_bytes(tensor)) for tensor in tensors]
+    joined: list[int] = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts: joined.append(len(parts)) or cat(parts))
+    assert [bytes(content) for content in fetched(tensors)] == expected
+    assert joined == [7]
+    joined.clear()
+    assert [bytes(content) for content in fetched(tensors, at_most=100)] == expected
+    assert joined == [1, 1, 4, 1]  # 60 bytes, 96, 18 and 160
 
 
 def test_layouts_of_weights(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -43,28 +44,32 @@ def weights_digest(denoiser: torch.nn.Module) -> str:
 _FETCHED = 256 << 20
 
 
-def _contents(tensors: Sequence[torch.Tensor], at_most: int = _FETCHED) -> Iterator[memoryview]:
+def _contents(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
     """Yield the bytes of each tensor, in C order. Those on other devices than the CPU are fetched many at a time."""
-    waiting: list[torch.Tensor] = []
-
-    def fetched() -> Iterator[memoryview]:
-        content = tensor_bytes(torch.cat(waiting)) if waiting else memoryview(b"")
-        start = 0
-        for each in waiting:
-            yield content[start : start + each.nbytes]
-            start += each.nbytes
-        waiting.clear()
-
-    for tensor in tensors:
-        device = tensor.device
-        size = sum(each.nbytes for each in waiting) + tensor.nbytes
-        if waiting and (device != waiting[0].device or size > at_most):
-            yield from fetched()
+    for device, group in itertools.groupby(tensors, key=lambda tensor: tensor.device):
         if device.type == "cpu":
-            yield tensor_bytes(tensor)
+            yield from map(tensor_bytes, group)
         else:
-            waiting.append(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
-    yield from fetched()
+            yield from fetched(group)
+
+
+def fetched(tensors: Iterable[torch.Tensor], at_most: int = _FETCHED) -> Iterator[memoryview]:
+    """Yield the bytes of each tensor, in C order. They are copied to the CPU together, `at_most` bytes at a time."""
+    waiting: list[torch.Tensor] = []
+    for tensor in tensors:
+        if waiting and sum(each.nbytes for each in waiting) + tensor.nbytes > at_most:
+            yield from _split(waiting)
+            waiting = []
+        waiting.append(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+    if waiting:
+        yield from _split(waiting)
+
+
+def _split(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
+    content, start = tensor_bytes(torch.cat(list(tensors))), 0
+    for tensor in tensors:
+        yield content[start : start + tensor.nbytes]
+        start += tensor.nbytes
 
 
 def bit_sums(denoiser: torch.nn.Module) -> tuple[int, ...]:
