@@ -25,7 +25,7 @@ from tests.tiny_pipelines import run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
 from tgate_compile.bundle.read import read_bundle
-from tgate_compile.bundle.weights import mapped_weights
+from tgate_compile.bundle.weights import in_order, mapped_weights, order_of
 from tgate_compile.exports.inductor import save as aoti_graphs
 from tgate_compile.exports.inductor.open import AotiSession, entry_name
 from tgate_compile.exports.inductor.save import to_aoti
@@ -208,8 +208,9 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
 # Weights.
 
 
-def test_weights_in_another_memory_format(tmp_path: Path) -> None:
-    """Compiled code depends on its weights' strides, and the weights in a bundle are contiguous."""
+@pytest.mark.parametrize("keep_layout", [False, True])
+def test_weights_in_another_memory_format(tmp_path: Path, keep_layout: bool) -> None:
+    """Compiled code depends on its weights' strides. For a CPU they are contiguous, for a GPU they stay as they are."""
     from torch._inductor.package.package import package_aoti
 
     convolution = torch.nn.Conv2d(3, 5, 3).eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -217,10 +218,15 @@ def test_weights_in_another_memory_format(tmp_path: Path) -> None:
     exported = torch.export.export(convolution, (example,))
     program = flat_program(exported, exported.graph_module)
     variant = Variant(Phase(guided=False), program, ("input",), (), ())
-    files: Any = {"one": to_aoti(variant, tmp_path / "compiled", {"layout_optimization": False})}
+    options = {"layout_optimization": False}
+    files: Any = {"one": to_aoti(variant, tmp_path / "compiled", options, keep_layout=keep_layout)}
     package_aoti(str(tmp_path / "one.pt2"), files)
     loader = torch._C._aoti.AOTIModelPackageLoader(str(tmp_path / "one.pt2"), "one", False, 1, -1)
-    weights = {name: tensor.contiguous() for name, tensor in convolution.named_parameters()}
+    weights = {
+        name: in_order(tensor.contiguous(), order_of(tensor) if keep_layout else None)
+        for name, tensor in convolution.named_parameters()
+    }
+    assert weights["weight"].is_contiguous() != keep_layout
     loader.load_constants(weights, False, True, True)
     (result,) = loader.boxed_run([example])
     assert difference(result, convolution(example)) < CLOSE

@@ -138,6 +138,7 @@ def test_changed_bytes(folder: Path) -> None:
         (lambda index: index["conv_in.bias"].update(shape=[64]), ("conv_in.bias", "dtype float32 and shape [64]")),
         (lambda index: index["conv_in.bias"].update(dtype="object"), ("not a valid index",)),
         (lambda index: index["conv_in.bias"].update(more=1), ("not a valid index",)),
+        (lambda index: index["conv_in.bias"].update(order=[1]), ("conv_in.bias", "order [1]", "shape [32]")),
     ],
 )
 def test_an_index_that_is_wrong(folder: Path, change: Callable[[Any], object], parts: tuple[str, ...]) -> None:

@@ -139,6 +139,20 @@ def test_a_baseline_for_each_backend() -> None:
     assert row_of(benchmark, "tgate_onnxruntime").baseline == alone.key
 
 
+def test_torch_compile_compiles_each_model_for_its_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo remembers the sizes of an earlier model with the same code, and would compile this one for free sizes."""
+    seen: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: seen.append(options) or module)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: seen.append("reset"))
+    pipe = tiny_pipelines.stable_diffusion(layout="small")
+    task = Task({"prompt": "red cat", "num_inference_steps": 2}, 2, 1, 1)
+    benchmark = run_benchmark(pipe, task, methods_for(1)[:1], ["inductor", CUDA_GRAPHS], [])
+    assert [row.key for row in benchmark.rows] == ["plain", "plain_compiled", "plain_compiled_cuda_graphs"]
+    assert seen[0] == "reset"
+    assert [options["dynamic"] for options in seen[1:]] == [False, False]
+    assert [options["mode"] for options in seen[1:]] == [None, "reduce-overhead"]
+
+
 def test_operations_of_layers_only() -> None:
     layer = torch.nn.Linear(8, 4)
     attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)

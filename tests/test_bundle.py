@@ -12,14 +12,23 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tgate_compile
 from tests.exported import exported
 from tgate_compile import BundleError, TGateError
-from tgate_compile.bundle.manifest import SCHEMA_VERSION, json_schema
+from tgate_compile.bundle.manifest import SCHEMA_VERSION, WEIGHTS_FILE, json_schema
 from tgate_compile.bundle.read import read_bundle
+from tgate_compile.bundle.weights import (
+    INDEX_FILE,
+    WeightsFile,
+    fetched,
+    mapped_weights,
+    tensor_bytes,
+    write_weights,
+)
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -290,3 +299,47 @@ def test_only_our_own_errors_come_out(folder: Path, original: Path, data: st.Dat
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with suppress(TGateError):
         read_bundle(folder)
+
+
+def test_weights_of_a_gpu_are_fetched_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy waits for the GPU. What is joined for it is separated again."""
+    tensors = [
+        torch.randn(5, 3),
+        torch.randn(4, 6).T,
+        torch.tensor(7),
+        torch.randn(2, 2).bfloat16(),
+        torch.empty(0),
+        torch.tensor([True, False]),
+        torch.randn(40),
+    ]
+    expected = [bytes(tensor_bytes(tensor)) for tensor in tensors]
+    joined: list[int] = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts: joined.append(len(parts)) or cat(parts))
+    assert [bytes(content) for content in fetched(tensors)] == expected
+    assert joined == [7]
+    joined.clear()
+    assert [bytes(content) for content in fetched(tensors, at_most=100)] == expected
+    assert joined == [1, 1, 4, 1]  # 60 bytes, 96, 18 and 160
+
+
+def test_layouts_of_weights(tmp_path: Path) -> None:
+    """Code for a GPU reads channels-last kernels as they are. In the file they are in C order, like all tensors."""
+    tensors = {
+        "kernel": torch.randn(4, 3, 5, 2).to(memory_format=torch.channels_last),
+        "video": torch.randn(4, 3, 2, 5, 2).to(memory_format=torch.channels_last_3d),
+        "transposed": torch.randn(3, 4).T,
+        "gaps": torch.randn(4, 6)[:, ::2],
+        "plain": torch.randn(4, 3),
+    }
+    (tmp_path / "graphs").mkdir()
+    with (tmp_path / WEIGHTS_FILE).open("xb") as file:
+        write_weights(tensors, WeightsFile(file), tmp_path / INDEX_FILE, keep_layout=True)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    orders = {"kernel": [0, 2, 3, 1], "video": [0, 2, 3, 4, 1], "transposed": [1, 0], "gaps": None, "plain": None}
+    assert {name: place.get("order") for name, place in index.items()} == orders
+    mapped = mapped_weights(tmp_path, torch.device("cpu")).tensors(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(mapped[name], tensor)
+        assert name == "gaps" or mapped[name].stride() == tensor.stride()
+    assert index["plain"].keys() == {"dtype", "shape", "offset", "length"}

@@ -12,7 +12,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor
 
 from tests.tiny_pipelines import add_lora, load_ip_adapter, stable_diffusion
-from tgate_compile.engine.weights import fingerprint
+from tgate_compile.engine.weights import Watch, fingerprint, live_tensors
+from tgate_compile.study.cost import MODELS
 
 
 def unet_with_lora() -> Any:
@@ -58,11 +59,21 @@ def hooked(unet: Any) -> None:
 )
 def test_the_graph_still_holds(change: Callable[[Any], None]) -> None:
     unet = unet_with_lora()
-    before = fingerprint(unet)
+    before, watch = fingerprint(unet), Watch(unet)
     change(unet)
     after = fingerprint(unet)
     assert after == before
     assert hash(after) == hash(before)
+    watch.refresh()
+    assert watch.fingerprint == before
+    assert is_live(watch, unet)
+    assert watch.refresh()
+
+
+def is_live(watch: Watch, unet: Any) -> bool:
+    """Return whether the watch has the present tensors."""
+    live = live_tensors(unet)
+    return list(watch.live) == list(live) and all(watch.live[name] is tensor for name, tensor in live.items())
 
 
 def lora_scale(unet: Any) -> None:
@@ -162,9 +173,20 @@ def weight_of_other_shape(unet: Any) -> None:
 )
 def test_the_graph_is_out_of_date(change: Callable[[Any], None]) -> None:
     unet = unet_with_lora()
-    before = fingerprint(unet)
+    before, watch = fingerprint(unet), Watch(unet)
+    assert watch.fingerprint == before
+    assert watch.refresh()
     change(unet)
-    assert fingerprint(unet) != before
+    after = fingerprint(unet)
+    assert after != before
+    assert not watch.refresh()
+    assert watch.fingerprint == after
+    assert is_live(watch, unet)
+    assert watch.refresh() or change in FOREIGN
+
+
+#: Changes that bring foreign code into the model, which may read values from anywhere: nothing is taken for unchanged.
+FOREIGN = (forward_replaced, torch_hook)
 
 
 def test_scale_of_an_ip_adapter() -> None:
@@ -179,6 +201,77 @@ def test_scale_of_an_ip_adapter() -> None:
 
 def test_equal_models_have_equal_fingerprints() -> None:
     assert fingerprint(unet_with_lora()) == fingerprint(unet_with_lora())
+
+
+class Holder:
+    """An object that holds a list, as attention processors hold their settings."""
+
+    def __init__(self) -> None:
+        self.settings = [{"scale": 1.0}]
+
+
+def test_a_change_deep_inside_is_noticed() -> None:
+    unet = stable_diffusion(layout="small").unet
+    unet.mid_block.holder = holder = Holder()
+    unet.mid_block.table = table = torch.ones(3)
+    watch = Watch(unet)
+    for change in (
+        lambda: holder.settings[0].update(scale=2.0),
+        lambda: holder.settings.append({}),
+        lambda: setattr(holder, "other", 1),
+        lambda: table.mul_(2),
+        lambda: unet.mid_block._modules.update(attentions=unet.mid_block._modules.pop("attentions")),
+    ):
+        assert watch.refresh()
+        before = watch.fingerprint
+        change()
+        assert not watch.refresh()
+        assert watch.fingerprint != before
+        assert watch.fingerprint == fingerprint(unet)
+    same_memory = unet.conv_in.weight.data
+    unet.conv_in.weight = torch.nn.Parameter(same_memory)  # at the same address, but another object
+    assert not watch.refresh()
+    assert is_live(watch, unet)
+
+
+def test_patches_of_classes_and_functions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = stable_diffusion(layout="small").unet
+    watch = Watch(unet)
+    before = watch.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: args[0])
+        assert not watch.refresh()
+        assert watch.fingerprint != before
+    assert not watch.refresh()
+    assert watch.refresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(unet.mid_block), "forward", lambda self, sample, *args, **kwargs: sample)
+        assert not watch.refresh()
+        assert watch.fingerprint != before
+        assert not watch.refresh()  # it is foreign code now
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    watch.refresh()
+    assert watch.fingerprint != before
+    hook.remove()
+    watch.refresh()
+    assert watch.fingerprint == before
+
+
+def test_a_large_model_is_compared_in_a_fraction_of_the_time() -> None:
+    with torch.device("meta"):
+        unet = MODELS["sdxl"].architecture.denoiser(**MODELS["sdxl"].architecture.config)
+    watch = Watch(unet)
+
+    def shortest(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    assert watch.refresh()
+    assert shortest(watch.refresh) < shortest(lambda: (hash(fingerprint(unet)), live_tensors(unet))) / 4
 
 
 def test_it_is_quick() -> None:

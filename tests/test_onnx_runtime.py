@@ -24,6 +24,8 @@ from tests.tiny_pipelines import (
 from tgate_compile import ConfigurationError
 from tgate_compile.engine.trust import make_backend
 from tgate_compile.exports.onnx.convert import to_onnx
+from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
+from tgate_compile.exports.onnx.session import best_providers, provider_options, run_bound
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -151,3 +153,40 @@ def test_the_models_are_valid_and_hold_no_weight_twice() -> None:
         assert len(proto.graph.input) == len(variant.inputs) + len(variant.reused)
         constants = [i for i in graph.model.graph.initializers.values() if i.name not in graph.weights]
         assert sum(value.const_value.nbytes for value in constants) < 4096  # type: ignore[union-attr]
+
+
+# GPUs.
+
+
+def test_providers_for_gpus_use_the_gpu_of_the_pipeline_in_full_precision() -> None:
+    second = torch.device("cuda", 1)
+    assert provider_options(best_providers(second), second) == [{"device_id": "1", "use_tf32": "0"}, {}]
+    assert provider_options(["TensorrtExecutionProvider"], torch.device("cuda")) == [{"device_id": "0"}]
+    assert provider_options(best_providers(torch.device("cpu")), torch.device("cpu")) == [{}]
+    backend = OnnxRuntimeBackend({})
+    assert backend.lowered_to(torch.device("cpu")) is None
+    assert backend.lowered_to(second) is None
+    assert OnnxRuntimeBackend({"providers": ["TensorrtExecutionProvider"]}).lowered_to(second) is torch.float16
+
+
+def test_an_open_session_does_not_need_the_memory_that_it_was_opened_with() -> None:
+    """So the copies that a session for a GPU is opened with, all weights in the CPU's memory, are not kept."""
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="onnxruntime")
+    run(pipe)
+    compiled = pipe._tgate_compile.hook.store.compiled[0]
+    session = compiled.runner._runner
+    given = {name: torch.rand(shape).to(dtype) for name, shape, dtype in session_inputs(compiled)}
+    opened = session._session._made[0]
+    before = run_bound(opened, given, session._outputs, torch.device("cpu"))
+    with torch.no_grad():
+        for weight in compiled.weights:
+            weight.fill_(7)
+    after = run_bound(opened, given, session._outputs, torch.device("cpu"))
+    assert all(map(torch.equal, after, before))
+
+
+def session_inputs(compiled: Any) -> list[tuple[str, torch.Size, torch.dtype]]:
+    names = compiled.runner._runner._input_names
+    placeholders = [node for node in compiled.variant.program.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["val"] for node in placeholders[-len(names) :]]
+    return [(name, value.shape, value.dtype) for name, value in zip(names, values, strict=True)]

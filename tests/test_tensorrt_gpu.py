@@ -12,14 +12,20 @@ import torch
 import tgate_compile
 from tests.comparing import difference
 from tests.exported import GATE, STEPS, plain
-from tests.tiny_pipelines import run
+from tests.tiny_pipelines import pixart, pixart_prompt, run
 from tgate_compile import BackendError
 from tgate_compile.bundle.read import read_bundle
+from tgate_compile.exports.tensorrt.open import check_gpu_supported
 
 
 def package(name: str) -> Any:
-    found = importlib.util.find_spec(name) is not None
-    return pytest.mark.skipif(not found, reason=f"{name} is not installed")
+    problem = f"{name} is not installed" if importlib.util.find_spec(name) is None else ""
+    if not problem and torch.cuda.is_available():
+        try:
+            check_gpu_supported(name, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+        except BackendError as error:
+            problem = str(error)
+    return pytest.mark.skipif(bool(problem), reason=problem or "it is there")
 
 
 pytestmark = [
@@ -123,10 +129,11 @@ def test_what_was_timed_is_kept(tmp_path: Path) -> None:
 
 
 @package("torch_tensorrt")
-def test_the_backend() -> None:
-    pipe = plain().to("cuda")
+@pytest.mark.parametrize(("build", "call"), [(plain, {}), (pixart, pixart_prompt())], ids=["sd", "pixart with masks"])
+def test_the_backend(build: Any, call: dict[str, Any]) -> None:
+    pipe = build().to("cuda")
     tgate_compile.optimize(pipe, GATE, backend="eager")
-    eager = run(pipe)
+    eager = run(pipe, **call)
     tgate_compile.restore(pipe)
     tgate_compile.optimize(pipe, GATE, backend="tensorrt")
-    assert difference(run(pipe), eager) < CLOSE[torch.float32]
+    assert difference(run(pipe, **call), eager) < CLOSE[torch.float32]

@@ -18,6 +18,7 @@ from tgate_compile.bundle.manifest import Manifest
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.bundle.read_manifest import shape_at
 from tgate_compile.exports.tensorrt.convert import FREE, Binding, EngineSettings, to_tensorrt
+from tgate_compile.exports.tensorrt.open import check_gpu_supported
 from tgate_compile.exports.tensorrt.save import full_profile
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -284,3 +285,11 @@ def test_what_to_install(optimized: Any, tmp_path: Path, monkeypatch: pytest.Mon
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorrt_rtx" else real(name))
     not_exported(optimized, tmp_path / "bundle", "tensorrt_rtx", "pip install 'tgate_compile[tensorrt-rtx]'")
+
+
+def test_gpus_without_kernels_are_refused_by_name() -> None:
+    """Data centre GPUs of the Hopper generation, such as an H200, are not among NVIDIA's RTX GPUs."""
+    for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)]:
+        check_gpu_supported("tensorrt_rtx", capability, "a GPU")
+    with pytest.raises(BackendError, match=r"7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1, but this GPU is an H200, with 9\.0"):
+        check_gpu_supported("tensorrt_rtx", (9, 0), "an H200")

@@ -13,7 +13,7 @@ from tests.exported import GATE, plain
 from tests.tiny_pipelines import run
 from tgate_compile import ConfigurationError
 from tgate_compile.engine.weights import live_tensors
-from tgate_compile.exports.tensorrt.live import _program
+from tgate_compile.exports.tensorrt.live import OPTIONS, _program
 
 without_it = pytest.mark.skipif(
     importlib.util.find_spec("torch_tensorrt") is not None, reason="what is said where it is not installed"
@@ -26,6 +26,11 @@ def test_what_to_install() -> None:
     with pytest.raises(ConfigurationError, match=r"'tgate_compile\[tensorrt\]', which fetches .* NVIDIA's own index"):
         tgate_compile.optimize(pipe, GATE, backend="tensorrt")
     assert "_tgate_compile" not in vars(pipe)
+
+
+def test_a_mask_is_not_taken_for_a_causal_one() -> None:
+    """Torch-TensorRT's default replaces the mask of an attention with as many queries as keys."""
+    assert OPTIONS["attn_bias_is_causal"] is False
 
 
 def test_the_program_that_it_compiles() -> None:

@@ -13,7 +13,7 @@ import tgate_compile
 from tests.comparing import difference
 from tests.tiny_pipelines import run, stable_diffusion
 from tgate_compile import BackendError
-from tgate_compile.engine.trust import coarsest, relative_difference
+from tgate_compile.engine.trust import coarsest, relative_difference, sums_of_bits, weight_samples
 from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
 from tgate_compile.exports.openvino.live import OpenVinoBackend
 from tgate_compile.exports.tensorrt.live import TensorRTBackend
@@ -189,3 +189,20 @@ def test_no_distance_where_nothing_is_finite() -> None:
 def test_options_that_lower_the_precision(backend: Any, dtype: torch.dtype | None) -> None:
     assert backend.lowered_to(torch.device("cpu")) is dtype
     assert coarsest({torch.float32, torch.float64, dtype or torch.float32}) is (dtype or torch.float32)
+
+
+def test_changes_of_all_weights_are_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are fetched from a device together: a large denoiser has more than a thousand weights."""
+    fetches: list[int] = []
+    stack = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda sums: fetches.append(len(sums)) or stack(sums))
+    weights = [torch.randn(3000), torch.randn(4, 4).bfloat16(), torch.tensor(3, dtype=torch.int8), torch.empty(0)]
+    before = weight_samples(weights)
+    assert fetches == [4]
+    assert weight_samples(weights) == before
+    for weight in weights[:3]:
+        weight.data += 1  # behind the version counter
+        changed = weight_samples(weights)
+        assert [one != other for one, other in zip(changed, before, strict=True)].count(True) == 1
+        before = changed
+    assert sums_of_bits([]) == []

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -30,33 +33,122 @@ def check_on_gpu(inputs: Sequence[torch.Tensor]) -> None:
         )
 
 
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each of `sources` to the target at its position, with few kernels: a step may have 70 caches."""
+    groups: dict[Hashable, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        # A single tensor of another dtype or layout would make PyTorch copy the whole group one by one.
+        alike = target.dtype, source.dtype, source.device, source.stride() == target.stride()
+        group = groups.setdefault(alike, ([], []))
+        group[0].append(target)
+        group[1].append(source)
+    for group in groups.values():
+        torch._foreach_copy_(*group)
+
+
 class StaticInputs:
     """Buffers at fixed addresses, into which a call's inputs are copied.
 
     Cached values do not change from step to step, so each one is copied only once.
 
     Args:
-        inputs: the first inputs, which determine the shapes of the buffers.
+        inputs: the first inputs, which determine the shapes and the first contents of the buffers.
         cached: the number of cached values at the end of `inputs`, which are never changed in place.
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor], cached: int) -> None:
-        self.buffers = [torch.clone(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
+        # Tensors that are made in inference mode could not be written to outside of it, in a later call.
+        with torch.inference_mode(False):
+            self.buffers = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in inputs]
         self._first_cached = len(inputs) - cached
         self._held: list[weakref.ref[torch.Tensor] | None] = [None] * len(inputs)
+        self.fill(inputs)
 
     def fill(self, inputs: Sequence[torch.Tensor]) -> int:
         """Copy `inputs` to the buffers, and return how many had to be copied."""
-        copied = 0
-        for position, (buffer, given) in enumerate(zip(self.buffers, inputs, strict=True)):
-            held = self._held[position]
-            if held is not None and held() is given:
-                continue
-            buffer.copy_(given)
-            copied += 1
+        stale = [
+            position
+            for position, (held, given) in enumerate(zip(self._held, inputs, strict=True))
+            if held is None or held() is not given
+        ]
+        copy_all([self.buffers[position] for position in stale], [inputs[position] for position in stale])
+        for position in stale:
             if position >= self._first_cached:
-                self._held[position] = weakref.ref(given)
-        return copied
+                self._held[position] = weakref.ref(inputs[position])
+        return len(stale)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded CUDA graph, and the tensors that a replay of it writes to."""
+
+    outputs: Sequence[torch.Tensor]
+    graph: Any
+
+
+#: One side stream for each device: cuBLAS keeps a workspace for each stream that it has been used on.
+_side_streams: dict[torch.device, Any] = {}
+
+
+class GraphMemory:
+    """The memory pool that the CUDA graphs of a denoiser share, since they never run at the same time.
+
+    The pool must outlive its graphs. PyTorch frees a pool together with its last graph and then refuses the pool's id,
+    so the graphs could not be recorded again after the weights have moved.
+
+    Args:
+        device: the GPU.
+        cuda: `torch.cuda`.
+    """
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._device = device
+        self._cuda = cuda
+        with cuda.device(device):
+            self._pool = cuda.MemPool()
+            if device not in _side_streams:
+                _side_streams[device] = cuda.Stream()
+        self._stream = _side_streams[device]
+
+    def record(self, run: Callable[[], Sequence[torch.Tensor]]) -> Recording:
+        """Run `run` a few times, and record it as a CUDA graph. Its tensors must stay where they are."""
+        cuda, stream = self._cuda, self._stream
+        with cuda.device(self._device):
+            current = cuda.current_stream()
+            stream.wait_stream(current)
+            with cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    run()
+            current.wait_stream(stream)
+            graph = cuda.CUDAGraph()
+            # A workspace that the runs above have left behind is outside of the pool, and may be freed at any time;
+            # the graph would go on writing to it. One from the recording belongs to the pool, where the next graph
+            # uses it as well.
+            self.clear_workspaces()
+            try:
+                # Other threads may allocate memory meanwhile, which the mode "global" would not permit.
+                with cuda.graph(graph, pool=self._pool.id, stream=stream, capture_error_mode="thread_local"):
+                    outputs = list(run())
+            finally:
+                self.clear_workspaces()
+        return Recording(outputs, graph)
+
+    def clear_workspaces(self) -> None:
+        """Free the workspaces of cuBLAS."""
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+_direct: ContextVar[bool] = ContextVar("run the graphs directly", default=False)
+
+
+@contextmanager
+def without_cuda_graphs() -> Iterator[None]:
+    """Run compiled graphs directly inside the context, instead of replaying their recordings, to compare the two."""
+    token = _direct.set(True)
+    try:
+        yield
+    finally:
+        _direct.reset(token)
 
 
 class CudaGraph:
@@ -68,50 +160,56 @@ class CudaGraph:
     Args:
         run: the runner to record.
         cached: the number of cached values at the end of its inputs.
-        pool: a handle from `torch.cuda.graph_pool_handle()`, shared by graphs that never run at the same time.
+        memory: records the graph; shared by graphs that never run at the same time.
     """
 
-    def __init__(self, run: Runner, cached: int, pool: Any) -> None:
+    def __init__(self, run: Runner, cached: int, memory: GraphMemory) -> None:
         self._run = run
         self._cached = cached
-        self._pool = pool
+        self._memory = memory
         self._weights: Sequence[torch.Tensor] = ()
         self._addresses: list[int] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: StaticInputs | None = None
+        self._recording: Recording | None = None
 
-    def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return the outputs of `run` for these weights and inputs."""
-        if weights is not self._weights:  # each generation starts with a new list
-            addresses = [weight.data_ptr() for weight in weights]
-            if addresses != self._addresses:
-                self._graph = None
-            self._weights, self._addresses = weights, addresses
-        if self._graph is None:
+        if _direct.get():
+            return self._run(weights, inputs)
+        self.prepare(weights)
+        if self._recording is None:
             self._record(weights, inputs)
-            assert self._graph is not None
+        assert self._recording is not None
+        assert self._inputs is not None
         self._inputs.fill(inputs)
-        self._graph.replay()
-        return [output.clone() for output in self._outputs]
+        self._recording.graph.replay()
+        outputs = [torch.empty_like(output) for output in self._recording.outputs]
+        copy_all(outputs, self._recording.outputs)
+        return outputs
+
+    def prepare(self, weights: Sequence[torch.Tensor]) -> None:
+        """Check the addresses of `weights`. Called when a generation begins, so that no step needs to do it."""
+        if weights is self._weights:  # each generation starts with a new list
+            return
+        addresses = [weight.data_ptr() for weight in weights]
+        if addresses != self._addresses:
+            self._forget()
+        self._weights, self._addresses = weights, addresses
 
     def release(self) -> None:
         """Release the weights and the graph that was recorded with them."""
-        self._weights, self._addresses, self._graph = (), [], None
+        self._weights, self._addresses = (), []
+        self._forget()
 
-    @exclusive()  # while a graph is recorded, other threads' work on the GPU makes the recording fail
+    def _forget(self) -> None:
+        # The tensors are in the pool; while one of them exists, a new recording cannot use its memory.
+        self._recording = self._inputs = None
+
+    @exclusive()  # other threads must not use the pool's graphs or capture anything meanwhile
     def _record(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         # Allocated outside the graph's memory pool, so that no other graph reuses this memory.
-        self._inputs = StaticInputs(inputs, self._cached)
-        with torch.cuda.device(inputs[0].device):
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(_WARM_UP):
-                    self._run(weights, self._inputs.buffers)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._outputs = list(self._run(weights, self._inputs.buffers))
-        self._graph = graph
+        static = self._inputs = StaticInputs(inputs, self._cached)
+        self._recording = self._memory.record(lambda: self._run(weights, static.buffers))
 
 
 logger = logging.getLogger(__name__)
@@ -143,7 +241,7 @@ class InductorBackend:
     def __init__(self, options: Mapping[str, object]) -> None:
         self._options = {name: value for name, value in options.items() if name != CUDA_GRAPHS}
         self._cuda_graphs = bool(options.get(CUDA_GRAPHS, False))
-        self._pool: Any = None  # shared by all graphs of a denoiser, which never run at the same time
+        self._memory: GraphMemory | None = None
 
     @staticmethod
     def check_options(options: Mapping[str, object]) -> None:
@@ -188,9 +286,9 @@ class InductorBackend:
 
         if not self._cuda_graphs:
             return run
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return CudaGraph(run, len(variant.reused), self._pool)
+        if self._memory is None:
+            self._memory = GraphMemory(inputs[0].device)
+        return CudaGraph(run, len(variant.reused), self._memory)
 
 
 def _example_inputs(variant: Variant) -> list[Any]:

@@ -18,7 +18,7 @@ from tgate_compile._errors import BundleError, ConfigurationError, first_line
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph
-from tgate_compile.bundle.weights import INDEX_FILE, WeightsFile, read_index, write_weights
+from tgate_compile.bundle.weights import INDEX_FILE, WeightsFile, order_of, read_index, write_weights
 from tgate_compile.engine.backends import check_known_options, one_of
 from tgate_compile.exports.inductor.live import CPU_OPTIONS
 from tgate_compile.exports.inductor.open import AotiSession, check_package, entry_name
@@ -35,11 +35,12 @@ WITHOUT_WEIGHTS: Mapping[str, Any] = {
 }
 
 
-def to_aoti(variant: Variant, folder: Path, options: Mapping[str, Any]) -> list[str]:
+def to_aoti(variant: Variant, folder: Path, options: Mapping[str, Any], *, keep_layout: bool = False) -> list[str]:
     """Compile `variant` into files in `folder`, for `torch._inductor.package.package_aoti`.
 
     The code takes the variant's inputs and then its caches, as a flat list of contiguous tensors, and returns its
-    outputs. It expects contiguous weights, whatever the strides of the variant's weights. `options` are Inductor's.
+    outputs. It expects contiguous weights, whatever the strides of the variant's weights; or, with `keep_layout`,
+    weights in the layout of the variant's, unless these have gaps. `options` are Inductor's.
 
     Raises:
         Exception: of any class, because Inductor's errors have no common base class.
@@ -48,7 +49,7 @@ def to_aoti(variant: Variant, folder: Path, options: Mapping[str, Any]) -> list[
     program = flat_program(variant.program, copy_graph(variant.program.graph_module))  # Inductor changes its input
     graph_module: Any = program.module(check_guards=False)
     _name_constants(graph_module, program.constants)
-    _make_contiguous(graph_module)
+    _make_contiguous(graph_module, keep_layout=keep_layout)
     placeholders = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     examples = tuple(fake.contiguous() for fake in placeholders[len(variant.weights) :])
     with _quiet_exporter(), torch.no_grad():
@@ -70,15 +71,31 @@ def _name_constants(module: torch.nn.Module, constants: Iterable[str]) -> None:
             owner.register_buffer(attribute, value, persistent=False)
 
 
-def _make_contiguous(module: torch.nn.Module) -> None:
-    """Make the weights of `module`, a copy of the user's, contiguous, without copying those that already are."""
+def _make_contiguous(module: torch.nn.Module, *, keep_layout: bool) -> None:
+    """Make the weights of `module`, a copy of the user's, contiguous, without copying those that already are.
+
+    With `keep_layout`, only those with gaps, whose layout cannot be described by an order of their dimensions.
+    """
+
+    def stays(tensor: torch.Tensor | None) -> bool:
+        return tensor is None or tensor.is_contiguous() or (keep_layout and order_of(tensor) is not None)
+
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
-            if parameter is not None and not parameter.is_contiguous():
+            if parameter is not None and not stays(parameter):
                 owner._parameters[name] = torch.nn.Parameter(parameter.detach().contiguous(), requires_grad=False)
         for name, buffer in owner._buffers.items():
-            if buffer is not None and not buffer.is_contiguous():
+            if buffer is not None and not stays(buffer):
                 owner._buffers[name] = buffer.contiguous()
+
+
+def keeps_layout(device: str) -> bool:
+    """Return whether code for `device` reads weights in the pipeline's own layout.
+
+    On GPUs convolutions are fastest on channels-last weights, and code for contiguous ones would convert them in each
+    step. On a CPU, weights are mapped from the file instead, where they are in C order.
+    """
+    return device != "cpu"
 
 
 @contextmanager
@@ -158,7 +175,7 @@ def write_graphs(
         for name, tensor in zip(planned.variant.weights, planned.weights, strict=True)
     }
     with (folder / m.WEIGHTS_FILE).open("xb") as file:
-        write_weights(tensors, WeightsFile(file), folder / INDEX_FILE)
+        write_weights(tensors, WeightsFile(file), folder / INDEX_FILE, keep_layout=keeps_layout(device))
     check_package(folder / PACKAGE_FILE, files)
     return written
 
@@ -196,7 +213,7 @@ def _compiled(planned: PlannedGraph, folder: Path, device: str, options: Mapping
         "max_autotune": False,  # it would pack the weights into the code
     }
     try:
-        return to_aoti(planned.variant, folder, settings)
+        return to_aoti(planned.variant, folder, settings, keep_layout=keeps_layout(device))
     except Exception as error:  # a missing tool, a size that must be fixed, a bug in Inductor
         problem = first_line(error, named=True)
         hint = "Some code compiles for fixed sizes only: try export(..., dynamic=False)." if planned.units else ""

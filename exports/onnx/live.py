@@ -33,6 +33,10 @@ OPTIONS: Mapping[str, Option] = {
 }
 
 
+#: The providers that compute float32 in float32, with the options that `open_session` gives them.
+_FULL_PRECISION = frozenset({"CPUExecutionProvider", "CUDAExecutionProvider"})
+
+
 class OnnxRuntimeBackend:
     """A backend that converts a graph to ONNX once, and runs it in ONNX Runtime on the memory of the live weights."""
 
@@ -51,9 +55,9 @@ class OnnxRuntimeBackend:
             _check_providers(options["providers"])  # type: ignore[arg-type]
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
-        """Return None for the CPU provider; that of CUDA multiplies in TF32, which rounds like float16."""
+        """Return None for providers that compute float32 in float32; others may round like float16."""
         providers: Any = self._options.get("providers") or best_providers(device)
-        return None if set(providers) == {"CPUExecutionProvider"} else torch.float16
+        return None if set(providers) <= _FULL_PRECISION else torch.float16
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         device = inputs[0].device
@@ -112,12 +116,14 @@ class _Session:
         settings = session_options(self._options)
         tensors = [tensor.detach().cpu().contiguous() for tensor in weights]
         values = [_ort_value(tensor) for tensor in tensors]
-        self._held = [tensors, values]  # the session uses their memory
+        self._held = [tensors, values]  # until the session has been opened
         settings.add_external_initializers(list(self._graph.weights), values)
         try:
-            session = open_session(self._model, settings, self._providers)
+            session = open_session(self._model, settings, self._providers, self._device)
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise BackendError(_failed(self._variant, error)) from error
+        if self._device.type != "cpu":
+            self._held = []  # copies; on a CPU they share the memory of the weights
         logger.info(
             "opened the %s graph in ONNX Runtime (%s) in %.1f s",
             self._variant.phase.name, ", ".join(session.get_providers()), time.perf_counter() - began,

@@ -142,7 +142,7 @@ class OnnxSession:
         self._device = device
         providers = options.get("providers") or best_providers(device)
         try:
-            self._session = open_session(path, session_options(options), providers)  # type: ignore[arg-type]
+            self._session = open_session(path, session_options(options), providers, device)  # type: ignore[arg-type]
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise BackendError(failed(path, error)) from error
         logger.info("opened %s in ONNX Runtime in %.1f s", path.name, time.perf_counter() - began)

@@ -57,17 +57,39 @@ def best_providers(device: torch.device) -> list[str]:
     return ["CUDAExecutionProvider", "CPUExecutionProvider"] if device.type == "cuda" else ["CPUExecutionProvider"]
 
 
+#: Options of execution providers for NVIDIA's GPUs, besides the number of the GPU. By default float32 is multiplied in
+#: TF32, which rounds factors to ten bits.
+_GPU_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "CUDAExecutionProvider": {"use_tf32": "0"},
+    "TensorrtExecutionProvider": {},
+    "NvTensorRTRTXExecutionProvider": {},
+}
+
+
+def provider_options(providers: Sequence[str], device: torch.device) -> list[dict[str, str]]:
+    """Return the options of each of `providers` for tensors on `device`: those for GPUs use the same one."""
+    return [
+        {"device_id": str(device.index or 0), **_GPU_OPTIONS[name]} if name in _GPU_OPTIONS else {}
+        for name in providers
+    ]
+
+
 def open_session(
-    model: bytes | Path, settings: onnxruntime.SessionOptions, providers: Sequence[str]
+    model: bytes | Path,
+    settings: onnxruntime.SessionOptions,
+    providers: Sequence[str],
+    device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> onnxruntime.InferenceSession:
-    """Open a session for `model`.
+    """Open a session for `model`, for inputs on `device`.
 
     Raises:
         Exception: of any class, because ONNX Runtime's errors have no common base class.
     """
     import onnxruntime
 
-    return onnxruntime.InferenceSession(model, settings, providers=list(providers))
+    return onnxruntime.InferenceSession(
+        model, settings, providers=list(providers), provider_options=provider_options(providers, device)
+    )
 
 
 def run_bound(

@@ -19,8 +19,9 @@ from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
 
 logger = logging.getLogger(__name__)
 
-#: The default options: float32 is computed in float32, as in the other backends.
-OPTIONS: Mapping[str, object] = {"disable_tf32": True}
+#: The default options: float32 is computed in float32, as in the other backends, and a mask is applied as it is. By
+#: default Torch-TensorRT takes any mask of an attention with as many queries as keys for a causal one.
+OPTIONS: Mapping[str, object] = {"disable_tf32": True, "attn_bias_is_causal": False}
 #: The parameters of `compile` that the backend sets itself.
 _GIVEN = frozenset({"exported_program", "inputs", "arg_inputs", "kwarg_inputs", "device", "kwargs"})
 #: The options that name one or several dtypes to compute in.

@@ -67,6 +67,28 @@ def _weight_names(model: Path) -> set[str]:
     return {tensor.name for tensor in graph.initializer}
 
 
+#: The package that supports some GPUs only. TensorRT itself builds engines for the present GPU, whichever it is.
+_RTX = "tensorrt_rtx"
+
+
+def supported_capabilities(package: str) -> list[str]:
+    """Return the compute capabilities that TensorRT for RTX builds engines for, such as `8.9` for its SM89."""
+    members = importlib.import_module(package).ComputeCapability.__members__
+    numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
+    return [f"{number[:-1]}.{number[-1]}" for number in numbers]
+
+
+def check_gpu_supported(package: str, capability: tuple[int, int], gpu: str) -> None:
+    """Raise BackendError if the package is TensorRT for RTX and cannot run on GPUs with this compute capability."""
+    own = "{}.{}".format(*capability)
+    supported = supported_capabilities(package) if package == _RTX else [own]
+    if own not in supported:
+        raise BackendError(
+            f"{package} supports NVIDIA's GPUs with the compute capabilities {', '.join(supported)}, but this GPU is "
+            f'{gpu}, with {own}. Export the bundle with format="tensorrt", "aoti" or "onnx", which run on it.'
+        )
+
+
 class TensorRTRuntimeCache:
     """A cache of the kernels that TensorRT for RTX compiles for the GPU, in a file if a folder is given for it."""
 
@@ -120,6 +142,7 @@ class TensorRTSession:
         self._device = device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._shapes: list[torch.Size] | None = None
+        check_gpu_supported(package, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
         with torch.cuda.device(device):
             self._runtime, self._engine = self._open(host_code=options.get("host_code") is True)
             self._check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +21,7 @@ from tgate_compile.engine.backends import SWITCH, Option, at_least, check_known_
 from tgate_compile.engine.capture import LARGEST, SYMBOLS
 from tgate_compile.exports.onnx import save as onnx_graphs
 from tgate_compile.exports.tensorrt.convert import FREE, Binding, EngineSettings, Shape, to_tensorrt
-from tgate_compile.exports.tensorrt.open import TensorRTSession, onnx_beside
+from tgate_compile.exports.tensorrt.open import TensorRTSession, onnx_beside, supported_capabilities
 
 #: The smallest, the typical and the largest value of each free size.
 Profile = Mapping[str, tuple[int, int, int]]
@@ -176,9 +175,7 @@ def check_gpu(format: str, options: EngineOptions, *, always: bool) -> None:
 
 def _capabilities_option(package: str) -> Option:
     """Return the option for the compute capabilities that the package supports, such as `8.9` for its SM89."""
-    members = importlib.import_module(package).ComputeCapability.__members__
-    numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
-    names = [f"{number[:-1]}.{number[-1]}" for number in numbers]
+    names = supported_capabilities(package)
     return Option(
         f"a list of some of {', '.join(names)}",
         lambda given: isinstance(given, (list, tuple)) and bool(given) and all(name in names for name in given),

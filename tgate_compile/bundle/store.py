@@ -17,7 +17,7 @@ from tgate_compile.bundle.read import Bundle
 from tgate_compile.bundle.read_manifest import shape_at, sizes_for, wrong_pixels
 from tgate_compile.bundle.weights import bit_sums, dtype_name
 from tgate_compile.engine.call import Call
-from tgate_compile.engine.weights import fingerprint, live_tensors
+from tgate_compile.engine.weights import Watch, live_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
 
@@ -80,7 +80,8 @@ class BundleStore:
         manifest = bundle.manifest
         self._functions = functions
         self._put = unflatten_as(manifest.denoiser.returns, denoiser, manifest.pipeline.diffusers)
-        self._modules = fingerprint(denoiser)
+        self._watch = Watch(denoiser)
+        self._modules = self._watch.fingerprint
         self._state = state_of_denoiser(denoiser, baseline="none")
         self._loaded = self._weights = bit_sums(denoiser)
 
@@ -113,7 +114,8 @@ class BundleStore:
             BackendError: the runtime cannot refit a graph.
         """
         weights = bit_sums(self.denoiser)
-        if fingerprint(self.denoiser) != self._modules:
+        self._watch.refresh()
+        if self._watch.fingerprint != self._modules:
             changed = what_differs(state_of_denoiser(self.denoiser, baseline="none"), self._state, there="then")
             what = f" ({'; '.join(changed)})" if changed else ""
             raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder, what=what))

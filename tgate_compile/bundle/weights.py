@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from tgate_compile._errors import BundleError
 from tgate_compile.bundle.manifest import WEIGHTS_FILE, Count, Dtype, Name
-from tgate_compile.engine.trust import as_integers
+from tgate_compile.engine.trust import sums_of_bits
 from tgate_compile.engine.weights import plain_tensors
 
 
@@ -32,16 +33,48 @@ def weights_digest(denoiser: torch.nn.Module) -> str:
     A line is, for example, `conv_in.bias float32 4 9f86d0...`; its hash is that of the bytes in C order, little-endian.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(plain_tensors(denoiser).items()):
+    named = sorted(plain_tensors(denoiser).items())
+    for (name, tensor), content in zip(named, _contents([tensor for _, tensor in named]), strict=True):
         shape = "x".join(map(str, tensor.shape))
-        content = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        digest.update(f"{name} {dtype_name(tensor.dtype)} {shape} {content}\n".encode())
+        digest.update(f"{name} {dtype_name(tensor.dtype)} {shape} {hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+#: How many bytes are fetched from a device at a time.
+_FETCHED = 256 << 20
+
+
+def _contents(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
+    """Yield the bytes of each tensor, in C order. Those on other devices than the CPU are fetched many at a time."""
+    for device, group in itertools.groupby(tensors, key=lambda tensor: tensor.device):
+        if device.type == "cpu":
+            yield from map(tensor_bytes, group)
+        else:
+            yield from fetched(group)
+
+
+def fetched(tensors: Iterable[torch.Tensor], at_most: int = _FETCHED) -> Iterator[memoryview]:
+    """Yield the bytes of each tensor, in C order. They are copied to the CPU together, `at_most` bytes at a time."""
+    waiting: list[torch.Tensor] = []
+    for tensor in tensors:
+        if waiting and sum(each.nbytes for each in waiting) + tensor.nbytes > at_most:
+            yield from _split(waiting)
+            waiting = []
+        waiting.append(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+    if waiting:
+        yield from _split(waiting)
+
+
+def _split(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
+    content, start = tensor_bytes(torch.cat(list(tensors))), 0
+    for tensor in tensors:
+        yield content[start : start + tensor.nbytes]
+        start += tensor.nbytes
 
 
 def bit_sums(denoiser: torch.nn.Module) -> tuple[int, ...]:
     """Return a sum over the bits of each weight: much faster than the digest, and different after any usual change."""
-    return tuple(int(as_integers(tensor).sum()) for tensor in plain_tensors(denoiser).values())
+    return tuple(sums_of_bits(plain_tensors(denoiser).values()))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -85,7 +118,10 @@ MSG_INDEX = "{path} is not a valid index of a weights file: {problem}."
 
 
 class Place(BaseModel):
-    """The location of a tensor in the weights file, in C order, little-endian."""
+    """The location of a tensor in the weights file, in C order, little-endian.
+
+    Compiled code may expect the tensor in another layout in memory: `order` has its dimensions then, outermost first.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -93,18 +129,38 @@ class Place(BaseModel):
     shape: Annotated[list[Count], Field(max_length=16)]
     offset: Count
     length: Count
+    order: Annotated[list[Count], Field(max_length=16)] | None = None
 
 
 class _Index(RootModel[dict[Name, Place]]):
     pass
 
 
-def write_weights(tensors: Mapping[str, torch.Tensor], weights: WeightsFile, index: Path) -> None:
-    """Add `tensors` to `weights`, and write their locations to the file `index`."""
+def order_of(tensor: torch.Tensor) -> list[int] | None:
+    """Return the dimensions of `tensor`, outermost in memory first; None if it is in C order or has gaps."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+    return None if tensor.is_contiguous() or not tensor.permute(order).is_contiguous() else order
+
+
+def in_order(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+    """Return `tensor`, which is in C order, with the layout of `order_of`."""
+    if order is None:
+        return tensor
+    return tensor.permute(*order).contiguous().permute(*(order.index(dim) for dim in range(tensor.ndim)))
+
+
+def write_weights(
+    tensors: Mapping[str, torch.Tensor], weights: WeightsFile, index: Path, *, keep_layout: bool = False
+) -> None:
+    """Add `tensors` to `weights`, and write their locations to the file `index`, with their layouts if asked."""
     places = {}
     for name, tensor in tensors.items():
         offset, length = weights.add(tensor)
-        place = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "offset": offset, "length": length}
+        place: dict[str, object] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+        place |= {"offset": offset, "length": length}
+        order = order_of(tensor) if keep_layout else None
+        place |= {} if order is None else {"order": order}
         places[name] = json.dumps(place)
     lines = ",\n".join(f" {json.dumps(name)}: {place}" for name, place in places.items())
     index.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
@@ -130,6 +186,11 @@ def read_index(path: Path, weights_size: int) -> dict[str, Place]:
             raise BundleError(
                 f"{path} places the tensor {name[:200]!r} at bytes {place.offset} to {end}, which is not a valid "
                 f"location of a tensor of dtype {place.dtype} and shape {place.shape}."
+            )
+        if place.order is not None and sorted(place.order) != list(range(len(place.shape))):
+            raise BundleError(
+                f"{path} has the order {place.order} for the tensor {name[:200]!r}, which is not an order of the "
+                f"dimensions of the shape {place.shape}."
             )
     return places
 
@@ -167,7 +228,7 @@ class MappedWeights:
             )
         for name in names:
             if name not in self._tensors:
-                self._tensors[name] = self._tensor(name).to(self._device)
+                self._tensors[name] = in_order(self._tensor(name).to(self._device), self._places[name].order)
         return {name: self._tensors[name] for name in names}
 
     def _tensor(self, name: str) -> torch.Tensor:

@@ -184,9 +184,18 @@ class Foreign:
         return f"The attention processor {_name(self.code)}", f"of {where}"
 
 
+def code_owners(denoiser: torch.nn.Module) -> set[type]:
+    """Return the classes of modules and attention processors in `denoiser`, with their base classes."""
+    return {base for kind in _kinds(denoiser) for base in kind.__mro__ if base.__module__ != "builtins"}
+
+
+def _kinds(denoiser: torch.nn.Module) -> set[type]:
+    return {type(owner) for module in denoiser.modules() for owner in (module, *_processors(module))}
+
+
 def foreign_code(denoiser: torch.nn.Module) -> Iterator[Foreign]:
     """Yield the hooks, attention processors and replaced forwards in `denoiser` that known libraries do not define."""
-    kinds = {type(owner) for module in denoiser.modules() for owner in (module, *_processors(module))}
+    kinds = _kinds(denoiser)
     patched = {
         kind for kind in kinds if _is_patched(kind, "forward" if issubclass(kind, torch.nn.Module) else "__call__")
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -99,7 +99,7 @@ class MadeOfWeights(Generic[Made]):
         # The library passes a new list at the start of each generation; only then can a weight have changed.
         if not self._made or weights is not self._seen:
             tensors = weights if used is None else [weights[position] for position in used]
-            samples = [weight_sample(tensor) for tensor in tensors]
+            samples = weight_samples(tensors)
             if not self._made or samples != self._samples:
                 self._made = [self._make(tensors)]
                 self._samples = samples
@@ -112,15 +112,31 @@ def as_integers(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
 
 
-def weight_sample(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return a value that differs once `tensor` has changed: torch's version counter, and a sum over samples.
+def sums_of_bits(tensors: Iterable[torch.Tensor], at_most: int | None = None) -> list[int]:
+    """Return a sum over the bits of each tensor, of about `at_most` elements each; None means all.
+
+    All results of a device are fetched at once: waiting for each of a thousand tensors would take longer than a step.
+    """
+    sums: list[torch.Tensor] = []
+    for tensor in tensors:
+        bits = as_integers(tensor)
+        sums.append((bits if at_most is None else bits[:: max(1, bits.numel() // at_most)]).sum())
+    found = [0] * len(sums)
+    for device in {each.device for each in sums}:
+        places = [place for place, each in enumerate(sums) if each.device == device]
+        for place, value in zip(places, torch.stack([sums[place] for place in places]).tolist(), strict=True):
+            found[place] = value
+    return found
+
+
+def weight_samples(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Return a value for each tensor that differs once it has changed: torch's version counter, and a sum over samples.
 
     The samples detect changes that bypass the counter, such as peft's merging through `.data`, which changes a weight
     everywhere. Summing all elements would take a second per image for an SD-1.5.
     """
-    bits = as_integers(tensor)
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, int(bits[:: max(1, bits.numel() // SAMPLES)].sum())
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return list(zip(versions, sums_of_bits(tensors, SAMPLES), strict=True))
 
 
 class Reference:
@@ -268,6 +284,12 @@ class Served:
             self._give_up(error)
         self.start(weights, inputs)
         return self._runner(weights, inputs)
+
+    def prepare(self, weights: Sequence[torch.Tensor]) -> None:
+        """Let the runner check the weights that the next calls pass, when no step is waiting for it."""
+        prepare = getattr(self._runner, "prepare", None)
+        if prepare is not None:
+            prepare(weights)
 
     def release(self) -> None:
         """Release the weights and everything computed from them, which the next call recomputes."""

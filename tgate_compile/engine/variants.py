@@ -24,7 +24,7 @@ from tgate_compile.engine.halves import latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree, make_backend
-from tgate_compile.engine.weights import check_quantization, check_weights_stay, fingerprint, live_tensors
+from tgate_compile.engine.weights import Watch, check_quantization, check_weights_stay, is_same, live_tensors
 from tgate_compile.methods.method import Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant
 from tgate_compile.passes.specialize import specialize
@@ -90,6 +90,7 @@ class VariantStore:
     def __init__(self, denoiser: torch.nn.Module, config: Config) -> None:
         self.denoiser = denoiser
         self._config = config
+        self._watch: Watch | None = None  # of the state `_model`
         self._models: dict[Hashable, int] = {}  # numbers of the denoiser's states, by fingerprint
         self._model = -1
         self._next_model = 0
@@ -148,7 +149,12 @@ class VariantStore:
     def refresh(self, *, begins: bool = True) -> None:
         """Check the denoiser for changes, and fetch its present parameters; `begins` starts a new generation."""
         self._generations += begins
-        current = fingerprint(self.denoiser)
+        watch = self._watch or Watch(self.denoiser)
+        if watch is self._watch and watch.refresh():
+            self._renew(self._model, None)
+            return
+        self._watch = None  # until all checks have passed
+        current = watch.fingerprint
         model = self._models.get(current)
         if model is None:
             check_weights_stay(self.denoiser)
@@ -158,12 +164,18 @@ class VariantStore:
             self._next_model += 1
             if self._captures:
                 logger.info("%s has changed: capturing it again", type(self.denoiser).__name__)
-        live = live_tensors(self.denoiser)
-        self._release_old_tensors(model, live)
-        self._model = model
-        for key, compiled in self._compiled.items():
-            # The graphs of other states release the tensors, which may have been replaced.
-            weights = _tensors_of(compiled.variant.program, live) if key[0].model == model else []
+        self._release_old_tensors(model, watch.live)
+        self._renew(model, watch.live)
+        self._model, self._watch = model, watch
+
+    def _renew(self, model: int, live: Mapping[str, torch.Tensor] | None) -> None:
+        """Give each runner a new list of weights, from `live`, or of the same ones: values may have changed."""
+        for key, compiled in list(self._compiled.items()):
+            weights: Sequence[torch.Tensor] = []  # other states release the tensors, which may have been replaced
+            if key[0].model == model:
+                weights = list(compiled.weights) if live is None else _tensors_of(compiled.variant.program, live)
+                if isinstance(compiled.runner, Served):
+                    compiled.runner.prepare(weights)
             self._compiled[key] = dataclasses.replace(compiled, weights=weights)
 
     def _release_old_tensors(self, model: int, live: Mapping[str, torch.Tensor]) -> None:
@@ -178,7 +190,7 @@ class VariantStore:
                 (tensors, name)
                 for program in (held.captured.program, *(variant.program for variant in variants.values()))
                 for tensors, name in _held_tensors(program)
-                if not _is_same(live.get(name), tensors[name])
+                if not is_same(live.get(name), tensors[name])
             ]
             for tensors, name in old:
                 tensors[name] = live[name] if address.model == model else _without_data(tensors[name])
@@ -465,13 +477,6 @@ def _held_tensors(program: ExportedProgram) -> Iterator[tuple[dict[str, Any], st
     for name in program.graph_signature.non_persistent_buffers:
         if name in program.constants:
             yield program.constants, name
-
-
-def _is_same(live: torch.Tensor | None, held: torch.Tensor) -> bool:
-    """Return whether a program's tensor is the denoiser's present one, or shares its memory (a quantized weight)."""
-    if live is None or live is held or live.is_meta != held.is_meta:
-        return live is held or (live is None and held.is_meta)
-    return live.shape == held.shape and live.data_ptr() == held.data_ptr()
 
 
 def _without_data(tensor: torch.Tensor) -> torch.Tensor:

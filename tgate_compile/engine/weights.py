@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator
+import operator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -13,7 +15,13 @@ from diffusers import ConfigMixin
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
-from tgate_compile.engine.purity import foreign_code, has_global_hooks, settings_of, settings_of_classes
+from tgate_compile.engine.purity import (
+    code_owners,
+    foreign_code,
+    has_global_hooks,
+    settings_of,
+    settings_of_classes,
+)
 
 
 def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -37,6 +45,13 @@ def plain_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         else:
             live[name] = tensor
     return live
+
+
+def is_same(live: torch.Tensor | None, held: torch.Tensor) -> bool:
+    """Return whether a program's tensor is the denoiser's present one, or shares its memory (a quantized weight)."""
+    if live is None or live is held or live.is_meta != held.is_meta:
+        return live is held or (live is None and held.is_meta)
+    return live.shape == held.shape and live.data_ptr() == held.data_ptr()
 
 
 def make_up(tensor: torch.Tensor) -> Hashable:
@@ -205,6 +220,11 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
     parameter's shape, strides, dtype, device and quantization. It does not cover the parameters' *values*: graphs read
     them live, so changing weights in place does not require a new capture.
     """
+    return _structure(denoiser), _layouts(_unique_tensors(denoiser))
+
+
+def _structure(denoiser: torch.nn.Module) -> Hashable:
+    """Return the part of the fingerprint that does not concern the parameters and buffers."""
     modules = tuple(
         (
             name,
@@ -214,17 +234,143 @@ def fingerprint(denoiser: torch.nn.Module) -> Hashable:
         )
         for name, module in denoiser.named_modules()
     )
-    tensors = tuple(
-        (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, make_up(tensor))
-        for named in (denoiser.named_parameters(), denoiser.named_buffers())
-        for name, tensor in named
-    )
     foreign = tuple((code.path, code.kind, settings_of(code.code)) for code in foreign_code(denoiser))
     config = dict(getattr(denoiser, "config", {})) if isinstance(denoiser, ConfigMixin) else {}
     named = tuple((name, _plain(value, _DEPTH)) for name, value in config.items() if not name.startswith("_"))
     # Some packages replace torch's attention function for all models (SageAttention, Flash Attention).
     attention = torch.nn.functional.scaled_dot_product_attention
-    return modules, tensors, foreign, settings_of_classes(denoiser), has_global_hooks(), named, attention
+    return modules, foreign, settings_of_classes(denoiser), has_global_hooks(), named, attention
+
+
+def _unique_tensors(denoiser: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*denoiser.named_parameters(), *denoiser.named_buffers()]
+
+
+def _layouts(tensors: Iterable[tuple[str, torch.Tensor]]) -> Hashable:
+    return tuple(
+        (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, make_up(tensor)) for name, tensor in tensors
+    )
+
+
+class Watch:
+    """The fingerprint and the tensors of a denoiser, computed again only if something may have changed.
+
+    `fingerprint` describes thousands of modules, which takes longer than a step of a large model on a fast GPU. The
+    check remembers instead which objects the modules, their attributes and containers held, and where the tensors are.
+    It may see a change where the fingerprint stays the same, but not the other way round. Code from outside the known
+    libraries may read values from anywhere; with such code, the whole fingerprint is computed each time.
+
+    Attributes:
+        fingerprint: as `fingerprint(denoiser)` returns it.
+        live: as `live_tensors(denoiser)` returns it.
+    """
+
+    fingerprint: Hashable
+    live: dict[str, torch.Tensor]
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        self._denoiser = denoiser
+        self._seen: _Objects | None = None
+        self._places: list[Hashable] = []
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Bring the attributes up to date. Returns whether nothing has changed since the last time."""
+        same = self._seen is not None and self._seen.are_the_same()
+        if not same:
+            self._structure = _structure(self._denoiser)
+            self._seen = _Objects(self._denoiser)
+            self._named = _unique_tensors(self._denoiser)
+        places = [_place(tensor) for _, tensor in self._named]
+        if same and places == self._places:
+            return True
+        self._places = places
+        self.fingerprint = self._structure, _layouts(self._named)
+        self.live = live_tensors(self._denoiser)
+        return False
+
+
+def _place(tensor: torch.Tensor) -> Hashable:
+    if is_traceable_wrapper_subclass(tensor):
+        return make_up(tensor), *(_place(each) for each in _inner(tensor)), *map(id, _inner(tensor))
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _are(found: Iterable[object], expected: Iterable[object]) -> bool:
+    """Return whether both have the same objects in the same order."""
+    end = (_END,)
+    return all(map(operator.is_, chain(found, end), chain(expected, end)))
+
+
+_END = object()
+
+
+class _Objects:
+    """All objects in a denoiser that the structural part of its fingerprint depends on, compared by identity."""
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        self._modules = list(denoiser.modules())
+        self._types = [type(module) for module in self._modules]
+        self._attention = torch.nn.functional.scaled_dot_product_attention
+        # Views of dictionaries show their present contents.
+        self._contents: list[Iterable[object]] = []
+        self._tables: list[Iterable[object]] = []  # dictionaries, whose keys matter as well
+        self._numbers: list[tuple[torch.Tensor | np.ndarray | np.generic, Hashable]] = []
+        self._found: set[int] = set()
+        hooks = torch.nn.modules.module
+        self._add_tables(hooks._global_forward_hooks, hooks._global_forward_pre_hooks)
+        self._add_tables(*map(vars, code_owners(denoiser)))
+        for module in self._modules:
+            self._add_tables(module.__dict__, module._modules, module._parameters, module._buffers)
+            for name, value in module.__dict__.items():
+                if name not in _IGNORED:
+                    self._add(value, _DEPTH)
+        self._add(getattr(denoiser, "config", None), _DEPTH)
+        self._held = list(chain.from_iterable(self._contents))
+        self._keys = list(chain.from_iterable(self._tables))
+        self._is_complete = not settings_of_classes(denoiser) and next(foreign_code(denoiser), None) is None
+
+    def are_the_same(self) -> bool:
+        """Return whether nothing has been replaced, added, removed or changed."""
+        return (
+            self._is_complete
+            and torch.nn.functional.scaled_dot_product_attention is self._attention
+            and list(map(type, self._modules)) == self._types
+            and _are(chain.from_iterable(self._contents), self._held)
+            and _are(chain.from_iterable(self._tables), self._keys)
+            and all(_numbers(value) == numbers for value, numbers in self._numbers)
+        )
+
+    def _add_tables(self, *tables: Mapping[Any, Any]) -> None:
+        self._tables += tables
+        self._contents += [table.values() for table in tables]
+
+    def _add(self, value: object, depth: int) -> None:
+        """Add what `_plain` reads of `value`, an attribute's value, at this depth."""
+        if type(value) in _SCALARS or isinstance(value, (torch.dtype, torch.device, FunctionType, BuiltinFunctionType)):
+            return
+        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+            self._numbers.append((value, _numbers(value)))
+            return
+        if depth == 0 or isinstance(value, (torch.nn.Module, type, int, float, complex, str, bytes, MethodType)):
+            return
+        if id(value) in self._found:
+            return
+        self._found.add(id(value))
+        if isinstance(value, dict):
+            self._add_tables(value)
+            inside: Iterable[object] = value.values()
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            self._contents.append(value)
+            inside = value
+        elif isinstance(value, functools.partial):
+            inside = (value.args, value.keywords)
+        else:
+            attributes = getattr(value, "__dict__", {})
+            self._add_tables(attributes)
+            inside = attributes.values()
+        for item in list(inside):
+            self._add(item, depth - 1)
 
 
 def _attributes(module: torch.nn.Module, ignored: frozenset[str]) -> Hashable:

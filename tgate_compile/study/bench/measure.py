@@ -7,7 +7,7 @@ import ctypes
 import functools
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -107,7 +107,7 @@ class Peak:
     """The peak memory use of some work in bytes; None if it cannot be measured on this system.
 
     Attributes:
-        total: peak of torch's allocator on a GPU, of the whole process on a CPU.
+        total: peak of torch's allocator on a GPU, with the memory pools of CUDA graphs; of the whole process on a CPU.
         added: `total` minus the memory in use before.
     """
 
@@ -125,10 +125,10 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = memory_in_use(device)
         yield peak
         torch.cuda.synchronize(device)
-        peak.total = torch.cuda.max_memory_allocated(device)
+        peak.total = torch.cuda.max_memory_allocated(device) + _idle(device)
         peak.added = peak.total - before
         return
     resident = _resident("VmRSS") if _reset_peak() else None
@@ -136,6 +136,34 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     if resident is not None:
         peak.total = _resident("VmHWM")
         peak.added = max(peak.total - resident, 0)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the number of bytes in use on a GPU, with the memory pools of CUDA graphs; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.memory_allocated(device) + _idle(device)
+
+
+def _idle(device: torch.device) -> int:
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return idle_in_pools(segments, torch.cuda.current_device() if device.index is None else device.index)
+
+
+def idle_in_pools(segments: Iterable[Mapping[str, Any]], device: int) -> int:
+    """Return the number of bytes of the memory pools of CUDA graphs on `device` that count as free.
+
+    A recorded graph uses this memory whenever it is replayed, but nothing is allocated then.
+
+    Args:
+        segments: the result of `torch.cuda.memory_snapshot()`.
+        device: the index of the device.
+    """
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in segments
+        if segment["device"] == device and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def _reset_peak() -> bool:
@@ -182,8 +210,8 @@ class Timed:
         output: first element of the pipeline's result, usually its images.
         latents: final latents, [images, ...], float32 on the CPU.
         seconds: time of the whole call.
-        steps: time of each scheduler step and the work before it. The first one starts with the call and therefore
-            includes the text encoder.
+        steps: time of each scheduler step and the work before it, on the GPU's own timeline if there is one. The first
+            one starts with the call and therefore includes the text encoder.
     """
 
     output: Any
@@ -198,15 +226,14 @@ def timed_generation(
     """Run `pipe`, or `generate`, which runs it, once, on noise from the CPU, which is the same on every device."""
     device = torch.device(pipe.device)
     latents: list[torch.Tensor] = []
-    marks: list[float] = []
+    marks = _DeviceMarks() if device.type == "cuda" else _Marks(device)
     scheduler = pipe.scheduler
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines inspect the signature to see whether it takes a generator
     def marked(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        _synchronize(device)
-        marks.append(time.perf_counter())
+        marks.set()
         latents[:] = [result[0]]
         return result
 
@@ -214,14 +241,51 @@ def timed_generation(
     scheduler.step = marked
     try:
         _synchronize(device)
+        marks.set()
         began = time.perf_counter()
         output = (generate or pipe)(**call, generator=generator, return_dict=False)[0]
         _synchronize(device)
         seconds = time.perf_counter() - began
     finally:
         del scheduler.step
-    steps = tuple(after - before for before, after in pairwise([began, *marks]))
-    return Timed(output, latents[0].detach().to("cpu", torch.float32), seconds, steps)
+    return Timed(output, latents[0].detach().to("cpu", torch.float32), seconds, marks.between())
+
+
+class _Marks:
+    """Points in time at which `device` has finished its work. On a GPU, waiting for it would slow it down."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._times: list[float] = []
+
+    def set(self) -> None:
+        _synchronize(self._device)
+        self._times.append(time.perf_counter())
+
+    def between(self) -> tuple[float, ...]:
+        """Return the seconds between each two marks."""
+        return tuple(after - before for before, after in pairwise(self._times))
+
+
+class _DeviceMarks:
+    """Points in the work of the current CUDA device, which takes their times itself: nothing has to wait.
+
+    Args:
+        cuda: `torch.cuda`.
+    """
+
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        self._cuda = cuda
+        self._events: list[Any] = []
+
+    def set(self) -> None:
+        event = self._cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def between(self) -> tuple[float, ...]:
+        """Return the seconds between each two marks, once the device has finished its work."""
+        return tuple(before.elapsed_time(after) / 1000 for before, after in pairwise(self._events))
 
 
 def _synchronize(device: torch.device) -> None:

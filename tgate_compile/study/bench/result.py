@@ -23,7 +23,8 @@ class BenchmarkRow:
         backend: backend that runs the graphs; empty for a row without graphs.
         baseline: key of the plain row to compare with.
         error: the error that prevented measurements, if any.
-        first_seconds: time of the first call, which includes capture and compilation.
+        first_seconds: time of the first call, which includes capture and compilation. It is shorter if compiled code is
+            found in a cache: of this machine, or of an earlier row.
         seconds: time of each later image.
         steps: times of the steps of each later image, in seconds.
         early: median time of a step before the gate, for each image.
