@@ -192,7 +192,7 @@ def _cheapest_cut(
 ) -> list[Node]:
     """Return the values to hand over to the part that computes `goals`, in graph order.
 
-    That part contains all nodes that depend on one of `late`. The other nodes are computed in it or before it, whichever
+    That part contains all nodes that depend on one of `late`. Each other node is computed in it or before it, whichever
     is cheaper. `stored` values are handed over at no cost.
     """
     nodes = _ancestors(goals)
@@ -394,10 +394,9 @@ def verify_split(split: SplitVariant, variant: Variant, roles: Mapping[str, Bind
         VerificationError: the split violates one of these conditions, which the message names.
     """
     known: dict[str, Binding] = {name: roles.get(name, "latents") for name in variant.inputs}
-    used = {name for part in (*split.early, split.step) for name in part.inputs}
-    for part, binding in ((split.prelude, _PROMPT), (split.table, _PROMPT | _TIMESTEP), (split.step, None)):
-        if part is None:
-            continue
+    parts: list[Variant] = [*split.early, split.step]
+    used = {name for part in parts for name in part.inputs}
+    for part in parts:
         unknown = [name for name in part.inputs if name not in known]
         _require(not unknown, f"a part takes {unknown}, which no earlier part returns")
         for node in part.program.graph.nodes:
@@ -408,9 +407,10 @@ def verify_split(split: SplitVariant, variant: Variant, roles: Mapping[str, Bind
         if part is not split.prelude:
             left = [node.name for node in part.program.graph.nodes if weights.must_leave(node, dependences)]
             _require(not left, f"work with parameters on the prompt alone is repeated: {left}")
-        if binding is None or not isinstance(part, EarlyVariant):
+        if not isinstance(part, EarlyVariant):
             _require_no_avoidable_weight(part.program, dependences, weights)
             continue
+        binding = _PROMPT if part is split.prelude else _PROMPT | _TIMESTEP
         results = outputs_of(part.program.graph)
         _require(len(set(results)) == len(results) == len(part.outputs), "the outputs of a part are not distinct")
         _require(all(node.op != "placeholder" for node in results), "an output of a part is an input")
@@ -422,8 +422,9 @@ def verify_split(split: SplitVariant, variant: Variant, roles: Mapping[str, Bind
     _require(len(taken) == len(split.step.inputs) + len(variant.reused), f"the step takes {len(taken)} inputs")
     returned = len(outputs_of(split.step.program.graph)), len(outputs_of(variant.program.graph))
     _require(returned[0] == returned[1], f"the step returns {returned[0]} values, expected {returned[1]}")
-    parts = {name for part in (*split.early, split.step) for name in part.weights}
-    _require(parts == set(variant.weights), f"weights differ: {sorted(parts ^ set(variant.weights))}")
+    weights_of_parts = {name for part in parts for name in part.weights}
+    difference = sorted(weights_of_parts ^ set(variant.weights))
+    _require(not difference, f"the weights of the parts are not those of the graph: {difference}")
 
 
 def _require_no_avoidable_weight(program: ExportedProgram, dependences: Dependences, weights: _Weights) -> None:

@@ -96,7 +96,9 @@ def test_keys_and_values_of_the_text_and_the_time_embedding_leave_the_step(fused
     variant, split = _split(captured)
     assert split.prelude is not None
     assert split.table is not None
-    assert set(split.prelude.weights) == {f"blocks.{i}.attn2.{name}.weight" for i in (0, 1) for name in ("to_k", "to_v")}
+    assert set(split.prelude.weights) == {
+        f"blocks.{i}.attn2.{name}.weight" for i in (0, 1) for name in ("to_k", "to_v")
+    }
     assert set(split.table.weights) == {"time.weight", "time.bias"}
     assert set(split.step.weights) == set(variant.weights) - {*split.prelude.weights, *split.table.weights}
     assert split.prelude.inputs == ("text",)

@@ -50,9 +50,7 @@ def report(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help=f"With --binding-times: {', '.join(BINDING_MODELS)}.", show_default="all"
-        ),
+        typer.Option(metavar="NAME", help=f"With --binding-times: {', '.join(BINDING_MODELS)}.", show_default="all"),
     ] = None,
     schedule: ScheduleOptions,
     image: options.Image,
@@ -73,9 +71,7 @@ def report(
         others = [*(_option(name) for name in given), *(["--paper"] if paper else [])]
         others += ["--architecture"] if architecture is not None else []
         if others or not binding_times:
-            raise typer.BadParameter(
-                MSG_BINDING_ALONE.format(given=", ".join(others)) if others else MSG_MODEL_ALONE
-            )
+            raise typer.BadParameter(MSG_BINDING_ALONE.format(given=", ".join(others)) if others else MSG_MODEL_ALONE)
         _report_binding_times(model, json=json)
         return
     if architecture is None and not paper:
@@ -111,6 +107,7 @@ def _report_binding_times(model: str | None, *, json: bool) -> None:
             "prompt_b": times.prompt / 1e9,
             "timestep_b": times.timestep / 1e9,
             "step_b": times.step / 1e9,
+            "unread_b": times.unread / 1e9,
             "prelude_mb": times.prelude_bytes / 1e6,
             "row_mb": times.row_bytes / 1e6,
         }

@@ -232,9 +232,7 @@ def capture(
     return Captured(program, names, inputs.latents[0].name, out_spec, sites, roles)
 
 
-def _roles_of(
-    names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call
-) -> dict[str, Binding]:
+def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call) -> dict[str, Binding]:
     """Return how often each input of the graph changes, which follows from the names of the call's arguments."""
     args, kwargs = call.arguments
     arguments = inspect.signature(forward).bind(*args, **kwargs).arguments

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from tgate_compile.passes.count_macs import Macs
-    from tgate_compile.passes.graphs import Captured
+    from tgate_compile.passes.graphs import Captured, Variant
 
 #: The dimensions of one input. Strings stand for the batch and the size of the latents. None: the input is None.
 Shape = tuple[int | str, ...] | None
@@ -369,11 +369,12 @@ class BindingTimes:
     """The parameters of a model by binding time: how often the work that reads them has to run.
 
     Attributes:
-        parameters: the number of all parameters that the denoiser reads.
+        parameters: the number of all parameters of the denoiser.
         prompt: parameters that are read once per generation.
         timestep: parameters that are read once per timestep, for a row of values.
-        step: parameters that are left in the step, which runs for each timestep and its latents.
-        pruned_step: parameters that are left in the step after the gate; None if the model cannot be gated.
+        step: the other parameters, most of which the step reads for each timestep and its latents.
+        unread: parameters in `step` that nothing reads, like the end of the text stream in Qwen-Image's last block.
+        pruned_step: parameters that the step reads after the gate; None if the model cannot be gated.
         prelude_bytes: the size of the values that are computed once per generation, for one image.
         row_bytes: the size of the values of one timestep, for one image.
     """
@@ -382,6 +383,7 @@ class BindingTimes:
     prompt: int
     timestep: int
     step: int
+    unread: int
     pruned_step: int | None
     prelude_bytes: int
     row_bytes: int
@@ -390,7 +392,7 @@ class BindingTimes:
 def binding_times(model: Model) -> BindingTimes:
     """Split the graph of a full step of `model` by binding time, and count the parameters of each part."""
     from tgate_compile.passes.binding_times import SplitVariant, split_by_binding
-    from tgate_compile.passes.graphs import Variant, outputs_of
+    from tgate_compile.passes.graphs import outputs_of
     from tgate_compile.passes.specialize import specialize
 
     size = model.architecture.size
@@ -408,11 +410,15 @@ def binding_times(model: Model) -> BindingTimes:
     full = split(Phase(model.guided))
     prelude, table, step = (read(part) for part in (full.prelude, full.table, full.step))
     pruned = None if model.architecture.is_joint else split(Phase(model.guided, reuse=CROSS)).step
+    everything = sum(parameter.numel() for parameter in _denoiser(model.architecture).parameters())
+    of_prompt = sum(count for name, count in prelude.items() if name not in {**table, **step})
+    of_timestep = sum(count for name, count in table.items() if name not in step)
     return BindingTimes(
-        parameters=sum({**prelude, **table, **step}.values()),
-        prompt=sum(count for name, count in prelude.items() if name not in {**table, **step}),
-        timestep=sum(count for name, count in table.items() if name not in step),
-        step=sum(step.values()),
+        parameters=everything,
+        prompt=of_prompt,
+        timestep=of_timestep,
+        step=everything - of_prompt - of_timestep,
+        unread=everything - sum({**prelude, **table, **step}.values()),
         pruned_step=None if pruned is None else sum(read(pruned).values()),
         prelude_bytes=values(full.prelude),
         row_bytes=values(full.table),
