@@ -82,6 +82,11 @@ class SplitVariant:
         return tuple(part for part in (self.prelude, self.table) if part is not None)
 
     @property
+    def parts(self) -> tuple[Variant, ...]:
+        """The prelude and the table, as far as they exist, and the step."""
+        return (*self.early, self.step)
+
+    @property
     def cut(self) -> tuple[str, ...]:
         """The names of the inputs of the step that the prelude or the table returns."""
         returned = {name for part in self.early for name in part.outputs}
@@ -394,9 +399,8 @@ def verify_split(split: SplitVariant, variant: Variant, roles: Mapping[str, Bind
         VerificationError: the split violates one of these conditions, which the message names.
     """
     known: dict[str, Binding] = {name: roles.get(name, "latents") for name in variant.inputs}
-    parts: list[Variant] = [*split.early, split.step]
-    used = {name for part in parts for name in part.inputs}
-    for part in parts:
+    used = {name for part in split.parts for name in part.inputs}
+    for part in split.parts:
         unknown = [name for name in part.inputs if name not in known]
         _require(not unknown, f"a part takes {unknown}, which no earlier part returns")
         for node in part.program.graph.nodes:
@@ -422,7 +426,7 @@ def verify_split(split: SplitVariant, variant: Variant, roles: Mapping[str, Bind
     _require(len(taken) == len(split.step.inputs) + len(variant.reused), f"the step takes {len(taken)} inputs")
     returned = len(outputs_of(split.step.program.graph)), len(outputs_of(variant.program.graph))
     _require(returned[0] == returned[1], f"the step returns {returned[0]} values, expected {returned[1]}")
-    weights_of_parts = {name for part in parts for name in part.weights}
+    weights_of_parts = {name for part in split.parts for name in part.weights}
     difference = sorted(weights_of_parts ^ set(variant.weights))
     _require(not difference, f"the weights of the parts are not those of the graph: {difference}")
 
