@@ -242,11 +242,13 @@ class EarlyValues:
         self._parking = parking
         self._prompts: dict[tuple[int, Hashable], tuple[SplitVariant, list[_Prompt]]] = {}
         self._ready: set[Hashable] = set()
+        self._used: dict[int, CompiledVariant] = {}
         self.runs = {"prelude": 0, "table": 0}  # how often each has run
 
     def clear(self) -> None:
         """Free all values, and bring back the weights."""
         self._prompts.clear()
+        self._used.clear()
         self.bring_back()
 
     def bring_back(self) -> None:
@@ -267,8 +269,7 @@ class EarlyValues:
         prompt = self._prompt(compiled, split, given)
         row = {} if split.table is None else self._row(compiled, split.table, prompt, given)
         if self._parking is not None:
-            self._parking.bring_back(compiled.weights)
-            self._parking.park(self._idle(compiled, split), keep=compiled.weights)
+            self._park(compiled, split)
         return {**prompt.values, **row}
 
     def _prompt(self, compiled: CompiledVariant, split: SplitVariant, given: Mapping[str, Any]) -> _Prompt:
@@ -343,16 +344,21 @@ class EarlyValues:
                 yield from ({name: each} for each in inputs)
                 return
 
-    def _idle(self, compiled: CompiledVariant, split: SplitVariant) -> list[torch.Tensor]:
-        """Return the weights that the next steps do not need: the table's only if later rows are known."""
-        known = split.table is None or any(
-            len(prompt.rows) > 1
-            for key, (_, prompts) in self._prompts.items()
-            if key[0] == id(split)
-            for prompt in prompts
-        )
-        parts = zip(split.early, compiled.early_weights, strict=True)
-        return [tensor for part, weights in parts if known or part is not split.table for tensor in weights]
+    def _park(self, compiled: CompiledVariant, split: SplitVariant) -> None:
+        """Move away the weights of all preludes and tables used so far, except for those that `compiled` needs."""
+        assert self._parking is not None
+        self._used[id(split)] = compiled
+        foreseen = split.table is None or any(len(prompt.rows) > 1 for prompt in self._prompts_of(split))
+        needed = [*compiled.weights, *(() if foreseen else compiled.early_weights[-1])]
+        self._parking.bring_back(needed)
+        for each in self._used.values():
+            for weights in each.early_weights:
+                self._parking.park(weights, keep=needed)
+
+    def _prompts_of(self, split: SplitVariant) -> Iterator[_Prompt]:
+        for (number, _), (_, prompts) in self._prompts.items():
+            if number == id(split):
+                yield from prompts
 
 
 def _are_same(
