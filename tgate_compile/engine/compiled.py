@@ -91,9 +91,9 @@ class CompiledVariant:
         variant: the graph.
         captured: the capture that it was derived from.
         runner: runs `step`.
-        weights: the weights of `step`.
+        weights: the weights of `variant`.
         split: the parts of the graph by binding time; None if it is not split.
-        early_weights: the weights of the prelude and the table, as far as they exist.
+        weights_of_parts: the weights of each of `parts`, if it is split.
     """
 
     variant: Variant
@@ -101,7 +101,17 @@ class CompiledVariant:
     runner: Runner
     weights: Sequence[torch.Tensor]
     split: SplitVariant | None = None
-    early_weights: tuple[Sequence[torch.Tensor], ...] = ()
+    weights_of_parts: tuple[Sequence[torch.Tensor], ...] = ()
+
+    @property
+    def early_weights(self) -> tuple[Sequence[torch.Tensor], ...]:
+        """The weights of the prelude and the table, as far as they exist."""
+        return self.weights_of_parts[:-1]
+
+    @property
+    def step_weights(self) -> Sequence[torch.Tensor]:
+        """The weights of `step`."""
+        return self.weights if self.split is None else self.weights_of_parts[-1]
 
     @property
     def step(self) -> Variant:
@@ -122,7 +132,7 @@ class CompiledVariant:
         self, call: Call, caches: CachedValues, early: EarlyValues
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the denoiser's flat outputs for `call`, and the values of `emitted`; `early` keeps other values."""
-        outputs = list(self.runner(self.weights, self.inputs(call, caches, early)))
+        outputs = list(self.runner(self.step_weights, self.inputs(call, caches, early)))
         count = self.captured.out_spec.num_leaves
         return outputs[:count], outputs[count:]
 
@@ -137,8 +147,8 @@ class CompiledVariant:
         def of(part: Variant) -> list[torch.Tensor]:
             return [] if live is None else tensors_of(part.program, live)
 
-        early = () if self.split is None else tuple(of(part) for part in self.split.early)
-        return replace(self, weights=of(self.step), early_weights=early)
+        of_parts = () if self.split is None else tuple(of(part) for part in self.split.parts)
+        return replace(self, weights=of(self.variant), weights_of_parts=of_parts)
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
         """Return the denoiser's return value, assembled from its flat outputs."""
@@ -170,7 +180,7 @@ def compile_variant(
     compiled = CompiledVariant(variant, captured, not_yet, (), split).with_weights(live)
     with torch.no_grad():
         inputs = compiled.inputs(call, caches, EarlyValues())
-    return replace(compiled, runner=compiler.compile(compiled.step, compiled.weights, inputs))
+    return replace(compiled, runner=compiler.compile(compiled.step, compiled.step_weights, inputs))
 
 
 def inputs_for(
@@ -349,7 +359,7 @@ class EarlyValues:
         assert self._parking is not None
         self._used[id(split)] = compiled
         foreseen = split.table is None or any(len(prompt.rows) > 1 for prompt in self._prompts_of(split))
-        needed = [*compiled.weights, *(() if foreseen else compiled.early_weights[-1])]
+        needed = [*compiled.step_weights, *(() if foreseen else compiled.early_weights[-1])]
         self._parking.bring_back(needed)
         for each in self._used.values():
             for weights in each.early_weights:

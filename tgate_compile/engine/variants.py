@@ -397,7 +397,7 @@ class VariantStore:
             compiled = self._compiled.get((address, phase)) or self._compile(address, phase, call, caches)
             if _has_free_inputs(variant) and (phase, call.key) not in held.compared:
                 assert isinstance(compiled.runner, Served)
-                compiled.runner.compare(compiled.weights, compiled.inputs(call, caches, EarlyValues()))
+                compiled.runner.compare(compiled.step_weights, compiled.inputs(call, caches, EarlyValues()))
                 held.compared.add((phase, call.key))
         except BackendError as error:
             if not held.free:
@@ -422,8 +422,8 @@ class VariantStore:
         self._compiled[address, phase] = compiled
         self.compilations += 1
         if backend.packs_weights:
-            held.nbytes += sum(tensor.nbytes for tensor in compiled.weights)
-            self._make_room()
+            held.nbytes += sum(tensor.nbytes for tensor in compiled.step_weights)
+        self._make_room()
         return compiled
 
     def _make_room(self) -> None:
