@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
+from typing import Literal
 
 import torch
 from torch.export import ExportedProgram
@@ -153,6 +155,10 @@ class Site:
         return prod(self.shape) * self.cache_dtype.itemsize
 
 
+#: How often an input of the denoiser changes: once per generation, once per timestep, or at every call.
+Binding = Literal["prompt", "timestep", "latents"]
+
+
 @dataclass(frozen=True)
 class Captured:
     """A denoiser as one graph, for inputs of one shape.
@@ -163,6 +169,7 @@ class Captured:
         latents: the name of the input that carries the latents.
         out_spec: the pytree structure of the denoiser's return value.
         sites: the values that can be cached, grouped by kind and in graph order, with the deep feature last.
+        roles: how often each of the inputs changes, by name; inputs without an entry change at every call.
     """
 
     program: ExportedProgram
@@ -170,6 +177,7 @@ class Captured:
     latents: str
     out_spec: pytree.TreeSpec
     sites: tuple[Site, ...]
+    roles: Mapping[str, Binding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -68,12 +68,28 @@ def test_a_gate_beyond_the_end_is_noted() -> None:
     assert len({row["ours_macs_t"] for row in json.loads(result.stdout)}) == 1
 
 
+def test_parameters_by_binding_time() -> None:
+    result = run(app, ["report", "--binding-times", "--model", "sd15", "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert row["model"] == "sd15"
+    assert row["params_b"] == pytest.approx(0.859521, abs=1e-6)
+    assert row["prompt_b"] + row["timestep_b"] + row["step_b"] == pytest.approx(row["params_b"])
+    assert 0.019 < row["prompt_b"] < 0.020  # the keys and values of the cross-attentions
+    assert row["pruned_step_b"] < row["step_b"]
+    table = run(app, ["report", "--binding-times", "--model", "sd15"])
+    assert "0.812" in table.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "--paper"),
         (["--paper", "--steps", "4", "--guidance", "1"], "--steps, --guidance"),
         (["--architecture", "sd14"], "must be one of sd15, sd21"),
+        (["--binding-times", "--model", "sd14"], "must be one of sd15, sd21"),
+        (["--binding-times", "--architecture", "sd15", "--steps", "4"], "Leave out --steps, --architecture"),
+        (["--model", "sd15"], "goes with --binding-times"),
         (["--architecture", "sd15", "--sp-interval", "3"], "need a gate_step"),
         (["--architecture", "sd15", "--height", "500"], "not a multiple of 8"),
         (["--architecture", "pixart_sigma", "--deepcache-interval", "3"], "DeepCache needs a UNet"),

@@ -18,6 +18,7 @@ from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.cost import (
+    JOINT_MODELS,
     MODELS,
     NOTE_BRANCH,
     NOTE_GATE,
@@ -25,6 +26,7 @@ from tgate_compile.study.cost import (
     Architecture,
     Geometry,
     Model,
+    binding_times,
     graph_cost,
     image_cost,
     model_named,
@@ -41,6 +43,13 @@ PARAMETERS_WITHIN = {"sd15": 3e-6, "sd21": 2e-4, "sdxl": 1.2e-3, "pixart_alpha":
 
 # The figures in docs/evidence/costs.md, from `tgate-compile report --paper --json`, and their units.
 KEPT = json.loads((Path(__file__).parents[1] / "docs" / "results" / "costs.json").read_text(encoding="utf-8"))
+# The figures of `tgate-compile report --binding-times --json`, by model.
+BINDING_TIMES = {
+    row["model"]: row
+    for row in json.loads(
+        (Path(__file__).parents[1] / "docs" / "results" / "binding_times.json").read_text(encoding="utf-8")
+    )
+}
 COUNTED = (
     ("ours_macs_t", 1e12),
     ("ours_macs_with_attention_t", 1e12),
@@ -87,6 +96,25 @@ def test_the_papers_rows(names: tuple[str, ...]) -> None:
             assert dropped.parameters == full.parameters
     if "sdxl" in names:
         _check_what_the_deepcache_rows_are_not()
+    if names[0] in BINDING_TIMES:
+        _check_binding_times(names[0])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", JOINT_MODELS)
+def test_models_with_joint_attention_by_binding_time(name: str) -> None:
+    _check_binding_times(name)
+    assert "pruned_step_b" not in BINDING_TIMES[name]
+
+
+def _check_binding_times(name: str) -> None:
+    row, times = BINDING_TIMES[name], binding_times({**MODELS, **JOINT_MODELS}[name])
+    counts = (times.parameters, times.prompt, times.timestep, times.step, times.unread)
+    kept = [row[f"{key}_b"] for key in ("params", "prompt", "timestep", "step", "unread")]
+    assert [count / 1e9 for count in counts] == pytest.approx(kept)
+    assert times.parameters == times.prompt + times.timestep + times.step
+    assert [times.prelude_bytes / 1e6, times.row_bytes / 1e6] == pytest.approx([row["prelude_mb"], row["row_mb"]])
+    assert (times.pruned_step or 0) / 1e9 == pytest.approx(row.get("pruned_step_b", 0))
 
 
 def _full_step(model: Model) -> Any:

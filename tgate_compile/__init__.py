@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from tgate_compile._version import __version__ as __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline

@@ -58,6 +58,8 @@ def optimize(
     backend_options: Mapping[str, object] | None = None,
     on_unsupported: OnUnsupported = "error",
     graph_memory: int | None = None,
+    binding_times: bool | None = None,
+    offload_prelude: bool = False,
 ) -> Pipeline:
     """Speed up the calls of a pipeline with T-GATE, DeepCache, PAB or guidance that ends early.
 
@@ -106,6 +108,11 @@ def optimize(
             cause is found, the whole call is repeated, including its callbacks.
         graph_memory: the estimated number of bytes that the graphs may take. Beyond it, the least recently used graphs
             are dropped. None means a quarter of the machine's memory.
+        binding_times: whether to compute values that depend on the prompt alone once per generation, and those that
+            depend on the timestep once per timestep, instead of in every step. None means where it pays: with
+            `backend="eager"`. See `docs/guides/binding-times.md`.
+        offload_prelude: on an accelerator: whether to move the weights that only these values need to the CPU, once
+            the values have been computed, and back when the call ends. Implies `binding_times=True`.
 
     Returns:
         `pipe` itself.
@@ -152,6 +159,8 @@ def optimize(
         backend_options=backend_options,
         on_unsupported=on_unsupported,
         graph_memory=graph_memory,
+        binding_times=binding_times,
+        offload_prelude=offload_prelude,
     )
     return pipe
 

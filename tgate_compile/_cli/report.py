@@ -15,7 +15,7 @@ from tgate_compile._cli.console import ERR, OUT, print_note
 from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import schedule_data
-from tgate_compile.study.cost import MODELS, model_named, paper_tables, schedule_of
+from tgate_compile.study.cost import JOINT_MODELS, MODELS, model_named, paper_tables, schedule_of
 
 if TYPE_CHECKING:
     from tgate_compile.study.cost import ImageCost
@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 #: Options whose names differ from those of the arguments of `image_cost`.
 _OPTIONS = {"guided": "guidance", "batch": "num-images"}
 
+#: The models of `--binding-times`; a distilled model has the parameters of its original.
+BINDING_MODELS = {name: real for name, real in {**MODELS, **JOINT_MODELS}.items() if not name.startswith("lcm_")}
+
 MSG_NOTHING_ASKED = "Give --paper for the paper's tables, or --architecture with one of: {known}."
 MSG_PAPER_ALONE = "--paper shows the paper's tables unchanged. Leave out {given}, or leave out --paper."
+MSG_BINDING_ALONE = "--binding-times splits the graph of one full step. Leave out {given}."
+MSG_MODEL_ALONE = "--model goes with --binding-times. For the cost of a schedule on a model, use --architecture."
 MSG_NEVER_GATED = "Gate step {gate} is at or beyond the last of {steps} steps, so nothing is gated."
 
 
@@ -37,6 +42,16 @@ def report(
         typer.Option("--architecture", "-a", metavar="NAME", help=f"{', '.join(MODELS)}.", show_default="all"),
     ] = None,
     *,
+    binding_times: Annotated[
+        bool,
+        typer.Option(
+            "--binding-times", help="Show how many parameters a step needs, and how many the prompt or a timestep."
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"With --binding-times: {', '.join(BINDING_MODELS)}.", show_default="all"),
+    ] = None,
     schedule: ScheduleOptions,
     image: options.Image,
     num_images: options.NumImages = 1,
@@ -52,11 +67,17 @@ def report(
     if num_images > 1:
         size["batch"] = num_images
     given = [*schedule.given, *(["schedule"] if schedule.file is not None else []), *size]
+    if binding_times or model is not None:
+        others = [*(_option(name) for name in given), *(["--paper"] if paper else [])]
+        others += ["--architecture"] if architecture is not None else []
+        if others or not binding_times:
+            raise typer.BadParameter(MSG_BINDING_ALONE.format(given=", ".join(others)) if others else MSG_MODEL_ALONE)
+        _report_binding_times(model, json=json)
+        return
     if architecture is None and not paper:
         raise typer.BadParameter(MSG_NOTHING_ASKED.format(known=", ".join(MODELS)))
     if paper and given:
-        names = (_OPTIONS.get(name, name.replace("_", "-")) for name in given)
-        raise typer.BadParameter(MSG_PAPER_ALONE.format(given=", ".join(f"--{name}" for name in names)))
+        raise typer.BadParameter(MSG_PAPER_ALONE.format(given=", ".join(_option(name) for name in given)))
     if architecture is not None:
         model_named(architecture)
     chosen = schedule.schedule(None) if schedule.given or schedule.file is not None else None
@@ -65,6 +86,46 @@ def report(
         typer.echo(json_format.dumps(rows, indent=2, allow_nan=False))
     else:
         _print_table(rows, paper=paper)
+
+
+def _option(name: str) -> str:
+    return "--" + _OPTIONS.get(name, name.replace("_", "-"))
+
+
+def _report_binding_times(model: str | None, *, json: bool) -> None:
+    """Print the parameters by binding time of `model`, or of all models."""
+    chosen = BINDING_MODELS if model is None else {model: model_named(model, BINDING_MODELS)}
+    rows = []
+    for name, real in chosen.items():
+        with ERR.status(f"Capturing {name}"):
+            from tgate_compile.study.cost import binding_times  # PyTorch takes seconds
+
+            times = binding_times(real)
+        row: dict[str, Any] = {
+            "model": name,
+            "params_b": times.parameters / 1e9,
+            "prompt_b": times.prompt / 1e9,
+            "timestep_b": times.timestep / 1e9,
+            "step_b": times.step / 1e9,
+            "unread_b": times.unread / 1e9,
+            "prelude_mb": times.prelude_bytes / 1e6,
+            "row_mb": times.row_bytes / 1e6,
+        }
+        if times.pruned_step is not None:
+            row["pruned_step_b"] = times.pruned_step / 1e9
+        rows.append(row)
+    if json:
+        typer.echo(json_format.dumps(rows, indent=2, allow_nan=False))
+        return
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for heading in ("params\nB", "prompt\nB", "timestep\nB", "step\nB", "pruned\nstep B", "prelude\nMB", "row\nMB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        counts = [f"{row[f'{key}_b']:.3f}" for key in ("params", "prompt", "timestep", "step")]
+        pruned = f"{row['pruned_step_b']:.3f}" if "pruned_step_b" in row else "-"
+        table.add_row(row["model"], *counts, pruned, f"{row['prelude_mb']:.1f}", f"{row['row_mb']:.2f}")
+    OUT.print(table)
 
 
 def _paper_rows(model: str | None) -> list[dict[str, Any]]:

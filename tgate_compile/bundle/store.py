@@ -17,6 +17,7 @@ from tgate_compile.bundle.read import Bundle
 from tgate_compile.bundle.read_manifest import shape_at, sizes_for, wrong_pixels
 from tgate_compile.bundle.weights import bit_sums, dtype_name
 from tgate_compile.engine.call import Call
+from tgate_compile.engine.compiled import EarlyValues
 from tgate_compile.engine.weights import Watch, live_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
@@ -38,9 +39,9 @@ class BundledGraph:
     put: Callable[[Sequence[torch.Tensor]], Any]
 
     def run(
-        self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor]
+        self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], early: EarlyValues
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the denoiser's flat outputs for `call`, and the values of `emitted`."""
+        """Return the denoiser's flat outputs for `call`, and the values of `emitted`; `early` is not used."""
         by_name = dict(zip(self.names, call.leaves, strict=True))
         inputs = [_as(spec, by_name[spec.name]) for spec in self.graph.inputs]
         reused = [caches[spec.kind, spec.site] for spec in self.graph.cache_inputs]

@@ -14,8 +14,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from tgate_compile import __version__
 from tgate_compile._errors import BundleError, UnsupportedModelError
-from tgate_compile._version import __version__
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.calibration import Quantizing, calibrate
 from tgate_compile.bundle.component_recipes import ComponentsRequest, check_arguments

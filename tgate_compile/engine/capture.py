@@ -22,12 +22,12 @@ from torch.fx import config as fx_config
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.call import BatchDims, Call
 from tgate_compile.engine.families import Family
-from tgate_compile.engine.halves import LATENTS_NAMES, fits, is_time, latents_of, leaves_at, named_leaves
+from tgate_compile.engine.halves import LATENTS_NAMES, binding_of, fits, is_time, latents_of, leaves_at, named_leaves
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.find_sites import Inputs, count_roles, find_attention, find_deep_feature, is_inside
-from tgate_compile.passes.graphs import Captured, Site, is_mutable, outputs_of
+from tgate_compile.passes.graphs import Binding, Captured, Site, is_mutable, outputs_of
 
 FreeSize = Literal["batch", "height", "width"]
 
@@ -228,7 +228,21 @@ def capture(
         model, len(program.graph.nodes), len(sites), time.perf_counter() - began,
     )  # fmt: skip
     out_spec = program.module_call_graph[0].signature.out_spec
-    return Captured(program, names, inputs.latents[0].name, out_spec, sites)
+    roles = _roles_of(names, inputs, forward, call)
+    return Captured(program, names, inputs.latents[0].name, out_spec, sites, roles)
+
+
+def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call) -> dict[str, Binding]:
+    """Return how often each input of the graph changes, which follows from the names of the call's arguments."""
+    args, kwargs = call.arguments
+    arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+    bindings = {id(leaf): binding_of(name) for name, leaf in named_leaves(arguments) if torch.is_tensor(leaf)}
+    latents = {node.name for node in inputs.latents}
+    return {
+        name: bindings[id(leaf)]
+        for name, leaf in zip(names, call.leaves, strict=True)
+        if torch.is_tensor(leaf) and name not in latents
+    }
 
 
 def _selected(sites: tuple[Site, ...], patterns: Sequence[str]) -> tuple[Site, ...]:

@@ -32,6 +32,10 @@ AUTO_PROMPTS = (
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+#: The backends whose graphs are split by binding time unless the user decides: there it was measured not to be slower.
+SPLIT_BY_DEFAULT = frozenset({"eager"})
+
+
 @dataclass(frozen=True)
 class Config:
     """The configuration of an optimized denoiser.
@@ -45,6 +49,8 @@ class Config:
         backend_options: options of the backend's compiler, such as Inductor's configuration.
         graph_memory: the estimated number of bytes that the graphs may take; None means a quarter of the machine's
             memory.
+        binding_times: whether to split the graphs by binding time; None means where it pays.
+        offload_prelude: whether to move the weights of preludes and tables off the device while they are not needed.
     """
 
     schedule: Schedule
@@ -54,6 +60,8 @@ class Config:
     backend: str = "inductor"
     backend_options: Mapping[str, object] = field(default_factory=dict)
     graph_memory: int | None = None
+    binding_times: bool | None = None
+    offload_prelude: bool = False
 
     def __post_init__(self) -> None:
         if self.sites is not None:
@@ -75,7 +83,23 @@ class Config:
             raise ConfigurationError(
                 f"cache_dtype must be one of {expected}, or None for the model's own, but got {self.cache_dtype!r}."
             )
+        if self.binding_times not in (True, False, None) or self.offload_prelude not in (True, False):
+            raise ConfigurationError(
+                "binding_times must be True, False or None, and offload_prelude True or False, but got "
+                f"{self.binding_times!r} and {self.offload_prelude!r}."
+            )
+        if self.offload_prelude and self.binding_times is False:
+            raise ConfigurationError(
+                "offload_prelude=True moves the weights of the prelude, which binding_times=False switches off. Leave "
+                "one of them out."
+            )
         if not isinstance(self.backend_options, Mapping):
             raise ConfigurationError(
                 f"backend_options must be a mapping of option names to values, but got {self.backend_options!r}."
             )
+
+    def splits(self, backend: str) -> bool:
+        """Return whether to split graphs that `backend` runs by binding time."""
+        if self.binding_times is None:
+            return self.offload_prelude or backend in SPLIT_BY_DEFAULT
+        return self.binding_times

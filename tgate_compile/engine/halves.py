@@ -14,6 +14,7 @@ from tgate_compile._errors import INSTEAD, UnsupportedModelError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.families import Family
 from tgate_compile.methods.method import Half
+from tgate_compile.passes.graphs import Binding
 
 #: Parameter names that denoisers use for the latents, the least ambiguous first.
 LATENTS_NAMES = ("sample", "hidden_states", "latents", "noisy_latents", "latent", "x", "x_t", "z", "z_t")
@@ -78,6 +79,24 @@ def timestep_of(arguments: Mapping[str, Any]) -> Any:
 def is_time(name: str) -> bool:
     """Return whether an argument called `name` is a timestep or a noise level."""
     return _TIME.search(name.lower()) is not None
+
+
+#: Names of arguments that stay the same for a generation: text, sizes, guidance embeddings, reference images.
+_PROMPT = re.compile(
+    r"^(encoder_hidden_states|encoder_attention_mask|attention_mask|text|prompt|pooled|caption|cap_|txt|guidance"
+    r"|image_embeds|image_meta|ip_adapter|image_rotary_emb|img_ids|class_labels|resolution|aspect_ratio|timestep_cond)"
+    r"|^(added_)?time_ids$|^(context|ctx|cond|conditioning|labels?|style|fps|[cy])$"
+)
+
+
+def binding_of(name: str) -> Binding:
+    """Return how often the argument called `name` changes; at every call if the name is not known.
+
+    A wrong answer costs time: a generation compares an argument of the prompt with that of the call before.
+    """
+    if _PROMPT.search(name.lower()) is not None:
+        return "prompt"
+    return "timestep" if is_time(name) else "latents"
 
 
 def fits(latents: Sequence[str], output: Sequence[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import os
@@ -13,12 +12,18 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram, ShapesCollection
-from torch.export.graph_signature import InputKind
 
 from tgate_compile._errors import BackendError, CaptureError
 from tgate_compile.engine.call import Call, FreeDims, differing_dims, fits
 from tgate_compile.engine.capture import capture, deep_layer
-from tgate_compile.engine.compiled import CachedValues, CompiledVariant, inputs_for
+from tgate_compile.engine.compiled import (
+    CachedValues,
+    CompiledVariant,
+    EarlyValues,
+    compile_variant,
+    inputs_for,
+    tensors_of,
+)
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.halves import latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
@@ -26,6 +31,7 @@ from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree, make_backend
 from tgate_compile.engine.weights import Watch, check_quantization, check_weights_stay, is_same, live_tensors
 from tgate_compile.methods.method import Phase
+from tgate_compile.passes.binding_times import split_by_binding
 from tgate_compile.passes.graphs import Captured, Emission, Variant
 from tgate_compile.passes.specialize import specialize
 
@@ -120,6 +126,8 @@ class VariantStore:
             config.backend,
             repr(sorted(config.backend_options.items())),
             config.graph_memory,
+            config.binding_times,
+            config.offload_prelude,
         )
 
     @property
@@ -171,12 +179,13 @@ class VariantStore:
     def _renew(self, model: int, live: Mapping[str, torch.Tensor] | None) -> None:
         """Give each runner a new list of weights, from `live`, or of the same ones: values may have changed."""
         for key, compiled in list(self._compiled.items()):
-            weights: Sequence[torch.Tensor] = []  # other states release the tensors, which may have been replaced
-            if key[0].model == model:
-                weights = list(compiled.weights) if live is None else _tensors_of(compiled.variant.program, live)
-                if isinstance(compiled.runner, Served):
-                    compiled.runner.prepare(weights)
-            self._compiled[key] = dataclasses.replace(compiled, weights=weights)
+            if key[0].model != model:
+                renewed = compiled.without_weights()  # the tensors may have been replaced
+            else:
+                renewed = compiled.with_weights(live)
+                if isinstance(renewed.runner, Served):
+                    renewed.runner.prepare(renewed.step_weights)
+            self._compiled[key] = renewed
 
     def _release_old_tensors(self, model: int, live: Mapping[str, torch.Tensor]) -> None:
         """Release parameters that the denoiser has replaced from the graphs that hold them.
@@ -186,9 +195,10 @@ class VariantStore:
         """
         for address, held in self._captures.items():
             variants = {key: variant for key, variant in self._variants.items() if key[0] == address}
+            parts = [part for key in variants if key in self._compiled for part in self._compiled[key].parts]
             old = [
                 (tensors, name)
-                for program in (held.captured.program, *(variant.program for variant in variants.values()))
+                for program in (held.captured.program, *(part.program for part in (*variants.values(), *parts)))
                 for tensors, name in _held_tensors(program)
                 if not is_same(live.get(name), tensors[name])
             ]
@@ -252,7 +262,7 @@ class VariantStore:
         held, live = self._captures[address], live_tensors(self.denoiser)
         captured = held.captured
         if fits(call.key, address.key, held.free):
-            weights = _tensors_of(captured.program, live)
+            weights = tensors_of(captured.program, live)
             right = agree(captured.program.graph_module.forward(*weights, *call.leaves), reference.outputs)
             if right:
                 held.checked.add(call.key)
@@ -265,7 +275,7 @@ class VariantStore:
             return False
         variant = self._variants[address, phase]
         inputs = inputs_for(variant, captured, call, caches)
-        results = variant.program.graph_module.forward(*_tensors_of(variant.program, live), *inputs)
+        results = variant.program.graph_module.forward(*tensors_of(variant.program, live), *inputs)
         return agree(results[: len(expected)], expected)
 
     def _possible(self, own: _Address, phase: Phase, call: Call, forward: Callable[..., Any]) -> Iterator[_Address]:
@@ -401,7 +411,7 @@ class VariantStore:
             compiled = self._compiled.get((address, phase)) or self._compile(address, phase, call, caches)
             if _has_free_inputs(variant) and (phase, call.key) not in held.compared:
                 assert isinstance(compiled.runner, Served)
-                compiled.runner.compare(compiled.weights, inputs_for(variant, held.captured, call, caches))
+                compiled.runner.compare(compiled.step_weights, compiled.inputs(call, caches, EarlyValues()))
                 held.compared.add((phase, call.key))
         except BackendError as error:
             if not held.free:
@@ -412,17 +422,22 @@ class VariantStore:
 
     def _compile(self, address: _Address, phase: Phase, call: Call, caches: CachedValues) -> CompiledVariant:
         variant, held = self._variants[address, phase], self._captures[address]
-        weights = _tensors_of(variant.program, live_tensors(self.denoiser))
-        inputs = inputs_for(variant, held.captured, call, caches)
-        chosen = self._model, inputs[0].device
+        device = next(leaf.device for leaf in call.leaves if torch.is_tensor(leaf))
+        chosen = self._model, device
         if chosen not in self._backends:
-            self._backends[chosen] = make_backend(self._config.backend, self._config.backend_options, chosen[1])
-        runner = self._backends[chosen].compile(variant, weights, inputs)
-        compiled = self._compiled[address, phase] = CompiledVariant(variant, held.captured, runner, weights)
+            self._backends[chosen] = make_backend(self._config.backend, self._config.backend_options, device)
+        backend = self._backends[chosen]
+        split = None
+        if self._config.splits(backend.name):
+            with exclusive():
+                split = split_by_binding(variant, held.captured.roles)
+            held.nbytes += BYTES_PER_NODE * sum(len(part.program.graph.nodes) for part in split.parts)
+        compiled = compile_variant(variant, held.captured, split, backend, live_tensors(self.denoiser), call, caches)
+        self._compiled[address, phase] = compiled
         self.compilations += 1
-        if self._backends[chosen].packs_weights:
-            held.nbytes += sum(tensor.nbytes for tensor in weights)
-            self._make_room()
+        if backend.packs_weights:
+            held.nbytes += sum(tensor.nbytes for tensor in compiled.step_weights)
+        self._make_room()
         return compiled
 
     def _make_room(self) -> None:
@@ -456,13 +471,6 @@ class VariantStore:
                 "and recompiled when they are needed. optimize(..., graph_memory=<bytes>) raises the limit.",
                 type(self.denoiser).__name__, limit / 1e9, self.compilations,
             )  # fmt: skip
-
-
-def _tensors_of(program: ExportedProgram, live: Mapping[str, torch.Tensor]) -> list[Any]:
-    """Return the parameters, buffers and constants that `program` takes before its inputs."""
-    specs = program.graph_signature.input_specs
-    names = [str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT]
-    return [live[name] if name in live else program.constants[name] for name in names]
 
 
 def _has_free_inputs(variant: Variant) -> bool:

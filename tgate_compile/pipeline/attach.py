@@ -72,6 +72,8 @@ def attach(
     on_unsupported: OnUnsupported = "error",
     graph_memory: int | None = None,
     from_bundle: bool = False,
+    binding_times: bool | None = None,
+    offload_prelude: bool = False,
 ) -> None:
     """Make the denoisers of `pipe` follow `schedules`, which has one for each of `denoiser_names(pipe)`.
 
@@ -93,6 +95,8 @@ def attach(
             backend=backend,
             backend_options=options,
             graph_memory=graph_memory,
+            binding_times=binding_times,
+            offload_prelude=offload_prelude,
         )
         for name, schedule in schedules.items()
     }

@@ -21,7 +21,7 @@ from tgate_compile._errors import (
     UnsupportedModelError,
 )
 from tgate_compile.engine.call import Call
-from tgate_compile.engine.compiled import Runnable, Store
+from tgate_compile.engine.compiled import EarlyValues, Parking, Runnable, Store
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import (
     latents_of,
@@ -134,6 +134,7 @@ class Generation:
         guided_at: returns whether guidance will be on at a timestep, given its index; None if guidance does not
             change.
         before: the generation of the denoiser whose steps precede this one's, if there are two.
+        parking: where the weights of preludes and tables go while they are not needed; None leaves them in place.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Generation:
         preview: bool = False,
         guided_at: Callable[[int], bool] | None = None,
         before: Generation | None = None,
+        parking: Parking | None = None,
     ) -> None:
         self._store = store
         self._forward = forward
@@ -167,6 +169,7 @@ class Generation:
         self._thread = threading.get_ident()
         self._signature = inspect.signature(forward)
         self._caches = Caches()
+        self.early = EarlyValues(lambda: getattr(scheduler(), "timesteps", None), parking)
         self._first_call: _FirstCall | None = None
         self._was_guided = False
         self._guidance_over = False
@@ -194,6 +197,7 @@ class Generation:
             return
         self._finished = True
         self._caches.clear()
+        self.early.clear()
         self._halves.free()
         self._first_call = None
         if self.steps:
@@ -207,6 +211,7 @@ class Generation:
             raise Previewed(args, kwargs, self._guided())
         if self._loop.paused or self._loop.plain:
             self.calls_apart += self._loop.paused > 0
+            self.early.bring_back()
             return self._forward(*args, **kwargs)
         try:
             self._check_gradients(args, kwargs)
@@ -215,6 +220,7 @@ class Generation:
         except (UnsupportedModelError, CaptureError) as error:
             self._loop.run_plain(error)
         self._caches.clear()
+        self.early.clear()
         return self._forward(*args, **kwargs)
 
     def _check_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -235,6 +241,7 @@ class Generation:
             if event == "next":
                 self._halves.check_unseen()
             if self._watch:
+                self.early.bring_back()
                 self._store.refresh(begins=False)
         call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments))
         latents = latents_of(arguments)
@@ -323,6 +330,7 @@ class Generation:
         if torch.is_autocast_enabled(latents.device.type):
             raise UnsupportedCallError(MSG_AUTOCAST)
         self._caches.clear()
+        self.early.clear()
         self._first_call = None
         self._guidance_over = self._was_guided = False
         counter = self.progress.begin(self._num_calls())
@@ -409,8 +417,10 @@ class Generation:
     def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
         """Run the variant of `phase` for one half, for both or without guidance (None), and store what it emits."""
         caches = self._caches.values(half)
-        compiled = self._store.get(self._graph(phase, half), call, caches, self._forward)
-        outputs, emitted = compiled.run(call, caches)
+        graph = self._graph(phase, half)
+        self.early.prepare((graph, call.key))
+        compiled = self._store.get(graph, call, caches, self._forward)
+        outputs, emitted = compiled.run(call, caches, self.early)
         for emission, value in zip(compiled.emitted, emitted, strict=True):
             kind = emission.site.kind
             kinds = phase.merge if emission.merged else phase.emit
@@ -430,6 +440,7 @@ class Generation:
         kept = self.schedule.kept
         uncertain = uncertain_rows(call, batch)
         if uncertain and self._shared is None:
+            self.early.bring_back()
             self._shared = shared_rows(call, batch, kept, self._family, uncertain, self._forward)
         return one_half(call, batch, kept, self._family, self._shared or frozenset())
 

@@ -14,6 +14,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
+from tgate_compile.engine.compiled import Parking
 from tgate_compile.engine.config import AnyPipeline, Config
 from tgate_compile.engine.traffic import exclusive, running
 from tgate_compile.methods.schedule import Schedule
@@ -288,6 +289,7 @@ def _generations_of_call(
                 preview=state.previewing,
                 guided_at=None if known.guided_at is None else functools.partial(known.guided_at, name),
                 before=begun,
+                parking=Parking() if hook.config.offload_prelude else None,
             )
             loop.generations.append(begun)
             stack.enter_context(hook.activated(begun))

@@ -6,20 +6,20 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.methods.method import Phase
+from tgate_compile.methods.method import CROSS, Phase
 from tgate_compile.methods.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
 
     from tgate_compile.passes.count_macs import Macs
-    from tgate_compile.passes.graphs import Captured
+    from tgate_compile.passes.graphs import Captured, Variant
 
 #: The dimensions of one input. Strings stand for the batch and the size of the latents. None: the input is None.
 Shape = tuple[int | str, ...] | None
@@ -34,12 +34,16 @@ class Architecture:
         config: the configuration of the published checkpoint, without values that are the class's defaults.
         inputs: the shapes of the call's inputs; may be nested by one level of dicts.
         size: height and width, in pixels, of the images the model was trained on.
+        constants: arguments of the call that are not tensors.
+        is_joint: whether text and latents share their attentions, so that the model cannot be gated.
     """
 
     denoiser_class: str
     config: Mapping[str, Any]
     inputs: Mapping[str, Shape | Mapping[str, Shape]]
     size: int
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    is_joint: bool = False
 
     @property
     def denoiser(self) -> type[Any]:
@@ -127,16 +131,70 @@ MODELS: Mapping[str, Model] = {
     "lcm_pixart_alpha": Model(_PIXART_ALPHA, steps=4, guided=False),
 }
 
+_SD35_LARGE = Architecture(
+    "SD3Transformer2DModel",
+    {
+        "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+        "qk_norm": "rms_norm",
+    },
+    {
+        "hidden_states": ("batch", 16, "height", "width"),
+        "encoder_hidden_states": ("batch", 333, 4096),
+        "pooled_projections": ("batch", 2048),
+        "timestep": ("batch",),
+    },
+    1024,
+    is_joint=True,
+)  # fmt: skip
+# Latents of 1024 x 1024 pixels, in patches of 2 x 2.
+_PATCHES: Shape = ("batch", 4096, 64)
+_FLUX1_DEV = Architecture(
+    "FluxTransformer2DModel",
+    {"guidance_embeds": True},
+    {
+        "hidden_states": _PATCHES,
+        "encoder_hidden_states": ("batch", 512, 4096),
+        "pooled_projections": ("batch", 768),
+        "timestep": ("batch",),
+        "img_ids": (4096, 3),
+        "txt_ids": (512, 3),
+        "guidance": ("batch",),
+    },
+    1024,
+    is_joint=True,
+)
+_QWEN_IMAGE = Architecture(
+    "QwenImageTransformer2DModel",
+    {},
+    {
+        "hidden_states": _PATCHES,
+        "encoder_hidden_states": ("batch", 128, 3584),
+        "encoder_hidden_states_mask": ("batch", 128),
+        "timestep": ("batch",),
+    },
+    1024,
+    constants={"img_shapes": [[(1, 64, 64)]]},
+    is_joint=True,
+)
 
-def model_named(name: str) -> Model:
-    """Return the model called `name`.
+#: Models that cannot be gated, for `binding_time_rows`. The last two evaluate guidance in calls of their own, or not at
+#: all.
+JOINT_MODELS: Mapping[str, Model] = {
+    "sd35_large": Model(_SD35_LARGE),
+    "flux1_dev": Model(_FLUX1_DEV, guided=False),
+    "qwen_image": Model(_QWEN_IMAGE, guided=False),
+}
+
+
+def model_named(name: str, models: Mapping[str, Model] = MODELS) -> Model:
+    """Return the model called `name` among `models`.
 
     Raises:
         ConfigurationError: the name is unknown.
     """
-    if name not in MODELS:
-        raise ConfigurationError(f"The model must be one of {', '.join(MODELS)}, but got {name!r}.")
-    return MODELS[name]
+    if name not in models:
+        raise ConfigurationError(f"The model must be one of {', '.join(models)}, but got {name!r}.")
+    return models[name]
 
 
 #: Image pixels per latent in each direction; the same for the autoencoders of all models.
@@ -182,8 +240,6 @@ def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, bra
         ConfigurationError: the UNet has no such branch.
     """
     # Not above: the command line reads the models' names for its help, and PyTorch takes seconds.
-    from torch.export.graph_signature import InputKind
-
     from tgate_compile.engine.capture import deep_layer
     from tgate_compile.passes.count_macs import count_macs
     from tgate_compile.passes.find_sites import find_deep_feature
@@ -197,11 +253,7 @@ def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, bra
         captured = dataclasses.replace(captured, sites=(*captured.sites, deep))
     variant = specialize(captured, phase)
     program = variant.program
-    parameters = {
-        str(spec.target): program.state_dict[str(spec.target)].numel()
-        for spec in program.graph_signature.input_specs
-        if spec.kind is InputKind.PARAMETER
-    }
+    parameters = {name: program.state_dict[name].numel() for name in _parameters(variant)}
     cross = tuple(f"{site.name}." for site in captured.sites if site.kind == "cross")
     return GraphCost(
         count_macs(program.graph), parameters, frozenset(name for name in parameters if name.startswith(cross))
@@ -241,8 +293,8 @@ def _captured(architecture: Architecture, geometry: Geometry) -> Captured:
             name: {key: tensor(below) for key, below in shape.items()} if isinstance(shape, Mapping) else tensor(shape)
             for name, shape in architecture.inputs.items()
         }
-        call = Call.of((), {**inputs, "return_dict": False})
-        return capture(denoiser, denoiser.forward, call, {"cross", "self"})
+        call = Call.of((), {**inputs, **architecture.constants, "return_dict": False})
+        return capture(denoiser, denoiser.forward, call, () if architecture.is_joint else ("cross", "self"))
 
 
 @dataclass(frozen=True)
@@ -310,6 +362,75 @@ def image_cost(
         ),
         parameters_at_end=sum(at_end.values()),
     )
+
+
+@dataclass(frozen=True)
+class BindingTimes:
+    """The parameters of a model by binding time: how often the work that reads them has to run.
+
+    Attributes:
+        parameters: the number of all parameters of the denoiser.
+        prompt: parameters that are read once per generation.
+        timestep: parameters that are read once per timestep, for a row of values.
+        step: the other parameters, most of which the step reads for each timestep and its latents.
+        unread: parameters in `step` that nothing reads, like the end of the text stream in Qwen-Image's last block.
+        pruned_step: parameters that the step reads after the gate; None if the model cannot be gated.
+        prelude_bytes: the size of the values that are computed once per generation, for one image.
+        row_bytes: the size of the values of one timestep, for one image.
+    """
+
+    parameters: int
+    prompt: int
+    timestep: int
+    step: int
+    unread: int
+    pruned_step: int | None
+    prelude_bytes: int
+    row_bytes: int
+
+
+def binding_times(model: Model) -> BindingTimes:
+    """Split the graph of a full step of `model` by binding time, and count the parameters of each part."""
+    from tgate_compile.passes.binding_times import SplitVariant, split_by_binding
+    from tgate_compile.passes.graphs import outputs_of
+    from tgate_compile.passes.specialize import specialize
+
+    size = model.architecture.size
+    captured = _captured(model.architecture, Geometry(2 if model.guided else 1, size, size))
+
+    def split(phase: Phase) -> SplitVariant:
+        return split_by_binding(specialize(captured, phase), captured.roles)
+
+    def read(part: Variant | None) -> dict[str, int]:
+        return {} if part is None else {name: part.program.state_dict[name].numel() for name in _parameters(part)}
+
+    def values(part: Variant | None) -> int:
+        return 0 if part is None else sum(node.meta["val"].nbytes for node in outputs_of(part.program.graph))
+
+    full = split(Phase(model.guided))
+    prelude, table, step = (read(part) for part in (full.prelude, full.table, full.step))
+    pruned = None if model.architecture.is_joint else split(Phase(model.guided, reuse=CROSS)).step
+    everything = sum(parameter.numel() for parameter in _denoiser(model.architecture).parameters())
+    of_prompt = sum(count for name, count in prelude.items() if name not in {**table, **step})
+    of_timestep = sum(count for name, count in table.items() if name not in step)
+    return BindingTimes(
+        parameters=everything,
+        prompt=of_prompt,
+        timestep=of_timestep,
+        step=everything - of_prompt - of_timestep,
+        unread=everything - sum({**prelude, **table, **step}.values()),
+        pruned_step=None if pruned is None else sum(read(pruned).values()),
+        prelude_bytes=values(full.prelude),
+        row_bytes=values(full.table),
+    )
+
+
+def _parameters(variant: Variant) -> list[str]:
+    """Return the names of the parameters that `variant` reads."""
+    from torch.export.graph_signature import InputKind
+
+    specs = variant.program.graph_signature.input_specs
+    return [str(spec.target) for spec in specs if spec.kind is InputKind.PARAMETER]
 
 
 NOTE_BRANCH = (

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tgate_compile._version import __version__
+from tgate_compile import __version__
 from tgate_compile.pipeline.attach import denoiser_names
 from tgate_compile.pipeline.describe import describe
 from tgate_compile.pipeline.optimized import required_state_of

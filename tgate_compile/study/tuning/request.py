@@ -13,8 +13,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from tgate_compile import __version__
 from tgate_compile._errors import ConfigurationError, check_names
-from tgate_compile._version import __version__
 from tgate_compile.methods.schedule import Schedule
 
 MSG_PROMPTS = (
