@@ -66,7 +66,8 @@ TOOLS: Mapping[str, str] = {
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
 }
-DEBIAN = ("python3", "libstdc++6", "libgomp1")
+#: Python, what wheels expect of a system, and Python as a library, which ExecuTorch's own needs.
+DEBIAN = ("python3", "libstdc++6", "libgomp1", "libpython3-dev")
 
 #: Sets of wheels, with whether their dependencies are installed too. ExecuTorch names all that its converters need.
 WHEELS: Mapping[str, tuple[tuple[str, ...], bool]] = {
@@ -113,29 +114,37 @@ TARGETS: Mapping[str, Target] = {
         ("sd", "sdxl", "pixart", "lcm"),
         sequential=True,
     ),
-    "openvino": Target(
-        'load(..., backend="openvino")',
-        "onnx",
-        ("openvino", "pipelines", "torch"),
-        "torch, diffusers, transformers, openvino",
-        ("float32", "float16", "int8"),
-        ("sd", "pixart"),
-    ),
-    "executorch": Target(
-        "load() of an ExecuTorch program",
-        "executorch",
-        ("executorch", "pipelines", "torch"),
-        "torch, diffusers, transformers, executorch.runtime",
-        ("float32", "float16", "int8", "int8-dynamic", "int8-static"),
-        ("sd", "pixart"),
-    ),
     "aoti-cpp": Target(
-        "AOTInductor in examples/cpp, cross-compiled",
+        "examples/cpp with AOTInductor, cross-compiled",
         "aoti",
         ("torch",),
         "",
         ("float32", "float16", "int8"),
         source="examples/cpp",
+    ),
+    "executorch-cpp": Target(
+        "examples/executorch, cross-compiled",
+        "executorch",
+        ("executorch", "torch"),
+        "",
+        ("float32", "float16", "int8", "int8-dynamic", "int8-static"),
+        source="examples/executorch",
+    ),
+    "executorch": Target(
+        "load() of an ExecuTorch program in Python",
+        "executorch",
+        ("executorch", "pipelines", "torch"),
+        "torch, diffusers, transformers, executorch.runtime",
+        ("float32",),
+        ("sd", "pixart"),
+    ),
+    "openvino": Target(
+        'load(..., backend="openvino") in Python',
+        "onnx",
+        ("openvino", "pipelines", "torch"),
+        "torch, diffusers, transformers, openvino",
+        ("float32", "int8"),
+        ("sd",),
     ),
 }
 #: Targets on devices that do not run here at all.
@@ -363,7 +372,7 @@ def export_bundle(model: str, precision: str, format: str, folder: str) -> dict[
     """Export an embedded model; C++ programs need the DDIM scheduler."""
     import tgate_compile
 
-    pipe = optimized(model, precision, ddim=format == "aoti")
+    pipe = optimized(model, precision, ddim=format in ("aoti", "executorch"))
     steps, _ = STEPS[model]
     call = {"prompt": "", "num_inference_steps": steps, "guidance_scale": tgate_compile.DEMO_VARIANTS[model].guidance}
     tgate_compile.export(
@@ -561,14 +570,17 @@ class Bench:
 
     def _program(self, case: Case) -> dict[str, Any]:
         """Run the program in C++ on Arm, and the pipeline in PyTorch on x86."""
-        bundle = self._for_arm(self.bundle(case))
-        program = self._compiled(REPOSITORY / TARGETS[case.target].source)
+        target = TARGETS[case.target]
+        bundle = self.bundle(case)
+        if target.format == "aoti":
+            bundle = self._for_arm(bundle)
+        program = self._compiled(target)
         inputs, latents = self.root / "inputs" / case.bundle, self.root / "images" / f"{case.name}-latents.npy"
         common = {"model": case.model, "precision": case.precision}
         expected, image = self._image(case, "x86"), self._image(case, "arm")
         log = self._log(case.name)
         given = on_x86("write_inputs", {**common, "folder": inputs, "out": expected}, log).result
-        environment = ONE_THREAD | {"LD_LIBRARY_PATH": self._libraries()}
+        environment = ONE_THREAD | {"LD_LIBRARY_PATH": self._libraries(target)}
         command = self.arm.command(program, bundle, inputs, str(given["guidance_scale"]), latents)
         peak = run(command, log, environment).peak_bytes
         on_x86("decode", {**common, "latents": latents, "out": image}, log)
@@ -588,28 +600,46 @@ class Bench:
     def _log(self, name: str) -> Path:
         return self.root / "logs" / name.replace(".", "_")
 
-    def _torch(self) -> Path:
-        return self.arm.wheels("torch") / "torch"
-
-    def _compile(self, *arguments: str | Path) -> None:
-        torch = self._torch()
+    def _compile(self, *arguments: str | Path, for_torch: bool = True) -> None:
+        torch = self.arm.wheels("torch") / "torch"
         headers = [f"-I{torch / folder}" for folder in ("include", "include/torch/csrc/api/include")]
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--allow-shlib-undefined"]
-        flags = ["-std=c++20", "-w", "-fopenmp", "-ffp-contract=off"]
-        run([COMPILER, *flags, *headers, *arguments, *libraries], self._log("compiler"))
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+        flags = ["-std=c++20", "-w", "-ffp-contract=off", "-Wl,--allow-shlib-undefined"]
+        given = [*headers, "-fopenmp", *arguments, *libraries] if for_torch else arguments
+        run([COMPILER, *flags, *given], self._log("compiler"))
 
-    def _compiled(self, source: Path) -> Path:
-        """Return the example in the folder `source`, compiled for Arm."""
+    def _compiled(self, target: Target) -> Path:
+        """Return the program of a target, compiled for Arm."""
+        source = REPOSITORY / target.source
         program = self.root / "programs" / source.name
         if not program.exists():
             program.parent.mkdir(exist_ok=True)
-            self._compile("-O1", source / "denoise.cpp", "-o", program)
+            arguments = ["-O1", source / "denoise.cpp", "-o", program]
+            if target.format == "aoti":
+                self._compile(*arguments)
+            else:
+                self._compile(*arguments, *self._with_executorch(), for_torch=False)
         return program
 
-    def _libraries(self) -> str:
-        """Return the folders of the libraries of PyTorch, whose wheel for Arm needs some of NVIDIA's even on a CPU."""
-        wheels = self.arm.wheels("torch")
-        return os.pathsep.join(map(str, [wheels / "torch" / "lib", *sorted(wheels.glob("nvidia/*/lib"))]))
+    def _with_executorch(self) -> list[str | Path]:
+        """Return the arguments that the example's CMake file would give, for ExecuTorch's wheel for Arm."""
+        package = self.arm.wheels("executorch") / "executorch"
+        (library,) = package.glob("extension/pybindings/_portable_lib*.so")
+        (python,) = self.arm.system.glob("usr/lib/aarch64-linux-gnu/libpython3.*.so.1")
+        headers = [REPOSITORY / "examples/cpp", package / "include"]
+        headers.append(package / "include/executorch/runtime/core/portable_type/c10")
+        options = [*(f"-I{folder}" for folder in headers), "-DC10_USING_CUSTOM_GENERATED_MACROS"]
+        return [*options, "-Wl,--no-as-needed", f"-L{library.parent}", f"-l:{library.name}", python]
+
+    def _libraries(self, target: Target) -> str:
+        """Return the folders of a program's libraries; PyTorch's wheel for Arm needs NVIDIA's even on a CPU."""
+        folders = [
+            folder
+            for name in target.wheels
+            for pattern in ("executorch/extension/pybindings", "torch/lib", "nvidia/*/lib")
+            for folder in sorted(self.arm.wheels(name).glob(pattern))
+        ]
+        return os.pathsep.join(map(str, folders))
 
     def _for_arm(self, bundle: Path) -> Path:
         """Return a copy of an AOTInductor bundle in which the code has been compiled for Arm, from the C++ inside."""
