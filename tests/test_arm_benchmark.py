@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import arm
+from benchmarks import arm, arm_machine, arm_tasks
 from tests.programs import program
 
 ROOT = "TGATE_ARM_ROOT"
@@ -27,7 +27,7 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--root FOLDER is required" in message(capsys)
-    assert "must be outside the repository" in message(capsys, "--root", str(arm.REPOSITORY / "arm"))
+    assert "must be outside the repository" in message(capsys, "--root", str(arm_machine.REPOSITORY / "arm"))
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     assert "needs Linux on x86_64, but this is linux on riscv64" in message(capsys, "--root", str(tmp_path))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
@@ -60,7 +60,7 @@ print(json.dumps({"heavy": heavy, "result": large.result, "peaks": [large.peak_b
 def test_a_process_and_its_peak(tmp_path: Path) -> None:
     """The peak is that of one process. It counts the memory of its parent, so the benchmark imports nothing large."""
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "log")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=arm.REPOSITORY)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=arm_machine.REPOSITORY)
     found = json.loads(done.stdout)
     assert found["heavy"] == []
     assert found["result"] == {}
@@ -71,11 +71,11 @@ def test_a_process_and_its_peak(tmp_path: Path) -> None:
 
 def test_why_a_process_failed(tmp_path: Path) -> None:
     code = "from tgate_compile import ConfigurationError as E; raise E('no x at /home/user/weights.bin')"
-    with pytest.raises(arm.FailedError, match=r"^ConfigurationError: no x at weights\.bin$"):
-        arm.run([sys.executable, "-c", code], tmp_path / "log")
-    with pytest.raises(arm.FailedError, match=r"^the process was killed by SIGSEGV$"):
-        arm.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"], tmp_path / "log")
-    assert arm.reason(1, "") == "no message"
+    with pytest.raises(arm_machine.FailedError, match=r"^ConfigurationError: no x at weights\.bin$"):
+        arm_machine.run([sys.executable, "-c", code], tmp_path / "log")
+    with pytest.raises(arm_machine.FailedError, match=r"^the process was killed by SIGSEGV$"):
+        arm_machine.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"], tmp_path / "log")
+    assert arm_machine.reason(1, "") == "no message"
 
 
 def test_images_are_compared(tmp_path: Path) -> None:
@@ -85,31 +85,36 @@ def test_images_are_compared(tmp_path: Path) -> None:
     near[0, 0, 0] += np.float32(0.01)
     for name, value in (("image", image), ("near", near), ("other", image[:4]), ("broken", image * np.nan)):
         np.save(paths[name], value)
-    assert arm.compare(paths["image"], paths["image"]) == {"psnr_db": None, "largest_difference": 0.0}
-    found = arm.compare(paths["near"], paths["image"])
+    assert arm_tasks.compare(paths["image"], paths["image"]) == {"psnr_db": None, "largest_difference": 0.0}
+    found = arm_tasks.compare(paths["near"], paths["image"])
     assert found["psnr_db"] == pytest.approx(10 * np.log10(192 / 0.01**2), abs=0.1)
     assert found["largest_difference"] == pytest.approx(0.01, rel=1e-3)
     for name in ("other", "broken"):
-        with pytest.raises(arm.FailedError, match="the image has the shape"):
-            arm.compare(paths[name], paths["image"])
+        with pytest.raises(ValueError, match="the image has the shape"):
+            arm_tasks.compare(paths[name], paths["image"])
 
 
-def test_failures_are_rows_and_rows_are_kept(tmp_path: Path) -> None:
-    bench = arm.Bench(arm.Arm(tmp_path))
+def test_failures_are_rows_and_results_are_kept(tmp_path: Path) -> None:
+    bench = arm.Bench(arm_machine.Arm(tmp_path))
     case = arm.Case("onnxruntime", "sd", "float32", True)
     (tmp_path / "bundles" / case.bundle).mkdir(parents=True)
-    row = bench.row(case, again=False)
-    assert "BundleError" in row.pop("reason")
+    row = bench.row(case)
+    assert row.pop("reason").startswith("on x86, BundleError: ")
     common = {"target": "onnxruntime", "model": "sd", "precision": "float32", "sequential": True}
     assert row == {**common, "result": "failed"}
-    (tmp_path / "rows" / f"{case.name}.json").write_text(json.dumps({"kept": True}))
-    assert bench.row(case, again=False) == {"kept": True}
-    assert bench.row(case, again=True)["result"] == "failed"
+
+    measured = [{"peak": 1}, {"peak": 2}, {"peak": 3}]
+    assert bench.kept("name", "onnxruntime", lambda: measured[0]) == {"peak": 1}
+    assert bench.kept("name", "onnxruntime", lambda: measured[1]) == {"peak": 1}
+    other = arm.Bench(arm_machine.Arm(tmp_path, cpu="max"))
+    assert other.kept("name", "onnxruntime", lambda: measured[1]) == {"peak": 2}
+    again = arm.Bench(other.arm, again=True)
+    assert again.kept("name", "onnxruntime", lambda: measured[2]) == {"peak": 3}
 
 
 def test_the_committed_result() -> None:
     """Each target has a row that ran, or a reason; and no row claims a speed."""
-    results = json.loads((arm.REPOSITORY / "benchmarks" / "results" / "arm.json").read_text())
+    results = json.loads((arm_machine.REPOSITORY / "benchmarks" / "results" / "arm.json").read_text())
     expected = [case.name for case in arm.cases((), (), ())]
     names = ("target", "model", "precision", "sequential")
     assert [arm.Case(*(row[name] for name in names)).name for row in results["rows"]] == expected
@@ -121,22 +126,21 @@ def test_the_committed_result() -> None:
 
 @pytest.mark.heavy
 def test_a_bundle_on_arm(tmp_path: Path) -> None:
-    if missing := arm.missing_tools():
+    if missing := arm_machine.missing_tools():
         pytest.skip(f"needs the Debian packages {' '.join(missing)}")
     if ROOT not in os.environ:
         pytest.skip(f"{ROOT} does not name the folder that `python -m benchmarks.arm --root` has filled")
-    emulated = arm.Arm(Path(os.environ[ROOT]))
+    emulated = arm_machine.Arm(Path(os.environ[ROOT]))
     folder = program()
     images = {}
-    for name in ("arm", "x86"):
+    code = (
+        "import numpy, sys; from tgate_compile.runtime import BundlePipeline;"
+        "numpy.save(sys.argv[2], BundlePipeline(sys.argv[1], threads=1)('a circle', seed=0, output='numpy'))"
+    )
+    environment = emulated.environment(("runtime",))
+    for name, python in (("arm", emulated.command(emulated.python)), ("x86", [sys.executable])):
         images[name] = tmp_path / f"{name}.npy"
-        code = (
-            "import numpy, sys; from tgate_compile.runtime import BundlePipeline;"
-            "numpy.save(sys.argv[2], BundlePipeline(sys.argv[1], threads=1)('a circle', seed=0, output='numpy'))"
+        arm_machine.run(
+            [*python, "-c", code, folder, images[name]], tmp_path / name, environment if name == "arm" else None
         )
-        arguments = ["-c", code, str(folder), str(images[name])]
-        if name == "arm":
-            arm.run(emulated.command(emulated.python, *arguments), tmp_path / name, emulated.environment(("runtime",)))
-        else:
-            subprocess.run([sys.executable, *arguments], check=True)
-    assert arm.compare(images["arm"], images["x86"])["psnr_db"] > 60
+    assert arm_tasks.compare(images["arm"], images["x86"])["psnr_db"] > 60
