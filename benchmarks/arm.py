@@ -57,7 +57,8 @@ class Target:
         title: what runs the graphs, for people.
         format: the format of its bundles.
         wheels: the sets of wheels that it needs on Arm.
-        imports: what its runs import, for the baseline.
+        imports: what its runs import, for the baseline; empty for programs in C++, and with PyTorch in Python, which
+            takes nearly all of the memory.
         precisions: the precisions to try, each with all `models`.
         models: the embedded models to try.
         sequential: whether to run each bundle a second time with one graph in memory at a time.
@@ -93,7 +94,7 @@ TARGETS: Mapping[str, Target] = {
         "load() with ONNX Runtime in Python",
         "onnx",
         ("runtime", "onnx", "pipelines", "torch"),
-        "torch, diffusers, transformers, onnx, onnxruntime",
+        "",
         ("float32",),
         ("lcm",),
         backend="onnxruntime",
@@ -111,25 +112,23 @@ TARGETS: Mapping[str, Target] = {
         "executorch",
         ("executorch", "torch"),
         "",
-        ("float32", "float16", "int8", "int8-dynamic", "int8-static"),
+        ("float32", "float16", "int8", "int8-static"),
         source="examples/executorch",
     ),
     "executorch": Target(
         "load() of an ExecuTorch program in Python",
         "executorch",
         ("executorch", "pipelines", "torch"),
-        "torch, diffusers, transformers, executorch.runtime",
+        "",
         ("float32",),
-        ("sd", "pixart"),
         backend="executorch",
     ),
     "openvino": Target(
         'load(..., backend="openvino") in Python',
         "onnx",
         ("openvino", "onnx", "pipelines", "torch"),
-        "torch, diffusers, transformers, openvino, onnx",
+        "",
         ("float32", "int8"),
-        ("sd",),
         components="all",
         backend="openvino",
     ),
@@ -213,14 +212,18 @@ class Bench:
             return row | {"result": "failed", "reason": str(failure)}
 
     def kept(self, name: str, target: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what `measure` returns, which is read from the folder if the same versions have measured it before."""
+        """Return what `measure` returns, which is read from the folder if the same versions have measured it before.
+
+        Failures are tried again.
+        """
         setup = {"cpu": self.arm.cpu, **{package: installed(package) for package in sorted(packages([target]))}}
         path = self.root / "results" / f"{name}.json"
         found = json.loads(path.read_text()) if path.exists() and not self.again else {}
         if found.get("setup") != setup:
             found = {"setup": setup, "measured": measure()}
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(found))
+            if found["measured"].get("result") != "failed":
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(found))
         measured: dict[str, Any] = found["measured"]
         return measured
 
@@ -244,7 +247,7 @@ class Bench:
             try:
                 on_x86("export_bundle", arguments, self._log(f"export-{case.bundle}"), **environment)
             except FailedError as failure:
-                self._refused[case.bundle] = f"it cannot be exported: {failure}"
+                self._refused[case.bundle] = str(failure).replace("on x86,", "it cannot be exported:", 1)
                 raise FailedError(self._refused[case.bundle]) from failure
         return folder
 
@@ -362,20 +365,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(bench.kept(case.name, case.target, functools.partial(bench.row, case)))
         print(json.dumps(rows[-1]), flush=True)
     targets = list(dict.fromkeys(case.target for case in chosen))
-    baselines = {name: bench.kept(f"nothing-{name}", name, functools.partial(bench.baseline, name)) for name in targets}
+    baselines = {
+        name: bench.kept(f"nothing-{name}", name, functools.partial(bench.baseline, name))
+        for name in targets
+        if TARGETS[name].source or TARGETS[name].imports
+    }
     results = {
-        "command": "python -m benchmarks.arm --root FOLDER --out benchmarks/results/arm.json",
+        "command": command(options),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "speed": "not measured: an emulator's times say nothing about a device",
         "machine": machine(arm),
         "versions": {name: installed(name) for name in sorted(packages(targets))},
         "prompt": PROMPT,
+        "steps": {model: {"steps": steps, "gate": gate} for model, (steps, gate) in STEPS.items()},
+        "targets": {name: TARGETS[name].title for name in targets},
         "baselines": baselines,
         "rows": rows,
         "not_here": dict(ELSEWHERE),
     }
     if options.out is not None:
         options.out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def command(options: argparse.Namespace) -> str:
+    """Return the command, without the folders of this machine."""
+    chosen = {"--only": options.only, "--models": options.models, "--precisions": options.precisions}
+    words = [word for name, values in chosen.items() if values for word in (name, *values)]
+    words += ["--cpu", options.cpu] if options.cpu != CPU else []
+    return " ".join(["python -m benchmarks.arm --root FOLDER", *words, "--out benchmarks/results/arm.json"])
 
 
 def packages(targets: Collection[str]) -> set[str]:

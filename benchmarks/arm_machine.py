@@ -106,6 +106,14 @@ def run(
     return Finished(output.read_text(errors="replace"), usage.ru_maxrss * 1024)
 
 
+def needed(command: Sequence[str | Path], log: Path) -> None:
+    """Run a command without which nothing can be measured; end the program if it fails."""
+    try:
+        run(command, log)
+    except FailedError as failure:
+        raise SystemExit(f"{command[0]} failed: {failure}\nIts output is in {log}.out and .err.") from failure
+
+
 def reason(code: int, errors: str) -> str:
     """Return why a process ended with this exit code, without the folders of this machine."""
     if code < 0:
@@ -169,10 +177,10 @@ class Arm:
             settings |= {"Dir::Etc::sourcelist": self.sources.resolve(), "Dir::Etc::sourceparts": "-"}
         options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
         log = self.root / "logs" / "apt"
-        run(["apt-get", *options, "update"], log)
-        run(["apt-get", *options, "--yes", "--download-only", "install", *DEBIAN], log)
+        needed(["apt-get", *options, "update"], log)
+        needed(["apt-get", *options, "--yes", "--download-only", "install", *DEBIAN], log)
         for package in sorted((apt / "cache" / "archives").glob("*.deb")):
-            run(["dpkg-deb", "--extract", package, self.system], log)
+            needed(["dpkg-deb", "--extract", package, self.system], log)
 
     def wheels(self, name: str) -> Path:
         """Return the folder of a set of wheels, in the versions that are installed here."""
@@ -185,7 +193,7 @@ class Arm:
             options = [f"--python-version={self.python.name.removeprefix('python')}", "--target", folder]
             options += [f"--platform={tag}" for tag in ("manylinux2014_aarch64", *tags)]
             options += [] if dependencies else ["--no-deps"]
-            run([sys.executable, "-m", *PIP, *options, *wanted], self.root / "logs" / f"pip-{name}")
+            needed([sys.executable, "-m", *PIP, *options, *wanted], self.root / "logs" / f"pip-{name}")
             done.write_text("\n".join(wanted))
         return folder
 
