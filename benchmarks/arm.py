@@ -90,15 +90,6 @@ TARGETS: Mapping[str, Target] = {
         sequential=True,
         components="all",
     ),
-    "onnxruntime-torch": Target(
-        "load() with ONNX Runtime in Python",
-        "onnx",
-        ("runtime", "onnx", "pipelines", "torch"),
-        "",
-        ("float32",),
-        ("lcm",),
-        backend="onnxruntime",
-    ),
     "aoti-cpp": Target(
         "examples/cpp with AOTInductor, cross-compiled",
         "aoti",
