@@ -54,7 +54,7 @@ def optimize(
     denoiser: str | None = None,
     sites: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
-    backend: BackendName = "inductor",
+    backend: BackendName = "auto",
     backend_options: Mapping[str, object] | None = None,
     on_unsupported: OnUnsupported = "error",
     graph_memory: int | None = None,
@@ -66,8 +66,9 @@ def optimize(
     at half the batch, without the cross-attentions and their weights.
     Source: arXiv 2404.02747 v1, section 3.2. The classes of the methods describe their rules and sources.
 
-    The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes.
-    They hold no copy of the weights. Outside of a pipeline call the denoiser runs as if it were not optimized.
+    The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes. In
+    eager mode and in Inductor they share the pipeline's weights; OpenVINO and ONNX Runtime keep a copy for each graph.
+    Outside of a pipeline call the denoiser runs as if it were not optimized.
 
     Args:
         pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attentions, or a
@@ -98,9 +99,12 @@ def optimize(
         sites: shell-style patterns of the names of the attentions to cache: `["up_blocks.*"]`. None means all.
         cache_dtype: the dtype of the caches: `torch.bfloat16` takes half the memory of fp32, `torch.float8_e4m3fn` a
             quarter. None means the model's own dtype.
-        backend: `"inductor"` (compiled), `"onnxruntime"`, `"openvino"`, `"tensorrt"` (on NVIDIA GPUs), `"eager"` (the
-            rewritten graphs without compilation), or `"auto"` (the fastest for the device, according to measurements).
-        backend_options: options of the backend: Inductor's configuration, and its `cuda_graphs=True` on a GPU.
+        backend: `"auto"` takes the fastest backend that is installed and agrees with PyTorch: on a CPU OpenVINO, then
+            ONNX Runtime, then eager; on a GPU Inductor with CUDA graphs. It logs its choice at level INFO. Or the name
+            of one: `"eager"` (the rewritten graphs without compilation, and without a copy of the weights),
+            `"openvino"`, `"onnxruntime"`, `"inductor"`, `"tensorrt"` (on NVIDIA GPUs).
+        backend_options: options of a backend that is selected by name: Inductor's configuration and its
+            `cuda_graphs=True`, the `threads` of OpenVINO and ONNX Runtime, and others.
         on_unsupported: how to handle a pipeline or a call that cannot be gated: `"error"` refuses it; `"plain"` runs it
             in full, like the plain pipeline, and logs a warning once per cause. If gated steps have run before the
             cause is found, the whole call is repeated, including its callbacks.

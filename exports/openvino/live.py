@@ -74,6 +74,11 @@ class _Compiled:
         except RuntimeError as error:
             raise BackendError(_failed(self._variant, error)) from error
 
+    @property
+    def remade(self) -> int:
+        """How often the graph has been compiled again because the weights had changed."""
+        return self._compiled.remade
+
     def release(self) -> None:
         """Release the compiled model and the weights."""
         self._compiled.release()

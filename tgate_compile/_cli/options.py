@@ -161,14 +161,14 @@ RandomSeed = Annotated[
         rich_help_panel=IMAGE,
     ),
 ]
-BackendOption = Annotated[
-    Backend,
-    typer.Option(
-        "--backend",
-        metavar="NAME",
-        help=f"Backend for the graphs: {', '.join(each.value for each in Backend)}. eager starts at once, inductor "
-        "compiles for minutes, auto uses the fastest one installed.",
-    ),
+_BACKEND_HELP = (
+    f"Backend for the graphs: {', '.join(each.value for each in Backend)}. auto uses the fastest one installed; eager "
+    "starts at once."
+)
+BackendOption = Annotated[Backend, typer.Option("--backend", metavar="NAME", help=_BACKEND_HELP)]
+BackendForOne = Annotated[
+    Backend | None,
+    typer.Option("--backend", metavar="NAME", help=_BACKEND_HELP, show_default="auto; eager for the embedded models"),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.", rich_help_panel=OUTPUT)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.", rich_help_panel=OUTPUT)]

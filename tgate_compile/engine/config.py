@@ -51,7 +51,7 @@ class Config:
     family: Family = Family()  # noqa: RUF009 (it is frozen)
     sites: Sequence[str] | None = None
     cache_dtype: torch.dtype | None = None
-    backend: str = "inductor"
+    backend: str = "auto"
     backend_options: Mapping[str, object] = field(default_factory=dict)
     graph_memory: int | None = None
 

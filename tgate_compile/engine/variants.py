@@ -18,12 +18,13 @@ from torch.export.graph_signature import InputKind
 from tgate_compile._errors import BackendError, CaptureError
 from tgate_compile.engine.call import Call, FreeDims, differing_dims, fits
 from tgate_compile.engine.capture import capture, deep_layer
+from tgate_compile.engine.choice import Chooser
 from tgate_compile.engine.compiled import CachedValues, CompiledVariant, inputs_for
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.halves import latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
 from tgate_compile.engine.traffic import exclusive
-from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree, make_backend
+from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree
 from tgate_compile.engine.weights import check_quantization, check_weights_stay, fingerprint, live_tensors
 from tgate_compile.methods.method import Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant
@@ -99,6 +100,7 @@ class VariantStore:
         self._compiled: dict[tuple[_Address, Phase], CompiledVariant] = {}
         self._found: dict[tuple[_Address, Phase], _Address] = {}  # the captures that serve calls
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # a state may need another backend
+        self._chooser = Chooser(config.backend, config.backend_options, type(denoiser).__name__)
         self._failed: dict[_Address, str] = {}  # calls that cannot be captured, with the reason
         self._not_free: set[Hashable] = set()  # sizes that the denoiser's code fixes, by state
         self._generations = 0
@@ -404,7 +406,7 @@ class VariantStore:
         inputs = inputs_for(variant, held.captured, call, caches)
         chosen = self._model, inputs[0].device
         if chosen not in self._backends:
-            self._backends[chosen] = make_backend(self._config.backend, self._config.backend_options, chosen[1])
+            self._backends[chosen] = self._chooser.backend(chosen[1], self._generations)
         runner = self._backends[chosen].compile(variant, weights, inputs)
         compiled = self._compiled[address, phase] = CompiledVariant(variant, held.captured, runner, weights)
         self.compilations += 1

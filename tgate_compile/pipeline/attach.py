@@ -67,7 +67,7 @@ def attach(
     *,
     sites: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
-    backend: str = "inductor",
+    backend: str = "auto",
     backend_options: Mapping[str, object] | None = None,
     on_unsupported: OnUnsupported = "error",
     graph_memory: int | None = None,

@@ -21,7 +21,7 @@ from tgate_compile.methods.schedule import Schedule, schedule_of
 from tgate_compile.pipeline.attach import attached, denoiser_names
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import required_state_of
-from tgate_compile.study.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unreliable
+from tgate_compile.study.bench.result import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unreliable
 from tgate_compile.study.tuning import DEFAULT_TOLERANCE
 from tgate_compile.study.tuning.measure import Bench, Measured, Plain, relative_distances, silent
 from tgate_compile.study.tuning.request import Request, setting_of
