@@ -417,6 +417,8 @@ class _Changed:
                 self.given.add(node.name)
                 with node.meta["val"].fake_mode:
                     new.meta["val"] = node.meta["val"].to(self._chosen)
+        elif node.op == "placeholder" and _dtype_of(node) == self._own and len(shape_of(node)) > 2:
+            return self._to(new, self._chosen)  # latents, text and caches; not timesteps and sizes of images
         return new
 
     def _is_given_in_chosen(self, weight: Node) -> bool:
@@ -471,7 +473,7 @@ class _Changed:
     def _value(self, node: Node) -> object:
         """Return the fake value of a copied node."""
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
-        fakes = (each.meta["val"] for each in node.all_input_nodes)
+        fakes = torch.utils._pytree.tree_leaves((args, kwargs))
         mode = next((fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode")), None)
         if mode is None or not callable(node.target):
             return node.meta["val"]

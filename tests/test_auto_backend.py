@@ -13,7 +13,7 @@ import torch
 import tgate_compile
 from tests.comparing import difference
 from tests.tiny_pipelines import add_lora, run, stable_diffusion
-from tgate_compile import BackendError
+from tgate_compile import BackendError, Schedule
 from tgate_compile._runtimes import automatic_backends, ranked_backends
 from tgate_compile.engine import trust
 from tgate_compile.engine.backends import EagerBackend
@@ -114,6 +114,7 @@ def test_a_backend_selected_by_name_stays() -> None:
     assert served_by(pipe) == ("openvino",)
 
 
+@pytest.mark.heavy
 def test_a_lora_with_another_scale_in_every_call(caplog: pytest.LogCaptureFixture) -> None:
     """The scale is a constant of the graph, so that each one is a state of its own."""
     pytest.importorskip("openvino")
@@ -148,7 +149,7 @@ def test_no_copy_of_weights_that_would_not_fit(
 
 
 def test_on_a_gpu_it_is_inductor_with_cuda_graphs() -> None:
-    chosen = Chooser("auto", {}, "UNet").backend(torch.device("cuda"), 1)
+    chosen = Chooser(Config(Schedule(2)), "UNet").backend(torch.device("cuda"), 1)
     titles = []
     while chosen.has_choice:
         titles.append(chosen.next.title)

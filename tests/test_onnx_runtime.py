@@ -21,8 +21,9 @@ from tests.tiny_pipelines import (
     sdxl,
     stable_diffusion,
 )
-from tgate_compile import ConfigurationError
+from tgate_compile import ConfigurationError, Schedule
 from tgate_compile.engine.choice import Chooser
+from tgate_compile.engine.config import Config
 from tgate_compile.exports.onnx.convert import to_onnx
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -131,7 +132,7 @@ def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], name: str) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module in missing else real(module))
-    assert Chooser("auto", {}, "UNet").backend(torch.device("cpu"), 1).name == name
+    assert Chooser(Config(Schedule(2)), "UNet").backend(torch.device("cpu"), 1).name == name
 
 
 def test_the_models_are_valid_and_hold_no_weight_twice() -> None:

@@ -30,6 +30,8 @@ class BackendEntry:
         extra: the extra of tgate_compile that installs them.
         automatic: its rank for each device type on which `backend="auto"` considers it; the lowest is tried first.
         attempts: the options that `backend="auto"` tries in turn on a device type; without an entry, none.
+        precision_option: its own option for the dtype that it computes in; without one, graphs are rewritten for it.
+        lacks: why it cannot compute in a dtype on a type of device, by both: `{"cpu bfloat16": "it has no kernels"}`.
         needs_gpu: whether it runs on NVIDIA GPUs only.
     """
 
@@ -39,6 +41,8 @@ class BackendEntry:
     extra: str | None = None
     automatic: Mapping[str, int] = field(default_factory=dict)
     attempts: Mapping[str, tuple[Mapping[str, object], ...]] = field(default_factory=dict)
+    precision_option: str | None = None
+    lacks: Mapping[str, str] = field(default_factory=dict)
     needs_gpu: bool = False
 
 

@@ -50,6 +50,7 @@ def generate(
     schedule: ScheduleOptions,
     tgate: Annotated[bool, typer.Option("--tgate/--no-tgate", help="--no-tgate runs the plain pipeline.")] = True,
     backend: options.BackendForOne = None,
+    precision: options.PrecisionOption = options.OWN,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -67,7 +68,7 @@ def generate(
         settings, chosen = chosen_for(loaded, loading, image, schedule, shown=not json)
         # The embedded models make an image in less time than another runtime needs to compile them.
         default: BackendName = "eager" if loaded.is_embedded else "auto"
-        tgate_compile.optimize(loaded.pipe, schedule=chosen, backend=backend_name or default)
+        tgate_compile.optimize(loaded.pipe, schedule=chosen, backend=backend_name or default, precision=precision.value)
     else:
         settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)
         chosen = None
@@ -94,6 +95,7 @@ def generate(
         "unet": loading.unet,
         "device": str(loaded.device),
         "dtype": loaded.dtype,
+        "precision": precision.value,
         "tgate_compile": tgate_compile.__version__,
     }
     for picture, path, own_seed in zip(images, paths, seeds, strict=True):

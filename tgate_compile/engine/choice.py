@@ -7,25 +7,26 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from tgate_compile._errors import ConfigurationError, did_you_mean
+from tgate_compile._errors import BackendError, ConfigurationError, Precision, UnsupportedModelError, did_you_mean
 from tgate_compile._runtimes import BACKENDS, automatic_backends, is_backend_installed, ranked_backends
 from tgate_compile.engine.backends import Backend, Runner, backend_class
 from tgate_compile.engine.trust import MOST_CHANGES, Candidate, ChosenBackend, weight_sample
+from tgate_compile.engine.weights import wrapped_weight
 from tgate_compile.passes.graphs import Variant, flat_program
 from tgate_compile.passes.legalize import change_precision
+
+if TYPE_CHECKING:
+    from tgate_compile.engine.config import Config
 
 logger = logging.getLogger(__name__)
 
 MSG_STATES_CHANGE = (
     "{model} has been changed before each of the last {count} calls, and it compiles every graph again each time"
 )
-
-#: Values of `precision=` in `optimize`.
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def check_precision(given: object) -> None:
@@ -37,7 +38,7 @@ def check_precision(given: object) -> None:
         raise ConfigurationError(f"precision must be one of {names}, but got {given!r}.{hint}")
 
 
-def dtype_of(precision: str) -> torch.dtype | None:
+def precision_dtype(precision: str) -> torch.dtype | None:
     """Return the dtype to compute in; None for the pipeline's own."""
     return None if precision == "auto" else getattr(torch, precision)
 
@@ -56,24 +57,25 @@ class Chooser:
     """Makes the backends for the states of a denoiser, such as those with and without a LoRA.
 
     Args:
-        name: the name of a backend, or `auto`.
-        options: the backend's options.
+        config: names a backend, or `auto`, its options and the precision.
         model: the name of the denoiser's class, for messages.
     """
 
-    def __init__(self, name: str, options: Mapping[str, object], model: str) -> None:
-        self._name = name
-        self._options = options
+    def __init__(self, config: Config, model: str) -> None:
+        self._name = config.backend
+        self._options = config.backend_options
+        self._precision = config.precision
         self._model = model
         self._last = self._states = 0
 
     def backend(self, device: torch.device, generation: int) -> ChosenBackend:
         """Return the backend for a new state; for `auto`, those that support the type of `device`, fastest first."""
         if self._name != "auto":
-            return ChosenBackend([Candidate(backend_class(self._name)(self._options), self._name)])
+            return ChosenBackend([Candidate(make_backend(self._name, self._options, self._precision), self._name)])
         candidates = [
-            Candidate(backend_class(name)(options), _title(name, options))
+            Candidate(make_backend(name, options, self._precision), _title(name, options))
             for name in automatic_backends(device.type)
+            if why_not_in(name, device.type, self._precision) is None
             for options in BACKENDS[name].attempts.get(device.type, ({},))
         ]
         chosen = ChosenBackend(candidates, functools.partial(self._report, device))
@@ -90,6 +92,10 @@ class Chooser:
             if not is_backend_installed(name):
                 parts.append(f"{name} (not installed: pip install 'tgate_compile[{BACKENDS[name].extra}]')")
                 continue
+            reason = why_not_in(name, device.type, self._precision)
+            if reason is not None:
+                parts.append(f"{name} (not used: {reason})")
+                continue
             for options in BACKENDS[name].attempts.get(device.type, ({},)):
                 title = _title(name, options)
                 parts.append(f"{title} (not used: {failures[title]})" if title in failures else title)
@@ -97,6 +103,40 @@ class Chooser:
             'backend="auto" runs %s with %s. Fastest first, on "%s": %s',
             self._model, candidate.title, device.type, "; ".join(parts),
         )  # fmt: skip
+
+
+def make_backend(name: str, options: Mapping[str, object], precision: str) -> Backend:
+    """Return the backend `name`, which computes in `precision`."""
+    dtype = precision_dtype(precision)
+    setting = BACKENDS[name].precision_option
+    if dtype is None or setting is not None:
+        return backend_class(name)(options if dtype is None or setting is None else {**options, setting: precision})
+    return ChangedPrecision(backend_class(name)(options), dtype)
+
+
+def why_not_in(name: str, device: str, precision: str) -> str | None:
+    """Return why the backend `name` does not compute in `precision` on a type of device; None if it does."""
+    return BACKENDS[name].lacks.get(f"{device} {precision}")
+
+
+def check_computes_in(name: str, options: Mapping[str, object], precision: str) -> None:
+    """Raise ConfigurationError if the options of the backend `name` contradict `precision`."""
+    setting = None if name == "auto" else BACKENDS[name].precision_option
+    if setting is not None and setting in options:
+        raise ConfigurationError(
+            f'The option {setting} of the backend "{name}" is an argument of optimize: optimize(pipe, '
+            f'backend="{name}", precision={options[setting]!r}).'
+        )
+
+
+def check_can_change_precision(denoiser: torch.nn.Module, precision: str) -> None:
+    """Raise UnsupportedModelError if the weights of `denoiser` are quantized, and `precision` is not `auto`."""
+    quantized = None if precision == "auto" else wrapped_weight(denoiser)
+    if quantized is not None:
+        raise UnsupportedModelError(
+            f"{type(denoiser).__name__} is quantized ({quantized}, for example), and computing in another dtype needs "
+            "weights in floating point. Leave precision out, or quantize the model after pipe.to(torch.bfloat16)."
+        )
 
 
 def _title(name: str, options: Mapping[str, object]) -> str:
@@ -135,14 +175,28 @@ class ChangedPrecision:
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         names = [node.name for node in _weights_of(variant)]
+        reason = why_not_in(self.name, inputs[0].device.type, str(self._dtype).removeprefix("torch."))
+        if reason is not None:
+            raise BackendError(f'backend="{self.name}" cannot compute in {self._dtype}: {reason}')
         own = model_dtype(variant)
         if own == self._dtype:
             return self._backend.compile(variant, inputs)
         changed, given = change_precision(variant.program.graph_module, names, own, self._dtype)
         program = flat_program(variant.program, changed)
+        if not self._backend.is_reference:  # converters read the weights in the program
+            for spec in program.graph_signature.input_specs:
+                if spec.arg.name in given:
+                    name = str(spec.target)
+                    holder = program.state_dict if name in program.state_dict else program.constants
+                    holder[name] = self._changed(holder[name])
         runner = self._backend.compile(dataclasses.replace(variant, program=program), inputs)
+        program.state_dict.clear()
         positions = [position for position, name in enumerate(names) if name in given]
         return _WithCopies(runner, self._copies, variant.weights, positions)
+
+    def _changed(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.detach().to(self._dtype)
+        return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
 
 
 class _Copies:

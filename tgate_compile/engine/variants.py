@@ -100,7 +100,7 @@ class VariantStore:
         self._compiled: dict[tuple[_Address, Phase], CompiledVariant] = {}
         self._found: dict[tuple[_Address, Phase], _Address] = {}  # the captures that serve calls
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # a state may need another backend
-        self._chooser = Chooser(config.backend, config.backend_options, type(denoiser).__name__)
+        self._chooser = Chooser(config, type(denoiser).__name__)
         self._failed: dict[_Address, str] = {}  # calls that cannot be captured, with the reason
         self._not_free: set[Hashable] = set()  # sizes that the denoiser's code fixes, by state
         self._generations = 0
@@ -118,6 +118,7 @@ class VariantStore:
             config.family.order,
             config.sites,
             config.cache_dtype,
+            config.precision,
             config.backend,
             repr(sorted(config.backend_options.items())),
             config.graph_memory,
@@ -360,7 +361,7 @@ class VariantStore:
             schedule.kinds,
             deep_layer(self.denoiser, schedule.deepcache_branch) if "deep" in schedule.kinds else None,
             only=self._config.sites,
-            cache_dtype=self._config.cache_dtype,
+            cache_dtype=self._config.cached_in,
             shapes=shapes,
         )
 
