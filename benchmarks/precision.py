@@ -3,8 +3,8 @@
     python benchmarks/precision.py --out benchmarks/results/precision.json
     python benchmarks/precision.py --models sd --backends eager --captions 2
 
-Each embedded model draws held-out captions, all in one batch: the plain pipeline in float32, then optimized pipelines in
-each precision, without a gate and with the model's usual one. PSNR is relative to the same schedule in float32, and
+Each embedded model draws held-out captions, all in one batch: the plain pipeline in float32, then optimized pipelines
+in each precision, without a gate and with the model's usual one. PSNR is relative to the same schedule in float32, and
 relative to the plain pipeline. The attribute reader decides whether an image shows everything in its caption. Times are
 not measured here: `tgate-compile bench --precision bfloat16` does that.
 """

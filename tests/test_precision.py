@@ -14,6 +14,7 @@ from tests.comparing import assert_differ, difference
 from tests.tiny_pipelines import add_lora, pixart, pixart_prompt, run, sdxl, stable_diffusion
 from tgate_compile import BackendError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine import choice
+from tgate_compile.passes.graphs import copy_graph
 from tgate_compile.passes.legalize import _NORMS, _PRODUCTS, change_precision
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -142,6 +143,45 @@ def test_both_graphs_share_one_copy_of_the_weights() -> None:
     copies = {id(tensor) for tensor in full.runner._runner._given}
     assert {id(tensor) for tensor in pruned.runner._runner._given} <= copies
     assert all(tensor.dtype == torch.bfloat16 for tensor in full.runner._runner._given)
+
+
+def test_copies_of_convolutions_weights_are_channels_last() -> None:
+    pipe = small()
+    strides = {name: each.stride() for name, each in pipe.unet.named_parameters()}
+    tgate_compile.optimize(pipe, 2, backend="eager", precision="bfloat16")
+    run(pipe, steps=4)
+    full, _ = pipe._tgate_compile.hook.store.compiled
+    kernels = [each for each in full.runner._runner._given if each.ndim == 4 and each.shape[-1] > 1]
+    assert kernels
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in kernels)
+    assert {name: each.stride() for name, each in pipe.unet.named_parameters()} == strides
+
+
+def test_weights_are_laid_out_for_inductor_on_a_gpu_in_their_own_dtype() -> None:
+    """Without a GPU: what the rewrite does to the graph, and to a weight that has the layout already."""
+    graph_module, weights = graph_of(small)
+    changed = copy_graph(graph_module)
+    names = choice._to_channels_last(changed, weights)
+    assert len(names) > 5
+    for node in changed.graph.find_nodes(op="placeholder"):
+        assert (node.meta["val"].ndim == 4) >= (node.name in names)
+    assert not changed.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default)
+    copies, form = choice._Copies(), choice._Form(None, channels_last=True)
+    weight = torch.randn(8, 4, 3, 3)
+    (laid_out,) = copies.of(["a"], [weight], [form])
+    assert laid_out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(laid_out, weight)
+    weight.add_(1)
+    (after,) = copies.of(["a"], [weight], [form])
+    assert after is laid_out  # the same address, which a CUDA graph has recorded
+    assert torch.equal(after, weight)
+    first = weight.contiguous(memory_format=torch.channels_last)
+    kept = first.clone()
+    (same,) = copies.of(["b"], [first], [form])
+    assert same.data_ptr() == first.data_ptr()  # no copy
+    (other,) = copies.of(["b"], [first + 1], [form])
+    assert torch.equal(other, first + 1)
+    assert torch.equal(first, kept)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
