@@ -42,16 +42,40 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     models = {name: measured(name, arguments) for name in arguments.models}
+    rows = [row for name in models for row in summary(name, models[name], arguments)]
     result = {
         "command": " ".join(["python", "benchmarks/precision.py", *sys.argv[1:]]),
         "machine": machine_of(torch.device("cpu")),
         "captions": arguments.captions,
+        "rows": rows,
         "models": models,
     }
     text = json.dumps(result, indent=1) + "\n"
     if arguments.out is not None:
         arguments.out.write_text(text, encoding="utf-8")
     print(text)
+
+
+def summary(name: str, measured: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return one row for each backend and precision, as in docs/evidence/benchmarks.md."""
+    rows = []
+    for backend in arguments.backends:
+        for precision in arguments.precisions:
+            plain, gated = (
+                measured[f"{title}, {backend}, {precision}"] for title in ("plain", f"T-GATE {GATES[name]}")
+            )
+            rows.append(
+                {
+                    "model": name,
+                    "backend": backend,
+                    "precision": precision,
+                    "plain_psnr": plain["psnr_to_float32"],
+                    "gated_psnr": gated["psnr_to_float32"],
+                    "right": gated["right"],
+                    "right_in_float32": measured[f"T-GATE {GATES[name]}"]["right"],
+                }
+            )
+    return rows
 
 
 def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
