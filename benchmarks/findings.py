@@ -29,9 +29,9 @@ import torch
 from findings_plan import CAPTION_SEED, PAIRS, SCHEDULERS, SEEDS, SETTINGS, SINGLES, Setting
 
 import tgate_compile
+from tgate_compile._demo import demo_variant
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
-from tgate_compile._demo.variants import demo_variant
 from tgate_compile.study.bench.measure import machine_of
 from tgate_compile.study.evaluation.features import Statistics, frechet_distance, pixels_of
 from tgate_compile.study.evaluation.images import Contender, Folder, Item, contenders_of, write_json

@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 import tgate_compile
+from tgate_compile._demo import demo_variant
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
-from tgate_compile._demo.variants import demo_variant
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import CALIBRATED
 from tgate_compile.pipeline.optimized import required_state_of

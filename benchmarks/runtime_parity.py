@@ -29,7 +29,7 @@ import onnxruntime
 import torch
 
 import tgate_compile
-from tgate_compile._demo.variants import demo_variant
+from tgate_compile._demo import demo_variant
 from tgate_compile.runtime import BundlePipeline
 from tgate_compile.runtime._noise import NAMES
 from tgate_compile.study.bench.measure import machine_of

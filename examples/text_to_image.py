@@ -24,7 +24,7 @@ def main() -> None:
     pipe = tgate_compile.load_demo_pipeline()
 
     # Ten full steps, then the pruned graph without cross-attention and with half the batch. "eager" starts immediately;
-    # "inductor" compiles during the first call, which pays off for many images.
+    # the default backend compiles the graphs during the first call, which pays off for larger models or many images.
     tgate_compile.optimize(pipe, gate_step=10, backend="eager")
 
     image = pipe(

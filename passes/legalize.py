@@ -298,3 +298,189 @@ def _scaled(graph: Graph, normed: Node, weights: tuple[object, object], shape: l
         if isinstance(weight, Node):
             normed = add_call(graph, target, normed, add_call(graph, aten.reshape.default, weight, shape))
     return normed
+
+
+#: Operators that take nearly all of a step's time. They take operands of the chosen dtype, and sum in float32.
+_PRODUCTS = FUSED | {
+    aten.linear.default,
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.convolution.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.einsum.default,
+}
+#: Fused operators that sum in float32, and whose further operands must have the dtype of the first.
+_NORMS = {aten.group_norm.default, aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default}
+#: Operators for which float16 has too small a range, or bfloat16 too few digits, as in `torch.autocast`.
+_SENSITIVE = {
+    aten.pow.Tensor_Scalar,
+    aten.pow.Tensor_Tensor,
+    aten.pow.Scalar,
+    aten.exp.default,
+    aten.log.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.mean.default,
+    aten.mean.dim,
+    aten.var.correction,
+    aten.var.dim,
+    aten.cumsum.default,
+    aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim,
+    aten.sin.default,
+    aten.cos.default,
+    aten.view_as_complex.default,
+}
+_CASTS = {aten.to.dtype, aten._to_copy.default}
+#: Floating-point dtypes that values are computed in, in contrast to those that values are only stored in.
+_COMPUTED = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+#: Weights with at least so many elements are always given in the chosen dtype.
+_LARGE = 65_536
+
+
+def change_precision(
+    graph_module: torch.fx.GraphModule, weights: Collection[str], own: torch.dtype, chosen: torch.dtype
+) -> tuple[torch.fx.GraphModule, frozenset[str]]:
+    """Return a copy of a graph of the dtype `own` that computes in the dtype `chosen`, like a model of that dtype.
+
+    The second result has the names of the weights that the copy takes in `chosen`; the others stay as they are.
+
+    Matrix products, convolutions and norms compute in `chosen`; what is sensitive to rounding, such as the time
+    embedding, computes in float32; all other operators take the dtype of their operands. Inputs and outputs have the
+    same dtypes as before, and are cast where that is needed.
+
+    Args:
+        graph_module: the graph, which is not changed. Its output is one flat tuple.
+        weights: the names of the inputs that are weights.
+        own: the dtype of the model.
+        chosen: the dtype to compute in.
+    """
+    changed = _Changed(graph_module, weights, own, chosen)
+    return changed.result(), frozenset(changed.given)
+
+
+class _Changed:
+    def __init__(
+        self, graph_module: torch.fx.GraphModule, weights: Collection[str], own: torch.dtype, chosen: torch.dtype
+    ) -> None:
+        self._source = graph_module
+        self._weights = weights
+        self._own = own
+        self._chosen = chosen
+        self.given: set[str] = set()
+        self._graph = Graph()
+        self._new: dict[Node, Node] = {}
+        self._casts: dict[tuple[Node, torch.dtype], Node] = {}
+        self._constant: set[Node] = set()  # nodes that depend on weights alone
+
+    def result(self) -> torch.fx.GraphModule:
+        for node in self._source.graph.nodes:
+            if node.op == "output":
+                old = cast("tuple[Node, ...]", node.args[0])
+                self._graph.output(tuple(self._to(self._new[each], each.meta["val"].dtype) for each in old))
+            else:
+                self._new[node] = self._changed(node)
+        result = torch.fx.GraphModule(self._source, self._graph)
+        self._graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        result.recompile()
+        return result
+
+    def _changed(self, node: Node) -> Node:
+        if node.op == "call_function" and node.target in _CASTS and self._is_only_a_cast(node):
+            before, after = operand(node, 0).meta["val"].dtype, node.meta["val"].dtype
+            value = self._new[operand(node, 0)]
+            if before.is_floating_point and after == self._own:
+                return self._to(value, self._chosen)
+            return self._to(value, after)
+        if node.op == "call_function":
+            return self._call(node)
+        new = self._graph.node_copy(node, lambda old: self._new[old])
+        new.meta = dict(node.meta)
+        if node.name in self._weights:
+            self._constant.add(new)
+            if self._is_given_in_chosen(node):
+                self.given.add(node.name)
+                with node.meta["val"].fake_mode:
+                    new.meta["val"] = node.meta["val"].to(self._chosen)
+        elif node.op == "placeholder" and _dtype_of(node) == self._own and len(shape_of(node)) > 2:
+            return self._to(new, self._chosen)  # latents, text and caches; not timesteps and sizes of images
+        return new
+
+    def _is_given_in_chosen(self, weight: Node) -> bool:
+        large = weight.meta["val"].numel() >= _LARGE
+        return _dtype_of(weight) == self._own and (
+            large or all(user.target in _PRODUCTS | _NORMS for user in weight.users)
+        )
+
+    def _is_only_a_cast(self, node: Node) -> bool:
+        return not node.kwargs or set(node.kwargs) == {"dtype"}
+
+    def _call(self, node: Node) -> Node:
+        operands = [self._new[each] for each in node.all_input_nodes]
+        dtypes = self._dtypes_for(node, operands)
+        chosen = {
+            old: self._to(new, dtypes[new]) if new in dtypes else new
+            for old, new in zip(node.all_input_nodes, operands, strict=True)
+        }
+        new = self._graph.node_copy(node, lambda old: chosen[old])
+        new.meta = dict(node.meta)
+        new.meta["val"] = self._value(new)
+        if all(each in self._constant for each in operands):
+            self._constant.add(new)
+        return new
+
+    def _dtypes_for(self, node: Node, operands: list[Node]) -> dict[Node, torch.dtype]:
+        """Return the dtypes that operands of `node` must be cast to; the others stay as they are."""
+        floats = [each for each in operands if _dtype_of(each) in _COMPUTED]
+        if not floats or _dtype_of(node) not in {self._own, None} | _COMPUTED:
+            return {}
+        if node.target in _PRODUCTS:
+            return dict.fromkeys(floats, self._chosen)
+        if node.target in _NORMS:
+            return dict.fromkeys(floats, cast(torch.dtype, _dtype_of(floats[0])))
+        if node.target in _SENSITIVE:
+            return dict.fromkeys(floats, torch.float32)
+        given = [each for each in floats if each not in self._constant]
+        if given and all(_dtype_of(each) == self._chosen for each in given):
+            return dict.fromkeys(floats, self._chosen)  # tables of parameters do not raise the dtype of the values
+        return {}
+
+    def _to(self, node: Node, dtype: torch.dtype) -> Node:
+        """Return `node` in `dtype`; each value is cast only once."""
+        if _dtype_of(node) == dtype:
+            return node
+        if (node, dtype) not in self._casts:
+            new = self._casts[node, dtype] = add_call(self._graph, aten.to.dtype, node, dtype)
+            if node in self._constant:
+                self._constant.add(new)
+        return self._casts[node, dtype]
+
+    def _value(self, node: Node) -> object:
+        """Return the fake value of a copied node."""
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
+        fakes = torch.utils._pytree.tree_leaves((args, kwargs))
+        mode = next((fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode")), None)
+        if mode is None or not callable(node.target):
+            return node.meta["val"]
+        with mode:
+            return node.target(*args, **kwargs)
+
+
+def _dtype_of(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None

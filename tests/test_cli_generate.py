@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 run = CliRunner().invoke
+EAGER = ["--backend", "eager"]
 QUICK = ["--steps", "4", "--gate-step", "2", "--seed", "3"]
 
 
@@ -39,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def generated(model: str | None, out: Path, *arguments: str) -> dict[str, Any]:
     chosen = [] if model is None else ["--model", model]
-    result = run(app, ["generate", *chosen, "--prompt", "red cat", "--out", str(out), "--json", *arguments])
+    result = run(app, ["generate", *chosen, "--prompt", "red cat", "--out", str(out), "--json", *arguments, *EAGER])
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert isinstance(data, dict)
@@ -115,7 +116,7 @@ def test_a_measured_schedule(model: str, tmp_path: Path) -> None:
 
 
 def test_what_was_chosen_is_told(model: str, tmp_path: Path) -> None:
-    arguments = ["generate", "-m", model, "-p", "red cat", "--backend", "auto", "-o", str(tmp_path / "cat.png")]
+    arguments = ["generate", "-m", model, "-p", "red cat", "-o", str(tmp_path / "cat.png")]
     result = run(app, [*arguments, "--steps", "3", "--guidance", "4", "--device", "cpu", "--json"])
     assert result.exit_code == 0, result.output
     assert "dtype fp32, scheduler DPMSolverMultistepScheduler, gate step 1" in " ".join(result.stderr.split())

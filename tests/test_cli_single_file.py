@@ -59,7 +59,7 @@ def test_another_unet(folder: Path) -> None:
 
 def test_generate(folder: Path, tmp_path: Path) -> None:
     model = ["--model", str(folder / "model.safetensors"), "--model-config", str(folder / "sd")]
-    quick = ["--steps", "4", "--gate-step", "2", "--seed", "3", "--prompt", "red cat", "--json"]
+    quick = ["--steps", "4", "--gate-step", "2", "--seed", "3", "--prompt", "red cat", "--json", "--backend", "eager"]
     result = run(app, ["generate", *model, *quick, "--out", str(tmp_path / "cat.png")])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)

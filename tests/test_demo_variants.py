@@ -16,9 +16,9 @@ import torch
 import tgate_compile
 from tgate_compile import ConfigurationError, load_demo_pipeline
 from tgate_compile._cli.loading import load
+from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.pipeline import WEIGHTS
-from tgate_compile._demo.variants import DEMO_VARIANTS
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 OTHERS = [name for name in DEMO_VARIANTS if name != "sd"]

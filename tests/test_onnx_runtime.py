@@ -21,8 +21,9 @@ from tests.tiny_pipelines import (
     sdxl,
     stable_diffusion,
 )
-from tgate_compile import ConfigurationError
-from tgate_compile.engine.trust import make_backend
+from tgate_compile import ConfigurationError, Schedule
+from tgate_compile.engine.choice import Chooser
+from tgate_compile.engine.config import Config
 from tgate_compile.exports.onnx.convert import to_onnx
 from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
 from tgate_compile.exports.onnx.session import best_providers, provider_options, run_bound
@@ -134,7 +135,7 @@ def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], name: str) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module in missing else real(module))
-    assert make_backend("auto", {}, torch.device("cpu")).name == name
+    assert Chooser(Config(Schedule(2)), "UNet").backend(torch.device("cpu"), 1).name == name
 
 
 def test_the_models_are_valid_and_hold_no_weight_twice() -> None:

@@ -109,12 +109,12 @@ def test_half_precision(dtype: torch.dtype, most: float) -> None:
 
 
 def test_options(tmp_path: Path) -> None:
-    options = {"device": "CPU", "precision": "bfloat16", "threads": 1, "cache": str(tmp_path)}
+    options = {"device": "CPU", "threads": 1, "cache": str(tmp_path)}
     pipe = stable_diffusion(layout="small")
     tgate_compile.optimize(pipe, 3, backend="eager")
     eager = run(pipe)
     tgate_compile.restore(pipe)
-    tgate_compile.optimize(pipe, 3, backend="openvino", backend_options=options)
+    tgate_compile.optimize(pipe, 3, backend="openvino", precision="bfloat16", backend_options=options)
     assert difference(run(pipe), eager) < 6e-2
     assert list(tmp_path.iterdir())
 

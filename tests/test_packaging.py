@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import tgate_compile
-from tgate_compile._demo.variants import DEMO_VARIANTS
+from tgate_compile._demo import DEMO_VARIANTS
 
 ROOT = Path(__file__).parents[1]
 

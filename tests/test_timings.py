@@ -16,12 +16,11 @@ from tgate_compile._cli import compare as compare_command
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.bench.measure import Timed
 from tgate_compile.study.bench.methods import methods_for
-from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
+from tgate_compile.study.bench.result import Benchmark, BenchmarkRow, spread_of, why_unreliable
 from tgate_compile.study.comparison import run as comparison_run
 from tgate_compile.study.comparison.page import page_of
 from tgate_compile.study.comparison.result import Comparison, MethodFigures, ModelFigures
 from tgate_compile.study.comparison.run import Task, compare_model
-from tgate_compile.study.timings import spread_of, why_unreliable
 from tgate_compile.study.tuning import measure
 from tgate_compile.study.tuning.recorder import Convergence
 from tgate_compile.study.tuning.result import Tuning, TuningRow

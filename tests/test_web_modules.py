@@ -22,7 +22,7 @@ from tests.javascript import SITE, run_in_node
 from tests.programs import pixart_with_text, program
 from tests.test_runtime_schedulers import BETAS, LATENT_DIFFUSION, OPTIONS
 from tgate_compile import load_demo_pipeline
-from tgate_compile._demo.variants import DEMO_VARIANTS
+from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile.bundle.manifest import phase_spec, plain_config
 from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.read_manifest import shape_at

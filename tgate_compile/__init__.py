@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tgate_compile._demo import DEMO_VARIANTS as DEMO_VARIANTS
+    from tgate_compile._demo import DemoVariant as DemoVariant
     from tgate_compile._demo.pipeline import load_demo_pipeline as load_demo_pipeline
-    from tgate_compile._demo.variants import DEMO_VARIANTS as DEMO_VARIANTS
-    from tgate_compile._demo.variants import DemoVariant as DemoVariant
     from tgate_compile._errors import BackendError as BackendError
     from tgate_compile._errors import BundleError as BundleError
     from tgate_compile._errors import CaptureError as CaptureError
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 #: The module that defines each public name.
 _HOMES = {
     "load_demo_pipeline": "_demo.pipeline",
-    "DEMO_VARIANTS": "_demo.variants",
-    "DemoVariant": "_demo.variants",
+    "DEMO_VARIANTS": "_demo",
+    "DemoVariant": "_demo",
     "BackendError": "_errors",
     "BundleError": "_errors",
     "CaptureError": "_errors",

@@ -105,6 +105,8 @@ def cause_of(error: BaseException) -> str:
 
 #: Values of `backend=` in `optimize`, `tune` and `evaluate`. A test compares these names with the tables of runtimes.
 BackendName = Literal["inductor", "onnxruntime", "openvino", "tensorrt", "eager", "auto"]
+#: Values of `precision=` in `optimize`, `tune` and `evaluate`.
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 #: Values of `format=` in `export`.
 FormatName = Literal["onnx", "tensorrt-rtx", "tensorrt", "openvino", "aoti", "executorch", "coreml"]
 #: Values of `backend=` in `load`.

@@ -12,7 +12,14 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._errors import BackendName, ConfigurationError, check_names, check_pipeline_first, did_you_mean
+from tgate_compile._errors import (
+    BackendName,
+    ConfigurationError,
+    Precision,
+    check_names,
+    check_pipeline_first,
+    did_you_mean,
+)
 from tgate_compile.engine.config import AUTO_PROMPTS
 from tgate_compile.methods.method import Half, Method
 from tgate_compile.methods.schedule import Schedule, schedule_of
@@ -54,7 +61,8 @@ def optimize(
     denoiser: str | None = None,
     sites: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
-    backend: BackendName = "inductor",
+    backend: BackendName = "auto",
+    precision: Precision = "auto",
     backend_options: Mapping[str, object] | None = None,
     on_unsupported: OnUnsupported = "error",
     graph_memory: int | None = None,
@@ -68,8 +76,9 @@ def optimize(
     at half the batch, without the cross-attentions and their weights.
     Source: arXiv 2404.02747 v1, section 3.2. The classes of the methods describe their rules and sources.
 
-    The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes.
-    They hold no copy of the weights. Outside of a pipeline call the denoiser runs as if it were not optimized.
+    The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes. In
+    eager mode and in Inductor they share the pipeline's weights; OpenVINO and ONNX Runtime keep a copy for each graph.
+    Outside of a pipeline call the denoiser runs as if it were not optimized.
 
     Args:
         pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attentions, or a
@@ -100,9 +109,15 @@ def optimize(
         sites: shell-style patterns of the names of the attentions to cache: `["up_blocks.*"]`. None means all.
         cache_dtype: the dtype of the caches: `torch.bfloat16` takes half the memory of fp32, `torch.float8_e4m3fn` a
             quarter. None means the model's own dtype.
-        backend: `"inductor"` (compiled), `"onnxruntime"`, `"openvino"`, `"tensorrt"` (on NVIDIA GPUs), `"eager"` (the
-            rewritten graphs without compilation), or `"auto"` (the fastest for the device, according to measurements).
-        backend_options: options of the backend: Inductor's configuration, and its `cuda_graphs=True` on a GPU.
+        backend: `"auto"` takes the fastest backend that is installed and agrees with PyTorch: on a CPU OpenVINO, then
+            ONNX Runtime, then eager; on a GPU Inductor with CUDA graphs. It logs its choice at level INFO. Or the name
+            of one: `"eager"` (the rewritten graphs without compilation, and without a copy of the weights),
+            `"openvino"`, `"onnxruntime"`, `"inductor"`, `"tensorrt"` (on NVIDIA GPUs).
+        precision: the dtype that the denoiser's graphs compute in. `"auto"` is the pipeline's own; `"bfloat16"` is
+            about twice as fast as float32 on CPUs with AVX512-BF16 or AMX. The pipeline, its weights, inputs and
+            results keep their dtypes. Caches have this dtype too, unless `cache_dtype` is given.
+        backend_options: options of a backend that is selected by name: Inductor's configuration and its
+            `cuda_graphs=True`, the `threads` of OpenVINO and ONNX Runtime, and others.
         on_unsupported: how to handle a pipeline or a call that cannot be gated: `"error"` refuses it; `"plain"` runs it
             in full, like the plain pipeline, and logs a warning once per cause. If gated steps have run before the
             cause is found, the whole call is repeated, including its callbacks.
@@ -156,6 +171,7 @@ def optimize(
         sites=sites,
         cache_dtype=cache_dtype,
         backend=backend,
+        precision=precision,
         backend_options=backend_options,
         on_unsupported=on_unsupported,
         graph_memory=graph_memory,

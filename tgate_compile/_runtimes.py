@@ -29,6 +29,9 @@ class BackendEntry:
         needs: the modules that must be installed.
         extra: the extra of tgate_compile that installs them.
         automatic: its rank for each device type on which `backend="auto"` considers it; the lowest is tried first.
+        attempts: the options that `backend="auto"` tries in turn on a device type; without an entry, none.
+        precision_option: its own option for the dtype that it computes in; without one, graphs are rewritten for it.
+        lacks: why it cannot compute in a dtype on a type of device, by both: `{"cpu bfloat16": "it has no kernels"}`.
         needs_gpu: whether it runs on NVIDIA GPUs only.
     """
 
@@ -37,6 +40,9 @@ class BackendEntry:
     needs: tuple[str, ...] = ()
     extra: str | None = None
     automatic: Mapping[str, int] = field(default_factory=dict)
+    attempts: Mapping[str, tuple[Mapping[str, object], ...]] = field(default_factory=dict)
+    precision_option: str | None = None
+    lacks: Mapping[str, str] = field(default_factory=dict)
     needs_gpu: bool = False
 
 
@@ -123,5 +129,10 @@ def automatic_backends(device: str) -> list[str]:
 
     The ranks in the table are measured; docs/evidence/benchmarks.md has the figures.
     """
-    considered = [entry for entry in BACKENDS.values() if device in entry.automatic and is_installed(*entry.needs)]
-    return [entry.name for entry in sorted(considered, key=lambda entry: entry.automatic[device])] or ["eager"]
+    return [name for name in ranked_backends(device) if is_backend_installed(name)]
+
+
+def ranked_backends(device: str) -> list[str]:
+    """Return the backends that `backend="auto"` considers on a type of device, the fastest first, installed or not."""
+    considered = [entry for entry in BACKENDS.values() if device in entry.automatic]
+    return [entry.name for entry in sorted(considered, key=lambda entry: entry.automatic[device])] or [EAGER.name]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._demo.captions import held_out_captions
 from tgate_compile._demo.pipeline import load_demo_pipeline
-from tgate_compile._demo.variants import DEMO_VARIANTS
 from training.evaluate import Sampler, generate
 
 CAPTION_SEED = 2026

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
-from tgate_compile._demo.variants import DEMO_VARIANTS
 from training.train_reader import measure_reader
 
 logger = logging.getLogger(__name__)

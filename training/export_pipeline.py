@@ -26,7 +26,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tgate_compile._demo.variants import DEMO_VARIANTS
+from tgate_compile._demo import DEMO_VARIANTS
 from training.denoisers import FAMILIES
 from training.objectives import SOLVER_STEPS
 

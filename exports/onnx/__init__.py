@@ -9,6 +9,8 @@ BACKENDS = (
         needs=("onnx", "onnxscript", "onnxruntime"),
         extra="onnx",
         automatic={"cpu": 2},
+        # ONNX Runtime 1.31: "Could not find an implementation for Gemm(13)".
+        lacks={"cpu bfloat16": "ONNX Runtime has no kernels for it on CPUs; openvino, eager and inductor have"},
     ),
 )
 

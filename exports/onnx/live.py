@@ -106,6 +106,11 @@ class _Session:
         except RuntimeError as error:
             raise BackendError(_failed(self._variant, error)) from error
 
+    @property
+    def remade(self) -> int:
+        """How often the graph has been compiled again because the weights had changed."""
+        return self._session.remade
+
     def release(self) -> None:
         """Close the session and release the weights."""
         self._session.release()

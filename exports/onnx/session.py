@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tgate_compile.engine.backends import threads_for
+
 if TYPE_CHECKING:
     import onnxruntime
 
@@ -41,8 +43,7 @@ def session_options(options: Mapping[str, object]) -> onnxruntime.SessionOptions
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # the warnings are about the placement of operators
-    threads = options.get("threads")
-    settings.intra_op_num_threads = threads if isinstance(threads, int) else torch.get_num_threads()
+    settings.intra_op_num_threads = threads_for(options)
     if options.get("prepacking") is False:
         settings.add_session_config_entry("session.disable_prepacking", "1")
         # The levels beyond "extended" change the layouts of convolutions, which copies their weights.

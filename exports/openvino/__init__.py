@@ -9,6 +9,7 @@ BACKENDS = (
         needs=("onnx", "onnxscript", "openvino"),
         extra="openvino",
         automatic={"cpu": 1},
+        precision_option="precision",
     ),
 )
 

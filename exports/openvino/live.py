@@ -12,9 +12,18 @@ import torch
 from tgate_compile._errors import BackendError, ConfigurationError, cause_of
 from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import Runner
+from tgate_compile.engine.choice import model_dtype
 from tgate_compile.engine.trust import MadeOfWeights
 from tgate_compile.exports.onnx.convert import OnnxGraph, to_onnx
-from tgate_compile.exports.openvino.session import CompiledModel, check_device, check_options, core, openvino, shared
+from tgate_compile.exports.openvino.session import (
+    PRECISIONS,
+    CompiledModel,
+    check_device,
+    check_options,
+    core,
+    openvino,
+    shared,
+)
 from tgate_compile.passes.graphs import Variant
 
 logger = logging.getLogger(__name__)
@@ -36,14 +45,15 @@ class OpenVinoBackend:
         check_options(options)
 
     def lowered_to(self, device: torch.device) -> torch.dtype | None:
-        precision: torch.dtype = getattr(torch, str(self._options.get("precision", "float32")))
+        precision: torch.dtype | None = getattr(torch, str(self._options.get("precision")), None)
         return None if precision is torch.float32 else precision
 
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         check_device(inputs[0].device)
         try:
             graph = to_onnx(variant)
-            return _Compiled(variant, graph, self._options)
+            own = str(model_dtype(variant)).removeprefix("torch.")
+            return _Compiled(variant, graph, {"precision": own if own in PRECISIONS else "float32", **self._options})
         except ConfigurationError:
             raise
         except Exception as error:  # torch.onnx and openvino raise errors of any class
@@ -73,6 +83,11 @@ class _Compiled:
             return compiled.run(inputs, self._outputs)
         except RuntimeError as error:
             raise BackendError(_failed(self._variant, error)) from error
+
+    @property
+    def remade(self) -> int:
+        """How often the graph has been compiled again because the weights had changed."""
+        return self._compiled.remade
 
     def release(self) -> None:
         """Release the compiled model and the weights."""

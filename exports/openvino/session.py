@@ -18,7 +18,7 @@ import torch
 from tgate_compile._errors import BackendError, ConfigurationError, check_installed, first_line
 from tgate_compile.bundle.manifest import WEIGHTS_FILE, Graph
 from tgate_compile.bundle.read_manifest import inputs_of, output_shapes, outputs_of
-from tgate_compile.engine.backends import Option, at_least, check_known_options, one_of
+from tgate_compile.engine.backends import Option, at_least, check_known_options, one_of, threads_for
 
 #: The package with which openvino sends an event when it is imported, unless the user has opted out before. If it is
 #: missing, openvino uses its own stub.
@@ -107,7 +107,7 @@ class CompiledModel:
             "PERFORMANCE_HINT": "LATENCY",
         }
         if device == "CPU":
-            settings["INFERENCE_NUM_THREADS"] = options.get("threads", torch.get_num_threads())
+            settings["INFERENCE_NUM_THREADS"] = threads_for(options)
         if "cache" in options:
             settings["CACHE_DIR"] = options["cache"]
         self.device = device

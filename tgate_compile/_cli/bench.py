@@ -70,6 +70,7 @@ def bench(
             show_default="all that are installed",
         ),
     ] = None,
+    precision: options.PrecisionOption = options.OWN,
     peer: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,7 +129,7 @@ def bench(
             to_channels_last(pipe)
         benchmark = run_benchmark(
             pipe,
-            Task(call, num_steps, gate, repeat=repeat, seed=seed),
+            Task(call, num_steps, gate, repeat=repeat, seed=seed, precision=precision.value),
             [*(each for each in methods_for(gate) if each.key in (PLAIN, *chosen_methods)), *more],
             backends,
             chosen_peers,

@@ -19,7 +19,7 @@ from tgate_compile._cli import options as prompt_options
 from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json, print_note
 from tgate_compile._cli.options import EMBEDDED_PREFIX, MSG_CONFIG_ALONE, embedded_name
 from tgate_compile._cli.settings import print_chosen, settings_for
-from tgate_compile._demo.variants import DEMO_VARIANTS
+from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.comparison.page import check_page_can_be_made, page_of

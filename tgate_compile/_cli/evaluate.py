@@ -78,6 +78,7 @@ def evaluate(
     image: options.Image,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per call.", rich_help_panel=options.IMAGE)] = 1,
     backend: options.BackendOption = options.EAGER,
+    precision: options.PrecisionOption = options.OWN,
     fid_weights: Annotated[
         Path | None,
         typer.Option(
@@ -143,6 +144,7 @@ def evaluate(
             call=call,
             batch_size=batch_size,
             backend=chosen_backend,
+            precision=precision.value,
             keep_latents=latents,
             fid_weights=fid_weights,
             fid_reference=fid_reference,

@@ -26,6 +26,7 @@ from tgate_compile._cli.console import (
 )
 from tgate_compile._cli.settings import ScheduleOptions, Settings, chosen_for, print_chosen, settings_for
 from tgate_compile._cli.strip import coloured
+from tgate_compile._errors import BackendName
 from tgate_compile.methods.method import GRAPH_NAMES
 
 if TYPE_CHECKING:
@@ -48,12 +49,13 @@ def generate(
     num_images: options.NumImages = 1,
     schedule: ScheduleOptions,
     tgate: Annotated[bool, typer.Option("--tgate/--no-tgate", help="--no-tgate runs the plain pipeline.")] = True,
-    backend: options.BackendOption = options.EAGER,
+    backend: options.BackendForOne = None,
+    precision: options.PrecisionOption = options.OWN,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Make images from a prompt. Options that are not given get the defaults of the model's family."""
-    chosen_backend = options.check_backend(backend)
+    backend_name = None if backend is None else options.check_backend(backend)
     first_seed = random.randrange(2**31) if seed is None else seed
     seeds = [first_seed + i for i in range(num_images)]
     paths = image_paths(out, seeds)
@@ -64,7 +66,9 @@ def generate(
         _check_caption(prompt)
     if tgate:
         settings, chosen = chosen_for(loaded, loading, image, schedule, shown=not json)
-        tgate_compile.optimize(loaded.pipe, schedule=chosen, backend=chosen_backend)
+        # The embedded models make an image in less time than another runtime needs to compile them.
+        default: BackendName = "eager" if loaded.is_embedded else "auto"
+        tgate_compile.optimize(loaded.pipe, schedule=chosen, backend=backend_name or default, precision=precision.value)
     else:
         settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)
         chosen = None
@@ -91,6 +95,7 @@ def generate(
         "unet": loading.unet,
         "device": str(loaded.device),
         "dtype": loaded.dtype,
+        "precision": precision.value,
         "tgate_compile": tgate_compile.__version__,
     }
     for picture, path, own_seed in zip(images, paths, seeds, strict=True):

@@ -29,8 +29,8 @@ from tgate_compile._cli.options import (
     gpu_dtype,
     recognise,
 )
+from tgate_compile._demo import DemoVariant, demo_variant
 from tgate_compile._demo.captions import caption_of, random_scene
-from tgate_compile._demo.variants import DemoVariant, demo_variant
 from tgate_compile._errors import ConfigurationError
 
 logger = logging.getLogger(__name__)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from tgate_compile._cli.console import ERR
 from tgate_compile._errors import BackendName, ConfigurationError
+from tgate_compile._errors import Precision as PrecisionName
 from tgate_compile._runtimes import BACKENDS, check_backend_installed
 from tgate_compile.methods.method import checked_gate_step
 
@@ -49,6 +50,11 @@ class Dtype(str, Enum):
 #: The backends of `optimize`.
 Backend = Enum("Backend", {name: name for name in (*BACKENDS, "auto")}, type=str)  # type: ignore[misc]
 EAGER = Backend("eager")
+
+
+#: The dtypes that graphs compute in.
+Precision = Enum("Precision", {name: name for name in get_args(PrecisionName)}, type=str)  # type: ignore[misc]
+OWN = Precision("auto")
 
 
 class Keep(str, Enum):
@@ -161,13 +167,22 @@ RandomSeed = Annotated[
         rich_help_panel=IMAGE,
     ),
 ]
-BackendOption = Annotated[
-    Backend,
+_BACKEND_HELP = (
+    f"Backend for the graphs: {', '.join(each.value for each in Backend)}. auto uses the fastest one installed; eager "
+    "starts at once."
+)
+BackendOption = Annotated[Backend, typer.Option("--backend", metavar="NAME", help=_BACKEND_HELP)]
+BackendForOne = Annotated[
+    Backend | None,
+    typer.Option("--backend", metavar="NAME", help=_BACKEND_HELP, show_default="auto; eager for the embedded models"),
+]
+PrecisionOption = Annotated[
+    Precision,
     typer.Option(
-        "--backend",
+        "--precision",
         metavar="NAME",
-        help=f"Backend for the graphs: {', '.join(each.value for each in Backend)}. eager starts at once, inductor "
-        "compiles for minutes, auto uses the fastest one installed.",
+        help=f"Compute in {', '.join(each.value for each in Precision if each.value != 'auto')}; auto is the dtype of "
+        "the model. bfloat16 is fast on CPUs with AVX512-BF16 or AMX.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.", rich_help_panel=OUTPUT)]

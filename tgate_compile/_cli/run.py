@@ -46,7 +46,9 @@ def run(
         ),
     ] = None,
     gate_step: options.GateStep = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.", show_default="all")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads per operator.", show_default="physical cores")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check all files' hashes first.")] = True,
     sequential: Annotated[bool, typer.Option("--sequential", help="Keep only one graph in memory at a time.")] = False,
     force: options.Force = False,

@@ -1,5 +1,73 @@
-"""The embedded demonstration: a tiny text-to-image pipeline that follows simple captions.
+"""The embedded models, which follow simple captions, and their default settings.
 
-Nothing is imported here, to keep ``import tgate_compile`` fast. Import from the modules, for example
-``from tgate_compile._demo.pipeline import load_demo_pipeline``.
+Only the table of models is here, to keep ``import tgate_compile`` fast. Import everything else from the modules, for
+example ``from tgate_compile._demo.pipeline import load_demo_pipeline``.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from tgate_compile._errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class DemoVariant:
+    """An embedded model.
+
+    Attributes:
+        pipeline: name of the diffusers pipeline class.
+        folder: folder with the model's own components, in this folder.
+        shared: components loaded from the folder `weights`, with their names there.
+        steps: number of denoising steps.
+        guidance: guidance scale.
+        call: arguments that the pipeline's call needs to make images of this size.
+    """
+
+    pipeline: str
+    folder: str
+    steps: int
+    guidance: float
+    shared: Mapping[str, str] = field(default_factory=dict)
+    call: Mapping[str, object] = field(default_factory=dict)
+
+
+_VAE = {"vae": "vae"}
+_CLIP = {"text_encoder": "text_encoder", "tokenizer": "tokenizer"}
+_SCHEDULER = {"scheduler": "scheduler"}
+
+DEMO_VARIANTS: Mapping[str, DemoVariant] = MappingProxyType(
+    {
+        "sd": DemoVariant("StableDiffusionPipeline", "weights", 25, 5.0),
+        "sdxl": DemoVariant(
+            "StableDiffusionXLPipeline",
+            "weights_sdxl",
+            25,
+            5.0,
+            shared=_VAE | _SCHEDULER | {"tokenizer_2": "tokenizer"},
+        ),
+        "pixart": DemoVariant(
+            "PixArtAlphaPipeline",
+            "weights_pixart",
+            25,
+            3.0,
+            shared=_VAE | _SCHEDULER,
+            # Its list of image sizes starts at 256 pixels, and cleaning captions needs additional packages.
+            call={"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16},
+        ),
+        "lcm": DemoVariant("LatentConsistencyModelPipeline", "weights_lcm", 4, 5.0, shared=_VAE | _CLIP),
+    }
+)
+
+
+def demo_variant(name: str) -> DemoVariant:
+    """Return the embedded model called `name`.
+
+    Raises:
+        ConfigurationError: the name is unknown.
+    """
+    if name not in DEMO_VARIANTS:
+        raise ConfigurationError(f"The embedded model must be one of {', '.join(DEMO_VARIANTS)}, but got {name!r}.")
+    return DEMO_VARIANTS[name]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from tgate_compile._demo.variants import DEMO_VARIANTS, demo_variant
+from tgate_compile._demo import DEMO_VARIANTS, demo_variant
 from tgate_compile._errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -121,6 +121,11 @@ def export(
             f"This {pipeline} is already served from a bundle. Copy that bundle, or call restore(pipe) and "
             "optimize(pipe, ...) first."
         )
+    if hook.config.precision != "auto":
+        raise ConfigurationError(
+            f'This {pipeline} computes in {hook.config.precision} (precision="{hook.config.precision}"), but bundles '
+            "have the dtype of the pipeline. Call restore(pipe), then optimize(pipe, ...) without precision."
+        )
     if hook.config.schedule.guidance_similarity is not None:
         raise UnsupportedModelError(
             "This schedule ends guidance when the predictions are similar (guidance_similarity), so the graphs that a "

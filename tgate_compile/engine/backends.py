@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from tgate_compile._errors import ConfigurationError, did_you_mean
+from tgate_compile._machine import default_threads
 from tgate_compile._runtimes import BACKENDS, FORMATS, home_of
 from tgate_compile.passes.graphs import Variant
 
@@ -38,6 +39,15 @@ def one_of(names: Collection[str]) -> Option:
 def at_least(least: int, expected: str) -> Option:
     """Return an option whose value is an integer >= `least`; `expected` describes it in messages."""
     return Option(expected, lambda given: isinstance(given, int) and not isinstance(given, bool) and given >= least)
+
+
+def threads_for(options: Mapping[str, object]) -> int:
+    """Return the number of threads of a runtime on a CPU: the option `threads`, or `default_threads`."""
+    given = options.get("threads")
+    if isinstance(given, int):
+        return given
+    own = torch.get_num_threads()
+    return default_threads(own) or own
 
 
 def check_known_options(
@@ -79,11 +89,20 @@ Runner = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Sequence[tor
 class Backend(Protocol):
     """Compiles variants into runners."""
 
-    name: ClassVar[str]
-    #: Whether each graph holds its own copy of the weights, in the layout that the runtime requires.
-    packs_weights: ClassVar[bool] = False
-    #: Whether the results are computed by PyTorch itself, so that they need not be compared with PyTorch.
-    is_reference: ClassVar[bool]
+    @property
+    def name(self) -> str:
+        """The name of the backend."""
+        ...
+
+    @property
+    def packs_weights(self) -> bool:
+        """Whether each graph holds its own copy of the weights, in the layout that the runtime requires."""
+        ...
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the results are computed by PyTorch itself, so that they need not be compared with PyTorch."""
+        ...
 
     def __init__(self, options: Mapping[str, object]) -> None: ...
 

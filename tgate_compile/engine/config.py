@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from tgate_compile._errors import ConfigurationError
+from tgate_compile.engine.choice import check_precision, precision_dtype
 from tgate_compile.engine.families import Family
 from tgate_compile.methods.schedule import Schedule
 
@@ -46,6 +47,7 @@ class Config:
         sites: shell-style patterns (`up_blocks.*`) of the names of the attentions to cache; None means all.
         cache_dtype: the dtype of the caches; None means the model's own.
         backend: the name of a backend, or `auto`.
+        precision: the dtype that the graphs compute in; `auto` means the pipeline's own.
         backend_options: options of the backend's compiler, such as Inductor's configuration.
         graph_memory: the estimated number of bytes that the graphs may take; None means a quarter of the machine's
             memory.
@@ -57,13 +59,22 @@ class Config:
     family: Family = Family()  # noqa: RUF009 (it is frozen)
     sites: Sequence[str] | None = None
     cache_dtype: torch.dtype | None = None
-    backend: str = "inductor"
+    backend: str = "auto"
+    precision: str = "auto"
     backend_options: Mapping[str, object] = field(default_factory=dict)
     graph_memory: int | None = None
     binding_times: bool | None = None
     offload_prelude: bool = False
 
+    @property
+    def cached_in(self) -> torch.dtype | None:
+        """The dtype of the caches: that of the computation if it is a shorter one; None means the model's own."""
+        chosen = precision_dtype(self.precision)
+        shorter = chosen is not None and chosen.itemsize < torch.float32.itemsize
+        return chosen if self.cache_dtype is None and shorter else self.cache_dtype
+
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         if self.sites is not None:
             given = (self.sites,) if isinstance(self.sites, str) else self.sites
             if not (isinstance(given, Sequence) and given and all(isinstance(pattern, str) for pattern in given)):
@@ -99,7 +110,11 @@ class Config:
             )
 
     def splits(self, backend: str) -> bool:
-        """Return whether to split graphs that `backend` runs by binding time."""
+        """Return whether to split graphs that `backend` runs by binding time.
+
+        The parts before the step compute in the pipeline's dtype, so they are not split off by default if another
+        precision was chosen.
+        """
         if self.binding_times is None:
-            return self.offload_prelude or backend in SPLIT_BY_DEFAULT
+            return self.offload_prelude or (backend in SPLIT_BY_DEFAULT and self.precision == "auto")
         return self.binding_times

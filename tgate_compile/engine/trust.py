@@ -7,14 +7,15 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import BackendError, TGateError, cause_of
-from tgate_compile._runtimes import automatic_backends
-from tgate_compile.engine.backends import Backend, backend_class
+from tgate_compile._machine import available_memory
+from tgate_compile.engine.backends import Backend
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind
@@ -89,6 +90,12 @@ class MadeOfWeights(Generic[Made]):
         self._seen: Sequence[torch.Tensor] | None = None
         self._samples: list[tuple[int, int]] = []
         self._made: list[Made] = []
+        self._count = 0
+
+    @property
+    def remade(self) -> int:
+        """How often the value has been computed again because the weights had changed."""
+        return max(0, self._count - 1)
 
     def release(self) -> None:
         """Release the value and the weights."""
@@ -102,6 +109,7 @@ class MadeOfWeights(Generic[Made]):
             samples = weight_samples(tensors)
             if not self._made or samples != self._samples:
                 self._made = [self._make(tensors)]
+                self._count += 1
                 self._samples = samples
             self._seen = weights
         return self._made[0]
@@ -199,6 +207,12 @@ def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:
 
 logger = logging.getLogger(__name__)
 
+#: After so many changes of the weights in successive generations, `auto` no longer uses backends that copy them.
+MOST_CHANGES = 2
+#: The memory that must be free for a copy of the weights, relative to their size: compiling needs some of its own.
+MEMORY_FACTOR = 1.25
+
+MSG_WEIGHTS_CHANGE = "the weights have changed in {count} calls in a row, and it compiles every graph again each time"
 MSG_DIFFERS = (
     'The {graph} graph in the backend "{name}" is {distance} PyTorch\'s on the same inputs, and a relative difference '
     "of {tolerance:.0e} is allowed for {dtype}."
@@ -219,25 +233,61 @@ class _DiffersError(BackendError):
     """A backend's results differ from PyTorch's."""
 
 
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A backend that may run graphs.
+
+    Attributes:
+        backend: the backend.
+        title: its name and options, for messages.
+    """
+
+    backend: Backend
+    title: str
+
+
 class ChosenBackend:
     """Compiles graphs with the first of `candidates` that compiles them, runs them, and agrees with PyTorch.
 
     A candidate that has failed is not tried again; graphs that it already runs correctly stay with it. The error of the
     last candidate, or of a backend selected by name, is raised.
+
+    Args:
+        candidates: the backends, in the order in which they are tried.
+        report: is called with a candidate when it is the first to serve a graph, or takes over from another one, and
+            with the reasons why others do not, by title.
     """
 
-    def __init__(self, candidates: Sequence[Backend]) -> None:
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        report: Callable[[Candidate, Mapping[str, str]], None] = lambda candidate, failures: None,
+    ) -> None:
         self._left = list(candidates)
+        self._report = report
+        self._reported: Candidate | None = None
+        self._failures: dict[str, str] = {}
+        self._weights_change = False
 
     @property
     def name(self) -> str:
         """The name of the backend that compiles the next graph."""
-        return self._left[0].name
+        return self._left[0].backend.name
 
     @property
     def packs_weights(self) -> bool:
         """Whether the graphs of that backend hold copies of the weights."""
-        return self._left[0].packs_weights
+        return self._left[0].backend.packs_weights
+
+    @property
+    def next(self) -> Candidate:
+        """The candidate that compiles the next graph."""
+        return self._left[0]
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether another candidate is left if the next one fails."""
+        return len(self._left) > 1
 
     def compile(self, variant: Variant, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Served:
         """Return a runner of `variant` for inputs and caches like these, compared with PyTorch on them.
@@ -245,45 +295,103 @@ class ChosenBackend:
         Raises:
             BackendError: the last candidate cannot compile or run the graph, or its results differ beyond rounding.
         """
-        served = Served(self._left, variant)
+        served = Served(self, variant)
         served.start(weights, inputs)
         return served
+
+    def serves(self, candidate: Candidate) -> None:
+        """Note that `candidate` has compiled and run a graph."""
+        if candidate is not self._reported:
+            self._reported = candidate
+            self._report(candidate, self._failures)
+
+    def is_outdated(self, candidate: Candidate) -> bool:
+        """Return whether graphs of `candidate` should move on, since it copies weights that keep changing."""
+        return self._weights_change and candidate.backend.packs_weights and candidate not in self._left
+
+    def avoid_copies(self, reason: str) -> None:
+        """Leave out the backends that copy the weights, unless there are no others."""
+        without = [candidate for candidate in self._left if not candidate.backend.packs_weights]
+        if self._weights_change or not without:
+            return
+        self._weights_change = True
+        self._failures |= {each.title: reason for each in self._left if each not in without}
+        if len(without) < len(self._left):
+            logger.warning(
+                'backend="auto" switches from "%s" to "%s": %s. A backend that is selected by name stays in use.',
+                self._left[0].title, without[0].title, reason,
+            )  # fmt: skip
+        self._left = without
+
+    def give_up(self, candidate: Candidate, error: BackendError, variant: Variant) -> None:
+        """Leave out `candidate`, which failed with `variant`; raise `error` if there is no other."""
+        if self._left == [candidate]:
+            raise BackendError(f"{error} {MSG_ADVICE}") if isinstance(error, _DiffersError) else error
+        if candidate in self._left:
+            self._left.remove(candidate)
+            self._failures[candidate.title] = str(error)
+            logger.warning(
+                'backend="auto" switches to "%s", for this denoiser\'s other graphs as well: %s',
+                self._left[0].title,
+                error,
+            )
+        else:
+            logger.debug("the %s graph no longer runs with %s: %s", variant.phase.name, candidate.title, error)
 
 
 class Served:
     """A runner of one graph. If its backend fails later on, the next remaining one takes over.
 
     Attributes:
-        backend: the backend that runs the graph.
         compared: whether the results have been compared with PyTorch's.
     """
 
-    def __init__(self, left: list[Backend], variant: Variant) -> None:
-        self._left = left
+    def __init__(self, choice: ChosenBackend, variant: Variant) -> None:
+        self._choice = choice
         self._variant = variant
-        self.backend = left[0]
+        self._candidate = choice.next
         self.compared = False
+        self._weights: Sequence[torch.Tensor] | None = None
+        self._remade = self._changes = 0
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that runs the graph."""
+        return self._candidate.backend
 
     def start(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         """Compile the graph with the first remaining backend that agrees with PyTorch on these inputs."""
+        self._weights, self._remade, self._changes = weights, 0, 0
         while True:
-            self.backend = self._left[0]
+            self._candidate = self._choice.next
             try:
+                if self._choice.has_choice and self.backend.packs_weights:
+                    _check_memory(self._variant, weights)
                 with exclusive():
                     self._runner = self.backend.compile(self._variant, inputs)
-                self.compared = self.backend.is_reference or self.compare(weights, inputs)
+                if not self.backend.is_reference:
+                    self.compared = self.compare(weights, inputs)
+                else:
+                    self.compared = True
+                    if self._choice.has_choice:
+                        self._results(weights, inputs)  # it may fail only when it runs, as CUDA graphs do
+                self._choice.serves(self._candidate)
                 return
             except BackendError as error:
-                self._give_up(error)
+                self._choice.give_up(self._candidate, error, self._variant)
 
     def __call__(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if self._choice.is_outdated(self._candidate):
+            self.start(weights, inputs)
         try:
             self.compared = self.compared or self.compare(weights, inputs)
-            return self._runner(weights, inputs)
+            results = self._runner(weights, inputs)
         except BackendError as error:
-            self._give_up(error)
-        self.start(weights, inputs)
-        return self._runner(weights, inputs)
+            self._choice.give_up(self._candidate, error, self._variant)
+            self.start(weights, inputs)
+            return self._runner(weights, inputs)
+        self._watch(weights)
+        return results
 
     def prepare(self, weights: Sequence[torch.Tensor]) -> None:
         """Let the runner check the weights that the next calls pass, when no step is waiting for it."""
@@ -293,22 +401,20 @@ class Served:
 
     def release(self) -> None:
         """Release the weights and everything computed from them, which the next call recomputes."""
+        self._weights = None
         release = getattr(self._runner, "release", None)
         if release is not None:
             release()
 
-    def _give_up(self, error: BackendError) -> None:
-        """Switch to the next backend; raise `error` if there is none."""
-        name = self.backend.name
-        if self._left == [self.backend]:
-            raise BackendError(f"{error} {MSG_ADVICE}") if isinstance(error, _DiffersError) else error
-        if self.backend in self._left:
-            self._left.remove(self.backend)
-            logger.warning(
-                f'backend="auto" switches to "{self._left[0].name}", for this denoiser\'s other graphs as well: {error}'
-            )
-        else:
-            logger.debug("the %s graph no longer runs with %s: %s", self._variant.phase.name, name, error)
+    def _watch(self, weights: Sequence[torch.Tensor]) -> None:
+        """Notice when a backend had to compile the graph again in several generations in a row."""
+        if weights is self._weights:  # each generation starts with a new list
+            return
+        remade = getattr(self._runner, "remade", 0)
+        self._changes = self._changes + 1 if remade > self._remade else 0
+        self._weights, self._remade = weights, remade
+        if self._changes >= MOST_CHANGES and self._choice.has_choice:
+            self._choice.avoid_copies(MSG_WEIGHTS_CHANGE.format(count=MOST_CHANGES))
 
     @exclusive()  # `full_float32` affects all threads
     def compare(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
@@ -357,7 +463,12 @@ class Served:
         return coarsest(dtypes if lowered is None else dtypes | {lowered})
 
 
-def make_backend(name: str, options: Mapping[str, object], device: torch.device) -> ChosenBackend:
-    """Return the backend called `name`; for `auto`, those that support the type of `device`, fastest first."""
-    names = automatic_backends(device.type) if name == "auto" else [name]
-    return ChosenBackend([backend_class(name)(options) for name in names])
+def _check_memory(variant: Variant, weights: Sequence[torch.Tensor]) -> None:
+    """Raise BackendError if a copy of the weights of `variant` would not fit into memory."""
+    available = available_memory()
+    needed = sum(tensor.nbytes for tensor in weights)
+    if available is not None and weights and weights[0].device.type == "cpu" and MEMORY_FACTOR * needed > available:
+        raise BackendError(
+            f"The {variant.phase.name} graph would need a copy of its weights ({needed / 1e9:.1f} GB), and "
+            f"{available / 1e9:.1f} GB of memory are free."
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,10 @@ import torch
 from torch.export import ExportedProgram, ShapesCollection
 
 from tgate_compile._errors import BackendError, CaptureError
+from tgate_compile._machine import physical_memory
 from tgate_compile.engine.call import Call, FreeDims, differing_dims, fits
 from tgate_compile.engine.capture import capture, deep_layer
+from tgate_compile.engine.choice import Chooser
 from tgate_compile.engine.compiled import (
     CachedValues,
     CompiledVariant,
@@ -28,7 +29,7 @@ from tgate_compile.engine.config import Config
 from tgate_compile.engine.halves import latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
 from tgate_compile.engine.traffic import exclusive
-from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree, make_backend
+from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree
 from tgate_compile.engine.weights import Watch, check_quantization, check_weights_stay, is_same, live_tensors
 from tgate_compile.methods.method import Phase
 from tgate_compile.passes.binding_times import split_by_binding
@@ -106,6 +107,7 @@ class VariantStore:
         self._compiled: dict[tuple[_Address, Phase], CompiledVariant] = {}
         self._found: dict[tuple[_Address, Phase], _Address] = {}  # the captures that serve calls
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # a state may need another backend
+        self._chooser = Chooser(config, type(denoiser).__name__)
         self._failed: dict[_Address, str] = {}  # calls that cannot be captured, with the reason
         self._not_free: set[Hashable] = set()  # sizes that the denoiser's code fixes, by state
         self._generations = 0
@@ -123,6 +125,7 @@ class VariantStore:
             config.family.order,
             config.sites,
             config.cache_dtype,
+            config.precision,
             config.backend,
             repr(sorted(config.backend_options.items())),
             config.graph_memory,
@@ -380,7 +383,7 @@ class VariantStore:
             schedule.kinds,
             deep_layer(self.denoiser, schedule.deepcache_branch) if "deep" in schedule.kinds else None,
             only=self._config.sites,
-            cache_dtype=self._config.cache_dtype,
+            cache_dtype=self._config.cached_in,
             shapes=shapes,
         )
 
@@ -425,7 +428,7 @@ class VariantStore:
         device = next(leaf.device for leaf in call.leaves if torch.is_tensor(leaf))
         chosen = self._model, device
         if chosen not in self._backends:
-            self._backends[chosen] = make_backend(self._config.backend, self._config.backend_options, device)
+            self._backends[chosen] = self._chooser.backend(device, self._generations)
         backend = self._backends[chosen]
         split = None
         if self._config.splits(backend.name):
@@ -442,7 +445,7 @@ class VariantStore:
 
     def _make_room(self) -> None:
         """Drop the least recently used graphs, except for those used by the present generation."""
-        limit = self._config.graph_memory or int(SHARE_OF_MEMORY * _physical_memory())
+        limit = self._config.graph_memory or int(SHARE_OF_MEMORY * physical_memory())
         taken = sum(held.nbytes for held in self._captures.values())
         for address, held in list(self._captures.items()):
             if taken <= limit:
@@ -496,11 +499,3 @@ def _latents_of(call: Call, forward: Callable[..., Any]) -> int:
     args, kwargs = call.arguments
     latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
     return next(position for position, leaf in enumerate(call.leaves) if leaf is latents)
-
-
-def _physical_memory() -> int:
-    """Return the machine's memory in bytes; 16 GB if the system does not report it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return 16 * 10**9

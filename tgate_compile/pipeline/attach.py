@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.backends import check_backend
 from tgate_compile.engine.capture import MSG_NO_SITES, check_patterns, deep_layer, denies_cross_attention
+from tgate_compile.engine.choice import check_can_change_precision, check_computes_in, note_precision
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.families import DENOISER_NAMES, has_joint_attention, refusal
 from tgate_compile.engine.purity import check_python
@@ -67,7 +68,8 @@ def attach(
     *,
     sites: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
-    backend: str = "inductor",
+    backend: str = "auto",
+    precision: str = "auto",
     backend_options: Mapping[str, object] | None = None,
     on_unsupported: OnUnsupported = "error",
     graph_memory: int | None = None,
@@ -93,6 +95,7 @@ def attach(
             sites=sites,
             cache_dtype=cache_dtype,
             backend=backend,
+            precision=precision,
             backend_options=options,
             graph_memory=graph_memory,
             binding_times=binding_times,
@@ -102,6 +105,7 @@ def attach(
     }
     if not from_bundle:
         check_backend(backend, options)
+        check_computes_in(backend, options, precision)
     if state_of(pipe) is not None:
         raise ConfigurationError(MSG_ALREADY.format(pipeline=type(pipe).__name__))
     plain_because: UnsupportedModelError | None = None
@@ -114,17 +118,22 @@ def attach(
         if on_unsupported == "error":
             raise
         plain_because = error
+    if not from_bundle:
+        for name in configs:
+            note_precision(getattr(pipe, name), precision)
     Optimized(pipe, configs, on_unsupported=on_unsupported, plain_because=plain_because).attach(pipe)
 
 
 @contextmanager
-def attached(pipe: DiffusionPipeline, schedule: Schedule, names: Sequence[str], *, backend: str) -> Iterator[None]:
+def attached(
+    pipe: DiffusionPipeline, schedule: Schedule, names: Sequence[str], *, backend: str, precision: str = "auto"
+) -> Iterator[None]:
     """Run the denoisers called `names` by one schedule within the context; afterwards the pipeline is plain again.
 
     Raises:
         What `attach` raises.
     """
-    attach(pipe, dict.fromkeys(names, schedule), backend=backend)
+    attach(pipe, dict.fromkeys(names, schedule), backend=backend, precision=precision)
     try:
         yield
     finally:
@@ -238,3 +247,4 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     check_weights_stay(denoiser)
     check_quantization(denoiser)
     check_python(denoiser)
+    check_can_change_precision(denoiser, config.precision)

@@ -131,7 +131,8 @@ class BundlePipeline:
         Args:
             folder: the folder of the bundle.
             providers: the execution providers of ONNX Runtime; the default is the CPU.
-            threads: the number of threads per operator; the default is one per core.
+            threads: the number of threads per operator; the default is one for each physical core that the process may
+                use, or OMP_NUM_THREADS.
             verify: whether to compare the hashes of all files with the manifest. Otherwise only paths and sizes are
                 checked, and no large file is read.
             sequential: save memory by keeping only one graph open at a time, which makes every call slower.

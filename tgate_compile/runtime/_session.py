@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import BackendError, BundleError, ConfigurationError, first_line
+from tgate_compile._machine import default_threads
 from tgate_compile.bundle.manifest import TensorSpec
 from tgate_compile.runtime._noise import Array
 
@@ -21,7 +22,7 @@ class Settings:
 
     Attributes:
         providers: the execution providers, in order of priority.
-        threads: the number of threads per operator; None means one per core.
+        threads: the number of threads per operator; None means one per physical core that the process may use.
     """
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
@@ -53,7 +54,7 @@ class Session:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # the warnings are about the placement of operators
-        options.intra_op_num_threads = settings.threads or 0
+        options.intra_op_num_threads = settings.threads or default_threads() or 0
         try:
             # ONNX Runtime rejects weights from anywhere but the file's own folder.
             self._session = onnxruntime.InferenceSession(path, options, providers=list(settings.providers))

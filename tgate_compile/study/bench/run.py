@@ -73,6 +73,7 @@ class Task:
         gate: first gated step.
         repeat: number of timed images, after the first.
         seed: seed of the noise.
+        precision: dtype that the optimized entries compute in; `auto` is the pipeline's own.
         until: time on the clock `time.monotonic()` after which no further entry is started; None for no limit.
     """
 
@@ -81,6 +82,7 @@ class Task:
     gate: int
     repeat: int = 5
     seed: int = 0
+    precision: str = "auto"
     until: float | None = None
 
 
@@ -92,7 +94,12 @@ class _Runner:
 
 
 def entries_for(
-    methods: Sequence[ComparedMethod], backends: Sequence[str], peers: Sequence[Peer], *, gate: int
+    methods: Sequence[ComparedMethod],
+    backends: Sequence[str],
+    peers: Sequence[Peer],
+    *,
+    gate: int,
+    precision: str = "auto",
 ) -> list[Entry]:
     """Return entries for the plain pipeline, each backend alone, each schedule on each backend, and the peers."""
     entries = [Entry(BenchmarkRow(PLAIN, "plain", "", PLAIN), Ready)]
@@ -108,13 +115,13 @@ def entries_for(
         elif backend != "eager":
             baselines[backend] = f"plain_{backend}"
             row = BenchmarkRow(baselines[backend], f"plain, {backend}", backend, PLAIN)
-            entries.append(Entry(row, _optimized(Schedule(_NEVER), backend)))
+            entries.append(Entry(row, _optimized(Schedule(_NEVER), backend, precision)))
     for method in methods:
         for backend in backends if method.schedule is not None else ():
             assert method.schedule is not None
             title = f"{method.title}, {backend.replace('_', ', ', 1).replace('cuda_graphs', 'CUDA graphs')}"
             row = BenchmarkRow(f"{method.key}_{backend}", title, backend, baselines[backend])
-            entries.append(Entry(row, _optimized(method.schedule, backend), method))
+            entries.append(Entry(row, _optimized(method.schedule, backend, precision), method))
     for peer in peers:
         title = " ".join(peer.title.format(version=peer.version or "").split()).replace(" ,", ",")
         entries.append(Entry(BenchmarkRow(peer.key, title, "", PLAIN), _changed_by(peer, gate)))
@@ -132,10 +139,10 @@ def compiled(pipe: Any, mode: str | None = None, backend: str = "inductor") -> R
     return Ready(pipe)
 
 
-def _optimized(schedule: Schedule, backend: str) -> Callable[[Any], Ready]:
-    engine: dict[str, Any] = {"backend": backend}
+def _optimized(schedule: Schedule, backend: str, precision: str) -> Callable[[Any], Ready]:
+    engine: dict[str, Any] = {"backend": backend, "precision": precision}
     if backend == CUDA_GRAPHS:
-        engine = {"backend": "inductor", "backend_options": {"cuda_graphs": True}}
+        engine |= {"backend": "inductor", "backend_options": {"cuda_graphs": True}}
 
     def prepare(pipe: Any) -> Ready:
         attach(pipe, dict.fromkeys(denoiser_names(pipe), schedule), **engine)
@@ -188,7 +195,7 @@ class _Running:
         self._pipe = pipe
         self._task = task
         self._methods = methods
-        self._entries = entries_for(methods, backends, peers, gate=task.gate)
+        self._entries = entries_for(methods, backends, peers, gate=task.gate, precision=task.precision)
         self._denoisers = {name: getattr(pipe, name) for name in denoiser_names(pipe)}
         self._progress = progress
         self._done = 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tgate_compile.study.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, spread_of, why_unreliable
+from tgate_compile.study.bench.result import MOST_GAIN, MOST_GAIN_OF_BACKEND, spread_of, why_unreliable
 
 if TYPE_CHECKING:
     from PIL.Image import Image

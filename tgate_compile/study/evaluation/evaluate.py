@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tgate_compile._errors import BackendName, ConfigurationError, check_pipeline_first
+from tgate_compile._errors import BackendName, ConfigurationError, Precision, check_pipeline_first
 from tgate_compile.bundle.weights import bit_sums
 from tgate_compile.engine.config import AnyPipeline
 from tgate_compile.pipeline.attach import MSG_ALREADY, attached, denoiser_names
@@ -49,6 +49,7 @@ def evaluate(
     call: Mapping[str, Any] | None = None,
     batch_size: int = 1,
     backend: BackendName = "eager",
+    precision: Precision = "auto",
     keep_latents: bool = True,
     fid_weights: str | Path | None = None,
     fid_reference: str | Path | None = None,
@@ -78,6 +79,7 @@ def evaluate(
         call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         batch_size: prompts per call.
         backend: as for `optimize`.
+        precision: as for `optimize`. The plain pipeline, with which the images are compared, keeps its own.
         keep_latents: whether to keep the final latents, which are needed to measure drift.
         fid_weights: pytorch-fid's Inception weights, `pt_inception-2015-12-05-6726825d.pth`. None: that file in torch's
             download folder, if present.
@@ -112,9 +114,11 @@ def evaluate(
 
     for contender in contenders:
         if contender.schedule is not None:
-            with attached(pipe, contender.schedule, names, backend=backend):
+            with attached(pipe, contender.schedule, names, backend=backend, precision=precision):
                 pass  # report errors before any work is done
-    settings = _settings(pipe, names, runs, batch_size=batch_size, backend=backend, keep_latents=keep_latents)
+    # Folders written before there was a choice have no entry for it.
+    chosen = {} if precision == "auto" else {"precision": precision}
+    settings = _settings(pipe, names, runs, batch_size=batch_size, backend=backend, keep_latents=keep_latents, **chosen)
     results = Folder(Path(folder))
     results.open({name: value for name, value in settings.items() if name not in _VERSIONS}, contenders)
     items = [Item(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
@@ -129,7 +133,9 @@ def evaluate(
         if progress is not None:
             progress(done, total, what)
 
-    maker = Maker(pipe, prompts, runs.call, results, names, backend, keep_latents=keep_latents, on_image=count)
+    maker = Maker(
+        pipe, prompts, runs.call, results, names, backend, precision, keep_latents=keep_latents, on_image=count
+    )
     missing = {contender: maker.missing(contender, batches, share) for contender in contenders}
     total = sum(map(len, (b for of_one in missing.values() for b in of_one))) + len(contenders) * (share.rank == 0)
     with silent(pipe):

@@ -307,6 +307,7 @@ class Maker:
         folder: the folder.
         names: names of its denoisers.
         backend: what runs their graphs.
+        precision: the dtype that the graphs compute in.
         keep_latents: whether to keep the final latents.
         on_image: called after each image with the contender's label.
     """
@@ -319,6 +320,7 @@ class Maker:
         folder: Folder,
         names: Sequence[str],
         backend: str,
+        precision: str,
         *,
         keep_latents: bool,
         on_image: Callable[[str], None],
@@ -329,6 +331,7 @@ class Maker:
         self._folder = folder
         self._names = names
         self._backend = backend
+        self._precision = precision
         self._keep_latents = keep_latents
         self._on_image = on_image
 
@@ -342,7 +345,7 @@ class Maker:
     def _applied(self, schedule: Schedule | None) -> AbstractContextManager[None]:
         if schedule is None:
             return nullcontext()
-        return attached(self._pipe, schedule, self._names, backend=self._backend)
+        return attached(self._pipe, schedule, self._names, backend=self._backend, precision=self._precision)
 
     def make(self, contender: Contender, batches: Sequence[Sequence[Item]]) -> None:
         """Make the images of the given batches.

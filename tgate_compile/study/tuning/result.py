@@ -160,7 +160,7 @@ class Tuning:
         prompts: the prompts, if given.
         seeds: seeds of the noise for each prompt.
         call: further arguments of the call, as text.
-        setting: classes of pipeline, denoiser and scheduler, device, dtype, backend and versions.
+        setting: classes of pipeline, denoiser and scheduler, device, dtype, backend, precision and versions.
     """
 
     schedule: Schedule

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._errors import BackendName, ConfigurationError, UnsupportedModelError, check_pipeline_first
+from tgate_compile._errors import (
+    BackendName,
+    ConfigurationError,
+    Precision,
+    UnsupportedModelError,
+    check_pipeline_first,
+)
 from tgate_compile.engine.capture import denies_cross_attention
 from tgate_compile.engine.config import AnyPipeline
 from tgate_compile.engine.families import has_joint_attention
@@ -21,7 +27,7 @@ from tgate_compile.methods.schedule import Schedule, schedule_of
 from tgate_compile.pipeline.attach import attached, denoiser_names
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import required_state_of
-from tgate_compile.study.timings import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unreliable
+from tgate_compile.study.bench.result import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unreliable
 from tgate_compile.study.tuning import DEFAULT_TOLERANCE
 from tgate_compile.study.tuning.measure import Bench, Measured, Plain, relative_distances, silent
 from tgate_compile.study.tuning.request import Request, setting_of
@@ -94,7 +100,13 @@ Progress = Callable[[int, int, str], None]
 
 
 def search(
-    pipe: DiffusionPipeline, request: Request, *, denoiser: str | None, backend: str, progress: Progress | None = None
+    pipe: DiffusionPipeline,
+    request: Request,
+    *,
+    denoiser: str | None,
+    backend: str,
+    precision: str = "auto",
+    progress: Progress | None = None,
 ) -> Tuning:
     """Do the work of `tune`: apply schedules to the plain pipeline, measure them, and choose one.
 
@@ -106,11 +118,10 @@ def search(
     carriers = [carrier for carrier, _ in _sharing_a_capture(given)] if given else [GUIDANCE_DROP.schedule(1)]
     denoisers: dict[str, torch.nn.Module] = {}
     for carrier in carriers:
-        with attached(
-            pipe, carrier, denoiser_names(pipe, denoiser), backend=backend
-        ):  # report errors before any work is done
+        names = denoiser_names(pipe, denoiser)
+        with attached(pipe, carrier, names, backend=backend, precision=precision):  # report errors before any work
             denoisers = {name: hook.denoiser for name, hook in required_state_of(pipe).hooks.items()}
-    return _Search(pipe, request, denoisers, backend, progress).run()
+    return _Search(pipe, request, denoisers, backend, precision, progress).run()
 
 
 class _Search:
@@ -120,11 +131,13 @@ class _Search:
         request: Request,
         denoisers: Mapping[str, torch.nn.Module],
         backend: str,
+        precision: str,
         progress: Progress | None,
     ) -> None:
         self._pipe = pipe
         self._request = request
         self._backend = backend
+        self._precision = precision
         self._denoisers = denoisers
         self._progress = progress
         calls = request.calls(pipe)
@@ -174,13 +187,15 @@ class _Search:
             prompts=tuple(request.prompts or ()),
             seeds=tuple(request.seeds),
             call=request.described_call(),
-            setting=setting_of(self._pipe, self._denoisers) | {"backend": self._backend},
+            setting=setting_of(self._pipe, self._denoisers) | {"backend": self._backend, "precision": self._precision},
         )
 
     def _measure_given(self, candidates: Sequence[Schedule], plain: Plain) -> None:
         self._plan(len(set(candidates)))
         for carrier, group in _sharing_a_capture(candidates):
-            with attached(self._pipe, carrier, tuple(self._denoisers), backend=self._backend):
+            with attached(
+                self._pipe, carrier, tuple(self._denoisers), backend=self._backend, precision=self._precision
+            ):
                 for schedule in group:
                     self._measure("given", schedule, plain)
 
@@ -212,7 +227,9 @@ class _Search:
             for carrier, group in _sharing_a_capture([schedule_of(method) for method in kind.candidates()]):
                 self._plan(len(group))
                 try:
-                    with attached(self._pipe, carrier, tuple(self._denoisers), backend=self._backend):
+                    with attached(
+                        self._pipe, carrier, tuple(self._denoisers), backend=self._backend, precision=self._precision
+                    ):
                         for schedule in group:
                             self._measure(kind.title, schedule, plain)
                 except UnsupportedModelError as error:
@@ -225,7 +242,7 @@ class _Search:
         All graphs are derived from one capture.
         """
         carrier = max((sweep.schedule(1) for sweep in sweeps), key=lambda schedule: len(schedule.kinds))
-        with attached(self._pipe, carrier, tuple(self._denoisers), backend=self._backend):
+        with attached(self._pipe, carrier, tuple(self._denoisers), backend=self._backend, precision=self._precision):
             for sweep in sweeps:
                 if sweep is GUIDANCE_DROP and self._rows and self._rows[0].strip.islower():
                     self._plan(-len(grid))
@@ -367,6 +384,7 @@ def tune(
     call: Mapping[str, Any] | None = None,
     denoiser: str | None = None,
     backend: BackendName = "eager",
+    precision: Precision = "auto",
     progress: Progress | None = None,
 ) -> Tuning:
     """Measure cost and drift of several schedules, and choose the cheapest one within a tolerance.
@@ -389,6 +407,7 @@ def tune(
         call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         denoiser: as for `optimize`.
         backend: as for `optimize`. Drift and cost do not depend on it; `"eager"` needs no compilation.
+        precision: as for `optimize`. Drift is measured from the plain pipeline, which keeps its own.
         progress: called after each generation with the number of generations done, the expected total, and a
             description of the schedule being measured.
 
@@ -403,4 +422,4 @@ def tune(
     request = Request(
         prompts, num_inference_steps, seeds, {} if call is None else call, "tune", tolerance, _as_schedules(candidates)
     )
-    return search(pipe, request, denoiser=denoiser, backend=backend, progress=progress)
+    return search(pipe, request, denoiser=denoiser, backend=backend, precision=precision, progress=progress)
