@@ -13,6 +13,7 @@ from tgate_compile import ConfigurationError, Schedule, tune
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
+@pytest.mark.heavy
 def test_the_automatic_gate_is_the_tuned_one() -> None:
     pipe = stable_diffusion(layout="small")
     asked = {"prompts": PROMPTS, "tolerance": 0.4, "num_inference_steps": 6}

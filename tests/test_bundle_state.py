@@ -285,6 +285,7 @@ def test_a_model_that_is_not_made_from_a_configuration() -> None:
     assert what_differs(state_of_denoiser(other), state) == ["p of 1 is 0.2 here and 0.1 in the bundle"]
 
 
+@pytest.mark.heavy
 def test_it_is_the_same_in_every_process() -> None:
     def recorded() -> DenoiserState:
         pipe = with_lora(0.3)

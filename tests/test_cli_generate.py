@@ -115,6 +115,7 @@ def test_a_measured_schedule(model: str, tmp_path: Path) -> None:
     assert (both.exit_code, "Leave out --sp-interval" in both.stderr) == (1, True)
 
 
+@pytest.mark.heavy
 def test_what_was_chosen_is_told(model: str, tmp_path: Path) -> None:
     arguments = ["generate", "-m", model, "-p", "red cat", "-o", str(tmp_path / "cat.png")]
     result = run(app, [*arguments, "--steps", "3", "--guidance", "4", "--device", "cpu", "--json"])

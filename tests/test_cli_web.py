@@ -39,6 +39,7 @@ def bundle() -> str:
     return str(program())
 
 
+@pytest.mark.heavy
 def test_a_site(bundle: str, runtime: str, tmp_path: Path) -> None:
     out = tmp_path / "new" / "site"
     arguments = ["web", "--bundle", bundle, "--runtime", runtime, "--out", str(out)]
@@ -145,6 +146,7 @@ def test_the_pinned_hash_has_the_form_of_one() -> None:
     assert (kind, len(digest)) == ("sha512", 88)
 
 
+@pytest.mark.heavy
 def test_a_real_process_without_torch(bundle: str, runtime: str, tmp_path: Path) -> None:
     without = (
         "import sys\n"

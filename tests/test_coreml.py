@@ -36,6 +36,7 @@ def manifest(bundle: Path) -> Manifest:
     return read_bundle(bundle).manifest
 
 
+@pytest.mark.heavy
 def test_functions_share_their_weights(bundle: Path, manifest: Manifest) -> None:
     assert {graph.file for graph in manifest.graphs.values()} == {PACKAGE}
     assert {name: graph.entry for name, graph in manifest.graphs.items()} == {"full": "full", "pruned": "pruned"}
@@ -48,6 +49,7 @@ def test_functions_share_their_weights(bundle: Path, manifest: Manifest) -> None
     assert sorted(path.name for path in (bundle / "graphs").iterdir()) == ["graphs.mlpackage"]
 
 
+@pytest.mark.heavy
 def test_what_functions_take(bundle: Path, manifest: Manifest) -> None:
     from coremltools.proto import Model_pb2
 
@@ -61,6 +63,7 @@ def test_what_functions_take(bundle: Path, manifest: Manifest) -> None:
     assert [each.name for each in pruned.input] == ["sample", "timestep", *caches]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
@@ -75,6 +78,7 @@ def test_other_functions(bundle: Path, manifest: Manifest, changed: dict[str, An
         check_graph(graph, bundle, manifest)
 
 
+@pytest.mark.heavy
 def test_it_does_not_run_here(bundle: Path) -> None:
     with pytest.raises(BackendError, match="Apple devices"):
         tgate_compile.load(plain(), bundle)

@@ -57,6 +57,7 @@ def eager(pipe: Any, **call: Any) -> torch.Tensor:
 # Supported calls and pipelines.
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("dtype", "least"), [pytest.param(torch.float32, 50.0, marks=pytest.mark.heavy), (torch.float16, 35.0)]
 )
@@ -116,6 +117,7 @@ def test_all_graphs_of_a_schedule(tmp_path: Path) -> None:
     assert difference(run(pipe, steps=9), expected) < CLOSE
 
 
+@pytest.mark.heavy
 def test_an_epsilon_that_is_nearly_nothing(tmp_path: Path) -> None:
     """Sana's linear attention adds 1e-15 to a denominator that may be 0."""
     pipe = sana()

@@ -39,6 +39,7 @@ def test_backends(backend: str, dtype: torch.dtype, most: float) -> None:
     assert difference(run(pipe, steps=1).float(), expected.float()) < most
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("format", "options"),
     [

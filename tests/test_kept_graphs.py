@@ -156,6 +156,7 @@ def test_a_function_that_takes_the_place_of_another_is_another_state() -> None:
     assert len(seen) == 20
 
 
+@pytest.mark.heavy
 def test_nine_sizes_in_turn() -> None:
     pipe = optimized(least())
     counts = []
@@ -229,6 +230,7 @@ def test_lengths_of_the_text_in_plain_torch_compile() -> None:
     assert store_of(gated).compilations <= made[0]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "backend", ["onnxruntime", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("openvino", "inductor"))]
 )

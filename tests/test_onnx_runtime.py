@@ -64,7 +64,13 @@ CASES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+#: The cases with the most kinds of graphs, which run by default.
+QUICK = ("v2", "deepcache")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.heavy) for name in CASES]
+)
 def test_the_same_images(name: str) -> None:
     build, call, options = CASES[name]
     result, eager = both(build(), call, **options)

@@ -68,6 +68,7 @@ def test_onnx_files_in_openvino() -> None:
     assert difference(run(pipe), eager()) < CLOSE
 
 
+@pytest.mark.heavy
 def test_bfloat16(tmp_path: Path) -> None:
     """The format `onnx` does not support it on CPUs."""
     pipe = tgate_compile.optimize(plain().to(torch.bfloat16), GATE, backend="eager")

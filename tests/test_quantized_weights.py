@@ -64,6 +64,7 @@ def test_the_fingerprint_sees_quantization() -> None:
     assert prints[1] == fingerprint(quantized().unet)[1]  # type: ignore[index]
 
 
+@pytest.mark.heavy
 def test_quantized_after_the_first_image() -> None:
     pipe = stable_diffusion(layout="small")
     tgate_compile.optimize(pipe, GATE, backend="eager")

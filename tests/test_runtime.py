@@ -212,6 +212,7 @@ def test_shapes_that_the_bundle_is_not_made_for(pipe: BundlePipeline, unguided: 
         pipe([PROMPT] * 40, num_inference_steps=1)
 
 
+@pytest.mark.heavy
 def test_bundles_that_cannot_be_run(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r'only the denoiser.*components="all"'):
         BundlePipeline(exported())

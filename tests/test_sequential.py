@@ -104,6 +104,7 @@ def test_a_program_frees_the_graph_that_is_left() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.heavy
 def test_schedules_that_alternate(caplog: pytest.LogCaptureFixture) -> None:
     schedule: dict[str, Any] = {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}
     folder = program(dynamic=False, **schedule)

@@ -97,6 +97,7 @@ def test_engines_of_fixed_sizes(optimized: Any, tmp_path: Path) -> None:
     assert (sample.dtype, sample.shape) == ("bfloat16", [2, 4, 8, 8])
 
 
+@pytest.mark.heavy
 def test_inspect(bundle: Path) -> None:
     result = CliRunner().invoke(app, ["inspect", str(bundle)])
     assert result.exit_code == 0, result.output
@@ -106,6 +107,7 @@ def test_inspect(bundle: Path) -> None:
         assert "not run" in result.stdout
 
 
+@pytest.mark.heavy
 @no_gpu_here
 def test_load_says_that_there_is_no_gpu(bundle: Path) -> None:
     pipe = plain().to(torch.float16)
@@ -114,6 +116,7 @@ def test_load_says_that_there_is_no_gpu(bundle: Path) -> None:
     assert "_tgate_compile" not in vars(pipe)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "parts"),
     [

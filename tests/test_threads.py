@@ -328,6 +328,7 @@ def test_text_encoders_and_vae_run_while_another_thread_captures() -> None:
     assert all(torch.equal(each, expected) for each in made)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "backend", ["onnxruntime", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("openvino", "inductor"))]
 )
