@@ -425,12 +425,10 @@ class VariantStore:
 
     def _compile(self, address: _Address, phase: Phase, call: Call, caches: CachedValues) -> CompiledVariant:
         variant, held = self._variants[address, phase], self._captures[address]
-        device = next(leaf.device for leaf in call.leaves if torch.is_tensor(leaf))
-        chosen = self._model, device
-        if chosen not in self._backends:
-            self._backends[chosen] = self._chooser.backend(device, self._generations)
-        backend = self._backends[chosen]
-        split = None
+        device = call.leaves[held.captured.input_names.index(held.captured.latents)].device
+        if (self._model, device) not in self._backends:
+            self._backends[self._model, device] = self._chooser.backend(device, self._generations)
+        backend, split = self._backends[self._model, device], None
         if self._config.splits(backend.name):
             with exclusive():
                 split = split_by_binding(variant, held.captured.roles)
