@@ -39,11 +39,12 @@ import torch
 from tgate_compile import optimize, restore
 from tgate_compile._demo.pipeline import load_demo_pipeline
 from tgate_compile._errors import TGateError, first_line
+from tgate_compile.engine.backends import backend_class
 from tgate_compile.engine.trust import relative_difference
 from tgate_compile.exports.inductor.live import without_cuda_graphs
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.attach import denoiser_names
-from tgate_compile.pipeline.optimized import state_of
+from tgate_compile.pipeline.optimized import preview, required_state_of, state_of
 from tgate_compile.study.bench.measure import (
     Timed,
     cost_of_last,
@@ -200,6 +201,19 @@ class Bench:
             pipe = optimize(twin_of(self.pipe), schedule, backend=self._backend, backend_options=options)
             self._optimized[method] = pipe
         return self._optimized[method]
+
+    def compile_graphs(self, method: str, part: int, parts: int) -> list[str]:
+        """Compile every `parts`-th graph of a method, from `part`, without running it; return the graphs' names."""
+        pipe = self.optimized(method)
+        hook = required_state_of(pipe).hook
+        (plan,) = preview(pipe, self.call).values()
+        compiler = backend_class(self._backend)({})
+        names = []
+        for phase, call in list(dict(plan.graphs).items())[part::parts]:
+            variant, _ = hook.store.variant(phase, call, hook.own_forward)
+            compiler.compile(variant, [torch.empty(0, device=self.device)])
+            names.append(phase.name)
+        return names
 
     def _schedule(self, method: str) -> Schedule:
         found = next(each.schedule for each in methods_for(self.suite.gates[0]) if each.key == method)

@@ -179,7 +179,8 @@ def test_no_distance_where_nothing_is_finite() -> None:
         (OpenVinoBackend({"precision": "float32"}), None),
         (OpenVinoBackend({"precision": "bfloat16"}), torch.bfloat16),
         (OnnxRuntimeBackend({"providers": ["CPUExecutionProvider"]}), None),
-        (OnnxRuntimeBackend({"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}), torch.float16),
+        (OnnxRuntimeBackend({"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}), None),  # without TF32
+        (OnnxRuntimeBackend({"providers": ["TensorrtExecutionProvider"]}), torch.float16),
         (TensorRTBackend({}), None),
         (TensorRTBackend({"disable_tf32": False}), torch.float16),
         (TensorRTBackend({"enabled_precisions": {torch.float16, torch.float32}}), torch.float16),
