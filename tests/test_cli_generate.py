@@ -106,6 +106,7 @@ def test_a_schedule_file(model: str, tmp_path: Path) -> None:
     assert "Leave out --gate-step" in both.stderr
 
 
+@pytest.mark.heavy
 def test_a_measured_schedule(model: str, tmp_path: Path) -> None:
     arguments = ["generate", "-m", model, "-p", "red cat", "-o", str(tmp_path / "cat.png"), "--steps", "4"]
     result = run(app, [*arguments, "--gate-step", "auto", "--json"])

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 run = CliRunner().invoke
 
 
+@pytest.mark.heavy
 def test_the_papers_rows_as_json() -> None:
     result = run(app, ["report", "--paper", "--architecture", "sd15", "--json"])
     assert result.exit_code == 0, result.output

@@ -58,6 +58,7 @@ def test_a_site(bundle: str, runtime: str, tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["site"]
 
 
+@pytest.mark.heavy
 def test_what_is_no_site_is_not_replaced(bundle: str, runtime: str, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     out.mkdir()

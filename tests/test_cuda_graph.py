@@ -170,10 +170,10 @@ def test_runners_get_the_weights_of_a_generation_in_advance() -> None:
     for compiled in store.compiled:
         compiled.runner._runner = Prepared(compiled.runner._runner, seen)
     store.refresh()
-    assert [id(weights) for weights in seen] == [id(compiled.weights) for compiled in store.compiled]
+    assert [id(weights) for weights in seen] == [id(compiled.step_weights) for compiled in store.compiled]
     pipe.unet.conv_in.weight = torch.nn.Parameter(pipe.unet.conv_in.weight.detach().clone())
     store.refresh()
-    assert [id(weights) for weights in seen[2:]] == [id(compiled.weights) for compiled in store.compiled]
+    assert [id(weights) for weights in seen[2:]] == [id(compiled.step_weights) for compiled in store.compiled]
     assert any(tensor is pipe.unet.conv_in.weight for tensor in seen[2])
 
 

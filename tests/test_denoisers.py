@@ -62,6 +62,7 @@ def test_gated(pair: Pair) -> None:
     assert_differ(expected, run(pair.plain, **call))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pair", [name for name, case in CASES.items() if case.halved], indirect=True)
 def test_one_prompt(pair: Pair) -> None:
     """Two rows can easily be mistaken for a table's, or for two prompts."""

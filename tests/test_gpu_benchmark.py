@@ -102,6 +102,7 @@ def test_the_most_important_rows_come_first(gpu: ModuleType) -> None:
     }
 
 
+@pytest.mark.heavy
 def test_rows_share_pipelines_and_the_file_grows_with_each(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_rows_share_pipelines_and_the_file_grows_with_each(
 # The deadline.
 
 
+@pytest.mark.heavy
 def test_the_deadline_ends_rows_and_the_images_of_a_row(gpu: ModuleType, clock: Clock, tmp_path: Path) -> None:
     suites = (gpu.Suite("sdxl", tiny, (4, 2), steps=6), gpu.Suite("late", tiny, (4,), steps=6))
     contenders = chosen(gpu, "tgate_cuda_graphs", "plain_compiled", "plain")
@@ -269,6 +271,7 @@ def test_steps_on_a_gpu_are_timed_by_the_gpu() -> None:
 # The commands.
 
 
+@pytest.mark.heavy
 def test_both_commands_can_be_tried_on_a_cpu(
     gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

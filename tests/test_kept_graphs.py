@@ -352,6 +352,7 @@ class Lengths(Looping):
 LENGTHS = (16, 18, 20, 21, 32, 12, 77, 16, 32)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("denoiser", [Cut, Scaled, Table, Specialized])
 def test_a_denoiser_that_depends_on_the_length(denoiser: type[Cut]) -> None:
     def pipeline() -> Any:

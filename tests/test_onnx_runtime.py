@@ -103,6 +103,7 @@ def test_half_precision() -> None:
     assert difference(result.float(), eager.float()) < 2e-2
 
 
+@pytest.mark.heavy
 def test_options() -> None:
     options = {"providers": ["CPUExecutionProvider"], "threads": 1, "prepacking": False}
     pipe = stable_diffusion(layout="small")

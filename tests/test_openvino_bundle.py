@@ -20,7 +20,7 @@ from tgate_compile.bundle.manifest import Graph
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.openvino.save import check_ir
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
+pytestmark = [pytest.mark.usefixtures("shared_captures"), pytest.mark.heavy]
 
 pytest.importorskip("openvino", reason="OpenVINO has no packages for some machines")
 
@@ -68,7 +68,6 @@ def test_onnx_files_in_openvino() -> None:
     assert difference(run(pipe), eager()) < CLOSE
 
 
-@pytest.mark.heavy
 def test_bfloat16(tmp_path: Path) -> None:
     """The format `onnx` does not support it on CPUs."""
     pipe = tgate_compile.optimize(plain().to(torch.bfloat16), GATE, backend="eager")
@@ -79,7 +78,6 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert difference(run(pipe).float(), expected.float()) < 6e-2
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("scheme", "stored", "most", "dynamic"),
     [

@@ -22,7 +22,7 @@ from tests.tiny_pipelines import PROMPT, PROMPTS, SIZE, VELOCITY
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile.runtime import BundlePipeline, Step
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
+pytestmark = [pytest.mark.usefixtures("shared_captures"), pytest.mark.heavy]
 
 CLASSES = {
     "ddim": "DDIMScheduler",
@@ -48,7 +48,6 @@ def made(pipe: BundlePipeline, *args: Any, **call: Any) -> Any:
     return pipe(*args, output="numpy", **call)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 50.0), (torch.float16, 35.0)])
 def test_the_embedded_pipeline(dtype: torch.dtype, least: float, tmp_path: Path) -> None:
     torch_pipe = tgate_compile.load_demo_pipeline(torch_dtype=dtype)
@@ -91,7 +90,6 @@ def test_a_step_of_several_calls(pipe: BundlePipeline) -> None:
     assert [(step.number, step.steps) for step in done] == [(number, 6) for number in range(6)]
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -112,7 +110,6 @@ def test_without_guidance(unguided: BundlePipeline) -> None:
         unguided(PROMPT, guidance_scale=2.0)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["sdxl", "pixart"])
 def test_other_pipelines(name: str) -> None:
     """SDXL uses zeros if no negative prompt is given."""
@@ -212,7 +209,6 @@ def test_shapes_that_the_bundle_is_not_made_for(pipe: BundlePipeline, unguided: 
         pipe([PROMPT] * 40, num_inference_steps=1)
 
 
-@pytest.mark.heavy
 def test_bundles_that_cannot_be_run(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r'only the denoiser.*components="all"'):
         BundlePipeline(exported())

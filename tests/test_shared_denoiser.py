@@ -317,6 +317,7 @@ def test_a_denoiser_that_is_replaced_in_one_of_them() -> None:
 # Bundles and copies.
 
 
+@pytest.mark.heavy
 def test_a_bundle_on_one_of_them(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     unet = unet_of()

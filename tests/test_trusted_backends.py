@@ -118,6 +118,7 @@ def only_alone(time: torch.Tensor) -> torch.Tensor:
     return hashed(time) if time.shape[0] == 1 else torch.ones_like(time, dtype=torch.float32)
 
 
+@pytest.mark.heavy
 def test_a_graph_that_was_right_stays(caplog: pytest.LogCaptureFixture) -> None:
     """The backend fails at the second graph, and the generation continues with the same caches."""
     pytest.importorskip("openvino")
