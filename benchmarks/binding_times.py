@@ -84,7 +84,12 @@ def main() -> None:
         for backend in options.backends:
             rows.append(compare(model, backend, options.times, clock))
             print({name: value for name, value in rows[-1].items() if name != "pairs"}, flush=True)
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu_time": options.cpu_time, "rows": rows}
+    result = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_time": options.cpu_time,
+        "rows": rows,
+    }
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
