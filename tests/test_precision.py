@@ -14,6 +14,7 @@ from tests.comparing import assert_differ, difference
 from tests.tiny_pipelines import add_lora, pixart, pixart_prompt, run, sdxl, stable_diffusion
 from tgate_compile import BackendError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine import choice
+from tgate_compile.engine.choice import _Copies, _Form
 from tgate_compile.passes.graphs import copy_graph
 from tgate_compile.passes.legalize import _NORMS, _PRODUCTS, change_precision
 
@@ -265,3 +266,15 @@ def test_no_bundle_of_another_precision(tmp_path: Path) -> None:
     pipe = tgate_compile.optimize(small(), 2, backend="eager", precision="bfloat16")
     with pytest.raises(ConfigurationError, match="without precision"):
         tgate_compile.export(pipe, tmp_path / "bundle", call={"prompt": "a fox"})
+
+
+def test_graphs_that_take_a_weight_in_different_forms_have_copies_of_their_own() -> None:
+    """Compiled code reads a weight by the strides that it was compiled for."""
+    copies, weight = _Copies(), torch.randn(4, 3, 3, 3)
+    forms = [_Form(torch.bfloat16, channels_last) for channels_last in (False, True, False)]
+    plain, laid_out, again = (copies.of(["conv"], [weight], [form])[0] for form in forms)
+    assert plain.is_contiguous()
+    assert laid_out.is_contiguous(memory_format=torch.channels_last)
+    assert not laid_out.is_contiguous()
+    assert again is plain
+    assert torch.equal(plain, laid_out)

@@ -276,10 +276,13 @@ class _Copy:
 
 
 class _Copies:
-    """Copies of a denoiser's weights, by name. The copy of a changed weight is written to the same place."""
+    """Copies of a denoiser's weights, by name and form. The copy of a changed weight is written to the same place.
+
+    Graphs usually take a weight in the same form and share its copy, but one graph may use it in fewer places.
+    """
 
     def __init__(self) -> None:
-        self._held: dict[str, _Copy] = {}
+        self._held: dict[tuple[str, _Form], _Copy] = {}
 
     def of(self, names: Sequence[str], weights: Sequence[torch.Tensor], forms: Sequence[_Form]) -> list[torch.Tensor]:
         """Return the copies of `weights`, which have these names, in these forms."""
@@ -291,10 +294,10 @@ class _Copies:
 
     @torch.no_grad()
     def _one(self, name: str, weight: torch.Tensor, form: _Form, sample: tuple[int, int]) -> torch.Tensor:
-        held = self._held.get(name)
+        held = self._held.get((name, form))
         if held is None or held.is_weight or (held.tensor.shape, held.tensor.device) != (weight.shape, weight.device):
             made = form.of(weight)
-            self._held[name] = held = _Copy(made, sample, made.data_ptr() == weight.data_ptr())
+            self._held[name, form] = held = _Copy(made, sample, made.data_ptr() == weight.data_ptr())
         elif held.sample != sample:
             held.tensor.copy_(weight)
             held.sample = sample
