@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -12,7 +11,6 @@ import torch
 import transformers
 
 from tests import once
-from tests.sharing import shared_programs
 
 # On tiny tensors threads cost more than they gain, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -86,10 +84,3 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False  # would sort by the number of tests
     return LoadFileScheduling(config, log)
-
-
-@pytest.fixture(scope="module")
-def shared_captures() -> Iterator[None]:
-    """Reuse the traced graphs of equal models from earlier tests; see `tests/sharing.py`."""
-    with shared_programs():
-        yield

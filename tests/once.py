@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+from tgate_compile._cache import FOLDER_VARIABLE
 
 _HOME = pytest.StashKey[Path]()
 _folder: Path | None = None
@@ -19,6 +22,8 @@ def begin(config: pytest.Config) -> None:
     global _folder
     given = getattr(config, "workerinput", {}).get("shared_folder")
     _folder = config.stash[_HOME] = Path(given or tempfile.mkdtemp(prefix="tgate-tests-"))
+    # Equal models of other tests are then captured once, and a user's own cache is left alone.
+    os.environ[FOLDER_VARIABLE] = str(_folder / "cache")
 
 
 def tell(config: pytest.Config, worker: dict[str, str]) -> None:

@@ -22,8 +22,6 @@ from tgate_compile.engine.families import family_of
 from tgate_compile.study.analysis.measures import Curve, Tallies, without_text
 from tgate_compile.study.analysis.run import suggested_gate
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS = 4
 PROMPTS = ["red cat", "blue dog"]
 GUIDANCE = {"guidance_scale": 5.0}

@@ -19,8 +19,6 @@ from safetensors.torch import load_file
 
 import tgate_compile
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-4  # relative to the latents' largest value
 

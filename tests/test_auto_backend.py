@@ -23,8 +23,6 @@ from tgate_compile.engine.trust import Candidate, ChosenBackend
 from tgate_compile.exports.inductor.live import InductorBackend
 from tgate_compile.pipeline.attach import attach
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 CLOSE = 1e-4
 
 

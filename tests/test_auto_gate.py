@@ -10,8 +10,6 @@ import tgate_compile
 from tests.tiny_pipelines import PROMPTS, run, stable_diffusion
 from tgate_compile import ConfigurationError, Schedule, tune
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 @pytest.mark.heavy
 def test_the_automatic_gate_is_the_tuned_one() -> None:

@@ -24,8 +24,6 @@ from tgate_compile.study.bench.methods import NAMES, PEERS, methods_for, random_
 from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 from tgate_compile.study.bench.run import CUDA_GRAPHS, Task, run_benchmark
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 run = CliRunner().invoke
 
 STEPS, GATE, REPEAT = 6, 3, 2

@@ -38,8 +38,6 @@ from tgate_compile import ConfigurationError
 from tgate_compile.engine.compiled import CompiledVariant, Parking
 from tgate_compile.pipeline import optimized
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 GATE, STEPS = 3, 6
 small = functools.partial(stable_diffusion, layout="small")
 

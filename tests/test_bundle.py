@@ -30,8 +30,6 @@ from tgate_compile.bundle.weights import (
     write_weights,
 )
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 @pytest.fixture(scope="module")
 def original() -> Path:

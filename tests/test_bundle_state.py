@@ -25,8 +25,6 @@ from tests.tiny_pipelines import add_lora, load_ip_adapter, run, stable_diffusio
 from tgate_compile import BundleError
 from tgate_compile.bundle.denoiser_state import DenoiserState, state_of_denoiser, what_differs
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 class Doubling(AttnProcessor2_0):  # type: ignore[misc]
     """A custom attention processor."""

@@ -15,8 +15,6 @@ from tests.test_refusals import refused
 from tests.tiny_pipelines import PROMPT, pixart, pixart_prompt, run, sdxl, stable_diffusion
 from tgate_compile import ConfigurationError
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 GATE = 2
 
 

@@ -25,8 +25,6 @@ from tests.own_loops import NO_TEXT, TEXTS, Looping, looping
 from tests.tiny_pipelines import image_embeds, load_ip_adapter, run, stable_diffusion
 from tests.tiny_video import wan, wan_call
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 GATE, STEPS = 3, 6
 
 

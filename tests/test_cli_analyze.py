@@ -12,8 +12,6 @@ from tests import tiny_pipelines
 from tgate_compile._cli import loading
 from tgate_compile._cli.app import app
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 run = CliRunner().invoke
 
 

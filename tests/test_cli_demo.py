@@ -34,7 +34,6 @@ from tgate_compile._runtimes import automatic_backends
 
 # diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
-    pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
 ]
 

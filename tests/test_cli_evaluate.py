@@ -15,8 +15,6 @@ from tgate_compile._cli import evaluate as evaluate_command
 from tgate_compile._cli import loading
 from tgate_compile._cli.app import app
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 run = CliRunner().invoke
 
 

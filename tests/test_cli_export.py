@@ -18,8 +18,6 @@ from tgate_compile._cli.app import app
 from tgate_compile.bundle.export import _stages
 from tgate_compile.bundle.read import read_bundle
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 run = CliRunner().invoke
 
 

@@ -19,8 +19,6 @@ from tgate_compile._cli.options import FAMILIES, SCHEDULERS, Dtype, recognise
 from tgate_compile._cli.settings import settings_for
 from tgate_compile._errors import ConfigurationError
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 CPU = torch.device("cpu")
 
 

@@ -10,8 +10,6 @@ from typer.testing import CliRunner
 from tgate_compile._cli.app import app
 from tgate_compile.study.cost import paper_tables
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 run = CliRunner().invoke
 
 

@@ -19,8 +19,6 @@ from tests.tiny_pipelines import SIZE
 from tgate_compile._cli.app import app
 from tgate_compile.runtime import BundlePipeline
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 run = CliRunner().invoke
 
 

@@ -21,8 +21,6 @@ from tgate_compile import ConfigurationError
 from tgate_compile._cli.app import _MODULES, COMMANDS, app, with_groups
 from tgate_compile._cli.loading import load
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 run = CliRunner().invoke
 
 

@@ -14,8 +14,6 @@ from tgate_compile._cli.app import app
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import load_schedule, save_schedule
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 run = CliRunner().invoke
 
 

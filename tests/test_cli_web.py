@@ -19,8 +19,6 @@ from tgate_compile._cli.app import app
 from tgate_compile._web import site as onnxruntime_web
 from tgate_compile._web.site import FILES, address_of, check_bundle, runtime_files, server_for
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 run = CliRunner().invoke
 
 

@@ -25,8 +25,6 @@ from tgate_compile.study.comparison.page import page_of
 from tgate_compile.study.comparison.result import Comparison, ImageFigures, MethodFigures, ModelFigures, Pictures
 from tgate_compile.study.comparison.run import Judge, Task, compare_model, psnr, ssim
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS, GATE = 6, 3
 PROMPTS = ("red cat", "blue dog")
 METHODS = ["plain", "tgate", "tgate_v2", "deepcache", "deepcache_tgate", "adaptive_guidance", "fewer_steps"]

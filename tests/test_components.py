@@ -26,8 +26,6 @@ from tgate_compile.bundle.component_recipes import check_arguments, recipe_for
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.onnx.components import write_tokenizer
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -34,8 +34,6 @@ from tgate_compile.study.cost import (
     schedule_of,
 )
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 # The paper's counts in millions, and their tolerances. Its SD-2.1 is an eighth of a million smaller than the model,
 # and its SDXL two and a half million larger, both before and after the gate: the removed parameters agree.
 PARAMETERS = paper_tables()["params_millions"]

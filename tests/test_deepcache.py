@@ -14,8 +14,6 @@ from tests.comparing import assert_differ, assert_same
 from tests.hook_reference import hook_reference
 from tests.tiny_pipelines import PROMPTS, run, sdxl, stable_diffusion
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS = 8
 
 

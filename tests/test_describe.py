@@ -20,8 +20,6 @@ from tests.tiny_pipelines import (
     stable_diffusion,
 )
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "sd1": (stable_diffusion, {"prompt": PROMPTS}),
     "sdxl": (sdxl, {}),

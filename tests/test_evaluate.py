@@ -47,8 +47,6 @@ from tgate_compile.study.evaluation.features import (
 from tgate_compile.study.evaluation.images import Share, contenders_of, cost_of
 from tgate_compile.study.evaluation.measure import Lpips, drawings, right
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS = 4
 PROMPTS = ["red cat", "blue dog"]
 GUIDANCE = {"guidance_scale": 5.0}

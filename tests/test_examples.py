@@ -15,7 +15,6 @@ PROMPT = "a large red circle on a blue background"  # of own_loop.py
 
 # diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
-    pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
 ]
 

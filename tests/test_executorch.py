@@ -25,7 +25,7 @@ from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.executorch import save as executorch_graphs
 from tgate_compile.exports.executorch.open import ExecuTorchSession
 
-pytestmark = [pytest.mark.usefixtures("shared_captures"), pytest.mark.heavy]
+pytestmark = pytest.mark.heavy
 
 pytest.importorskip("executorch", reason="needs ExecuTorch")
 

@@ -24,8 +24,6 @@ pytest.importorskip("executorch", reason="needs ExecuTorch")
 
 from tgate_compile.exports.executorch.convert import Integers, xnnpack_integers
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 GATE, STEPS = 2, 4
 CALL = {"prompt": "", "num_inference_steps": STEPS}
 PROGRAM = "graphs/graphs.pte"

@@ -26,8 +26,6 @@ from tgate_compile.bundle import parity
 from tgate_compile.bundle.plan import returns_of, unflatten_as
 from tgate_compile.bundle.read import read_bundle
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 #: ONNX Runtime adds in a different order.
 CLOSE = 1e-4
 

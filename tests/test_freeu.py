@@ -13,8 +13,6 @@ from tests.comparing import difference
 from tests.exported import plain
 from tests.tiny_pipelines import run, stable_diffusion
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 FACTORS = {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6}
 CALL = {"prompt": "", "num_inference_steps": 1}
 CLOSE = 1e-4

@@ -14,8 +14,6 @@ from tests.own_loops import NO_TEXT, TEXTS
 from tests.tiny_pipelines import image, run, stable_diffusion
 from tests.tiny_video import wan, wan_call
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def optimized(name: str = "StableDiffusionPipeline", **options: Any) -> Any:
     return tgate_compile.optimize(stable_diffusion(name, layout="small"), backend="eager", **options)

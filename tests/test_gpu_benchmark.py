@@ -22,7 +22,6 @@ from tgate_compile.study.bench.result import Benchmark, BenchmarkRow
 from tgate_compile.study.bench.run import MSG_NO_TIME
 
 pytestmark = [
-    pytest.mark.usefixtures("shared_captures"),
     # torch.profiler in 2.11, also for a profile of a single cycle
     pytest.mark.filterwarnings("ignore:Warning. Profiler clears events at the end of each cycle:UserWarning"),
 ]

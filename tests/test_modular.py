@@ -48,8 +48,6 @@ from tests.tiny_modular import STEPS, modular_sdxl, modular_sdxl_call, modular_w
 from tests.tiny_pipelines import VELOCITY, add_lora, image
 from tgate_compile import BundleError, ConfigurationError, UnsupportedModelError
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 GATE = 3
 
 _SDXL_SITES = (

@@ -19,8 +19,6 @@ from tests.denoiser_reference import OneCall, played
 from tests.tiny_pipelines import seeded
 from tgate_compile import UnsupportedModelError
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 GATE = 2
 
 

@@ -28,8 +28,6 @@ from tgate_compile.exports.onnx.convert import to_onnx
 from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
 from tgate_compile.exports.onnx.session import best_providers, provider_options, run_bound
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 #: ONNX Runtime adds in a different order.
 CLOSE = 1e-4
 

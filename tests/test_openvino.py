@@ -28,8 +28,6 @@ from tests.tiny_video import wan, wan_call
 from tgate_compile import BackendError, ConfigurationError
 from tgate_compile.exports.openvino.session import check_device
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 pytest.importorskip("openvino", reason="OpenVINO has no packages for some machines")
 
 #: OpenVINO adds in a different order.

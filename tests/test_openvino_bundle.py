@@ -20,7 +20,7 @@ from tgate_compile.bundle.manifest import Graph
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.openvino.save import check_ir
 
-pytestmark = [pytest.mark.usefixtures("shared_captures"), pytest.mark.heavy]
+pytestmark = pytest.mark.heavy
 
 pytest.importorskip("openvino", reason="OpenVINO has no packages for some machines")
 

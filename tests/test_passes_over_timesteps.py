@@ -17,8 +17,6 @@ from tests.denoiser_reference import OneCall, played
 from tests.own_loops import Looping, looping
 from tests.tiny_pipelines import VELOCITY
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 GATE = 3
 
 

@@ -36,8 +36,6 @@ from tests.tiny_pipelines import (
     stable_diffusion,
 )
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def compilations(pipe: Any) -> int:
     return pipe._tgate_compile.hook.store.compilations

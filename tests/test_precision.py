@@ -18,8 +18,6 @@ from tgate_compile.engine.choice import _Copies, _Form
 from tgate_compile.passes.graphs import copy_graph
 from tgate_compile.passes.legalize import _NORMS, _PRODUCTS, change_precision
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 #: What rounding to these dtypes in a few steps of a tiny model may change, relative to the largest value.
 MOST = {"bfloat16": 6e-2, "float16": 1e-2}
 

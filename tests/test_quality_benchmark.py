@@ -17,8 +17,6 @@ import torch
 import tgate_compile
 from tgate_compile.study.evaluation.measure import drawings
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = ["--captions", "4", "--steps", "10", "--only", "tgate 5"]
 

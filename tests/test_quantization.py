@@ -32,8 +32,6 @@ from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.onnx.quantize import quantized_by_block, quantized_by_channel
 from tgate_compile.runtime import BundlePipeline
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 #: The largest difference of the latents, relative to their largest value. Random weights are the worst case: 8 bits of
 #: a channel are off by 0.4 % of its largest weight, and 4 bits of a block by 7 %. Measured: about half of these.
 FAR = {"int8": 0.03, "int4": 0.3, "int8-dynamic": 0.06, "int8-static": 0.2}

@@ -22,7 +22,7 @@ from tests.tiny_pipelines import PROMPT, PROMPTS, SIZE, VELOCITY
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile.runtime import BundlePipeline, Step
 
-pytestmark = [pytest.mark.usefixtures("shared_captures"), pytest.mark.heavy]
+pytestmark = pytest.mark.heavy
 
 CLASSES = {
     "ddim": "DDIMScheduler",

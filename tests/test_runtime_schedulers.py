@@ -14,8 +14,6 @@ from tgate_compile.bundle.manifest import Scheduler as Spec
 from tgate_compile.bundle.manifest import plain_config
 from tgate_compile.runtime._pipeline import Scheduler, make_scheduler
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS = (1, 2, 7, 14, 15, 25)
 SHAPE = (2, 4, 8, 8)
 LATENT_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

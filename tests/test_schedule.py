@@ -14,8 +14,6 @@ from tgate_compile import ConfigurationError
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.methods.schedule import Schedule, check_plan
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 CROSS: frozenset[Kind] = frozenset({"cross"})
 SELF: frozenset[Kind] = frozenset({"self"})
 DEEP: frozenset[Kind] = frozenset({"deep"})

@@ -16,8 +16,6 @@ from tgate_compile.methods.pab import PAB
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import MAX_BYTES, load_schedule, read_schedule, save_schedule
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 #: Together they set every field to a value other than its default.
 SCHEDULES = [
     Schedule(7, sp_interval=3, fi_interval=2, warm_up=1, keep="cond", anchor_weight=0.75),

@@ -16,8 +16,6 @@ from tests.hook_reference import hook_reference
 from tests.tiny_pipelines import run, sdxl, stable_diffusion
 from tgate_compile import ConfigurationError, Schedule, save_schedule
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS = 6
 
 

@@ -16,8 +16,6 @@ from tests.tiny_transformers import sana, sana_call
 from tests.tiny_video import wan, wan_call
 from tgate_compile import UnsupportedModelError
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS = 7
 #: The gate is beyond the last step: 0 and 1 are warm-up steps, and the interval computes 3 and 6; the others reuse.
 OPTIONS: dict[str, Any] = {"gate_step": 100, "sp_interval": 3, "warm_up": 1}

@@ -21,8 +21,6 @@ from tgate_compile.bundle.store import BundleStore
 from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.runtime import BundlePipeline
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Return our warnings, without torch's."""

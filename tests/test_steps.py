@@ -11,8 +11,6 @@ import pytest
 from tgate_compile import ConfigurationError
 from tgate_compile.pipeline.progress import StepCounter
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def steps(scheduler: Any, requested: int, visited: int | None = None) -> list[int]:
     """Return the step of each denoiser call in a loop over `visited` timesteps (the last ones, as with `strength`)."""

@@ -16,8 +16,6 @@ from tests.tiny_pipelines import sdxl
 from tests.tiny_siblings import SIZES, prompts
 from tgate_compile.engine.families import FAMILIES, Family, family_of, has_joint_attention, refusal
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 SDXL = Case(
     sdxl,
     lambda batch: {**prompts(batch), **SIZES},

@@ -21,8 +21,6 @@ from tgate_compile.exports.tensorrt.convert import FREE, Binding, EngineSettings
 from tgate_compile.exports.tensorrt.open import check_gpu_supported
 from tgate_compile.exports.tensorrt.save import full_profile
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has packages for Linux and Windows only")
 
 CALL = {"prompt": "", "num_inference_steps": STEPS}

@@ -18,8 +18,6 @@ from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
 from tgate_compile.exports.openvino.live import OpenVinoBackend
 from tgate_compile.exports.tensorrt.live import TensorRTBackend
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 CLOSE = 1e-4
 INF, NAN = float("inf"), float("nan")
 

@@ -32,8 +32,6 @@ from tgate_compile.study.tuning import measure
 from tgate_compile.study.tuning.result import Tuning
 from tgate_compile.study.tuning.search import fewer_steps, grid_of, next_gate, tune
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS = 6
 PROMPTS = ["red cat", "blue dog"]
 LOOSE = 0.5

@@ -21,8 +21,6 @@ from tests.hook_reference import hook_reference
 from tests.own_loops import NO_TEXT, TEXTS, Looping, looping
 from tests.tiny_pipelines import VELOCITY, add_lora, run, stable_diffusion
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 GATE = 3
 
 

@@ -24,8 +24,6 @@ from tgate_compile._errors import ConfigurationError
 from tgate_compile._web.site import runtime_files, serving, write_site
 from tgate_compile.runtime import BundlePipeline
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS, GATE = 12, 5
 TYPED = "a small green star on a white background"
 #: Timeout in seconds, long enough for a busy machine.

@@ -7,6 +7,7 @@ are no such files, the libraries' own defaults apply.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -37,6 +38,22 @@ def default_threads(of_torch: int | None = None, *, root: Path = _ROOT) -> int |
         return int(given)
     quota = cpu_quota(root=root)
     return cores if cores is None or quota is None else max(1, min(cores, ceil(quota)))
+
+
+#: The fields of /proc/cpuinfo that tell kinds of processors apart, on x86 and on Arm.
+_CPU_FIELDS = frozenset(
+    {
+        "vendor_id", "cpu family", "model", "model name", "stepping", "flags",
+        "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features",
+    }
+)  # fmt: skip
+
+
+def cpu_model(*, root: Path = _ROOT) -> str:
+    """Return a description of the processor's kind and of its instructions, for comparison with another one."""
+    first = (_text(root / "proc/cpuinfo") or "").partition("\n\n")[0]
+    lines = [line for line in first.splitlines() if line.partition(":")[0].strip() in _CPU_FIELDS]
+    return "\n".join([platform.machine(), platform.processor(), *lines])
 
 
 def _cpus() -> set[int]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from tgate_compile._errors import UnsupportedModelError, check_installed
+from tgate_compile.engine.disk import kept, versions_of
 from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
 from tgate_compile.passes.legalize import expand_masks, promote_concatenated
 from tgate_compile.passes.lower_complex import lower_complex
@@ -137,6 +139,67 @@ def to_onnx(variant: Variant) -> OnnxGraph:
         variant.phase.name, len(graph.model.graph), time.perf_counter() - began,
     )  # fmt: skip
     return graph
+
+
+@dataclass(frozen=True)
+class SerializedOnnx:
+    """An ONNX model without the values of its weights, as a live backend opens it.
+
+    Attributes:
+        data: the serialized model.
+        weights: the names of the weights that it uses, in the variant's order.
+        inputs: the names of the inputs in the variant's order, caches last.
+        outputs: the names of the outputs in the variant's order, caches last.
+    """
+
+    data: bytes
+    weights: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+#: Where a serialized model expects the values of its weights: in a file next to it, or in further inputs at the end.
+WeightsIn = Literal["file", "inputs"]
+
+
+def serialized_onnx(variant: Variant, weights_in: WeightsIn) -> SerializedOnnx:
+    """Convert `variant` as `to_onnx` does and serialize it, or read what an earlier process has made of the same graph.
+
+    Raises:
+        ConfigurationError, UnsupportedModelError: as `to_onnx`.
+    """
+    check_installed("onnx", "onnxscript")
+    settings = (weights_in, versions_of("onnx", "onnx-ir", "onnxscript"), variant.weights)
+    names, _, data = kept(variant, "onnx", settings, lambda: _serialized(to_onnx(variant), weights_in)).partition(b"\n")
+    return SerializedOnnx(data, *(tuple(each) for each in json.loads(names)))
+
+
+def _serialized(graph: OnnxGraph, weights_in: WeightsIn) -> bytes:
+    """Return the names of the weights, inputs and outputs as a line of JSON, and the serialized model."""
+    import onnx_ir
+
+    model = graph.model
+    names = [
+        graph.weights,
+        *([str(value.name) for value in each] for each in (model.graph.inputs, model.graph.outputs)),
+    ]
+    for name in graph.weights:
+        value = model.graph.initializers[name]
+        tensor = value.const_value
+        assert tensor is not None
+        assert isinstance(tensor.shape, onnx_ir.Shape)
+        if weights_in == "file":  # keeps the model below protobuf's limit of 2 GB
+            value.const_value = onnx_ir.ExternalTensor(
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+            )
+            continue
+        del model.graph.initializers[name]
+        value.const_value = None
+        value.shape = tensor.shape
+        value.type = onnx_ir.TensorType(tensor.dtype)
+        model.graph.inputs.append(value)
+    data: bytes = onnx_ir.to_proto(model).SerializeToString()
+    return json.dumps(names).encode() + b"\n" + data
 
 
 def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str]) -> OnnxGraph:

@@ -13,7 +13,7 @@ from tgate_compile._errors import BackendError, ConfigurationError, cause_of
 from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import SWITCH, Option, Runner, at_least, check_known_options
 from tgate_compile.engine.trust import MadeOfWeights
-from tgate_compile.exports.onnx.convert import OnnxGraph, to_onnx
+from tgate_compile.exports.onnx.convert import SerializedOnnx, serialized_onnx
 from tgate_compile.exports.onnx.session import ELEMENT_TYPES, best_providers, open_session, run_bound, session_options
 from tgate_compile.passes.graphs import Variant
 
@@ -64,7 +64,7 @@ class OnnxRuntimeBackend:
         providers = self._options.get("providers") or best_providers(device)
         _check_providers(providers)  # type: ignore[arg-type]
         try:
-            graph = to_onnx(variant)
+            graph = serialized_onnx(variant, "file")
         except ConfigurationError:
             raise
         except Exception as error:  # torch.onnx raises whatever its converters raise
@@ -78,21 +78,20 @@ class _Session:
     def __init__(
         self,
         variant: Variant,
-        graph: OnnxGraph,
+        graph: SerializedOnnx,
         device: torch.device,
         providers: list[str],
         options: Mapping[str, object],
     ) -> None:
         self._variant = variant
         self._graph = graph
-        self._model = _serialized(graph)
         self._device = device
         self._providers = providers
         self._options = options
-        self._input_names = [str(value.name) for value in graph.model.graph.inputs]
+        self._input_names = graph.inputs
         self._outputs = [
-            (str(value.name), node.meta["val"].shape, node.meta["val"].dtype)
-            for value, node in zip(graph.model.graph.outputs, variant.program.graph.output_node().args[0], strict=True)
+            (name, node.meta["val"].shape, node.meta["val"].dtype)
+            for name, node in zip(graph.outputs, variant.program.graph.output_node().args[0], strict=True)
         ]
         self._positions = [variant.weights.index(name) for name in graph.weights]
         self._session = MadeOfWeights(self._open)
@@ -124,7 +123,7 @@ class _Session:
         self._held = [tensors, values]  # until the session has been opened
         settings.add_external_initializers(list(self._graph.weights), values)
         try:
-            session = open_session(self._model, settings, self._providers, self._device)
+            session = open_session(self._graph.data, settings, self._providers, self._device)
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise BackendError(_failed(self._variant, error)) from error
         if self._device.type != "cpu":
@@ -134,22 +133,6 @@ class _Session:
             self._variant.phase.name, ", ".join(session.get_providers()), time.perf_counter() - began,
         )  # fmt: skip
         return session
-
-
-def _serialized(graph: OnnxGraph) -> bytes:
-    """Return the serialized model with external weights, so that it stays below protobuf's limit of 2 GB."""
-    import onnx_ir
-
-    for name in graph.weights:
-        value = graph.model.graph.initializers[name]
-        tensor = value.const_value
-        assert tensor is not None
-        assert isinstance(tensor.shape, onnx_ir.Shape)
-        value.const_value = onnx_ir.ExternalTensor(
-            "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
-        )
-    data: bytes = onnx_ir.to_proto(graph.model).SerializeToString()
-    return data
 
 
 def _ort_value(tensor: torch.Tensor) -> Any:

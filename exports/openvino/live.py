@@ -14,7 +14,7 @@ from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.choice import model_dtype
 from tgate_compile.engine.trust import MadeOfWeights
-from tgate_compile.exports.onnx.convert import OnnxGraph, to_onnx
+from tgate_compile.exports.onnx.convert import SerializedOnnx, serialized_onnx
 from tgate_compile.exports.openvino.session import (
     PRECISIONS,
     CompiledModel,
@@ -51,7 +51,7 @@ class OpenVinoBackend:
     def compile(self, variant: Variant, inputs: Sequence[torch.Tensor]) -> Runner:
         check_device(inputs[0].device)
         try:
-            graph = to_onnx(variant)
+            graph = serialized_onnx(variant, "inputs")
             own = str(model_dtype(variant)).removeprefix("torch.")
             return _Compiled(variant, graph, {"precision": own if own in PRECISIONS else "float32", **self._options})
         except ConfigurationError:
@@ -63,17 +63,17 @@ class OpenVinoBackend:
 class _Compiled:
     """A runner whose model is recompiled when the weights change."""
 
-    def __init__(self, variant: Variant, graph: OnnxGraph, options: Mapping[str, object]) -> None:
+    def __init__(self, variant: Variant, graph: SerializedOnnx, options: Mapping[str, object]) -> None:
         self._variant = variant
         self._options = options
         self._names = graph.weights
-        self._inputs = [str(value.name) for value in graph.model.graph.inputs]
+        self._inputs = graph.inputs
         self._positions = [variant.weights.index(name) for name in graph.weights]
         self._outputs = [
             (tuple(node.meta["val"].shape), node.meta["val"].dtype)
             for node in variant.program.graph.output_node().args[0]
         ]
-        self._model = core().read_model(_with_weights_as_inputs(graph))
+        self._model = core().read_model(graph.data)
         self._compiled = MadeOfWeights(self._compile)
         self._held: list[torch.Tensor] = []
 
@@ -113,24 +113,6 @@ class _Compiled:
             self._variant.phase.name, compiled.device, time.perf_counter() - began,
         )  # fmt: skip
         return compiled
-
-
-def _with_weights_as_inputs(graph: OnnxGraph) -> bytes:
-    """Return the serialized model with its weights as its last inputs, so that it does not contain their values."""
-    import onnx_ir
-
-    model = graph.model
-    for name in graph.weights:
-        value = model.graph.initializers.pop(name)
-        tensor = value.const_value
-        assert tensor is not None
-        assert isinstance(tensor.shape, onnx_ir.Shape)
-        value.const_value = None
-        value.shape = tensor.shape
-        value.type = onnx_ir.TensorType(tensor.dtype)
-        model.graph.inputs.append(value)
-    data: bytes = onnx_ir.to_proto(model).SerializeToString()
-    return data
 
 
 def _failed(variant: Variant, error: Exception) -> str:

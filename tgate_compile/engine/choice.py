@@ -15,6 +15,7 @@ import torch
 from tgate_compile._errors import BackendError, ConfigurationError, Precision, UnsupportedModelError, did_you_mean
 from tgate_compile._runtimes import BACKENDS, automatic_backends, is_backend_installed, ranked_backends
 from tgate_compile.engine.backends import Backend, Runner, backend_class
+from tgate_compile.engine.disk import versions_of
 from tgate_compile.engine.trust import MOST_CHANGES, Candidate, ChosenBackend, weight_samples
 from tgate_compile.engine.weights import wrapped_weight
 from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
@@ -72,9 +73,9 @@ class Chooser:
     def backend(self, device: torch.device, generation: int) -> ChosenBackend:
         """Return the backend for a new state; for `auto`, those that support the type of `device`, fastest first."""
         if self._name != "auto":
-            return ChosenBackend([Candidate(make_backend(self._name, self._options, self._precision), self._name)])
+            return ChosenBackend([self._candidate(self._name, self._options, self._name)])
         candidates = [
-            Candidate(make_backend(name, options, self._precision), _title(name, options))
+            self._candidate(name, options, _title(name, options))
             for name in automatic_backends(device.type)
             if why_not_in(name, device.type, self._precision) is None
             for options in BACKENDS[name].attempts.get(device.type, ({},))
@@ -86,6 +87,11 @@ class Chooser:
         if self._states > MOST_CHANGES:
             chosen.avoid_copies(MSG_STATES_CHANGE.format(model=self._model, count=self._states))
         return chosen
+
+    def _candidate(self, name: str, options: Mapping[str, object], title: str) -> Candidate:
+        versions = versions_of(*BACKENDS[name].needs)
+        settings = (name, repr(sorted(options.items())), self._precision, versions)
+        return Candidate(make_backend(name, options, self._precision), title, settings)
 
     def _report(self, device: torch.device, candidate: Candidate, failures: Mapping[str, str]) -> None:
         parts = []

@@ -140,6 +140,11 @@ def settings_of_classes(denoiser: torch.nn.Module) -> tuple[Hashable, ...]:
     return tuple((kind, *_read(kind).read) for kind in _own_classes(denoiser))
 
 
+def has_foreign_code(denoiser: torch.nn.Module) -> bool:
+    """Return whether anything in `denoiser` is not part of the known libraries."""
+    return bool(_own_classes(denoiser)) or next(foreign_code(denoiser), None) is not None
+
+
 def _own_classes(denoiser: torch.nn.Module) -> list[type[torch.nn.Module]]:
     kinds = dict.fromkeys(type(module) for module in denoiser.modules())
     return [kind for kind in kinds if not is_trusted(kind.__module__)]
@@ -292,7 +297,7 @@ def check_stateless(denoiser: torch.nn.Module, run: Callable[[], object]) -> Non
     Raises:
         UnsupportedModelError: the denoiser counts calls, collects results, or keeps other state.
     """
-    if not _own_classes(denoiser) and next(foreign_code(denoiser), None) is None:
+    if not has_foreign_code(denoiser):
         return
     held = [value for kind in _own_classes(denoiser) for _, value in _read(kind).held]
     restores = [remember(denoiser), *(restore for value in held for restore in _contents(value, 3))]

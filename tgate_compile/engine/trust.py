@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -17,6 +17,7 @@ from tgate_compile._errors import BackendError, TGateError, cause_of
 from tgate_compile._machine import available_memory
 from tgate_compile.engine.backends import Backend
 from tgate_compile.engine.call import Call
+from tgate_compile.engine.disk import Verdict, verdict_on
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind
 from tgate_compile.passes.graphs import Site, Variant
@@ -240,10 +241,12 @@ class Candidate:
     Attributes:
         backend: the backend.
         title: its name and options, for messages.
+        settings: everything that its results depend on besides the graph; None if they are compared in each process.
     """
 
     backend: Backend
     title: str
+    settings: Hashable = None
 
 
 class ChosenBackend:
@@ -370,7 +373,7 @@ class Served:
                 with exclusive():
                     self._runner = self.backend.compile(self._variant, inputs)
                 if not self.backend.is_reference:
-                    self.compared = self.compare(weights, inputs)
+                    self.compared = self._is_known_to_agree(weights, inputs) or self._compared(weights, inputs)
                 else:
                     self.compared = True
                     if self._choice.has_choice:
@@ -384,7 +387,7 @@ class Served:
         if self._choice.is_outdated(self._candidate):
             self.start(weights, inputs)
         try:
-            self.compared = self.compared or self.compare(weights, inputs)
+            self.compared = self.compared or self._compared(weights, inputs)
             results = self._runner(weights, inputs)
         except BackendError as error:
             self._choice.give_up(self._candidate, error, self._variant)
@@ -415,6 +418,24 @@ class Served:
         self._weights, self._remade = weights, remade
         if self._changes >= MOST_CHANGES and self._choice.has_choice:
             self._choice.avoid_copies(MSG_WEIGHTS_CHANGE.format(count=MOST_CHANGES))
+
+    def _verdict(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Verdict | None:
+        if self._candidate.settings is None:
+            return None
+        return verdict_on(self._variant, self._candidate.settings, sums_of_bits(weights, SAMPLES), inputs)
+
+    def _is_known_to_agree(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
+        """Return whether an earlier process has compared this graph, with these weights and on such a machine."""
+        verdict = self._verdict(weights, inputs)
+        return verdict is not None and verdict.is_known
+
+    def _compared(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
+        """Compare all outputs as `compare` does, and note on disk that they agree."""
+        compared = self.compare(weights, inputs)
+        verdict = self._verdict(weights, inputs) if compared else None
+        if verdict is not None:
+            verdict.keep()
+        return compared
 
     @exclusive()  # `full_float32` affects all threads
     def compare(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:

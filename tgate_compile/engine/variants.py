@@ -7,6 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from tgate_compile.engine.compiled import (
     tensors_of,
 )
 from tgate_compile.engine.config import Config
+from tgate_compile.engine.disk import kept_capture
 from tgate_compile.engine.halves import latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
 from tgate_compile.engine.traffic import exclusive
@@ -376,16 +378,16 @@ class VariantStore:
 
     def _capture(self, call: Call, forward: Callable[..., Any], shapes: ShapesCollection | None = None) -> Captured:
         schedule = self._config.schedule
-        return capture(
-            self.denoiser,
-            forward,
-            call,
-            schedule.kinds,
-            deep_layer(self.denoiser, schedule.deepcache_branch) if "deep" in schedule.kinds else None,
-            only=self._config.sites,
-            cache_dtype=self._config.cached_in,
-            shapes=shapes,
+        layer = deep_layer(self.denoiser, schedule.deepcache_branch) if "deep" in schedule.kinds else None
+        only, dtype = self._config.sites, self._config.cached_in
+        make = partial(
+            capture, self.denoiser, forward, call, schedule.kinds, layer, only=only, cache_dtype=dtype, shapes=shapes
         )
+        if shapes is not None or self._watch is None:
+            return make()
+        strides = tuple(leaf.stride() for leaf in call.leaves if torch.is_tensor(leaf))
+        given = self._watch.fingerprint, call.key, strides, schedule.kinds, layer, only, dtype
+        return kept_capture(self.denoiser, given, make)
 
     def _specialize(self, captured: Captured, phase: Phase) -> Variant:
         cond_weight = self._config.schedule.anchor_weight

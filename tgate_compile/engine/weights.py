@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -399,7 +400,7 @@ def _plain(value: Any, depth: int) -> Hashable:
     if isinstance(value, functools.partial):
         return tuple(_plain(part, depth - 1) for part in (value.func, value.args, value.keywords))
     if isinstance(value, MethodType):
-        return value.__func__, id(value.__self__)
+        return value.__func__, Identity(value.__self__)
     return type(value), _plain(getattr(value, "__dict__", {}), depth - 1)
 
 
@@ -409,7 +410,40 @@ def _numbers(value: torch.Tensor | np.ndarray | np.generic) -> Hashable:
         return value.item()  # type: ignore[no-any-return]  # elements of NumPy's ranges and random numbers
     kind = type(value), str(value.dtype), tuple(value.shape)
     if isinstance(value, np.ndarray):
-        return (*kind, value.tobytes() if value.dtype != object else id(value))
+        return (*kind, value.tobytes() if value.dtype != object else Identity(value))
     if type(value) is torch.Tensor and value.numel() <= _FEW and value.device.type != "meta":
         return (*kind, repr(value.tolist()))
-    return (*kind, id(value), None if value.is_inference() else value._version)
+    return (*kind, Identity(value, None if value.is_inference() else value._version))
+
+
+class Identity:
+    """The key of an object that counts as another one even if its contents are the same. It does not keep the object.
+
+    Args:
+        value: the object.
+        version: the number of its changes so far.
+    """
+
+    __slots__ = ("_hash", "_of", "_version")
+
+    def __init__(self, value: object, version: int | None = None) -> None:
+        self._hash = hash((id(value), version))
+        self._version = version
+        try:
+            self._of: Callable[[], object] = weakref.ref(value)
+        except TypeError:  # its class does not support weak references
+            self._of = lambda: value
+
+    @property
+    def value(self) -> object:
+        """The object; None if it no longer exists."""
+        return self._of()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Identity):
+            return NotImplemented
+        value = self.value
+        return self is other or (value is not None and value is other.value and self._version == other._version)
+
+    def __hash__(self) -> int:
+        return self._hash
