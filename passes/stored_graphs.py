@@ -54,8 +54,6 @@ def to_json(program: ExportedProgram) -> dict[str, Any]:
     Raises:
         NotStorableError: it has free sizes, submodules, or operators and arguments of other kinds.
     """
-    if program.range_constraints:
-        raise NotStorableError("it has free sizes")
     stacks: dict[str, int] = {}
     numbers = {node: number for number, node in enumerate(program.graph.nodes)}
     signature = program.graph_signature

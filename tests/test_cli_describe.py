@@ -1,13 +1,15 @@
-"""`tgate-compile describe`: the library's description, with the work of a whole image."""
+"""`tgate-compile describe`: the library's description, with the work of a whole image; `tgate-compile cache`."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from typer.testing import CliRunner
 
+from tgate_compile._cache import FOLDER_VARIABLE, DiskCache
 from tgate_compile._cli.app import app
 from tgate_compile._cli.console import planned_calls
 
@@ -59,3 +61,22 @@ def test_calls_are_counted_and_not_steps() -> None:
     assert planned_calls(HeunDiscreteScheduler(), "FFpp", 4) == "FFFF" + "ppp"
     # PNDM: its second call repeats the first timestep and does not count as a step.
     assert planned_calls(PNDMScheduler(skip_prk_steps=True), "FFpp", 4) == "FFF" + "pp"
+
+
+def test_cache_lists_what_is_kept_and_clears_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    kept = DiskCache(tmp_path)
+    for number in range(3):
+        kept.write(f"{number:064x}", bytes(50_000), kind="graph" if number else "onnx", label="UNet2DConditionModel")
+    result = run(app, ["cache"])
+    assert result.exit_code == 0, result.output
+    assert "0.2 MB of at most 2000 MB" in result.stdout.replace("\n", " ")
+    rows = [line.split() for line in result.stdout.splitlines() if "UNet2DConditionModel" in line]
+    assert sorted(row[-4:-2] for row in rows) == [["1", "0.05"], ["2", "0.10"]]
+    data = json.loads(run(app, ["cache", "--json"]).stdout)
+    assert (data["folder"], len(data["entries"]), data["limit"]) == (str(tmp_path), 3, 2 * 10**9)
+    result = run(app, ["cache", "--clear"])
+    assert result.stdout.startswith("deleted 3 entries")
+    assert not list(kept.entries())
+    monkeypatch.setenv(FOLDER_VARIABLE, "off")
+    assert "switched off" in run(app, ["cache"]).stdout

@@ -38,10 +38,11 @@ COMMANDS = (
     "compare",
     "bench",
     "evaluate",
+    "cache",
 )
 
 
-_MODULES = {"inspect": "describe"}
+_MODULES = {"inspect": "describe", "cache": "describe"}
 
 _TYPES = {"int": "N", "int range": "N", "float": "X", "float range": "X", "str": "TEXT", "path": "PATH"}
 _TYPE = re.compile(f"<({'|'.join(_TYPES)})>")

@@ -1,9 +1,14 @@
-"""`tgate-compile describe`: what a schedule does to a model; `tgate-compile inspect`: what is in a bundle."""
+"""Commands that show what there is.
+
+`describe` shows what a schedule does to a model, `inspect` what is in a bundle, and `cache` what is kept on disk.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import tgate_compile
+from tgate_compile._cache import FOLDER_VARIABLE, disk_cache
 from tgate_compile._cli import options
 from tgate_compile._cli.console import ERR, OUT, print_json
 from tgate_compile._cli.settings import ScheduleOptions, chosen_for
@@ -186,3 +192,51 @@ def _cells(graph: Graph) -> list[str]:
         f"{graph.facts.macs / 1e9:.3f}",
         "not run" if graph.parity is None else f"{graph.parity.relative:.0e}",
     ]
+
+
+_KINDS = {
+    "graph": "captured graphs",
+    "onnx": "graphs converted to ONNX",
+    "verdict": "comparisons with PyTorch",
+}
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete everything that is kept.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Show what is kept on disk of earlier processes, so that the next one captures and converts nothing; or delete it.
+
+    The folder is ~/.cache/tgate_compile, or the one in the environment variable TGATE_COMPILE_CACHE, which also
+    switches the cache off: TGATE_COMPILE_CACHE=off. TGATE_COMPILE_CACHE_SIZE=500MB sets its largest size.
+    """
+    found = disk_cache()
+    if found is None:
+        if json:
+            print_json({"folder": None})
+        else:
+            OUT.print(f"The cache is switched off ({FOLDER_VARIABLE}={os.environ.get(FOLDER_VARIABLE, '')}).")
+        return
+    deleted = found.clear() if clear else 0
+    entries = sorted(found.entries(), key=lambda entry: -entry.used)
+    size = sum(entry.nbytes for entry in entries)
+    if json:
+        listed = [{"kind": each.kind, "label": each.label, "bytes": each.nbytes, "used": each.used} for each in entries]
+        about = {"folder": str(found.folder), "bytes": size, "limit": found.limit, "deleted": deleted}
+        print_json({**about, "entries": listed})
+        return
+    if clear:
+        OUT.print(f"deleted {deleted} entries of {escape(str(found.folder))}", soft_wrap=True)
+        return
+    OUT.print(f"{escape(str(found.folder))}: {size / 1e6:.1f} MB of at most {found.limit / 1e6:.0f} MB", soft_wrap=True)
+    table = Table("kept", "of", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("number", "MB", "last used"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    groups = dict.fromkeys((each.kind, each.label) for each in entries)
+    for kind, label in groups:
+        own = [each for each in entries if (each.kind, each.label) == (kind, label)]
+        used = datetime.fromtimestamp(max(each.used for each in own)).strftime("%Y-%m-%d %H:%M")
+        total = sum(each.nbytes for each in own) / 1e6
+        table.add_row(_KINDS.get(kind, escape(kind)), escape(label), f"{len(own)}", f"{total:.2f}", used)
+    if entries:
+        OUT.print(table)
