@@ -115,6 +115,7 @@ class CompiledModel:
         # OpenVINO drops inputs of which only the shape is used.
         self._positions = [taken.get(name) for name in inputs]
         self._request: Any = core().compile_model(model, device, settings).create_infer_request()
+        self._bound: dict[int, torch.Tensor] = {}  # the inputs of the last run
 
     def run(
         self, inputs: Sequence[torch.Tensor], outputs: Sequence[tuple[Sequence[int], torch.dtype]]
@@ -127,12 +128,23 @@ class CompiledModel:
         held = [tensor.contiguous() for tensor in inputs]  # must live until the run is over
         results = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in outputs]
         for position, tensor in zip(self._positions, held, strict=True):
-            if position is not None:
+            if position is not None and not _is_same_memory(tensor, self._bound.get(position)):
                 self._request.set_input_tensor(position, shared(tensor))
+                self._bound[position] = tensor  # kept, so that its memory belongs to no other tensor
         for position, tensor in enumerate(results):
             self._request.set_output_tensor(position, shared(tensor))
         self._request.infer()
         return results
+
+
+def _is_same_memory(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Return whether two contiguous tensors, of which the second still exists, are the same part of the memory."""
+    return (
+        other is not None
+        and tensor.data_ptr() == other.data_ptr()
+        and tensor.shape == other.shape
+        and tensor.dtype == other.dtype
+    )
 
 
 def shared(tensor: torch.Tensor) -> Any:

@@ -28,9 +28,13 @@ _CONDITION = re.compile(
 
 def named_leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of a call's bound `arguments` with their innermost names: a dict key or the parameter."""
-    for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]:
-        keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-        yield next(key for key in reversed(keys) if isinstance(key, str)), leaf
+    for name, value in arguments.items():
+        if value is None or isinstance(value, (torch.Tensor, bool, int, float, str)):  # quickly: every step does this
+            yield name, value
+            continue
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+            yield next((key for key in reversed(keys) if isinstance(key, str)), name), leaf
 
 
 def latents_of(arguments: Mapping[str, Any]) -> torch.Tensor:

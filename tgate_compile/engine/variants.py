@@ -414,7 +414,7 @@ class VariantStore:
         variant, held = self._variant(address, phase), self._captures[address]
         try:
             compiled = self._compiled.get((address, phase)) or self._compile(address, phase, call, caches)
-            if _has_free_inputs(variant) and (phase, call.key) not in held.compared:
+            if held.free and (phase, call.key) not in held.compared and _has_free_inputs(variant):
                 assert isinstance(compiled.runner, Served)
                 compiled.runner.compare(compiled.step_weights, compiled.inputs(call, caches, EarlyValues()))
                 held.compared.add((phase, call.key))

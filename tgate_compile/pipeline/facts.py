@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 
 from tgate_compile.engine.families import Family, family_of, is_listed
-from tgate_compile.engine.read_code import is_trusted
+from tgate_compile.engine.read_code import TRUSTED
 from tgate_compile.pipeline.loop import FUNCTIONS, is_callback
 from tgate_compile.pipeline.modular import Guidance, has_own_blocks, is_modular
 
@@ -77,7 +77,9 @@ def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[st
         any(hooks)
         or any(is_callback(name, value) or (callable(value) and value is not pipe) for name, value in arguments.items())
         or any(isinstance(value, FUNCTIONS) for value in replaced)
-        or any(not is_trusted(kind.__module__) and kind.__module__ not in _OF_BASES for kind in classes)
+        or any(
+            kind.__module__.partition(".")[0] not in TRUSTED and kind.__module__ not in _OF_BASES for kind in classes
+        )
     )
 
 
