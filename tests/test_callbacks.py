@@ -24,6 +24,7 @@ from tests.hook_reference import hook_reference
 from tests.own_loops import NO_TEXT, TEXTS, Looping, looping
 from tests.tiny_pipelines import image_embeds, load_ip_adapter, run, stable_diffusion
 from tests.tiny_video import wan, wan_call
+from tgate_compile.engine.variants import VariantStore
 
 GATE, STEPS = 3, 6
 
@@ -318,3 +319,15 @@ def test_previews_of_a_loop_of_ones_own(sd: SimpleNamespace) -> None:
     with torch.no_grad(), tgate_compile.generation(sd.gated, guidance=True) as loop:
         assert torch.equal(denoised(loop), without)
     assert tgate_compile.describe(sd.gated).strip == "FFFppp"
+
+
+def test_the_denoiser_is_checked_once_unless_other_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tgate_compile.optimize(stable_diffusion(layout="least"), GATE, backend="eager")
+    checks = []
+    refresh = VariantStore.refresh
+    monkeypatch.setattr(VariantStore, "refresh", lambda self, **given: checks.append(given) or refresh(self, **given))
+    run(pipe)
+    assert checks == [{}]  # a check takes longer than a step of a small model
+    checks.clear()
+    run(pipe, callback_on_step_end=lambda pipe, step, timestep, tensors: {})
+    assert checks == [{}, *[{"begins": False}] * 5]
