@@ -83,6 +83,11 @@ def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[st
     )
 
 
+def _is_of_library(function: object) -> bool:
+    # Not by `__module__`, which `functools.wraps` copies.
+    return str(getattr(function, "__globals__", {}).get("__name__")).partition(".")[0] in TRUSTED
+
+
 #: Modules that define base classes of diffusers' pipelines and schedulers.
 _OF_BASES = ("builtins", "huggingface_hub.hub_mixin", "enum", "abc", "collections", "typing")
 
