@@ -16,7 +16,7 @@ from tests.exported import GATE, STEPS, exported, plain
 from tests.programs import noise, program
 from tests.tiny_pipelines import PROMPT, run
 from tgate_compile import ConfigurationError
-from tgate_compile.bundle.manifest import openings
+from tgate_compile.bundle.plan_rows import openings
 from tgate_compile.bundle.store import BundleStore
 from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.runtime import BundlePipeline
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Return our warnings, without torch's."""
-    return [record for record in caplog.records if record.name == "tgate_compile.bundle.manifest"]
+    return [record for record in caplog.records if record.name == "tgate_compile.bundle.plan_rows"]
 
 
 def store_of(pipe: Any) -> BundleStore:

@@ -13,5 +13,6 @@ FORMATS = (
         fixed_sizes=True,
         quantized_weights=False,
         schemes=("int8-dynamic", "int8-static"),
+        splits=True,
     ),
 )

@@ -22,5 +22,6 @@ FORMATS = (
         to_write=("onnx", "onnxscript", "openvino", "pydantic"),
         to_load=("openvino", "pydantic"),
         schemes=("int8", "int4", "int8-dynamic", "int8-static"),
+        splits=True,
     ),
 )
