@@ -48,7 +48,7 @@ def opened_at_each_step(pipe: Any) -> tuple[torch.Tensor, list[tuple[str, ...]]]
 
 def test_a_pipeline_has_one_graph_open() -> None:
     expected, both = opened_at_each_step(tgate_compile.load(plain(), exported()))
-    assert both[-1] == ("full", "pruned")
+    assert both[-1] == ("full-prelude", "full-table", "full", "pruned-table", "pruned")
 
     pipe = tgate_compile.load(plain(), exported(), sequential=True)
     for _ in range(2):  # the full graph is opened again

@@ -237,7 +237,7 @@ def manifest() -> dict[str, Any]:
     ("where", "value", "said"),
     [
         (["format"], "other", "not a bundle of tgate_compile"),
-        (["schema_version"], 2, "schema version 2, but this page reads versions up to 1"),
+        (["schema_version"], 3, "schema version 3, but this page reads versions up to 2"),
         (["schema_version"], None, "schema version null"),
         (["graph_format"], "aoti", 'format "aoti", but browsers run only "onnx"'),
         (["components"], None, "--components all"),
@@ -247,6 +247,9 @@ def manifest() -> dict[str, Any]:
         (["components", "arguments", "sample"], "magic", 'needs "magic"'),
         (["graphs", "pruned", "cache_inputs", 0, "dtype"], "float8_e5m2", "float8_e5m2, which browsers do not support"),
         (["graphs", "full", "inputs", 0, "shape", 0], 4, "several images at a time"),
+        (["graphs", "full", "early_inputs", 0, "dtype"], "bfloat16", "bfloat16, which browsers do not support"),
+        (["graphs", "full", "early_inputs", 0, "graph"], "pruned", "from pruned, which does not provide it"),
+        (["graphs", "full", "early_inputs", 0, "name"], "other", "takes other from full-table, which does not"),
         (["graphs", "full", "file"], "graphs/other.onnx", "does not list it in"),
         (["scheduler", "class_name"], "LCMScheduler", "LCMScheduler, which this page does not support"),
         (["scheduler", "config", "use_beta_sigmas"], True, "use_beta_sigmas=true, only with false"),
