@@ -22,9 +22,10 @@ def exported(*, binding_times: bool = True) -> Path:
     return made_once(name, lambda folder: _export(folder, "onnx", GATE, STEPS, binding_times))
 
 
-def exported_compiled(format: str) -> Path:
+def exported_compiled(format: str, *, binding_times: bool = False) -> Path:
     """Return the bundle of `plain()` in a format that takes most of a minute to export; do not modify it."""
-    return made_once(f"{format}-bundle", lambda folder: _export(folder, format, COMPILED_GATE, COMPILED_STEPS, True))
+    name = f"{format}-bundle" + "-split" * binding_times
+    return made_once(name, lambda folder: _export(folder, format, COMPILED_GATE, COMPILED_STEPS, binding_times))
 
 
 def plain() -> Any:

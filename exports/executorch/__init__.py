@@ -13,6 +13,5 @@ FORMATS = (
         fixed_sizes=True,
         quantized_weights=False,
         schemes=("int8-dynamic", "int8-static"),
-        splits=True,
     ),
 )

@@ -22,6 +22,5 @@ FORMATS = (
         to_write=("onnx", "onnxscript", "openvino", "pydantic"),
         to_load=("openvino", "pydantic"),
         schemes=("int8", "int4", "int8-dynamic", "int8-static"),
-        splits=True,
     ),
 )

@@ -81,8 +81,7 @@ def export(
             costs. The text encoders and the VAE are not quantized.
         binding_times: split each graph by how often its values change: a prelude that runs once per generation, a table
             that runs once per timestep, and the step (`docs/guides/binding-times.md`). A runtime that keeps only one
-            graph open at a time then needs less memory. None means where it pays: in the formats `onnx`, `openvino` and
-            `executorch`.
+            graph open at a time then needs less memory. None means only in the format `onnx`, where it was measured.
         overwrite: replace the bundle that is in `folder`.
         progress: called with a line of text at the start of each stage. By default, the stages are shown on stderr,
             unless the progress bars of diffusers are disabled (`diffusers.utils.logging.disable_progress_bar()`) or
