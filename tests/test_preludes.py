@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import tgate_compile
 from tests.comparing import assert_differ, difference
-from tests.exported import GATE, STEPS, exported, plain
+from tests.exported import COMPILED_GATE, COMPILED_STEPS, GATE, STEPS, exported, exported_compiled, plain
 from tests.programs import noise, program, psnr
 from tests.test_bundle import change_manifest, refused
 from tests.tiny_pipelines import PROMPT, PROMPTS, run
@@ -199,6 +199,33 @@ def test_a_prompt_of_another_length_is_refused() -> None:
         tgate_compile.BundleError, match=r"encoder_hidden_states float32\[2\*b, 16, 32\].*\[2, 20, 32\]"
     ):
         run(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=embeds)
+
+
+#: The modules that each format needs.
+FORMATS = {
+    "openvino": "openvino",
+    "executorch": "executorch",
+    "aoti": "torch",
+    "coreml": "coremltools",
+    "tensorrt-rtx": "tensorrt_rtx",
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("format", FORMATS)
+def test_other_formats(format: str) -> None:
+    pytest.importorskip(FORMATS[format])
+    manifest = read_bundle(exported_compiled(format, binding_times=True)).manifest
+    assert early_graphs(manifest.graphs, "full") == ["full-prelude", "full-table"]
+    assert early_graphs(manifest.graphs, "pruned") == ["pruned-table"]
+    if format in ("coreml", "tensorrt-rtx"):  # these cannot run here
+        return
+    call: dict[str, Any] = {"steps": COMPILED_STEPS}
+    expected = run(tgate_compile.optimize(plain(), COMPILED_GATE, backend="eager"), **call)
+    for sequential in (False, True):
+        pipe = tgate_compile.load(plain(), exported_compiled(format, binding_times=True), sequential=sequential)
+        assert difference(run(pipe, **call), expected) < CLOSE
+        assert runs_of(pipe)["prelude"] == 1
 
 
 # Without PyTorch.

@@ -361,10 +361,10 @@ def test_noise_is_normal_and_the_seeds_own() -> None:
     """
     first, again, second, last = (np.array(one) for one in run_in_node(script, None))
     assert (first == again).all()
-    for noise in (first, second, last):
-        assert abs(noise.mean()) < 0.03
-        assert abs(noise.std() - 1) < 0.02
-        assert abs((np.abs(noise) < 1).mean() - 0.6827) < 0.015
+    for values in (first, second, last):
+        assert abs(values.mean()) < 0.03
+        assert abs(values.std() - 1) < 0.02
+        assert abs((np.abs(values) < 1).mean() - 0.6827) < 0.015
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
 
 
