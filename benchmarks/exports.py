@@ -123,7 +123,9 @@ def demo(dtype: torch.dtype) -> Any:
 def export(name: str, folder: Path, dtype: torch.dtype, *, dynamic: bool) -> float:
     print(f"exporting {name}", flush=True)
     pipe = tgate_compile.optimize(demo(dtype), GATE, backend="eager")
-    return timed(lambda: tgate_compile.export(pipe, folder, name, call=CALL, dynamic=dynamic, overwrite=True))
+    # In one piece, to compare graphs with those of `optimize`.
+    options = {"dynamic": dynamic, "overwrite": True, "binding_times": False}
+    return timed(lambda: tgate_compile.export(pipe, folder, name, call=CALL, **options))
 
 
 def sizes(folder: Path) -> dict[str, int]:

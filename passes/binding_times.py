@@ -114,8 +114,8 @@ def split_by_binding(variant: Variant, roles: Mapping[str, Binding]) -> SplitVar
 
     in_order = [node for node in graph.nodes if node in of_prompt]
     names = {**_named(in_order, "prelude"), **_named(of_timestep, "table")}
-    prelude = _part(variant, names, in_order, {})
-    table = _part(variant, names, of_timestep, {node: names[node] for node in in_order})
+    prelude = _part(variant, names, in_order, {}, roles)
+    table = _part(variant, names, of_timestep, {node: names[node] for node in in_order}, roles)
     split = SplitVariant(prelude, table, _step(variant, {node: names[node] for node in crossing}))
     logger.debug(
         "split the %s graph: %d values of the prompt, %d of the timestep",
@@ -345,12 +345,17 @@ def _named(nodes: Iterable[Node], prefix: str) -> dict[Node, str]:
 
 
 def _part(
-    variant: Variant, names: Mapping[Node, str], results: Sequence[Node], given: Mapping[Node, str]
+    variant: Variant,
+    names: Mapping[Node, str],
+    results: Sequence[Node],
+    given: Mapping[Node, str],
+    roles: Mapping[str, Binding],
 ) -> EarlyVariant | None:
     """Return the part of `variant` that computes `results`, with the values of `given` as inputs; None if empty."""
     if not results:
         return None
-    program = _extract(variant, given, results)
+    prefers = [name for name in variant.inputs if roles.get(name, "latents") != "latents"]
+    program = _extract(variant, given, results, prefers)
     inputs = tuple(program.graph_signature.user_inputs)
     return EarlyVariant(variant.phase, program, inputs, (), (), tuple(names[node] for node in results))
 
@@ -363,10 +368,13 @@ def _step(variant: Variant, given: Mapping[Node, str]) -> Variant:
     return Variant(variant.phase, program, inputs, variant.reused, variant.emitted)
 
 
-def _extract(variant: Variant, given: Mapping[Node, str], results: Sequence[Node]) -> ExportedProgram:
+def _extract(
+    variant: Variant, given: Mapping[Node, str], results: Sequence[Node], prefers: Collection[str] = ()
+) -> ExportedProgram:
     """Return the program that computes `results` from the inputs of `variant` and the values of `given`.
 
-    The values of `given` are inputs under these names, between the inputs of the denoiser's call and the caches.
+    The values of `given` are inputs under these names, between the inputs of the denoiser's call and the caches. Sizes
+    are read from an input that is used anyway, or one that `prefers` names, if it has them.
     """
     graph_module = copy_graph(variant.program.graph_module)
     graph = graph_module.graph
@@ -379,10 +387,34 @@ def _extract(variant: Variant, given: Mapping[Node, str], results: Sequence[Node
             last = graph.placeholder(name)
         last.meta["val"] = node.meta["val"]
         nodes[node.name].replace_all_uses_with(last, delete_user_cb=lambda user: user.op != "output")
+    if prefers:
+        _share_sizes(graph, prefers)
     remove_dead(graph_module)
     graph.lint()
     graph_module.recompile()
     return flat_program(variant.program, graph_module)
+
+
+def _share_sizes(graph: torch.fx.Graph, prefers: Collection[str]) -> None:
+    """Read each size from an input whose values are used, or else from one that `prefers` names, if it has that size.
+
+    Otherwise work on the timestep would take the latents, whose batch it needs.
+    """
+    live = set(_ancestors(outputs_of(graph)))
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    used = [
+        node for node in inputs if any(user in live and user.target is not aten.sym_size.int for user in node.users)
+    ]
+    sources: dict[str, tuple[Node, int]] = {}
+    for node in (*used, *(node for node in inputs if node.name in prefers)):
+        value = node.meta["val"]
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt):
+                sources.setdefault(str(size.node.expr), (node, dim))  # as a string: comparing it would fix it
+    for node in live:
+        value = node.meta.get("val")
+        if node.target is aten.sym_size.int and isinstance(value, torch.SymInt):
+            node.args = sources.get(str(value.node.expr), node.args)
 
 
 def verify_split(split: SplitVariant, variant: Variant, roles: Mapping[str, Binding]) -> None:

@@ -16,14 +16,16 @@ COMPILED_STEPS = 4
 COMPILED_GATE = 2
 
 
-def exported() -> Path:
-    """Return the bundle of `plain()` with a gate at step `GATE`; do not modify it."""
-    return made_once("onnx-bundle", lambda folder: _export(folder, "onnx", GATE, STEPS))
+def exported(*, binding_times: bool = True) -> Path:
+    """Return the bundle of `plain()` with a gate at step `GATE`, split by binding time or not; do not modify it."""
+    name = "onnx-bundle" if binding_times else "onnx-bundle-whole"
+    return made_once(name, lambda folder: _export(folder, "onnx", GATE, STEPS, binding_times))
 
 
-def exported_compiled(format: str) -> Path:
+def exported_compiled(format: str, *, binding_times: bool = False) -> Path:
     """Return the bundle of `plain()` in a format that takes most of a minute to export; do not modify it."""
-    return made_once(f"{format}-bundle", lambda folder: _export(folder, format, COMPILED_GATE, COMPILED_STEPS))
+    name = f"{format}-bundle" + "-split" * binding_times
+    return made_once(name, lambda folder: _export(folder, format, COMPILED_GATE, COMPILED_STEPS, binding_times))
 
 
 def plain() -> Any:
@@ -31,6 +33,7 @@ def plain() -> Any:
     return stable_diffusion(layout="small")
 
 
-def _export(folder: Path, format: Any, gate: int, steps: int) -> None:
+def _export(folder: Path, format: Any, gate: int, steps: int, binding_times: bool) -> None:
     pipe = tgate_compile.optimize(plain(), gate, backend="eager")
-    tgate_compile.export(pipe, folder, format, call={"prompt": "", "num_inference_steps": steps})
+    call = {"prompt": "", "num_inference_steps": steps}
+    tgate_compile.export(pipe, folder, format, call=call, binding_times=binding_times)

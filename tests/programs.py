@@ -56,6 +56,7 @@ def program(
     *,
     dynamic: bool | tuple[str, ...] = ("batch",),
     call: tuple[tuple[str, Any], ...] = (),
+    binding_times: bool = True,
     **schedule: Any,
 ) -> Path:
     """Return a pipeline's bundle; do not modify it."""
@@ -63,9 +64,16 @@ def program(
 
     def make(folder: Path) -> None:
         pipe = tgate_compile.optimize(PIPELINES[name](), **({"gate_step": GATE} | schedule), backend="eager")
-        tgate_compile.export(pipe, folder, call=given, dynamic=dynamic, components="all")  # type: ignore[arg-type]
+        tgate_compile.export(
+            pipe,
+            folder,
+            call=given,
+            dynamic=dynamic,  # type: ignore[arg-type]
+            components="all",
+            binding_times=binding_times,
+        )
 
-    options = hashlib.sha256(repr((dynamic, call, sorted(schedule.items()))).encode()).hexdigest()
+    options = hashlib.sha256(repr((dynamic, call, binding_times, sorted(schedule.items()))).encode()).hexdigest()
     return made_once(f"program-{name}-{options[:8]}", make)
 
 

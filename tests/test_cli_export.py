@@ -69,7 +69,7 @@ def test_inspect() -> None:
     bundle = exported()
     result = run(app, ["inspect", str(bundle)])
     assert result.exit_code == 0, result.output
-    for part in ("StableDiffusionPipeline", "gate step 3", "FFFppp", "graphs/weights.bin", "verified: 3 files"):
+    for part in ("StableDiffusionPipeline", "gate step 3", "FFFppp", "graphs/weights.bin", "verified: 6 files"):
         assert part in result.stdout
     told = json.loads(run(app, ["inspect", str(bundle), "--json"]).stdout)
     assert told["verified"] is True

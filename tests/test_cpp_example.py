@@ -25,8 +25,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built("cpp", tmp_path_factory.mktemp("cpp"), options)
 
 
-def test_the_loop_in_cpp(program: Path, tmp_path: Path) -> None:
-    assert_same_latents(program, exported_compiled("aoti"), tmp_path)
+@pytest.mark.parametrize("binding_times", [False, True])
+def test_the_loop_in_cpp(program: Path, binding_times: bool, tmp_path: Path) -> None:
+    assert_same_latents(program, exported_compiled("aoti", binding_times=binding_times), tmp_path)
 
 
 def test_another_scheduler(program: Path, tmp_path: Path) -> None:

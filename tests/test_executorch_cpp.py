@@ -34,8 +34,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.heavy
-def test_the_loop_in_cpp(program: Path, tmp_path: Path) -> None:
-    assert_same_latents(program, exported_compiled("executorch"), tmp_path)
+@pytest.mark.parametrize("binding_times", [False, True])
+def test_the_loop_in_cpp(program: Path, binding_times: bool, tmp_path: Path) -> None:
+    assert_same_latents(program, exported_compiled("executorch", binding_times=binding_times), tmp_path)
 
 
 def test_wrong_arguments(program: Path, tmp_path: Path) -> None:

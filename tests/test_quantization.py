@@ -32,6 +32,8 @@ from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.onnx.quantize import quantized_by_block, quantized_by_channel
 from tgate_compile.runtime import BundlePipeline
 
+#: The graphs of the bundle.
+GRAPHS = ["full-prelude", "full-table", "full", "pruned-table", "pruned"]
 #: The largest difference of the latents, relative to their largest value. Random weights are the worst case: 8 bits of
 #: a channel are off by 0.4 % of its largest weight, and 4 bits of a block by 7 %. Measured: about half of these.
 FAR = {"int8": 0.03, "int4": 0.3, "int8-dynamic": 0.06, "int8-static": 0.2}
@@ -72,7 +74,7 @@ def test_a_scheme(scheme: str) -> None:
     manifest = manifest_of(folder)
     assert manifest.quantization is not None
     assert manifest.quantization.scheme == scheme
-    assert manifest.quantization.graphs == ["full", "pruned"]
+    assert manifest.quantization.graphs == GRAPHS
     assert manifest.quantization.keep == list(SKIPPED)
     assert manifest.denoiser.weights_digest == manifest_of(exported()).denoiser.weights_digest
 
@@ -110,8 +112,7 @@ def test_calibration_sees_both_sides_of_the_gate() -> None:
     assert quantization.calibration.prompts == list(PROMPTS)
     # The first and the last step of each graph in both generations.
     assert quantization.calibration.steps == {
-        "full": [0, GATE - 1] * len(PROMPTS),
-        "pruned": [GATE, STEPS - 1] * len(PROMPTS),
+        name: ([0, GATE - 1] if name.startswith("full") else [GATE, STEPS - 1]) * len(PROMPTS) for name in GRAPHS
     }
 
 
@@ -136,7 +137,7 @@ def test_the_pruned_graph_alone(tmp_path: Path) -> None:
     folder = tgate_compile.export(pipe, tmp_path / "b", call=call, dynamic=False, quantize=quantize | {"skip": []})
     manifest = manifest_of(folder)
     assert manifest.quantization is not None
-    assert manifest.quantization.graphs == ["pruned"]
+    assert manifest.quantization.graphs == ["pruned-table", "pruned"]
     full, pruned = manifest.graphs["full"].parity, manifest.graphs["pruned"].parity
     assert full is not None
     assert pruned is not None
@@ -155,7 +156,7 @@ def test_a_program_in_8_bits(tmp_path: Path) -> None:
     assert psnr(*images) > 35  # 8-bit pixels alone give 59 dB; random weights amplify errors
     assert not np.array_equal(*images)
     told = CliRunner().invoke(app, ["inspect", str(folder)])
-    assert "quantized: int8 in full, pruned, except conv_in" in told.output
+    assert f"quantized: int8 in {', '.join(GRAPHS)}, except conv_in" in told.output
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 7), (8, 1)])

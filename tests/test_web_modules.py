@@ -19,15 +19,19 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from tests.javascript import SITE, run_in_node
-from tests.programs import pixart_with_text, program
+from tests.programs import noise, pixart_with_text, program, psnr
 from tests.test_runtime_schedulers import BETAS, LATENT_DIFFUSION, OPTIONS
+from tests.tiny_pipelines import PROMPT, SIZE
 from tgate_compile import load_demo_pipeline
 from tgate_compile._demo import DEMO_VARIANTS
+from tgate_compile._errors import ConfigurationError
+from tgate_compile._web.site import runtime_files
 from tgate_compile.bundle.manifest import phase_spec, plain_config
 from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.read_manifest import shape_at
 from tgate_compile.methods.pab import PAB
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.runtime import BundlePipeline
 
 SHAPE = (1, 4, 4, 4)
 STEPS = (1, 7, 15, 25)
@@ -237,7 +241,7 @@ def manifest() -> dict[str, Any]:
     ("where", "value", "said"),
     [
         (["format"], "other", "not a bundle of tgate_compile"),
-        (["schema_version"], 2, "schema version 2, but this page reads versions up to 1"),
+        (["schema_version"], 3, "schema version 3, but this page reads versions up to 2"),
         (["schema_version"], None, "schema version null"),
         (["graph_format"], "aoti", 'format "aoti", but browsers run only "onnx"'),
         (["components"], None, "--components all"),
@@ -247,6 +251,9 @@ def manifest() -> dict[str, Any]:
         (["components", "arguments", "sample"], "magic", 'needs "magic"'),
         (["graphs", "pruned", "cache_inputs", 0, "dtype"], "float8_e5m2", "float8_e5m2, which browsers do not support"),
         (["graphs", "full", "inputs", 0, "shape", 0], 4, "several images at a time"),
+        (["graphs", "full", "early_inputs", 0, "dtype"], "bfloat16", "bfloat16, which browsers do not support"),
+        (["graphs", "full", "early_inputs", 0, "graph"], "pruned", "from pruned, which does not provide it"),
+        (["graphs", "full", "early_inputs", 0, "name"], "other", "takes other from full-table, which does not"),
         (["graphs", "full", "file"], "graphs/other.onnx", "does not list it in"),
         (["scheduler", "class_name"], "LCMScheduler", "LCMScheduler, which this page does not support"),
         (["scheduler", "config", "use_beta_sigmas"], True, "use_beta_sigmas=true, only with false"),
@@ -354,10 +361,10 @@ def test_noise_is_normal_and_the_seeds_own() -> None:
     """
     first, again, second, last = (np.array(one) for one in run_in_node(script, None))
     assert (first == again).all()
-    for noise in (first, second, last):
-        assert abs(noise.mean()) < 0.03
-        assert abs(noise.std() - 1) < 0.02
-        assert abs((np.abs(noise) < 1).mean() - 0.6827) < 0.015
+    for values in (first, second, last):
+        assert abs(values.mean()) < 0.03
+        assert abs(values.std() - 1) < 0.02
+        assert abs((np.abs(values) < 1).mean() - 0.6827) < 0.015
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
 
 
@@ -370,3 +377,47 @@ def test_the_pages_files_are_plain() -> None:
             continue
         assert "http://" not in text.replace("http://www.w3.org/2000/svg", ""), path
         assert "https://" not in text, path
+
+
+RUN_BUNDLES = """
+const { readFile } = await import("node:fs/promises");
+const { BundlePipeline } = await import("./pipeline.js");
+globalThis.fetch = async (url) => new Response(await readFile(new URL(url))); // Node.js does not fetch files
+const made = [];
+for (const bundle of given.bundles) {
+  for (const sequential of [false, true]) {
+    const pipe = await BundlePipeline.open(bundle, { runtime: given.runtime, sequential, from: import.meta.url });
+    for (const plain of [false, true]) {
+      const call = { prompt: given.prompt, latents: given.latents, plain };
+      const { pixels, strip } = await pipe.generate(call);
+      made.push({ pixels: Array.from(pixels), strip });
+    }
+  }
+}
+return made;
+"""
+
+
+@pytest.mark.heavy
+def test_bundles_whose_graphs_are_split_and_whole() -> None:
+    """All combinations of split and whole graphs, and of one graph at a time and all of them, make the same images."""
+    try:
+        runtime = next(iter(runtime_files().values())).parent
+    except ConfigurationError as error:
+        pytest.skip(f"no ONNX Runtime for browsers: {error}")
+    latents = noise()
+    bundles = [program(), program(binding_times=False)]
+    given = {
+        "bundles": [f"{bundle.as_uri()}/" for bundle in bundles],
+        "runtime": f"{runtime.as_uri()}/",
+        "prompt": PROMPT,
+        "latents": latents.ravel().tolist(),
+    }
+    made = run_in_node(RUN_BUNDLES, given)
+    assert [each["strip"] for each in made] == ["FFFppp", "FFFFFF"] * 4
+    pipe = BundlePipeline(bundles[1], threads=1)
+    for position, gate in enumerate((None, 6)):
+        expected = pipe(PROMPT, latents=latents, output="numpy", gate_step=gate)
+        for each in made[position::2]:
+            image = np.reshape(each["pixels"], (SIZE, SIZE, 4))[..., :3] / 255
+            assert psnr(image, np.round(np.asarray(expected) * 255) / 255) > 60

@@ -63,6 +63,8 @@ class FormatEntry:
         also: other backends that `load` accepts, each with the format whose functions open the graphs for it.
         quantized_weights: whether it accepts weights that torchao has quantized.
         schemes: the quantization schemes that it supports; if there are any, its functions are a `QuantizingFormat`.
+        splits: whether `export` splits its graphs by binding time unless the user decides: it saves memory where one
+            graph at a time is open.
         components: the module that writes text encoders, tokenizers and VAE decoders in this format, if there is one.
     """
 
@@ -77,6 +79,7 @@ class FormatEntry:
     also: Mapping[str, str] = field(default_factory=dict)
     quantized_weights: bool = True
     schemes: tuple[str, ...] = ()
+    splits: bool = False
     components: str | None = None
 
 

@@ -15,7 +15,7 @@ struct Manifest: Decodable {
     struct CacheOutput: Decodable { let name: String, kind: String, site: String, merged: Bool }
     struct Phase: Decodable { let guided: Bool, emit: [String], merge: [String] }
     struct Graph: Decodable {
-        let file: String, entry: String
+        let file: String, entry: String, stage: String?
         let inputs: [Spec], cache_inputs: [CacheInput], outputs: [Spec], cache_outputs: [CacheOutput]
     }
     struct Step: Decodable { let graph: String, phase: Phase }
@@ -40,6 +40,8 @@ final class Denoiser {
     init(bundle: URL, compiledPackage: URL) throws {
         let json = try Data(contentsOf: bundle.appendingPathComponent("manifest.json"))
         manifest = try JSONDecoder().decode(Manifest.self, from: json)
+        // A bundle that was exported with binding_times=True has preludes and tables, which this example does not run.
+        precondition(manifest.graphs.values.allSatisfy { ($0.stage ?? "step") == "step" })
         package = compiledPackage
     }
 

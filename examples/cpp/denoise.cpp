@@ -60,22 +60,13 @@ class Weights {
   char* content_;
 };
 
-// Runs the graphs with AOTInductor's runtime, and keeps all of them in memory.
+// Runs the graphs with AOTInductor's runtime, and keeps those that have run in memory.
 class Aoti {
  public:
   using Tensor = at::Tensor;
 
-  Aoti(const std::string& bundle, const Json& manifest) : specs_(manifest["graphs"]), weights_(bundle) {
-    for (const Json& step : manifest["example"]["steps"].items()) {
-      const std::string name = step["graph"].text();
-      if (graphs_.count(name)) continue;
-      const Json& graph = specs_[name];
-      auto loader = std::make_unique<AOTIModelPackageLoader>(bundle + "/" + graph["file"].text(), graph["entry"].text());
-      auto constants = weights_.tensors(loader->get_constant_fqns());
-      loader->load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
-      graphs_.emplace(name, std::move(loader));
-    }
-  }
+  Aoti(const std::string& bundle, const Json& manifest)
+      : bundle_(bundle), specs_(manifest["graphs"]), weights_(bundle) {}
 
   std::vector<Tensor> run(const std::string& graph, std::vector<Tensor> inputs) {
     size_t position = 0;
@@ -83,7 +74,7 @@ class Aoti {
       inputs[position] = inputs[position].to(dtype_called(spec["dtype"].text())).contiguous();
       ++position;
     }
-    return graphs_.at(graph)->boxed_run(std::move(inputs));
+    return opened(graph).boxed_run(std::move(inputs));
   }
 
   static Tensor from(Array array) { return at::from_blob(array.data.data(), array.shape, at::kFloat).clone(); }
@@ -97,6 +88,18 @@ class Aoti {
   static Tensor sum(double a, const Tensor& x, double b, const Tensor& y) { return a * x + b * y; }
 
  private:
+  AOTIModelPackageLoader& opened(const std::string& name) {
+    if (!graphs_.count(name)) {
+      const Json& graph = specs_[name];
+      auto loader = std::make_unique<AOTIModelPackageLoader>(bundle_ + "/" + graph["file"].text(), graph["entry"].text());
+      auto constants = weights_.tensors(loader->get_constant_fqns());
+      loader->load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
+      graphs_.emplace(name, std::move(loader));
+    }
+    return *graphs_.at(name);
+  }
+
+  std::string bundle_;
   Json specs_;
   Weights weights_;
   std::map<std::string, std::unique_ptr<AOTIModelPackageLoader>> graphs_;

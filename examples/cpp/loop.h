@@ -1,4 +1,5 @@
-// A denoising loop with the graphs of a bundle, for any runtime: first the full graph, then the pruned graph.
+// A denoising loop with the graphs of a bundle, for any runtime: first the full graph, then the pruned graph, each after
+// its prelude and its table if it has them.
 // docs/bundle.md explains the contents of a bundle. The scheduler is DDIM without noise.
 //
 //     denoise BUNDLE INPUTS GUIDANCE_SCALE OUT.npy
@@ -38,8 +39,9 @@ class Denoiser {
  public:
   using Tensor = typename Runtime::Tensor;
 
-  explicit Denoiser(const std::string& bundle)
-      : manifest_(Json::read(bundle + "/manifest.json")), runtime_(bundle, manifest_) {
+  // `timesteps` are those of the steps to come, for which the rows of tables are computed together.
+  Denoiser(const std::string& bundle, std::vector<float> timesteps)
+      : manifest_(Json::read(bundle + "/manifest.json")), runtime_(bundle, manifest_), timesteps_(std::move(timesteps)) {
     const Json& family = manifest_["family"];
     for (const char* key : {"calls", "interleaved", "repeated", "shared"})
       if (!family[key].items().empty()) throw std::runtime_error(std::string("not in this example: family.") + key);
@@ -61,17 +63,9 @@ class Denoiser {
     const bool guided = step["phase"]["guided"].is_true();
     const bool halved = guided_ && !guided;
 
-    std::vector<Tensor> inputs;
-    for (const Json& spec : graph["inputs"].items()) {
-      const std::string& input = spec["name"].text();
-      if (input == this->latents()) {
-        inputs.push_back(guided ? Runtime::twice(latents) : latents);
-      } else if (input == "timestep") {
-        inputs.push_back(Runtime::from({{}, {timestep}}));
-      } else {
-        inputs.push_back(halved ? Runtime::half(arguments.at(input), kept_half_) : arguments.at(input));
-      }
-    }
+    run_early(name, number, latents, timestep, arguments);
+    std::vector<Tensor> inputs = own_inputs(graph, number, latents, timestep, arguments);
+    for (const Json& spec : listed(graph, "early_inputs")) inputs.push_back(early_value(spec["name"].text(), timestep));
     for (const Json& spec : graph["cache_inputs"].items()) {
       const Cache& cache = caches_.at({spec["kind"].text(), spec["site"].text()});
       inputs.push_back(halved && cache.has_halves ? Runtime::half(cache.value, kept_half_) : cache.value);
@@ -102,8 +96,80 @@ class Denoiser {
     return found;
   }
 
+  // Returns the list `key` of a graph, which is missing in bundles of schema version 1.
+  static std::vector<Json> listed(const Json& graph, const std::string& key) {
+    return graph.members().count(key) ? graph[key].items() : std::vector<Json>();
+  }
+
+  // Returns those of a graph's inputs that are arguments of the denoiser, for step `number`.
+  std::vector<Tensor> own_inputs(const Json& graph, size_t number, const Tensor& latents, float timestep,
+                                 const std::map<std::string, Tensor>& arguments) {
+    const bool guided = steps()[number]["phase"]["guided"].is_true();
+    std::vector<Tensor> inputs;
+    for (const Json& spec : graph["inputs"].items()) {
+      const std::string& input = spec["name"].text();
+      if (input == this->latents()) {
+        inputs.push_back(guided ? Runtime::twice(latents) : latents);
+      } else if (input == "timestep") {
+        inputs.push_back(Runtime::from({{}, {timestep}}));
+      } else {
+        inputs.push_back(guided_ && !guided ? Runtime::half(arguments.at(input), kept_half_) : arguments.at(input));
+      }
+    }
+    return inputs;
+  }
+
+  // Runs the prelude and the table of the graph `name`, unless their values are known. When the graph is first needed, the
+  // prelude runs once, and the table runs for each timestep that the graph serves, so that a runtime with one graph at a
+  // time in memory loads each part once.
+  void run_early(const std::string& name, size_t number, const Tensor& latents, float timestep,
+                 const std::map<std::string, Tensor>& arguments) {
+    if (early_name_ != name) {
+      early_.clear();  // this example returns to no graph, so these values are not needed any more
+      rows_.clear();
+      early_name_ = name;
+    }
+    for (const std::string stage : {"prelude", "table"}) {
+      const std::string part = part_of(name, stage);
+      if (part.empty() || (stage == "prelude" ? !early_.empty() : rows_.count(timestep) > 0)) continue;
+      std::set<float> times = {timestep};
+      if (stage == "table")
+        for (size_t i = number; i < steps().size() && i < timesteps_.size(); ++i)
+          if (steps()[i]["graph"].text() == name) times.insert(timesteps_[i]);
+      const Json& graph = manifest_["graphs"][part];
+      for (const float time : times) {
+        std::vector<Tensor> inputs = own_inputs(graph, number, latents, time, arguments);
+        for (const Json& spec : listed(graph, "early_inputs")) inputs.push_back(early_.at(spec["name"].text()));
+        const std::vector<Tensor> outputs = runtime_.run(part, std::move(inputs));
+        size_t position = 0;
+        for (const Json& spec : graph["outputs"].items())
+          (stage == "table" ? rows_[time] : early_)[spec["name"].text()] = outputs[position++];
+      }
+    }
+  }
+
+  const Tensor& early_value(const std::string& name, float timestep) const {
+    const auto found = early_.find(name);
+    return found == early_.end() ? rows_.at(timestep).at(name) : found->second;
+  }
+
+  // Returns the prelude or the table of the graph `name`, directly or through its table; empty if there is none.
+  std::string part_of(const std::string& name, const std::string& stage) const {
+    for (const Json& spec : listed(manifest_["graphs"][name], "early_inputs")) {
+      const std::string part = spec["graph"].text();
+      if (manifest_["graphs"][part]["stage"].text() == stage) return part;
+      const std::string before = part_of(part, stage);
+      if (!before.empty()) return before;
+    }
+    return "";
+  }
+
   Json manifest_;
   Runtime runtime_;
+  std::vector<float> timesteps_;
+  std::string early_name_;  // the graph that the next two belong to
+  std::map<std::string, Tensor> early_;  // the values of its prelude
+  std::map<float, std::map<std::string, Tensor>> rows_;  // the values of its table, by timestep
   std::map<std::pair<std::string, std::string>, Cache> caches_;  // by kind and site
   int kept_half_ = 0, cond_half_ = 1;
   bool guided_ = false;
@@ -126,7 +192,8 @@ typename Runtime::Tensor ddim(const typename Runtime::Tensor& latents, const typ
 template <typename Runtime>
 void denoise(const std::string& bundle, const std::string& inputs, double scale, const std::string& out) {
   using Tensor = typename Runtime::Tensor;
-  Denoiser<Runtime> denoiser(bundle);
+  const Array timesteps = read_npy(inputs + "/timesteps.npy"), alphas = read_npy(inputs + "/alphas.npy");
+  Denoiser<Runtime> denoiser(bundle, timesteps.data);
   const Json& manifest = denoiser.manifest();
   const std::string scheduler = manifest["scheduler"]["class_name"].text();
   if (scheduler != "DDIMScheduler")
@@ -134,7 +201,6 @@ void denoise(const std::string& bundle, const std::string& inputs, double scale,
                              "Export the bundle from a pipeline with that one.");
   const std::string prediction_type = manifest["scheduler"]["config"]["prediction_type"].text();
   Tensor latents = Runtime::from(read_npy(inputs + "/latents.npy"));
-  const Array timesteps = read_npy(inputs + "/timesteps.npy"), alphas = read_npy(inputs + "/alphas.npy");
   std::map<std::string, Tensor> arguments;
   for (const Json& argument : manifest["denoiser"]["arguments"].items()) {
     const std::string& name = argument.text();

@@ -21,8 +21,8 @@ class ExecuTorch {
         file_(bundle + "/" + specs_.members().begin()->second["file"].text()),
         program_(taken(et::Program::load(&file_, et::Program::Verification::InternalConsistency), "read the program")) {
     for (const auto& [name, graph] : specs_.members())
-      for (const char* key : {"inputs", "cache_inputs"})
-        for (const Json& spec : graph[key].items())
+      for (const char* key : {"inputs", "early_inputs", "cache_inputs"})
+        for (const Json& spec : graph.members().count(key) ? graph[key].items() : std::vector<Json>())
           if (spec["dtype"].text() != "float32") throw std::runtime_error("not in this example: " + spec["dtype"].text());
   }
 

@@ -24,6 +24,7 @@ FORMATS = (
         to_load=("onnx", "pydantic"),
         also={"openvino": "openvino"},
         schemes=("int8", "int4", "int8-dynamic", "int8-static"),
+        splits=True,
         components="tgate_compile.exports.onnx.components",
     ),
 )

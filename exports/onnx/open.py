@@ -192,6 +192,9 @@ class PiecewiseSession:
         try:
             open_session(path, self._settings(), [self.provider])
             model = onnx.load_model(path, load_external_data=False)
+            returned, expected = [value.name for value in model.graph.output], [spec.name for spec in outputs_of(graph)]
+            if returned != expected:
+                raise ValueError(f"it returns {returned}, expected {expected}")
             self._pieces = list(_pieces(model))
             self._taken = {value.name for piece in self._pieces for value in piece.graph.input}
         except Exception as error:  # ONNX Runtime's errors have no common base class

@@ -107,6 +107,8 @@ def multiply_integers(model: onnx_ir.Model, layer: onnx_ir.Node, weight: onnx_ir
         node.outputs[0].name = f"{result.name}.{what}"
     last = made[-1].outputs[0]
     last.shape, last.type = result.shape, result.type
+    if result.is_graph_output():
+        last.name, result.name = result.name, f"{result.name}.replaced"  # outputs keep their names
     model.graph.insert_before(layer, made)
     result.replace_all_uses_with(last, replace_graph_outputs=True)
     model.graph.remove(layer, safe=True)

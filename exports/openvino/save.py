@@ -13,6 +13,7 @@ import torch
 
 from tgate_compile._errors import BundleError, first_line
 from tgate_compile.bundle import manifest as m
+from tgate_compile.bundle import read_manifest
 from tgate_compile.bundle.calibration import Quantizing
 from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.manifest import TensorSpec
@@ -184,7 +185,7 @@ def write_quantized(
 
 def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
     """Raise BundleError unless the file of `graph` in the bundle at `root` is valid; its weights are not read."""
-    inputs, outputs = [*graph.inputs, *graph.cache_inputs], [*graph.outputs, *graph.cache_outputs]
+    inputs, outputs = read_manifest.inputs_of(graph), read_manifest.outputs_of(graph)
     check_ir(root / graph.file, inputs, outputs, manifest.files[m.WEIGHTS_FILE].size)
 
 

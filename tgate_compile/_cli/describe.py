@@ -181,9 +181,10 @@ def _print_components(components: Components) -> None:
 
 
 def _cells(graph: Graph) -> list[str]:
-    inputs = "\n".join(
-        f"{spec.name} {spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}" for spec in graph.inputs
-    )
+    lines = [f"{spec.name} {spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}" for spec in graph.inputs]
+    early = Counter(spec.graph for spec in graph.early_inputs)
+    lines += [f"{count} value{'s' * (count > 1)} of {name}" for name, count in early.items()]
+    inputs = "\n".join(lines)
     return [
         escape(inputs),
         f"{len(graph.cache_inputs)}, {len(graph.cache_outputs)}",

@@ -80,6 +80,13 @@ def export(
             help="An option of --quantize, such as skip or block; repeatable.",
         ),
     ] = None,
+    binding_times: Annotated[
+        bool | None,
+        typer.Option(
+            help="Split graphs into a prelude, a table and a step (see docs/guides/binding-times.md).",
+            show_default="where it saves memory",
+        ),
+    ] = None,
     image: options.Image,
     num_images: options.NumImages = 1,
     schedule: ScheduleOptions,
@@ -121,6 +128,7 @@ def export(
         format_options=format_options,
         components=components.value,
         quantize=quantization,
+        binding_times=binding_times,
         overwrite=force,
         progress=progress,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile.bundle.plan import PlannedGraph, argument_names, cache_name
+from tgate_compile.bundle.plan import PlannedGraph, argument_names, cache_name, inputs_of
 from tgate_compile.bundle.quantization import Quantization
 from tgate_compile.engine.backends import EagerBackend
 from tgate_compile.engine.call import Call
@@ -43,11 +43,11 @@ class Calibration:
 
     def inputs_of(self, planned: PlannedGraph) -> list[list[torch.Tensor]]:
         """Return the inputs of each recorded call, caches last, in the order and with the dtypes of `planned`."""
-        own = [value.dtype for value in planned.example_inputs]
-        dtypes = [*own, *(site.cache_dtype for site in planned.variant.reused)]
+        dtypes = [node.meta["val"].dtype for node in inputs_of(planned)]
+        every = [{**call.inputs, **planned.early_values(call.inputs)} for call in self.calls[planned.variant.phase]]
         return [
-            [call.inputs[name].cpu().to(dtype) for name, dtype in zip(planned.input_names, dtypes, strict=True)]
-            for call in self.calls[planned.variant.phase]
+            [values[name].cpu().to(dtype) for name, dtype in zip(planned.input_names, dtypes, strict=True)]
+            for values in every
         ]
 
     def steps_of(self, planned: PlannedGraph) -> list[int]:

@@ -1,4 +1,4 @@
-"""Describe how pipelines compute the arguments of their denoiser from a prompt, with one row per pipeline class."""
+"""Describe the arguments of denoisers: how often they change, and how pipelines compute them from a prompt."""
 
 from __future__ import annotations
 
@@ -10,6 +10,42 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile.bundle.manifest import Source
+from tgate_compile.passes.graphs import Binding
+
+#: The names that denoisers have for their timestep.
+TIMESTEPS = ("timestep", "timesteps", "t")
+
+#: The arguments, by their names in bundles, that stay the same for a generation. `engine/halves.py` knows more names,
+#: but a running pipeline compares arguments with those of the call before; other runtimes may rely on this list.
+FIXED = frozenset(
+    {
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "encoder_hidden_states_t5",
+        "encoder_hidden_states_image",
+        "text_embedding_mask",
+        "text_embedding_mask_t5",
+        "pooled_projections",
+        "guidance",
+        "timestep_cond",
+        "image_meta_size",
+        "style",
+        "img_ids",
+        "txt_ids",
+        "added_cond_kwargs.text_embeds",
+        "added_cond_kwargs.time_ids",
+        "added_cond_kwargs.resolution",
+        "added_cond_kwargs.aspect_ratio",
+    }
+)
+
+
+def binding_in_bundle(name: str) -> Binding:
+    """Return how often the argument called `name` in a bundle changes; at every call unless it is certain."""
+    if name in FIXED:
+        return "prompt"
+    return "timestep" if name in TIMESTEPS else "latents"
+
 
 #: Arguments of the pipeline's call that change how a prompt or the latents are processed, which the runtime lacks.
 LEFT_OUT = (

@@ -49,6 +49,7 @@ def export(
     format_options: Mapping[str, object] | None = None,
     components: Literal["denoiser", "all"] = "denoiser",
     quantize: Scheme | Mapping[str, object] | None = None,
+    binding_times: bool | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -78,6 +79,9 @@ def export(
         quantize: store the weights of the graphs, or compute, in fewer bits: `"int8"` (weights only), another scheme,
             or a mapping with a `scheme` and further settings. `docs/guides/edge.md` describes the schemes and their
             costs. The text encoders and the VAE are not quantized.
+        binding_times: split each graph by how often its values change: a prelude that runs once per generation, a table
+            that runs once per timestep, and the step (`docs/guides/binding-times.md`). A runtime that keeps only one
+            graph open at a time then needs less memory. None means only in the format `onnx`, where it was measured.
         overwrite: replace the bundle that is in `folder`.
         progress: called with a line of text at the start of each stage. By default, the stages are shown on stderr,
             unless the progress bars of diffusers are disabled (`diffusers.utils.logging.disable_progress_bar()`) or
@@ -104,6 +108,9 @@ def export(
     free = _free(dynamic, format)
     if components not in COMPONENTS:
         raise ConfigurationError(f"components must be {' or '.join(map(repr, COMPONENTS))}, but got {components!r}.")
+    if binding_times not in (True, False, None):
+        raise ConfigurationError(f"binding_times must be True, False or None, but got {binding_times!r}.")
+    split = FORMATS[format].splits if binding_times is None else binding_times
     state = required_state_of(pipe)
     pipeline = state.pipeline_class.__name__
     if len(state.hooks) > 1:
@@ -184,6 +191,7 @@ def export(
             graph_format=format,
             options=options,
             free=free,
+            split=split,
             components=request,
             quantization=quantization,
             call=call,

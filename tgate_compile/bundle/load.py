@@ -129,7 +129,7 @@ def _serve(
         state_of_denoiser,
         what_differs,
     )
-    from tgate_compile.bundle.manifest import warn_of_alternation
+    from tgate_compile.bundle.plan_rows import warn_of_alternation
     from tgate_compile.bundle.store import BundleStore
     from tgate_compile.bundle.weights import weights_digest
 

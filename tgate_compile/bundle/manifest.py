@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
@@ -16,7 +14,8 @@ from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import Scheme
 from tgate_compile.methods.method import Half, Kind, Phase
 
-SCHEMA_VERSION = 1
+#: Version 2 has graphs that are split by binding time. Bundles without these are still written as version 1.
+SCHEMA_VERSION = 2
 
 MANIFEST_FILE = "manifest.json"
 GRAPHS_FOLDER = "graphs"
@@ -43,6 +42,8 @@ Name = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Measured = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+#: How often an argument changes, as in `passes/graphs.py`, which needs PyTorch.
+Binding = Literal["prompt", "timestep", "latents"]
 #: An argument of the denoiser that is not a tensor.
 Constant = None | bool | int | float | str
 #: A number or an expression, such as `4`, `2*b` or `16*h*w`.
@@ -69,6 +70,12 @@ class TensorSpec(_Strict):
     name: Name
     dtype: Dtype
     shape: list[Size] = Field(description="Numbers, and expressions in the manifest's free sizes.")
+
+
+class EarlyInput(TensorSpec):
+    """A value that a prelude or a table returns under the same name."""
+
+    graph: Name = Field(description="The prelude or the table.")
 
 
 class CacheOutput(TensorSpec):
@@ -143,6 +150,10 @@ class Facts(_Strict):
     macs_total: Count = Field(description="The same, including the matrix products of attention.")
 
 
+#: The parts of a graph that is split by binding time.
+Stage = Literal["prelude", "table", "step"]
+
+
 class Graph(_Strict):
     """A graph of the denoiser. ONNX files take their weights from the bundle's weights file."""
 
@@ -151,9 +162,16 @@ class Graph(_Strict):
         description="The name of the graph in a file with several; null if the file has only one."
     )
     phase: PhaseSpec
+    stage: Stage = Field(
+        default="step",
+        description="prelude: it runs once per generation; table: once per timestep; step: in each step of its phase.",
+    )
     inputs: list[TensorSpec] = Field(description="The arguments of the denoiser that the graph uses.")
+    early_inputs: list[EarlyInput] = Field(
+        default_factory=list, description="The inputs that follow these: values of a prelude or a table."
+    )
     cache_inputs: list[CacheInput] = Field(description="The inputs that follow these.")
-    outputs: list[TensorSpec] = Field(description="The outputs of the denoiser.")
+    outputs: list[TensorSpec] = Field(description="The outputs of the denoiser, or the values of a prelude or a table.")
     cache_outputs: list[CacheOutput] = Field(description="The outputs that follow these.")
     parity: Parity | None = Field(description="Null if the graph could not be run where it was written.")
     facts: Facts
@@ -232,6 +250,11 @@ class Denoiser(_Strict):
     )
     arguments: list[Name] = Field(description="The tensors that the pipeline calls the denoiser with, used or not.")
     latents: Name = Field(description="The one of these that carries the latents.")
+    bindings: dict[Name, Binding] = Field(
+        default_factory=dict,
+        description="How often each of these changes: with the prompt, with the timestep, or at every call, like the "
+        "latents. Empty if no graph is split by binding time.",
+    )
     constants: dict[Name, Constant] = Field(description="The other arguments, whose values are fixed in the graphs.")
     returns: Returns
 
@@ -426,6 +449,11 @@ class Manifest(_Strict):
     files: dict[Name, File] = Field(description="Every file of the bundle except the manifest.")
 
 
+def is_split(graphs: Mapping[str, Graph]) -> bool:
+    """Return whether any of `graphs` is split by binding time."""
+    return any(graph.stage != "step" for graph in graphs.values())
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a manifest."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
@@ -439,27 +467,6 @@ def phase_spec(phase: Phase) -> PhaseSpec:
 def phase_of(spec: PhaseSpec) -> Phase:
     """Return the phase that `spec` describes."""
     return Phase(spec.guided, emit=frozenset(spec.emit), merge=frozenset(spec.merge), reuse=frozenset(spec.reuse))
-
-
-logger = logging.getLogger(__name__)
-
-
-def openings(graphs: Sequence[str]) -> int:
-    """Return how often a graph is opened in steps that run `graphs`, if only one graph is open at a time."""
-    return len(graphs[:1]) + sum(one != other for one, other in pairwise(graphs))
-
-
-def warn_of_alternation(manifest: Manifest) -> None:
-    """Log a warning if the schedule returns to a graph that it has left."""
-    steps = [step.graph for step in manifest.example.steps]
-    if openings(steps) > len(set(steps)):
-        logger.warning(
-            "With this schedule, a generation of %d steps opens a graph %d times if only one is open at a time "
-            "(sequential=True), and opening one takes longer than a step. A schedule that changes graphs only once, "
-            "such as T-GATE v1, does not have this cost.",
-            len(steps),
-            openings(steps),
-        )
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

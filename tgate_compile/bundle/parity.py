@@ -9,12 +9,13 @@ import torch
 
 from tgate_compile._errors import BackendError, BundleError
 from tgate_compile.bundle.formats import GraphFormat
-from tgate_compile.bundle.manifest import Deviation, Graph, Parity, TensorSpec
-from tgate_compile.bundle.plan import PlannedGraph, example_sizes, other_sizes
+from tgate_compile.bundle.manifest import Deviation, Graph, Parity
+from tgate_compile.bundle.plan import PlannedGraph, example_sizes, inputs_of, other_sizes, size_of, symbols_of
 from tgate_compile.bundle.read_manifest import shape_at
 from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.engine.capture import SYMBOLS
 from tgate_compile.engine.trust import TOLERANCES, coarsest, full_float32, relative_difference
+from tgate_compile.passes.graphs import shape_of
 
 #: The tolerance for quantized graphs: with 4 bits, outputs for random inputs differed by up to 0.51 while images had
 #: a PSNR of 42 dB to the float ones. A graph that returns only zeros differs by 1.
@@ -53,7 +54,7 @@ def measure_parity(
     dtypes: set[torch.dtype] = set()
     try:
         session = functions.open_graph(graph, folder, device, FRUGAL)
-        for sizes, inputs in _cases(planned, graph, limits, real if quantized else None):
+        for sizes, inputs in _cases(planned, limits, real if quantized else None):
             with torch.no_grad(), full_float32():
                 expected = eager(*planned.weights, *(tensor.to(own_device) for tensor in inputs))
             results = session.run([tensor.to(device) for tensor in inputs])
@@ -81,7 +82,6 @@ def measure_parity(
 
 def _cases(
     planned: PlannedGraph,
-    graph: Graph,
     limits: Mapping[str, tuple[int, int]],
     real: Sequence[Sequence[torch.Tensor]] | None,
 ) -> list[tuple[dict[str, int], list[torch.Tensor]]]:
@@ -89,7 +89,7 @@ def _cases(
     example = example_sizes(planned)
     if real is not None:
         return [(dict(example), list(inputs)) for inputs in (real[0], real[-1])]
-    return [(sizes, _random_inputs(planned, graph, sizes)) for sizes in _choices(example, limits)]
+    return [(sizes, _random_inputs(planned, sizes)) for sizes in _choices(example, limits)]
 
 
 def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
@@ -107,18 +107,25 @@ def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) 
     ]
 
 
-def _random_inputs(planned: PlannedGraph, graph: Graph, sizes: Mapping[str, int]) -> list[torch.Tensor]:
-    """Return normally distributed latents, text embeddings and caches; timesteps and masks are those of the call."""
+def _random_inputs(planned: PlannedGraph, sizes: Mapping[str, int]) -> list[torch.Tensor]:
+    """Return normally distributed latents, text embeddings and caches; timesteps and masks are those of the call.
+
+    Values of a prelude or a table are those that PyTorch computes from these inputs.
+    """
     generator = torch.Generator().manual_seed(0)
+    symbols = symbols_of(planned)
 
-    def random(spec: TensorSpec) -> torch.Tensor:
-        return torch.randn(shape_at(spec.shape, sizes), generator=generator).to(getattr(torch, spec.dtype))
+    def random(node: torch.fx.Node, given: object) -> torch.Tensor:
+        dtype = node.meta["val"].dtype
+        shape = shape_at([size_of(size, symbols) for size in shape_of(node)], sizes)
+        if isinstance(given, torch.Tensor) and not (given.is_floating_point() and given.ndim > 1):
+            return given.cpu()[:1].expand(shape).contiguous() if shape != tuple(given.shape) else given.cpu()
+        return torch.randn(shape, generator=generator).to(dtype)
 
-    def like(given: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        if given.is_floating_point() and given.ndim > 1:
-            return random(spec)
-        shape = shape_at(spec.shape, sizes)
-        return given.cpu()[:1].expand(shape).contiguous() if shape != tuple(given.shape) else given.cpu()
-
-    inputs = [like(given, spec) for given, spec in zip(planned.example_inputs, graph.inputs, strict=True)]
-    return [*inputs, *(random(spec) for spec in graph.cache_inputs)]
+    values: dict[str, torch.Tensor] = {}
+    for part in (planned, *planned.early):
+        for name, node in zip(part.input_names, inputs_of(part), strict=True):
+            if name not in part.early_names and name not in values:
+                values[name] = random(node, part.arguments.get(name))
+    values |= {name: value.cpu() for name, value in planned.early_values(values).items()}
+    return [values[name] for name in planned.input_names]

@@ -7,8 +7,8 @@ import logging
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -18,16 +18,29 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import BundleError, CaptureError, first_line
-from tgate_compile.bundle.manifest import CacheInput, CacheOutput, Facts, Graph, Returns, TensorSpec, phase_spec
-from tgate_compile.bundle.read_manifest import Size, shape_at
+from tgate_compile.bundle.component_recipes import TIMESTEPS, binding_in_bundle
+from tgate_compile.bundle.manifest import (
+    CacheInput,
+    CacheOutput,
+    Dtype,
+    EarlyInput,
+    Facts,
+    Graph,
+    Returns,
+    Stage,
+    TensorSpec,
+    phase_spec,
+)
+from tgate_compile.bundle.read_manifest import Size, names_in, shape_at, solvable_names
 from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import SYMBOLS, FreeSize, free_shapes
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import live_tensors
 from tgate_compile.methods.method import Kind, Phase
+from tgate_compile.passes.binding_times import EarlyVariant, split_by_binding
 from tgate_compile.passes.count_macs import count_macs
-from tgate_compile.passes.graphs import Captured, Emission, Site, Variant, outputs_of, shape_of
+from tgate_compile.passes.graphs import Captured, Emission, Site, Variant, copy_graph, outputs_of, shape_of
 from tgate_compile.pipeline.generation import Plan
 from tgate_compile.pipeline.hook import GatedDenoiser
 
@@ -49,42 +62,57 @@ def _key(step: Any) -> Any:
     return step.idx if isinstance(step, pytree.SequenceKey) else getattr(step, "key", None) or getattr(step, "name", "")
 
 
-#: The names that denoisers have for their timestep.
-TIMESTEPS = ("timestep", "timesteps", "t")
-
-
 @dataclass(frozen=True)
 class PlannedGraph:
-    """A variant to be written.
+    """A variant to be written, or a part of one.
 
     Attributes:
         name: the name of the graph and of its file.
         variant: the graph, with free sizes.
         captured: the captured program that the variant is derived from.
-        sized: the graph for the shapes of the example call only.
         arguments: the arguments of the denoiser's call, by name.
-        own_names: the names of the variant's inputs in the bundle, without caches.
+        names: the names of the arguments in the bundle, by those of the graph's inputs.
         weights: the weights of the variant, in its order; the denoiser's own tensors, not copies.
         units: see `FreeShapes`; empty if no size is free.
+        stage: whether it is the prelude or the table of a variant, or the step: the rest, or all of it.
+        early: the prelude and the table that return some of its inputs.
     """
 
     name: str
     variant: Variant
     captured: Captured
-    sized: Variant
     arguments: Mapping[str, object]
-    own_names: tuple[str, ...]
+    names: Mapping[str, str]
     weights: tuple[torch.Tensor, ...]
     units: Mapping[str, int]
+    stage: Stage = "step"
+    early: tuple[PlannedGraph, ...] = ()
+
+    @property
+    def parts(self) -> tuple[PlannedGraph, ...]:
+        """The graphs to write for it, in the order in which they run."""
+        return (*self.early, self)
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """The names in the bundle of the inputs that are arguments of the denoiser, which come first."""
+        return tuple(self.names[name] for name in self.variant.inputs if name in self.names)
+
+    @property
+    def early_names(self) -> tuple[str, ...]:
+        """The names of the inputs that `early` returns, which come next."""
+        return tuple(name for name in self.variant.inputs if name not in self.names)
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """The names of all inputs, caches last."""
-        return (*self.own_names, *(cache_name(site) for site in self.variant.reused))
+        return (*self.own_names, *self.early_names, *(cache_name(site) for site in self.variant.reused))
 
     @property
     def output_names(self) -> tuple[str, ...]:
         """The names of all outputs, caches last."""
+        if isinstance(self.variant, EarlyVariant):
+            return self.variant.outputs
         count = self.captured.out_spec.num_leaves
         own = ["out_sample", *(f"out_{i}" for i in range(1, count))]
         whole = {(emission.site.kind, emission.site.name) for emission in self.variant.emitted if not emission.merged}
@@ -92,18 +120,37 @@ class PlannedGraph:
 
     @property
     def latents(self) -> str:
-        """The input that carries the latents."""
-        return self.own_names[self.variant.inputs.index(self.captured.latents)]
+        """The argument that carries the latents."""
+        return self.names[self.captured.latents]
 
     @property
     def example_inputs(self) -> list[torch.Tensor]:
-        """The inputs of the example call, without caches."""
+        """The inputs of the example call that are arguments of the denoiser."""
         values = [self.arguments[name] for name in self.own_names]
         return [value for value in values if isinstance(value, torch.Tensor)]
 
+    def early_values(self, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what `early` computes from `known`, the arguments of a call by name; on the device of the weights."""
+        device = self.example_inputs[0].device
+        values: dict[str, torch.Tensor] = {}
+        for part in self.early:
+            dtypes = [node.meta["val"].dtype for node in inputs_of(part)]
+            given = [
+                {**known, **values}[name].to(device, dtype)
+                for name, dtype in zip(part.input_names, dtypes, strict=True)
+            ]
+            with torch.no_grad():
+                results = part.variant.program.graph_module(*part.weights, *given)
+            values |= zip(part.output_names, results, strict=True)
+        return values
 
-def planned_graphs(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
+
+def planned_graphs(
+    hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize], *, split: bool = False
+) -> dict[Phase, PlannedGraph]:
     """Return the graphs of `plan` with the free sizes `free`, by the phase that each serves.
+
+    With `split`, they are split by binding time as far as a bundle can represent the parts.
 
     Raises:
         CaptureError: torch.export finds that the denoiser's code depends on one of these sizes.
@@ -115,14 +162,14 @@ def planned_graphs(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) 
     graphs = {}
     for key, call in calls.items():
         served = [phase for phase, call_key in phases if call_key == key and phase not in graphs]
-        sized = [hook.store.variant(phase, call, hook.own_forward)[0] for phase in served]
         names = argument_names(call, hook.own_forward)
         call = _with_float_timestep(call, names)
         guided = {phase.guided for phase in served} == {True}
         shapes = free_shapes(hook.denoiser, hook.own_forward, call, hook.config.family, guided=guided, free=free)
         variants, captured = hook.store.free_variants(served, shapes.call, hook.own_forward, shapes.shapes)
-        for phase, variant, static in zip(served, variants, sized, strict=True):
-            graphs[phase] = _planned(variant, captured, static, call, names, live, shapes.units)
+        for phase, variant in zip(served, variants, strict=True):
+            planned = _planned(graph_name(phase), variant, captured, call, names, live, shapes.units)
+            graphs[phase] = _split(planned, live) if split else planned
     return {phase: graphs[phase] for phase, _ in phases}
 
 
@@ -156,26 +203,64 @@ def cache_name(site: Site) -> str:
 
 
 def _planned(
+    name: str,
     variant: Variant,
     captured: Captured,
-    sized: Variant,
     call: Call,
     names: tuple[str, ...],
     live: Mapping[str, torch.Tensor],
     units: Mapping[str, int],
 ) -> PlannedGraph:
-    constants = variant.program.constants
-    own = dict(zip(captured.input_names, names, strict=True))
     return PlannedGraph(
-        graph_name(variant.phase),
+        name,
         variant,
         captured,
-        sized,
         dict(zip(names, call.leaves, strict=True)),
-        tuple(own[name] for name in variant.inputs),
-        tuple(live[name] if name in live else constants[name] for name in variant.weights),
+        dict(zip(captured.input_names, names, strict=True)),
+        _weights_of(variant, live),
         units,
     )
+
+
+def _weights_of(variant: Variant, live: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    constants = variant.program.constants
+    return tuple(live[name] if name in live else constants[name] for name in variant.weights)
+
+
+def _split(whole: PlannedGraph, live: Mapping[str, torch.Tensor]) -> PlannedGraph:
+    """Return `whole` split by binding time, or unchanged if a bundle cannot represent the parts."""
+    roles = {name: binding_in_bundle(named) for name, named in whole.names.items()}
+    split = split_by_binding(whole.variant, roles)
+
+    def part(variant: Variant, stage: Stage, early: tuple[PlannedGraph, ...]) -> PlannedGraph:
+        name = whole.name if stage == "step" else f"{whole.name}-{stage}"
+        weights = _weights_of(variant, live)
+        return replace(whole, name=name, variant=variant, weights=weights, stage=stage, early=early)
+
+    early: tuple[PlannedGraph, ...] = ()
+    if split.prelude is not None:
+        early = (part(split.prelude, "prelude", ()),)
+    if split.table is not None:
+        taken = early if {name for each in early for name in each.output_names} & set(split.table.inputs) else ()
+        early = (*early, part(split.table, "table", taken))
+    problem = next((problem for each in early if (problem := _not_representable(each))), None)
+    if problem is not None:
+        logger.info("the %s graph is not split by binding time: %s", whole.name, problem)
+        return whole
+    return part(split.step, "step", early)
+
+
+def _not_representable(part: PlannedGraph) -> str | None:
+    """Return why a manifest cannot describe a prelude or a table; None if it can."""
+    symbols = symbols_of(part)
+    shapes = [[size_of(size, symbols) for size in shape_of(node)] for node in inputs_of(part)]
+    for name, node in zip(part.output_names, outputs_of(part.variant.program.graph), strict=True):
+        if dtype_name(node.meta["val"].dtype) not in get_args(Dtype):
+            return f"{name} is {node.meta['val'].dtype}"
+        unknown = names_in([size_of(size, symbols) for size in shape_of(node)]) - solvable_names(shapes)
+        if unknown:
+            return f"the inputs of {part.name} do not determine {', '.join(sorted(unknown))} in the shape of {name}"
+    return None
 
 
 def _emission_name(emission: Emission, whole: set[tuple[Kind, str]]) -> str:
@@ -197,17 +282,21 @@ def describe_graph(planned: PlannedGraph, file: str, entry: str | None, nodes: i
     inputs = [_spec(name, node, symbols) for name, node in zip(planned.input_names, placeholders, strict=True)]
     returns = outputs_of(program.graph)
     outputs = [_spec(name, node, symbols) for name, node in zip(planned.output_names, returns, strict=True)]
-    own, returned = len(variant.inputs), len(outputs) - len(variant.emitted)
+    own, given = len(planned.own_names), len(variant.inputs)
+    returned = len(outputs) - len(variant.emitted)
+    makers = {name: part.name for part in planned.early for name in part.output_names}
     parameters = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER]
-    macs = count_macs(planned.sized.program.graph)
+    macs = count_macs(_at_sizes(planned, example_sizes(planned)) if planned.units else program.graph)
     return Graph(
         file=file,
         entry=entry,
         phase=phase_spec(variant.phase),
+        stage=planned.stage,
         inputs=[TensorSpec(**spec) for spec in inputs[:own]],
+        early_inputs=[EarlyInput(**spec, graph=makers[spec["name"]]) for spec in inputs[own:given]],
         cache_inputs=[
             CacheInput(**spec, kind=site.kind, site=site.name)
-            for spec, site in zip(inputs[own:], variant.reused, strict=True)
+            for spec, site in zip(inputs[given:], variant.reused, strict=True)
         ],
         outputs=[TensorSpec(**spec) for spec in outputs[:returned]],
         cache_outputs=[
@@ -232,8 +321,8 @@ def inputs_of(planned: PlannedGraph) -> list[torch.fx.Node]:
 
 def symbols_of(planned: PlannedGraph) -> dict[sympy.Symbol, str]:
     """Return the manifest's names for the free sizes of the graph, by torch's symbols in the latents' shape."""
-    latents = inputs_of(planned)[planned.variant.inputs.index(planned.captured.latents)]
-    shape = shape_of(latents)
+    nodes = planned.captured.program.graph.nodes
+    shape = shape_of(next(node for node in nodes if node.name == planned.captured.latents))
     symbols: dict[sympy.Symbol, str] = {}
     for name in planned.units:
         size = shape[LATENTS_DIMENSION[name]]
@@ -262,29 +351,32 @@ logger = logging.getLogger(__name__)
 ATTEMPTS: tuple[tuple[FreeSize, ...], ...] = (("batch", "height", "width"), ("batch",))
 
 
-def choose_sizes(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize] | None) -> dict[Phase, PlannedGraph]:
+def choose_sizes(
+    hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize] | None, *, split: bool
+) -> dict[Phase, PlannedGraph]:
     """Return the graphs of `plan` with the free sizes `free`, after running them at other sizes than the call's.
 
     If `free` is None, as many sizes are free as the denoiser's code permits: batch, height and width, only the batch,
-    or none.
+    or none. With `split`, the graphs are split by binding time.
 
     Raises:
         CaptureError: the denoiser's code depends on one of `free`.
     """
     if free is not None:
-        return _checked(hook, plan, free)
+        return _checked(hook, plan, free, split=split)
     for attempt in ATTEMPTS:
         try:
-            return _checked(hook, plan, attempt)
+            return _checked(hook, plan, attempt, split=split)
         except CaptureError as error:
             sizes = ", ".join(attempt)
             logger.info("%s does not work with these free sizes: %s (%s)", type(hook.denoiser).__name__, sizes, error)
-    return planned_graphs(hook, plan, ())
+    return planned_graphs(hook, plan, (), split=split)
 
 
 def example_sizes(planned: PlannedGraph) -> dict[str, int]:
     """Return the values of the free sizes in the example call of `planned`."""
-    latents = planned.example_inputs[planned.own_names.index(planned.latents)]
+    latents = planned.arguments[planned.latents]
+    assert isinstance(latents, torch.Tensor)
     return {name: latents.shape[LATENTS_DIMENSION[name]] // unit for name, unit in planned.units.items()}
 
 
@@ -298,14 +390,14 @@ def other_sizes(example: Mapping[str, int]) -> dict[str, int]:
     return other
 
 
-def _checked(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize]) -> dict[Phase, PlannedGraph]:
-    graphs = planned_graphs(hook, plan, free)
-    for planned in graphs.values():
+def _checked(hook: GatedDenoiser, plan: Plan, free: Collection[FreeSize], *, split: bool) -> dict[Phase, PlannedGraph]:
+    graphs = planned_graphs(hook, plan, free, split=split)
+    for planned in (part for whole in graphs.values() for part in whole.parts):
         if planned.units:
             sizes = other_sizes(example_sizes(planned))
             try:
                 with _without_torch_log():
-                    _run_without_numbers(planned, sizes)
+                    _at_sizes(planned, sizes)
             except Exception as error:  # whatever an operator raises
                 shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
                 raise CaptureError(
@@ -327,11 +419,12 @@ def _without_torch_log() -> Iterator[None]:
         log.disabled = was
 
 
-def _run_without_numbers(planned: PlannedGraph, sizes: Mapping[str, int]) -> None:
-    """Run the graph on shapes only.
+def _at_sizes(planned: PlannedGraph, sizes: Mapping[str, int]) -> torch.fx.Graph:
+    """Return a copy of the graph with fake tensors of these sizes, after running it on shapes only.
 
     torch.export does not find every mistake: it permits adding a table of 16 positions to `h*w` values.
     """
+    graph_module = copy_graph(planned.variant.program.graph_module)
     symbols = symbols_of(planned)
     with torch.no_grad(), FakeTensorMode() as mode:
         weights = [mode.from_tensor(weight) for weight in planned.weights]
@@ -340,7 +433,16 @@ def _run_without_numbers(planned: PlannedGraph, sizes: Mapping[str, int]) -> Non
             value = node.meta["val"]
             shape = shape_at([size_of(size, symbols) for size in value.shape], sizes)
             inputs.append(torch.empty(shape, dtype=value.dtype, device=value.device))
-        planned.variant.program.graph_module(*weights, *inputs)
+        _Shapes(graph_module).run(*weights, *inputs)
+    return graph_module.graph
+
+
+class _Shapes(torch.fx.Interpreter):
+    """Runs a graph, and stores each node's result in its `meta["val"]`."""
+
+    def run_node(self, node: torch.fx.Node) -> Any:
+        result = node.meta["val"] = super().run_node(node)
+        return result
 
 
 def returns_of(spec: pytree.TreeSpec) -> Returns | None:

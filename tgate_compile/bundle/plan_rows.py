@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.bundle.manifest import Manifest, PlannedPhase, Plans, phase_of, phase_spec
@@ -90,7 +92,7 @@ def plan_for(
             return plan_from(plans, num_steps, guided=guided, gate_step=gate_step)  # type: ignore[arg-type]
     schedule = read_schedule(manifest.method.schedule)
     schedule = schedule if gate_step is None else replace(schedule, gate_step=gate_step)
-    graphs = {phase_of(graph.phase): name for name, graph in manifest.graphs.items()}
+    graphs = {phase_of(graph.phase): name for name, graph in manifest.graphs.items() if graph.stage == "step"}
     return [
         PlannedPhase(letter=phase.character, graph=graphs.get(schedule.graph_phase(phase)), phase=phase_spec(phase))
         for phase in schedule.plan(num_steps, guided=guided)
@@ -107,3 +109,24 @@ def _moved(schedule: Schedule, guided: bool) -> list[tuple[Phase, ...]] | None:
         if any(moved[gate].plan(n, guided=guided) != plans[gate][:n] for n in range(1, MAX_STEPS)):
             return None
     return plans
+
+
+logger = logging.getLogger(__name__)
+
+
+def openings(graphs: Sequence[str]) -> int:
+    """Return how often a graph is opened in steps that run `graphs`, if only one graph is open at a time."""
+    return len(graphs[:1]) + sum(one != other for one, other in pairwise(graphs))
+
+
+def warn_of_alternation(manifest: Manifest) -> None:
+    """Log a warning if the schedule returns to a graph that it has left."""
+    steps = [step.graph for step in manifest.example.steps]
+    if openings(steps) > len(set(steps)):
+        logger.warning(
+            "With this schedule, a generation of %d steps opens a graph %d times if only one is open at a time "
+            "(sequential=True), and opening one takes longer than a step. A schedule that changes graphs only once, "
+            "such as T-GATE v1, does not have this cost.",
+            len(steps),
+            openings(steps),
+        )

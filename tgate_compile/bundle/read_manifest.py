@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,9 +21,11 @@ from tgate_compile.bundle.manifest import (
     SCHEMA_VERSION,
     WEIGHTS_FILE,
     CacheOutput,
+    EarlyInput,
     File,
     Graph,
     Manifest,
+    Stage,
     TensorSpec,
     Wire,
 )
@@ -88,6 +90,17 @@ def solve(expected: Sequence[Sequence[Size]], given: Sequence[Sequence[int]]) ->
         return values if all(size_at(size, values) == number for size, number in pairs) else None
     except ValueError:
         return None
+
+
+def names_in(shape: Sequence[Size]) -> set[str]:
+    """Return the names in the sizes of `shape`."""
+    return {name for size in shape if isinstance(size, str) for name in re.findall(r"[a-z][a-z0-9_]*", size)}
+
+
+def solvable_names(shapes: Sequence[Sequence[Size]]) -> set[str]:
+    """Return the names whose values `solve` finds from tensors of these shapes."""
+    sizes = [size for shape in shapes for size in shape if isinstance(size, str)]
+    return {multiple[2] for size in sizes if (multiple := _MULTIPLE.fullmatch(size)) is not None}
 
 
 def nearest_multiples(size: int, multiple: int) -> str:
@@ -263,18 +276,69 @@ def _manifest(root: Path) -> Manifest:
         manifest.graph_format in ("onnx", "openvino") and manifest.weights is None
     ):
         raise BundleError(MSG_INVALID.format(path=path, where="weights", problem=f"expected {WEIGHTS_FILE!r}"))
+    steps = [graph for graph in manifest.graphs.values() if graph.stage == "step"]
     returns = manifest.denoiser.returns
-    if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in manifest.graphs.values()):
+    if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in steps):
         problem = "there must be one field per output"
         raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem=problem))
     quantized = [] if manifest.quantization is None else manifest.quantization.graphs
     if not set(quantized) <= set(manifest.graphs):
         problem = f"unknown graphs in {quantized}"[:200]
         raise BundleError(MSG_INVALID.format(path=path, where="quantization.graphs", problem=problem))
+    _check_stages(manifest, path)
     _check_sizes(manifest, path)
     _check_components(manifest, path)
     check_wiring(manifest, path)
     return manifest
+
+
+#: The stages in the order in which they run.
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+def early_graphs(graphs: Mapping[str, Graph], name: str) -> list[str]:
+    """Return the names of the prelude and the table of the graph `name`, as far as it has them, in this order."""
+    direct = {spec.graph for spec in graphs[name].early_inputs}
+    both = direct | {spec.graph for each in direct for spec in graphs[each].early_inputs}
+    return sorted(both, key=lambda each: STAGES.index(graphs[each].stage))
+
+
+def _check_stages(manifest: Manifest, path: Path) -> None:
+    """Check that each value of a prelude or a table is made by an earlier graph, from what does not change as often."""
+    graphs, bindings = manifest.graphs, manifest.denoiser.bindings
+    if not set(bindings) <= set(manifest.denoiser.arguments):
+        problem = "there are names that are not arguments of the denoiser"
+        raise BundleError(MSG_INVALID.format(path=path, where="denoiser.bindings", problem=problem))
+    for name, graph in graphs.items():
+        problems = [_problem_with(spec, graph, graphs.get(spec.graph)) for spec in graph.early_inputs]
+        if graph.stage != "step":
+            problems += [
+                f"{spec.name!r} may change more often than a {graph.stage} runs" for spec in graph.inputs
+                if spec.name not in bindings or (graph.stage, bindings[spec.name]) == ("prelude", "timestep")
+            ]  # fmt: skip
+            problems += ["a part before the step has no caches"] if graph.cache_inputs or graph.cache_outputs else []
+        found = next(filter(None, problems), None)
+        if found is not None:
+            raise BundleError(MSG_INVALID.format(path=path, where=name[:200], problem=found[:300]))
+    for name in graphs:
+        stages = [graphs[each].stage for each in early_graphs(graphs, name)]
+        if len(set(stages)) < len(stages):
+            problem = "it takes values of several preludes or tables"
+            raise BundleError(MSG_INVALID.format(path=path, where=name[:200], problem=problem))
+    plans = manifest.method.plans
+    planned = [phase.graph for phase in plans.phases if phase.graph is not None] if plans is not None else []
+    for used in (*planned, *(step.graph for step in manifest.example.steps)):
+        if used in graphs and graphs[used].stage != "step":
+            problem = f"{used[:200]!r} is not the graph of a step"
+            raise BundleError(MSG_INVALID.format(path=path, where="method.plans or example", problem=problem))
+
+
+def _problem_with(spec: EarlyInput, graph: Graph, maker: Graph | None) -> str | None:
+    """Return what is wrong with an early input of `graph`, which `maker` returns; None if nothing is."""
+    if maker is None or STAGES.index(maker.stage) >= STAGES.index(graph.stage) or maker.phase != graph.phase:
+        return f"{spec.graph!r} is not a prelude or a table of it"
+    made = [(output.name, output.dtype, output.shape) for output in maker.outputs]
+    return None if (spec.name, spec.dtype, spec.shape) in made else f"{spec.graph!r} returns no such {spec.name!r}"
 
 
 def _component_files(manifest: Manifest) -> list[str]:
@@ -317,7 +381,7 @@ def _check_sizes(manifest: Manifest, path: Path) -> None:
     """Check that the manifest defines every free size that occurs in a shape."""
     example = {name: size.example for name, size in manifest.sizes.items()}
     for graph in manifest.graphs.values():
-        for spec in (*graph.inputs, *graph.cache_inputs, *graph.outputs, *graph.cache_outputs):
+        for spec in (*inputs_of(graph), *outputs_of(graph)):
             try:
                 fits = all(size >= 0 for size in shape_at(spec.shape, example))
             except ValueError:
@@ -388,7 +452,7 @@ class HasShape(Protocol):
 
 def inputs_of(graph: Graph) -> list[TensorSpec]:
     """Return all inputs of `graph`, caches last."""
-    return [*graph.inputs, *graph.cache_inputs]
+    return [*graph.inputs, *graph.early_inputs, *graph.cache_inputs]
 
 
 def outputs_of(graph: Graph) -> list[TensorSpec | CacheOutput]:

@@ -14,13 +14,13 @@ from tgate_compile.bundle.formats import GraphFormat, Refittable, Session
 from tgate_compile.bundle.manifest import CacheOutput, Graph, TensorSpec, phase_of, return_freed_memory
 from tgate_compile.bundle.plan import argument_names, unflatten_as
 from tgate_compile.bundle.read import Bundle
-from tgate_compile.bundle.read_manifest import shape_at, sizes_for, wrong_pixels
+from tgate_compile.bundle.read_manifest import early_graphs, shape_at, solve, wrong_pixels
 from tgate_compile.bundle.weights import bit_sums, dtype_name
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import EarlyValues
 from tgate_compile.engine.weights import Watch, live_tensors
 from tgate_compile.methods.method import Kind, Phase
-from tgate_compile.passes.graphs import Captured, Emission, Site, Variant
+from tgate_compile.passes.graphs import Binding, Captured, Emission, Site, Variant
 
 MSG_CHANGED = (
     "The weights or modules of the denoiser have changed since the bundle {folder} was loaded, but the bundle has the "
@@ -29,25 +29,87 @@ MSG_CHANGED = (
 
 
 @dataclass(frozen=True)
-class BundledGraph:
-    """A graph of a bundle, ready to run."""
+class BundledPart:
+    """A prelude or a table of a bundle.
 
+    Attributes:
+        name: its name in the bundle.
+        inputs: the names of its inputs, in order.
+        outputs: the names of its outputs, in order.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BundledParts:
+    """The parts before the step of a graph of a bundle, as far as they exist."""
+
+    prelude: BundledPart | None
+    table: BundledPart | None
+
+    @property
+    def early(self) -> tuple[BundledPart, ...]:
+        """The prelude and the table, as far as they exist."""
+        return tuple(part for part in (self.prelude, self.table) if part is not None)
+
+
+@dataclass(frozen=True)
+class BundledGraph:
+    """A graph of a bundle, ready to run.
+
+    Attributes:
+        name: its name in the bundle.
+        graph: its description.
+        split: the parts that run before it; None if there are none.
+        roles: how often each argument of the denoiser changes.
+        ahead: whether to compute the rows of all timesteps at once, because only one graph is open at a time.
+        names: the names of the leaves of a call.
+        session: returns the session of a graph of the bundle, after opening it if necessary.
+        emitted: the sites whose values it returns for later steps, in order.
+        put: packs flat outputs into the type that the denoiser returns.
+    """
+
+    name: str
     graph: Graph
+    split: BundledParts | None
+    roles: Mapping[str, Binding]
+    ahead: bool
     names: tuple[str, ...]
-    session: Session
+    session: Callable[[str], Session]
     emitted: tuple[Emission, ...]
     put: Callable[[Sequence[torch.Tensor]], Any]
+
+    @property
+    def early_weights(self) -> tuple[Sequence[torch.Tensor], ...]:
+        """Nothing for each part: the sessions have the weights."""
+        return () if self.split is None else ((),) * len(self.split.early)
+
+    @property
+    def step_weights(self) -> Sequence[torch.Tensor]:
+        """Nothing: the session has the weights."""
+        return ()
 
     def run(
         self, call: Call, caches: Mapping[tuple[Kind, str], torch.Tensor], early: EarlyValues
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the denoiser's flat outputs for `call`, and the values of `emitted`; `early` is not used."""
-        by_name = dict(zip(self.names, call.leaves, strict=True))
+        """Return the denoiser's flat outputs for `call`, and the values of `emitted`; `early` keeps other values."""
+        given = zip(self.names, call.leaves, strict=True)
+        by_name = {name: _float_time(leaf) if self.roles.get(name) == "timestep" else leaf for name, leaf in given}
+        values = {} if self.split is None else early.of(self, by_name)
         inputs = [_as(spec, by_name[spec.name]) for spec in self.graph.inputs]
+        made = [values[spec.name] for spec in self.graph.early_inputs]
         reused = [caches[spec.kind, spec.site] for spec in self.graph.cache_inputs]
-        outputs = self.session.run([*inputs, *reused])
+        outputs = self.session(self.name).run([*inputs, *made, *reused])
         count = len(self.graph.outputs)
         return outputs[:count], outputs[count:]
+
+    def run_early(self, position: int, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the values of the part at `position` in `split.early`."""
+        assert self.split is not None
+        return self.session(self.split.early[position].name).run(inputs)
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
         """Pack the flat outputs into the type that the denoiser returns."""
@@ -75,8 +137,9 @@ class BundleStore:
         self._bundle = bundle
         self._anchor = anchor
         self._options = options
-        self._graphs = {phase_of(graph.phase): (name, graph) for name, graph in bundle.manifest.graphs.items()}
-        self._sessions: dict[tuple[Phase, torch.device], Session] = {}
+        steps = [(name, graph) for name, graph in bundle.manifest.graphs.items() if graph.stage == "step"]
+        self._graphs = {phase_of(graph.phase): (name, graph) for name, graph in steps}
+        self._sessions: dict[tuple[str, torch.device], Session] = {}
         self._opened: dict[tuple[Hashable, Phase], BundledGraph] = {}
         manifest = bundle.manifest
         self._functions = functions
@@ -94,7 +157,7 @@ class BundleStore:
     @property
     def open_graphs(self) -> tuple[str, ...]:
         """The names of the graphs that are currently open."""
-        return tuple(self._graphs[phase][0] for phase, _ in self._sessions)
+        return tuple(name for name, _ in self._sessions)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -123,12 +186,13 @@ class BundleStore:
         if weights != self._weights:
             for session in self._sessions.values():
                 self._refit(session)
+            self._opened.clear()  # so that the values of preludes and tables are computed again
             self._weights = weights
 
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
         """Return the values that the graph of `phase` emits for `call`, which the bundle must support."""
-        graph = self._graph(phase)
-        sizes = self._sizes(graph, call, argument_names(call, forward))
+        name, graph = self._graph(phase)
+        sizes = self._sizes(name, call, argument_names(call, forward))
         return tuple(_emission(output, sizes, self._anchor) for output in graph.cache_outputs)
 
     def get(
@@ -143,20 +207,43 @@ class BundleStore:
         key = (call.key, phase)
         if key not in self._opened:
             emitted = self.emitted(phase, call, forward)
-            graph = self._graph(phase)
+            name, graph = self._graph(phase)
             device = next(leaf.device for leaf in call.leaves if torch.is_tensor(leaf))
-            session = self._session(phase, device)
-            self._opened[key] = BundledGraph(graph, argument_names(call, forward), session, emitted, self._put)
+            parts = early_graphs(self._bundle.manifest.graphs, name)
+            for each in () if self._sequential else (*parts, name):
+                self._session(each, device)
+            self._opened[key] = BundledGraph(
+                name,
+                graph,
+                self._parts(parts),
+                self._bundle.manifest.denoiser.bindings,
+                self._sequential,
+                argument_names(call, forward),
+                lambda which: self._session(which, device),
+                emitted,
+                self._put,
+            )
         return self._opened[key]
 
-    def _session(self, phase: Phase, device: torch.device) -> Session:
-        key = (phase, device)
+    def _parts(self, names: Sequence[str]) -> BundledParts | None:
+        graphs = self._bundle.manifest.graphs
+        parts = {}
+        for name in names:
+            graph = graphs[name]
+            taken = (*graph.inputs, *graph.early_inputs)
+            parts[graph.stage] = BundledPart(
+                name, tuple(spec.name for spec in taken), tuple(spec.name for spec in graph.outputs)
+            )
+        return BundledParts(parts.get("prelude"), parts.get("table")) if parts else None
+
+    def _session(self, name: str, device: torch.device) -> Session:
+        key = (name, device)
         if key not in self._sessions:
             if self._sequential:
-                self._opened.clear()
                 self._sessions.clear()
                 return_freed_memory()
-            session = self._functions.open_graph(self._graph(phase), self._bundle.folder, device, self._options)
+            graph = self._bundle.manifest.graphs[name]
+            session = self._functions.open_graph(graph, self._bundle.folder, device, self._options)
             if self._weights != self._loaded:
                 self._refit(session)
             self._sessions[key] = session
@@ -167,7 +254,7 @@ class BundleStore:
             raise BundleError(MSG_CHANGED.format(folder=self._bundle.folder, what=""))
         session.refit(live_tensors(self.denoiser))
 
-    def _graph(self, phase: Phase) -> Graph:
+    def _graph(self, phase: Phase) -> tuple[str, Graph]:
         if phase not in self._graphs:
             needed = f"{phase.name}, {'with' if phase.guided else 'without'} guidance"
             graphs = ", ".join(name for name, _ in self._graphs.values())
@@ -175,10 +262,10 @@ class BundleStore:
                 f"The bundle {self._bundle.folder} has no graph for a step of this call ({needed}). It has {graphs}. "
                 "Export a bundle with a call like this one."
             )
-        return self._graphs[phase][1]
+        return self._graphs[phase]
 
-    def _sizes(self, graph: Graph, call: Call, names: Sequence[str]) -> Mapping[str, int]:
-        """Check `call` against `graph`, and return its free sizes."""
+    def _sizes(self, name: str, call: Call, names: Sequence[str]) -> Mapping[str, int]:
+        """Check `call` against the graph `name` and its prelude and table, and return its free sizes."""
         manifest = self._bundle.manifest.denoiser
         given = dict(zip(names, call.leaves, strict=True))
         tensors = [name for name, value in given.items() if torch.is_tensor(value)]
@@ -189,14 +276,17 @@ class BundleStore:
                 f"{_arguments(manifest.arguments, manifest.constants)}, but this call has "
                 f"{_arguments(tensors, constants)}. Export a bundle with a call like this one."
             )
-        inputs = [_as(spec, given[spec.name]) for spec in graph.inputs]
-        sizes = sizes_for(graph, inputs)
-        right_dtypes = all(dtype_name(t.dtype) == spec.dtype for t, spec in zip(inputs, graph.inputs, strict=True))
+        graphs = self._bundle.manifest.graphs
+        specs = {spec.name: spec for each in (name, *early_graphs(graphs, name)) for spec in graphs[each].inputs}
+        taken = list(specs.values())
+        inputs = [_as(spec, given[spec.name]) for spec in taken]
+        sizes = solve([spec.shape for spec in taken], [tuple(tensor.shape) for tensor in inputs])
+        right_dtypes = all(dtype_name(t.dtype) == spec.dtype for t, spec in zip(inputs, taken, strict=True))
         if sizes is not None and right_dtypes and self._within(sizes):
             return sizes
-        self._check_pixels(graph, inputs)
-        expected = [_shown(spec) for spec in graph.inputs]
-        found = [_shown_tensor(spec.name, tensor) for spec, tensor in zip(graph.inputs, inputs, strict=True)]
+        self._check_pixels(taken, inputs)
+        expected = [_shown(spec) for spec in taken]
+        found = [_shown_tensor(spec.name, tensor) for spec, tensor in zip(taken, inputs, strict=True)]
         pairs = [pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]]
         supported, got = (", ".join(texts) for texts in zip(*pairs, strict=True))
         free = self._bundle.manifest.sizes.items()
@@ -208,11 +298,11 @@ class BundleStore:
             "these."
         )
 
-    def _check_pixels(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+    def _check_pixels(self, specs: Sequence[TensorSpec], inputs: Sequence[torch.Tensor]) -> None:
         """Raise BundleError, with sizes in pixels, if the graph does not support the images' height or width."""
         manifest = self._bundle.manifest
         limits = {name: (size.least, size.most) for name, size in manifest.sizes.items()}
-        for spec, tensor in zip(graph.inputs, inputs, strict=True):
+        for spec, tensor in zip(specs, inputs, strict=True):
             if spec.name == manifest.denoiser.latents:
                 wrong = wrong_pixels(spec.shape, tensor.shape, manifest.pipeline.vae_scale_factor, limits)
                 if wrong:
@@ -236,8 +326,11 @@ def _emission(output: CacheOutput, sizes: Mapping[str, int], anchor: float) -> E
 
 def _as(spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor`, converted to float32 if it is an integer timestep and the graph expects fractional ones."""
-    is_integer_timestep = not tensor.is_floating_point() and spec.dtype == "float32"
-    return tensor.float() if is_integer_timestep else tensor
+    return _float_time(tensor) if spec.dtype == "float32" else tensor
+
+
+def _float_time(timestep: Any) -> Any:
+    return timestep.float() if torch.is_tensor(timestep) and not timestep.is_floating_point() else timestep
 
 
 def _exactly(constants: Mapping[str, object]) -> dict[str, tuple[type, object]]:

@@ -18,7 +18,7 @@ from tgate_compile import __version__
 from tgate_compile._errors import BundleError, UnsupportedModelError
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.calibration import Quantizing, calibrate
-from tgate_compile.bundle.component_recipes import ComponentsRequest, check_arguments
+from tgate_compile.bundle.component_recipes import ComponentsRequest, binding_in_bundle, check_arguments
 from tgate_compile.bundle.denoiser_state import as_recorded, state_of_denoiser
 from tgate_compile.bundle.formats import (
     GraphFormat,
@@ -28,9 +28,15 @@ from tgate_compile.bundle.formats import (
     components_functions,
     format_called,
 )
-from tgate_compile.bundle.manifest import MANIFEST_FILE, phase_spec, plain_config
+from tgate_compile.bundle.manifest import MANIFEST_FILE, is_split, phase_spec, plain_config
 from tgate_compile.bundle.parity import measure_parity
-from tgate_compile.bundle.plan import PlannedGraph, choose_sizes, describe_graph, example_sizes, returns_of
+from tgate_compile.bundle.plan import (
+    PlannedGraph,
+    choose_sizes,
+    describe_graph,
+    example_sizes,
+    returns_of,
+)
 from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.quantization import Quantization
 from tgate_compile.bundle.read_manifest import file_of, wiring_of
@@ -117,6 +123,7 @@ def write_bundle(
     graph_format: str,
     options: Mapping[str, object],
     free: Collection[FreeSize] | None,
+    split: bool,
     components: ComponentsRequest | None,
     quantization: Quantization | None,
     call: Mapping[str, Any],
@@ -133,15 +140,16 @@ def write_bundle(
         BundleError: the bundle cannot be written, or a graph is not correct. `folder` is then unchanged.
         UnsupportedModelError: the denoiser takes or returns values that a manifest cannot represent.
     """
-    graphs = choose_sizes(hook, plan, free)
+    graphs = choose_sizes(hook, plan, free, split=split)
+    parts = [part for planned in graphs.values() for part in planned.parts]
     denoiser = _denoiser(component, hook, next(iter(graphs.values())), progress)
     if components is not None:
         check_arguments(pipe, components.recipe, denoiser.arguments)
     quantizing = _quantizing(pipe, hook, plan, call, quantization, progress)
     with written_folder(folder, overwrite=overwrite) as temporary:
         functions = format_called(graph_format)
-        written = _written(list(graphs.values()), temporary, functions, options, quantizing, progress)
-        described = _described(list(graphs.values()), written, temporary, functions, quantizing, progress)
+        written = _written(parts, temporary, functions, options, quantizing, progress)
+        described = _described(parts, written, temporary, functions, quantizing, progress)
         names = {phase: planned.name for phase, planned in graphs.items()}
         others = None
         if components is not None:
@@ -152,7 +160,7 @@ def write_bundle(
             )
         manifest = m.Manifest(
             format="tgate_compile.bundle",
-            schema_version=m.SCHEMA_VERSION,
+            schema_version=m.SCHEMA_VERSION if is_split(described) else 1,
             pipeline=m.Pipeline(
                 class_name=type(pipe).__name__,
                 diffusers=diffusers.__version__,
@@ -165,7 +173,7 @@ def write_bundle(
                 class_name=type(pipe.scheduler).__name__, config=plain_config(dict(pipe.scheduler.config))
             ),
             graph_format=graph_format,
-            quantization=_quantization(quantizing, graphs.values(), written),
+            quantization=_quantization(quantizing, parts, written),
             sizes=_sizes(next(iter(graphs.values())), written.values()),
             graphs=described,
             wiring=wiring_of(described),
@@ -179,7 +187,17 @@ def write_bundle(
             ),
             files=_files(temporary, progress),
         )
-        (temporary / m.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (temporary / m.MANIFEST_FILE).write_text(as_json(manifest), encoding="utf-8")
+
+
+#: The keys of a graph that schema version 1 does not have.
+_SINCE_2 = {"stage", "early_inputs"}
+
+
+def as_json(manifest: m.Manifest) -> str:
+    """Return the text of a manifest file, with the keys of its schema version only."""
+    left_out: Any = {"denoiser": {"bindings"}, "graphs": {"__all__": _SINCE_2}} if manifest.schema_version == 1 else {}
+    return manifest.model_dump_json(indent=1, exclude=left_out) + "\n"
 
 
 def _quantizing(
@@ -286,14 +304,16 @@ def _denoiser(component: str, hook: GatedDenoiser, planned: PlannedGraph, progre
                 "arguments than tensors must be None, bool, int, float or str."
             )
     progress("Hashing the weights")
+    arguments = [name for name, value in planned.arguments.items() if torch.is_tensor(value)]
     return m.Denoiser(
         component=component,
         class_name=model,
         config=plain_config(getattr(hook.denoiser, "config", {})),
         weights_digest=weights_digest(hook.denoiser),
         state=as_recorded(state_of_denoiser(hook.denoiser, forward=hook.own_forward)),
-        arguments=[name for name, value in planned.arguments.items() if torch.is_tensor(value)],
+        arguments=arguments,
         latents=planned.latents,
+        bindings={name: binding_in_bundle(name) for name in arguments},
         constants=constants,  # type: ignore[arg-type]
         returns=returns,
     )

@@ -12,7 +12,7 @@ import torch
 from tgate_compile._errors import ConfigurationError, did_you_mean
 from tgate_compile._machine import default_threads
 from tgate_compile._runtimes import BACKENDS, FORMATS, home_of
-from tgate_compile.passes.graphs import Variant
+from tgate_compile.passes.graphs import Binding, Variant
 
 
 @dataclass(frozen=True)
@@ -176,3 +176,59 @@ def backend_class(name: str) -> type[Backend]:
     """Import and return the class of the backend `name`, whose packages must be installed."""
     found: type[Backend] = home_of(BACKENDS[name])
     return found
+
+
+class EarlyPart(Protocol):
+    """A prelude or a table: what it takes, and what it returns, by name."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
+
+
+class Parts(Protocol):
+    """The parts that run before the step of a graph that is split by binding time, as far as they exist."""
+
+    @property
+    def prelude(self) -> EarlyPart | None: ...
+
+    @property
+    def table(self) -> EarlyPart | None: ...
+
+    @property
+    def early(self) -> Sequence[EarlyPart]: ...
+
+
+class Divided(Protocol):
+    """A graph that may be split by binding time, ready to run."""
+
+    @property
+    def split(self) -> Parts | None:
+        """Its parts; None if it is not split."""
+        ...
+
+    @property
+    def roles(self) -> Mapping[str, Binding]:
+        """How often each input changes, by name."""
+        ...
+
+    @property
+    def ahead(self) -> bool:
+        """Whether to compute the rows of all timesteps as soon as the first is needed."""
+        ...
+
+    @property
+    def early_weights(self) -> Sequence[Sequence[torch.Tensor]]:
+        """The weights of each part before the step."""
+        ...
+
+    @property
+    def step_weights(self) -> Sequence[torch.Tensor]:
+        """The weights of the step."""
+        ...
+
+    def run_early(self, position: int, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the values of the part at `position` in `split.early`."""
+        ...

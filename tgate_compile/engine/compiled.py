@@ -19,11 +19,11 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.engine.backends import Runner
+from tgate_compile.engine.backends import Divided, EarlyPart, Parts, Runner
 from tgate_compile.engine.call import Call
 from tgate_compile.methods.method import Kind, Phase
-from tgate_compile.passes.binding_times import EarlyVariant, SplitVariant
-from tgate_compile.passes.graphs import Captured, Emission, Variant
+from tgate_compile.passes.binding_times import SplitVariant
+from tgate_compile.passes.graphs import Binding, Captured, Emission, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,20 @@ class CompiledVariant:
     def early_weights(self) -> tuple[Sequence[torch.Tensor], ...]:
         """The weights of the prelude and the table, as far as they exist."""
         return self.weights_of_parts[:-1]
+
+    ahead = False  # rows are computed when they are needed
+
+    @property
+    def roles(self) -> Mapping[str, Binding]:
+        """How often each input changes, by name."""
+        return self.captured.roles
+
+    def run_early(self, position: int, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the values of a part before the step."""
+        assert self.split is not None
+        program, weights = self.split.early[position].program, self.early_weights[position]
+        results: Sequence[torch.Tensor] = program.graph_module(*weights, *inputs)
+        return results
 
     @property
     def step_weights(self) -> Sequence[torch.Tensor]:
@@ -257,9 +271,9 @@ class EarlyValues:
     def __init__(self, timesteps: Callable[[], Any] | None = None, parking: Parking | None = None) -> None:
         self._timesteps = timesteps
         self._parking = parking
-        self._prompts: dict[tuple[int, Hashable], tuple[SplitVariant, list[_Prompt]]] = {}
+        self._prompts: dict[tuple[int, Hashable], tuple[Parts, list[_Prompt]]] = {}
         self._ready: set[Hashable] = set()
-        self._used: dict[int, CompiledVariant] = {}
+        self._used: dict[int, Divided] = {}
         self.runs = {"prelude": 0, "table": 0}  # how often each has run
 
     def clear(self) -> None:
@@ -279,7 +293,7 @@ class EarlyValues:
             self._parking.bring_back()
             self._ready.add(key)
 
-    def of(self, compiled: CompiledVariant, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def of(self, compiled: Divided, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the values of the prelude and the table of `compiled` for the inputs `given`, by name."""
         split = compiled.split
         assert split is not None
@@ -289,9 +303,9 @@ class EarlyValues:
             self._park(compiled, split)
         return {**prompt.values, **row}
 
-    def _prompt(self, compiled: CompiledVariant, split: SplitVariant, given: Mapping[str, Any]) -> _Prompt:
+    def _prompt(self, compiled: Divided, split: Parts, given: Mapping[str, Any]) -> _Prompt:
         """Return the values for the present prompt; run the prelude if there are none."""
-        roles = compiled.captured.roles
+        roles = compiled.roles
         names = dict.fromkeys(name for part in split.early for name in part.inputs if name in given)
         inputs = [given[name] for name in names if roles.get(name) == "prompt"]
         # Other inputs of the prelude and the table are only used for their sizes.
@@ -303,7 +317,7 @@ class EarlyValues:
                 return prompt
         values: dict[str, torch.Tensor] = {}
         if split.prelude is not None:
-            values = self._run(split.prelude, compiled.early_weights[0], given)
+            values = self._run(compiled, 0, given)
             self.runs["prelude"] += 1
         made = _Prompt([_seen_by_value(tensor) for tensor in inputs], weights, values)
         prompts.insert(0, made)
@@ -311,12 +325,13 @@ class EarlyValues:
         return made
 
     def _row(
-        self, compiled: CompiledVariant, table: EarlyVariant, prompt: _Prompt, given: Mapping[str, Any]
+        self, compiled: Divided, table: EarlyPart, prompt: _Prompt, given: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
         """Return the table's row for the present timestep; run the table if there is none."""
-        roles = compiled.captured.roles
+        roles = compiled.roles
         times = {name: given[name] for name in table.inputs if roles.get(name) == "timestep"}
-        moment = _moment(times.values(), read=self._parking is not None)
+        ahead = self._parking is not None or compiled.ahead
+        moment = _moment(times.values(), read=ahead)
         if moment is None and not (prompt.last and all(map(_Seen.is_same, prompt.last, times.values()))):
             prompt.rows.clear()
             prompt.last = [_Seen(tensor) for tensor in times.values()]
@@ -327,10 +342,10 @@ class EarlyValues:
 
         def run(at: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             self.runs["table"] += 1
-            return self._run(table, compiled.early_weights[-1], {**given, **prompt.values, **at})
+            return self._run(compiled, -1, {**given, **prompt.values, **at})
 
         row = prompt.rows[moment] = run(times)
-        if self._parking is None:
+        if not ahead:
             while len(prompt.rows) > ROWS_KEPT:
                 prompt.rows.popitem(last=False)
         else:
@@ -340,12 +355,12 @@ class EarlyValues:
                     prompt.rows[key] = run(later)
         return row
 
-    def _run(
-        self, part: EarlyVariant, weights: Sequence[torch.Tensor], given: Mapping[str, Any]
-    ) -> dict[str, torch.Tensor]:
+    def _run(self, compiled: Divided, position: int, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        assert compiled.split is not None
+        part = compiled.split.early[position]
         if self._parking is not None:
-            self._parking.bring_back(weights)
-        results = part.program.graph_module(*weights, *(given[name] for name in part.inputs))
+            self._parking.bring_back(compiled.early_weights[position])
+        results = compiled.run_early(position, [given[name] for name in part.inputs])
         return dict(zip(part.outputs, results, strict=True))
 
     def _foreseen(self, times: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -361,7 +376,7 @@ class EarlyValues:
                 yield from ({name: each} for each in inputs)
                 return
 
-    def _park(self, compiled: CompiledVariant, split: SplitVariant) -> None:
+    def _park(self, compiled: Divided, split: Parts) -> None:
         """Move away the weights of all preludes and tables used so far, except for those that `compiled` needs."""
         assert self._parking is not None
         self._used[id(split)] = compiled
@@ -372,7 +387,7 @@ class EarlyValues:
             for weights in each.early_weights:
                 self._parking.park(weights, keep=needed)
 
-    def _prompts_of(self, split: SplitVariant) -> Iterator[_Prompt]:
+    def _prompts_of(self, split: Parts) -> Iterator[_Prompt]:
         for (number, _), (_, prompts) in self._prompts.items():
             if number == id(split):
                 yield from prompts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,6 @@ import numpy as np
 
 from tgate_compile._errors import BundleError
 from tgate_compile.bundle.manifest import (
-    Graph,
     Manifest,
     PlannedPhase,
     Source,
@@ -18,7 +19,7 @@ from tgate_compile.bundle.manifest import (
     phase_of,
     return_freed_memory,
 )
-from tgate_compile.bundle.read_manifest import solve, wrong_pixels
+from tgate_compile.bundle.read_manifest import early_graphs, inputs_of, outputs_of, solve, wrong_pixels
 from tgate_compile.methods.method import Half, Kind
 from tgate_compile.runtime._noise import Array
 from tgate_compile.runtime._session import Session, Settings, detached, ort_value
@@ -41,6 +42,11 @@ class Graphs:
         self._sequential = sequential
 
     @property
+    def sequential(self) -> bool:
+        """Whether only one graph is open at a time."""
+        return self._sequential
+
+    @property
     def open(self) -> tuple[str, ...]:
         """The names of the graphs that are currently open."""
         return tuple(self._sessions)
@@ -51,15 +57,15 @@ class Graphs:
         return_freed_memory()
 
     def prepare(self, plan: Sequence[PlannedPhase]) -> None:
-        """Check that there is a graph for each step of `plan`, and open them unless `sequential`.
+        """Check that there is a graph for each step of `plan`, and open them and their parts unless `sequential`.
 
         Raises:
             BundleError: as `name`.
             BackendError: as `session`.
         """
         for name in dict.fromkeys(map(self.name, plan)):
-            if not self._sequential:
-                self.session(name)
+            for each in () if self._sequential else (*early_graphs(self._manifest.graphs, name), name):
+                self.session(each)
 
     def name(self, planned: PlannedPhase) -> str:
         """Return the name of the graph that serves a step, or raise BundleError if there is none."""
@@ -82,12 +88,23 @@ class Graphs:
             graph = self._manifest.graphs[name]
             if self._sequential:
                 self.close()
-            self._sessions[name] = Session(self._folder / graph.file, *_specs(graph), self._settings)
+            self._sessions[name] = Session(
+                self._folder / graph.file, inputs_of(graph), outputs_of(graph), self._settings
+            )
         return self._sessions[name]
 
     def kept(self, value: OrtValue) -> OrtValue:
         """Return `value`, which a graph has returned, in a form that does not keep this graph open."""
         return detached(value) if self._sequential else value
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The latents and the timestep of a call, and whether it has both guidance halves."""
+
+    latents: Array
+    timestep: float
+    guided: bool
 
 
 class Denoiser:
@@ -100,8 +117,12 @@ class Denoiser:
         folder: Path,
         plan: Sequence[PlannedPhase],
         conditions: Conditions,
+        timesteps: Iterable[tuple[int, float]] = (),
     ) -> None:
-        """Prepare the steps of `plan`; with guidance, `conditions` has both halves."""
+        """Prepare the steps of `plan`; with guidance, `conditions` has both halves.
+
+        `timesteps` has the step and the timestep of each call to come, as far as they are known.
+        """
         assert manifest.components is not None
         self._graphs = graphs
         self._manifest = manifest
@@ -113,6 +134,12 @@ class Denoiser:
         self._caches: dict[tuple[Kind, str], OrtValue] = {}
         self._made: dict[tuple[bool, str], OrtValue] = {}
         self._checked: set[str] = set()
+        # By graph: the values of its prelude (None), and the rows of its table by timestep.
+        self._early: dict[str, dict[float | None, dict[str, OrtValue]]] = {}
+        self._times: dict[str, list[float]] = defaultdict(list)  # the timesteps that each graph serves
+        for step, timestep in timesteps:
+            if plan[step].graph is not None:
+                self._times[graphs.name(plan[step])].append(timestep)
 
     @property
     def plan(self) -> Sequence[PlannedPhase]:
@@ -137,11 +164,13 @@ class Denoiser:
         phase = self._plan[step].phase
         served = self._graphs.name(self._plan[step])
         graph = self._manifest.graphs[served]
-        inputs = {spec.name: self._argument(spec, latents, timestep, guided=phase.guided) for spec in graph.inputs}
-        inputs |= {spec.name: self._caches[spec.kind, spec.site] for spec in graph.cache_inputs}
+        call = _Call(latents, timestep, phase.guided)
+        inputs = {spec.name: self._argument(spec, call) for spec in graph.inputs}
         if served not in self._checked:
-            self._check_shapes(graph, inputs)
+            self._check_shapes(served, call)
             self._checked.add(served)
+        inputs |= self._early_values(step, call)
+        inputs |= {spec.name: self._caches[spec.kind, spec.site] for spec in graph.cache_inputs}
         outputs = self._graphs.session(served).run(inputs, kept=len(graph.cache_outputs))
         count = len(graph.outputs)
         for spec, value in zip(graph.cache_outputs, outputs[count:], strict=True):
@@ -153,15 +182,49 @@ class Denoiser:
             prediction = halves["uncond"] + np.float32(guidance_scale) * (halves["cond"] - halves["uncond"])
         return prediction[:, : latents.shape[1]]  # further channels are a learned variance
 
-    def _argument(self, spec: TensorSpec, latents: Array, timestep: float, *, guided: bool) -> OrtValue:
+    def _early_values(self, step: int, call: _Call) -> dict[str, OrtValue]:
+        """Return the values that the graph of `step` takes from its prelude and its table, by name.
+
+        The prelude runs once, because the prompt stays the same. If only one graph is open at a time, the rows of all
+        timesteps that the graph is to serve are computed together. Values that no later step takes are freed.
+        """
+        served = self._graphs.name(self._plan[step])
+        needed = {planned.graph for planned in self._plan[step:]}
+        self._early = {name: made for name, made in self._early.items() if name in needed}
+        made = self._early.setdefault(served, {})
+        values: dict[str, OrtValue] = {}
+        for part in early_graphs(self._manifest.graphs, served):
+            if self._manifest.graphs[part].stage == "prelude":
+                if None not in made:
+                    made[None] = self._ran(part, call, {})
+                values |= made[None]
+            else:
+                if call.timestep not in made:
+                    ahead = self._times[served] if self._graphs.sequential else ()
+                    if not ahead:
+                        made = self._early[served] = {time: each for time, each in made.items() if time is None}
+                    for timestep in dict.fromkeys((call.timestep, *ahead)):
+                        if timestep not in made:
+                            made[timestep] = self._ran(part, replace(call, timestep=timestep), values)
+                values |= made[call.timestep]
+        return {spec.name: values[spec.name] for spec in self._manifest.graphs[served].early_inputs}
+
+    def _ran(self, part: str, call: _Call, known: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
+        graph = self._manifest.graphs[part]
+        inputs = {spec.name: self._argument(spec, call) for spec in graph.inputs}
+        inputs |= {spec.name: known[spec.name] for spec in graph.early_inputs}
+        outputs = self._graphs.session(part).run(inputs, kept=len(graph.outputs))
+        return {spec.name: self._graphs.kept(value) for spec, value in zip(graph.outputs, outputs, strict=True)}
+
+    def _argument(self, spec: TensorSpec, call: _Call) -> OrtValue:
         source = self._sources[spec.name]
-        halves: Sequence[Half] = self._halves(guided)
+        halves: Sequence[Half] = self._halves(call.guided)
         if source == "latents":
-            return ort_value(np.concatenate([latents] * len(halves)), spec)
+            return ort_value(np.concatenate([call.latents] * len(halves)), spec)
         if source == "timestep":
-            batch = len(halves) * len(latents)
-            return ort_value(np.full((batch,) * len(spec.shape), timestep), spec)  # a scalar, or one value per row
-        key = (guided, spec.name)
+            batch = len(halves) * len(call.latents)
+            return ort_value(np.full((batch,) * len(spec.shape), call.timestep), spec)  # a scalar, or one value per row
+        key = (call.guided, spec.name)
         if key not in self._made:
             value = np.concatenate([self._conditions[half][source] for half in halves])
             self._made[key] = ort_value(value, spec)
@@ -172,11 +235,11 @@ class Denoiser:
             return self._manifest.family.order
         return (self._manifest.method.keep,) if self._guided else tuple(self._conditions)
 
-    def _check_pixels(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
+    def _check_pixels(self, specs: Sequence[TensorSpec], inputs: Mapping[str, OrtValue]) -> None:
         """Raise BundleError, with sizes in pixels, if the graph does not support the images' height or width."""
         limits = {name: (size.least, size.most) for name, size in self._manifest.sizes.items()}
         pixels = self._manifest.pipeline.vae_scale_factor
-        for spec in graph.inputs:
+        for spec in specs:
             if spec.name == self._manifest.denoiser.latents:
                 wrong = wrong_pixels(spec.shape, inputs[spec.name].shape(), pixels, limits)
                 if wrong:
@@ -185,12 +248,20 @@ class Denoiser:
                         "for this one."
                     )
 
-    def _check_shapes(self, graph: Graph, inputs: Mapping[str, OrtValue]) -> None:
-        specs = [*graph.inputs, *graph.cache_inputs]
+    def _check_shapes(self, served: str, call: _Call) -> None:
+        """Check the shapes of all inputs of the graph `served`, its prelude and its table, before any of them runs."""
+        graphs = self._manifest.graphs
+        graph = graphs[served]
+        arguments = {
+            spec.name: spec for each in (served, *early_graphs(graphs, served)) for spec in graphs[each].inputs
+        }
+        inputs = {name: self._argument(spec, call) for name, spec in arguments.items()}
+        inputs |= {spec.name: self._caches[spec.kind, spec.site] for spec in graph.cache_inputs}
+        specs = [*arguments.values(), *graph.cache_inputs]
         shapes = [inputs[spec.name].shape() for spec in specs]
         sizes = solve([spec.shape for spec in specs], shapes)
         if sizes is None:
-            self._check_pixels(graph, inputs)
+            self._check_pixels(specs, inputs)
             pairs = zip(specs, shapes, strict=True)
             others = [(spec, shape) for spec, shape in pairs if solve([spec.shape], [shape]) is None]
             others = others or list(zip(specs, shapes, strict=True))[:1]
@@ -207,7 +278,3 @@ class Denoiser:
                     f"The bundle {self._folder} supports {name} from {limits.least} to {limits.most}, but this call "
                     f"has {value}."
                 )
-
-
-def _specs(graph: Graph) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    return [*graph.inputs, *graph.cache_inputs], [*graph.outputs, *graph.cache_outputs]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from tgate_compile._errors import BundleError, ConfigurationError, check_installed
-from tgate_compile.bundle.manifest import Components, Manifest, Source, warn_of_alternation
+from tgate_compile.bundle.manifest import Components, Manifest, Source
 from tgate_compile.bundle.manifest import Scheduler as SchedulerSpec
-from tgate_compile.bundle.plan_rows import plan_for
+from tgate_compile.bundle.plan_rows import plan_for, warn_of_alternation
 from tgate_compile.bundle.read_manifest import read_manifest
 from tgate_compile.methods.method import Half
 from tgate_compile.methods.schedule import Schedule
@@ -230,7 +230,9 @@ class BundlePipeline:
         noise = self._noise(len(prompts), height, width, seed, latents)
         with self._call:
             conditions = self._conditions(prompts, negative_prompt, noise.shape, guided=scale > 1)
-            denoiser = Denoiser(self._graphs, self._manifest, self._folder, plan, conditions)
+            calls = enumerate(noise_scheduler.timesteps)
+            times = [(max(call - noise_scheduler.warm_up, 0), timestep.item()) for call, timestep in calls]
+            denoiser = Denoiser(self._graphs, self._manifest, self._folder, plan, conditions, times)
             images = self._decoded(self._denoised(denoiser, noise, noise_scheduler, scale, callback))
         if output == "numpy":
             return images[0] if isinstance(prompt, str) else images

@@ -1,6 +1,7 @@
 /** Run the denoiser of a bundle: choose the graph of each step, and pass the caches on. Like `runtime/_denoiser.py`. */
 
 import { BundleError } from "./errors.js";
+import { earlyGraphs } from "./manifest.js";
 import { tensor } from "./session.js";
 import { floats } from "./text.js";
 
@@ -14,6 +15,7 @@ export class Denoiser {
   #graphs;
   #caches = new Map();
   #made = new Map();
+  #early = new Map(); // by graph: the values of its prelude ("prelude"), and the rows of its table by timestep
 
   /**
    * `plan` is a plan of `schedule.js`; `conditions` are the inputs other than latents and timesteps, `{values, shape}`, by
@@ -46,12 +48,14 @@ export class Denoiser {
 
   /**
    * Return the prediction for `latents`, Float32Array of `shape` [1, channels, h, w], with guidance if the step has it. The
-   * graph of the step must be open.
+   * graph of the step must be open, and `prepare` must have run its prelude and its table.
    */
   async run(step, latents, shape, timestep, guidanceScale) {
-    const { phase } = this.plan[step], [, graph] = this.#graphs[step];
+    const { phase } = this.plan[step], [name, graph] = this.#graphs[step];
     const feeds = {};
     for (const spec of graph.inputs) feeds[spec.name] = this.#argument(spec, latents, shape, timestep, phase.guided);
+    const early = this.#early.get(name), values = { ...early?.get("prelude"), ...early?.get(timestep) };
+    for (const spec of graph.early_inputs ?? []) feeds[spec.name] = values[spec.name];
     for (const spec of graph.cache_inputs) feeds[spec.name] = this.#caches.get(`${spec.kind} ${spec.site}`);
     const kept = graph.cache_outputs.filter((spec) => phase[spec.merged ? "merge" : "emit"].includes(spec.kind));
     const [output] = graph.outputs;
@@ -67,10 +71,48 @@ export class Denoiser {
     });
   }
 
-  /** Release the caches, which may be on the GPU. */
+  /** Return the manifest's descriptions of the prelude and the table of the graph of `step` if they must run before it. */
+  missing(step, timestep) {
+    const [name] = this.#graphs[step], made = this.#early.get(name) ?? new Map(), { graphs } = this.#manifest;
+    const parts = earlyGraphs(graphs, name).map((part) => graphs[part]);
+    return parts.some(({ stage }) => !made.has(stage === "table" ? timestep : stage)) ? parts : [];
+  }
+
+  /**
+   * Run the prelude and the table of the graph of `step`, which must be open, as far as their values are missing: the
+   * prelude once, the table for each of `timesteps`. Values that no later step takes are released.
+   */
+  async prepare(step, latents, shape, timesteps) {
+    const { graphs } = this.#manifest, [name] = this.#graphs[step], needed = new Set(this.#graphs.slice(step).map(([one]) => one));
+    for (const other of [...this.#early.keys()].filter((one) => !needed.has(one))) this.#releaseEarly(other);
+    if (!this.#early.has(name)) this.#early.set(name, new Map());
+    const made = this.#early.get(name), { guided } = this.plan[step].phase;
+    for (const part of earlyGraphs(graphs, name).map((one) => graphs[one])) {
+      for (const key of part.stage === "table" ? timesteps : [part.stage]) {
+        if (made.has(key)) continue;
+        const feeds = {};
+        for (const spec of part.inputs) feeds[spec.name] = this.#argument(spec, latents, shape, key, guided);
+        for (const spec of part.early_inputs) feeds[spec.name] = made.get("prelude")[spec.name];
+        made.set(key, await this.#sessions.get(part.file).run(feeds, part.outputs.map((spec) => spec.name)));
+      }
+    }
+  }
+
+  /** Release the caches and the values of preludes and tables, which may be on the GPU. */
   release() {
     for (const value of this.#caches.values()) value.dispose();
     this.#caches.clear();
+    for (const name of [...this.#early.keys()]) this.#releaseEarly(name);
+  }
+
+  /** Release the values of the prelude and the table of the graph of `step`. */
+  forget(step) {
+    this.#releaseEarly(this.#graphs[step][0]);
+  }
+
+  #releaseEarly(name) {
+    for (const values of this.#early.get(name).values()) for (const value of Object.values(values)) value.dispose();
+    this.#early.delete(name);
   }
 
   #keep(key, value) {

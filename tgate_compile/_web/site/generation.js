@@ -3,6 +3,7 @@
 import { Denoiser, graphsOf } from "./denoiser.js";
 import { BundleError } from "./errors.js";
 import { decoded } from "./images.js";
+import { earlyGraphs } from "./manifest.js";
 import { normalNoise } from "./noise.js";
 import { gateOf, planOf, plainPlan, stripOf } from "./schedule.js";
 import { makeScheduler } from "./schedulers.js";
@@ -20,6 +21,7 @@ export class Generation {
   #gate;
   #plan;
   #graphs;
+  #all;
   #scheduler;
   #shape;
   #latents;
@@ -40,7 +42,10 @@ export class Generation {
     this.#scheduler = makeScheduler(manifest.scheduler, steps);
     this.#plan = plain ? plainPlan(method, steps, this.#guided) : planOf(method, steps, this.#guided, gateStep);
     this.#gate = plain ? steps : Math.min(gateStep ?? gateOf(method, steps), steps);
-    this.#graphs = graphsOf(manifest, this.#plan).map(([, graph]) => graph);
+    const graphs = graphsOf(manifest, this.#plan);
+    this.#graphs = graphs.map(([, graph]) => graph);
+    const early = graphs.flatMap(([name]) => earlyGraphs(manifest.graphs, name).map((part) => manifest.graphs[part]));
+    this.#all = [...new Set([...early, ...this.#graphs])];
     const { latent_channels: channels, scale_factor: scale } = components.vae_decoder;
     this.#shape = [1, channels, components.height / scale, components.width / scale];
     this.#latents = this.#noise(call.latents, seed).map((value) => value * this.#scheduler.initialSigma);
@@ -51,13 +56,13 @@ export class Generation {
     return this.#call.steps;
   }
 
-  /** The manifest's descriptions of the graphs that the steps run. */
+  /** The manifest's descriptions of the graphs that the steps run, with their preludes and tables. */
   get graphs() {
-    return this.#graphs;
+    return this.#all;
   }
 
   /** Encode the prompt, and load `graphs` and the decoder unless graphs are loaded one by one. */
-  async begin(graphs = this.#graphs) {
+  async begin(graphs = this.#all) {
     const { manifest, sessions, runtime, prompts, sequential } = this.#parts, { components } = manifest;
     this.#stage(sequential ? "loading the text encoder" : "loading the model");
     const always = sequential ? [] : [components.vae_decoder];
@@ -71,9 +76,28 @@ export class Generation {
     this.#denoiser = new Denoiser(manifest, runtime, sessions, this.#plan, conditions);
   }
 
-  /** Run the next step. */
+  /** Run the next step, after the prelude and the table of its graph if these have not run yet. */
   async step() {
     const { manifest, sessions, sequential } = this.#parts, step = this.done.length, graph = this.#graphs[step];
+    const timestep = this.#scheduler.timesteps[step], parts = this.#denoiser.missing(step, timestep);
+    let seconds = 0;
+    if (parts.length) {
+      if (sequential) {
+        this.#stage(`loading the prelude of step ${step}`);
+        await sessions.keepOnly([]);
+        this.#openSeconds += await sessions.open(parts, manifest.weights);
+      }
+      // With one graph at a time, all rows that the graph will need.
+      const serves = (_, other) => sequential && other > step && this.#graphs[other] === graph;
+      const times = [timestep, ...this.#scheduler.timesteps.filter(serves)];
+      const prepare = () => this.#denoiser.prepare(step, this.#latents, this.#shape, times);
+      if (parts.some((part) => sessions.get(part.file).fresh)) {
+        this.#warmUpSeconds += await timed(prepare); // the first run also compiles
+        this.#denoiser.forget(step);
+      }
+      for (const part of parts) sessions.get(part.file).fresh = false;
+      seconds += await timed(prepare);
+    }
     if (sequential) {
       this.#stage(`loading the graph of step ${step}`);
       await sessions.keepOnly(this.#graphs.slice(step));
@@ -84,7 +108,7 @@ export class Generation {
     session.fresh = false;
     const began = performance.now();
     this.#latents = this.#scheduler.step(await this.#prediction(step), step, this.#latents);
-    const seconds = (performance.now() - began) / 1000;
+    seconds += (performance.now() - began) / 1000;
     this.done.push({ step, steps: this.steps, graph: this.#denoiser.graphName(step), letter: this.#plan[step].letter, seconds });
     this.#call.onStep?.(this.done[step]);
   }
@@ -148,4 +172,11 @@ export class Generation {
     const row = (...values) => ({ values: Float32Array.from(values), shape: [1, values.length] });
     return { sizes: row(height, width, 0, 0, height, width), resolution: row(height, width), aspect_ratio: row(height / width) };
   }
+}
+
+/** Call `work` and return the time that it takes, in seconds. */
+async function timed(work) {
+  const began = performance.now();
+  await work();
+  return (performance.now() - began) / 1000;
 }

@@ -3,7 +3,7 @@
 import { BundleError } from "./errors.js";
 import { makeScheduler } from "./schedulers.js";
 
-export const SCHEMA_VERSION = 1;
+export const SCHEMA_VERSION = 2;
 /** The size of an element in bytes, by the manifest's names of the dtypes that this page supports. */
 export const BYTES = { float32: 4, float16: 2, int64: 8, int32: 4, bool: 1 };
 const SOURCES = ["latents", "timestep", "hidden_states", "attention_mask", "pooled", "sizes", "resolution", "aspect_ratio"];
@@ -57,9 +57,17 @@ export function checkManifest(manifest) {
   const source = Object.values(manifest.components.arguments).find((one) => !SOURCES.includes(one));
   if (source !== undefined) throw new BundleError(`The bundle's denoiser needs ${JSON.stringify(source)}, which this page does not provide. ${COMMAND}`);
   checkDtypes(manifest);
+  checkStages(manifest);
   checkBatch(manifest);
   checkFiles(manifest);
   makeScheduler(manifest.scheduler, manifest.components.num_inference_steps); // throws if it is not supported
+}
+
+/** Return the names of the prelude and the table of the graph `name`, as far as it has them, in this order. */
+export function earlyGraphs(graphs, name) {
+  const direct = (graphs[name].early_inputs ?? []).map((spec) => spec.graph);
+  const all = new Set([...direct, ...direct.flatMap((one) => graphs[one].early_inputs.map((spec) => spec.graph))]);
+  return [...all].sort((one, other) => graphs[one].stage.localeCompare(graphs[other].stage)); // prelude, table
 }
 
 /** Return the size in bytes of the cached values for one image; 0 if nothing is cached. */
@@ -107,11 +115,23 @@ function valueOf(text, sizes) {
 function checkDtypes(manifest) {
   const { text_encoders: encoders, vae_decoder: decoder } = manifest.components;
   for (const graph of [...Object.values(manifest.graphs), ...encoders, decoder]) {
-    for (const spec of [...graph.inputs, ...graph.outputs, ...(graph.cache_inputs ?? []), ...(graph.cache_outputs ?? [])]) {
+    for (const spec of [...graph.inputs, ...graph.outputs, ...(graph.early_inputs ?? []), ...(graph.cache_inputs ?? []), ...(graph.cache_outputs ?? [])]) {
       if (!Object.hasOwn(BYTES, spec.dtype)) {
         throw new BundleError(`${spec.name} of the bundle is ${spec.dtype}, which browsers do not support. Export the bundle in float32 or float16.`);
       }
     }
+  }
+}
+
+/** Throw BundleError unless a prelude or a table of the bundle returns each value that a graph takes from one. */
+function checkStages({ graphs }) {
+  for (const [name, { stage, early_inputs: taken = [] }] of Object.entries(graphs)) {
+    const wrong = taken.find((spec) => {
+      const maker = graphs[spec.graph];
+      const isEarlier = maker?.stage === "prelude" ? stage !== "prelude" : maker?.stage === "table" && stage === "step";
+      return !isEarlier || !maker.outputs.some((output) => output.name === spec.name);
+    });
+    if (wrong) throw new BundleError(`The bundle's graph ${name} takes ${wrong.name} from ${wrong.graph}, which does not provide it.`);
   }
 }
 

@@ -65,15 +65,16 @@ export class Sessions {
 
   async #opened(graph, weights, data) {
     const { ort, provider } = this.#runtime;
-    const caches = (graph.cache_outputs ?? []).map((spec) => [spec.name, "gpu-buffer"]);
+    const isEarly = graph.stage === "prelude" || graph.stage === "table";
+    const kept = (isEarly ? graph.outputs : (graph.cache_outputs ?? [])).map((spec) => [spec.name, "gpu-buffer"]);
     let inner;
     try {
       inner = await ort.InferenceSession.create(await this.#files.bytes(graph.file), {
         executionProviders: [provider],
         logSeverityLevel: 3, // the warnings are about the placement of operators
         externalData: [{ path: weights.split("/").pop(), data }],
-        // Caches stay on the GPU from step to step.
-        preferredOutputLocation: provider === "webgpu" && caches.length ? Object.fromEntries(caches) : undefined,
+        // Caches, and the values of preludes and tables, stay on the GPU from step to step.
+        preferredOutputLocation: provider === "webgpu" && kept.length ? Object.fromEntries(kept) : undefined,
       });
     } catch (error) {
       if (error instanceof BundleError) throw error;
@@ -81,7 +82,7 @@ export class Sessions {
     }
     const given = [inner.inputNames, inner.outputNames].map((names) => names.join(" "));
     const expected = [
-      [...graph.inputs, ...(graph.cache_inputs ?? [])],
+      [...graph.inputs, ...(graph.early_inputs ?? []), ...(graph.cache_inputs ?? [])],
       [...graph.outputs, ...(graph.cache_outputs ?? [])],
     ].map((specs) => specs.map((spec) => spec.name).join(" "));
     if (given.join("; ") !== expected.join("; ")) {
