@@ -28,6 +28,7 @@ from tgate_compile.methods.method import Kind
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.find_sites import Inputs, count_roles, find_attention, find_deep_feature, is_inside
 from tgate_compile.passes.graphs import Binding, Captured, Site, is_mutable, outputs_of
+from tgate_compile.passes.separate_tokens import find_joint_attention
 
 FreeSize = Literal["batch", "height", "width"]
 
@@ -136,6 +137,10 @@ MSG_NO_SITES = (
     "its keys and values from the text alone. Joint attention (SD3, Flux) mixes both in one sequence. "
     "What works instead: fewer steps, or dropping guidance after some steps."
 )
+MSG_JOINT_AND_MORE = (
+    "{model} has joint attention, where the text's keys and values are cached. That cannot be combined with caching "
+    "other values ({kinds}): leave sp_interval and fi_interval at 1, and cache cross-attention alone with PAB."
+)
 MSG_WHAT_WAS_FOUND = (
     "Its graph has {count} attentions, of which {own} take keys and values that depend on the latents, and {others} "
     "have queries that do not, or keys and values that depend on no input. The latents are taken to be {latents}. "
@@ -205,8 +210,17 @@ def capture(
     inputs = _inputs_of(program, forward, call)
     batch_dims = None if _is_from_diffusers(denoiser) else BatchDims(program, call, inputs.latents[0]).of
     attention = find_attention(program.graph_module, inputs, kinds, batch_dims)
+    joint = None
+    if "cross" in kinds:
+        has_cross = any(site.kind == "cross" for site in attention)
+        joint = find_joint_attention(program.graph_module, inputs, model, has_cross=has_cross)
+    if joint is not None:
+        others = ", ".join(sorted(set(kinds) - {"cross"}))
+        if others:
+            raise UnsupportedModelError(MSG_JOINT_AND_MORE.format(model=model, kinds=others))
+        attention = list(joint.sites)
     sites = tuple(sorted(attention, key=lambda site: site.kind))  # stable: cross, then self, each in graph order
-    if required and "cross" in kinds:
+    if required and "cross" in kinds and joint is None:
         _check_sites(denoiser, program, inputs, sites)
     if required and "self" in kinds and not any(site.kind == "self" for site in sites):
         raise UnsupportedModelError(
@@ -229,7 +243,12 @@ def capture(
     )  # fmt: skip
     out_spec = program.module_call_graph[0].signature.out_spec
     roles = _roles_of(names, inputs, forward, call)
-    return Captured(program, names, inputs.latents[0].name, out_spec, sites, roles)
+    captured = Captured(program, names, inputs.latents[0].name, out_spec, sites, roles)
+    if joint is None:
+        return captured
+    # With a part of the sites, the text's tokens are still needed.
+    live = joint.live if only is None else ()
+    return dataclasses.replace(captured, separated=joint.separated, live=live)
 
 
 def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call) -> dict[str, Binding]:
@@ -247,12 +266,18 @@ def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any],
 
 def _selected(sites: tuple[Site, ...], patterns: Sequence[str]) -> tuple[Site, ...]:
     for pattern in patterns:
-        if not any(fnmatchcase(site.name, pattern) for site in sites):
+        if not any(_is_selected(site, pattern) for site in sites):
             raise ConfigurationError(
                 f"sites: {pattern!r} matches none of the attentions that can be cached: "
                 f"{', '.join(site.name for site in sites)}."
             )
-    return tuple(site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns))
+    return tuple(site for site in sites if any(_is_selected(site, pattern) for pattern in patterns))
+
+
+def _is_selected(site: Site, pattern: str) -> bool:
+    """Return whether `pattern` matches the name of `site`, or the attention whose keys or values it is."""
+    attention = site.name.rpartition(".")[0] if site.of_text else site.name
+    return fnmatchcase(site.name, pattern) or fnmatchcase(attention, pattern)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
