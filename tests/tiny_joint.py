@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
-from tests.tiny_pipelines import seeded
+from tests.tiny_pipelines import seeded as seeded_module
 
 TEXT = 6
 DIM = 32
@@ -28,6 +30,18 @@ DIM = 32
 
 def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Return a denoiser with seeded weights in which the text has a visible effect."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
+        module = seeded_module(build)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1 and re.search(r"to_|add_|attn|norm\d?\.|_mod|modulation", name):
+                parameter.mul_(3)
+    return module
 
 
 @dataclass(frozen=True)
