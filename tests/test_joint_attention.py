@@ -19,7 +19,7 @@ from diffusers import (
 import tgate_compile
 from tests.comparing import assert_differ, assert_same
 from tests.joint_reference import FrozenText, frozen_text
-from tests.tiny_joint import DENOISERS, DIM, TEXT, Tiny, random
+from tests.joint_denoisers import DENOISERS, DIM, TEXT, Tiny, random
 
 STEPS = 6
 GATE = 3

@@ -1,4 +1,4 @@
-"""Joint attention with separated tokens, in graphs of real denoisers: see `tiny_joint.py`."""
+"""Joint attention with separated tokens, in graphs of real denoisers: see `joint_denoisers.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from tests.comparing import assert_differ, assert_same
 from tests.joint_reference import FrozenText, frozen_text
-from tests.tiny_joint import DENOISERS, Tiny
+from tests.joint_denoisers import DENOISERS, Tiny
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.compiled import inputs_for, tensors_of
@@ -24,7 +24,9 @@ PRUNED = Phase(False, reuse=CROSS)
 
 
 def captured_of(tiny: Tiny, denoiser: torch.nn.Module, batch: int = 2) -> Captured:
-    call = Call.of((), {**tiny.call(batch, 0), "return_dict": False})
+    arguments = {**tiny.call(batch, 0), "return_dict": False}
+    denoiser(**arguments)  # Z-Image makes its rotary tables at the first call
+    call = Call.of((), arguments)
     return capture(denoiser, denoiser.forward, call)
 
 
