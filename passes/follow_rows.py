@@ -29,6 +29,7 @@ def size_of(value: int | torch.SymInt | Node) -> Size:
     if isinstance(value, torch.SymInt):
         expression = value.node.expr
         return int(expression) if expression.is_Integer else expression
+    assert not isinstance(value, Node)
     return int(value)
 
 
@@ -38,11 +39,11 @@ def same_size(left: Size, right: Size) -> bool:
     return bool(difference == 0)
 
 
-
 def rank(node: Node) -> int:
     """Return the number of dimensions of the value of `node`, or of the first if it has several."""
     value = node.meta["val"]
-    return (value[0] if isinstance(value, (list, tuple)) else value).ndim
+    ndim: int = (value[0] if isinstance(value, (list, tuple)) else value).ndim
+    return ndim
 
 
 def positive(dim: object, ndim: int) -> int:

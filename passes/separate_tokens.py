@@ -21,15 +21,17 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from tgate_compile._errors import UnsupportedModelError
-from tgate_compile.passes.attention_core import FUSED, LAYOUT
+from tgate_compile.passes.attention_core import FUSED
 from tgate_compile.passes.find_sites import Inputs, depends_on, innermost_call, unique_name, without_processor
 from tgate_compile.passes.follow_rows import SPLITS, Size, placed, positive, rank, same_size, size_of, tensors_of
 from tgate_compile.passes.graphs import Site, argument, copy_graph, operand, shape_of
 from tgate_compile.passes.specialize import remove_dead, reuse
 from tgate_compile.passes.token_rows import (
+    JointAttention,
     Label,
     Tokens,
     is_size,
+    joint_attentions,
     mixing_nodes,
     span_of_result,
     span_of_slice,
@@ -42,9 +44,6 @@ aten = torch.ops.aten
 #: The end of a slice that has no end.
 _END = torch.iinfo(torch.int64).max
 
-#: Operators that copy or rearrange keys and values on their way to an attention. A copy for each group of heads makes
-#: them larger, so they are cached before it.
-_BEFORE_ATTENTION = LAYOUT | {aten.repeat.default, aten.repeat_interleave.self_int}
 #: The position of the list of sizes in the arguments of operators that take the result's shape.
 _TAKES_SIZES: Mapping[Any, int] = {
     aten.view.default: 1,
@@ -118,65 +117,6 @@ def find_joint_attention(
     return Joint(tuple(sites), separated, names)
 
 
-@dataclass(frozen=True)
-class JointAttention:
-    """An attention of the image's tokens, some of whose keys and values belong to other tokens.
-
-    Attributes:
-        node: the attention.
-        keys: the node of the keys, as far up as they are not larger.
-        values: the node of the values, likewise.
-    """
-
-    node: Node
-    keys: Node
-    values: Node
-
-
-def joint_attentions(graph: torch.fx.Graph, labels: Mapping[Node, Label]) -> list[JointAttention]:
-    """Return the attentions of `graph` in which the image's tokens attend to others, in graph order.
-
-    The result is empty if no attention has keys of both: then the text, if there is any, is attended to by
-    cross-attentions alone.
-    """
-    found: list[JointAttention] = []
-    is_joint = False
-    for node in graph.nodes:
-        if node.target not in FUSED or labels[operand(node, 0)] is False:
-            continue
-        keys, values = operand(node, 1), operand(node, 2)
-        if any(not _is_cut(each, labels) for each in (keys, values)):
-            continue
-        is_joint = is_joint or isinstance(labels[keys], Tokens)
-        found.append(JointAttention(node, _smallest(keys, labels), _smallest(values, labels)))
-    return found if is_joint else []
-
-
-def _is_cut(node: Node, labels: Mapping[Node, Label]) -> bool:
-    """Return whether some of the keys or values `node` are not the image's."""
-    label = labels[node]
-    return label is False or (isinstance(label, Tokens) and label.dim == rank(node) - 2)
-
-
-def _smallest(node: Node, labels: Mapping[Node, Label]) -> Node:
-    """Return the smallest of the values that `node` is derived from by copies and changes of layout."""
-    best = node
-    while node.target in _BEFORE_ATTENTION:
-        node = operand(node, 0)
-        if labels[node] is True:
-            break
-        if _nbytes(node) < _nbytes(best):
-            best = node
-    return best
-
-
-def _nbytes(node: Node) -> int:
-    size: int = node.meta["val"].dtype.itemsize
-    for dim in shape_of(node):
-        size *= int(dim.node.hint or 1) if isinstance(dim, torch.SymInt) else dim
-    return size
-
-
 def mark_text(
     graph: torch.fx.Graph, attentions: Sequence[JointAttention], labels: dict[Node, Label]
 ) -> tuple[list[Site], dict[str, str]]:
@@ -197,7 +137,9 @@ def mark_text(
                 continue
             operands[text.name] = node.name
             fake = text.meta["val"]
-            sites.append(Site("cross", f"{path}.{what}", text.name, tuple(fake.shape), fake.dtype, fake.dtype, of_text=True))
+            sites.append(
+                Site("cross", f"{path}.{what}", text.name, tuple(fake.shape), fake.dtype, fake.dtype, of_text=True)
+            )
     return sites, operands
 
 
@@ -339,7 +281,9 @@ class _Builder:
             other = self._computed(term)
             with self.graph.inserting_before(self.before):
                 made = self.graph.call_function(target, (result, other))
-            made.meta["val"] = target(*(each.meta["val"] if isinstance(each, Node) else each for each in (result, other)))
+            made.meta["val"] = target(
+                *(each.meta["val"] if isinstance(each, Node) else each for each in (result, other))
+            )
             self.labels[made] = False
             result = made
         return result
@@ -395,7 +339,7 @@ class _Separation(_Builder):
         return self._applied(node, label, live)
 
     def _picked(self, node: Node, *, live: bool) -> Node | None:
-        """Return the live, or the other, rows of a slice or of a result of a split; None if it takes rows of all kinds."""
+        """Return the live, or the other, rows of a slice or split; None if it takes rows of all kinds."""
         is_slice = node.target in _SLICES
         span = span_of_slice(node) if is_slice else span_of_result(node)
         source = operand(node, 0) if is_slice or span is None else operand(operand(node, 0), 0)
@@ -428,7 +372,8 @@ class _Separation(_Builder):
         if not isinstance(label, Tokens):
             return [self.slice(node, dim, start, stop, live)] if label is live and not same_size(start, stop) else []
         before, within = label.between(0, start), label.between(start, stop)
-        assert before is not None and within is not None, "the label of an assignment is open"
+        assert before is not None, "the label of an assignment is open"
+        assert within is not None, "the label of an assignment is open"
         first = sum(size for size, is_live in before if is_live is live)
         count = sum(size for size, is_live in within if is_live is live)
         rows = self.rows(node, live=live)
@@ -453,7 +398,7 @@ class _Separation(_Builder):
                     return self.cut(source, dim, label, live=live)
             return source
 
-        args = list(map_arg(node.args, part))
+        args: list[Any] = [map_arg(arg, part) for arg in node.args]
         kwargs = map_arg(node.kwargs, part)
         if node.target in _TAKES_SIZES:
             position = _TAKES_SIZES[node.target]
@@ -497,9 +442,7 @@ class _Separation(_Builder):
             self._cuts[key] = self.cat(pieces, label.dim, label)
         return self._cuts[key]
 
-    def _attended(
-        self, node: Node, query: Node, keys: Node, values: Node, label: Tokens | None, live: bool
-    ) -> Node:
+    def _attended(self, node: Node, query: Node, keys: Node, values: Node, label: Tokens | None, live: bool) -> Node:
         """Return the attention `node` of other queries; `label` are the rows that they were taken from."""
         kwargs = dict(node.kwargs)
         args = [query, keys, values, *node.args[3:]]
@@ -516,4 +459,3 @@ class _Separation(_Builder):
             else:
                 kwargs["attn_mask"] = mask
         return self.call(node.target, args, kwargs, live)
-

@@ -61,7 +61,9 @@ def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
     accumulated = torch.promote_types(dtype, torch.float32)
     halves = add_call(graph, aten.unflatten.int, value, 0, [2, -1])
     if anchor in (0.0, 1.0):
-        return add_call(graph, aten.select.int, halves, 0, int(anchor))  # exactly, even beside values that are not finite
+        return add_call(
+            graph, aten.select.int, halves, 0, int(anchor)
+        )  # exactly, even beside values that are not finite
     if anchor == 0.5:
         mean = add_call(graph, aten.mean.dim, halves, [0], False, dtype=accumulated)
     else:
@@ -78,7 +80,11 @@ def _without_base(graph: torch.fx.Graph, value: Node) -> Node:
     while isinstance(base.target, torch._ops.OpOverload) and base.target._schema.returns[0].alias_info is not None:
         base = operand(base, 0)
     sizes = [prod(_hints(shape_of(node))) for node in (base, value)]
-    return add_call(graph, aten.clone.default, value, memory_format=torch.contiguous_format) if sizes[0] > sizes[1] else value
+    return (
+        add_call(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
+        if sizes[0] > sizes[1]
+        else value
+    )
 
 
 def _hints(shape: torch.Size) -> list[int]:
@@ -243,7 +249,8 @@ def graph_of(captured: Captured, phase: Phase) -> torch.fx.GraphModule:
     reuses_text = any(site.of_text and site.kind in phase.reuse for site in captured.sites)
     if captured.separated is not None and reuses_text:
         return captured.separated
-    return captured.program.graph_module
+    whole: torch.fx.GraphModule = captured.program.graph_module
+    return whole
 
 
 def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant:

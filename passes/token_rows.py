@@ -19,12 +19,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tgate_compile.passes.attention_core import FUSED, attention_cores
+from tgate_compile.passes.attention_core import FUSED, LAYOUT, attention_cores
 from tgate_compile.passes.find_sites import value_inputs
-from tgate_compile.passes.follow_rows import SPLITS, Size, placed, positive, rank, same_size, size_of, tensors_of
+from tgate_compile.passes.follow_rows import SPLITS, Size, placed, positive, rank, size_of, tensors_of
 from tgate_compile.passes.graphs import argument, operand, shape_of
 
 aten = torch.ops.aten
+
+#: Operators that copy or rearrange keys and values on their way to an attention. A copy for each group of heads makes
+#: them larger, so they are cached before it.
+_BEFORE_ATTENTION = LAYOUT | {aten.repeat.default, aten.repeat_interleave.self_int}
 
 
 @dataclass(frozen=True)
@@ -209,9 +213,9 @@ def _along_scatter(node: Node, labels: Mapping[Node, Label]) -> Label | None:
 def _along_pad_sequence(node: Node, labels: Mapping[Node, Label]) -> Label | None:
     """Return the label of sequences padded to one length, which must have their live rows at the same places."""
     tensors = tensors_of(node)
-    if len({bool(labels[tensor]) if not isinstance(labels[tensor], Tokens) else None for tensor in tensors}) == 1:
-        if not isinstance(labels[tensors[0]], Tokens):
-            return bool(labels[tensors[0]])
+    first = labels[tensors[0]]
+    if not isinstance(first, Tokens) and all(labels[tensor] is first for tensor in tensors):
+        return first
     dim = 1 if argument(node, 1, "batch_first", False) else 0
     length = size_of(shape_of(node)[dim])
     padded = []
@@ -311,3 +315,62 @@ def mixing_nodes(graph: torch.fx.Graph, labels: Mapping[Node, Label]) -> list[No
         and node.target not in (*FUSED, *_ALONG)
         and any(isinstance(labels[source], Tokens) for source in value_inputs(node))
     ]
+
+
+@dataclass(frozen=True)
+class JointAttention:
+    """An attention of the image's tokens, some of whose keys and values belong to other tokens.
+
+    Attributes:
+        node: the attention.
+        keys: the node of the keys, as far up as they are not larger.
+        values: the node of the values, likewise.
+    """
+
+    node: Node
+    keys: Node
+    values: Node
+
+
+def joint_attentions(graph: torch.fx.Graph, labels: Mapping[Node, Label]) -> list[JointAttention]:
+    """Return the attentions of `graph` in which the image's tokens attend to others, in graph order.
+
+    The result is empty if no attention has keys of both: then the text, if there is any, is attended to by
+    cross-attentions alone.
+    """
+    found: list[JointAttention] = []
+    is_joint = False
+    for node in graph.nodes:
+        if node.target not in FUSED or labels[operand(node, 0)] is False:
+            continue
+        keys, values = operand(node, 1), operand(node, 2)
+        if any(not _is_cut(each, labels) for each in (keys, values)):
+            continue
+        is_joint = is_joint or isinstance(labels[keys], Tokens)
+        found.append(JointAttention(node, _smallest(keys, labels), _smallest(values, labels)))
+    return found if is_joint else []
+
+
+def _is_cut(node: Node, labels: Mapping[Node, Label]) -> bool:
+    """Return whether some of the keys or values `node` are not the image's."""
+    label = labels[node]
+    return label is False or (isinstance(label, Tokens) and label.dim == rank(node) - 2)
+
+
+def _smallest(node: Node, labels: Mapping[Node, Label]) -> Node:
+    """Return the smallest of the values that `node` is derived from by copies and changes of layout."""
+    best = node
+    while node.target in _BEFORE_ATTENTION:
+        node = operand(node, 0)
+        if labels[node] is True:
+            break
+        if _nbytes(node) < _nbytes(best):
+            best = node
+    return best
+
+
+def _nbytes(node: Node) -> int:
+    size: int = node.meta["val"].dtype.itemsize
+    for dim in shape_of(node):
+        size *= int(dim.node.hint or 1) if isinstance(dim, torch.SymInt) else dim
+    return size

@@ -50,8 +50,8 @@ class Tiny:
 
     Attributes:
         build: makes it, always with the same weights.
-        call: returns the keyword arguments of a call, for a batch and a step: the latents and the timestep depend on the
-            step, and everything else does not.
+        call: returns the keyword arguments of a call, for a batch and a step: only the latents and the timestep depend
+            on the step.
         image: the number of the image's tokens in a joint attention.
         text: the number of the other tokens.
         first: whether the other tokens come first.

@@ -18,8 +18,8 @@ from diffusers import (
 
 import tgate_compile
 from tests.comparing import assert_differ, assert_same
-from tests.joint_reference import FrozenText, frozen_text
 from tests.joint_denoisers import DENOISERS, DIM, TEXT, Tiny, random
+from tests.joint_reference import FrozenText, frozen_text
 
 STEPS = 6
 GATE = 3
@@ -87,9 +87,7 @@ def flux_call(batch: int) -> dict[str, Any]:
 
 def qwen_image(transformer: torch.nn.Module) -> Any:
     scheduler = FlowMatchEulerDiscreteScheduler()
-    return QwenImagePipeline(
-        transformer=transformer, scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None
-    )
+    return QwenImagePipeline(transformer=transformer, scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None)
 
 
 def qwen_image_call(batch: int) -> dict[str, Any]:

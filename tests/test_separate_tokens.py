@@ -9,13 +9,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tests.comparing import assert_differ, assert_same
-from tests.joint_reference import FrozenText, frozen_text
 from tests.joint_denoisers import DENOISERS, Tiny
+from tests.joint_reference import FrozenText, frozen_text
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.compiled import inputs_for, tensors_of
 from tgate_compile.engine.weights import live_tensors
-from tgate_compile.methods.method import CROSS, NONE, Phase
+from tgate_compile.methods.method import CROSS, Phase
 from tgate_compile.passes.graphs import Captured, Variant
 from tgate_compile.passes.specialize import specialize
 

@@ -85,7 +85,8 @@ def optimize(
 
     Args:
         pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attention or
-            joint attention, or a similar object (see `docs/guides/own-denoiser.md`). It is changed in place; `restore(pipe)` undoes that.
+            joint attention, or a similar object (see `docs/guides/own-denoiser.md`). It is changed in place;
+            `restore(pipe)` undoes that.
         gate_step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), that run in full. If it is not
             less than the number of steps, nothing is gated; None means no gate. A single call can override it:
             `pipe(..., gate_step=8)`. If two denoisers share the steps (Wan 2.2), each counts its own steps from 0, and
@@ -105,8 +106,8 @@ def optimize(
             attention it is always cond.
         anchor_weight: the weight of the cond half in the cached values; 0.5 is the paper's mean of the halves, 1 is
             the cond half alone, and larger values extrapolate beyond it.
-        text_interval: after the gate: the interval of cross-attention, or of the text in joint attention, in steps. None
-            means that neither is computed again.
+        text_interval: after the gate: the interval of cross-attention, or of the text in joint attention, in steps.
+            None means that neither is computed again.
         schedule: a `Schedule`, or a file written by `tune` or `save_schedule`, instead of all the arguments above,
             which must be left at their defaults.
         tuning: for `gate_step="auto"`: arguments for `tune`, such as `prompts`, `tolerance` and `call`. Without

@@ -349,7 +349,8 @@ def _further_options() -> list[tuple[str, Any, Any]]:
             Annotated[
                 field.metadata["type"] | None,
                 typer.Option(
-                    **({"parser": parse_gate_step, "metavar": "N"} if field.metadata["is_gate"] else {}),
+                    parser=parse_gate_step if field.metadata["is_gate"] else None,
+                    metavar="N" if field.metadata["is_gate"] else None,
                     min=field.metadata["least"],
                     help=f"{kind.title}: {field.metadata['help']}",
                     show_default=f"{field.default}, with any of {kind.title}'s options",

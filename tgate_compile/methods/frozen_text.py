@@ -37,9 +37,7 @@ class FrozenText(Method):
     key: ClassVar[str] = "frozentext"
     title: ClassVar[str] = "Frozen text"
 
-    step: int | float = option(
-        10, "The number or the fraction of steps after which the text is frozen.", is_gate=True
-    )
+    step: int | float = option(10, "The number or the fraction of steps after which the text is frozen.", is_gate=True)
     interval: int | None = option(None, "Compute the frozen text again at every n-th step.", least=1)
 
     def __post_init__(self) -> None:

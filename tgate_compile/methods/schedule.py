@@ -25,7 +25,7 @@ MSG_SEVERAL_ENDS = (
     "Give one of them, not {given}."
 )
 MSG_TEXT_OF_UNCOND = (
-    "text_interval={interval} computes the prompt's influence again after the gate, which keep=\"uncond\" would replace "
+    'text_interval={interval} computes the prompt\'s influence again after the gate, which keep="uncond" would replace '
     "with that of the negative prompt. Leave one of them out."
 )
 MSG_NOTHING = "Nothing to do: set a gate_step, a deepcache_interval above 1, a guidance_step or a guidance_similarity."

@@ -42,8 +42,8 @@ class TGate(Method):
         warm_up: the step, from 0, up to which self-attention is computed at every step.
         anchor_weight: the weight w of the cond half in the cached value, `(1 - w) * uncond + w * cond`. 0.5 is the
             paper's mean, 1 is the cond half alone, and larger values extrapolate beyond it.
-        text_interval: the interval of cross-attention, or of the text in joint attention, after the gate, in steps; None
-            means that it is never computed again.
+        text_interval: the interval of cross-attention, or of the text in joint attention, after the gate, in steps;
+            None means that it is never computed again.
     """
 
     key: ClassVar[str] = "tgate"

@@ -57,8 +57,8 @@ MSG_OWN_GATE_STEP = (
     "pipeline that is not gated yet."
 )
 MSG_NO_MEAN = (
-    "anchor_weight={given} is not possible with {model}: in joint attention the keys and values of the text are cached, "
-    "and those of two different texts have no meaningful mean. The prompt's are cached. Omit anchor_weight."
+    "anchor_weight={given} is not possible with {model}: in joint attention the keys and values of the text are "
+    "cached, and those of two different texts have no meaningful mean. The prompt's are cached. Omit anchor_weight."
 )
 MSG_ONLY_HALF = (
     "keep={given!r} is not possible with {pipeline}: only its {only} half can be kept once guidance has stopped. "
@@ -94,7 +94,7 @@ def attach(
         raise ConfigurationError(MSG_ON_UNSUPPORTED.format(given=on_unsupported))
     configs = {
         name: Config(
-            _with_possible_half(pipe, getattr(pipe, name), schedule),
+            with_possible_half(pipe, getattr(pipe, name), schedule),
             family=family_of_pipeline(pipe),
             sites=sites,
             cache_dtype=cache_dtype,
@@ -216,7 +216,7 @@ def _listed(modules: Mapping[str, torch.nn.Module]) -> str:
     return ", ".join(f"{name} ({type(module).__name__})" for name, module in modules.items()) or "no loaded modules"
 
 
-def _with_possible_half(pipe: DiffusionPipeline, denoiser: torch.nn.Module, schedule: Schedule) -> Schedule:
+def with_possible_half(pipe: DiffusionPipeline, denoiser: torch.nn.Module, schedule: Schedule) -> Schedule:
     """Return `schedule`, with `keep` set if only one of the halves can be kept.
 
     That depends on the family, and on the denoiser: the keys and values of two different texts have no meaningful mean,
