@@ -17,7 +17,7 @@ import torch
 
 
 @dataclass
-class FrozenText:
+class TextReference:
     """One generation of a denoiser with joint attention.
 
     Attributes:
@@ -103,7 +103,7 @@ class FrozenText:
 
 
 @contextmanager
-def frozen_text(reference: FrozenText) -> Iterator[FrozenText]:
+def frozen_text(reference: TextReference) -> Iterator[TextReference]:
     """Patch the denoiser and PyTorch's attention function inside the context."""
     reference.denoiser.forward = reference.forward  # type: ignore[method-assign, assignment]
     torch.nn.functional.scaled_dot_product_attention = reference.attention

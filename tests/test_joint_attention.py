@@ -17,9 +17,13 @@ from diffusers import (
 )
 
 import tgate_compile
-from tests.comparing import assert_differ, assert_same
+from tests.comparing import assert_differ, assert_same, difference
 from tests.joint_denoisers import DENOISERS, DIM, TEXT, Tiny, random
-from tests.joint_reference import FrozenText, frozen_text
+from tests.joint_reference import TextReference, frozen_text
+from tgate_compile import PAB, AdaptiveGuidance, FrozenText, UnsupportedModelError
+from tgate_compile.pipeline.hook import hook_of
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 STEPS = 6
 GATE = 3
@@ -33,8 +37,8 @@ class Case:
         build: makes it from its denoiser.
         call: returns the arguments of its call for a number of prompts.
         tiny: its denoiser.
-        halved: see `FrozenText`.
-        kept: see `FrozenText`.
+        halved: see `TextReference`.
+        kept: see `TextReference`.
         strip: the strip of a gated call.
         unguided: the arguments that switch guidance off.
     """
@@ -139,7 +143,7 @@ def expected_of(case: Case, call: dict[str, Any], gate: int = GATE, **options: A
     tiny = case.tiny
     pipe = case.build(tiny.build())
     given = {"guided": case.guided, "halved": case.halved, "kept": case.kept, **options}
-    reference = FrozenText(pipe.transformer, gate, tiny.image + tiny.text, tiny.text_tokens, **given)
+    reference = TextReference(pipe.transformer, gate, tiny.image + tiny.text, tiny.text_tokens, **given)
     with frozen_text(reference):
         return run(pipe, **call)
 
@@ -177,3 +181,115 @@ def test_ungated(case: Case, gated: Any, plain: Any) -> None:
 def test_per_call_gate(case: Case, gated: Any) -> None:
     call = case.call(1)
     assert_same(run(gated, gate_step=1, **call), expected_of(case, call, 1))
+
+
+# Options, with one pipeline that has guidance and one that has none.
+
+SD3 = CASES["StableDiffusion3Pipeline"]
+FLUX = CASES["FluxPipeline"]
+
+
+def optimized(case: Case, *args: Any, **options: Any) -> Any:
+    return tgate_compile.optimize(case.build(case.tiny.build()), *args, backend="eager", **options)
+
+
+@pytest.mark.parametrize("case", [SD3, FLUX], ids=["sd3", "flux"])
+def test_refreshed_after_the_gate(case: Case) -> None:
+    call = case.call(1)
+    pipe = optimized(case, 2, text_interval=2)
+    assert_same(run(pipe, **call), expected_of(case, call, 2, refresh=2))
+    assert tgate_compile.describe(pipe).strip == ("FFfpfp" if case.guided else "fffpfp")
+
+
+@pytest.mark.parametrize("case", [SD3, FLUX], ids=["sd3", "flux"])
+def test_frozen_text_keeps_guidance(case: Case) -> None:
+    call = case.call(2)
+    pipe = optimized(case, FrozenText(3))
+    assert_same(run(pipe, **call), expected_of(case, call, 3, drops_guidance=False))
+    assert tgate_compile.describe(pipe).strip == ("FFFPPP" if case.guided else "fffppp")
+    pipe = optimized(case, FrozenText(2, interval=3))
+    assert_same(run(pipe, **call), expected_of(case, call, 2, drops_guidance=False, refresh=3))
+    assert tgate_compile.describe(pipe).strip == ("FFPFPP" if case.guided else "ffpfpp")
+
+
+def test_frozen_text_and_guidance_that_ends_later() -> None:
+    """Where guidance ends, the text is computed once more: what was kept before belongs to both halves."""
+    pipe = optimized(SD3, FrozenText(2) + AdaptiveGuidance(step=4))
+    run(pipe, **SD3.call(1))
+    assert tgate_compile.describe(pipe).strip == "FFPPfp"
+
+
+def test_pab_broadcasts_the_text() -> None:
+    call = SD3.call(1)
+    pipe = optimized(SD3, PAB(3, 1, begin=0.0, end=1.0))
+    assert_same(run(pipe, **call), expected_of(SD3, call, 1, drops_guidance=False, refresh=3))
+    assert tgate_compile.describe(pipe).strip == "FPPFPP"
+
+
+def test_guidance_drop_alone_needs_no_sites() -> None:
+    pipe = optimized(SD3, AdaptiveGuidance(step=3))
+    run(pipe, **SD3.call(1))
+    description = tgate_compile.describe(pipe)
+    assert (description.strip, description.sites, description.keep) == ("FFFfff", (), "cond")
+
+
+def test_description(case: Case, gated: Any) -> None:
+    call = case.call(2)
+    foreseen = tgate_compile.describe(gated, num_inference_steps=STEPS, output_type="latent", **call)
+    run(gated, **call)
+    done = tgate_compile.describe(gated)
+    assert (foreseen.strip, foreseen.cache_bytes, foreseen.sites) == (done.strip, done.cache_bytes, done.sites)
+    assert done.keep == "cond"
+    attentions = {name.rpartition(".")[0] for name in done.sites}
+    assert sorted(done.sites) == sorted(f"{name}.{part}" for name in attentions for part in ("key", "value"))
+    assert len(attentions) == case.tiny.joint
+    # Keys and values of the text's tokens, in float32, for two images.
+    width = gated.transformer.config.num_attention_heads * gated.transformer.config.attention_head_dim
+    assert done.cache_bytes == len(done.sites) * 2 * case.tiny.text * width * 4
+    full, pruned = (next(v for v in done.variants if v.name == name and v.batch == 2) for name in ("full", "pruned"))
+    assert pruned.parameters < full.parameters
+    assert pruned.macs < full.macs
+
+
+def test_caches_do_not_hold_the_images_keys() -> None:
+    """A cache is a tensor of its own: a view of all keys would keep these alive."""
+    pipe = optimized(FLUX, 2)
+    kept: list[int] = []
+    call = {**FLUX.call(1), "callback_on_step_end": lambda pipe, step, time, tensors: kept.append(stored(pipe)) or {}}
+    run(pipe, **call)
+    assert kept[2:] == [tgate_compile.describe(pipe).cache_bytes] * (STEPS - 2)
+
+
+def stored(pipe: Any) -> int:
+    """Return the size of the memory that the caches of the present generation keep alive."""
+    generation = hook_of(pipe.transformer)._active
+    values = generation._caches.values(None).values()
+    return sum({value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in values}.values())
+
+
+def test_some_blocks_only() -> None:
+    """With a part of the sites, the text is still computed for the other blocks."""
+    pipe = optimized(SD3, 2, sites=["transformer_blocks.2.*"])
+    run(pipe, **SD3.call(1))
+    description = tgate_compile.describe(pipe)
+    assert description.sites == ("transformer_blocks.2.attn.key", "transformer_blocks.2.attn.value")
+    call = SD3.call(1)
+    everything = run(optimized(SD3, 2), **call)
+    guidance = run(optimized(SD3, AdaptiveGuidance(step=2)), **call)
+    part = run(pipe, **call)
+    assert_differ(part, everything)
+    assert_differ(part, guidance)
+
+
+def test_cached_in_fewer_bytes() -> None:
+    call = SD3.call(1)
+    pipe, whole = optimized(SD3, 2, cache_dtype=torch.bfloat16), optimized(SD3, 2)
+    near, exact = run(pipe, **call), run(whole, **call)
+    assert difference(near, exact) < 0.05
+    assert 2 * tgate_compile.describe(pipe).cache_bytes == tgate_compile.describe(whole).cache_bytes
+
+
+def test_other_caches_are_refused() -> None:
+    pipe = optimized(SD3, 2, sp_interval=2)
+    with pytest.raises(UnsupportedModelError, match="leave sp_interval and fi_interval at 1"):
+        run(pipe, **SD3.call(1))

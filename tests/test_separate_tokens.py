@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from tests.comparing import assert_differ, assert_same
 from tests.joint_denoisers import DENOISERS, Tiny
-from tests.joint_reference import FrozenText, frozen_text
+from tests.joint_reference import TextReference, frozen_text
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.compiled import inputs_for, tensors_of
@@ -47,7 +47,7 @@ def test_frozen_text(name: str) -> None:
     full, pruned = (specialize(captured, phase) for phase in (FULL, PRUNED))
     count = captured.out_spec.num_leaves
 
-    reference = FrozenText(denoiser, 1, tiny.image + tiny.text, tiny.text_tokens, guided=False)
+    reference = TextReference(denoiser, 1, tiny.image + tiny.text, tiny.text_tokens, guided=False)
     with frozen_text(reference):
         first, second = (
             pytree.tree_leaves(reference.forward(**tiny.call(2, step), return_dict=False)) for step in (0, 1)
