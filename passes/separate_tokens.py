@@ -68,11 +68,13 @@ class Joint:
 
     Attributes:
         sites: the keys and values of the text's tokens.
+        whole: the graph with nodes for the sites, which its result does not depend on.
         separated: the graph with its tokens separated.
         live: the names of the inputs that the image's tokens come from.
     """
 
     sites: tuple[Site, ...]
+    whole: torch.fx.GraphModule
     separated: torch.fx.GraphModule
     live: tuple[str, ...]
 
@@ -80,9 +82,7 @@ class Joint:
 def find_joint_attention(
     graph_module: torch.fx.GraphModule, inputs: Inputs, model: str, *, has_cross: bool
 ) -> Joint | None:
-    """Return the joint attention of a captured denoiser; None if it has none.
-
-    Nodes that take the text's rows of keys and values are added to the graph; its result does not depend on them.
+    """Return the joint attention of a captured denoiser; None if it has none. `graph_module` is not changed.
 
     A denoiser with cross-attention (`has_cross`) has joint attention only if the text's tokens see the image as well:
     otherwise keys that do not change were appended to a self-attention, as in GLIGEN.
@@ -90,18 +90,17 @@ def find_joint_attention(
     Raises:
         UnsupportedModelError: the text's tokens of the denoiser, called `model`, cannot be separated from the image's.
     """
-    graph = graph_module.graph
     # Earlier frames and reference images are tokens of the image, too.
     live = [*inputs.latents, *(node for node in inputs.conditions if "latent" in node.name)]
     names = tuple(node.name for node in live)
-    labels = token_rows(graph, live)
-    mixing = mixing_nodes(graph, labels)
-    found = joint_attentions(graph, labels)
-    if not found:
+    if not joint_attentions(graph_module.graph, token_rows(graph_module.graph, live)):
         return None
-    sites, sources = mark_text(graph, found, labels)
-    graph_module.recompile()
-    separated = separate_tokens(graph_module, names, sources)
+    whole = copy_graph(graph_module)
+    labels = token_rows(whole.graph, [node for node in whole.graph.nodes if node.name in names])
+    mixing = mixing_nodes(whole.graph, labels)
+    sites, sources = mark_text(whole.graph, joint_attentions(whole.graph, labels), labels)
+    whole.recompile()
+    separated = separate_tokens(whole, names, sources)
     if has_cross:
         nodes = {node.name: node for node in separated.graph.nodes}
         changing = depends_on(separated.graph, [nodes[node.name] for node in inputs.latents])
@@ -114,7 +113,7 @@ def find_joint_attention(
     if left:
         where = [f"{node.target} in {innermost_call(node)[1] or model}" for node in (mixing or left)[:3]]
         raise UnsupportedModelError(MSG_NOT_SEPARATE.format(model=model, where=", ".join(where)))
-    return Joint(tuple(sites), separated, names)
+    return Joint(tuple(sites), whole, separated, names)
 
 
 def mark_text(

@@ -27,7 +27,7 @@ from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.find_sites import Inputs, count_roles, find_attention, find_deep_feature, is_inside
-from tgate_compile.passes.graphs import Binding, Captured, Site, is_mutable, outputs_of
+from tgate_compile.passes.graphs import Binding, Captured, Site, flat_program, is_mutable, outputs_of
 from tgate_compile.passes.separate_tokens import find_joint_attention
 
 FreeSize = Literal["batch", "height", "width"]
@@ -246,9 +246,12 @@ def capture(
     captured = Captured(program, names, inputs.latents[0].name, out_spec, sites, roles)
     if joint is None:
         return captured
-    # With a part of the sites, the text's tokens are still needed.
-    live = joint.live if only is None else ()
-    return dataclasses.replace(captured, separated=joint.separated, live=live)
+    return dataclasses.replace(
+        captured,
+        program=flat_program(program, joint.whole),
+        separated=joint.separated,
+        live=joint.live if only is None else (),  # with a part of the sites, the text's tokens are still needed
+    )
 
 
 def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call) -> dict[str, Binding]:
