@@ -80,6 +80,7 @@ class Loop:
         self.generations: list[Denoising] = []
         self.current: Denoising | None = None  # the generation that made the last denoiser call
         self.cause: Exception | None = None  # the reason why the loop runs without gating
+        self.note_uncaptured: Callable[[Exception], None] = lambda cause: None
         self._report = report
         self.on_new_timesteps: Callable[[], None] = lambda: None
 
