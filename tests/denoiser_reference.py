@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 
 class OneCall:
@@ -63,7 +64,7 @@ class OneCall:
         halves = {name: self._half(name, value) if name in self.halved else value for name, value in given.items()}
         assert halves.keys() >= set(self.halved)
         doubled = tuple(map(_twice, self.original(**{**halves, "return_dict": False})))
-        return doubled if given.get("return_dict") is False else type("Output", (), {"sample": doubled[0]})
+        return doubled if given.get("return_dict") is False else Transformer2DModelOutput(sample=doubled[0])
 
     def attention(self, name: str, output: torch.Tensor) -> torch.Tensor:
         """Return the value that cross-attention `name` passes on, given its computed `output`."""

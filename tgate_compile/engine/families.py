@@ -17,6 +17,7 @@ from tgate_compile.engine.unsupported import (
     REFUSED,
     REFUSED_BASES,
     REFUSED_DENOISERS,
+    UNCACHED_DENOISERS,
 )
 from tgate_compile.methods.method import Half
 
@@ -52,6 +53,7 @@ class Family:
         listed: whether the batch is not a dimension: the denoiser takes and returns lists with one tensor for each row.
         batch_dims: the inputs that have the batch in another dimension than the first, with that dimension.
         last_tokens: whether the prediction is in the last of the tokens that the denoiser returns, not in the first.
+        prepares: whether calls of the denoiser before the scheduler's timesteps are set are not part of the loop.
         further: whether there may be further calls of a timestep after that of both halves, for predictions that guidance
             moves away from (layers skipped, modalities isolated): their difference to the prompt's is added.
         unguided: whether there are never two halves. `guidance_scale`, if the call has one, is then an input of the
@@ -73,6 +75,7 @@ class Family:
     listed: bool = False
     batch_dims: tuple[tuple[tuple[str, ...], int], ...] = ()
     last_tokens: bool = False
+    prepares: bool = False
     further: bool = False
     unguided: bool = False
 
@@ -267,6 +270,8 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
         ),
     ),
     (Family(shared=(("txt_ids",), ("img_ids",))), ("BriaFiboEditPipeline", "BriaFiboPipeline", "BriaPipeline")),
+    (Family(listed=True), ("JoyImageEditPlusPipeline",)),
+    (Family(order=("cond", "uncond"), only="cond"), ("OmniGenPipeline",)),
     (Family(batch_dims=((("encoder_hidden_states_llama3",), 1),)), ("HiDreamImagePipeline",)),
     (
         Family(order=("cond", "uncond"), listed=True),
@@ -288,9 +293,9 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
             "ChromaPipeline",
             "CogView4ControlPipeline",
             "CogView4Pipeline",
+            "Cosmos3OmniPipeline",
             "Flux2KleinInpaintPipeline",
             "Flux2KleinPipeline",
-            "GlmImagePipeline",
             "JoyImageEditPipeline",
             "Kandinsky6TI2VAPipeline",
             "Krea2Pipeline",
@@ -300,6 +305,7 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
             "OvisImagePipeline",
         ),
     ),
+    (replace(_TWO_CALLS, prepares=True), ("GlmImagePipeline",)),
     (replace(_TWO_CALLS, until="cfg_trunc_ratio"), ("Lumina2Pipeline",)),
     (
         replace(_TRUE_GUIDANCE, negative=("negative_prompt_embeds", "negative_pooled_prompt_embeds")),
@@ -365,7 +371,8 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
     ),
 )
 
-#: The pipeline classes of diffusers that can be gated, with their properties.
+#: The pipeline classes of diffusers whose guidance can be dropped, with their properties. Those whose denoiser has
+#: cross-attentions can be gated as well.
 FAMILIES: Mapping[str, Family] = {name: family for family, names in _GROUPS for name in names}
 
 
@@ -379,6 +386,8 @@ def refusal(pipeline: type, denoiser: type | None = None, *, caches_cross: bool 
         reason = None
     if reason is None and denoiser is not None:
         reason = _row_of(denoiser, REFUSED_DENOISERS)
+        if reason is None and caches_cross:
+            reason = _row_of(denoiser, UNCACHED_DENOISERS)
     return reason
 
 

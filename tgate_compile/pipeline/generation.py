@@ -213,9 +213,9 @@ class Generation:
         """Run a denoiser call instead of the denoiser's forward."""
         if threading.get_ident() != self._thread:
             raise ConcurrentGenerationError(MSG_CONCURRENT)
-        if self._preview and not self._loop.paused:
+        if self._preview and not self._loop.paused and not self._is_too_early():
             raise Previewed(args, kwargs, self._guided())
-        if self._loop.paused or self._loop.plain:
+        if self._loop.paused or self._loop.plain or self._is_too_early():
             self.calls_apart += self._loop.paused > 0
             self.early.bring_back()
             return self._forward(*args, **kwargs)
@@ -228,6 +228,10 @@ class Generation:
         self._caches.clear()
         self.early.clear()
         return self._forward(*args, **kwargs)
+
+    def _is_too_early(self) -> bool:
+        """Return whether this call prepares the loop, such as one that fills a cache with a reference image."""
+        return self._family.prepares and self._loop.observable and not self._loop.timesteps_set
 
     def _check_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check that no input of the denoiser requires gradients."""
@@ -385,7 +389,7 @@ class Generation:
         """
         if self._dropped is not None:
             compiled, outputs = self._dropped
-            return compiled.unflatten([output.clone() for output in outputs])
+            return compiled.unflatten([_copied(output) for output in outputs])
         compiled, (outputs, _) = self._run_graph(Phase(False), call, {})
         return compiled.unflatten(outputs)
 
@@ -400,7 +404,7 @@ class Generation:
             compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
             self._loop.gated = self._loop.gated or not phase.guided
             # A copy, since the pipeline may combine the two in place.
-            halves = {first: outputs} if phase.guided else {first: outputs, second: [o.clone() for o in outputs]}
+            halves = {first: outputs} if phase.guided else {first: outputs, second: [_copied(output) for output in outputs]}
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
@@ -503,6 +507,10 @@ def _dtype_of_number(timestep: object) -> torch.dtype | None:
     if isinstance(timestep, float):
         return torch.float64
     return torch.int64 if isinstance(timestep, (int, np.integer)) and not isinstance(timestep, bool) else None
+
+
+def _copied(output: Any) -> Any:
+    return output.clone() if torch.is_tensor(output) else output  # a denoiser may return None for a missing modality
 
 
 def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:

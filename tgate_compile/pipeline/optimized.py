@@ -115,9 +115,10 @@ class Optimized:
 
     def note_uncaptured(self, cause: Exception) -> None:
         """Log, once per cause, that the denoiser runs without being captured, which drops guidance all the same."""
-        name = self.pipeline_class.__name__
         self.warn_once(
-            f"The denoiser of {name} runs uncompiled. Guidance is dropped as requested. {cause}", about=str(cause)
+            f"The denoiser of {self.pipeline_class.__name__} runs uncompiled; guidance is dropped as requested. "
+            + str(cause).partition("\n")[0],
+            about="uncaptured",
         )
 
     def report_plain(self, cause: Exception) -> None:
