@@ -196,6 +196,7 @@ def capture(
             raise CaptureError(
                 MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")
             ) from error
+    _inline_disabled_autocast(program.graph_module)
     program = _functional(program)
     names = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
     if len(names) != len(call.leaves) or not all(
@@ -290,6 +291,32 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     # An empty table decomposes nothing else, so that the results stay bit-identical.
     functional: ExportedProgram = program.run_decompositions({})
     return functional
+
+
+def _inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
+    """Inline the regions of `graph_module` that switch autocast off, which it is when the denoiser runs.
+
+    torch.export turns `with torch.amp.autocast("cuda", enabled=False)` into a call of a graph of its own.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2]:
+            continue
+        region, *given = node.args[4:]
+        body = getattr(graph_module, region.target).graph
+        values = dict(zip((inner for inner in body.nodes if inner.op == "placeholder"), given, strict=True))
+        with graph.inserting_before(node):
+            for inner in body.nodes:
+                if inner.op not in ("placeholder", "output"):
+                    values[inner] = graph.node_copy(inner, values.__getitem__)
+        results = next(inner.args[0] for inner in body.nodes if inner.op == "output")
+        for user in list(node.users):  # torch.export gives the region a tuple of results
+            user.replace_all_uses_with(values[results[user.args[1]]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not region.users:
+            graph.erase_node(region)
+    graph_module.recompile()
 
 
 def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
