@@ -102,7 +102,9 @@ class Tokens:
         latents |= {
             i
             for i, (name, leaf) in enumerate(zip(arguments, call.leaves, strict=True))
-            if torch.is_tensor(leaf) and (name == arguments[next(iter(latents))] or name in _LATENTS) and leaf.ndim >= main.ndim - 1
+            if torch.is_tensor(leaf)
+            and (name == arguments[next(iter(latents))] or name in _LATENTS)
+            and leaf.ndim >= main.ndim - 1
             and leaf.is_floating_point()
         }
         texts = {
@@ -294,7 +296,11 @@ def main() -> None:
         known[name] = row_of(name)
         found = known[name].get("error") or Counter(a["role"] for a in known[name]["attentions"])
         print(f"{name}: {str(found)[:200]}, {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
-        result = {"diffusers": diffusers.__version__, "torch": torch.__version__, "denoisers": dict(sorted(known.items()))}
+        result = {
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+            "denoisers": dict(sorted(known.items())),
+        }
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

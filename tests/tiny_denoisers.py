@@ -12,9 +12,9 @@ from typing import Any
 import diffusers
 import torch
 
-from tests import tiny_pipelines, tiny_siblings, tiny_transformers, tiny_video
+from tests import tiny_pipelines, tiny_video
 from tests.denoiser_cases import CASES, SIBLINGS
-from tests.tiny_joint import CONFIGS, JOINT, ROPE
+from tests.tiny_joint import CONFIGS, JOINT
 from tests.tiny_pipelines import LATENT_SIZE, TEXT_DIM, seeded
 from tests.tiny_transformers import TOKENS
 
@@ -266,7 +266,12 @@ def _audio() -> dict[str, Any]:
 
 
 def _unet(**more: Any) -> dict[str, Any]:
-    return {"sample": _random(1, 4, LATENT_SIZE, LATENT_SIZE), "timestep": _NOW, "encoder_hidden_states": _text(), **more}
+    return {
+        "sample": _random(1, 4, LATENT_SIZE, LATENT_SIZE),
+        "timestep": _NOW,
+        "encoder_hidden_states": _text(),
+        **more,
+    }
 
 
 _SMALL_UNET: dict[str, Any] = {
@@ -454,7 +459,11 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
     # Without text.
     "DiTTransformer2DModel": _direct(
         "DiTTransformer2DModel",
-        lambda: {"hidden_states": _random(1, 4, 8, 8), "timestep": torch.tensor([5]), "class_labels": torch.tensor([1])},
+        lambda: {
+            "hidden_states": _random(1, 4, 8, 8),
+            "timestep": torch.tensor([5]),
+            "class_labels": torch.tensor([1]),
+        },
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,

@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx import config as fx_config
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
-from tgate_compile.engine.call import BatchDims, Call
+from tgate_compile.engine.call import BatchDims, Call, known_readings
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import LATENTS_NAMES, binding_of, fits, is_time, latents_of, leaves_at, named_leaves
 from tgate_compile.engine.traffic import exclusive
@@ -183,7 +183,8 @@ def capture(
     model = type(denoiser).__name__
     args, kwargs = call.arguments
     began = time.perf_counter()
-    with _forward_of(denoiser, forward), without_stack_traces(), torch.no_grad():
+    known = known_readings(denoiser, forward, call)
+    with _forward_of(denoiser, forward), without_stack_traces(), torch.no_grad(), known:
         try:
             program = torch.export.export(
                 denoiser,

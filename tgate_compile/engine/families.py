@@ -321,9 +321,7 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        replace(
-            _TRUE_GUIDANCE, negative=("negative_prompt_embeds", "negative_pooled_prompt_embeds"), last_tokens=True
-        ),
+        replace(_TRUE_GUIDANCE, negative=("negative_prompt_embeds", "negative_pooled_prompt_embeds"), last_tokens=True),
         ("HunyuanVideoImageToVideoPipeline",),
     ),
     (

@@ -20,7 +20,7 @@ from tgate_compile._errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
-from tgate_compile.engine.call import Call
+from tgate_compile.engine.call import Call, reads_masks
 from tgate_compile.engine.compiled import CachedValues, EarlyValues, Parking, Runnable, Store, Uncaptured
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import (
@@ -253,7 +253,7 @@ class Generation:
             if self._watch:
                 self.early.bring_back()
                 self._store.refresh(begins=False)
-        call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments))
+        call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments), by_value=reads_masks(self._store.denoiser))
         if event == "again" and self._family.further:
             return self._further(call)
         latents = batch_of(arguments)
@@ -266,7 +266,9 @@ class Generation:
         if event == "again":
             raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(self.scheduler()).__name__))
         guided = self._halves.served(latents, guided, first=not self.progress.done)
-        return self._in_one_call(call, latents.shape, guided, listed=rows_of(arguments, latents_of(arguments)) is not None)
+        return self._in_one_call(
+            call, latents.shape, guided, listed=rows_of(arguments, latents_of(arguments)) is not None
+        )
 
     def _with_tensor_timestep(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
@@ -290,7 +292,7 @@ class Generation:
         self.progress.event(self.scheduler(), arguments)
         counter = self._begin(arguments, guided)
         guided = guided and not self._halves.undecided
-        call, batch = Call.of(args, kwargs), batch_of(arguments).shape[0]
+        call, batch = Call.of(args, kwargs, by_value=reads_masks(self._store.denoiser)), batch_of(arguments).shape[0]
         sizes: dict[Kind, int] = {}
         most = 0
         graphs = []
@@ -404,7 +406,9 @@ class Generation:
             compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
             self._loop.gated = self._loop.gated or not phase.guided
             # A copy, since the pipeline may combine the two in place.
-            halves = {first: outputs} if phase.guided else {first: outputs, second: [_copied(output) for output in outputs]}
+            halves = (
+                {first: outputs} if phase.guided else {first: outputs, second: [_copied(output) for output in outputs]}
+            )
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
