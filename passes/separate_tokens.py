@@ -30,6 +30,7 @@ from tgate_compile.passes.token_rows import (
     JointAttention,
     Label,
     Tokens,
+    is_plain_copy,
     is_size,
     joint_attentions,
     mixing_nodes,
@@ -236,8 +237,30 @@ class _Builder:
                 if same_size(offset, start) and same_size(offset + size, stop):
                     return tensor
                 offset = offset + size
+        written = self._slice_of_written(node, dim, start, stop, live)
+        if written is not None:
+            return written
         end = _END if same_size(stop, total) else self.amount(stop)
         return self.call(aten.slice.Tensor, (node, dim, self.amount(start), end), {}, live)
+
+    def _slice_of_written(self, node: Node, dim: int, start: Size, stop: Size, live: bool) -> Node | None:
+        """Return rows of a value that was made by assignments, as they are without those that do not concern them."""
+        if node.target is aten.slice_scatter.default:
+            span = span_of_slice(node, first=2)
+            if span is None or span.dim != dim or not all(isinstance(each, int) for each in (start, stop, span.stop)):
+                return None
+            if stop <= span.start or span.stop <= start:
+                return self.slice(operand(node, 0), dim, start, stop, live)
+            if span.start <= start and stop <= span.stop:
+                return self.slice(operand(node, 1), dim, start - span.start, stop - span.start, live)
+        elif node.target is aten.select_scatter.default:
+            row = positive(argument(node, 2, "dim"), rank(node))
+            if row == dim:
+                return None
+            base = self.slice(operand(node, 0), dim, start, stop, live)
+            source = self.slice(operand(node, 1), dim - (row < dim), start, stop, live)
+            return self.call(node.target, (base, source, *node.args[2:]), node.kwargs, live)
+        return None
 
     def cat(self, pieces: Sequence[Node], dim: int, live: Label) -> Node:
         """Return the concatenation of `pieces`; a single piece itself."""
@@ -304,7 +327,9 @@ class _Separation(_Builder):
         """Add the parts of the value of `node`, or compute it from the parts of its operands."""
         self.before, self.like = node.next, node
         label = self.labels[node]
-        if node.target in FUSED:
+        if is_plain_copy(node):
+            node.replace_all_uses_with(operand(node, 1))
+        elif node.target in FUSED:
             self._visit_attention(node, label)
         elif isinstance(label, Tokens):
             for live in (False, True):

@@ -121,6 +121,8 @@ def label_of(node: Node, labels: Mapping[Node, Label]) -> Label:
     sources = [source for source in value_inputs(node) if not is_size(source)]
     if node.target in FUSED:
         return _label_of_attention(node, labels)
+    if is_plain_copy(node):
+        return labels[operand(node, 1)]
     special = _ALONG.get(node.target)
     if special is not None:
         found = special(node, labels)
@@ -141,6 +143,15 @@ def label_of(node: Node, labels: Mapping[Node, Label]) -> Label:
             result = found
     assert result is not None
     return result
+
+
+def is_plain_copy(node: Node) -> bool:
+    """Return whether `node` is an assignment whose result is the second operand, whatever was there before."""
+    if node.target is not aten.copy.default:
+        return False
+    before, source = (operand(node, position).meta["val"] for position in (0, 1))
+    sizes = [[size_of(size) for size in each.shape] for each in (before, source)]
+    return len(sizes[0]) == len(sizes[1]) and all(map(same_size, *sizes)) and before.dtype == source.dtype
 
 
 def is_size(node: Node) -> bool:
