@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from tgate_compile.passes.attention_core import FUSED, LAYOUT, attention_cores
 from tgate_compile.passes.find_sites import value_inputs
-from tgate_compile.passes.follow_rows import SPLITS, Size, placed, positive, rank, size_of, tensors_of
+from tgate_compile.passes.follow_rows import SPLITS, Size, placed, positive, rank, same_size, size_of, tensors_of
 from tgate_compile.passes.graphs import argument, operand, shape_of
 
 aten = torch.ops.aten

@@ -43,6 +43,7 @@ class TextReference:
     drops_guidance: bool = True
     refresh: int | None = None
     calls: int = 0
+    attended: set[int] = field(default_factory=set)  # the steps with a joint attention
     _step: int = -1
     _half: int = 0
     _attention: int = 0
@@ -83,6 +84,7 @@ class TextReference:
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for `scaled_dot_product_attention`."""
         if key.shape[-2] == self.tokens:
+            self.attended.add(self._step)
             place = self._attention, self._half
             self._attention += 1
             is_computed = self._step < self.gate or (self.refresh is not None and self._step % self.refresh == 0)

@@ -20,6 +20,8 @@ import tgate_compile
 from tests.comparing import assert_differ, assert_same, difference
 from tests.joint_denoisers import DENOISERS, DIM, TEXT, Tiny, random
 from tests.joint_reference import TextReference, frozen_text
+from tests.test_joint_guidance import run as denoised
+from tests.tiny_joint import JOINT
 from tgate_compile import PAB, AdaptiveGuidance, FrozenText, UnsupportedModelError
 from tgate_compile.pipeline.hook import hook_of
 
@@ -293,3 +295,41 @@ def test_other_caches_are_refused() -> None:
     pipe = optimized(SD3, 2, sp_interval=2)
     with pytest.raises(UnsupportedModelError, match="leave sp_interval and fi_interval at 1"):
         run(pipe, **SD3.call(1))
+
+
+# Further pipelines, with the number of their image's and text's tokens, and whether the text comes first.
+
+FURTHER = {
+    "ZImagePipeline": (32, 32, False),
+    "AuraFlowPipeline": (16, 14, True),
+    "ChromaPipeline": (16, 6, True),
+    "CogVideoXPipeline": (48, 6, True),
+    "HunyuanVideoPipeline": (48, 6, False),
+    "Lumina2Pipeline": (16, 6, True),
+}
+QUICK = ("ZImagePipeline", "ChromaPipeline")
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.heavy) for n in FURTHER])
+def test_further_pipelines(name: str) -> None:
+    image, text, first = FURTHER[name]
+    joint = JOINT[name]
+    pipe, call = joint.build(), joint.call(2 if name != "Lumina2Pipeline" else 1)
+    plain = denoised(pipe, **call)
+    is_batch = joint.guidance == "batch"
+    reference = TextReference(
+        pipe.transformer,
+        1,
+        image + text,
+        slice(0, text) if first else slice(image, None),
+        halved=joint.halved if is_batch else (),
+        kept=joint.kept if is_batch else 0,
+    )
+    with frozen_text(reference):
+        expected = denoised(pipe, **call)
+    assert reference.attended
+    tgate_compile.optimize(pipe, 1, backend="eager")
+    assert_same(denoised(pipe, **call), expected)
+    assert tgate_compile.describe(pipe).strip == "Fpp"
+    assert_differ(expected, plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def known_readings(denoiser: torch.nn.Module, forward: Callable[..., Any], call:
     args, kwargs = call.arguments
     with _reading_by(record), torch.no_grad():
         forward(*args, **kwargs)
-    known = iter(readings)
+    known = cycle(readings)  # torch.export may trace several times
     with _reading_by(lambda tensor: next(known)):
         yield
 
