@@ -17,19 +17,14 @@ from diffusers import UNet2DConditionModel
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.architectures import JOINT_MODELS, MODELS, Architecture, Geometry, Model, model_named
 from tgate_compile.study.cost import (
-    JOINT_MODELS,
-    MODELS,
     NOTE_BRANCH,
     NOTE_GATE,
     NOTE_GUIDANCE,
-    Architecture,
-    Geometry,
-    Model,
     binding_times,
     graph_cost,
     image_cost,
-    model_named,
     paper_tables,
     schedule_of,
 )

@@ -304,7 +304,7 @@ FURTHER = {
     "AuraFlowPipeline": (16, 14, True),
     "ChromaPipeline": (16, 6, True),
     "CogVideoXPipeline": (48, 6, True),
-    "HunyuanVideoPipeline": (48, 6, False),
+    "HunyuanVideoPipeline": (32, 6, False),
     "Lumina2Pipeline": (16, 6, True),
 }
 QUICK = ("ZImagePipeline", "ChromaPipeline")
