@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
 
 from tgate_compile._errors import UnsupportedModelError
@@ -61,6 +62,11 @@ MSG_NOT_SEPARATE = (
     "two are combined outside of attention, or by an attention of an unknown form ({where}). What works instead: "
     "AdaptiveGuidance(step=...), which drops guidance after some steps, or fewer steps."
 )
+MSG_READS_LENGTHS = (
+    "The number of the text's tokens in {model} depends on the values of a mask, so a graph with fixed sizes cannot hold "
+    "their keys and values. What works instead: AdaptiveGuidance(step=...), which drops guidance after some steps, or "
+    "fewer steps."
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,10 @@ def find_joint_attention(
     mixing = mixing_nodes(whole.graph, labels)
     sites, sources = mark_text(whole.graph, joint_attentions(whole.graph, labels), labels)
     whole.recompile()
-    separated = separate_tokens(whole, names, sources)
+    try:
+        separated = separate_tokens(whole, names, sources)
+    except GuardOnDataDependentSymNode as error:
+        raise UnsupportedModelError(MSG_READS_LENGTHS.format(model=model)) from error
     if has_cross:
         nodes = {node.name: node for node in separated.graph.nodes}
         changing = depends_on(separated.graph, [nodes[node.name] for node in inputs.latents])
