@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from math import prod
 
 import torch
 from torch.export.graph_signature import InputKind
@@ -50,7 +49,7 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
             if emission.site.batch != 0:
                 value = add_call(graph, aten.movedim.int, value, emission.site.batch, 0)
             result = value if emission.anchor is None else _merged(graph, value, emission.anchor)
-            emitted.append(_cast(graph, _without_base(graph, result), emission))
+            emitted.append(_cast(graph, _without_base(graph, result, emission.site), emission))
     output.args = ((*outputs_of(graph), *emitted),)
     return PassResult(len(emitted))
 
@@ -74,21 +73,14 @@ def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
     return mean
 
 
-def _without_base(graph: torch.fx.Graph, value: Node) -> Node:
-    """Return a copy of `value` if it is a view of a larger value, which a cache would keep alive."""
-    base = value
-    while isinstance(base.target, torch._ops.OpOverload) and base.target._schema.returns[0].alias_info is not None:
-        base = operand(base, 0)
-    sizes = [prod(_hints(shape_of(node))) for node in (base, value)]
-    return (
-        add_call(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
-        if sizes[0] > sizes[1]
-        else value
-    )
+def _without_base(graph: torch.fx.Graph, value: Node, site: Site) -> Node:
+    """Return a contiguous copy of a text's keys or values, which can be views of those of all tokens.
 
-
-def _hints(shape: torch.Size) -> list[int]:
-    return [int(size.node.hint or 1) if isinstance(size, torch.SymInt) else size for size in shape]
+    A cache would keep these alive, and compiled graphs expect contiguous caches.
+    """
+    if not site.of_text:
+        return value
+    return add_call(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
 
 
 def _cast(graph: torch.fx.Graph, value: Node, emission: Emission) -> Node:
@@ -127,6 +119,8 @@ def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResu
         same = site.batch == 0 and site.cache_dtype == site.dtype
         with fake.fake_mode:
             cached.meta["val"] = fake if same else fake.movedim(site.batch, 0).to(site.cache_dtype)
+            if site.of_text:
+                cached.meta["val"] = cached.meta["val"].clone(memory_format=torch.contiguous_format)
         last_input = replacement = cached
         with graph.inserting_before(value):
             if site.cache_dtype != site.dtype:

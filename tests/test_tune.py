@@ -385,9 +385,13 @@ def test_joint_attention_has_text_to_freeze_and_self_attention_to_cache() -> Non
     assert tuning.chosen.strip == "Fpppp"
     assert tuning.chosen.cost < 0.6  # guidance drop alone
     assert len(tuning.convergence.mean) == 4
-    pipe.transformer.forward = None
     with pytest.raises(UnsupportedModelError, match="oint attention"):
-        tune(pipe, call=call, num_inference_steps=5, candidates=[Schedule(3)])
+        tune(
+            pipe,
+            call={**call, "height": 64, "width": 64},
+            num_inference_steps=5,
+            candidates=[Schedule(3, sp_interval=2)],
+        )
 
 
 @pytest.mark.parametrize(
