@@ -51,7 +51,8 @@ class Macs:
 def count_macs(graph: torch.fx.Graph) -> Macs:
     """Return the multiply-accumulates of one run of `graph`, whose nodes carry fake tensors.
 
-    Free sizes count with their values in the captured call.
+    Free sizes count with their values in the captured call. Operators whose sizes depend on data, such as the number of
+    tokens that a mask leaves, are not counted.
     """
     layers = attention = 0
     for node in graph.nodes:
@@ -70,4 +71,4 @@ def count_macs(graph: torch.fx.Graph) -> Macs:
 
 
 def _sizes(node: torch.fx.Node) -> tuple[int, ...]:
-    return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in shape_of(node))
+    return tuple((size.node.hint or 0) if isinstance(size, torch.SymInt) else size for size in shape_of(node))

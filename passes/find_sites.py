@@ -155,7 +155,7 @@ def find_attention(
         site_kind: Kind = role
         first = values[core][0]
         if first not in names:
-            names[first] = _unique(_without_processor(innermost_call(core.node)[1]), names.values())
+            names[first] = unique_name(without_processor(innermost_call(core.node)[1]), names.values())
         value = next((node for node in values[core] if node in dims), None)
         if site_kind == "self" and "temporal" in kinds and _TEMPORAL.search(names[first]):
             site_kind = "temporal"
@@ -195,7 +195,7 @@ def _role(core: AttentionCore, of_latents: set[Node], of_conditions: set[Node]) 
     return "cross" if (all if core.is_linear else any)(follows_a_condition) else "other"
 
 
-def _unique(path: str, names: Collection[str]) -> str:
+def unique_name(path: str, names: Collection[str]) -> str:
     """Return `path`, with a number if the name is taken: the module has several attentions or several calls."""
     path = path or "attention"
     numbered = (path if i == 1 else f"{path}#{i}" for i in range(1, len(names) + 2))
@@ -204,8 +204,8 @@ def _unique(path: str, names: Collection[str]) -> str:
     return next(name for name in numbered if re.sub(r"\W", "_", name) not in taken)
 
 
-def _without_processor(path: str) -> str:
-    # Some attention processors (IP-Adapter's) are modules too; the site has the name of the attention.
+def without_processor(path: str) -> str:
+    """Return the path of an attention, given that of its processor: some (IP-Adapter's) are modules too."""
     return path.removesuffix(".processor")
 
 

@@ -133,12 +133,14 @@ class Site:
     Attributes:
         kind: the kind of the value.
         name: the path of the module that produces it, e.g. `mid_block.attentions.0.transformer_blocks.0.attn2`;
-            with a number, as in `block#2`, if that module has several attentions or is called several times.
+            with a number, as in `block#2`, if that module has several attentions or is called several times. Keys and
+            values of a joint attention have its path and an ending, as in `transformer_blocks.0.attn.key`.
         node: the name of its node in the captured graph.
         shape: the shape of the cached value, [batch, tokens, dim] (batch 2B under guidance).
         dtype: the dtype of the value in the graph.
         cache_dtype: the dtype of the cached value.
         batch: the batch dimension in the graph; in the cached value it is always the first.
+        of_text: whether it is the keys or values of the text's tokens in a joint attention.
     """
 
     kind: Kind
@@ -148,6 +150,7 @@ class Site:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     batch: int = 0
+    of_text: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -170,6 +173,9 @@ class Captured:
         out_spec: the pytree structure of the denoiser's return value.
         sites: the values that can be cached, grouped by kind and in graph order, with the deep feature last.
         roles: how often each of the inputs changes, by name; inputs without an entry change at every call.
+        separated: for joint attention: the graph with its tokens separated (`separate_tokens`), from which graphs that
+            reuse the text's keys and values are derived. Its inputs, outputs and sites have the names of the program's.
+        live: for joint attention: the names of the inputs that the image's tokens come from.
     """
 
     program: ExportedProgram
@@ -178,6 +184,8 @@ class Captured:
     out_spec: pytree.TreeSpec
     sites: tuple[Site, ...]
     roles: Mapping[str, Binding] = field(default_factory=dict)
+    separated: torch.fx.GraphModule | None = None
+    live: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from tgate_compile.passes.graphs import (
     outputs_of,
     shape_of,
 )
+from tgate_compile.passes.token_rows import text_left
 
 aten = torch.ops.aten
 
@@ -48,7 +49,7 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
             if emission.site.batch != 0:
                 value = add_call(graph, aten.movedim.int, value, emission.site.batch, 0)
             result = value if emission.anchor is None else _merged(graph, value, emission.anchor)
-            emitted.append(_cast(graph, result, emission))
+            emitted.append(_cast(graph, _without_base(graph, result, emission.site), emission))
     output.args = ((*outputs_of(graph), *emitted),)
     return PassResult(len(emitted))
 
@@ -58,6 +59,10 @@ def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
     dtype = value.meta["val"].dtype
     accumulated = torch.promote_types(dtype, torch.float32)
     halves = add_call(graph, aten.unflatten.int, value, 0, [2, -1])
+    if anchor in (0.0, 1.0):
+        return add_call(
+            graph, aten.select.int, halves, 0, int(anchor)
+        )  # exactly, even beside values that are not finite
     if anchor == 0.5:
         mean = add_call(graph, aten.mean.dim, halves, [0], False, dtype=accumulated)
     else:
@@ -66,6 +71,16 @@ def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
         weighted = add_call(graph, aten.mul.Tensor, uncond, 1.0 - anchor)
         mean = add_call(graph, aten.add.Tensor, weighted, cond, alpha=anchor)
     return mean
+
+
+def _without_base(graph: torch.fx.Graph, value: Node, site: Site) -> Node:
+    """Return a contiguous copy of a text's keys or values, which can be views of those of all tokens.
+
+    A cache would keep these alive, and compiled graphs expect contiguous caches.
+    """
+    if not site.of_text:
+        return value
+    return add_call(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
 
 
 def _cast(graph: torch.fx.Graph, value: Node, emission: Emission) -> Node:
@@ -104,6 +119,8 @@ def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResu
         same = site.batch == 0 and site.cache_dtype == site.dtype
         with fake.fake_mode:
             cached.meta["val"] = fake if same else fake.movedim(site.batch, 0).to(site.cache_dtype)
+            if site.of_text:
+                cached.meta["val"] = cached.meta["val"].clone(memory_format=torch.contiguous_format)
         last_input = replacement = cached
         with graph.inserting_before(value):
             if site.cache_dtype != site.dtype:
@@ -183,6 +200,11 @@ def verify(variant: Variant, captured: Captured) -> None:
         _require(tuple(node.meta["val"].shape) == shape, f"{site.name} is emitted as {node.meta['val'].shape}")
         _require(node.meta["val"].dtype == site.cache_dtype, f"{site.name} is emitted as {node.meta['val'].dtype}")
 
+    given = {site.node for site in variant.reused}
+    if captured.live and all(site.node in given for site in captured.sites if site.of_text):
+        nodes = {node.name: node for node in graph.nodes}
+        text = text_left(graph, [nodes[name] for name in captured.live if name in nodes])
+        _require(not text, f"the text's tokens are still computed: {[node.name for node in text]}")
     inputs = variant.program.graph_signature.user_inputs
     _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
     needed = _needed(variant, captured)
@@ -197,8 +219,9 @@ def verify(variant: Variant, captured: Captured) -> None:
 def _needed(variant: Variant, captured: Captured) -> set[str]:
     """Return the names of the captured graph's nodes that are needed if the reused sites are inputs."""
     given = {site.node for site in captured.sites if site.kind in variant.phase.reuse}
-    nodes = {node.name: node for node in captured.program.graph.nodes}
-    queue = [*outputs_of(captured.program.graph), *(nodes[emission.site.node] for emission in variant.emitted)]
+    graph = graph_of(captured, variant.phase).graph
+    nodes = {node.name: node for node in graph.nodes}
+    queue = [*outputs_of(graph), *(nodes[emission.site.node] for emission in variant.emitted)]
     needed = set(queue)
     for node in queue:  # grows during the loop
         new = [] if node.name in given else [source for source in node.all_input_nodes if source not in needed]
@@ -215,6 +238,15 @@ def _require(condition: bool, problem: str) -> None:
 logger = logging.getLogger(__name__)
 
 
+def graph_of(captured: Captured, phase: Phase) -> torch.fx.GraphModule:
+    """Return the graph of `captured` that the variant of `phase` is derived from."""
+    reuses_text = any(site.of_text and site.kind in phase.reuse for site in captured.sites)
+    if captured.separated is not None and reuses_text:
+        return captured.separated
+    whole: torch.fx.GraphModule = captured.program.graph_module
+    return whole
+
+
 def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant:
     """Return the variant of `captured` that serves `phase`. `captured` is not changed.
 
@@ -224,7 +256,7 @@ def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant
     Raises:
         VerificationError: the rewritten graph is not a valid variant.
     """
-    graph_module = copy_graph(captured.program.graph_module)
+    graph_module = copy_graph(graph_of(captured, phase))
     emitted = (
         *(Emission(site) for site in captured.sites if site.kind in phase.emit),
         *(Emission(site, anchor) for site in captured.sites if site.kind in phase.merge),

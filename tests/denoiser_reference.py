@@ -8,11 +8,12 @@ timestep computes the prediction that the second one also returns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 
 class OneCall:
@@ -26,6 +27,8 @@ class OneCall:
             such an argument do, except the `alternating` ones.
         alternating: names of the tensors in these arguments whose rows alternate between the halves.
         kept: 0 or 1, the position of the half that is computed after the gate.
+        listed: names of the halved arguments that are lists with an entry for each row.
+        other_dims: halved arguments that have the batch in another dimension than the first.
     """
 
     def __init__(
@@ -37,7 +40,11 @@ class OneCall:
         halved: Collection[str] = (),
         alternating: Collection[str] = (),
         kept: int = 0,
+        listed: Collection[str] = (),
+        other_dims: Mapping[str, int] | None = None,
     ) -> None:
+        self.listed = listed
+        self.other_dims = other_dims or {}
         self.original = denoiser.forward
         self.signature = inspect.signature(self.original)
         self.gate = gate
@@ -56,9 +63,8 @@ class OneCall:
         given = self.signature.bind(*args, **kwargs).arguments
         halves = {name: self._half(name, value) if name in self.halved else value for name, value in given.items()}
         assert halves.keys() >= set(self.halved)
-        (prediction,) = self.original(**{**halves, "return_dict": False})
-        doubled = torch.cat([prediction, prediction])
-        return (doubled,) if given.get("return_dict") is False else type("Output", (), {"sample": doubled})
+        doubled = tuple(map(_twice, self.original(**{**halves, "return_dict": False})))
+        return doubled if given.get("return_dict") is False else Transformer2DModelOutput(sample=doubled[0])
 
     def attention(self, name: str, output: torch.Tensor) -> torch.Tensor:
         """Return the value that cross-attention `name` passes on, given its computed `output`."""
@@ -71,11 +77,19 @@ class OneCall:
     def _half(self, name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: self._half(key, item) for key, item in value.items()}
+        if name in self.listed:
+            return value[: len(value) // 2] if self.kept == 0 else value[len(value) // 2 :]
+        if name in self.other_dims:
+            return value.chunk(2, self.other_dims[name])[self.kept]
         if isinstance(value, (list, tuple)):
             return type(value)(self._half(name, item) for item in value)
         if name in self.alternating:
             return value[self.kept :: 2]
         return value.chunk(2)[self.kept]
+
+
+def _twice(prediction: Any) -> Any:
+    return torch.cat([prediction, prediction]) if torch.is_tensor(prediction) else [*prediction, *prediction]
 
 
 class TwoCalls:

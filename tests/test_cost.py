@@ -17,19 +17,14 @@ from diffusers import UNet2DConditionModel
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.architectures import JOINT_MODELS, MODELS, Architecture, Geometry, Model, model_named
 from tgate_compile.study.cost import (
-    JOINT_MODELS,
-    MODELS,
     NOTE_BRANCH,
     NOTE_GATE,
     NOTE_GUIDANCE,
-    Architecture,
-    Geometry,
-    Model,
     binding_times,
     graph_cost,
     image_cost,
-    model_named,
     paper_tables,
     schedule_of,
 )
@@ -54,6 +49,13 @@ COUNTED = (
     ("ours_params_m", 1e6),
     ("ours_params_at_end_m", 1e6),
 )
+
+# The largest shares of the parameters, in percent, that graphs without the text's tokens may read.
+PRUNED_SHARES = {
+    "sd35_large": 51,
+    "flux1_dev": 73,
+    "qwen_image": 50,
+}
 
 # Models with the same captures are grouped.
 GROUPS = [("sd15",), ("sd21",), ("sdxl",), ("pixart_alpha", "lcm_pixart_alpha"), ("pixart_sigma",), ("lcm_sdxl",)]
@@ -100,9 +102,16 @@ def test_the_papers_rows(names: tuple[str, ...]) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", JOINT_MODELS)
-def test_models_with_joint_attention_by_binding_time(name: str) -> None:
+def test_models_with_joint_attention(name: str) -> None:
+    """The text's share of the parameters is gone after the gate; its share of the work depends on the sizes."""
+    model = JOINT_MODELS[name]
     _check_binding_times(name)
-    assert "pruned_step_b" not in BINDING_TIMES[name]
+    everything = BINDING_TIMES[name]["params_b"] * 1e9
+    gated, dropped = image_cost(model, Schedule(0.4)), image_cost(model, Schedule(None, guidance_step=0.4))
+    assert gated.parameters == gated.parameters_at_end < dropped.parameters <= everything
+    assert gated.macs < dropped.macs
+    share = round(100 * gated.parameters / everything)
+    assert share <= PRUNED_SHARES.get(name, 99)
 
 
 def _check_binding_times(name: str) -> None:

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from tests.tiny_pipelines import add_lora, load_ip_adapter, stable_diffusion
 from tgate_compile.engine.weights import Watch, fingerprint, live_tensors
-from tgate_compile.study.cost import MODELS
+from tgate_compile.study.architectures import MODELS
 
 
 def unet_with_lora() -> Any:

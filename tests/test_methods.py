@@ -75,7 +75,7 @@ def test_every_set_of_reused_kinds_has_a_letter_and_a_name_of_its_own() -> None:
 
 
 def test_the_methods_of_the_package_are_found() -> None:
-    assert set(methods()) == {"tgate", "deepcache", "guidance", "pab"}
+    assert set(methods()) == {"tgate", "deepcache", "guidance", "pab", "frozentext"}
 
 
 def test_pab_within_its_window() -> None:

@@ -26,7 +26,6 @@ from tests.tiny_pipelines import (
     pixart,
     run,
     sdxl,
-    seeded,
     stable_diffusion,
 )
 from tests.tiny_transformers import stable_diffusion_3
@@ -246,35 +245,9 @@ def test_generation_of_a_plain_pipeline(shared: SimpleNamespace) -> None:
 # Models and pipelines that cannot be gated.
 
 
-def test_sd3() -> None:
-    refused(
-        stable_diffusion_3(), UnsupportedModelError, "SD3Transformer2DModel", "oint attention", "What works instead"
-    )
-
-
-def test_flux() -> None:
-    transformer = seeded(
-        lambda: diffusers.FluxTransformer2DModel(
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=TEXT_DIM,
-            pooled_projection_dim=TEXT_DIM,
-            axes_dims_rope=(4, 4, 8),
-        )
-    )
-    pipe = diffusers.FluxPipeline(
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
-    refused(pipe, UnsupportedModelError, "FluxTransformer2DModel", "oint attention", "What works instead")
+def test_joint_attention_keeps_the_prompts_half() -> None:
+    refused(stable_diffusion_3(), ConfigurationError, "keep='uncond'", "only its cond half", keep="uncond")
+    refused(stable_diffusion_3(), ConfigurationError, "anchor_weight=0.7", "no meaningful mean", anchor_weight=0.7)
 
 
 def test_unconditional_unet() -> None:

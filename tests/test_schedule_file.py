@@ -20,6 +20,7 @@ from tgate_compile.methods.schedule_file import MAX_BYTES, load_schedule, read_s
 SCHEDULES = [
     Schedule(7, sp_interval=3, fi_interval=2, warm_up=1, keep="cond", anchor_weight=0.75),
     Schedule(0.4, anchor_weight=0.25, keep="uncond"),
+    Schedule(5, text_interval=2),
     Schedule(None, deepcache_interval=3, deepcache_branch=1),
     Schedule(None, guidance_step=0.3, keep="uncond"),
     Schedule(None, guidance_similarity=0.991),

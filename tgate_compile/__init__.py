@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tgate_compile.engine.purity import pure as pure
     from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
     from tgate_compile.methods.deepcache import DeepCache as DeepCache
+    from tgate_compile.methods.frozen_text import FrozenText as FrozenText
     from tgate_compile.methods.method import Method as Method
     from tgate_compile.methods.method import Phase as Phase
     from tgate_compile.methods.pab import PAB as PAB
@@ -77,6 +78,7 @@ _HOMES = {
     "TGate": "methods.tgate",
     "DeepCache": "methods.deepcache",
     "AdaptiveGuidance": "methods.adaptive_guidance",
+    "FrozenText": "methods.frozen_text",
     "PAB": "methods.pab",
     "Method": "methods.method",
     "Phase": "methods.method",
@@ -127,6 +129,7 @@ __all__ = [
     "TGate",
     "DeepCache",
     "AdaptiveGuidance",
+    "FrozenText",
     "PAB",
     "Method",
     "Schedule",

@@ -56,6 +56,7 @@ def optimize(
     guidance_similarity: float | None = None,
     keep: Half | None = None,
     anchor_weight: float = 0.5,
+    text_interval: int | None = None,
     schedule: Schedule | Method | str | os.PathLike[str] | None = None,
     tuning: Mapping[str, Any] | None = None,
     denoiser: str | None = None,
@@ -73,7 +74,9 @@ def optimize(
 
     With T-GATE, `gate_step` steps run in full. The outputs of all cross-attentions are cached at the last of them
     (under guidance as the mean of the two halves). From step `gate_step` on, guidance is off, and a pruned graph runs
-    at half the batch, without the cross-attentions and their weights.
+    at half the batch, without the cross-attentions and their weights. In models with joint attention (SD3, FLUX,
+    Qwen-Image), the keys and values of the text are cached instead, and the pruned graph is without the text's tokens
+    and the weights that only they need.
     Source: arXiv 2404.02747 v1, section 3.2. The classes of the methods describe their rules and sources.
 
     The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes. In
@@ -81,8 +84,9 @@ def optimize(
     Outside of a pipeline call the denoiser runs as if it were not optimized.
 
     Args:
-        pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attentions, or a
-            similar object (see `docs/guides/own-denoiser.md`). It is changed in place; `restore(pipe)` undoes that.
+        pipe: a diffusers pipeline, ordinary or modular, with a UNet or transformer that has cross-attention or
+            joint attention, or a similar object (see `docs/guides/own-denoiser.md`). It is changed in place;
+            `restore(pipe)` undoes that.
         gate_step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), that run in full. If it is not
             less than the number of steps, nothing is gated; None means no gate. A single call can override it:
             `pipe(..., gate_step=8)`. If two denoisers share the steps (Wan 2.2), each counts its own steps from 0, and
@@ -98,9 +102,12 @@ def optimize(
         guidance_similarity: without a gate: the cosine similarity of the two predictions at which guidance ends
             (Adaptive Guidance). Computing it synchronizes with the device at every guided step.
         keep: the guidance half that is kept once guidance has ended, with its pooled text and other conditioning:
-            `"uncond"` or `"cond"`. None means the papers' choice: uncond with a gate, cond without one.
+            `"uncond"` or `"cond"`. None means the papers' choice: uncond with a gate, cond without one. With joint
+            attention it is always cond.
         anchor_weight: the weight of the cond half in the cached values; 0.5 is the paper's mean of the halves, 1 is
             the cond half alone, and larger values extrapolate beyond it.
+        text_interval: after the gate: the interval of cross-attention, or of the text in joint attention, in steps.
+            None means that neither is computed again.
         schedule: a `Schedule`, or a file written by `tune` or `save_schedule`, instead of all the arguments above,
             which must be left at their defaults.
         tuning: for `gate_step="auto"`: arguments for `tune`, such as `prompts`, `tolerance` and `call`. Without
@@ -148,6 +155,7 @@ def optimize(
         "guidance_similarity": guidance_similarity,
         "keep": keep,
         "anchor_weight": anchor_weight,
+        "text_interval": text_interval,
     }
     if tuning is not None and (gate_step != "auto" or not isinstance(tuning, Mapping)):
         raise ConfigurationError(MSG_TUNING.format(given=tuning))

@@ -15,7 +15,8 @@ from tgate_compile._cli.console import ERR, OUT, print_note
 from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import schedule_data
-from tgate_compile.study.cost import JOINT_MODELS, MODELS, model_named, paper_tables, schedule_of
+from tgate_compile.study.architectures import ALL_MODELS, MODELS, model_named
+from tgate_compile.study.cost import paper_tables, schedule_of
 
 if TYPE_CHECKING:
     from tgate_compile.study.cost import ImageCost
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 _OPTIONS = {"guided": "guidance", "batch": "num-images"}
 
 #: The models of `--binding-times`; a distilled model has the parameters of its original.
-BINDING_MODELS = {name: real for name, real in {**MODELS, **JOINT_MODELS}.items() if not name.startswith("lcm_")}
+BINDING_MODELS = {name: real for name, real in ALL_MODELS.items() if not name.startswith("lcm_")}
 
-MSG_NOTHING_ASKED = "Give --paper for the paper's tables, or --architecture with one of: {known}."
+MSG_NOTHING_ASKED = "Give --paper for the paper's tables, or --model with one of: {known}."
 MSG_PAPER_ALONE = "--paper shows the paper's tables unchanged. Leave out {given}, or leave out --paper."
 MSG_BINDING_ALONE = "--binding-times splits the graph of one full step. Leave out {given}."
-MSG_MODEL_ALONE = "--model goes with --binding-times. For the cost of a schedule on a model, use --architecture."
+MSG_TWO_MODELS = "--architecture and --model mean the same here. Leave out one of them."
+MSG_TWO_SIZES = "--size sets the height and the width. Leave out {given}."
 MSG_NEVER_GATED = "Gate step {gate} is at or beyond the last of {steps} steps, so nothing is gated."
 
 
@@ -39,7 +41,7 @@ def report(
     ] = False,
     architecture: Annotated[
         str | None,
-        typer.Option("--architecture", "-a", metavar="NAME", help=f"{', '.join(MODELS)}.", show_default="all"),
+        typer.Option("--architecture", "-a", metavar="NAME", help=f"{', '.join(ALL_MODELS)}.", show_default="all"),
     ] = None,
     *,
     binding_times: Annotated[
@@ -50,7 +52,17 @@ def report(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"With --binding-times: {', '.join(BINDING_MODELS)}.", show_default="all"),
+        typer.Option(metavar="NAME", help="The same as --architecture; it also goes with --binding-times."),
+    ] = None,
+    pixels: Annotated[
+        int | None,
+        typer.Option(
+            "--size", min=8, metavar="PIXELS", help="Height and width of the images.", show_default="the model's"
+        ),
+    ] = None,
+    text_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the prompt, for models with joint attention.", show_default="the model's"),
     ] = None,
     schedule: ScheduleOptions,
     image: options.Image,
@@ -60,6 +72,12 @@ def report(
     """Count the cost of a schedule on a model, or of all rows of the paper's tables. Needs no weights, runs nothing."""
     schedule.check_known_in_advance()
     size: dict[str, Any] = {**image.size}
+    if pixels is not None:
+        if size:
+            raise typer.BadParameter(MSG_TWO_SIZES.format(given=", ".join(_option(name) for name in size)))
+        size.update(height=pixels, width=pixels)
+    if text_tokens is not None:
+        size["text_tokens"] = text_tokens
     if image.steps is not None:
         size["steps"] = image.steps
     if image.guidance is not None:
@@ -67,19 +85,22 @@ def report(
     if num_images > 1:
         size["batch"] = num_images
     given = [*schedule.given, *(["schedule"] if schedule.file is not None else []), *size]
-    if binding_times or model is not None:
+    if binding_times:
         others = [*(_option(name) for name in given), *(["--paper"] if paper else [])]
         others += ["--architecture"] if architecture is not None else []
-        if others or not binding_times:
-            raise typer.BadParameter(MSG_BINDING_ALONE.format(given=", ".join(others)) if others else MSG_MODEL_ALONE)
+        if others:
+            raise typer.BadParameter(MSG_BINDING_ALONE.format(given=", ".join(others)))
         _report_binding_times(model, json=json)
         return
+    if architecture is not None and model is not None:
+        raise typer.BadParameter(MSG_TWO_MODELS)
+    architecture = model if architecture is None else architecture
     if architecture is None and not paper:
-        raise typer.BadParameter(MSG_NOTHING_ASKED.format(known=", ".join(MODELS)))
+        raise typer.BadParameter(MSG_NOTHING_ASKED.format(known=", ".join(ALL_MODELS)))
     if paper and given:
         raise typer.BadParameter(MSG_PAPER_ALONE.format(given=", ".join(_option(name) for name in given)))
     if architecture is not None:
-        model_named(architecture)
+        model_named(architecture, MODELS if paper else ALL_MODELS)
     chosen = schedule.schedule(None) if schedule.given or schedule.file is not None else None
     rows = _paper_rows(architecture) if paper else _asked_rows(str(architecture), chosen, size)
     if json:
@@ -111,9 +132,7 @@ def _report_binding_times(model: str | None, *, json: bool) -> None:
             "prelude_mb": times.prelude_bytes / 1e6,
             "row_mb": times.row_bytes / 1e6,
         }
-        if times.pruned_step is not None:
-            row["pruned_step_b"] = times.pruned_step / 1e9
-        rows.append(row)
+        rows.append({**row, "pruned_step_b": times.pruned_step / 1e9})
     if json:
         typer.echo(json_format.dumps(rows, indent=2, allow_nan=False))
         return
@@ -123,7 +142,7 @@ def _report_binding_times(model: str | None, *, json: bool) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         counts = [f"{row[f'{key}_b']:.3f}" for key in ("params", "prompt", "timestep", "step")]
-        pruned = f"{row['pruned_step_b']:.3f}" if "pruned_step_b" in row else "-"
+        pruned = f"{row['pruned_step_b']:.3f}"
         table.add_row(row["model"], *counts, pruned, f"{row['prelude_mb']:.1f}", f"{row['row_mb']:.2f}")
     OUT.print(table)
 
@@ -147,7 +166,7 @@ def _paper_rows(model: str | None) -> list[dict[str, Any]]:
 
 def _asked_rows(model: str, schedule: Schedule | None, size: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of the schedule asked for and of its baselines: guidance drop alone, and every step in full."""
-    real = model_named(model)
+    real = model_named(model, ALL_MODELS)
     chosen = {} if schedule is None else {k: v for k, v in schedule_data(schedule).items() if v is not None}
     steps = size.get("steps", real.steps)
     rows: list[tuple[str, Schedule | None]] = [] if schedule is None else [(_method(schedule), schedule)]

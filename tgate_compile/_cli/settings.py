@@ -267,6 +267,15 @@ class _ShortOptions:
             rich_help_panel=SCHEDULE,
         ),
     ] = None
+    text_interval: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Recompute what the image gets from the text at every n-th step after the gate.",
+            show_default="never",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None
     file: Annotated[
         Path | None,
         typer.Option("--schedule", help="A schedule file, instead of these options.", rich_help_panel=SCHEDULE),
@@ -338,8 +347,10 @@ def _further_options() -> list[tuple[str, Any, Any]]:
         (
             name,
             Annotated[
-                type(field.default) | None,
+                field.metadata["type"] | None,
                 typer.Option(
+                    parser=parse_gate_step if field.metadata["is_gate"] else None,
+                    metavar="N" if field.metadata["is_gate"] else None,
                     min=field.metadata["least"],
                     help=f"{kind.title}: {field.metadata['help']}",
                     show_default=f"{field.default}, with any of {kind.title}'s options",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
@@ -23,15 +27,17 @@ class Call:
     Attributes:
         leaves: the tensors and constants, in pytree order.
         spec: the pytree structure of (args, kwargs).
+        by_value: whether a graph depends on the values of integers and booleans among the tensors, such as masks.
     """
 
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
+    by_value: bool = False
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_value: bool = False) -> Call:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        return cls(tuple(leaf.detach() if torch.is_tensor(leaf) else leaf for leaf in leaves), spec)
+        return cls(tuple(leaf.detach() if torch.is_tensor(leaf) else leaf for leaf in leaves), spec, by_value)
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -48,19 +54,70 @@ class Call:
         return (
             self.spec,
             tuple(
-                (leaf.shape, leaf.dtype, leaf.device) if torch.is_tensor(leaf) else _constant(leaf)
+                (leaf.shape, leaf.dtype, leaf.device, *self._values(leaf)) if torch.is_tensor(leaf) else _constant(leaf)
                 for leaf in self.leaves
             ),
         )
 
+    def _values(self, leaf: torch.Tensor) -> tuple[str, ...]:
+        return (repr(leaf.tolist()),) if self.by_value and not leaf.is_floating_point() else ()
+
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
         """Return this call with each tensor replaced by `function(tensor)`."""
-        return Call(tuple(function(leaf) if torch.is_tensor(leaf) else leaf for leaf in self.leaves), self.spec)
+        leaves = tuple(function(leaf) if torch.is_tensor(leaf) else leaf for leaf in self.leaves)
+        return Call(leaves, self.spec, self.by_value)
 
 
 def _constant(leaf: object) -> Hashable:
     # True == 1 == 1.0, but the graphs captured for them differ.
     return (type(leaf), leaf if isinstance(leaf, Hashable) else repr(leaf))
+
+
+#: Denoisers that read numbers from masks, the lengths of the texts, to make sequences of that length.
+_READS_MASKS = frozenset({"Lumina2Transformer2DModel"})
+
+
+def reads_masks(denoiser: torch.nn.Module) -> bool:
+    """Return whether a graph of `denoiser` is valid only for masks with the same values."""
+    kind = type(denoiser)
+    return kind.__module__.partition(".")[0] == "diffusers" and kind.__name__ in _READS_MASKS
+
+
+@contextmanager
+def known_readings(denoiser: torch.nn.Module, forward: Callable[..., Any], call: Call) -> Iterator[None]:
+    """While a denoiser that reads masks is traced, let it read what it reads in a run on the inputs of `call`."""
+    if not reads_masks(denoiser):
+        yield
+        return
+    read = torch.Tensor.tolist
+    readings: list[Any] = []
+
+    def record(tensor: torch.Tensor) -> Any:
+        readings.append(read(tensor))
+        return readings[-1]
+
+    args, kwargs = call.arguments
+    with _reading_by(record), torch.no_grad():
+        forward(*args, **kwargs)
+    known = cycle(readings)  # torch.export may trace several times
+    with _reading_by(lambda tensor: next(known)):
+        yield
+
+
+@contextmanager
+def _reading_by(function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Replace the method `tolist` of all tensors, those of a trace included, inside the context."""
+    classes: tuple[Any, ...] = (torch.Tensor, FakeTensor, FunctionalTensor)
+    before = [(cls, vars(cls)["tolist"]) for cls in classes if "tolist" in vars(cls)]
+    for cls in classes:
+        cls.tolist = lambda tensor: function(tensor)
+    try:
+        yield
+    finally:
+        for cls in classes:
+            del cls.tolist
+        for cls, method in before:
+            cls.tolist = method
 
 
 #: Dimensions whose sizes may vary, by the position of the tensor among the call's leaves.

@@ -20,14 +20,15 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx import config as fx_config
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
-from tgate_compile.engine.call import BatchDims, Call
+from tgate_compile.engine.call import BatchDims, Call, known_readings
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import LATENTS_NAMES, binding_of, fits, is_time, latents_of, leaves_at, named_leaves
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.find_sites import Inputs, count_roles, find_attention, find_deep_feature, is_inside
-from tgate_compile.passes.graphs import Binding, Captured, Site, is_mutable, outputs_of
+from tgate_compile.passes.graphs import Binding, Captured, Site, flat_program, is_mutable, outputs_of
+from tgate_compile.passes.separate_tokens import find_joint_attention
 
 FreeSize = Literal["batch", "height", "width"]
 
@@ -136,6 +137,10 @@ MSG_NO_SITES = (
     "its keys and values from the text alone. Joint attention (SD3, Flux) mixes both in one sequence. "
     "What works instead: fewer steps, or dropping guidance after some steps."
 )
+MSG_JOINT_AND_MORE = (
+    "{model} has joint attention, where the text's keys and values are cached. That cannot be combined with caching "
+    "other values ({kinds}): leave sp_interval and fi_interval at 1, and cache cross-attention alone with PAB."
+)
 MSG_WHAT_WAS_FOUND = (
     "Its graph has {count} attentions, of which {own} take keys and values that depend on the latents, and {others} "
     "have queries that do not, or keys and values that depend on no input. The latents are taken to be {latents}. "
@@ -178,7 +183,8 @@ def capture(
     model = type(denoiser).__name__
     args, kwargs = call.arguments
     began = time.perf_counter()
-    with _forward_of(denoiser, forward), without_stack_traces(), torch.no_grad():
+    known = known_readings(denoiser, forward, call)
+    with _forward_of(denoiser, forward), without_stack_traces(), torch.no_grad(), known:
         try:
             program = torch.export.export(
                 denoiser,
@@ -191,6 +197,7 @@ def capture(
             raise CaptureError(
                 MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")
             ) from error
+    _inline_disabled_autocast(program.graph_module)
     program = _functional(program)
     names = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
     if len(names) != len(call.leaves) or not all(
@@ -205,8 +212,17 @@ def capture(
     inputs = _inputs_of(program, forward, call)
     batch_dims = None if _is_from_diffusers(denoiser) else BatchDims(program, call, inputs.latents[0]).of
     attention = find_attention(program.graph_module, inputs, kinds, batch_dims)
+    joint = None
+    if "cross" in kinds:
+        has_cross = any(site.kind == "cross" for site in attention)
+        joint = find_joint_attention(program.graph_module, inputs, model, has_cross=has_cross)
+    if joint is not None:
+        others = ", ".join(sorted(set(kinds) - {"cross"}))
+        if others:
+            raise UnsupportedModelError(MSG_JOINT_AND_MORE.format(model=model, kinds=others))
+        attention = list(joint.sites)
     sites = tuple(sorted(attention, key=lambda site: site.kind))  # stable: cross, then self, each in graph order
-    if required and "cross" in kinds:
+    if required and "cross" in kinds and joint is None:
         _check_sites(denoiser, program, inputs, sites)
     if required and "self" in kinds and not any(site.kind == "self" for site in sites):
         raise UnsupportedModelError(
@@ -229,7 +245,15 @@ def capture(
     )  # fmt: skip
     out_spec = program.module_call_graph[0].signature.out_spec
     roles = _roles_of(names, inputs, forward, call)
-    return Captured(program, names, inputs.latents[0].name, out_spec, sites, roles)
+    captured = Captured(program, names, inputs.latents[0].name, out_spec, sites, roles)
+    if joint is None:
+        return captured
+    return dataclasses.replace(
+        captured,
+        program=flat_program(program, joint.whole),
+        separated=joint.separated,
+        live=joint.live if only is None else (),  # with a part of the sites, the text's tokens are still needed
+    )
 
 
 def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call) -> dict[str, Binding]:
@@ -247,12 +271,18 @@ def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any],
 
 def _selected(sites: tuple[Site, ...], patterns: Sequence[str]) -> tuple[Site, ...]:
     for pattern in patterns:
-        if not any(fnmatchcase(site.name, pattern) for site in sites):
+        if not any(_is_selected(site, pattern) for site in sites):
             raise ConfigurationError(
                 f"sites: {pattern!r} matches none of the attentions that can be cached: "
                 f"{', '.join(site.name for site in sites)}."
             )
-    return tuple(site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns))
+    return tuple(site for site in sites if any(_is_selected(site, pattern) for pattern in patterns))
+
+
+def _is_selected(site: Site, pattern: str) -> bool:
+    """Return whether `pattern` matches the name of `site`, or the attention whose keys or values it is."""
+    attention = site.name.rpartition(".")[0] if site.of_text else site.name
+    return fnmatchcase(site.name, pattern) or fnmatchcase(attention, pattern)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -262,6 +292,32 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     # An empty table decomposes nothing else, so that the results stay bit-identical.
     functional: ExportedProgram = program.run_decompositions({})
     return functional
+
+
+def _inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
+    """Inline the regions of `graph_module` that switch autocast off, which it is when the denoiser runs.
+
+    torch.export turns `with torch.amp.autocast("cuda", enabled=False)` into a call of a graph of its own.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2]:
+            continue
+        region, *given = node.args[4:]
+        body = getattr(graph_module, region.target).graph
+        values = dict(zip((inner for inner in body.nodes if inner.op == "placeholder"), given, strict=True))
+        with graph.inserting_before(node):
+            for inner in body.nodes:
+                if inner.op not in ("placeholder", "output"):
+                    values[inner] = graph.node_copy(inner, values.__getitem__)
+        results = next(inner.args[0] for inner in body.nodes if inner.op == "output")
+        for user in list(node.users):  # torch.export gives the region a tuple of results
+            user.replace_all_uses_with(values[results[user.args[1]]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not region.users:
+            graph.erase_node(region)
+    graph_module.recompile()
 
 
 def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ from tgate_compile.engine.unsupported import (
     REFUSED,
     REFUSED_BASES,
     REFUSED_DENOISERS,
+    UNCACHED_DENOISERS,
 )
 from tgate_compile.methods.method import Half
 
@@ -43,6 +44,18 @@ class Family:
         only: the only half that can be kept once guidance has stopped; None if either can.
         second: the component that denoises the timesteps below the boundary, if there are two denoisers.
         boundary: the name of the pipeline setting that holds the boundary, as a fraction of the training timesteps.
+        scale: the argument of the call that scales guidance, for a class without `do_classifier_free_guidance`, or whose
+            guidance also needs a negative prompt.
+        negative: the arguments that stand for a negative prompt if they are all given, besides `negative_prompt`; if
+            there are any, guidance is on only with a negative prompt.
+        until: the argument of the call that holds the fraction of the steps after which guidance is off.
+        guiders: the components that decide whether guidance is on, as in modular pipelines; the first that is there.
+        listed: whether the batch is not a dimension: the denoiser takes and returns lists with one tensor for each row.
+        batch_dims: the inputs that have the batch in another dimension than the first, with that dimension.
+        last_tokens: whether the prediction is in the last of the tokens that the denoiser returns, not in the first.
+        prepares: whether calls of the denoiser before the scheduler's timesteps are set are not part of the loop.
+        further: whether there may be further calls of a timestep after that of both halves, for predictions that guidance
+            moves away from (layers skipped, modalities isolated): their difference to the prompt's is added.
         unguided: whether there are never two halves. `guidance_scale`, if the call has one, is then an input of the
             denoiser, which has been distilled with it.
     """
@@ -55,6 +68,15 @@ class Family:
     only: Half | None = None
     second: str | None = None
     boundary: str = ""
+    scale: str = "guidance_scale"
+    negative: tuple[str, ...] = ()
+    until: str = ""
+    guiders: tuple[str, ...] = ()
+    listed: bool = False
+    batch_dims: tuple[tuple[tuple[str, ...], int], ...] = ()
+    last_tokens: bool = False
+    prepares: bool = False
+    further: bool = False
     unguided: bool = False
 
 
@@ -85,6 +107,9 @@ _SHARED_POSITIONS = Family(shared=(("image_rotary_emb",),))
 # After the gate, the second call of a timestep returns the result of the first, so the half of the first is kept.
 _TWO_CALLS = Family(calls=("cond", "uncond"), only="cond")
 _TWO_CALLS_TWO_EXPERTS = replace(_TWO_CALLS, second="transformer_2", boundary="boundary_ratio")
+
+# `guidance_scale` is then an input of the denoiser; a negative prompt and this scale add guidance.
+_TRUE_GUIDANCE = replace(_TWO_CALLS, scale="true_cfg_scale", negative=("negative_prompt_embeds",))
 
 _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
     (
@@ -204,9 +229,148 @@ _GROUPS: tuple[tuple[Family, tuple[str, ...]], ...] = (
             "StableAudio3InpaintPipeline",
         ),
     ),
+    # Joint attention.
+    (
+        _ONE_CALL,
+        (
+            "AuraFlowPipeline",
+            "CogView3PlusPipeline",
+            "ErnieImagePipeline",
+            "MochiPipeline",
+            "PRXPipeline",
+            "PRXPixelPipeline",
+            "StableDiffusion3ControlNetInpaintingPipeline",
+            "StableDiffusion3ControlNetPipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+        ),
+    ),
+    (
+        Family(further=True),
+        (
+            "LTX2ConditionPipeline",
+            "LTX2HDRPipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2InContextPipeline",
+            "LTX2Pipeline",
+            "StableDiffusion3Pipeline",
+        ),
+    ),
+    (
+        _SHARED_POSITIONS,
+        (
+            "CogVideoXFunControlPipeline",
+            "CogVideoXImageToVideoPipeline",
+            "CogVideoXPipeline",
+            "CogVideoXVideoToVideoPipeline",
+            "ConsisIDPipeline",
+            "EasyAnimateControlPipeline",
+            "EasyAnimateInpaintPipeline",
+            "EasyAnimatePipeline",
+        ),
+    ),
+    (Family(shared=(("txt_ids",), ("img_ids",))), ("BriaFiboEditPipeline", "BriaFiboPipeline", "BriaPipeline")),
+    (Family(listed=True), ("JoyImageEditPlusPipeline",)),
+    (Family(order=("cond", "uncond"), only="cond"), ("OmniGenPipeline",)),
+    (Family(batch_dims=((("encoder_hidden_states_llama3",), 1),)), ("HiDreamImagePipeline",)),
+    (
+        Family(order=("cond", "uncond"), listed=True),
+        (
+            "ZImageControlNetInpaintPipeline",
+            "ZImageControlNetPipeline",
+            "ZImageImg2ImgPipeline",
+            "ZImageInpaintPipeline",
+            "ZImageOmniPipeline",
+            "ZImagePipeline",
+        ),
+    ),
+    (
+        _TWO_CALLS,
+        (
+            "BriaFibo2Pipeline",
+            "ChromaImg2ImgPipeline",
+            "ChromaInpaintPipeline",
+            "ChromaPipeline",
+            "CogView4ControlPipeline",
+            "CogView4Pipeline",
+            "Cosmos3OmniPipeline",
+            "Flux2KleinInpaintPipeline",
+            "Flux2KleinPipeline",
+            "JoyImageEditPipeline",
+            "Kandinsky6TI2VAPipeline",
+            "Krea2Pipeline",
+            "LongCatImageEditPipeline",
+            "LongCatImagePipeline",
+            "NucleusMoEImagePipeline",
+            "OvisImagePipeline",
+        ),
+    ),
+    (replace(_TWO_CALLS, prepares=True), ("GlmImagePipeline",)),
+    (replace(_TWO_CALLS, until="cfg_trunc_ratio"), ("Lumina2Pipeline",)),
+    (
+        replace(_TRUE_GUIDANCE, negative=("negative_prompt_embeds", "negative_pooled_prompt_embeds")),
+        (
+            "FluxControlNetPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
+            "FluxKontextInpaintPipeline",
+            "FluxKontextPipeline",
+            "FluxPipeline",
+            "HunyuanSkyreelsImageToVideoPipeline",
+            "HunyuanVideoPipeline",
+        ),
+    ),
+    (
+        replace(_TRUE_GUIDANCE, negative=("negative_prompt_embeds", "negative_pooled_prompt_embeds"), last_tokens=True),
+        ("HunyuanVideoImageToVideoPipeline",),
+    ),
+    (
+        _TRUE_GUIDANCE,
+        (
+            "QwenImageControlNetInpaintPipeline",
+            "QwenImageControlNetPipeline",
+            "QwenImageEditInpaintPipeline",
+            "QwenImageEditPipeline",
+            "QwenImageEditPlusPipeline",
+            "QwenImageImg2ImgPipeline",
+            "QwenImageInpaintPipeline",
+            "QwenImageLayeredPipeline",
+            "QwenImagePipeline",
+        ),
+    ),
+    (replace(_TRUE_GUIDANCE, last_tokens=True), ("QwenImage21Pipeline",)),
+    (
+        replace(_TWO_CALLS, guiders=("guider",)),
+        (
+            "HunyuanImageRefinerPipeline",
+            "HunyuanVideo15ImageToVideoPipeline",
+            "HunyuanVideo15Pipeline",
+            "MotifVideoImage2VideoPipeline",
+            "MotifVideoPipeline",
+        ),
+    ),
+    (replace(_TWO_CALLS, guiders=("ocr_guider", "guider")), ("HunyuanImagePipeline",)),
+    (
+        _UNGUIDED,
+        (
+            "Flux2KleinKVPipeline",
+            "Flux2Pipeline",
+            "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
+            "FluxControlPipeline",
+            "FluxFillPipeline",
+            "LTX2DFRPipeline",
+            "LTX2DFRTemporalRefinePipeline",
+            "VisualClozeGenerationPipeline",
+            "VisualClozePipeline",
+        ),
+    ),
 )
 
-#: The pipeline classes of diffusers that can be gated, with their properties.
+#: The pipeline classes of diffusers whose guidance can be dropped, with their properties. Those whose denoiser has
+#: cross-attentions can be gated as well.
 FAMILIES: Mapping[str, Family] = {name: family for family, names in _GROUPS for name in names}
 
 
@@ -220,6 +384,8 @@ def refusal(pipeline: type, denoiser: type | None = None, *, caches_cross: bool 
         reason = None
     if reason is None and denoiser is not None:
         reason = _row_of(denoiser, REFUSED_DENOISERS)
+        if reason is None and caches_cross:
+            reason = _row_of(denoiser, UNCACHED_DENOISERS)
     return reason
 
 

@@ -62,6 +62,32 @@ def latents_of(arguments: Mapping[str, Any]) -> torch.Tensor:
     return (unnamed or [leaf for _, leaf in tensors])[0]
 
 
+def batch_of(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Return the latents among a denoiser call's bound `arguments` as one tensor, with the batch first.
+
+    A denoiser may take the rows of its batch as a list (Z-Image), in which each row may be a list again: of reference
+    images and, at the end, the latents.
+
+    Raises:
+        UnsupportedModelError: no tensor qualifies, or the rows of a list have different sizes.
+    """
+    latents = latents_of(arguments)
+    rows = rows_of(arguments, latents)
+    if rows is None:
+        return latents
+    ends = [pytree.tree_leaves(row)[-1] for row in rows]
+    if len({end.shape for end in ends}) > 1:
+        shapes = ", ".join(str(list(end.shape)) for end in ends)
+        raise UnsupportedModelError(f"The denoiser's latents have different sizes: {shapes}. {INSTEAD}")
+    return torch.stack(ends)
+
+
+def rows_of(arguments: Mapping[str, Any], latents: torch.Tensor) -> Sequence[Any] | None:
+    """Return the list among `arguments` that `latents` is in; None if it is an argument itself."""
+    lists = [value for value in arguments.values() if isinstance(value, (list, tuple))]
+    return next((rows for rows in lists if any(leaf is latents for leaf in pytree.tree_leaves(rows))), None)
+
+
 def timestep_of(arguments: Mapping[str, Any]) -> Any:
     """Return the timestep among a denoiser call's bound `arguments`: a tensor or a number; None if there is none.
 
@@ -207,14 +233,45 @@ def one_half(
     )
 
     shared |= {id(call.leaves[place]) for place in shared_positions}
+    dims = {id(leaf): dim for path, dim in family.batch_dims for leaf in leaves_at(call, path)}
+    if family.listed:
+        call, rows = _half_of_lists(call, batch, position)
+        shared |= rows
 
     def half(leaf: torch.Tensor) -> torch.Tensor:
+        if id(leaf) in dims:
+            return leaf.chunk(2, dims[id(leaf)])[position]
         has_halves = leaf.ndim > 0 and leaf.shape[0] == batch and id(leaf) not in shared
         if not has_halves and id(leaf) not in repeated:
             return leaf  # shared by both halves: a timestep, a mask
         return leaf[position::2].contiguous() if id(leaf) in interleaved else leaf.chunk(2)[position]
 
     return call.map_tensors(half)
+
+
+def _half_of_lists(call: Call, batch: int, position: int) -> tuple[Call, set[int]]:
+    """Return `call` with one half of each list that has an entry for each of `batch` rows, and the ids of the rows."""
+
+    def half(value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != batch:
+            return value
+        kept = value[batch // 2 :] if position else value[: batch // 2]
+        rows.update(id(leaf) for leaf in pytree.tree_leaves(kept))
+        return kept
+
+    rows: set[int] = set()
+    args, kwargs = call.arguments
+    leaves, spec = pytree.tree_flatten((tuple(map(half, args)), {name: half(value) for name, value in kwargs.items()}))
+    return Call(tuple(leaves), spec), rows
+
+
+def doubled(result: Any) -> Any:
+    """Return a denoiser's `result`, which holds a list with one entry for each row, with every row twice."""
+    if isinstance(result, list):
+        return result + result
+    if isinstance(result, tuple):
+        return tuple(map(doubled, result))
+    return type(result)(**{name: doubled(value) for name, value in result.items()})
 
 
 def uncertain_rows(call: Call, batch: int) -> tuple[int, ...]:
@@ -259,12 +316,23 @@ def shared_rows(
     raise UnsupportedModelError(MSG_ROWS.format(shapes=names))
 
 
-def similarity(prediction: torch.Tensor, channels: int) -> float:
-    """Return the smallest cosine similarity in the batch of the halves of `prediction`, [2B, >= channels, ...].
+def similarity(prediction: torch.Tensor, sample: torch.Size, *, last_tokens: bool = False) -> float:
+    """Return the smallest cosine similarity in the batch of the halves of `prediction`, [2B, ...].
 
-    Source: arXiv 2312.12487, equation 7. Channels beyond `channels` are a learned variance, and are left out.
+    Source: arXiv 2312.12487, equation 7.
+
+    Args:
+        prediction: the halves, [uncond; cond].
+        sample: the shape of the latents, [B, ...]. What the prediction has beyond their sizes is no part of it: a
+            learned variance, or tokens of reference images.
+        last_tokens: whether the prediction is in the last of its tokens.
     """
-    uncond, cond = prediction[:, :channels].float().flatten(1).chunk(2)
+    if prediction.ndim == len(sample):
+        for dim, size in enumerate(sample[1:], 1):
+            if prediction.shape[dim] > size:
+                start = prediction.shape[dim] - size if last_tokens else 0
+                prediction = prediction.narrow(dim, start, size)
+    uncond, cond = prediction.float().flatten(1).chunk(2)
     return float(torch.cosine_similarity(uncond, cond, dim=1).min())
 
 

@@ -84,8 +84,20 @@ _ADDED_KEYS = (
 
 
 _SOUND_AND_VIDEO = (
-    "its denoiser makes sound and video at the same time, which attend to each other, and only attention to inputs "
-    f"that stay the same in all steps can be cached. {_PLAIN}, or with fewer steps"
+    "its denoiser makes sound and video at the same time, which attend to each other, and caching the attention to the "
+    "text has not been verified for that. What works instead: guidance that ends early, with AdaptiveGuidance"
+)
+
+
+_SECOND_NETWORK = (
+    "its guidance compares the predictions of two networks, `transformer` and `unconditional_transformer`, and a graph "
+    f"of one of them cannot leave out the other. {_PLAIN}, or with fewer steps"
+)
+
+
+_OTHER_MODES = (
+    "depending on its mode it makes one to three denoiser calls in a step, with the text or the image replaced by noise, "
+    f"so it is not known which call is a guidance half. {_PLAIN}, or with fewer steps"
 )
 
 
@@ -142,6 +154,7 @@ _REFUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "Cosmos2_5_TransferPipeline",
             "HeliosPipeline",
             "HeliosPyramidPipeline",
+            "HunyuanVideoFramepackPipeline",
             "LTXI2VLongMultiPromptPipeline",
             "SanaWMLTX2Refiner",
             "SkyReelsV2DiffusionForcingImageToVideoPipeline",
@@ -194,19 +207,8 @@ _REFUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "WuerstchenPriorPipeline",
         ),
     ),
-    (
-        _SOUND_AND_VIDEO,
-        (
-            "Kandinsky6TI2VAPipeline",
-            "LTX2ConditionPipeline",
-            "LTX2DFRPipeline",
-            "LTX2DFRTemporalRefinePipeline",
-            "LTX2HDRPipeline",
-            "LTX2ImageToVideoPipeline",
-            "LTX2InContextPipeline",
-            "LTX2Pipeline",
-        ),
-    ),
+    (_SECOND_NETWORK, ("Ideogram4Pipeline",)),
+    (_OTHER_MODES, ("UniDiffuserPipeline",)),
     (_RECURRENT, ("SanaWMPipeline",)),
     (
         _TOKENS,
@@ -243,7 +245,7 @@ REFUSED: Mapping[str, str] = {name: reason for reason, names in _REFUSED_GROUPS 
 REFUSED_BASES: Mapping[str, str] = {"PAGMixin": _PERTURBED}
 
 
-#: Denoiser classes with joint attention: text and image tokens form one sequence, so that nothing can be cached.
+#: Denoiser classes with joint attention: text and image tokens form one sequence. They have no cross-attention.
 JOINT_ATTENTION = frozenset(
     {
         "AuraFlowTransformer2DModel",
@@ -293,12 +295,17 @@ JOINT_ATTENTION = frozenset(
 REFUSED_DENOISERS: Mapping[str, str] = {
     "AnyFlowFARTransformer3DModel": _PIECES,
     "HeliosTransformer3DModel": _PIECES,
-    "Kandinsky6Transformer3DModel": _SOUND_AND_VIDEO,
-    "LTX2VideoTransformer3DModel": _SOUND_AND_VIDEO,
     "MiniMaxMusic3Transformer1DModel": _TEXT_IN_CHANNELS,
     "SanaWMLTX2RefinerTransformer3DModel": _PIECES,
     "WanAnimate2Transformer3DModel": _PIECES,
     "WanAnimateTransformer3DModel": _PIECES,
+}
+
+
+#: Denoiser classes whose cross-attentions cannot be cached, with the reason. Guidance can be dropped.
+UNCACHED_DENOISERS: Mapping[str, str] = {
+    "Kandinsky6Transformer3DModel": _SOUND_AND_VIDEO,
+    "LTX2VideoTransformer3DModel": _SOUND_AND_VIDEO,
 }
 
 

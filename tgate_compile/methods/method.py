@@ -122,11 +122,13 @@ class Timeline:
         starts: the steps at which the denoiser changes (0, the gate, the end of guidance). Methods that count steps
             restart there, because values cached before do not fit.
         in_full: the steps that must compute everything, because later steps reuse it.
+        guided_steps: the number of steps with guidance.
     """
 
     num_steps: int
     starts: tuple[int, ...] = (0,)
     in_full: frozenset[int] = frozenset()
+    guided_steps: int = 0
 
     def since_start(self, step: int) -> int:
         """Return the number of steps since the denoiser last changed."""
@@ -188,9 +190,13 @@ class Method:
         return f"{self.title} ({', '.join(chosen)})"
 
 
-def option(default: Any, text: str, *, least: int | None = None) -> Any:
-    """Define a field of a method: its default, its help text on the command line, and its smallest valid number."""
-    return field(default=default, metadata={"help": text, "least": least})
+def option(default: Any, text: str, *, least: int | None = None, is_gate: bool = False) -> Any:
+    """Define a field of a method: its default, its help text on the command line, and its smallest valid number.
+
+    With `is_gate`, it is a number or a fraction of the steps. A default of None stands for an optional whole number.
+    """
+    kind = int if default is None else type(default)
+    return field(default=default, metadata={"help": text, "least": least, "type": kind, "is_gate": is_gate})
 
 
 @cache

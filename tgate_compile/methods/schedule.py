@@ -11,7 +11,7 @@ from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance
 from tgate_compile.methods.deepcache import DeepCache
 from tgate_compile.methods.method import CROSS, Half, Kind, Method, Phase, Share, Timeline
-from tgate_compile.methods.tgate import TGate, refuse_intervals_without_gate
+from tgate_compile.methods.tgate import TGate, refuse_options_without_gate
 
 #: The methods whose options are fields of `Schedule`.
 IN_SHORT: tuple[type[Method], ...] = (TGate, DeepCache, AdaptiveGuidance)
@@ -23,6 +23,10 @@ MSG_DEEP_AND_SELF = (
 MSG_SEVERAL_ENDS = (
     "Guidance ends in one way: at gate_step, after guidance_step, or at guidance_similarity. "
     "Give one of them, not {given}."
+)
+MSG_TEXT_OF_UNCOND = (
+    'text_interval={interval} computes the prompt\'s influence again after the gate, which keep="uncond" would replace '
+    "with that of the negative prompt. Leave one of them out."
 )
 MSG_NOTHING = "Nothing to do: set a gate_step, a deepcache_interval above 1, a guidance_step or a guidance_similarity."
 
@@ -46,8 +50,9 @@ class Schedule:
         guidance_step: `step` of `AdaptiveGuidance`; None means that guidance ends at the gate, if there is one.
         guidance_similarity: `similarity` of `AdaptiveGuidance`; None means that guidance does not depend on it.
         keep: the half that is kept once guidance has ended. None means the papers' choice: uncond with a gate, cond
-            without one.
+            without one; and cond with a `text_interval`, which computes what only that half gets from the prompt.
         anchor_weight: `anchor_weight` of `TGate`.
+        text_interval: `text_interval` of `TGate`.
         others: further methods, such as `PAB`.
     """
 
@@ -61,6 +66,7 @@ class Schedule:
     guidance_similarity: float | None = None
     keep: Half | None = None
     anchor_weight: float = 0.5
+    text_interval: int | None = None
     others: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
@@ -71,6 +77,7 @@ class Schedule:
             self.fi_interval,
             self.warm_up,
             self.anchor_weight,
+            self.text_interval,
         )
         deep = DeepCache(self.deepcache_interval, self.deepcache_branch)
         for option in fields(TGate):
@@ -83,7 +90,7 @@ class Schedule:
         if self.guidance_similarity is not None:
             AdaptiveGuidance(similarity=self.guidance_similarity)
         if self.gate_step is None:
-            refuse_intervals_without_gate(self.sp_interval, self.fi_interval, self.anchor_weight)
+            refuse_options_without_gate(self.sp_interval, self.fi_interval, self.anchor_weight, self.text_interval)
         if self.deepcache_interval > 1 and max(self.sp_interval, self.fi_interval) > 1:
             values = {"deep": self.deepcache_interval, "sp": self.sp_interval, "fi": self.fi_interval}
             raise ConfigurationError(MSG_DEEP_AND_SELF.format(**values))
@@ -95,6 +102,8 @@ class Schedule:
             raise ConfigurationError(
                 f'keep must be "uncond" (T-GATE\'s choice) or "cond" (Adaptive Guidance\'s), but got {self.keep!r}.'
             )
+        if self.keep == "uncond" and self.text_interval is not None:
+            raise ConfigurationError(MSG_TEXT_OF_UNCOND.format(interval=self.text_interval))
         if not isinstance(self.others, tuple) or not all(isinstance(method, Method) for method in self.others):
             raise ConfigurationError(f"others must be a tuple of methods, but got {self.others!r}.")
         object.__setattr__(self, "others", tuple(sorted(self.others, key=lambda method: method.key)))
@@ -147,7 +156,7 @@ class Schedule:
     @property
     def kept(self) -> Half:
         """The half that is kept once guidance has ended."""
-        return self.keep or ("uncond" if self.gate_step is not None else "cond")
+        return self.keep or ("uncond" if self.gate_step is not None and self.text_interval is None else "cond")
 
     def gate(self, num_steps: int) -> int:
         """Return the first step after the gate, in a generation of `num_steps` steps; `num_steps` without a gate."""
@@ -184,7 +193,7 @@ def _methods(schedule: Schedule) -> tuple[Method, ...]:
         found.append(DeepCache(schedule.deepcache_interval, schedule.deepcache_branch))
     if schedule.gate_step is not None:
         intervals = (schedule.sp_interval, schedule.fi_interval, schedule.warm_up)
-        found.append(TGate(schedule.gate_step, *intervals, schedule.anchor_weight))
+        found.append(TGate(schedule.gate_step, *intervals, schedule.anchor_weight, schedule.text_interval))
     if schedule.guidance_step is not None or schedule.guidance_similarity is not None:
         found.append(AdaptiveGuidance(schedule.guidance_step, schedule.guidance_similarity))
     return (*found, *schedule.others)
@@ -215,7 +224,8 @@ def _check_together(methods: Iterable[Method]) -> None:
 def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]:
     gates = [gate for method in schedule.methods if (gate := method.gate(num_steps)) is not None]
     end = min((method.guided_steps(num_steps) for method in schedule.methods), default=num_steps)
-    timeline = Timeline(num_steps, (0, end, *gates), frozenset(gate - 1 for gate in gates))
+    in_full = frozenset(gate - 1 for gate in gates)
+    timeline = Timeline(num_steps, (0, end, *gates), in_full, end if guided else 0)
     plan = tuple(_phase(schedule.methods, step, guided and step < end, timeline) for step in range(num_steps))
     for step, phase in enumerate(plan):
         served = schedule.graph_phase(phase)

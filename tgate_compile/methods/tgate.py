@@ -42,6 +42,8 @@ class TGate(Method):
         warm_up: the step, from 0, up to which self-attention is computed at every step.
         anchor_weight: the weight w of the cond half in the cached value, `(1 - w) * uncond + w * cond`. 0.5 is the
             paper's mean, 1 is the cond half alone, and larger values extrapolate beyond it.
+        text_interval: the interval of cross-attention, or of the text in joint attention, after the gate, in steps;
+            None means that it is never computed again.
     """
 
     key: ClassVar[str] = "tgate"
@@ -52,6 +54,9 @@ class TGate(Method):
     fi_interval: int = option(1, "Compute self-attention at every n-th step only after the gate.", least=1)
     warm_up: int = option(2, "The step, from 0, after which sp_interval begins.", least=0)
     anchor_weight: float = option(0.5, "The weight of the cond half in the cached mean.")
+    text_interval: int | None = option(
+        None, "Compute what the image gets from the text at every n-th step only after the gate.", least=1
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gate_step", checked_gate_step(self.gate_step))
@@ -59,6 +64,8 @@ class TGate(Method):
             object.__setattr__(self, name, checked_count(getattr(self, name), name, least=1))
         object.__setattr__(self, "warm_up", checked_count(self.warm_up, "warm_up", least=0))
         object.__setattr__(self, "anchor_weight", checked_number(self.anchor_weight, "anchor_weight"))
+        if self.text_interval is not None:
+            object.__setattr__(self, "text_interval", checked_count(self.text_interval, "text_interval", least=1))
 
     @property
     def kinds(self) -> frozenset[Kind]:
@@ -74,6 +81,8 @@ class TGate(Method):
         gate = self.gate(timeline.num_steps)
         if step >= gate:
             reuse, emit = self._at(self.fi_interval > 1, step % self.fi_interval == 0)
+            if self.text_interval is not None and step % self.text_interval == 0:
+                return Share(emit=emit | CROSS, reuse=reuse)
             return Share(emit=emit, reuse=reuse | CROSS)
         last = step == gate - 1
         waits = self.sp_interval > 1 and step >= self.warm_up and not last
@@ -83,7 +92,8 @@ class TGate(Method):
 
     def hands_on(self, guided: bool, reuse: frozenset[Kind]) -> Share:
         if reuse - CROSS:
-            return Share()
+            again = self.text_interval is not None and not guided and reuse.isdisjoint(CROSS)
+            return Share(emit=CROSS if again else NONE)
         if reuse:
             return Share(emit=SELF if self.fi_interval > 1 else NONE)
         planning = SELF if self.sp_interval > 1 else NONE
@@ -101,12 +111,19 @@ class TGate(Method):
         return (NONE, SELF) if computed else (SELF, NONE)
 
 
-def refuse_intervals_without_gate(sp_interval: int, fi_interval: int, anchor_weight: float) -> None:
+def refuse_options_without_gate(
+    sp_interval: int, fi_interval: int, anchor_weight: float, text_interval: int | None
+) -> None:
     """Raise ConfigurationError if options of T-GATE are set without a gate."""
     if max(sp_interval, fi_interval) > 1:
         raise ConfigurationError(
             "sp_interval and fi_interval are options of T-GATE and need a gate_step, but got gate_step=None with "
             f"sp_interval={sp_interval} and fi_interval={fi_interval}."
+        )
+    if text_interval is not None:
+        raise ConfigurationError(
+            "text_interval is an option of T-GATE and needs a gate_step, but got gate_step=None. Without one, use "
+            "FrozenText(step, interval)."
         )
     if anchor_weight != 0.5:
         raise ConfigurationError("anchor_weight is an option of T-GATE and needs a gate_step, but got gate_step=None.")

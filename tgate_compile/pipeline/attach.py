@@ -56,6 +56,10 @@ MSG_OWN_GATE_STEP = (
     "The call of {pipeline} already has an argument gate_step, like the pipelines of other packages for T-GATE. Pass a "
     "pipeline that is not gated yet."
 )
+MSG_NO_MEAN = (
+    "anchor_weight={given} is not possible with {model}: in joint attention the keys and values of the text are "
+    "cached, and those of two different texts have no meaningful mean. The prompt's are cached. Omit anchor_weight."
+)
 MSG_ONLY_HALF = (
     "keep={given!r} is not possible with {pipeline}: only its {only} half can be kept once guidance has stopped. "
     "Omit keep."
@@ -90,7 +94,7 @@ def attach(
         raise ConfigurationError(MSG_ON_UNSUPPORTED.format(given=on_unsupported))
     configs = {
         name: Config(
-            _with_possible_half(pipe, schedule),
+            with_possible_half(pipe, getattr(pipe, name), schedule),
             family=family_of_pipeline(pipe),
             sites=sites,
             cache_dtype=cache_dtype,
@@ -212,14 +216,26 @@ def _listed(modules: Mapping[str, torch.nn.Module]) -> str:
     return ", ".join(f"{name} ({type(module).__name__})" for name, module in modules.items()) or "no loaded modules"
 
 
-def _with_possible_half(pipe: DiffusionPipeline, schedule: Schedule) -> Schedule:
-    """Return `schedule`, with `keep` set if the family can keep only one of the halves."""
+def with_possible_half(pipe: DiffusionPipeline, denoiser: torch.nn.Module, schedule: Schedule) -> Schedule:
+    """Return `schedule`, with `keep` set if only one of the halves can be kept.
+
+    That depends on the family, and on the denoiser: the keys and values of two different texts have no meaningful mean,
+    so with joint attention those of the prompt are cached.
+    """
     only = family_of_pipeline(pipe).only
+    caches_text = "cross" in schedule.kinds and has_joint_attention(type(denoiser))
+    if caches_text:
+        only = "cond"
     if only is None:
         return schedule
     if schedule.keep not in (None, only):
         raise ConfigurationError(MSG_ONLY_HALF.format(given=schedule.keep, pipeline=type(pipe).__name__, only=only))
-    return dataclasses.replace(schedule, keep=only)
+    schedule = dataclasses.replace(schedule, keep=only)
+    if not caches_text or schedule.gate_step is None:
+        return schedule
+    if schedule.anchor_weight not in (0.5, 1.0):
+        raise ConfigurationError(MSG_NO_MEAN.format(given=schedule.anchor_weight, model=type(denoiser).__name__))
+    return dataclasses.replace(schedule, anchor_weight=1.0)
 
 
 def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config: Config) -> None:
@@ -238,8 +254,8 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     )
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
-    no_cross = has_joint_attention(type(denoiser)) or denies_cross_attention(denoiser)
-    if "cross" in config.schedule.kinds and no_cross:
+    may_have_sites = has_joint_attention(type(denoiser)) or not denies_cross_attention(denoiser)
+    if "cross" in config.schedule.kinds and not may_have_sites:
         raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
     if "deep" in config.schedule.kinds:
         deep_layer(denoiser, config.schedule.deepcache_branch)

@@ -53,11 +53,14 @@ class Caches:
     def merge(self, key: Key, anchor: float) -> None:
         """Replace the halves' values with the weighted mean, accumulated in at least fp32."""
         uncond, cond = (self._values.pop((half, key)) for half in ("uncond", "cond"))
+        self._layouts[key[0]] = "one"
+        if anchor in (0.0, 1.0):  # the halves may have texts of different lengths
+            self._values[None, key] = cond if anchor else uncond
+            return
         accumulated = torch.promote_types(uncond.dtype, torch.float32) if uncond.itemsize > 1 else torch.float32
         mean = (1.0 - anchor) * uncond.to(accumulated) + anchor * cond.to(accumulated)
         limit = torch.finfo(uncond.dtype).max
         self._values[None, key] = mean.clamp(-limit, limit).to(uncond.dtype)
-        self._layouts[key[0]] = "one"
 
     def fit(self, kind: Kind, *, guided: bool, keep: Half, order: tuple[Half, Half]) -> None:
         """Prepare the values of `kind` for a step: unless it is `guided`, reduce them to those of the half `keep`.

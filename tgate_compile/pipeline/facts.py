@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from tgate_compile.engine.families import Family, family_of, is_listed
 from tgate_compile.engine.read_code import TRUSTED
 from tgate_compile.pipeline.loop import FUNCTIONS, is_callback
-from tgate_compile.pipeline.modular import Guidance, has_own_blocks, is_modular
+from tgate_compile.pipeline.modular import Guidance, check_guider, has_own_blocks, is_modular
 
 if TYPE_CHECKING:
     from tgate_compile.pipeline.optimized import Optimized
@@ -60,7 +60,19 @@ def facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[
         guidance = Guidance(pipe, tuple(state.hooks))
         return CallFacts(guidance, guidance.num_timesteps, has_own_blocks(pipe), guidance.at)
     guided = guidance_of(pipe, arguments)
-    return CallFacts(lambda name: guided(), lambda: _num_timesteps(pipe), _may_change(state, pipe, arguments))
+    until = arguments.get(state.family.until) if state.family.until else None
+
+    def guided_at(name: str, timestep: int) -> bool:
+        return guided() and (until is None or (timestep + 1) / len(pipe.scheduler.timesteps) <= until)
+
+    return CallFacts(
+        lambda name: (
+            guided_at(name, getattr(pipe.scheduler, "step_index", None) or 0) if until is not None else guided()
+        ),
+        lambda: _num_timesteps(pipe),
+        _may_change(state, pipe, arguments),
+        None if until is None else guided_at,
+    )
 
 
 def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
@@ -112,14 +124,24 @@ def note_new_loop(pipe: DiffusionPipeline) -> None:
 def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callable[[], bool]:
     """Return a function that reports whether guidance is on, which a callback may change during the loop.
 
-    It reads the pipeline's `do_classifier_free_guidance` if there is one, else the argument `guidance_scale`.
+    It reads the pipeline's `do_classifier_free_guidance` if there is one, else the argument that scales guidance.
+
+    Raises:
+        UnsupportedModelError: guidance is up to a guider that cannot be gated.
     """
-    if family_of(type(pipe)).unguided:
+    family = family_of(type(pipe))
+    if family.unguided:
         return lambda: False
-    scale = arguments.get("guidance_scale")
+    if family.guiders:
+        return _guidance_of_guiders(pipe, family.guiders)
+    scale = arguments.get(family.scale)
+    needs_negative = bool(family.negative)
+    has_negative = arguments.get("negative_prompt") is not None or all(
+        arguments.get(name) is not None for name in family.negative
+    )
 
     def by_scale() -> bool:
-        return scale is not None and scale > 1.0
+        return scale is not None and scale > 1.0 and (has_negative or not needs_negative)
 
     def by_property() -> bool:
         try:
@@ -127,15 +149,30 @@ def guidance_of(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Callab
         except AttributeError:  # a subclass has its own loop, which does not set what the property reads
             return by_scale()
 
-    return by_property if hasattr(type(pipe), "do_classifier_free_guidance") else by_scale
+    return by_property if hasattr(type(pipe), "do_classifier_free_guidance") and not needs_negative else by_scale
+
+
+def _guidance_of_guiders(pipe: DiffusionPipeline, names: Sequence[str]) -> Callable[[], bool]:
+    """Return a function that reports whether the guider of the present timestep makes two predictions."""
+    guiders = [guider for name in names if (guider := getattr(pipe, name, None)) is not None]
+    for guider in guiders:
+        check_guider(guider, type(pipe).__name__)
+
+    def guided() -> bool:
+        timestep = getattr(pipe, "_current_timestep", None)
+        return any(guider._timestep is timestep and guider.num_conditions > 1 for guider in guiders)
+
+    return guided
 
 
 def reports_guidance(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> bool:
     """Return whether the pipeline or its arguments define if guidance is on, as `guidance_of` reads it."""
+    family = family_of(type(pipe))
     return (
-        family_of(type(pipe)).unguided
+        family.unguided
+        or bool(family.guiders)
         or hasattr(type(pipe), "do_classifier_free_guidance")
-        or arguments.get("guidance_scale") is not None
+        or arguments.get(family.scale) is not None
     )
 
 

@@ -20,13 +20,16 @@ from tgate_compile._errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
-from tgate_compile.engine.call import Call
-from tgate_compile.engine.compiled import EarlyValues, Parking, Runnable, Store
+from tgate_compile.engine.call import Call, reads_masks
+from tgate_compile.engine.compiled import CachedValues, EarlyValues, Parking, Runnable, Store, Uncaptured
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import (
+    batch_of,
+    doubled,
     latents_of,
     named_leaves,
     one_half,
+    rows_of,
     shared_rows,
     similarity,
     timestep_of,
@@ -173,6 +176,9 @@ class Generation:
         self._first_call: _FirstCall | None = None
         self._was_guided = False
         self._guidance_over = False
+        self._dropped: tuple[Runnable, list[torch.Tensor]] | None = None  # the result of a step without its guidance
+        # The predictions of a guided step and the shape of its latents, until the scheduler steps.
+        self._compared: tuple[torch.Tensor, torch.Size] | None = None
         self._halves = TwoHalves(loop, family, scheduler)
         self._shared: frozenset[int] | None = None  # positions of tensors that both halves share, once determined
         self._finished = False
@@ -199,7 +205,7 @@ class Generation:
         self._caches.clear()
         self.early.clear()
         self._halves.free()
-        self._first_call = None
+        self._first_call = self._compared = self._dropped = None
         if self.steps:
             logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
 
@@ -207,9 +213,9 @@ class Generation:
         """Run a denoiser call instead of the denoiser's forward."""
         if threading.get_ident() != self._thread:
             raise ConcurrentGenerationError(MSG_CONCURRENT)
-        if self._preview and not self._loop.paused:
+        if self._preview and not self._loop.paused and not self._is_too_early():
             raise Previewed(args, kwargs, self._guided())
-        if self._loop.paused or self._loop.plain:
+        if self._loop.paused or self._loop.plain or self._is_too_early():
             self.calls_apart += self._loop.paused > 0
             self.early.bring_back()
             return self._forward(*args, **kwargs)
@@ -222,6 +228,10 @@ class Generation:
         self._caches.clear()
         self.early.clear()
         return self._forward(*args, **kwargs)
+
+    def _is_too_early(self) -> bool:
+        """Return whether this call prepares the loop, such as one that fills a cache with a reference image."""
+        return self._family.prepares and self._loop.observable and not self._loop.timesteps_set
 
     def _check_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check that no input of the denoiser requires gradients."""
@@ -243,8 +253,10 @@ class Generation:
             if self._watch:
                 self.early.bring_back()
                 self._store.refresh(begins=False)
-        call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments))
-        latents = latents_of(arguments)
+        call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments), by_value=reads_masks(self._store.denoiser))
+        if event == "again" and self._family.further:
+            return self._further(call)
+        latents = batch_of(arguments)
         self._halves.see(latents.shape, guided)
         if self._separate(guided):
             if (event == "again") != (self._first_call is not None):
@@ -254,7 +266,9 @@ class Generation:
         if event == "again":
             raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(self.scheduler()).__name__))
         guided = self._halves.served(latents, guided, first=not self.progress.done)
-        return self._in_one_call(call, latents.shape, guided)
+        return self._in_one_call(
+            call, latents.shape, guided, listed=rows_of(arguments, latents_of(arguments)) is not None
+        )
 
     def _with_tensor_timestep(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
@@ -278,7 +292,7 @@ class Generation:
         self.progress.event(self.scheduler(), arguments)
         counter = self._begin(arguments, guided)
         guided = guided and not self._halves.undecided
-        call, batch = Call.of(args, kwargs), latents_of(arguments).shape[0]
+        call, batch = Call.of(args, kwargs, by_value=reads_masks(self._store.denoiser)), batch_of(arguments).shape[0]
         sizes: dict[Kind, int] = {}
         most = 0
         graphs = []
@@ -311,6 +325,7 @@ class Generation:
             self._loop.run_plain(error)
 
     def _check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        self._compare_halves(sample.shape)
         if self._separate(self._halves.reported_guided):
             return
         learnt = self._halves.compare(prediction, sample)
@@ -326,12 +341,12 @@ class Generation:
 
     def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
         """Begin a pass at its first denoiser call: check the inputs, count the steps, and refresh the store."""
-        latents = latents_of(arguments)
+        latents = batch_of(arguments)
         if torch.is_autocast_enabled(latents.device.type):
             raise UnsupportedCallError(MSG_AUTOCAST)
         self._caches.clear()
         self.early.clear()
-        self._first_call = None
+        self._first_call = self._compared = self._dropped = None
         self._guidance_over = self._was_guided = False
         counter = self.progress.begin(self._num_calls())
         self._halves = TwoHalves(self._loop, self._family, self.scheduler)
@@ -345,21 +360,39 @@ class Generation:
     def _separate(self, guided: bool) -> bool:
         return guided and bool(self._family.calls)
 
-    def _in_one_call(self, call: Call, latents: torch.Size, guided: bool) -> Any:
-        """Run a timestep in one denoiser call: without guidance, or with both halves; `latents` is their shape."""
+    def _in_one_call(self, call: Call, latents: torch.Size, guided: bool, *, listed: bool) -> Any:
+        """Run a timestep in one denoiser call: without guidance, or with both halves.
+
+        `latents` is their shape; `listed` means that the denoiser takes and returns a list of rows.
+        """
         step, phase = self._next_step(guided)
         if guided and not phase.guided:
             call = self._kept(call, latents[0])
         compiled, outputs = self._run(step, phase, call, None)
         self._loop.gated = self._loop.gated or (guided and not phase.guided)
-        self._halves.ran(outputs[0], merged=bool(phase.merge))
+        prediction = torch.stack(outputs) if listed else outputs[0]
+        self._halves.ran(prediction, merged=bool(phase.merge))
+        ends = guided and not phase.guided
+        self._dropped = (compiled, outputs) if ends and self._family.further else None
         if phase.guided:
-            self._after_guided_step(outputs, latents)
-        elif guided:
+            self._to_compare(prediction, latents)
+        elif guided and not listed:
             # uncond + scale * (cond - uncond) is then the prediction itself for every scale, and guidance rescale is
             # the identity, so the pipeline's own arithmetic needs no change.
             outputs = [torch.cat([output, output]) for output in outputs]
         self._end_timestep()
+        result = compiled.unflatten(outputs)
+        return doubled(result) if ends and listed else result
+
+    def _further(self, call: Call) -> Any:
+        """Run a further call of a timestep, for a prediction that guidance moves away from.
+
+        Once guidance has stopped, it returns the timestep's prediction, so that their difference is zero.
+        """
+        if self._dropped is not None:
+            compiled, outputs = self._dropped
+            return compiled.unflatten([_copied(output) for output in outputs])
+        compiled, (outputs, _) = self._run_graph(Phase(False), call, {})
         return compiled.unflatten(outputs)
 
     def _in_two_calls(self, call: Call, arguments: dict[str, Any]) -> Any:
@@ -373,7 +406,9 @@ class Generation:
             compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
             self._loop.gated = self._loop.gated or not phase.guided
             # A copy, since the pipeline may combine the two in place.
-            halves = {first: outputs} if phase.guided else {first: outputs, second: [o.clone() for o in outputs]}
+            halves = (
+                {first: outputs} if phase.guided else {first: outputs, second: [_copied(output) for output in outputs]}
+            )
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
@@ -384,8 +419,7 @@ class Generation:
             for emission in compiled.emitted:
                 if emission.site.kind in made.phase.merge:
                     self._caches.merge((emission.site.kind, emission.site.name), self.schedule.anchor_weight)
-            both = [torch.cat(pair) for pair in zip(halves["uncond"], halves["cond"], strict=True)]
-            self._after_guided_step(both, latents_of(arguments).shape)
+            self._to_compare(torch.cat([halves["uncond"][0], halves["cond"][0]]), latents_of(arguments).shape)
         self._end_timestep()
         return made.compiled.unflatten(halves[second])
 
@@ -393,6 +427,7 @@ class Generation:
         """Return the step and its phase; `guided` is reported by the pipeline now, since a callback may change it."""
         assert self.progress.counter is not None
         step = self.progress.step()
+        self._compare_halves(None)
         plan = self.schedule.plan(self.progress.counter.num_steps, guided=guided and not self._guidance_over)
         phase = plan[step]
         if guided and not phase.guided and not self._was_guided:
@@ -417,10 +452,7 @@ class Generation:
     def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
         """Run the variant of `phase` for one half, for both or without guidance (None), and store what it emits."""
         caches = self._caches.values(half)
-        graph = self._graph(phase, half)
-        self.early.prepare((graph, call.key))
-        compiled = self._store.get(graph, call, caches, self._forward)
-        outputs, emitted = compiled.run(call, caches, self.early)
+        compiled, (outputs, emitted) = self._run_graph(self._graph(phase, half), call, caches)
         for emission, value in zip(compiled.emitted, emitted, strict=True):
             kind = emission.site.kind
             kinds = phase.merge if emission.merged else phase.emit
@@ -430,11 +462,36 @@ class Generation:
         self._loop.gated = self._loop.gated or bool(phase.reuse)
         return compiled, outputs
 
-    def _after_guided_step(self, predictions: list[torch.Tensor], latents: torch.Size) -> None:
-        """Determine from the `predictions` of both halves whether guidance can end."""
+    def _run_graph(
+        self, graph: Phase, call: Call, caches: CachedValues
+    ) -> tuple[Runnable, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Run the graph of the phase `graph`, or the denoiser itself if it cannot be captured and need not be."""
+        self.early.prepare((graph, call.key))
+        try:
+            compiled: Runnable = self._store.get(graph, call, caches, self._forward)
+        except CaptureError as error:
+            if graph.emit or graph.merge or graph.reuse or self._store.folder is not None:
+                raise
+            self._loop.note_uncaptured(error)
+            compiled = Uncaptured(self._forward)
+        return compiled, compiled.run(call, caches, self.early)
+
+    def _to_compare(self, predictions: torch.Tensor, latents: torch.Size) -> None:
+        """Keep both halves' `predictions` for latents of this shape, if their likeness decides when guidance ends."""
+        if self.schedule.guidance_similarity is not None:
+            self._compared = predictions, latents
+
+    def _compare_halves(self, sample: torch.Size | None) -> None:
+        """Determine from the predictions of the last guided step whether guidance can end.
+
+        `sample` is the shape of the latents that the scheduler steps; None if it has not stepped since.
+        """
         threshold = self.schedule.guidance_similarity
-        if threshold is not None:
-            self._guidance_over = similarity(predictions[0], channels=latents[1]) >= threshold
+        if self._compared is None or threshold is None:
+            return
+        (predictions, latents), self._compared = self._compared, None
+        shape = sample if sample is not None and len(sample) == predictions.ndim else latents
+        self._guidance_over = similarity(predictions, shape, last_tokens=self._family.last_tokens) >= threshold
 
     def _kept(self, call: Call, batch: int) -> Call:
         kept = self.schedule.kept
@@ -454,6 +511,10 @@ def _dtype_of_number(timestep: object) -> torch.dtype | None:
     if isinstance(timestep, float):
         return torch.float64
     return torch.int64 if isinstance(timestep, (int, np.integer)) and not isinstance(timestep, bool) else None
+
+
+def _copied(output: Any) -> Any:
+    return output.clone() if torch.is_tensor(output) else output  # a denoiser may return None for a missing modality
 
 
 def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:

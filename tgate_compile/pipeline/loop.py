@@ -76,10 +76,12 @@ class Loop:
         self.paused = 0  # the number of nested callbacks
         self.plain = False  # whether the rest of the loop runs without gating
         self.gated = False  # whether a step has differed from the plain pipeline's
+        self.timesteps_set = False  # whether the scheduler's timesteps have been set in this loop
         self.stepped = 0  # the number of calls of the scheduler's step
         self.generations: list[Denoising] = []
         self.current: Denoising | None = None  # the generation that made the last denoiser call
         self.cause: Exception | None = None  # the reason why the loop runs without gating
+        self.note_uncaptured: Callable[[Exception], None] = lambda cause: None
         self._report = report
         self.on_new_timesteps: Callable[[], None] = lambda: None
 
@@ -106,6 +108,7 @@ class Loop:
         """Note that the scheduler's timesteps are set again."""
         if self.paused:
             return  # the loop keeps its present timesteps
+        self.timesteps_set = True
         self.on_new_timesteps()
         for generation in self.generations:
             generation.progress.on_set_timesteps()

@@ -100,13 +100,21 @@ def check_guidance(pipe: Any, denoisers: Iterable[str]) -> None:
                 "which denoiser call belongs to which half. What works instead: the pipeline without tgate_compile, "
                 "or an ordinary pipeline for the same model."
             )
-        reason = refusal(guider)
-        if reason is not None:
-            raise UnsupportedModelError(
-                f"{pipeline} cannot be gated with the guider {type(guider).__name__}: {reason}. What works "
-                "instead: pipe.update_components(guider=ClassifierFreeGuidance(...)), or the pipeline without "
-                "tgate_compile."
-            )
+        check_guider(guider, pipeline)
+
+
+def check_guider(guider: BaseGuidance, pipeline: str) -> None:
+    """Check that a denoiser with this `guider` can be gated.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
+    reason = refusal(guider)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{pipeline} cannot be gated with the guider {type(guider).__name__}: {reason}. What works instead: "
+            "pipe.update_components(guider=ClassifierFreeGuidance(...)), or the pipeline without tgate_compile."
+        )
 
 
 def guider_name(pipe: Any, denoiser: str) -> str:

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.compiled import Parking
 from tgate_compile.engine.config import AnyPipeline, Config
+from tgate_compile.engine.families import Family
 from tgate_compile.engine.traffic import exclusive, running
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.facts import (
@@ -112,6 +113,14 @@ class Optimized:
             self._warned.add(about)
             logger.warning("%s", message)
 
+    def note_uncaptured(self, cause: Exception) -> None:
+        """Log, once per cause, that the denoiser runs without being captured, which drops guidance all the same."""
+        self.warn_once(
+            f"The denoiser of {self.pipeline_class.__name__} runs uncompiled; guidance is dropped as requested. "
+            + str(cause).partition("\n")[0],
+            about="uncaptured",
+        )
+
     def report_plain(self, cause: Exception) -> None:
         """Log, once per cause, that a call runs without tgate_compile."""
         self.last_plain = cause
@@ -204,6 +213,7 @@ def generation(
     state = required_state_of(pipe)
     state.last_plain = None
     loop = Loop(on_unsupported=state.on_unsupported, report=state.report_plain)
+    loop.note_uncaptured = state.note_uncaptured
     facts = CallFacts(lambda name: guidance, lambda: num_timesteps, watch=True)
     with _generations_of_call(state, pipe, gate_step, lambda: facts, loop):
         yield OwnLoop(loop)
@@ -370,6 +380,7 @@ def _run(
     )
     if plain_because is not None:
         loop.run_plain(plain_because)
+    loop.note_uncaptured = state.note_uncaptured
     loop.on_new_timesteps = functools.partial(note_new_loop, pipe)
     note_new_loop(pipe)
     names = [*inspect.signature(call).parameters][1:]
@@ -386,6 +397,13 @@ def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop) -> No
     ran = [hook.last for hook in state.hooks.values() if hook.last is not None and hook.last.steps]
     if loop.plain or loop.gated:
         return
+    ends = any(g.schedule.guidance_step is not None or g.schedule.guidance_similarity is not None for g in ran)
+    if ends and not any(phase.guided for g in ran for _, phase in g.steps):
+        state.warn_once(
+            f"This call of {state.pipeline_class.__name__} had no guidance to drop: {_why_unguided(state.family)}, so "
+            "that the denoiser made one prediction in each step. The result is the plain pipeline's.",
+            about="no guidance",
+        )
     if not ran:
         # Without a step of the scheduler there was nothing to do, as in an image-to-image call of no steps.
         if any(hook.last is not None and hook.last.calls_apart for hook in state.hooks.values()):
@@ -405,6 +423,14 @@ def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop) -> No
             f"gate_step is {max(gates)}. {acting}; a fraction such as gate_step=0.4 adapts to the number of steps.",
             about="gate",
         )
+
+
+def _why_unguided(family: Family) -> str:
+    if family.unguided:
+        return "its denoiser takes the guidance scale as an input, or has been distilled to need no guidance"
+    if family.negative:
+        return f"guidance is off without a negative prompt and {family.scale} above 1"
+    return "guidance was off"
 
 
 def _bypassed(state: Optimized) -> str:

@@ -91,6 +91,10 @@ def _observed_class(scheduler_class: type) -> type:
     if hasattr(scheduler_class, "step"):
         namespace["step"] = _reporting(scheduler_class.step, _reporter_of_steps(scheduler_class.step))
 
+    if not hasattr(scheduler_class, "scale_model_input"):
+        # Bria's pipeline scales the latents unless the scheduler is exactly of the class that has no such method.
+        namespace["scale_model_input"] = lambda self, sample, timestep=None: sample
+
     def reduce(self: Any, protocol: Any) -> Any:
         """Give copies, which are not observed, the scheduler's original class."""
         reduced: Any = scheduler_class.__reduce_ex__

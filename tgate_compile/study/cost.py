@@ -6,14 +6,15 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from tgate_compile._errors import ConfigurationError
-from tgate_compile.methods.method import CROSS, Phase
+from tgate_compile._errors import ConfigurationError, UnsupportedModelError
+from tgate_compile.methods.method import CROSS, SELF, Kind, Phase
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.architectures import PIXELS_PER_LATENT, Architecture, Geometry, Model, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -21,199 +22,14 @@ if TYPE_CHECKING:
     from tgate_compile.passes.count_macs import Macs
     from tgate_compile.passes.graphs import Captured, Variant
 
-#: The dimensions of one input. Strings stand for the batch and the size of the latents. None: the input is None.
-Shape = tuple[int | str, ...] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Architecture:
-    """A denoiser and the inputs of its call. Compared by identity, because models may share one architecture.
-
-    Attributes:
-        denoiser_class: name of the denoiser's class in diffusers.
-        config: the configuration of the published checkpoint, without values that are the class's defaults.
-        inputs: the shapes of the call's inputs; may be nested by one level of dicts.
-        size: height and width, in pixels, of the images the model was trained on.
-        constants: arguments of the call that are not tensors.
-        is_joint: whether text and latents share their attentions, so that the model cannot be gated.
-    """
-
-    denoiser_class: str
-    config: Mapping[str, Any]
-    inputs: Mapping[str, Shape | Mapping[str, Shape]]
-    size: int
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    is_joint: bool = False
-
-    @property
-    def denoiser(self) -> type[Any]:
-        """The denoiser's class."""
-        import diffusers  # not above: the command line reads the table for its help
-
-        found: type[Any] = getattr(diffusers, self.denoiser_class)
-        return found
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model as the paper's tables use it.
-
-    Attributes:
-        architecture: the denoiser.
-        steps: number of denoising steps.
-        guided: whether guidance is on, which doubles the batch.
-    """
-
-    architecture: Architecture
-    steps: int = 25
-    guided: bool = True
-
-
-_LATENTS: Shape = ("batch", 4, "height", "width")
-
-
-def _unet(size: int, text: Shape, inputs: Mapping[str, Shape | Mapping[str, Shape]], **config: Any) -> Architecture:
-    call = {"sample": _LATENTS, "timestep": (), "encoder_hidden_states": text, **inputs}
-    return Architecture("UNet2DConditionModel", config, call, size)
-
-
-_SD15 = _unet(512, ("batch", 77, 768), {}, cross_attention_dim=768)
-_SD21 = _unet(
-    768, ("batch", 77, 1024), {}, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
-    use_linear_projection=True,
-)  # fmt: skip
-_SDXL = _unet(
-    1024,
-    ("batch", 77, 2048),
-    {"added_cond_kwargs": {"text_embeds": ("batch", 1280), "time_ids": ("batch", 6)}},
-    cross_attention_dim=2048,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
+MSG_TEXT_TOKENS = (
+    "text_tokens is for models with joint attention, where the text's tokens are computed like the image's. "
+    "{model} has cross-attention."
 )
-# The guidance scale is a separate input, embedded in the same way as the timestep.
-_LCM_SDXL = replace(
-    _SDXL,
-    config={**_SDXL.config, "time_cond_proj_dim": 256},
-    inputs={**_SDXL.inputs, "timestep_cond": ("batch", 256)},
+MSG_JOINT_ALONE = (
+    "{model} has joint attention, where only what the text contributes can be cached: leave sp_interval and "
+    "fi_interval at 1, and DeepCache out."
 )
-
-
-def _pixart(tokens: int, conditions: Mapping[str, Shape], **config: Any) -> Architecture:
-    inputs: dict[str, Shape | Mapping[str, Shape]] = {
-        "hidden_states": _LATENTS,
-        "encoder_hidden_states": ("batch", tokens, 4096),
-        "timestep": ("batch",),
-        "added_cond_kwargs": conditions,
-        "encoder_attention_mask": ("batch", tokens),
-    }
-    shared = {"sample_size": 128, "cross_attention_dim": 1152, "caption_channels": 4096, "interpolation_scale": 2}
-    return Architecture("PixArtTransformer2DModel", {**shared, **config}, inputs, 1024)
-
-
-_PIXART_ALPHA = _pixart(120, {"resolution": ("batch", 2), "aspect_ratio": ("batch", 1)})
-_PIXART_SIGMA = _pixart(300, {"resolution": None, "aspect_ratio": None}, use_additional_conditions=False)
-
-#: Models by name in the paper's tables (paper_tables.json).
-MODELS: Mapping[str, Model] = {
-    "sd15": Model(_SD15),
-    "sd21": Model(_SD21),
-    "sdxl": Model(_SDXL),
-    "pixart_alpha": Model(_PIXART_ALPHA),
-    "pixart_sigma": Model(_PIXART_SIGMA),
-    "lcm_sdxl": Model(_LCM_SDXL, steps=4, guided=False),
-    "lcm_pixart_alpha": Model(_PIXART_ALPHA, steps=4, guided=False),
-}
-
-_SD35_LARGE = Architecture(
-    "SD3Transformer2DModel",
-    {
-        "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
-        "qk_norm": "rms_norm",
-    },
-    {
-        "hidden_states": ("batch", 16, "height", "width"),
-        "encoder_hidden_states": ("batch", 333, 4096),
-        "pooled_projections": ("batch", 2048),
-        "timestep": ("batch",),
-    },
-    1024,
-    is_joint=True,
-)  # fmt: skip
-# Latents of 1024 x 1024 pixels, in patches of 2 x 2.
-_PATCHES: Shape = ("batch", 4096, 64)
-_FLUX1_DEV = Architecture(
-    "FluxTransformer2DModel",
-    {"guidance_embeds": True},
-    {
-        "hidden_states": _PATCHES,
-        "encoder_hidden_states": ("batch", 512, 4096),
-        "pooled_projections": ("batch", 768),
-        "timestep": ("batch",),
-        "img_ids": (4096, 3),
-        "txt_ids": (512, 3),
-        "guidance": ("batch",),
-    },
-    1024,
-    is_joint=True,
-)
-_QWEN_IMAGE = Architecture(
-    "QwenImageTransformer2DModel",
-    {},
-    {
-        "hidden_states": _PATCHES,
-        "encoder_hidden_states": ("batch", 128, 3584),
-        "encoder_hidden_states_mask": ("batch", 128),
-        "timestep": ("batch",),
-    },
-    1024,
-    constants={"img_shapes": [[(1, 64, 64)]]},
-    is_joint=True,
-)
-
-#: Models that cannot be gated, for `binding_time_rows`. The last two evaluate guidance in calls of their own, or not at
-#: all.
-JOINT_MODELS: Mapping[str, Model] = {
-    "sd35_large": Model(_SD35_LARGE),
-    "flux1_dev": Model(_FLUX1_DEV, guided=False),
-    "qwen_image": Model(_QWEN_IMAGE, guided=False),
-}
-
-
-def model_named(name: str, models: Mapping[str, Model] = MODELS) -> Model:
-    """Return the model called `name` among `models`.
-
-    Raises:
-        ConfigurationError: the name is unknown.
-    """
-    if name not in models:
-        raise ConfigurationError(f"The model must be one of {', '.join(models)}, but got {name!r}.")
-    return models[name]
-
-
-#: Image pixels per latent in each direction; the same for the autoencoders of all models.
-PIXELS_PER_LATENT = 8
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The size of one denoiser call.
-
-    Attributes:
-        batch: batch size as the denoiser sees it: twice the number of images under guidance.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
-    """
-
-    batch: int
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -281,6 +97,8 @@ def _captured(architecture: Architecture, geometry: Geometry) -> Captured:
         "batch": geometry.batch,
         "height": geometry.height // PIXELS_PER_LATENT,
         "width": geometry.width // PIXELS_PER_LATENT,
+        "patches": geometry.height // (2 * PIXELS_PER_LATENT) * (geometry.width // (2 * PIXELS_PER_LATENT)),
+        "text": geometry.text or architecture.text,
     }
 
     def tensor(shape: Shape) -> torch.Tensor | None:
@@ -293,8 +111,10 @@ def _captured(architecture: Architecture, geometry: Geometry) -> Captured:
             name: {key: tensor(below) for key, below in shape.items()} if isinstance(shape, Mapping) else tensor(shape)
             for name, shape in architecture.inputs.items()
         }
-        call = Call.of((), {**inputs, **architecture.constants, "return_dict": False})
-        return capture(denoiser, denoiser.forward, call, () if architecture.is_joint else ("cross", "self"))
+        constants = architecture.constants(geometry) if callable(architecture.constants) else architecture.constants
+        call = Call.of((), {**inputs, **constants, "return_dict": False})
+        kinds: frozenset[Kind] = CROSS if architecture.is_joint else CROSS | SELF
+        return capture(denoiser, denoiser.forward, call, kinds)
 
 
 @dataclass(frozen=True)
@@ -306,7 +126,7 @@ class ImageCost:
         macs: multiply-accumulates in linear and convolution layers, which is the paper's convention.
         macs_with_attention: `macs` plus the matrix products inside attention.
         parameters: parameters of the denoiser. With a gate, the weights of the cross-attentions are not counted, as in
-            the paper.
+            the paper, nor those that only the text's tokens of a joint attention need.
         parameters_at_end: parameters that the graphs from the gate on actually read (without a gate: the graphs of all
             steps). Smaller than `parameters`, because layers that only feed cross-attentions are removed as well.
     """
@@ -327,6 +147,7 @@ def image_cost(
     height: int | None = None,
     width: int | None = None,
     batch: int = 1,
+    text_tokens: int | None = None,
 ) -> ImageCost:
     """Return the cost of `batch` images under `schedule` (None: every step runs in full).
 
@@ -334,15 +155,21 @@ def image_cost(
     schedulers make.
 
     Raises:
-        UnsupportedModelError: the schedule uses DeepCache, but the denoiser is not a UNet.
-        ConfigurationError: the UNet does not have the schedule's DeepCache branch.
+        UnsupportedModelError: the schedule uses DeepCache, but the denoiser is not a UNet; or it caches self-attention,
+            but the denoiser has joint attention.
+        ConfigurationError: the UNet does not have the schedule's DeepCache branch; or a number of tokens is given for a
+            denoiser without joint attention.
     """
+    if text_tokens is not None and not model.architecture.is_joint:
+        raise ConfigurationError(MSG_TEXT_TOKENS.format(model=model.architecture.denoiser_class))
+    if schedule is not None and model.architecture.is_joint and schedule.kinds - CROSS:
+        raise UnsupportedModelError(MSG_JOINT_ALONE.format(model=model.architecture.denoiser_class))
     steps = model.steps if steps is None else steps
     guided = model.guided if guided is None else guided
     height, width = height or model.architecture.size, width or model.architecture.size
 
     def cost(phase: Phase) -> GraphCost:
-        geometry = Geometry(2 * batch if phase.guided else batch, height, width)
+        geometry = Geometry(2 * batch if phase.guided else batch, height, width, text_tokens or 0)
         branch = schedule.deepcache_branch if schedule is not None and "deep" in schedule.kinds else None
         return graph_cost(
             model.architecture, geometry, phase if schedule is None else schedule.graph_phase(phase), branch
@@ -353,14 +180,15 @@ def image_cost(
     counts = [(cost(phase), count) for phase, count in Counter(plan).items()]
     whole = cost(plan[0])
     at_end = {name: size for phase in set(plan[gate:] or plan) for name, size in cost(phase).parameters.items()}
+    without_text = sum(at_end.values())
     return ImageCost(
         strip="".join(phase.character for phase in plan),
         macs=sum(each.macs.layers * count for each, count in counts),
         macs_with_attention=sum(each.macs.total * count for each, count in counts),
-        parameters=sum(
-            size for name, size in whole.parameters.items() if gate >= steps or name not in whole.cross_attention
-        ),
-        parameters_at_end=sum(at_end.values()),
+        parameters=without_text
+        if model.architecture.is_joint and gate < steps
+        else sum(size for name, size in whole.parameters.items() if gate >= steps or name not in whole.cross_attention),
+        parameters_at_end=without_text,
     )
 
 
@@ -374,7 +202,7 @@ class BindingTimes:
         timestep: parameters that are read once per timestep, for a row of values.
         step: the other parameters, most of which the step reads for each timestep and its latents.
         unread: parameters in `step` that nothing reads, like the end of the text stream in Qwen-Image's last block.
-        pruned_step: parameters that the step reads after the gate; None if the model cannot be gated.
+        pruned_step: parameters that the step reads after the gate.
         prelude_bytes: the size of the values that are computed once per generation, for one image.
         row_bytes: the size of the values of one timestep, for one image.
     """
@@ -384,7 +212,7 @@ class BindingTimes:
     timestep: int
     step: int
     unread: int
-    pruned_step: int | None
+    pruned_step: int
     prelude_bytes: int
     row_bytes: int
 
@@ -396,7 +224,7 @@ def binding_times(model: Model) -> BindingTimes:
     from tgate_compile.passes.specialize import specialize
 
     size = model.architecture.size
-    captured = _captured(model.architecture, Geometry(2 if model.guided else 1, size, size))
+    captured = _captured(model.architecture, Geometry(model.rows, size, size))
 
     def split(phase: Phase) -> SplitVariant:
         return split_by_binding(specialize(captured, phase), captured.roles)
@@ -407,9 +235,9 @@ def binding_times(model: Model) -> BindingTimes:
     def values(part: Variant | None) -> int:
         return 0 if part is None else sum(node.meta["val"].nbytes for node in outputs_of(part.program.graph))
 
-    full = split(Phase(model.guided))
+    full = split(Phase(model.rows > 1))
     prelude, table, step = (read(part) for part in (full.prelude, full.table, full.step))
-    pruned = None if model.architecture.is_joint else split(Phase(model.guided, reuse=CROSS)).step
+    pruned = split(Phase(model.rows > 1, reuse=CROSS)).step
     everything = sum(parameter.numel() for parameter in _denoiser(model.architecture).parameters())
     of_prompt = sum(count for name, count in prelude.items() if name not in {**table, **step})
     of_timestep = sum(count for name, count in table.items() if name not in step)
@@ -419,7 +247,7 @@ def binding_times(model: Model) -> BindingTimes:
         timestep=of_timestep,
         step=everything - of_prompt - of_timestep,
         unread=everything - sum({**prelude, **table, **step}.values()),
-        pruned_step=None if pruned is None else sum(read(pruned).values()),
+        pruned_step=sum(read(pruned).values()),
         prelude_bytes=values(full.prelude),
         row_bytes=values(full.table),
     )

@@ -15,7 +15,7 @@ from tgate_compile.methods.deepcache import DeepCache
 from tgate_compile.methods.method import Method
 from tgate_compile.methods.schedule import Schedule, schedule_of
 from tgate_compile.methods.tgate import TGate
-from tgate_compile.study.cost import MODELS, Architecture
+from tgate_compile.study.architectures import MODELS, Architecture
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def random_pipeline(
     import torch
     from diffusers import DDIMScheduler, PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    from tgate_compile.study.cost import PIXELS_PER_LATENT
+    from tgate_compile.study.architectures import PIXELS_PER_LATENT
 
     architecture = MODELS[name].architecture
     size = architecture.size if size is None else size

@@ -19,6 +19,7 @@ from tgate_compile.engine.families import family_of
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.count_macs import count_macs
+from tgate_compile.pipeline.attach import with_possible_half
 from tgate_compile.pipeline.generation import strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
 from tgate_compile.pipeline.optimized import required_state_of
@@ -165,8 +166,10 @@ class Bench:
         """
         state = required_state_of(self._pipe)
         keep = family_of(state.pipeline_class).only or schedule.keep
+        schedule = dataclasses.replace(schedule, keep=keep)
         for hook in state.hooks.values():
-            hook.config = dataclasses.replace(hook.config, schedule=dataclasses.replace(schedule, keep=keep))
+            fitting = with_possible_half(self._pipe, hook.denoiser, schedule)
+            hook.config = dataclasses.replace(hook.config, schedule=fitting)
         drifts: list[float] = []
         seconds: list[float] = []
         steps: dict[str, list[Phase]] = defaultdict(list)

@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
-from tgate_compile.engine.families import family_of
+from tgate_compile.engine.families import family_of, has_joint_attention
 from tgate_compile.engine.halves import latents_of
-from tgate_compile.methods.method import Half, Kind, Phase
+from tgate_compile.methods.method import CROSS, Half, Kind, Phase
 from tgate_compile.passes.graphs import Captured, Variant
 from tgate_compile.passes.specialize import specialize
 from tgate_compile.pipeline.progress import StepCounter
@@ -129,7 +129,7 @@ class Recorder:
         halves: bool = False,
     ) -> None:
         self._calls = DenoiserCalls(pipe, guided)
-        self._kinds = kinds
+        self._kinds = frozenset(kinds)
         self._separate_halves = halves
         self._step = -1
         self._halves: tuple[Half, ...] = ()
@@ -154,8 +154,12 @@ class Recorder:
         """Record one call of the pipeline inside the context; the hooks are removed at its end."""
         with ExitStack() as stack:
             for name, denoiser in denoisers.items():
-                attentions = [(path, module) for path, module in denoiser.named_modules() if hasattr(module, "to_k")]
-                graphs = None if attentions else _Graphs(denoiser, self._kinds)
+                # In joint attention, the text's keys and values are recorded, which no module returns.
+                is_joint = has_joint_attention(type(denoiser))
+                modules = [] if is_joint else denoiser.named_modules()
+                attentions = [(path, module) for path, module in modules if hasattr(module, "to_k")]
+                kinds = self._kinds & CROSS if is_joint else self._kinds
+                graphs = None if attentions or not kinds else _Graphs(denoiser, kinds)
                 hook = self._on_call(name, graphs)
                 stack.enter_context(removed(denoiser.register_forward_pre_hook(hook, with_kwargs=True)))
                 for path, module in attentions:

@@ -200,12 +200,13 @@ class _Search:
                     self._measure("given", schedule, plain)
 
     def _measure_sweeps(self, plain: Plain) -> None:
-        no_cross = any(
-            has_joint_attention(type(denoiser)) or denies_cross_attention(denoiser)
-            for denoiser in self._denoisers.values()
-        )
+        is_joint = any(has_joint_attention(type(denoiser)) for denoiser in self._denoisers.values())
+        no_cross = not is_joint and any(map(denies_cross_attention, self._denoisers.values()))
         grid = grid_of(plain.num_steps)
-        self._plan((1 if no_cross else 4) * len(grid))
+        self._plan((1 if no_cross else 2 if is_joint else 4) * len(grid))
+        if is_joint:
+            self._measure_joint(grid, plain)
+            return
         if no_cross:
             self._measure_along((GUIDANCE_DROP,), grid, plain)
             self._measure_methods(plain)
@@ -219,6 +220,18 @@ class _Search:
             self._plan(-len(grid))
             self._measure_along((TGATE, GUIDANCE_DROP), grid, plain)
         self._measure_along((TGATE_COND,), grid, plain)
+        self._measure_methods(plain)
+
+    def _measure_joint(self, grid: Sequence[int], plain: Plain) -> None:
+        """Measure schedules for joint attention, where only the text's keys and values can be cached."""
+        try:
+            self._measure_along((TGATE, GUIDANCE_DROP), grid, plain)
+        except UnsupportedModelError as error:
+            if self._rows:
+                raise
+            logger.info("skipping %s: %s", TGATE.name, error)
+            self._plan(-len(grid))
+            self._measure_along((GUIDANCE_DROP,), grid, plain)
         self._measure_methods(plain)
 
     def _measure_methods(self, plain: Plain) -> None:

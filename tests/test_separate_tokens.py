@@ -1,0 +1,66 @@
+"""Joint attention with separated tokens, in graphs of real denoisers: see `joint_denoisers.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from tests.comparing import assert_differ, assert_same
+from tests.joint_denoisers import DENOISERS, Tiny
+from tests.joint_reference import TextReference, frozen_text
+from tgate_compile.engine.call import Call
+from tgate_compile.engine.capture import capture
+from tgate_compile.engine.compiled import inputs_for, tensors_of
+from tgate_compile.engine.weights import live_tensors
+from tgate_compile.methods.method import CROSS, Phase
+from tgate_compile.passes.graphs import Captured, Variant
+from tgate_compile.passes.specialize import specialize
+
+FULL = Phase(False, emit=CROSS)
+PRUNED = Phase(False, reuse=CROSS)
+
+
+def captured_of(tiny: Tiny, denoiser: torch.nn.Module, batch: int = 2) -> Captured:
+    arguments = {**tiny.call(batch, 0), "return_dict": False}
+    denoiser(**arguments)  # Z-Image makes its rotary tables at the first call
+    call = Call.of((), arguments)
+    return capture(denoiser, denoiser.forward, call)
+
+
+@torch.no_grad()
+def run(denoiser: Any, variant: Variant, captured: Captured, kwargs: Any, caches: Any = None) -> list[torch.Tensor]:
+    call = Call.of((), {**kwargs, "return_dict": False})
+    weights = tensors_of(variant.program, live_tensors(denoiser))
+    return list(variant.program.graph_module(*weights, *inputs_for(variant, captured, call, caches or {})))
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+@torch.no_grad()
+def test_frozen_text(name: str) -> None:
+    tiny = DENOISERS[name]
+    denoiser = tiny.build()
+    captured = captured_of(tiny, denoiser)
+    assert len(captured.sites) == 2 * tiny.joint
+    full, pruned = (specialize(captured, phase) for phase in (FULL, PRUNED))
+    count = captured.out_spec.num_leaves
+
+    reference = TextReference(denoiser, 1, tiny.image + tiny.text, tiny.text_tokens, guided=False)
+    with frozen_text(reference):
+        first, second = (
+            pytree.tree_leaves(reference.forward(**tiny.call(2, step), return_dict=False)) for step in (0, 1)
+        )
+    assert reference.calls == 2
+    outputs = run(denoiser, full, captured, tiny.call(2, 0))
+    for output, expected in zip(outputs[:count], first, strict=True):
+        assert torch.equal(output, expected)
+    caches = {(e.site.kind, e.site.name): value for e, value in zip(full.emitted, outputs[count:], strict=True)}
+    for output, expected in zip(run(denoiser, pruned, captured, tiny.call(2, 1), caches), second, strict=True):
+        assert_same(output, expected)
+    plain = pytree.tree_leaves(denoiser(**tiny.call(2, 1), return_dict=False))
+    assert_differ(second[0], plain[0])
+    # With the caches of the same step, the pruned graph computes what the full one does.
+    for output, expected in zip(run(denoiser, pruned, captured, tiny.call(2, 0), caches), first, strict=True):
+        assert_same(output, expected)

@@ -1,0 +1,519 @@
+"""A tiny configuration and a real first call of every denoiser class of diffusers, for `denoiser_map.py`.
+
+Where a tiny pipeline exists, its own call makes the denoiser's inputs; the others are made by hand.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import diffusers
+import torch
+
+from tests import tiny_pipelines, tiny_video
+from tests.denoiser_cases import CASES, SIBLINGS
+from tests.tiny_joint import CONFIGS, JOINT
+from tests.tiny_pipelines import LATENT_SIZE, TEXT_DIM, seeded
+from tests.tiny_transformers import TOKENS
+
+#: A denoiser with the arguments of a call of it.
+FirstCall = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+class _Called(BaseException):
+    """Leaves a pipeline at the first call of its denoiser."""
+
+
+def of_pipeline(pipe: Any, call: Mapping[str, Any], name: str = "transformer") -> FirstCall:
+    """Return the first denoiser call of `pipe(**call)`."""
+    denoiser = getattr(pipe, name)
+    given: list[Any] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given.extend([args, kwargs])
+        raise _Called
+
+    signature = inspect.signature(denoiser.forward)
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    denoiser.forward = forward
+    try:
+        pipe(num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0), **call)
+    except _Called:
+        pass
+    finally:
+        del denoiser.forward
+    return denoiser, given[0], given[1]
+
+
+def _joint(name: str) -> Callable[[], FirstCall]:
+    return lambda: of_pipeline(JOINT[name].build(), JOINT[name].call(1))
+
+
+def _case(name: str) -> Callable[[], FirstCall]:
+    case = {**CASES, **SIBLINGS}[name]
+    return lambda: of_pipeline(case.build(), case.call(1), case.denoisers[0])
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _text(dim: int = TEXT_DIM, tokens: int = TOKENS) -> torch.Tensor:
+    return _random(1, tokens, dim, seed=7)
+
+
+def _direct(name: str, inputs: Callable[[], dict[str, Any]], **config: Any) -> Callable[[], FirstCall]:
+    """Return a function that makes the class `name` and its inputs."""
+
+    def make() -> FirstCall:
+        cls = getattr(diffusers, name, None) or getattr(diffusers.pipelines, name)
+        return seeded(lambda: cls(**{**CONFIGS.get(name, {}), **config})), (), inputs()
+
+    return make
+
+
+_NOW = torch.tensor([500.0])
+_WAN = {key: value for key, value in tiny_video.WAN.items() if key != "rope_max_seq_len"}
+
+
+def _video_call() -> dict[str, Any]:
+    return {"hidden_states": _random(1, 4, 2, 8, 8), "timestep": _NOW, "encoder_hidden_states": _text()}
+
+
+def _history() -> dict[str, Any]:
+    return {
+        **_video_call(),
+        "indices_hidden_states": torch.ones(1, 2),
+        "indices_latents_history_short": torch.ones(1, 1),
+        "indices_latents_history_mid": torch.ones(1, 1),
+        "indices_latents_history_long": torch.ones(1, 4),
+        "latents_history_short": _random(1, 4, 1, 8, 8, seed=1),
+        "latents_history_mid": _random(1, 4, 1, 8, 8, seed=2),
+        "latents_history_long": _random(1, 4, 4, 8, 8, seed=3),
+    }
+
+
+def _framepack() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(1, 4, 3, 4, 4),
+        "timestep": _NOW,
+        "encoder_hidden_states": _text(),
+        "pooled_projections": _random(1, 16, seed=1),
+        "encoder_attention_mask": torch.ones(1, TOKENS),
+        "guidance": torch.tensor([6000.0]),
+        "image_embeds": _random(1, 5, 16, seed=2),
+        "indices_latents": torch.ones(3),
+        "latents_clean": _random(1, 4, 2, 4, 4, seed=3),
+        "indices_latents_clean": torch.ones(2),
+        "latents_history_2x": _random(1, 4, 2, 4, 4, seed=4),
+        "indices_latents_history_2x": torch.ones(2),
+        "latents_history_4x": _random(1, 4, 8, 4, 4, seed=5),
+        "indices_latents_history_4x": torch.ones(8),
+    }
+
+
+def _ideogram() -> dict[str, Any]:
+    from diffusers.models.transformers.transformer_ideogram4 import (
+        IMAGE_POSITION_OFFSET,
+        LLM_TOKEN_INDICATOR,
+        OUTPUT_IMAGE_INDICATOR,
+    )
+
+    total = TOKENS + 4
+    latents, text = torch.zeros(1, total, 16), torch.zeros(1, total, TEXT_DIM)
+    latents[:, TOKENS:] = _random(1, 4, 16)
+    text[:, :TOKENS] = _text()
+    positions = torch.arange(total).view(1, total, 1).repeat(1, 1, 3)
+    positions[:, TOKENS:] = IMAGE_POSITION_OFFSET + torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
+    indicator = torch.full((1, total), LLM_TOKEN_INDICATOR)
+    indicator[:, TOKENS:] = OUTPUT_IMAGE_INDICATOR
+    return {
+        "hidden_states": latents,
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": text,
+        "position_ids": positions,
+        "segment_ids": torch.ones(1, total, dtype=torch.long),
+        "indicator": indicator,
+    }
+
+
+def _cosmos_3() -> dict[str, Any]:
+    length = 2 + 16
+    places = torch.arange(2, length)
+    return {
+        "input_ids": torch.tensor([1, 2]),
+        "text_indexes": torch.tensor([0, 1]),
+        "position_ids": torch.arange(length).repeat(3, 1),
+        "und_len": 2,
+        "sequence_length": length,
+        "vision_tokens": [_random(1, 2, 1, 4, 4)],
+        "vision_token_shapes": [(1, 4, 4)],
+        "vision_sequence_indexes": places,
+        "vision_mse_loss_indexes": places,
+        "vision_timesteps": torch.ones(16),
+        "vision_noisy_frame_indexes": [torch.tensor([0])],
+    }
+
+
+def _minimax_h3() -> dict[str, Any]:
+    video, audio = 8, 4
+    total = TOKENS + audio + video
+    text, sound = torch.arange(TOKENS), torch.arange(TOKENS, TOKENS + audio)
+    seen = torch.arange(TOKENS + audio, total)
+    tags = torch.zeros(total, dtype=torch.long)
+    tags[text], tags[sound] = 1, 2
+    steps = torch.zeros(total, dtype=torch.long)
+    steps[sound] = 1
+    return {
+        "hidden_states": _random(1, video, 16),
+        "audio_hidden_states": _random(1, audio, 6, seed=1),
+        "encoder_hidden_states": _text(8),
+        "timestep": torch.tensor([0.7, 0.3]),
+        "timestep_indices": steps,
+        "token_tags": tags,
+        "position_ids": torch.arange(total, dtype=torch.float32).view(-1, 1).repeat(1, 3),
+        "video_indices": seen,
+        "audio_indices": sound,
+        "text_indices": text,
+    }
+
+
+def _ltx_2() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(1, 2 * 4 * 4, 8),
+        "audio_hidden_states": _random(1, 9, 8, seed=1),
+        "encoder_hidden_states": _text(),
+        "audio_encoder_hidden_states": _random(1, TOKENS, TEXT_DIM, seed=8),
+        "timestep": _NOW,
+        "encoder_attention_mask": torch.ones(1, TOKENS, dtype=torch.bool),
+        "num_frames": 2,
+        "height": 4,
+        "width": 4,
+        "audio_num_frames": 9,
+        "fps": 25.0,
+    }
+
+
+def _omnigen() -> dict[str, Any]:
+    total = TOKENS + 1 + 16
+    return {
+        "hidden_states": _random(1, 4, 8, 8),
+        "timestep": torch.tensor([0.5]),
+        "input_ids": torch.arange(1, TOKENS + 1)[None],
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": torch.ones(1, total, total),
+        "position_ids": torch.arange(total)[None],
+    }
+
+
+def _bria_fibo() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(1, 16, 16),
+        "timestep": _NOW,
+        "encoder_hidden_states": _text(),
+        "text_encoder_layers": [_random(1, TOKENS, 16, seed=seed) for seed in range(4)],
+        "img_ids": torch.arange(48.0).view(16, 3),
+        "txt_ids": torch.zeros(TOKENS, 3),
+    }
+
+
+def _flux_3() -> dict[str, Any]:
+    positions = torch.zeros(1, 16, 4)
+    positions[..., 1], positions[..., 2] = torch.arange(16) // 4, torch.arange(16) % 4
+    words = torch.zeros(1, TOKENS, 4)
+    words[..., 3] = torch.arange(TOKENS)
+    return {
+        "hidden_states": _random(1, 16, 16),
+        "encoder_hidden_states": _text(),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": positions,
+        "txt_ids": words,
+    }
+
+
+def _animate() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(1, 12, 21, 8, 8),
+        "timestep": _NOW,
+        "encoder_hidden_states": _text(),
+        "encoder_hidden_states_image": _random(1, 12, TEXT_DIM, seed=1),
+        "pose_hidden_states": _random(1, 4, 20, 8, 8, seed=2),
+        "face_pixel_values": _random(1, 3, 77, 16, 16, seed=3),
+    }
+
+
+def _ace_step() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(1, 8, 8),
+        "timestep": torch.tensor([0.5]),
+        "timestep_r": torch.tensor([0.5]),
+        "encoder_hidden_states": _text(),
+        "context_latents": _random(1, 8, 16, seed=1),
+    }
+
+
+def _audio() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(1, 16, 8),
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": _text(),
+        "encoder_attention_mask": torch.ones(1, TOKENS, dtype=torch.bool),
+        "attention_mask": torch.ones(1, 16, dtype=torch.bool),
+    }
+
+
+def _unet(**more: Any) -> dict[str, Any]:
+    return {
+        "sample": _random(1, 4, LATENT_SIZE, LATENT_SIZE),
+        "timestep": _NOW,
+        "encoder_hidden_states": _text(),
+        **more,
+    }
+
+
+_SMALL_UNET: dict[str, Any] = {
+    "sample_size": LATENT_SIZE,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": TEXT_DIM,
+    "attention_head_dim": 4,
+}
+
+#: How to make the first call of each class. Classes of several pipelines are taken from the most usual one.
+FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
+    # Pipelines with joint attention.
+    "AuraFlowTransformer2DModel": _joint("AuraFlowPipeline"),
+    "BriaFibo2Transformer2DModel": _joint("BriaFibo2Pipeline"),
+    "BriaTransformer2DModel": _joint("BriaPipeline"),
+    "ChromaTransformer2DModel": _joint("ChromaPipeline"),
+    "CogVideoXTransformer3DModel": _joint("CogVideoXPipeline"),
+    "CogView3PlusTransformer2DModel": _joint("CogView3PlusPipeline"),
+    "CogView4Transformer2DModel": _joint("CogView4Pipeline"),
+    "EasyAnimateTransformer3DModel": _joint("EasyAnimatePipeline"),
+    "ErnieImageTransformer2DModel": _joint("ErnieImagePipeline"),
+    "Flux2Transformer2DModel": _joint("Flux2KleinPipeline"),
+    "FluxTransformer2DModel": _joint("FluxPipeline"),
+    "GlmImageTransformer2DModel": _joint("GlmImagePipeline"),
+    "HiDreamImageTransformer2DModel": _joint("HiDreamImagePipeline"),
+    "HunyuanImageTransformer2DModel": _joint("HunyuanImagePipeline"),
+    "HunyuanVideo15Transformer3DModel": _joint("HunyuanVideo15Pipeline"),
+    "HunyuanVideoTransformer3DModel": _joint("HunyuanVideoPipeline"),
+    "JoyImageEditPlusTransformer3DModel": _joint("JoyImageEditPlusPipeline"),
+    "JoyImageEditTransformer3DModel": _joint("JoyImageEditPipeline"),
+    "Kandinsky6Transformer3DModel": _joint("Kandinsky6TI2VAPipeline"),
+    "Krea2Transformer2DModel": _joint("Krea2Pipeline"),
+    "LongCatImageTransformer2DModel": _joint("LongCatImagePipeline"),
+    "Lumina2Transformer2DModel": _joint("Lumina2Pipeline"),
+    "MochiTransformer3DModel": _joint("MochiPipeline"),
+    "MotifVideoTransformer3DModel": _joint("MotifVideoPipeline"),
+    "NucleusMoEImageTransformer2DModel": _joint("NucleusMoEImagePipeline"),
+    "OvisImageTransformer2DModel": _joint("OvisImagePipeline"),
+    "PRXTransformer2DModel": _joint("PRXPipeline"),
+    "QwenImage21Transformer2DModel": _joint("QwenImage21Pipeline"),
+    "QwenImageTransformer2DModel": _joint("QwenImagePipeline"),
+    "SD3Transformer2DModel": _joint("StableDiffusion3Pipeline"),
+    "ZImageTransformer2DModel": _joint("ZImagePipeline"),
+    # Pipelines with cross-attention.
+    "AllegroTransformer3DModel": _case("AllegroPipeline"),
+    "AnyFlowTransformer3DModel": _case("AnyFlowPipeline"),
+    "CosmosTransformer3DModel": _case("CosmosTextToWorldPipeline"),
+    "HunyuanDiT2DModel": _case("HunyuanDiTPipeline"),
+    "Kandinsky5Transformer3DModel": _case("Kandinsky5T2VPipeline"),
+    "LTXVideoTransformer3DModel": _case("LTXPipeline"),
+    "LatteTransformer3DModel": _case("LattePipeline"),
+    "LuminaNextDiT2DModel": _case("LuminaPipeline"),
+    "PixArtTransformer2DModel": lambda: of_pipeline(tiny_pipelines.pixart(), tiny_pipelines.pixart_prompt()),
+    "SanaTransformer2DModel": _case("SanaPipeline"),
+    "SanaVideoTransformer3DModel": _case("SanaVideoPipeline"),
+    "SkyReelsV2Transformer3DModel": _case("SkyReelsV2Pipeline"),
+    "StableAudioDiTModel": _case("StableAudioPipeline"),
+    "UNet2DConditionModel": lambda: of_pipeline(tiny_pipelines.stable_diffusion(), {"prompt": "red cat"}, "unet"),
+    "UNet3DConditionModel": _case("TextToVideoSDPipeline"),
+    "UNetMotionModel": _case("AnimateDiffPipeline"),
+    "UNetSpatioTemporalConditionModel": _case("StableVideoDiffusionPipeline"),
+    "WanTransformer3DModel": _case("WanPipeline"),
+    "WanVACETransformer3DModel": _case("WanVACEPipeline"),
+    # Inputs made by hand.
+    "AceStepTransformer1DModel": _direct(
+        "AceStepTransformer1DModel",
+        _ace_step,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        in_channels=24,
+        audio_acoustic_hidden_dim=8,
+        sliding_window=16,
+    ),
+    "AnyFlowFARTransformer3DModel": _direct(
+        "AnyFlowFARTransformer3DModel",
+        lambda: {
+            "hidden_states": _random(1, 4, 4, 8, 8),
+            "timestep": torch.full((1, 4), 500.0),
+            "r_timestep": torch.full((1, 4), 250.0),
+            "encoder_hidden_states": _text(),
+            "chunk_partition": [2, 2],
+        },
+        **tiny_video.WAN,
+    ),
+    "BriaFiboTransformer2DModel": _direct("BriaFiboTransformer2DModel", _bria_fibo),
+    "ChronoEditTransformer3DModel": _direct("ChronoEditTransformer3DModel", _video_call, **tiny_video.WAN),
+    "Cosmos3OmniTransformer": _direct(
+        "Cosmos3OmniTransformer",
+        _cosmos_3,
+        head_dim=6,
+        hidden_size=12,
+        intermediate_size=24,
+        latent_channel=2,
+        latent_patch_size=1,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        patch_latent_dim=2,
+        rope_axes_dim=[1, 1, 1],
+        vocab_size=32,
+    ),
+    "Flux3Transformer2DModel": _direct(
+        "Flux3Transformer2DModel",
+        _flux_3,
+        in_channels=16,
+        cond_in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_DIM,
+        timestep_channels=16,
+        mlp_ratio=2.0,
+        axes_dims_rope=(4, 4, 4, 4),
+    ),
+    "HeliosTransformer3DModel": _direct("HeliosTransformer3DModel", _history, **_WAN, rope_dim=(4, 4, 4)),
+    "HunyuanVideoFramepackTransformer3DModel": _direct("HunyuanVideoFramepackTransformer3DModel", _framepack),
+    "Ideogram4Transformer2DModel": _direct("Ideogram4Transformer2DModel", _ideogram),
+    "LTX2VideoTransformer3DModel": _direct("LTX2VideoTransformer3DModel", _ltx_2),
+    "LongCatAudioDiTTransformer": _direct(
+        "LongCatAudioDiTTransformer",
+        _audio,
+        dit_dim=32,
+        dit_depth=2,
+        dit_heads=2,
+        dit_text_dim=TEXT_DIM,
+        latent_dim=8,
+        text_conv=False,
+    ),
+    "MiniMaxH3Transformer3DModel": _direct(
+        "MiniMaxH3Transformer3DModel",
+        _minimax_h3,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=4,
+        audio_in_channels=6,
+        text_dim=8,
+        freq_dim=8,
+        time_embed_hidden_dim=24,
+        time_embed_dim=16,
+        rope_freq_dim=2,
+    ),
+    "MiniMaxMusic3Transformer1DModel": _direct(
+        "MiniMaxMusic3Transformer1DModel",
+        lambda: {
+            "hidden_states": _random(1, 8, 24),
+            "encoder_hidden_states": _random(1, 24, 16, seed=1),
+            "timestep": torch.tensor([0.5]),
+        },
+        in_channels=8,
+        condition_dim=16,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        ff_inner_dim=32,
+        rotary_dim=4,
+        fourier_embedding_dim=8,
+    ),
+    "OmniGenTransformer2DModel": _direct("OmniGenTransformer2DModel", _omnigen),
+    "WanAnimateTransformer3DModel": _direct(
+        "WanAnimateTransformer3DModel",
+        _animate,
+        **{**tiny_video.WAN, "in_channels": 12},
+        latent_channels=4,
+        image_dim=TEXT_DIM,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    ),
+    # Without text.
+    "DiTTransformer2DModel": _direct(
+        "DiTTransformer2DModel",
+        lambda: {
+            "hidden_states": _random(1, 4, 8, 8),
+            "timestep": torch.tensor([5]),
+            "class_labels": torch.tensor([1]),
+        },
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=8,
+    ),
+    "UNet2DModel": _direct(
+        "UNet2DModel",
+        lambda: {"sample": _random(1, 3, 8, 8), "timestep": _NOW},
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+    ),
+    "I2VGenXLUNet": _direct(
+        "I2VGenXLUNet",
+        lambda: {
+            "sample": _random(1, 4, 3, 8, 8),
+            "timestep": _NOW,
+            "fps": torch.tensor([16]),
+            "image_latents": _random(1, 4, 3, 8, 8, seed=1),
+            "image_embeddings": _random(1, TEXT_DIM, seed=2),
+            "encoder_hidden_states": _text(),
+        },
+        **{key: value for key, value in _SMALL_UNET.items() if key != "attention_head_dim"},
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        num_attention_heads=2,
+    ),
+    "Kandinsky3UNet": _direct(
+        "Kandinsky3UNet",
+        lambda: _unet(encoder_attention_mask=torch.ones(1, TOKENS)),
+        time_embedding_dim=4,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=2,
+        block_out_channels=(16, 32),
+        cross_attention_dim=4,
+        encoder_hid_dim=TEXT_DIM,
+    ),
+}
+
+
+def first_call(name: str) -> FirstCall:
+    """Return a tiny denoiser of the class `name` with the arguments of a call of it.
+
+    Raises:
+        KeyError: there is no tiny configuration.
+    """
+    return FIRST_CALLS[name]()

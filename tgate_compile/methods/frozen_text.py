@@ -1,0 +1,66 @@
+"""Frozen text: what the image gets from the text stays constant from a step on, with or without guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tgate_compile.methods.method import (
+    CROSS,
+    NONE,
+    Kind,
+    Method,
+    Share,
+    Timeline,
+    checked_count,
+    checked_gate_step,
+    option,
+    steps_of,
+)
+
+
+@dataclass(frozen=True)
+class FrozenText(Method):
+    """Frozen text, without an effect on guidance: each guidance half keeps its own text.
+
+    In joint attention, the text's keys and values are those of step `step - 1` from step `step` on, and the text's
+    tokens are no longer computed. Where the text is attended to by cross-attention, its outputs are kept.
+
+    `TGate` does the same and ends guidance at that step as well; `AdaptiveGuidance` only ends guidance.
+
+    Attributes:
+        step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), in which the text is computed.
+        interval: after that, the text is computed again at every step whose number, from 0, is a multiple of this;
+            None means never.
+    """
+
+    key: ClassVar[str] = "frozentext"
+    title: ClassVar[str] = "Frozen text"
+
+    step: int | float = option(10, "The number or the fraction of steps after which the text is frozen.", is_gate=True)
+    interval: int | None = option(None, "Compute the frozen text again at every n-th step.", least=1)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step", checked_gate_step(self.step, "FrozenText's step"))
+        if self.interval is not None:
+            object.__setattr__(self, "interval", checked_count(self.interval, "FrozenText's interval", least=1))
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return CROSS
+
+    def gate(self, num_steps: int) -> int:
+        return steps_of(self.step, num_steps)
+
+    def share(self, step: int, guided: bool, timeline: Timeline) -> Share:
+        if self._is_frozen(step, timeline):
+            return Share(reuse=CROSS)
+        return Share(emit=CROSS if self._is_frozen(step + 1, timeline) else NONE)
+
+    def hands_on(self, guided: bool, reuse: frozenset[Kind]) -> Share:
+        return Share(emit=CROSS - reuse)
+
+    def _is_frozen(self, step: int, timeline: Timeline) -> bool:
+        if step < self.gate(timeline.num_steps) or step in timeline.in_full or step == timeline.guided_steps:
+            return False  # where guidance ends, both halves have been cached, and the next step needs one
+        return self.interval is None or step % self.interval != 0
