@@ -39,6 +39,8 @@ class DemoVariant:
 _VAE = {"vae": "weights/vae"}
 _CLIP = {"text_encoder": "weights/text_encoder", "tokenizer": "weights/tokenizer"}
 _SCHEDULER = {"scheduler": "weights/scheduler"}
+_TWO_TOKENIZERS = dict.fromkeys(("tokenizer", "tokenizer_2"), "weights/tokenizer")
+_TWO_TEXT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2"), "weights_sdxl/text_encoder_2")
 
 DEMO_VARIANTS: Mapping[str, DemoVariant] = MappingProxyType(
     {
@@ -60,6 +62,16 @@ DEMO_VARIANTS: Mapping[str, DemoVariant] = MappingProxyType(
             call={"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16},
         ),
         "lcm": DemoVariant("LatentConsistencyModelPipeline", "weights_lcm", 4, 5.0, shared=_VAE | _CLIP),
+        "sd3": DemoVariant(
+            "StableDiffusion3Pipeline",
+            "weights_sd3",
+            25,
+            4.5,
+            shared=_VAE | _TWO_TOKENIZERS | _TWO_TEXT_ENCODERS,
+            # Without T5, the pipeline replaces its tokens by as many zeros.
+            call={"max_sequence_length": 0},
+            absent=("text_encoder_3", "tokenizer_3"),
+        ),
     }
 )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DiffusionPipeline,
         LatentConsistencyModelPipeline,
         PixArtAlphaPipeline,
+        StableDiffusion3Pipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
     )
@@ -52,13 +53,19 @@ def load_demo_pipeline(
 
 
 @overload
+def load_demo_pipeline(
+    variant: Literal["sd3"], *, torch_dtype: torch.dtype = torch.float32
+) -> StableDiffusion3Pipeline: ...
+
+
+@overload
 def load_demo_pipeline(variant: str, *, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline: ...
 
 
 def load_demo_pipeline(variant: str = "sd", *, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """Load an embedded text-to-image pipeline, which draws coloured shapes in 64x64 pixels from simple captions.
 
-    There are four models, `sd`, `sdxl`, `pixart` and `lcm`, each of the corresponding diffusers class.
+    There are five models, `sd`, `sdxl`, `pixart`, `lcm` and `sd3`, each of the corresponding diffusers class.
     `DEMO_VARIANTS` has the number of steps and the guidance scale that each was trained for, and further arguments that
     its call needs. `weights/README.md` is the model card. The pipeline is on the CPU.
 
