@@ -36,6 +36,7 @@ from tgate_compile.study.bench.measure import machine_of
 from tgate_compile.study.evaluation.features import Statistics, frechet_distance, pixels_of
 from tgate_compile.study.evaluation.images import Contender, Folder, Item, contenders_of, write_json
 from tgate_compile.study.evaluation.measure import DRAWINGS, drawings, right
+from tgate_compile.study.tuning.measure import relative_distances
 
 logger = logging.getLogger(__name__)
 
@@ -87,44 +88,64 @@ def model_of(setting: Setting) -> dict[str, Any]:
 
 
 class Judge:
-    """Measure the images of a contender, for each seed."""
+    """Measure the images of a contender, for each seed.
 
-    def __init__(self) -> None:
-        self._captions = captions()
+    Args:
+        captions: the captions, those with one object first.
+        singles: number of captions with one object.
+        seeds: the seeds of the noise.
+    """
+
+    def __init__(self, captions: Sequence[str], singles: int, seeds: Sequence[int]) -> None:
+        self._captions = captions
+        self._singles = singles
+        self._seeds = seeds
         self._reader = AttributeReader.load()
         self._drawn = self._statistics(drawings(self._captions, DRAWINGS, seed=0).float() / 255)
         # The distance of the same number of perfect images.
         self.floor = [
             frechet_distance(self._drawn, self._statistics(drawings(self._captions, 1, seed=1 + seed).float() / 255))
-            for seed in SEEDS
+            for seed in seeds
         ]
 
     def __call__(self, folder: Folder, contender: Contender, plain: Contender) -> dict[str, Any]:
-        """Return accuracies in %, PSNR in dB and Frechet distances: mean, standard deviation and the value per seed."""
-        by_seed: dict[str, list[float]] = {name: [] for name in ("pairs", "singles", "psnr", "frechet")}
+        """Return the measures: mean, standard deviation and the value per seed.
+
+        Accuracies are in %, PSNR is in dB, and the drift is only measured if the final latents were kept.
+        """
+        by_seed: dict[str, list[float]] = {name: [] for name in ("pairs", "singles", "psnr", "drift", "frechet")}
         lost = gained = 0
-        for seed in SEEDS:
+        for seed in self._seeds:
             pixels, of_plain = (self._pixels(folder, c, seed) for c in (contender, plain))
             is_right, plain_right = (right(self._reader, x, self._captions) for x in (pixels, of_plain))
-            by_seed["singles"].append(100 * float(is_right[:SINGLES].mean()))
-            by_seed["pairs"].append(100 * float(is_right[SINGLES:].mean()))
+            by_seed["singles"].append(100 * float(is_right[: self._singles].mean()))
+            by_seed["pairs"].append(100 * float(is_right[self._singles :].mean()))
             by_seed["frechet"].append(frechet_distance(self._statistics(pixels), self._drawn))
             errors = (pixels - of_plain).double().square().mean((1, 2, 3))
             if contender != plain:
                 by_seed["psnr"].append(float((-10 * errors[errors > 0].log10()).mean()))
+                latents, reference = (self._latents(folder, c, seed) for c in (contender, plain))
+                if latents is not None and reference is not None:
+                    by_seed["drift"].append(statistics.mean(relative_distances(latents, reference)))
             lost += int((is_right < plain_right).sum())
             gained += int((is_right > plain_right).sum())
-        measures = {name: _spread(values) for name, values in by_seed.items() if values}
+        measures = {name: spread(values) for name, values in by_seed.items() if values}
         return measures | {"lost": lost, "gained": gained}
 
     def _pixels(self, folder: Folder, contender: Contender, seed: int) -> torch.Tensor:
         return pixels_of([folder.load(contender, Item(i, seed)) for i in range(len(self._captions))])
 
+    def _latents(self, folder: Folder, contender: Contender, seed: int) -> torch.Tensor | None:
+        latents = [folder.load_latents(contender, Item(i, seed)) for i in range(len(self._captions))]
+        kept = [one for one in latents if one is not None]
+        return torch.stack(kept) if len(kept) == len(latents) else None
+
     def _statistics(self, pixels: torch.Tensor) -> Statistics:
         return Statistics.of(self._reader.features(pixels))
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean, standard deviation and all values, one per seed."""
     assert all(map(math.isfinite, values))
     return {
         "mean": round(statistics.mean(values), 4),
@@ -193,7 +214,7 @@ def write(path: Path, name: str, result: Mapping[str, Any], model: Mapping[str, 
                 "of_singles": SINGLES * len(SEEDS),
                 "total": (SINGLES + PAIRS) * len(SEEDS),
             },
-            "frechet_floor": _spread(judge.floor),
+            "frechet_floor": spread(judge.floor),
             "models": {**data["models"], result["model"]: dict(model)},
             "settings": {s.name: settings[s.name] for s in SETTINGS if s.name in settings},
         },
@@ -211,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = {s.name: s for pattern in options.only for s in SETTINGS if fnmatch(s.name, pattern)}
     if not chosen:
         parser.error(f"no setting matches {' or '.join(options.only)}; choose from {[s.name for s in SETTINGS]}")
-    judge = Judge()
+    judge = Judge(captions(), SINGLES, SEEDS)
     for setting in chosen.values():
         result = measure(setting, options.images, judge)
         write(options.out, setting.name, result, model_of(setting), judge)

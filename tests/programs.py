@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from numpy.typing import NDArray
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import tgate_compile
 from tests.exported import GATE, STEPS
 from tests.once import made_once
-from tests.tiny_pipelines import SIZE, TEXT_DIM, VELOCITY, pixart, sdxl, seeded, stable_diffusion
+from tests.tiny_pipelines import LATENT_SIZE, SIZE, TEXT_DIM, VELOCITY, pixart, sdxl, seeded, stable_diffusion
 
 #: The length of PixArt's prompts.
 LENGTH = 12
@@ -40,15 +46,52 @@ def pixart_with_text() -> Any:
     return pipe
 
 
-#: Arguments of PixArt's calls.
-PIXART_CALL: dict[str, Any] = {
-    "use_resolution_binning": False,
-    "clean_caption": False,
-    "max_sequence_length": LENGTH,
-    "height": SIZE,
-    "width": SIZE,
+def sd3_with_text() -> Any:
+    """Return Stable Diffusion 3 with two text encoders, without T5, and with a VAE whose latents are shifted."""
+    parts = sdxl()
+    parts.vae.register_to_config(shift_factor=0.1)
+    transformer = seeded(
+        lambda: SD3Transformer2DModel(
+            sample_size=LATENT_SIZE,
+            patch_size=1,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=2 * TEXT_DIM,
+            caption_projection_dim=16,
+            pooled_projection_dim=2 * TEXT_DIM,
+            out_channels=4,
+            pos_embed_max_size=LATENT_SIZE,
+        )
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=parts.vae,
+        text_encoder=copy.deepcopy(parts.text_encoder_2),
+        text_encoder_2=parts.text_encoder_2,
+        text_encoder_3=None,
+        tokenizer=parts.tokenizer,
+        tokenizer_2=parts.tokenizer_2,
+        tokenizer_3=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+#: Further arguments of the calls of some pipelines.
+CALLS: dict[str, dict[str, Any]] = {
+    "pixart": {
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        "max_sequence_length": LENGTH,
+        "height": SIZE,
+        "width": SIZE,
+    },
+    "sd3": {"max_sequence_length": 0},
 }
-PIPELINES = {"sd": plain, "sdxl": sdxl, "pixart": pixart_with_text}
+PIPELINES = {"sd": plain, "sdxl": sdxl, "pixart": pixart_with_text, "sd3": sd3_with_text}
 
 
 def program(
@@ -60,7 +103,7 @@ def program(
     **schedule: Any,
 ) -> Path:
     """Return a pipeline's bundle; do not modify it."""
-    given = {"prompt": "", "num_inference_steps": STEPS, **(PIXART_CALL if name == "pixart" else {}), **dict(call)}
+    given = {"prompt": "", "num_inference_steps": STEPS, **CALLS.get(name, {}), **dict(call)}
 
     def make(folder: Path) -> None:
         pipe = tgate_compile.optimize(PIPELINES[name](), **({"gate_step": GATE} | schedule), backend="eager")
@@ -95,7 +138,7 @@ def reference(
     """Return the images of a pipeline in PyTorch, [images, height, width, 3]."""
     pipe = _optimized(name, tuple((schedule or {"gate_step": GATE}).items()))
     own, pipe.scheduler = pipe.scheduler, scheduler or pipe.scheduler
-    given = {"num_inference_steps": STEPS, **(PIXART_CALL if name == "pixart" else {}), **call}
+    given = {"num_inference_steps": STEPS, **CALLS.get(name, {}), **call}
     try:
         images: NDArray[Any] = pipe(prompt, latents=torch.from_numpy(latents), output_type="np", **given).images
         return images

@@ -214,6 +214,16 @@ def test_sdxl_with_one_text_encoder() -> None:
         recipe_for(pipe, {})
 
 
+def test_sd3_with_t5_or_zeros_instead_of_it() -> None:
+    pipe = PIPELINES["sd3"]()
+    assert recipe_for(pipe, {"max_sequence_length": 0}).pooled == ("text_encoder", "text_encoder_2")
+    with pytest.raises(UnsupportedModelError, match=r"without text_encoder_3.*max_sequence_length=0"):
+        recipe_for(pipe, {})  # 256 zeros
+    pipe.register_modules(text_encoder_3=PIPELINES["pixart"]().text_encoder)
+    with pytest.raises(UnsupportedModelError, match=r"without text_encoder_3.*max_sequence_length=0"):
+        recipe_for(pipe, {"max_sequence_length": 0})
+
+
 def test_calls_that_no_bundle_says(tmp_path: Path) -> None:
     not_exported(plain(), tmp_path, "clip_skip=1", call={"prompt": "", "clip_skip": 1})
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tgate_compile
-from tgate_compile import ConfigurationError, load_demo_pipeline
+from tgate_compile import AdaptiveGuidance, ConfigurationError, TGate, load_demo_pipeline
 from tgate_compile._cli.loading import load
 from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._demo.attribute_reader import AttributeReader
@@ -42,7 +42,12 @@ LEAST = {
     "sdxl": {"all": 4 / 6},
     "pixart": {"all": 4 / 6},
     "lcm": {"all": 4 / 6},
+    "sd3": {"all": 4 / 6},
 }
+
+
+# Models with joint attention, which have no cross-attention to cache, so that only guidance ends at the gate.
+GUIDANCE_ALONE = {"sd3"}
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -139,21 +144,29 @@ def test_it_follows_captions(name: str, plain: torch.Tensor) -> None:
 def test_gated_it_still_follows_them(name: str, pipeline: Any, plain: torch.Tensor) -> None:
     steps = DEMO_VARIANTS[name].steps
     gate = round(0.4 * steps)
-    tgate_compile.optimize(pipeline, gate_step=gate, backend="eager")
-    try:
-        gated = images(pipeline, name)
-        strip = tgate_compile.describe(pipeline).strip
-        ungated = images(pipeline, name, gate_step=steps)
-    finally:
-        tgate_compile.restore(pipeline)
-    assert strip.upper() == "F" * gate + "P" * (steps - gate)
+    gated, strip = gated_images(pipeline, name, gate)
+    ungated, _ = gated_images(pipeline, name, steps)
+    if name in GUIDANCE_ALONE:
+        assert strip == "F" * gate + "f" * (steps - gate)
+    else:
+        assert strip.upper() == "F" * gate + "P" * (steps - gate)
     assert not torch.equal(gated, plain)
     assert torch.equal(ungated, plain)
     check_follows_captions(name, gated)
 
 
+def gated_images(pipeline: Any, name: str, gate: int) -> tuple[torch.Tensor, str]:
+    """Return the images of the optimized pipeline, and the phases of its steps."""
+    method = AdaptiveGuidance(gate) if name in GUIDANCE_ALONE else TGate(gate)
+    tgate_compile.optimize(pipeline, method, backend="eager")
+    try:
+        return images(pipeline, name), tgate_compile.describe(pipeline).strip
+    finally:
+        tgate_compile.restore(pipeline)
+
+
 def test_another_name_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="sd, sdxl, pixart, lcm, but got 'flux'"):
+    with pytest.raises(ConfigurationError, match="sd, sdxl, pixart, lcm, sd3, but got 'flux'"):
         load_demo_pipeline("flux")
 
 
@@ -162,6 +175,16 @@ def test_sdxl_is_told_size_and_pooled_text() -> None:
     assert config.addition_embed_type == "text_time"
     assert config.down_block_types[0] == "DownBlock2D"
     assert list(config.transformer_layers_per_block) == [1, 1, 2]
+
+
+def test_sd3_has_joint_attention_and_straight_paths() -> None:
+    pipeline = load_demo_pipeline("sd3")
+    assert isinstance(pipeline.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    blocks = pipeline.transformer.transformer_blocks
+    assert [block.context_pre_only for block in blocks] == [False] * 5 + [True]
+    # Two text encoders side by side, each with one token per word, and no T5.
+    text, *_ = pipeline.encode_prompt("a red circle", None, None, max_sequence_length=0)
+    assert text.shape == (1, 16, pipeline.transformer.config.joint_attention_dim)
 
 
 def test_lcm_is_told_the_guidance_scale() -> None:

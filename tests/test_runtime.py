@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import tgate_compile
-from tests.exported import exported
+from tests.exported import GATE, exported
 from tests.programs import noise, program, psnr, reference
 from tests.tiny_pipelines import PROMPT, PROMPTS, SIZE, VELOCITY
 from tgate_compile import BackendError, BundleError, ConfigurationError
@@ -122,6 +122,16 @@ def test_other_pipelines(name: str) -> None:
     ):
         latents = noise(1 if prompt is PROMPT else 2)
         expected = reference(prompt, latents, name, **call)
+        images = made(pipe, prompt, latents=latents, **call)
+        assert psnr(np.reshape(images, expected.shape), expected) > CLOSE, call
+
+
+def test_flow_matching_with_two_pooled_texts_and_shifted_latents() -> None:
+    schedule = {"gate_step": None, "guidance_step": GATE}
+    pipe = BundlePipeline(program("sd3", **schedule), threads=1)
+    for prompt, call in ((PROMPT, {"negative_prompt": "cat"}), (PROMPTS, {"num_inference_steps": 9})):
+        latents = noise(1 if prompt is PROMPT else 2)
+        expected = reference(prompt, latents, "sd3", schedule=schedule, **call)
         images = made(pipe, prompt, latents=latents, **call)
         assert psnr(np.reshape(images, expected.shape), expected) > CLOSE, call
 

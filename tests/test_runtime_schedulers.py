@@ -137,6 +137,22 @@ def test_what_there_is_not() -> None:
         ours(diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1), 1000)
 
 
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"shift": 0.5, "num_train_timesteps": 500}])
+def test_flow_matching(options: dict[str, Any]) -> None:
+    reference = diffusers.FlowMatchEulerDiscreteScheduler(**options)
+    # It has no initial sigma and leaves the latents as they are: its pipelines do not ask for either.
+    reference.init_noise_sigma, reference.scale_model_input = 1.0, lambda sample, timestep: sample
+    for steps in STEPS:
+        assert difference(reference, ours(reference, steps), steps) < 1e-5
+
+
+def test_flow_matching_is_neither_replaced_nor_approximated() -> None:
+    with pytest.raises(ConfigurationError, match=r"scheduler='ddim'.*flow matching"):
+        ours(diffusers.FlowMatchEulerDiscreteScheduler(), 4, "ddim")
+    with pytest.raises(ConfigurationError, match="use_dynamic_shifting=True"):
+        ours(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4)
+
+
 @pytest.mark.parametrize(("skip", "calls"), [(True, 8), (False, 16)])
 def test_calls_of_pndm_beyond_its_steps(skip: bool, calls: int) -> None:
     scheduler = ours(diffusers.PNDMScheduler(skip_prk_steps=skip), 7)

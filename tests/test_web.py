@@ -261,7 +261,11 @@ def test_other_servers_have_one_thread(tiny: Path, browser: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "schedule"),
-    [("sdxl", {}), ("sd", {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0})],
+    [
+        ("sdxl", {}),
+        ("sd", {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}),
+        ("sd3", {"gate_step": None, "guidance_step": 4}),
+    ],
 )
 def test_other_pipelines_and_schedules(
     name: str, schedule: dict[str, Any], runtime: dict[str, Path], browser: Any, tmp_path: Path

@@ -110,6 +110,26 @@ def test_schedulers_as_in_diffusers(name: str) -> None:
             assert difference < tolerance * np.abs(theirs).max() + rounding, config
 
 
+def test_flow_matching_as_in_diffusers() -> None:
+    rng = np.random.default_rng(0)
+    cases, expected = [], []
+    for config in ({}, {"shift": 3.0}):
+        for steps in STEPS:
+            reference = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+            reference.set_timesteps(steps)
+            noise, predictions = (rng.standard_normal((count, *SHAPE), dtype=np.float32) for count in (1, steps))
+            latents = torch.from_numpy(noise[0])
+            for timestep, prediction in zip(reference.timesteps, predictions, strict=True):
+                latents = reference.step(torch.from_numpy(prediction), timestep, latents).prev_sample
+            spec = {"class_name": type(reference).__name__, "config": plain_config(dict(reference.config))}
+            flat = [array.reshape(len(array), -1).tolist() for array in (noise, predictions)]
+            cases.append({"spec": spec, "steps": steps, "noise": flat[0][0], "predictions": flat[1]})
+            expected.append((reference.timesteps.numpy(), latents.numpy()))
+    for (timesteps, latents), made in zip(expected, run_in_node(RUN_SCHEDULERS, cases), strict=True):
+        np.testing.assert_allclose(made["timesteps"], timesteps, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(np.reshape(made["latents"], latents.shape), latents, rtol=0, atol=1e-5)
+
+
 def test_tokens_as_in_transformers() -> None:
     """CLIP's byte pairs, whole words, and T5's pieces; `component_tokenizer` writes such files into bundles."""
     across_words = [

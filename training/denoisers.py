@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training import text_encoders
-from training.objectives import Batch, Learner, Predict, consistency_loss, guidance_embedding, noise_loss
+from training.objectives import (
+    Batch,
+    Learner,
+    Predict,
+    consistency_loss,
+    flow_loss,
+    guidance_embedding,
+    noise_loss,
+    noise_schedule,
+    scales,
+)
 from training.text_encoders import Encode, EncodedText
 from training.train_text import WIDTH
 
@@ -28,6 +41,8 @@ class Family:
     encoder: Callable[[Path, str], Encode] = text_encoders.clip
     # Whether the family has its own text encoder instead of the embedded pipeline's.
     own_text: bool = False
+    # Whether to train with `torch.compile`, which helps if there are many small operations.
+    compiled: bool = False
 
 
 def _unet(**changes: Any) -> torch.nn.Module:
@@ -137,6 +152,60 @@ def _pixart_predict(
     return out
 
 
+def _sd3() -> torch.nn.Module:
+    model = SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        joint_attention_dim=2 * WIDTH,  # of two text encoders
+        caption_projection_dim=128,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=LATENT_SIZE // 2,
+        qk_norm="rms_norm",
+    )
+    # At first, every block passes its input on, and the prediction is zero.
+    norms = [norm for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
+    for linear in (*(norm.linear for norm in norms), model.norm_out.linear, model.proj_out):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    made: torch.nn.Module = model
+    return made
+
+
+def _sd3_predict(
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: EncodedText,
+    guidance: torch.Tensor | None,
+) -> torch.Tensor:
+    # Flow matching is the same task at another scale (see `flow_loss`); its time is a fraction.
+    signal, spread = scales(_alphas().to(noisy.device), timesteps)
+    total = signal + spread
+    # The backward pass of the fused attention is slow on a CPU.
+    attention = sdpa_kernel(SDPBackend.MATH) if model.training else nullcontext()
+    with torch.autocast(noisy.device.type, torch.bfloat16, enabled=model.training), attention:
+        velocity = model(
+            noisy / total,
+            encoder_hidden_states=text.hidden,
+            pooled_projections=text.pooled,
+            timestep=1000 * (spread / total).flatten(),
+            return_dict=False,
+        )[0]
+    v: torch.Tensor = (velocity.float() - (spread - signal) * noisy) / total
+    return v
+
+
+@functools.cache
+def _alphas() -> torch.Tensor:
+    alphas: torch.Tensor = noise_schedule().alphas_cumprod
+    return alphas
+
+
 _GUIDANCE_WIDTH = 64
 
 
@@ -162,6 +231,7 @@ FAMILIES: dict[str, Family] = {
     "sd": Family(_unet, _sd_predict),
     "sdxl": Family(_sdxl, _sdxl_predict, encoder=text_encoders.clip_with_projection, own_text=True),
     "pixart": Family(_pixart, _pixart_predict, encoder=text_encoders.t5, own_text=True),
+    "sd3": Family(_sd3, _sd3_predict, flow_loss, text_encoders.twice_with_projection, compiled=True),
     "lcm": Family(lambda: _unet(time_cond_proj_dim=_GUIDANCE_WIDTH), _lcm_predict, loss=consistency_loss),
 }
 

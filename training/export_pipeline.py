@@ -12,9 +12,11 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PixArtAlphaPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
@@ -29,6 +31,7 @@ from transformers import (
 from tgate_compile._demo import DEMO_VARIANTS
 from training.denoisers import FAMILIES
 from training.objectives import SOLVER_STEPS
+from training.text_encoders import embedded_with_projection
 
 _KEPT = {"README.md", "attribute_reader.safetensors"}  # not made here
 _NO_SAFETY: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -111,6 +114,21 @@ def _pixart(transformer: torch.nn.Module, vae: AutoencoderKL, text: Path) -> Dif
     )
 
 
+def _sd3(transformer: torch.nn.Module, vae: AutoencoderKL, text: Path) -> DiffusionPipeline:
+    encoder, tokenizer = embedded_with_projection(text)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
 def _lcm(unet: torch.nn.Module, vae: AutoencoderKL, text: Path) -> DiffusionPipeline:
     scheduler = LCMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", original_inference_steps=SOLVER_STEPS
@@ -139,5 +157,6 @@ _PIPELINES: dict[str, Callable[[torch.nn.Module, AutoencoderKL, Path], Diffusion
     "sd": _sd,
     "sdxl": _sdxl,
     "pixart": _pixart,
+    "sd3": _sd3,
     "lcm": _lcm,
 }

@@ -1,10 +1,10 @@
-"""The training objectives of denoisers: predict the added noise, or the end of the teacher's trajectory."""
+"""The training objectives of denoisers: predict the noise, the velocity, or the end of the teacher's trajectory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DDPMScheduler
@@ -16,6 +16,10 @@ Predict = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, EncodedText, to
 
 # The teacher is used from this noise level on. Below it, the noise itself is nearly the same target at no cost.
 TAUGHT_FROM = 400
+
+# Flow matching: the fraction of captions whose pooled text is zeroed. It describes the whole scene, and the model would
+# otherwise learn to ignore the text tokens.
+POOLED_DROPOUT = 0.5
 
 # Latent consistency: the solver's steps, the range of guidance scales, and where the loss becomes linear.
 SOLVER_STEPS = 25
@@ -54,9 +58,30 @@ def noise_loss(learner: Learner, batch: Batch) -> torch.Tensor:
 
     At high noise levels the target is the teacher's v, because the teacher has learned the mean of many targets.
     """
+    return _errors(learner, batch, _timesteps(len(batch.clean), batch.clean.device)).square().mean()
+
+
+def flow_loss(learner: Learner, batch: Batch) -> torch.Tensor:
+    """Return the mean squared error of the velocity, noise minus image, which flow matching predicts.
+
+    At time t the latents are (1 - t) * image + t * noise. These are the latents of the noise schedule, divided by the
+    sum of its scales, and the errors of the velocity are those of v, multiplied by the sum. So the teacher is the same
+    as in `noise_loss`; only the weights and the distribution of the noise levels differ.
+    """
+    n, device = len(batch.clean), batch.clean.device
+    kept = torch.rand(n, 1, device=device) >= POOLED_DROPOUT
+    batch = replace(batch, text=replace(batch.text, pooled=batch.text.pooled * kept))
+    signal, spread = learner.alphas.sqrt(), (1 - learner.alphas).sqrt()
+    uniform, middle = torch.rand(n, device=device), torch.sigmoid(torch.randn(n, device=device) + 0.2)
+    times = torch.where(torch.rand(n, device=device) < 0.25, uniform, middle)
+    timesteps = torch.searchsorted(spread / (signal + spread), times).clamp(max=len(signal) - 1)
+    return ((signal + spread)[timesteps].view(-1, 1, 1, 1) * _errors(learner, batch, timesteps)).square().mean()
+
+
+def _errors(learner: Learner, batch: Batch, timesteps: torch.Tensor) -> torch.Tensor:
+    """Return the errors of v, [batch, 4, 16, 16], from the teacher's v at high noise levels."""
     clean, noise = batch.clean, torch.randn_like(batch.clean)
-    timesteps = _timesteps(len(clean), clean.device)
-    signal, spread = _scales(learner.alphas, timesteps)
+    signal, spread = scales(learner.alphas, timesteps)
     noisy, target = signal * clean + spread * noise, signal * noise - spread * clean
     if learner.teacher is not None:
         taught = (timesteps >= TAUGHT_FROM).nonzero()[:, 0]
@@ -64,8 +89,7 @@ def noise_loss(learner: Learner, batch: Batch) -> torch.Tensor:
             target[taught] = learner.teacher_predict(
                 learner.teacher, noisy[taught], timesteps[taught], batch.teacher_text[taught], None
             )
-    prediction = learner.predict(learner.model, noisy, timesteps, batch.text, None)
-    return torch.nn.functional.mse_loss(prediction, target)
+    return learner.predict(learner.model, noisy, timesteps, batch.text, None) - target
 
 
 def consistency_loss(learner: Learner, batch: Batch) -> torch.Tensor:
@@ -80,7 +104,7 @@ def consistency_loss(learner: Learner, batch: Batch) -> torch.Tensor:
     skip = 1000 // SOLVER_STEPS
     timesteps = (torch.randint(SOLVER_STEPS, (n,), device=device) + 1) * skip - 1
     earlier = (timesteps - skip).clamp(min=0)
-    signal, spread = _scales(learner.alphas, timesteps)
+    signal, spread = scales(learner.alphas, timesteps)
     noisy = signal * batch.clean + spread * torch.randn_like(batch.clean)
     guidance = GUIDANCE_FROM + (GUIDANCE_TO - GUIDANCE_FROM) * torch.rand(n, device=device)
 
@@ -88,7 +112,7 @@ def consistency_loss(learner: Learner, batch: Batch) -> torch.Tensor:
         with_text = learner.teacher_predict(learner.teacher, noisy, timesteps, batch.teacher_text, None)
         without = learner.teacher_predict(learner.teacher, noisy, timesteps, batch.no_text, None)
         v = without + guidance.view(-1, 1, 1, 1) * (with_text - without)
-        signal_then, spread_then = _scales(learner.alphas, earlier)
+        signal_then, spread_then = scales(learner.alphas, earlier)
         stepped = signal_then * (signal * noisy - spread * v) + spread_then * (spread * noisy + signal * v)
         target = _end_of_path(learner, learner.average, stepped, earlier, batch.text, guidance)
     prediction = _end_of_path(learner, learner.model, noisy, timesteps, batch.text, guidance)
@@ -105,7 +129,7 @@ def _end_of_path(
 ) -> torch.Tensor:
     """Return the predicted image, computed as in `LCMScheduler.step`; at timestep 0 it is the input."""
     v = learner.predict(model, noisy, timesteps, text, guidance)
-    signal, spread = _scales(learner.alphas, timesteps)
+    signal, spread = scales(learner.alphas, timesteps)
     scaled = (TIMESTEP_SCALING * timesteps).view(-1, 1, 1, 1)
     share = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
     return share * noisy + scaled / (scaled**2 + SIGMA_DATA**2).sqrt() * (signal * noisy - spread * v)
@@ -121,7 +145,7 @@ def guidance_embedding(guidance: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _scales(alphas: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def scales(alphas: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scales of signal and noise, [batch, 1, 1, 1] each."""
     share = alphas[timesteps].view(-1, 1, 1, 1)
     return share.sqrt(), (1 - share).sqrt()

@@ -15,6 +15,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from tgate_compile._demo import DEMO_VARIANTS
 from training.tokenizer import tokenize
 
 
@@ -48,8 +49,33 @@ def clip(folder: Path, device: str) -> Encode:
 
 def clip_with_projection(folder: Path, device: str) -> Encode:
     """Return the encoder of the family `sdxl`, which uses the penultimate hidden state and the projected end token."""
-    encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2").float().to(device).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+    encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2").float()
+    return _with_projection(encoder, CLIPTokenizer.from_pretrained(folder / "tokenizer_2"), device)
+
+
+def twice_with_projection(folder: Path, device: str) -> Encode:
+    """Return the encoder of the family `sd3`, the output of both CLIP encoders side by side, without T5.
+
+    Both are the text encoder of the embedded `sdxl`, which is beside the embedded pipeline in `folder`.
+    """
+    encode_once = _with_projection(*embedded_with_projection(folder), device)
+
+    def encode(captions: list[str]) -> EncodedText:
+        once = encode_once(captions)
+        return EncodedText(torch.cat([once.hidden] * 2, dim=-1), torch.cat([once.pooled] * 2, dim=-1), once.mask)
+
+    return encode
+
+
+def embedded_with_projection(folder: Path) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
+    """Return text encoder and tokenizer of the embedded `sdxl`, which is beside the embedded pipeline in `folder`."""
+    own = folder.parent / DEMO_VARIANTS["sdxl"].folder
+    encoder: CLIPTextModelWithProjection = CLIPTextModelWithProjection.from_pretrained(own / "text_encoder_2")
+    return encoder.float(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def _with_projection(encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, device: str) -> Encode:
+    encoder = encoder.to(device).eval()
 
     def encode(captions: list[str]) -> EncodedText:
         ids = tokenize(tokenizer, captions).to(device)

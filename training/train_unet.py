@@ -57,13 +57,16 @@ def train_unet(parts: Path, embedded: Path, out: Path, config: UNetTraining, *, 
         optimizer.load_state_dict(state["optimizer"])
         step, samples, before = state["step"], state["samples"], state["seconds"]
 
+    if family.compiled:
+        model.compile()
     shared = parts if teacher is None else embedded
     # The embedded autoencoder never changes, so its latents are cached for the other families and the next run.
     kept = f"latents_{config.images}_{config.pair_share}_{config.seed}_{rank}.pt"
     cache = None if teacher is None else parts / kept
     data = _data(shared, cache, config, device, np.random.default_rng([config.seed, rank, 0 if cache else step]))
     text = family.encoder(parts / config.family if family.own_text else shared, device)(data.captions)
-    teacher_text = FAMILIES["sd"].encoder(shared, device)(data.captions) if family.own_text else text
+    teachers = FAMILIES["sd"].encoder
+    teacher_text = text if family.encoder is teachers else teachers(shared, device)(data.captions)
     nobody = torch.zeros(config.batch, dtype=torch.long, device=device)
     torch.manual_seed(config.seed * 1000 + rank + step)
     alphas = noise_schedule().alphas_cumprod.to(device)

@@ -28,6 +28,8 @@ def new_vae() -> AutoencoderKL:
         latent_channels=4,
         sample_size=64,
         scaling_factor=1.0,
+        # `StableDiffusion3Pipeline` adds it to the latents.
+        shift_factor=0.0,
     )
 
 

@@ -28,6 +28,8 @@ DEFAULTS: dict[str, UNetTraining] = {
     "sdxl": UNetTraining("sdxl", minutes=8.0, images=12_000, pair_share=0.5, learning_rate=6e-4),
     # Trained from scratch. A single worker makes twice as many steps with half the batch.
     "pixart": UNetTraining("pixart", minutes=80.0, images=40_000, pair_share=0.5, learning_rate=1e-3, ema_decay=0.999),
+    # Trained from scratch by two workers.
+    "sd3": UNetTraining("sd3", minutes=22.0, images=12_000, pair_share=0.5),
     # The averaged model is the target of the distillation, so it must follow quickly. Guidance is distilled, which
     # replaces caption dropout.
     "lcm": UNetTraining(

@@ -250,11 +250,7 @@ def write_components(
         encoder: _tokenizer(pipe, name, _length(pipe, name, request), recipe, folder)
         for encoder, name in recipe.encoders.items()
     }
-    last = list(recipe.encoders)[-1]
-    graphs = {
-        encoder: _text_graph(pipe, encoder, tokenizers[encoder], recipe, pooled=recipe.pooled and encoder == last)
-        for encoder in recipe.encoders
-    }
+    graphs = {encoder: _text_graph(pipe, encoder, tokenizers[encoder], recipe) for encoder in recipe.encoders}
     decoder = _decoder_graph(pipe, recipe)
     with (folder / m.COMPONENTS_WEIGHTS_FILE).open("xb") as file:
         _write([*graphs.values(), decoder], folder, file, progress)
@@ -277,9 +273,9 @@ def write_components(
             )
             for name, graph in graphs.items()
         ],
-        vae_decoder=_vae_decoder(pipe, decoder, parities[decoder.name]),
+        vae_decoder=_vae_decoder(pipe, recipe, decoder, parities[decoder.name]),
         arguments={name: recipe.sources[name] for name in arguments},
-        negative="zeros" if recipe.pooled and pipe.config.force_zeros_for_empty_prompt else "empty",
+        negative="zeros" if pipe.config.get("force_zeros_for_empty_prompt") else "empty",
         num_inference_steps=steps,
         guidance_scale=float(_argument(request, "guidance_scale")),
         height=latents[-2] * pipe.vae_scale_factor,
@@ -301,12 +297,12 @@ def _tokenizer(pipe: Any, name: str, length: int, recipe: Recipe, folder: Path) 
     return m.Tokenizer(file=file, length=length, pad_id=tokenizer.pad_token_id, lower_case=recipe.lower_case)
 
 
-def _text_graph(pipe: Any, name: str, tokenizer: m.Tokenizer, recipe: Recipe, *, pooled: bool) -> _Graph:
+def _text_graph(pipe: Any, name: str, tokenizer: m.Tokenizer, recipe: Recipe) -> _Graph:
     encoder = getattr(pipe, name)
     tokens = tokenized(getattr(pipe, recipe.encoders[name]), list(TEXTS), tokenizer.length, "pt")
     names = ("input_ids", "attention_mask") if recipe.masked else ("input_ids",)
     example = [tokens[key].to(encoder.device) for key in names]
-    module = TextEncoding(encoder, recipe.hidden_state, pooled=pooled)
+    module = TextEncoding(encoder, recipe.hidden_state, pooled=name in recipe.pooled)
     with torch.no_grad():
         outputs = module(*example)
     return _Graph(
@@ -339,7 +335,7 @@ def _decoder_graph(pipe: Any, recipe: Recipe) -> _Graph:
     )
 
 
-def _vae_decoder(pipe: Any, graph: _Graph, parity: m.Parity) -> m.VaeDecoder:
+def _vae_decoder(pipe: Any, recipe: Recipe, graph: _Graph, parity: m.Parity) -> m.VaeDecoder:
     config = pipe.vae.config
     return m.VaeDecoder(
         class_name=type(pipe.vae).__name__,
@@ -349,7 +345,7 @@ def _vae_decoder(pipe: Any, graph: _Graph, parity: m.Parity) -> m.VaeDecoder:
         latent_channels=config.latent_channels,
         scale_factor=pipe.vae_scale_factor,
         scaling_factor=config.scaling_factor,
-        shift_factor=0.0,  # these pipelines ignore the value in the configuration
+        shift_factor=config.shift_factor if recipe.shifts_latents else 0.0,
         image_range=(-1.0, 1.0),
         parity=parity,
     )

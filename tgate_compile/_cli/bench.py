@@ -15,7 +15,7 @@ from rich.table import Table
 from tgate_compile._cli import options
 from tgate_compile._cli import settings as schedule_options
 from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json, print_note
-from tgate_compile._cli.options import recognise
+from tgate_compile._cli.options import EMBEDDED_NAMES, recognise
 from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._runtimes import BACKENDS, is_backend_installed
@@ -49,8 +49,8 @@ def bench(
         typer.Option(
             "--model",
             "-m",
-            help="A folder with a diffusers pipeline, a .safetensors file, a hub id, embedded:sd, embedded:sdxl, "
-            "embedded:pixart or embedded:lcm, or random weights in a denoiser of real size: "
+            help="A folder with a diffusers pipeline, a .safetensors file, a hub id, an embedded model "
+            f"({EMBEDDED_NAMES}), or random weights in a denoiser of real size: "
             f"{', '.join(RANDOM_PREFIX + name for name in NAMES)}.",
             show_default="embedded:sd",
             rich_help_panel=options.MODEL,

@@ -17,7 +17,7 @@ from rich.table import Table
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
 from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json, print_note
-from tgate_compile._cli.options import EMBEDDED_PREFIX, MSG_CONFIG_ALONE, embedded_name
+from tgate_compile._cli.options import EMBEDDED_NAMES, EMBEDDED_PREFIX, MSG_CONFIG_ALONE, embedded_name
 from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._errors import ConfigurationError
@@ -51,8 +51,8 @@ def compare(
             "--model",
             "-m",
             metavar="MODEL",
-            help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or embedded:sd, embedded:sdxl, "
-            "embedded:pixart or embedded:lcm; repeatable.",
+            help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or an embedded model: "
+            f"{EMBEDDED_NAMES}; repeatable.",
             show_default="all embedded models",
             rich_help_panel=options.MODEL,
         ),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from tgate_compile._cli.console import ERR
+from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._errors import BackendName, ConfigurationError
 from tgate_compile._errors import Precision as PrecisionName
 from tgate_compile._runtimes import BACKENDS, check_backend_installed
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 #: The embedded model that is used without --model, and the prefix of the names of embedded models.
 DEFAULT_EMBEDDED = "sd"
 EMBEDDED_PREFIX = "embedded:"
+EMBEDDED_NAMES = ", ".join(f"{EMBEDDED_PREFIX}{name}" for name in DEMO_VARIANTS)
 
 #: The sections of `--help`.
 MODEL, IMAGE, SCHEDULE, OUTPUT = "Model", "Image", "Schedule", "Output"
@@ -114,8 +116,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or embedded:sd, embedded:sdxl, "
-        "embedded:pixart or embedded:lcm.",
+        help="A folder with a diffusers pipeline, a .safetensors file, a hub id, or an embedded model: "
+        f"{EMBEDDED_NAMES}.",
         show_default="embedded:sd",
         rich_help_panel=MODEL,
     ),

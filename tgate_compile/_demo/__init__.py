@@ -20,10 +20,11 @@ class DemoVariant:
     Attributes:
         pipeline: name of the diffusers pipeline class.
         folder: folder with the model's own components, in this folder.
-        shared: components loaded from the folder `weights`, with their names there.
+        shared: components loaded from the folders of other models, with their folders, in this folder.
         steps: number of denoising steps.
         guidance: guidance scale.
         call: arguments that the pipeline's call needs to make images of this size.
+        absent: components of the pipeline class that the model does not have.
     """
 
     pipeline: str
@@ -32,11 +33,14 @@ class DemoVariant:
     guidance: float
     shared: Mapping[str, str] = field(default_factory=dict)
     call: Mapping[str, object] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
 
-_VAE = {"vae": "vae"}
-_CLIP = {"text_encoder": "text_encoder", "tokenizer": "tokenizer"}
-_SCHEDULER = {"scheduler": "scheduler"}
+_VAE = {"vae": "weights/vae"}
+_CLIP = {"text_encoder": "weights/text_encoder", "tokenizer": "weights/tokenizer"}
+_SCHEDULER = {"scheduler": "weights/scheduler"}
+_TWO_TOKENIZERS = dict.fromkeys(("tokenizer", "tokenizer_2"), "weights/tokenizer")
+_TWO_TEXT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2"), "weights_sdxl/text_encoder_2")
 
 DEMO_VARIANTS: Mapping[str, DemoVariant] = MappingProxyType(
     {
@@ -46,7 +50,7 @@ DEMO_VARIANTS: Mapping[str, DemoVariant] = MappingProxyType(
             "weights_sdxl",
             25,
             5.0,
-            shared=_VAE | _SCHEDULER | {"tokenizer_2": "tokenizer"},
+            shared=_VAE | _SCHEDULER | {"tokenizer_2": "weights/tokenizer"},
         ),
         "pixart": DemoVariant(
             "PixArtAlphaPipeline",
@@ -58,6 +62,16 @@ DEMO_VARIANTS: Mapping[str, DemoVariant] = MappingProxyType(
             call={"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16},
         ),
         "lcm": DemoVariant("LatentConsistencyModelPipeline", "weights_lcm", 4, 5.0, shared=_VAE | _CLIP),
+        "sd3": DemoVariant(
+            "StableDiffusion3Pipeline",
+            "weights_sd3",
+            25,
+            4.5,
+            shared=_VAE | _TWO_TOKENIZERS | _TWO_TEXT_ENCODERS,
+            # Without T5, the pipeline replaces its tokens by as many zeros.
+            call={"max_sequence_length": 0},
+            absent=("text_encoder_3", "tokenizer_3"),
+        ),
     }
 )
 

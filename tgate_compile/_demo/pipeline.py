@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DiffusionPipeline,
         LatentConsistencyModelPipeline,
         PixArtAlphaPipeline,
+        StableDiffusion3Pipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
     )
@@ -52,15 +53,21 @@ def load_demo_pipeline(
 
 
 @overload
+def load_demo_pipeline(
+    variant: Literal["sd3"], *, torch_dtype: torch.dtype = torch.float32
+) -> StableDiffusion3Pipeline: ...
+
+
+@overload
 def load_demo_pipeline(variant: str, *, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline: ...
 
 
 def load_demo_pipeline(variant: str = "sd", *, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """Load an embedded text-to-image pipeline, which draws coloured shapes in 64x64 pixels from simple captions.
 
-    There are four models, `sd`, `sdxl`, `pixart` and `lcm`, each of the corresponding diffusers class. `DEMO_VARIANTS`
-    has the number of steps and the guidance scale that each was trained for, and further arguments that its call
-    needs. `weights/README.md` is the model card. The pipeline is on the CPU.
+    There are five models, `sd`, `sdxl`, `pixart`, `lcm` and `sd3`, each of the corresponding diffusers class.
+    `DEMO_VARIANTS` has the number of steps and the guidance scale that each was trained for, and further arguments that
+    its call needs. `weights/README.md` is the model card. The pipeline is on the CPU.
 
     Args:
         variant: name of the model.
@@ -81,19 +88,21 @@ def load_demo_pipeline(variant: str = "sd", *, torch_dtype: torch.dtype = torch.
     import diffusers
 
     classes = {
-        "vae": diffusers.AutoencoderKL,
-        "scheduler": diffusers.DPMSolverMultistepScheduler,
-        "text_encoder": transformers.CLIPTextModel,
-        "tokenizer": transformers.CLIPTokenizer,
+        "weights/vae": diffusers.AutoencoderKL,
+        "weights/scheduler": diffusers.DPMSolverMultistepScheduler,
+        "weights/text_encoder": transformers.CLIPTextModel,
+        "weights/tokenizer": transformers.CLIPTokenizer,
+        "weights_sdxl/text_encoder_2": transformers.CLIPTextModelWithProjection,
     }
     with _no_progress_bars():
         shared = {
-            part: classes[name].from_pretrained(WEIGHTS / name, local_files_only=True)
-            for part, name in chosen.shared.items()
+            part: classes[folder].from_pretrained(_HERE / folder, local_files_only=True)
+            for part, folder in chosen.shared.items()
         }
         pipeline: DiffusionPipeline = getattr(diffusers, chosen.pipeline).from_pretrained(
             _HERE / chosen.folder,
             **shared,
+            **dict.fromkeys(chosen.absent),
             local_files_only=True,
             use_safetensors=True,
             # Loading in pieces saves nothing at this size and would need another package.

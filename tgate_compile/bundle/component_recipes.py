@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -52,6 +53,9 @@ LEFT_OUT = (
     "clip_skip",
     "prompt_2",
     "negative_prompt_2",
+    "prompt_3",
+    "negative_prompt_3",
+    "skip_guidance_layers",
     "guidance_rescale",
     "eta",
     "timesteps",
@@ -71,21 +75,26 @@ class Recipe:
         hidden_state: which of an encoder's hidden states is used: -1 for the last one, -2 for the input of the last
             layer.
         sources: the source of each argument of the denoiser, by the name in the bundle.
-        pooled: whether the pooled output of the last encoder is used, too.
+        pooled: the encoders whose pooled outputs are used, too.
         masked: whether the encoders receive a mask for the padding.
         lower_case: whether prompts are stripped and converted to lower case.
         length: the parameter of the pipeline's call that sets the number of tokens; None if the tokenizer sets it.
         upcasts_vae: whether a float16 VAE is converted to float32 if its configuration asks for it.
+        shifts_latents: whether the VAE's shift factor is added to the latents before they are decoded.
+        without: text encoders that must be missing, each with the parameter of the pipeline's call that sets how many
+            zero tokens replace its output, which must be 0.
     """
 
     encoders: Mapping[str, str]
     hidden_state: Literal[-1, -2]
     sources: Mapping[str, Source]
-    pooled: bool = False
+    pooled: tuple[str, ...] = ()
     masked: bool = False
     lower_case: bool = False
     length: str | None = None
     upcasts_vae: bool = False
+    shifts_latents: bool = False
+    without: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,11 +134,24 @@ RECIPES: Mapping[str, Recipe] = {
         {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
         -2,
         {**_UNET, "added_cond_kwargs.text_embeds": "pooled", "added_cond_kwargs.time_ids": "sizes"},
-        pooled=True,
+        pooled=("text_encoder_2",),
         upcasts_vae=True,
     ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
+    "StableDiffusion3Pipeline": Recipe(
+        {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+        -2,
+        {
+            "hidden_states": "latents",
+            "timestep": "timestep",
+            "encoder_hidden_states": "hidden_states",
+            "pooled_projections": "pooled",
+        },
+        pooled=("text_encoder", "text_encoder_2"),
+        shifts_latents=True,
+        without={"text_encoder_3": "max_sequence_length"},
+    ),
 }
 
 
@@ -151,6 +173,13 @@ def recipe_for(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Recipe:
             raise UnsupportedModelError(
                 f'components="all" does not support {name}={call[name]!r}: the runtime has no such option. Leave it '
                 'out, or export only the denoiser (components="denoiser").'
+            )
+    for name, length in recipe.without.items():
+        default = inspect.signature(type(pipe).__call__).parameters[length].default
+        if getattr(pipe, name, None) is not None or call.get(length, default) != 0:
+            raise UnsupportedModelError(
+                f'components="all" supports {pipeline} only without {name}. Load the pipeline with {name}=None, and '
+                f'put {length}=0 into `call`, or export only the denoiser (components="denoiser").'
             )
     recipe = replace(recipe, encoders=_present(pipe, recipe))
     for encoder, tokenizer in recipe.encoders.items():

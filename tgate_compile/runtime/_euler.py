@@ -1,4 +1,4 @@
-"""Euler's method for the probability flow ODE (arXiv 2206.00364, algorithm 1 without churn), in numpy."""
+"""Euler's method for the probability flow ODE (arXiv 2206.00364, algorithm 1 without churn) and for flow matching."""
 
 from __future__ import annotations
 
@@ -96,3 +96,61 @@ class Euler:
             offset = np.float32(self._config["steps_offset"])
             return (np.arange(steps) * (trained // steps))[::-1].astype(np.float32) + offset
         return np.arange(trained, 0, -trained / steps).round().astype(np.float32) - 1
+
+
+FLOW_DEFAULTS: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+FLOW_CHOICES = {
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (None,),
+    "invert_sigmas": (False,),
+    "use_karras_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "stochastic_sampling": (False,),
+}
+
+
+class FlowMatchEuler:
+    """`FlowMatchEulerDiscreteScheduler` of diffusers, for a generation of `steps` steps.
+
+    Attributes:
+        timesteps: the timestep of each denoiser call, float32, [steps].
+        initial_sigma: the factor of the initial noise, which is 1.
+        warm_up: the number of denoiser calls in addition to the steps, which is 0.
+    """
+
+    initial_sigma = 1.0
+    warm_up = 0
+
+    def __init__(self, given: Mapping[str, Any], steps: int) -> None:
+        """Prepare a generation, or raise ConfigurationError if the configuration is not supported."""
+        config = checked_config("FlowMatchEulerDiscreteScheduler", given, FLOW_DEFAULTS, FLOW_CHOICES)
+        trained, shift = int(config["num_train_timesteps"]), float(config["shift"])
+        # diffusers shifts twice: the range, and what is spaced in it.
+        spaced = np.linspace(1.0, _shifted(np.float64(1 / trained), shift), steps)
+        sigmas = _shifted(spaced, shift).astype(np.float32)
+        self.timesteps = sigmas * np.float32(trained)
+        self._sigmas = np.append(sigmas, 0.0).astype(np.float64)
+
+    def model_input(self, latents: Array, step: int) -> Array:
+        """Return the denoiser's input for `latents` at `step`."""
+        return latents
+
+    def step(self, prediction: Array, step: int, latents: Array) -> Array:
+        """Return the latents after `step`, given the denoiser's `prediction` for those before it."""
+        moved: Array = latents + prediction * float(self._sigmas[step + 1] - self._sigmas[step])
+        return moved
+
+
+def _shifted(sigmas: Any, shift: float) -> Any:
+    return shift * sigmas / (1 + (shift - 1) * sigmas)

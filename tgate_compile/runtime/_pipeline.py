@@ -24,7 +24,7 @@ from tgate_compile.methods.schedule_file import read_schedule
 from tgate_compile.runtime._ddim import Ddim
 from tgate_compile.runtime._denoiser import Conditions, Denoiser, Graphs
 from tgate_compile.runtime._dpm_plus_plus import DpmPlusPlus
-from tgate_compile.runtime._euler import Euler
+from tgate_compile.runtime._euler import Euler, FlowMatchEuler
 from tgate_compile.runtime._noise import NAMES, Array
 from tgate_compile.runtime._pndm import Pndm
 from tgate_compile.runtime._session import Settings
@@ -49,11 +49,15 @@ class Scheduler(Protocol):
     def step(self, prediction: Array, step: int, latents: Array) -> Array: ...
 
 
+#: The only scheduler of models trained by flow matching, which has other noise levels than the others.
+FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
+
 _CLASSES: Mapping[str, Callable[[Mapping[str, Any], int], Scheduler]] = {
     "DDIMScheduler": Ddim,
     "EulerDiscreteScheduler": Euler,
     "DPMSolverMultistepScheduler": DpmPlusPlus,
     "PNDMScheduler": Pndm,
+    FLOW_MATCHING: FlowMatchEuler,
 }
 
 
@@ -69,6 +73,11 @@ def make_scheduler(spec: SchedulerSpec, name: str | None, steps: int) -> Schedul
     if name is not None and name not in NAMES:
         raise ConfigurationError(
             f"scheduler must be one of {', '.join(map(repr, NAMES))}, or None for the bundle's own, but got {name!r}."
+        )
+    if name is not None and spec.class_name == FLOW_MATCHING:
+        raise ConfigurationError(
+            f"scheduler={name!r} cannot be used with this bundle, whose model was trained by flow matching and not for "
+            f"the noise levels of {NAMES[name]}. Leave scheduler out."
         )
     class_name = spec.class_name if name is None else NAMES[name]
     if class_name not in _CLASSES:

@@ -34,7 +34,8 @@ class Prompts:
         """Return `hidden_states`, [texts, tokens, dim], and `attention_mask` and `pooled` if the encoders have them."""
         parts = [encoder.encoded(texts) for encoder in self._encoders]
         joined = {source: value for part in parts for source, value in part.items()}
-        joined["hidden_states"] = np.concatenate([part["hidden_states"] for part in parts], axis=-1)
+        for source in joined.keys() & {"hidden_states", "pooled"}:
+            joined[source] = np.concatenate([part[source] for part in parts if source in part], axis=-1)
         return joined
 
     def negative(self, texts: Sequence[str] | None, prompts: Encoded) -> Encoded:

@@ -70,3 +70,51 @@ export class Euler {
     return countdown(trained, trained / steps).map((timestep) => roundToEven(timestep) - 1);
   }
 }
+
+const FLOW_DEFAULTS = {
+  num_train_timesteps: 1000,
+  shift: 1,
+  use_dynamic_shifting: false,
+  shift_terminal: null,
+  invert_sigmas: false,
+  use_karras_sigmas: false,
+  use_exponential_sigmas: false,
+  use_beta_sigmas: false,
+  stochastic_sampling: false,
+};
+const FLOW_CHOICES = {
+  use_dynamic_shifting: [false],
+  shift_terminal: [null],
+  invert_sigmas: [false],
+  use_karras_sigmas: [false],
+  use_exponential_sigmas: [false],
+  use_beta_sigmas: [false],
+  stochastic_sampling: [false],
+};
+
+/** `FlowMatchEulerDiscreteScheduler` of diffusers, for a generation of `steps` steps. */
+export class FlowMatchEuler {
+  #sigmas;
+  initialSigma = 1;
+
+  constructor(given, steps) {
+    const config = checkedConfig("FlowMatchEulerDiscreteScheduler", given, FLOW_DEFAULTS, FLOW_CHOICES);
+    const { num_train_timesteps: trained, shift } = config;
+    const shifted = (sigma) => (shift * sigma) / (1 + (shift - 1) * sigma);
+    // diffusers shifts twice: the range, and what is spaced in it.
+    const sigmas = Float32Array.from(linspace(shifted(1), shifted(1 / trained), steps).map(shifted));
+    this.timesteps = [...sigmas.map((sigma) => sigma * trained)];
+    this.#sigmas = [...sigmas, 0];
+  }
+
+  /** Return the denoiser's input for `latents` at `step`. */
+  modelInput(latents) {
+    return latents;
+  }
+
+  /** Return the latents after `step`, given the denoiser's `prediction` for those before it. */
+  step(prediction, step, latents) {
+    const length = this.#sigmas[step + 1] - this.#sigmas[step];
+    return latents.map((latent, i) => latent + length * prediction[i]);
+  }
+}

@@ -3,9 +3,14 @@
 import { Ddim } from "./ddim.js";
 import { DpmPlusPlus } from "./dpm_plus_plus.js";
 import { BundleError } from "./errors.js";
-import { Euler } from "./euler.js";
+import { Euler, FlowMatchEuler } from "./euler.js";
 
-const CLASSES = { DDIMScheduler: Ddim, EulerDiscreteScheduler: Euler, DPMSolverMultistepScheduler: DpmPlusPlus };
+const CLASSES = {
+  DDIMScheduler: Ddim,
+  EulerDiscreteScheduler: Euler,
+  DPMSolverMultistepScheduler: DpmPlusPlus,
+  FlowMatchEulerDiscreteScheduler: FlowMatchEuler,
+};
 
 /**
  * Return the manifest's scheduler for `steps` steps. It has `timesteps`, `initialSigma`, `modelInput` and `step`, which is

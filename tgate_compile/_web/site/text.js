@@ -25,7 +25,10 @@ export class Prompts {
     const parts = [];
     for (const spec of this.#components.text_encoders) parts.push(await this.#encodedBy(spec, text, onCut));
     const joined = Object.assign({}, ...parts);
-    joined.hidden_states = joinedLast(parts.map((part) => part.hidden_states));
+    for (const source of ["hidden_states", "pooled"]) {
+      const given = parts.map((part) => part[source]).filter(Boolean);
+      if (given.length) joined[source] = joinedLast(given);
+    }
     return joined;
   }
 
@@ -60,12 +63,14 @@ export function floats(value) {
 
 function joinedLast(parts) {
   if (parts.length === 1) return parts[0];
-  const rows = parts[0].shape[1], width = parts.reduce((sum, part) => sum + part.shape[2], 0);
+  const widthOf = ({ shape }) => shape[shape.length - 1], outer = parts[0].shape.slice(0, -1);
+  const rows = outer.reduce((product, size) => product * size, 1), width = parts.reduce((sum, part) => sum + widthOf(part), 0);
   const values = new Float32Array(rows * width);
   let from = 0;
-  for (const { values: given, shape } of parts) {
-    for (let row = 0; row < rows; row++) values.set(given.subarray(row * shape[2], (row + 1) * shape[2]), row * width + from);
-    from += shape[2];
+  for (const part of parts) {
+    const own = widthOf(part);
+    for (let row = 0; row < rows; row++) values.set(part.values.subarray(row * own, (row + 1) * own), row * width + from);
+    from += own;
   }
-  return { values, shape: [1, rows, width] };
+  return { values, shape: [...outer, width] };
 }
