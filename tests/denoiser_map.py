@@ -189,7 +189,7 @@ def facts_of(core: AttentionCore, tokens: Tokens) -> dict[str, Any]:
     facts = {
         "role": "joint" if asks[1] else "image to both",
         "text": place,
-        "streams": "double" if _joins(core.value, len(key_image)) else "single",
+        "streams": "double" if _joins(core.value, len(key_image), tokens.before) else "single",
     }
     if core.node.target in FUSED and asks[1]:
         facts["causal"] = not _text_sees_image(core, tokens, key_image, query_text)
@@ -197,14 +197,14 @@ def facts_of(core: AttentionCore, tokens: Tokens) -> dict[str, Any]:
     return facts
 
 
-def _joins(value: Node, length: int) -> bool:
+def _joins(value: Node, length: int, values: Mapping[Node, Any]) -> bool:
     """Return whether `value` is a concatenation along its tokens that comes after any product with weights."""
     seen, queue = {value}, [value]
     for node in queue:  # grows during the loop
-        result = node.meta.get("val")
-        if node.target is torch.ops.aten.cat.default and torch.is_tensor(result):
+        if node.target is torch.ops.aten.cat.default:
             dim = node.args[1] if len(node.args) > 1 else 0
-            if result.shape[dim] == length and all(part.meta["val"].shape[dim] < length for part in node.args[0]):
+            parts = [values[part].shape[dim] for part in node.args[0]]
+            if sum(parts) == length and max(parts) < length:
                 return True
         if node.target in PRODUCT_OPERANDS or node.target is torch.ops.aten.linear.default:
             continue

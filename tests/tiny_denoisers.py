@@ -51,6 +51,12 @@ def _joint(name: str) -> Callable[[], FirstCall]:
     return lambda: of_pipeline(JOINT[name].build(), JOINT[name].call(1))
 
 
+def _without(make: Callable[[], FirstCall], *names: str) -> FirstCall:
+    """Return the first call without some of its arguments."""
+    denoiser, args, kwargs = make()
+    return denoiser, args, {name: value for name, value in kwargs.items() if name not in names}
+
+
 def _case(name: str) -> Callable[[], FirstCall]:
     case = {**CASES, **SIBLINGS}[name]
     return lambda: of_pipeline(case.build(), case.call(1), case.denoisers[0])
@@ -220,10 +226,22 @@ def _bria_fibo() -> dict[str, Any]:
     }
 
 
+def _glm() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(1, 4, 8, 8),
+        "encoder_hidden_states": _text(),
+        "prior_token_id": torch.arange(16)[None],
+        "prior_token_drop": torch.zeros(1, 16, dtype=torch.bool),
+        "timestep": _NOW,
+        "target_size": torch.tensor([[64.0, 64.0]]),
+        "crop_coords": torch.zeros(1, 2),
+    }
+
+
 def _flux_3() -> dict[str, Any]:
-    positions = torch.zeros(1, 16, 4)
+    positions = torch.zeros(16, 4)
     positions[..., 1], positions[..., 2] = torch.arange(16) // 4, torch.arange(16) % 4
-    words = torch.zeros(1, TOKENS, 4)
+    words = torch.zeros(TOKENS, 4)
     words[..., 3] = torch.arange(TOKENS)
     return {
         "hidden_states": _random(1, 16, 16),
@@ -292,23 +310,35 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
     "ErnieImageTransformer2DModel": _joint("ErnieImagePipeline"),
     "Flux2Transformer2DModel": _joint("Flux2KleinPipeline"),
     "FluxTransformer2DModel": _joint("FluxPipeline"),
-    "GlmImageTransformer2DModel": _joint("GlmImagePipeline"),
+    "GlmImageTransformer2DModel": _direct("GlmImageTransformer2DModel", _glm),
     "HiDreamImageTransformer2DModel": _joint("HiDreamImagePipeline"),
     "HunyuanImageTransformer2DModel": _joint("HunyuanImagePipeline"),
     "HunyuanVideo15Transformer3DModel": _joint("HunyuanVideo15Pipeline"),
     "HunyuanVideoTransformer3DModel": _joint("HunyuanVideoPipeline"),
-    "JoyImageEditPlusTransformer3DModel": _joint("JoyImageEditPlusPipeline"),
+    "JoyImageEditPlusTransformer3DModel": _direct(
+        "JoyImageEditPlusTransformer3DModel",
+        lambda: {
+            "hidden_states": _random(1, 16, 4, 1, 2, 2),
+            "timestep": _NOW,
+            "encoder_hidden_states": _text(),
+            "encoder_hidden_states_mask": torch.ones(1, TOKENS, dtype=torch.bool),
+            "shape_list": [[(1, 4, 4)]],
+        },
+    ),
     "JoyImageEditTransformer3DModel": _joint("JoyImageEditPipeline"),
     "Kandinsky6Transformer3DModel": _joint("Kandinsky6TI2VAPipeline"),
     "Krea2Transformer2DModel": _joint("Krea2Pipeline"),
-    "LongCatImageTransformer2DModel": _joint("LongCatImagePipeline"),
+    "LongCatImageTransformer2DModel": _direct(
+        "LongCatImageTransformer2DModel",
+        lambda: {key: value for key, value in _bria_fibo().items() if key != "text_encoder_layers"},
+    ),
     "Lumina2Transformer2DModel": _joint("Lumina2Pipeline"),
     "MochiTransformer3DModel": _joint("MochiPipeline"),
     "MotifVideoTransformer3DModel": _joint("MotifVideoPipeline"),
     "NucleusMoEImageTransformer2DModel": _joint("NucleusMoEImagePipeline"),
     "OvisImageTransformer2DModel": _joint("OvisImagePipeline"),
     "PRXTransformer2DModel": _joint("PRXPipeline"),
-    "QwenImage21Transformer2DModel": _joint("QwenImage21Pipeline"),
+    "QwenImage21Transformer2DModel": lambda: _without(_joint("QwenImage21Pipeline"), "kv_cache", "kv_cache_mode"),
     "QwenImageTransformer2DModel": _joint("QwenImagePipeline"),
     "SD3Transformer2DModel": _joint("StableDiffusion3Pipeline"),
     "ZImageTransformer2DModel": _joint("ZImagePipeline"),
@@ -485,7 +515,7 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
         **{key: value for key, value in _SMALL_UNET.items() if key != "attention_head_dim"},
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        num_attention_heads=2,
+        num_attention_heads=64,
     ),
     "Kandinsky3UNet": _direct(
         "Kandinsky3UNet",

@@ -178,7 +178,7 @@ class Generation:
         self._guidance_over = False
         self._dropped: tuple[Runnable, list[torch.Tensor]] | None = None  # the result of a step without its guidance
         # The predictions of a guided step and the shape of its latents, until the scheduler steps.
-        self._compared: tuple[torch.Tensor, torch.Size] | None = None
+        self._compared: tuple[torch.Tensor, torch.Tensor, torch.Size] | None = None
         self._halves = TwoHalves(loop, family, scheduler)
         self._shared: frozenset[int] | None = None  # positions of tensors that both halves share, once determined
         self._finished = False
@@ -373,7 +373,7 @@ class Generation:
         ends = guided and not phase.guided
         self._dropped = (compiled, outputs) if ends and self._family.further else None
         if phase.guided:
-            self._to_compare(prediction, latents)
+            self._to_compare(*prediction.chunk(2), latents)
         elif guided and not listed:
             # uncond + scale * (cond - uncond) is then the prediction itself for every scale, and guidance rescale is
             # the identity, so the pipeline's own arithmetic needs no change.
@@ -415,7 +415,7 @@ class Generation:
             for emission in compiled.emitted:
                 if emission.site.kind in made.phase.merge:
                     self._caches.merge((emission.site.kind, emission.site.name), self.schedule.anchor_weight)
-            self._to_compare(torch.cat([halves["uncond"][0], halves["cond"][0]]), latents_of(arguments).shape)
+            self._to_compare(halves["uncond"][0], halves["cond"][0], latents_of(arguments).shape)
         self._end_timestep()
         return made.compiled.unflatten(halves[second])
 
@@ -472,10 +472,10 @@ class Generation:
             compiled = Uncaptured(self._forward)
         return compiled, compiled.run(call, caches, self.early)
 
-    def _to_compare(self, predictions: torch.Tensor, latents: torch.Size) -> None:
-        """Keep both halves' `predictions` for latents of this shape, if their likeness decides when guidance ends."""
+    def _to_compare(self, uncond: torch.Tensor, cond: torch.Tensor, latents: torch.Size) -> None:
+        """Keep the predictions for latents of this shape, if their likeness decides when guidance ends."""
         if self.schedule.guidance_similarity is not None:
-            self._compared = predictions, latents
+            self._compared = uncond, cond, latents
 
     def _compare_halves(self, sample: torch.Size | None) -> None:
         """Determine from the predictions of the last guided step whether guidance can end.
@@ -485,9 +485,9 @@ class Generation:
         threshold = self.schedule.guidance_similarity
         if self._compared is None or threshold is None:
             return
-        (predictions, latents), self._compared = self._compared, None
-        shape = sample if sample is not None and len(sample) == predictions.ndim else latents
-        self._guidance_over = similarity(predictions, shape, last_tokens=self._family.last_tokens) >= threshold
+        (uncond, cond, latents), self._compared = self._compared, None
+        shape = sample if sample is not None and len(sample) == cond.ndim else latents
+        self._guidance_over = similarity(uncond, cond, shape, last_tokens=self._family.last_tokens) >= threshold
 
     def _kept(self, call: Call, batch: int) -> Call:
         kept = self.schedule.kept
