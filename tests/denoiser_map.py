@@ -120,7 +120,7 @@ class Tokens:
         times = {
             i
             for i, (name, leaf) in enumerate(zip(arguments, call.leaves, strict=True))
-            if torch.is_tensor(leaf) and is_time(name) and leaf.is_floating_point()
+            if torch.is_tensor(leaf) and is_time(name) and leaf.dtype is not torch.bool
         }
         self.by_time = run(captured, _altered(call.leaves, times), frozen) if times else self.before
         self.texts = sorted({arguments[i] for i in texts})
@@ -154,7 +154,9 @@ _LATENTS = {*LATENTS_NAMES, "audio_hidden_states", "audio_latents"}
 def _altered(leaves: Iterable[Any], positions: Collection[int]) -> list[Any]:
     generator = torch.Generator().manual_seed(5)
     return [
-        leaf + 0.5 * torch.rand(leaf.shape, generator=generator).to(leaf) + 0.1 if i in positions else leaf
+        leaf if i not in positions
+        else leaf + 0.5 * torch.rand(leaf.shape, generator=generator).to(leaf) + 0.1 if leaf.is_floating_point()
+        else leaf + 1
         for i, leaf in enumerate(leaves)
     ]
 
@@ -193,6 +195,8 @@ def facts_of(core: AttentionCore, tokens: Tokens) -> dict[str, Any]:
     }
     if core.node.target in FUSED and asks[1]:
         facts["causal"] = not _text_sees_image(core, tokens, key_image, query_text)
+    if not asks[1] or facts.get("causal"):
+        # Whether the text's values are the same in all steps, so that keeping them loses nothing.
         facts["constant"] = not bool((tokens.rows(core.value, -2, tokens.by_time) & key_text).any())
     return facts
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel
 
 from tests import tiny_pipelines, tiny_siblings, tiny_transformers, tiny_video
 from tests.denoiser_cases import CASES, SIBLINGS
@@ -260,6 +261,22 @@ def _animate() -> dict[str, Any]:
         "encoder_hidden_states_image": _random(1, 12, TEXT_DIM, seed=1),
         "pose_hidden_states": _random(1, 4, 20, 8, 8, seed=2),
         "face_pixel_values": _random(1, 3, 77, 16, 16, seed=3),
+    }
+
+
+def _animate_2() -> dict[str, Any]:
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    return {
+        "hidden_states": [_random(4, 2, 8, 8)],
+        "timestep": torch.tensor([1.0]),
+        "encoder_hidden_states": [_random(TOKENS, TEXT_DIM, seed=1)],
+        "condition_latents": [_random(8, 2, 8, 8, seed=2)],
+        "encoder_hidden_states_image": _random(1, 257, 1280, seed=3),
+        "kv_cache": WanAnimate2KVCache(2),
+        "kv_cache_mode": "extract",
+        "seq_len": 32,
+        "offset_grid_sizes": torch.tensor([[2, 4, 4]]),
     }
 
 
@@ -527,6 +544,158 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
         block_out_channels=(16, 32),
         cross_attention_dim=4,
         encoder_hid_dim=TEXT_DIM,
+    ),
+    "AudioLDM2UNet2DConditionModel": _direct(
+        "AudioLDM2UNet2DConditionModel",
+        lambda: _unet(encoder_hidden_states_1=_random(1, 5, 16, seed=3)),
+        **{**_SMALL_UNET, "cross_attention_dim": ((TEXT_DIM, 16), (TEXT_DIM, 16))},
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ),
+    "DreamLiteUNetModel": _direct(
+        "DreamLiteUNetModel",
+        _unet,
+        **{**_SMALL_UNET, "block_out_channels": (32, 32, 64), "attention_head_dim": 8},
+    ),
+    "Kandinsky6SRTransformer3DModel": _direct(
+        "Kandinsky6SRTransformer3DModel",
+        lambda: {"hidden_states": _random(1, 2, 8, 8, 9), "timestep": _NOW},
+        in_visual_dim=4,
+        out_visual_dim=4,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_visual_blocks=2,
+        axes_dims=ROPE,
+    ),
+    "StableAudio3DiTModel": _direct(
+        "StableAudio3DiTModel",
+        lambda: {
+            "hidden_states": _random(1, 8, 16),
+            "timestep": torch.tensor([0.5]),
+            "encoder_hidden_states": _text(),
+            "global_hidden_states": _random(1, 12, seed=1),
+        },
+        io_channels=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        cond_token_dim=TEXT_DIM,
+        global_cond_dim=12,
+        local_add_cond_dim=5,
+        timestep_features_dim=16,
+        ff_mult=2,
+        num_memory_tokens=3,
+        use_differential_attention=False,
+    ),
+    "Transformer2DModel": _direct(
+        "Transformer2DModel",
+        lambda: {
+            "hidden_states": torch.arange(16)[None] % 8,
+            "encoder_hidden_states": _text(),
+            "timestep": torch.tensor(5),
+        },
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        sample_size=4,
+        num_vector_embeds=8,
+        num_embeds_ada_norm=8,
+        cross_attention_dim=TEXT_DIM,
+    ),
+    "UNet1DModel": _direct(
+        "UNet1DModel",
+        lambda: {"sample": _random(1, 14, 16), "timestep": torch.tensor([5])},
+        block_out_channels=(8, 8, 16, 16),
+        in_channels=14,
+        out_channels=14,
+        time_embedding_type="positional",
+        use_timestep_embedding=True,
+        out_block_type="OutConv1DBlock",
+        flip_sin_to_cos=False,
+        freq_shift=1.0,
+        mid_block_type="MidResTemporalBlock1D",
+        down_block_types=("DownResnetBlock1D",) * 4,
+        up_block_types=("UpResnetBlock1D",) * 3,
+        act_fn="swish",
+    ),
+    "UNetControlNetXSModel": _direct(
+        "UNetControlNetXSModel",
+        lambda: {**_unet(), "controlnet_cond": _random(1, 3, 8 * LATENT_SIZE, 8 * LATENT_SIZE, seed=4)},
+        sample_size=LATENT_SIZE,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(4, 8),
+        cross_attention_dim=TEXT_DIM,
+        transformer_layers_per_block=1,
+        num_attention_heads=2,
+        norm_num_groups=4,
+        ctrl_block_out_channels=[2, 4],
+        ctrl_num_attention_heads=4,
+        ctrl_max_norm_num_groups=2,
+        ctrl_conditioning_embedding_out_channels=(2, 2),
+    ),
+    "UVit2DModel": _direct(
+        "UVit2DModel",
+        lambda: {
+            "input_ids": torch.arange(16).view(1, 4, 4),
+            "encoder_hidden_states": _text(),
+            "pooled_text_emb": _random(1, TEXT_DIM, seed=1),
+            "micro_conds": torch.ones(1, 5),
+        },
+        hidden_size=32,
+        cond_embed_dim=TEXT_DIM,
+        micro_cond_encode_dim=8,
+        micro_cond_embed_dim=5 * 8,
+        encoder_hidden_size=TEXT_DIM,
+        vocab_size=32,
+        codebook_size=32,
+        in_channels=32,
+        block_out_channels=32,
+        num_res_blocks=1,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        block_num_heads=2,
+        intermediate_size=32,
+        sample_size=4,
+    ),
+    "WanAnimate2Transformer3DModel": _direct(
+        "WanAnimate2Transformer3DModel",
+        _animate_2,
+        text_len=16,
+        in_dim=12,
+        dim=32,
+        ffn_dim=32,
+        freq_dim=16,
+        text_dim=TEXT_DIM,
+        out_dim=4,
+        num_heads=2,
+        num_layers=2,
+    ),
+    "UniDiffuserModel": lambda: (
+        seeded(
+            lambda: UniDiffuserModel(
+                text_dim=TEXT_DIM,
+                clip_img_dim=8,
+                num_text_tokens=TOKENS,
+                num_attention_heads=2,
+                attention_head_dim=4,
+                in_channels=4,
+                out_channels=4,
+                num_layers=3,
+                sample_size=8,
+                patch_size=2,
+                norm_num_groups=1,
+            )
+        ),
+        (),
+        {
+            "latent_image_embeds": _random(1, 4, 8, 8),
+            "image_embeds": _random(1, 1, 8, seed=1),
+            "prompt_embeds": _text(),
+            "timestep_img": torch.tensor([500]),
+            "timestep_text": torch.tensor([0]),
+        },
     ),
 }
 

@@ -1054,8 +1054,42 @@ def _ltx_2() -> Any:
         ),
         3,
     )
-    transformer = model("LTX2VideoTransformer3DModel", audio_in_channels=128, audio_out_channels=128)
-    return assembled("LTX2Pipeline", transformer=transformer, connectors=connectors)
+    transformer = model("LTX2VideoTransformer3DModel", audio_in_channels=4, audio_out_channels=4)
+    audio_vae = seeded(
+        lambda: diffusers.AutoencoderKLLTX2Audio(
+            base_channels=4,
+            ch_mult=(1,),
+            num_res_blocks=1,
+            attn_resolutions=None,
+            resolution=32,
+            latent_channels=2,
+            norm_type="pixel",
+            causality_axis="height",
+            mid_block_add_attention=False,
+            mel_bins=8,
+        ),
+        4,
+    )
+    vae = seeded(
+        lambda: diffusers.AutoencoderKLLTX2Video(
+            latent_channels=8,
+            block_out_channels=(8,),
+            decoder_block_out_channels=(8,),
+            layers_per_block=(1,),
+            decoder_layers_per_block=(1, 1),
+            spatio_temporal_scaling=(True,),
+            decoder_spatio_temporal_scaling=(True,),
+            decoder_inject_noise=(False, False),
+            downsample_type=("spatial",),
+            upsample_residual=(False,),
+            upsample_factor=(1,),
+            patch_size=1,
+        ),
+        5,
+    )
+    return assembled(
+        "LTX2Pipeline", transformer=transformer, connectors=connectors, audio_vae=audio_vae, vae=vae
+    )
 
 
 def _sd3_controlnet(name: str, **config: Any) -> Any:
