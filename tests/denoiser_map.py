@@ -11,6 +11,7 @@ keys that have changed are then the image's or the text's. Text that reaches the
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import sys
@@ -30,7 +31,7 @@ from tests.tiny_denoisers import FIRST_CALLS, first_call
 from tgate_compile._errors import TGateError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
-from tgate_compile.engine.halves import LATENTS_NAMES, is_time, latents_of, named_leaves
+from tgate_compile.engine.halves import LATENTS_NAMES, is_time, named_leaves
 from tgate_compile.passes.attention_core import FUSED, PRODUCT_OPERANDS, AttentionCore, attention_cores
 from tgate_compile.passes.find_sites import depends_on, innermost_call
 from tgate_compile.passes.graphs import Captured
@@ -102,7 +103,9 @@ class Tokens:
         latents |= {
             i
             for i, (name, leaf) in enumerate(zip(arguments, call.leaves, strict=True))
-            if torch.is_tensor(leaf) and (name == arguments[next(iter(latents))] or name in _LATENTS) and leaf.ndim >= main.ndim - 1
+            if torch.is_tensor(leaf)
+            and (name == arguments[next(iter(latents))] or name in _LATENTS)
+            and leaf.ndim >= main.ndim - 1
             and leaf.is_floating_point()
         }
         texts = {
@@ -154,8 +157,10 @@ _LATENTS = {*LATENTS_NAMES, "audio_hidden_states", "audio_latents"}
 def _altered(leaves: Iterable[Any], positions: Collection[int]) -> list[Any]:
     generator = torch.Generator().manual_seed(5)
     return [
-        leaf if i not in positions
-        else leaf + 0.5 * torch.rand(leaf.shape, generator=generator).to(leaf) + 0.1 if leaf.is_floating_point()
+        leaf
+        if i not in positions
+        else leaf + 0.5 * torch.rand(leaf.shape, generator=generator).to(leaf) + 0.1
+        if leaf.is_floating_point()
         else leaf + 1
         for i, leaf in enumerate(leaves)
     ]
@@ -266,17 +271,16 @@ def row_of(name: str) -> dict[str, Any]:
         denoiser, args, kwargs = first_call(name)
     except KeyError as missing:
         return {"error": f"no tiny configuration ({missing})"}
+    with torch.no_grad():
+        denoiser(*args, **kwargs)  # so that an error of the capture is not one of the configuration
     call = Call.of(args, kwargs)
     args, kwargs = call.arguments
-    import inspect
-
     arguments = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
     names = {id(leaf): argument for argument, leaf in named_leaves(arguments)}
     try:
         captured = capture(denoiser, denoiser.forward, call, (), required=False)
     except TGateError as error:
-        return {"error": str(error)}
-    latents_of(arguments)
+        return {"error": str(error).partition("\n")[0][:300]}
     tokens = Tokens(captured, call, names)
     streams = parameters(captured, tokens)
     return {
@@ -297,8 +301,12 @@ def main() -> None:
         began = time.perf_counter()
         known[name] = row_of(name)
         found = known[name].get("error") or Counter(a["role"] for a in known[name]["attentions"])
-        print(f"{name}: {str(found)[:200]}, {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
-        result = {"diffusers": diffusers.__version__, "torch": torch.__version__, "denoisers": dict(sorted(known.items()))}
+        sys.stderr.write(f"{name}: {str(found)[:200]}, {time.perf_counter() - began:.1f} s\n")
+        result = {
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+            "denoisers": dict(sorted(known.items())),
+        }
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

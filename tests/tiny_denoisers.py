@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel
 
-from tests import tiny_pipelines, tiny_siblings, tiny_transformers, tiny_video
+from tests import tiny_pipelines, tiny_video
 from tests.denoiser_cases import CASES, SIBLINGS
 from tests.tiny_joint import CONFIGS, JOINT, ROPE
 from tests.tiny_pipelines import LATENT_SIZE, TEXT_DIM, seeded
@@ -301,7 +301,12 @@ def _audio() -> dict[str, Any]:
 
 
 def _unet(**more: Any) -> dict[str, Any]:
-    return {"sample": _random(1, 4, LATENT_SIZE, LATENT_SIZE), "timestep": _NOW, "encoder_hidden_states": _text(), **more}
+    return {
+        "sample": _random(1, 4, LATENT_SIZE, LATENT_SIZE),
+        "timestep": _NOW,
+        "encoder_hidden_states": _text(),
+        **more,
+    }
 
 
 _SMALL_UNET: dict[str, Any] = {
@@ -501,7 +506,11 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
     # Without text.
     "DiTTransformer2DModel": _direct(
         "DiTTransformer2DModel",
-        lambda: {"hidden_states": _random(1, 4, 8, 8), "timestep": torch.tensor([5]), "class_labels": torch.tensor([1])},
+        lambda: {
+            "hidden_states": _random(1, 4, 8, 8),
+            "timestep": torch.tensor([5]),
+            "class_labels": torch.tensor([1]),
+        },
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
@@ -519,21 +528,6 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
         layers_per_block=1,
         norm_num_groups=8,
     ),
-    "I2VGenXLUNet": _direct(
-        "I2VGenXLUNet",
-        lambda: {
-            "sample": _random(1, 4, 3, 8, 8),
-            "timestep": _NOW,
-            "fps": torch.tensor([16]),
-            "image_latents": _random(1, 4, 3, 8, 8, seed=1),
-            "image_embeddings": _random(1, TEXT_DIM, seed=2),
-            "encoder_hidden_states": _text(),
-        },
-        **{key: value for key, value in _SMALL_UNET.items() if key != "attention_head_dim"},
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        num_attention_heads=64,
-    ),
     "Kandinsky3UNet": _direct(
         "Kandinsky3UNet",
         lambda: _unet(encoder_attention_mask=torch.ones(1, TOKENS)),
@@ -547,8 +541,8 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
     ),
     "AudioLDM2UNet2DConditionModel": _direct(
         "AudioLDM2UNet2DConditionModel",
-        lambda: _unet(encoder_hidden_states_1=_random(1, 5, 16, seed=3)),
-        **{**_SMALL_UNET, "cross_attention_dim": ((TEXT_DIM, 16), (TEXT_DIM, 16))},
+        lambda: _unet(encoder_hidden_states_1=_random(1, 5, TEXT_DIM, seed=3)),
+        **{**_SMALL_UNET, "cross_attention_dim": ((TEXT_DIM, TEXT_DIM), (TEXT_DIM, TEXT_DIM))},
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     ),
@@ -621,7 +615,7 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
     ),
     "UNetControlNetXSModel": _direct(
         "UNetControlNetXSModel",
-        lambda: {**_unet(), "controlnet_cond": _random(1, 3, 8 * LATENT_SIZE, 8 * LATENT_SIZE, seed=4)},
+        lambda: {**_unet(), "controlnet_cond": _random(1, 3, 2 * LATENT_SIZE, 2 * LATENT_SIZE, seed=4)},
         sample_size=LATENT_SIZE,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),

@@ -448,7 +448,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def texts(
-    batch: int, *, masks: str = "", dim: int = TEXT_DIM, tokens: int = TOKENS, pooled: int = 0, mask: torch.dtype = torch.bool
+    batch: int,
+    *,
+    masks: str = "",
+    dim: int = TEXT_DIM,
+    tokens: int = TOKENS,
+    pooled: int = 0,
+    mask: torch.dtype = torch.bool,
 ) -> dict[str, Any]:
     """Return embedded prompts and negative prompts, with `tokens` tokens for the latter.
 
@@ -691,7 +697,10 @@ def _hunyuan_video_call(batch: int) -> dict[str, Any]:
 
 def _with(call: Callable[[int], dict[str, Any]], **more: Any) -> Callable[[int], dict[str, Any]]:
     """Return `call` with further arguments; functions among them are called."""
-    return lambda batch: {**call(batch), **{name: value() if callable(value) else value for name, value in more.items()}}
+    return lambda batch: {
+        **call(batch),
+        **{name: value() if callable(value) else value for name, value in more.items()},
+    }
 
 
 def _of(name: str, model_name: str, *, parts: Mapping[str, Callable[[], Any]] | None = None, **config: Any) -> Any:
@@ -715,7 +724,6 @@ _MASKED_BATCH = (*_BATCH, "encoder_attention_mask")
 _Z_BATCH: dict[str, Any] = {"halved": ("x", "t", "cap_feats"), "listed": ("x", "cap_feats"), "kept": 0}
 _EDIT = {"image": picture, "mask_image": mask_picture, "strength": 1.0}
 _GUIDER = {"guider": lambda: diffusers.ClassifierFreeGuidance(guidance_scale=8.0)}
-
 
 
 def _chroma_inpaint() -> Any:
@@ -810,9 +818,7 @@ JOINT: dict[str, Joint] = {
         "none",
     ),
     # FLUX.2.
-    "Flux2Pipeline": Joint(
-        _of("Flux2Pipeline", "Flux2Transformer2DModel"), _one_prompt(_plain_call), "none"
-    ),
+    "Flux2Pipeline": Joint(_of("Flux2Pipeline", "Flux2Transformer2DModel"), _one_prompt(_plain_call), "none"),
     "Flux2KleinPipeline": Joint(
         _of("Flux2KleinPipeline", "Flux2Transformer2DModel", parts={"vae": _flux_2_vae}, guidance_embeds=False),
         _with(_plain_call, image=picture),
@@ -867,7 +873,9 @@ JOINT: dict[str, Joint] = {
         "calls",
     ),
     "QwenImage21Pipeline": Joint(
-        _of("QwenImage21Pipeline", "QwenImage21Transformer2DModel", parts={"processor": _processor}), _qwen_call, "calls"
+        _of("QwenImage21Pipeline", "QwenImage21Transformer2DModel", parts={"processor": _processor}),
+        _qwen_call,
+        "calls",
     ),
     # Z-Image.
     "ZImagePipeline": Joint(
@@ -884,7 +892,9 @@ JOINT: dict[str, Joint] = {
         **_Z_BATCH,
     ),
     # Others that make images.
-    "AuraFlowPipeline": Joint(_of("AuraFlowPipeline", "AuraFlowTransformer2DModel"), _with(_masked_call, guidance_scale=30.0)),
+    "AuraFlowPipeline": Joint(
+        _of("AuraFlowPipeline", "AuraFlowTransformer2DModel"), _with(_masked_call, guidance_scale=30.0)
+    ),
     "BriaPipeline": Joint(_of("BriaPipeline", "BriaTransformer2DModel", parts={"vae": _vae}), _plain_call),
     "BriaFibo2Pipeline": Joint(
         _of("BriaFibo2Pipeline", "BriaFibo2Transformer2DModel"),
@@ -939,7 +949,11 @@ JOINT: dict[str, Joint] = {
         _of("HiDreamImagePipeline", "HiDreamImageTransformer2DModel"),
         _hidream_call,
         halved=(
-            "hidden_states", "timesteps", "encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds"
+            "hidden_states",
+            "timesteps",
+            "encoder_hidden_states_t5",
+            "encoder_hidden_states_llama3",
+            "pooled_embeds",
         ),
         other_dims={"encoder_hidden_states_llama3": 1},
     ),
@@ -977,15 +991,24 @@ JOINT: dict[str, Joint] = {
     "CogVideoXImageToVideoPipeline": Joint(
         lambda: _cogvideo("CogVideoXImageToVideoPipeline", in_channels=8, vae=_cogvideo_vae()),
         lambda batch: {
-            **texts(batch), **video_of(9), "guidance_scale": 8.0, "max_sequence_length": TOKENS, "image": picture()
+            **texts(batch),
+            **video_of(9),
+            "guidance_scale": 8.0,
+            "max_sequence_length": TOKENS,
+            "image": picture(),
         },
         prompts=1,
     ),
     "CogVideoXVideoToVideoPipeline": Joint(
         lambda: _cogvideo("CogVideoXVideoToVideoPipeline", vae=_cogvideo_vae()),
         lambda batch: {
-            **texts(batch), "height": SIDE, "width": SIDE, "guidance_scale": 8.0, "max_sequence_length": TOKENS,
-            "video": [picture()] * 9, "strength": 1.0,
+            **texts(batch),
+            "height": SIDE,
+            "width": SIDE,
+            "guidance_scale": 8.0,
+            "max_sequence_length": TOKENS,
+            "video": [picture()] * 9,
+            "strength": 1.0,
         },
         prompts=1,
     ),
@@ -1010,8 +1033,16 @@ JOINT: dict[str, Joint] = {
             "spatio_temporal_guidance_blocks": [1],
         },
         halved=(
-            "hidden_states", "audio_hidden_states", "encoder_hidden_states", "audio_encoder_hidden_states", "timestep",
-            "sigma", "encoder_attention_mask", "audio_encoder_attention_mask", "video_coords", "audio_coords",
+            "hidden_states",
+            "audio_hidden_states",
+            "encoder_hidden_states",
+            "audio_encoder_hidden_states",
+            "timestep",
+            "sigma",
+            "encoder_attention_mask",
+            "audio_encoder_attention_mask",
+            "video_coords",
+            "audio_coords",
         ),
         further=True,
     ),
@@ -1087,9 +1118,7 @@ def _ltx_2() -> Any:
         ),
         5,
     )
-    return assembled(
-        "LTX2Pipeline", transformer=transformer, connectors=connectors, audio_vae=audio_vae, vae=vae
-    )
+    return assembled("LTX2Pipeline", transformer=transformer, connectors=connectors, audio_vae=audio_vae, vae=vae)
 
 
 def _sd3_controlnet(name: str, **config: Any) -> Any:

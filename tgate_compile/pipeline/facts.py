@@ -66,7 +66,9 @@ def facts_of_call(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[
         return guided() and (until is None or (timestep + 1) / len(pipe.scheduler.timesteps) <= until)
 
     return CallFacts(
-        lambda name: guided_at(name, getattr(pipe.scheduler, "step_index", None) or 0) if until is not None else guided(),
+        lambda name: (
+            guided_at(name, getattr(pipe.scheduler, "step_index", None) or 0) if until is not None else guided()
+        ),
         lambda: _num_timesteps(pipe),
         _may_change(state, pipe, arguments),
         None if until is None else guided_at,

@@ -266,7 +266,9 @@ class Generation:
         if event == "again":
             raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(self.scheduler()).__name__))
         guided = self._halves.served(latents, guided, first=not self.progress.done)
-        return self._in_one_call(call, latents.shape, guided, listed=rows_of(arguments, latents_of(arguments)) is not None)
+        return self._in_one_call(
+            call, latents.shape, guided, listed=rows_of(arguments, latents_of(arguments)) is not None
+        )
 
     def _with_tensor_timestep(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
@@ -373,7 +375,8 @@ class Generation:
         ends = guided and not phase.guided
         self._dropped = (compiled, outputs) if ends and self._family.further else None
         if phase.guided:
-            self._to_compare(*prediction.chunk(2), latents)
+            uncond, cond = prediction.chunk(2)
+            self._to_compare(uncond, cond, latents)
         elif guided and not listed:
             # uncond + scale * (cond - uncond) is then the prediction itself for every scale, and guidance rescale is
             # the identity, so the pipeline's own arithmetic needs no change.
@@ -404,7 +407,9 @@ class Generation:
             compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
             self._loop.gated = self._loop.gated or not phase.guided
             # A copy, since the pipeline may combine the two in place.
-            halves = {first: outputs} if phase.guided else {first: outputs, second: [_copied(output) for output in outputs]}
+            halves = (
+                {first: outputs} if phase.guided else {first: outputs, second: [_copied(output) for output in outputs]}
+            )
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
