@@ -123,7 +123,7 @@ class Tokens:
         times = {
             i
             for i, (name, leaf) in enumerate(zip(arguments, call.leaves, strict=True))
-            if torch.is_tensor(leaf) and is_time(name) and leaf.dtype is not torch.bool
+            if torch.is_tensor(leaf) and is_time(name) and "indices" not in name
         }
         self.by_time = run(captured, _altered(call.leaves, times), frozen) if times else self.before
         self.texts = sorted({arguments[i] for i in texts})
@@ -297,6 +297,7 @@ def main() -> None:
     given = parser.parse_args().names
     warnings.simplefilter("ignore")
     known = json.loads(RESULT.read_text(encoding="utf-8"))["denoisers"] if RESULT.exists() else {}
+    known = {name: row for name, row in known.items() if name in FIRST_CALLS}
     for name in given or sorted(FIRST_CALLS):
         began = time.perf_counter()
         known[name] = row_of(name)

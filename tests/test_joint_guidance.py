@@ -76,9 +76,10 @@ def test_guidance_ends(name: str) -> None:
         assert torch.equal(unguided, run(tgate_compile.restore(pipe), **{**call, **case.off}))
 
 
-def test_several_images_for_each_prompt() -> None:
-    case = JOINT["StableDiffusion3Pipeline"]
-    pipe, call = case.build(), {**case.call(2), "num_images_per_prompt": 2}
+@pytest.mark.parametrize("name", ["QwenImagePipeline", pytest.param("ZImagePipeline", marks=pytest.mark.heavy)])
+def test_several_images_for_each_prompt(name: str) -> None:
+    case = JOINT[name]
+    pipe, call = case.build(), {**case.call(1), "num_images_per_prompt": 2}
     expected = expected_of(case, pipe, call)
     assert_same(run(optimized(pipe), **call), expected)
 
