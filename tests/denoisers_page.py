@@ -273,7 +273,8 @@ def _arrivals(name: str) -> str:
 def _found(row: Mapping[str, Any]) -> tuple[str, str]:
     """Return the attentions of a denoiser and its parameters, in words."""
     if "error" in row:
-        return row["error"].split("(")[-1].partition(")")[0].partition("\n")[0][:120].replace("|", "/"), "-"
+        reason = row["error"].partition("torch.export (")[2][:100].partition(" (")[0].partition(". ")[0]
+        return (f"cannot be captured: {reason}" if reason else row["error"]), "-"
     kinds = Counter[str]()
     for attention in row["attentions"]:
         kinds[_kind(attention)] += attention["count"]
