@@ -864,13 +864,15 @@ JOINT: dict[str, Joint] = {
     ),
     "QwenImageEditInpaintPipeline": Joint(
         _of("QwenImageEditInpaintPipeline", "QwenImageTransformer2DModel", parts={"vae": _qwen_vae}),
-        _with(_qwen_call, **_EDIT),
+        _with(_qwen_call, **_EDIT, true_cfg_scale=60.0),
         "calls",
+        prompts=1,
     ),
     "QwenImageEditPlusPipeline": Joint(
         _of("QwenImageEditPlusPipeline", "QwenImageTransformer2DModel", parts={"vae": _qwen_vae}),
         _with(_qwen_call, image=picture),
         "calls",
+        prompts=1,
     ),
     "QwenImage21Pipeline": Joint(
         _of("QwenImage21Pipeline", "QwenImage21Transformer2DModel", parts={"processor": _processor}),
