@@ -338,7 +338,8 @@ def _named(nodes: Iterable[Node], prefix: str) -> dict[Node, str]:
     names: dict[Node, str] = {}
     for node in nodes:
         path, _ = list(node.meta.get("nn_module_stack", {}).values() or [("", "")])[-1]
-        name = f"{prefix}_" + (re.sub(r"\W", "_", path) or node.name)
+        # In lower case, since torch.fx changes the names of placeholders that have capital letters ("adaLN").
+        name = f"{prefix}_" + (re.sub(r"\W", "_", path) or node.name).lower()
         names[node] = f"{name}_{count[name]}" if count[name] else name
         count[name] += 1
     return names

@@ -11,6 +11,7 @@ keys that have changed are then the image's or the text's. Text that reaches the
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import sys
@@ -30,7 +31,7 @@ from tests.tiny_denoisers import FIRST_CALLS, first_call
 from tgate_compile._errors import TGateError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
-from tgate_compile.engine.halves import LATENTS_NAMES, is_time, latents_of, named_leaves
+from tgate_compile.engine.halves import LATENTS_NAMES, is_time, named_leaves
 from tgate_compile.passes.attention_core import FUSED, PRODUCT_OPERANDS, AttentionCore, attention_cores
 from tgate_compile.passes.find_sites import depends_on, innermost_call
 from tgate_compile.passes.graphs import Captured
@@ -122,7 +123,7 @@ class Tokens:
         times = {
             i
             for i, (name, leaf) in enumerate(zip(arguments, call.leaves, strict=True))
-            if torch.is_tensor(leaf) and is_time(name) and leaf.is_floating_point()
+            if torch.is_tensor(leaf) and is_time(name) and "indices" not in name
         }
         self.by_time = run(captured, _altered(call.leaves, times), frozen) if times else self.before
         self.texts = sorted({arguments[i] for i in texts})
@@ -156,7 +157,11 @@ _LATENTS = {*LATENTS_NAMES, "audio_hidden_states", "audio_latents"}
 def _altered(leaves: Iterable[Any], positions: Collection[int]) -> list[Any]:
     generator = torch.Generator().manual_seed(5)
     return [
-        leaf + 0.5 * torch.rand(leaf.shape, generator=generator).to(leaf) + 0.1 if i in positions else leaf
+        leaf
+        if i not in positions
+        else leaf + 0.5 * torch.rand(leaf.shape, generator=generator).to(leaf) + 0.1
+        if leaf.is_floating_point()
+        else leaf + 1
         for i, leaf in enumerate(leaves)
     ]
 
@@ -191,22 +196,24 @@ def facts_of(core: AttentionCore, tokens: Tokens) -> dict[str, Any]:
     facts = {
         "role": "joint" if asks[1] else "image to both",
         "text": place,
-        "streams": "double" if _joins(core.value, len(key_image)) else "single",
+        "streams": "double" if _joins(core.value, len(key_image), tokens.before) else "single",
     }
     if core.node.target in FUSED and asks[1]:
         facts["causal"] = not _text_sees_image(core, tokens, key_image, query_text)
+    if not asks[1] or facts.get("causal"):
+        # Whether the text's values are the same in all steps, so that keeping them loses nothing.
         facts["constant"] = not bool((tokens.rows(core.value, -2, tokens.by_time) & key_text).any())
     return facts
 
 
-def _joins(value: Node, length: int) -> bool:
+def _joins(value: Node, length: int, values: Mapping[Node, Any]) -> bool:
     """Return whether `value` is a concatenation along its tokens that comes after any product with weights."""
     seen, queue = {value}, [value]
     for node in queue:  # grows during the loop
-        result = node.meta.get("val")
-        if node.target is torch.ops.aten.cat.default and torch.is_tensor(result):
+        if node.target is torch.ops.aten.cat.default:
             dim = node.args[1] if len(node.args) > 1 else 0
-            if result.shape[dim] == length and all(part.meta["val"].shape[dim] < length for part in node.args[0]):
+            parts = [values[part].shape[dim] for part in node.args[0]]
+            if sum(parts) == length and max(parts) < length:
                 return True
         if node.target in PRODUCT_OPERANDS or node.target is torch.ops.aten.linear.default:
             continue
@@ -264,17 +271,16 @@ def row_of(name: str) -> dict[str, Any]:
         denoiser, args, kwargs = first_call(name)
     except KeyError as missing:
         return {"error": f"no tiny configuration ({missing})"}
+    with torch.no_grad():
+        denoiser(*args, **kwargs)  # so that an error of the capture is not one of the configuration
     call = Call.of(args, kwargs)
     args, kwargs = call.arguments
-    import inspect
-
     arguments = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
     names = {id(leaf): argument for argument, leaf in named_leaves(arguments)}
     try:
         captured = capture(denoiser, denoiser.forward, call, (), required=False)
     except TGateError as error:
-        return {"error": str(error)}
-    latents_of(arguments)
+        return {"error": str(error).partition("\n")[0][:300]}
     tokens = Tokens(captured, call, names)
     streams = parameters(captured, tokens)
     return {
@@ -291,6 +297,7 @@ def main() -> None:
     given = parser.parse_args().names
     warnings.simplefilter("ignore")
     known = json.loads(RESULT.read_text(encoding="utf-8"))["denoisers"] if RESULT.exists() else {}
+    known = {name: row for name, row in known.items() if name in FIRST_CALLS}
     for name in given or sorted(FIRST_CALLS):
         began = time.perf_counter()
         known[name] = row_of(name)

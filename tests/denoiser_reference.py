@@ -27,6 +27,7 @@ class OneCall:
             such an argument do, except the `alternating` ones.
         alternating: names of the tensors in these arguments whose rows alternate between the halves.
         kept: 0 or 1, the position of the half that is computed after the gate.
+        further: whether a step has further calls for one half, which repeat the prediction from the gate on.
         listed: names of the halved arguments that are lists with an entry for each row.
         other_dims: halved arguments that have the batch in another dimension than the first.
     """
@@ -40,9 +41,13 @@ class OneCall:
         halved: Collection[str] = (),
         alternating: Collection[str] = (),
         kept: int = 0,
+        further: bool = False,
         listed: Collection[str] = (),
         other_dims: Mapping[str, int] | None = None,
     ) -> None:
+        self.further = further
+        self.kept_result: Any = None
+        self.rows = 0  # of a call with both halves
         self.listed = listed
         self.other_dims = other_dims or {}
         self.original = denoiser.forward
@@ -57,13 +62,18 @@ class OneCall:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the denoiser's forward."""
+        rows = len(kwargs["hidden_states"]) if self.further else self.rows
+        self.rows = max(rows, self.rows)
+        if rows < self.rows:
+            return self.original(*args, **kwargs) if self.step < self.gate else self.kept_result
         self.step += 1
         if self.step < self.gate or not self.guided:
             return self.original(*args, **kwargs)
         given = self.signature.bind(*args, **kwargs).arguments
         halves = {name: self._half(name, value) if name in self.halved else value for name, value in given.items()}
         assert halves.keys() >= set(self.halved)
-        doubled = tuple(map(_twice, self.original(**{**halves, "return_dict": False})))
+        self.kept_result = self.original(**{**halves, "return_dict": False})
+        doubled = tuple(map(_twice, self.kept_result))
         return doubled if given.get("return_dict") is False else Transformer2DModelOutput(sample=doubled[0])
 
     def attention(self, name: str, output: torch.Tensor) -> torch.Tensor:

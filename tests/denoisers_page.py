@@ -8,18 +8,21 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils import DummyObject
 
 from tests.denoiser_cases import CASES, SIBLINGS
+from tests.tiny_joint import JOINT
 from tgate_compile.engine.families import DENOISER_NAMES, FAMILIES, Family, refusal
 from tgate_compile.engine.unsupported import (
     JOINT_ATTENTION,
@@ -29,8 +32,11 @@ from tgate_compile.engine.unsupported import (
     REFUSED,
     REFUSED_BASES,
     REFUSED_DENOISERS,
+    UNCACHED_DENOISERS,
 )
 
+#: What `denoiser_map.py` has found.
+MAP = Path(__file__).parent.parent / "docs" / "results" / "denoisers.json"
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "denoisers.md"
 
 #: Classes that are run in `test_pipelines.py`, and by which test.
@@ -49,7 +55,11 @@ IN_TEST_PIPELINES: Mapping[str, str] = {
 IN_TEST_DENOISERS = {name.split(",")[0] for name in (*CASES, *SIBLINGS)}
 #: The same for `test_more_pipelines.py` and `test_halves.py`.
 IN_TEST_MORE = {"Kandinsky3Pipeline", "SemanticStableDiffusionPipeline"}
-TESTED = IN_TEST_PIPELINES.keys() | IN_TEST_DENOISERS | IN_TEST_MORE
+#: The same for `test_joint_guidance.py`.
+IN_TEST_JOINT = set(JOINT)
+TESTED = IN_TEST_PIPELINES.keys() | IN_TEST_DENOISERS | IN_TEST_MORE | IN_TEST_JOINT
+#: Denoisers of which only guidance can be dropped.
+GUIDANCE_ONLY = JOINT_ATTENTION | UNCACHED_DENOISERS.keys()
 
 #: The cached attentions of each denoiser; the others have an `attn2` in every transformer block.
 CACHED: Mapping[str, str] = {
@@ -127,7 +137,7 @@ def _is_denoiser(parameter: str) -> bool:
 def lists_of(pipeline: type) -> list[str]:
     """Return the lists that contain `pipeline`: tested, recognized, refused, not denoising. It should be one."""
     name = pipeline.__name__
-    by_denoiser = [d for d in denoisers_of(pipeline) if d in JOINT_ATTENTION or d in REFUSED_DENOISERS]
+    by_denoiser = [d for d in denoisers_of(pipeline) if d in REFUSED_DENOISERS]
     return [
         *(["tested" if name in TESTED else "recognized"] if name in FAMILIES else []),
         *(["refused"] if by_denoiser or refusal(pipeline) is not None else []),
@@ -143,7 +153,14 @@ def guidance(family: Family) -> str:
     if family.unguided:
         return "no halves"
     if family.calls:
-        return f"two calls, {' then '.join(family.calls)}"
+        calls = f"two calls, {' then '.join(family.calls)}"
+        if family.guiders:
+            return f"{calls}, by a guider"
+        return f"{calls}, with a negative prompt and `{family.scale}`" if family.negative else calls
+    if family.further:
+        return f"one call, [{'; '.join(family.order)}], and further calls"
+    if family.listed:
+        return f"one call, a list of [{'; '.join(family.order)}]"
     per_frame = "the text and the residuals" if len(family.repeated) > 1 else "the text"
     return "".join(
         (
@@ -162,6 +179,8 @@ def continues(family: Family) -> str:
 def gated_table() -> str:
     rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name in sorted(FAMILIES.keys() & pipeline_classes().keys()):
+        if GUIDANCE_ONLY & set(denoisers_of(pipeline_classes()[name])):
+            continue
         # The last one if there are several: `UNetMotionModel`, which is made from the other.
         denoiser = denoisers_of(pipeline_classes()[name])[-1]
         rows[denoiser, guidance(FAMILIES[name]), continues(FAMILIES[name])].append(name)
@@ -189,14 +208,97 @@ def refused_table() -> str:
 
 
 def joint_table() -> str:
-    by_denoiser: dict[str, list[str]] = {name: [] for name in sorted(JOINT_ATTENTION)}
+    rows: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, cls in sorted(pipeline_classes().items()):
-        for denoiser in set(denoisers_of(cls)) & JOINT_ATTENTION:
-            by_denoiser[denoiser].append(name)
-    for name, denoiser in MODULAR_REFUSED.items():
-        if denoiser in JOINT_ATTENTION:
-            by_denoiser[denoiser].append(name)
-    return _table(("denoiser", "pipelines"), [(f"`{name}`", _names(of)) for name, of in by_denoiser.items()])
+        for denoiser in set(denoisers_of(cls)) & GUIDANCE_ONLY:
+            if name in FAMILIES:
+                rows[denoiser, guidance(FAMILIES[name])].append(name)
+    body = [
+        (f"`{denoiser}`", arrives, _names(n for n in names if n in TESTED), _names(n for n in names if n not in TESTED))
+        for (denoiser, arrives), names in sorted(rows.items(), key=lambda row: (row[0][0].lower(), row[0]))
+    ]
+    return _table(("denoiser", "how guidance arrives", "tested", "recognized"), body)
+
+
+@functools.cache
+def denoiser_classes() -> frozenset[str]:
+    """Return the names of all denoiser classes: those that a pipeline, or a modular one, is made for."""
+    named = {name for cls in pipeline_classes().values() for name in denoisers_of(cls)}
+    return frozenset(named | set(MODULAR_REFUSED.values())) - {"OnnxRuntimeModel"}
+
+
+def map_table() -> str:
+    found = json.loads(MAP.read_text(encoding="utf-8"))["denoisers"]
+    body = [
+        (
+            f"`{name}`",
+            *_found(found.get(name, NOT_MAPPED)),
+            _arrivals(name),
+            status_of(name, found.get(name, NOT_MAPPED)),
+        )
+        for name in sorted(denoiser_classes(), key=str.lower)
+    ]
+    return _table(("denoiser", "attentions", "parameters (10⁹)", "how guidance arrives", "status"), body)
+
+
+NOT_MAPPED: Mapping[str, Any] = {"error": "no tiny configuration could be made"}
+
+
+def status_of(name: str, row: Mapping[str, Any]) -> str:
+    """Return what can be done with a denoiser: gated, guidance only, or the reason why nothing can."""
+    families = [FAMILIES[n] for n, cls in pipeline_classes().items() if n in FAMILIES and name in denoisers_of(cls)]
+    roles = {attention["role"] for attention in row.get("attentions", [])}
+    reasons = {
+        NOT_DENOISING.get(n) or REFUSED.get(n) for n, cls in pipeline_classes().items() if name in denoisers_of(cls)
+    }
+    reason = REFUSED_DENOISERS.get(name) or next((each for each in sorted(filter(None, reasons))), None)
+    if families and name not in GUIDANCE_ONLY:
+        return "gated"
+    if families:
+        return "guidance only"
+    if reason is not None:
+        return reason.partition(". What works")[0]
+    if roles & {"joint", "image to both"} or name in JOINT_ATTENTION:
+        return "only in modular pipelines, which have no cross-attention to cache"
+    return "no pipeline of its own"
+
+
+def _arrivals(name: str) -> str:
+    kinds = {
+        guidance(FAMILIES[n]) for n, cls in pipeline_classes().items() if n in FAMILIES and name in denoisers_of(cls)
+    }
+    return "; ".join(sorted(kinds)) or "-"
+
+
+def _found(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the attentions of a denoiser and its parameters, in words."""
+    if "error" in row:
+        reason = row["error"].partition("torch.export (")[2][:100].partition(" (")[0].partition(". ")[0]
+        return (f"cannot be captured: {reason}" if reason else row["error"]), "-"
+    kinds = Counter[str]()
+    for attention in row["attentions"]:
+        kinds[_kind(attention)] += attention["count"]
+    attentions = "; ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+    sizes = row["parameters"]
+    if not sizes:
+        return attentions, "-"
+    shown = {"image": "image", "text": "text", "both": "both", "conditioning": "conditioning"}
+    parts = [f"{shown[stream]} {sizes[stream] / 1e9:.2f}" for stream in shown if sizes.get(stream, 0) >= 5e6]
+    return attentions, ", ".join(parts) or f"{sum(sizes.values()) / 1e9:.2f}"
+
+
+def _kind(attention: Mapping[str, Any]) -> str:
+    role = str(attention["role"])
+    if role not in ("joint", "image to both"):
+        return role
+    kind = f"joint ({attention['streams']} stream, text {attention['text']}"
+    if role == "image to both":
+        kind += ", text not updated"
+    if attention.get("causal"):
+        kind += ", causal"
+    if attention.get("constant"):
+        kind += ", text constant"
+    return kind + ")"
 
 
 def not_denoising_table() -> str:
@@ -211,8 +313,10 @@ def modular_table() -> str:
     for name, like in MODULAR.items():
         by_status[f"the denoiser of `{like}`"].append(name)
     for name, denoiser in MODULAR_REFUSED.items():
-        if denoiser not in JOINT_ATTENTION:
-            reason = REFUSED_DENOISERS[denoiser].partition(". What works")[0]
+        if denoiser in JOINT_ATTENTION:
+            by_status["joint attention: only guidance can be dropped"].append(name)
+        else:
+            reason = {**REFUSED_DENOISERS, **UNCACHED_DENOISERS}[denoiser].partition(". What works")[0]
             by_status[f"refused, `{denoiser}`: {reason}"].append(name)
     return _table(("denoiser", "modular pipelines"), [(what, _names(names)) for what, names in by_status.items()])
 
@@ -221,6 +325,7 @@ TABLES = {
     "gated": gated_table,
     "refused": refused_table,
     "joint attention": joint_table,
+    "map": map_table,
     "not denoising": not_denoising_table,
     "modular": modular_table,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,7 +35,13 @@ def expected_of(case: Joint, pipe: Any, call: dict[str, Any]) -> torch.Tensor:
     reference: OneCall | TwoCalls
     if case.guidance == "batch":
         reference = OneCall(
-            denoiser, GATE, halved=case.halved, kept=case.kept, listed=case.listed, other_dims=case.other_dims
+            denoiser,
+            GATE,
+            halved=case.halved,
+            kept=case.kept,
+            further=case.further,
+            listed=case.listed,
+            other_dims=case.other_dims,
         )
     else:
         reference = TwoCalls(denoiser, GATE, guided=lambda: True)
@@ -67,3 +74,73 @@ def test_guidance_ends(name: str) -> None:
     if case.off is not None:
         unguided = run(pipe, **{**call, **case.off})
         assert torch.equal(unguided, run(tgate_compile.restore(pipe), **{**call, **case.off}))
+
+
+@pytest.mark.parametrize("name", ["QwenImagePipeline", pytest.param("ZImagePipeline", marks=pytest.mark.heavy)])
+def test_several_images_for_each_prompt(name: str) -> None:
+    case = JOINT[name]
+    pipe, call = case.build(), {**case.call(1), "num_images_per_prompt": 2}
+    expected = expected_of(case, pipe, call)
+    assert_same(run(optimized(pipe), **call), expected)
+
+
+def test_layers_that_guidance_skips() -> None:
+    """Skip-layer guidance makes a further prediction in each step, and ends with the rest of guidance."""
+    case = JOINT["StableDiffusion3Pipeline"]
+    skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1, "skip_layer_guidance_stop": 1.0}
+    pipe, call = case.build(), {**case.call(1), **skipping}
+    plain = run(pipe, **call)
+    assert_differ(plain, run(pipe, **case.call(1)))
+    expected = expected_of(dataclasses.replace(case, further=True), pipe, call)
+    assert_differ(expected, plain)
+    assert_same(run(optimized(pipe), **call), expected)
+
+
+def test_guidance_that_the_pipeline_itself_ends() -> None:
+    """Lumina 2 has no second call once a fraction of the steps is over."""
+    pipe, call = JOINT["Lumina2Pipeline"].build(), JOINT["Lumina2Pipeline"].call(1)
+    call["cfg_trunc_ratio"] = 0.5
+    plain = run(pipe, **call)
+    assert torch.equal(run(optimized(pipe, STEPS), **call), plain)
+    assert tgate_compile.describe(pipe).strip == "Fff"
+
+
+def test_nothing_to_drop_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    pipe, call = JOINT["Flux2Pipeline"].build(), JOINT["Flux2Pipeline"].call(1)
+    optimized(pipe)
+    for _ in range(2):
+        run(pipe, **call)
+    said = [record.message for record in caplog.records if "no guidance to drop" in record.message]
+    assert len(said) == 1
+    assert "takes the guidance scale as an input" in said[0]
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxKontextPipeline"])
+def test_guidance_ends_by_likeness(name: str) -> None:
+    """The likeness is that of the predictions for the image, without the tokens of a reference image."""
+    case = JOINT[name]
+    pipe, call = case.build(), case.call(1)
+    likeness: list[float] = []
+    halves: list[torch.Tensor] = []
+    forward = pipe.transformer.forward
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        halves.extend(result[0].chunk(2) if case.guidance == "batch" else [result[0]])
+        if len(halves) == 2:
+            first, second = (half[:, :16].flatten() for half in halves)
+            likeness.append(float(torch.cosine_similarity(first, second, dim=0)))
+            halves.clear()
+        return result
+
+    pipe.transformer.forward = watch
+    run(pipe, **call)
+    del pipe.transformer.forward
+    assert len(likeness) == STEPS
+    order = sorted(likeness)
+    # Guidance ends after the first step at which the threshold is reached.
+    threshold = (order[0] + order[-1]) / 2
+    guided = next(step for step, value in enumerate(likeness) if value >= threshold) + 1
+    tgate_compile.optimize(pipe, tgate_compile.AdaptiveGuidance(similarity=threshold), backend="eager")
+    run(pipe, **call)
+    assert tgate_compile.describe(pipe).strip == "F" * guided + "f" * (STEPS - guided)

@@ -1,6 +1,6 @@
 """Every pipeline class of the installed diffusers is in exactly one list, and every listed class exists.
 
-A failure after an upgrade of diffusers shows what is new: read the class, and add a row for it in `_families.py`.
+A failure after an upgrade of diffusers shows what is new: read the class, and add a row for it in `engine/families.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import diffusers
 import pytest
 from packaging.version import Version
 
-from tests.denoisers_page import lists_of, modular_classes, pipeline_classes, unavailable
+from tests.denoisers_page import GUIDANCE_ONLY, lists_of, modular_classes, pipeline_classes, unavailable
 from tgate_compile.engine.families import FAMILIES
 from tgate_compile.engine.unsupported import (
-    JOINT_ATTENTION,
     MODULAR,
     MODULAR_REFUSED,
     NOT_DENOISING,
@@ -49,7 +48,7 @@ def test_every_modular_pipeline_is_in_one_list() -> None:
     assert not MODULAR.keys() & MODULAR_REFUSED.keys()
     assert modular_classes().keys() - unavailable() == (MODULAR.keys() | MODULAR_REFUSED.keys()) - unavailable()
     assert set(MODULAR.values()) <= FAMILIES.keys()
-    assert set(MODULAR_REFUSED.values()) <= JOINT_ATTENTION | REFUSED_DENOISERS.keys()
+    assert set(MODULAR_REFUSED.values()) <= GUIDANCE_ONLY | REFUSED_DENOISERS.keys()
 
 
 def test_every_row_has_a_class() -> None:

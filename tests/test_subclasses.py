@@ -97,9 +97,17 @@ def test_denoisers_with_joint_attention_and_their_subclasses(model: Callable[[],
     assert has_joint_attention(model()) is joint
 
 
-def test_a_refused_denoiser_is_refused_in_every_pipeline() -> None:
-    denoiser = type("Mine", (diffusers.LTX2VideoTransformer3DModel,), {"__module__": "mine"})
-    reason = refusal(of_the_same_name("Mine"), denoiser)
+def test_a_denoiser_that_cannot_be_cached_has_guidance_to_drop() -> None:
+    pipeline, denoiser = of_the_same_name("Mine"), diffusers.LTX2VideoTransformer3DModel
+    reason = refusal(pipeline, denoiser)
     assert reason is not None
     assert "sound and video" in reason
+    assert refusal(pipeline, denoiser, caches_cross=False) is None
+
+
+def test_a_refused_denoiser_is_refused_in_every_pipeline() -> None:
+    denoiser = type("Mine", (diffusers.HeliosTransformer3DModel,), {"__module__": "mine"})
+    reason = refusal(of_the_same_name("Mine"), denoiser)
+    assert reason is not None
+    assert "in pieces" in reason
     assert refusal(of_the_same_name("Mine"), diffusers.WanTransformer3DModel) is None

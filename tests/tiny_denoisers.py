@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel
 
 from tests import tiny_pipelines, tiny_video
 from tests.denoiser_cases import CASES, SIBLINGS
@@ -49,6 +50,12 @@ def of_pipeline(pipe: Any, call: Mapping[str, Any], name: str = "transformer") -
 
 def _joint(name: str) -> Callable[[], FirstCall]:
     return lambda: of_pipeline(JOINT[name].build(), JOINT[name].call(1))
+
+
+def _without(make: Callable[[], FirstCall], *names: str) -> FirstCall:
+    """Return the first call without some of its arguments."""
+    denoiser, args, kwargs = make()
+    return denoiser, args, {name: value for name, value in kwargs.items() if name not in names}
 
 
 def _case(name: str) -> Callable[[], FirstCall]:
@@ -220,10 +227,22 @@ def _bria_fibo() -> dict[str, Any]:
     }
 
 
+def _glm() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(1, 4, 8, 8),
+        "encoder_hidden_states": _text(),
+        "prior_token_id": torch.arange(16)[None],
+        "prior_token_drop": torch.zeros(1, 16, dtype=torch.bool),
+        "timestep": _NOW,
+        "target_size": torch.tensor([[64.0, 64.0]]),
+        "crop_coords": torch.zeros(1, 2),
+    }
+
+
 def _flux_3() -> dict[str, Any]:
-    positions = torch.zeros(1, 16, 4)
+    positions = torch.zeros(16, 4)
     positions[..., 1], positions[..., 2] = torch.arange(16) // 4, torch.arange(16) % 4
-    words = torch.zeros(1, TOKENS, 4)
+    words = torch.zeros(TOKENS, 4)
     words[..., 3] = torch.arange(TOKENS)
     return {
         "hidden_states": _random(1, 16, 16),
@@ -242,6 +261,22 @@ def _animate() -> dict[str, Any]:
         "encoder_hidden_states_image": _random(1, 12, TEXT_DIM, seed=1),
         "pose_hidden_states": _random(1, 4, 20, 8, 8, seed=2),
         "face_pixel_values": _random(1, 3, 77, 16, 16, seed=3),
+    }
+
+
+def _animate_2() -> dict[str, Any]:
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    return {
+        "hidden_states": [_random(4, 2, 8, 8)],
+        "timestep": torch.tensor([1.0]),
+        "encoder_hidden_states": [_random(TOKENS, TEXT_DIM, seed=1)],
+        "condition_latents": [_random(8, 2, 8, 8, seed=2)],
+        "encoder_hidden_states_image": _random(1, 257, 1280, seed=3),
+        "kv_cache": WanAnimate2KVCache(2),
+        "kv_cache_mode": "extract",
+        "seq_len": 32,
+        "offset_grid_sizes": torch.tensor([[2, 4, 4]]),
     }
 
 
@@ -297,23 +332,35 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
     "ErnieImageTransformer2DModel": _joint("ErnieImagePipeline"),
     "Flux2Transformer2DModel": _joint("Flux2KleinPipeline"),
     "FluxTransformer2DModel": _joint("FluxPipeline"),
-    "GlmImageTransformer2DModel": _joint("GlmImagePipeline"),
+    "GlmImageTransformer2DModel": _direct("GlmImageTransformer2DModel", _glm),
     "HiDreamImageTransformer2DModel": _joint("HiDreamImagePipeline"),
     "HunyuanImageTransformer2DModel": _joint("HunyuanImagePipeline"),
     "HunyuanVideo15Transformer3DModel": _joint("HunyuanVideo15Pipeline"),
     "HunyuanVideoTransformer3DModel": _joint("HunyuanVideoPipeline"),
-    "JoyImageEditPlusTransformer3DModel": _joint("JoyImageEditPlusPipeline"),
+    "JoyImageEditPlusTransformer3DModel": _direct(
+        "JoyImageEditPlusTransformer3DModel",
+        lambda: {
+            "hidden_states": _random(1, 16, 4, 1, 2, 2),
+            "timestep": _NOW,
+            "encoder_hidden_states": _text(),
+            "encoder_hidden_states_mask": torch.ones(1, TOKENS, dtype=torch.bool),
+            "shape_list": [[(1, 4, 4)]],
+        },
+    ),
     "JoyImageEditTransformer3DModel": _joint("JoyImageEditPipeline"),
     "Kandinsky6Transformer3DModel": _joint("Kandinsky6TI2VAPipeline"),
     "Krea2Transformer2DModel": _joint("Krea2Pipeline"),
-    "LongCatImageTransformer2DModel": _joint("LongCatImagePipeline"),
+    "LongCatImageTransformer2DModel": _direct(
+        "LongCatImageTransformer2DModel",
+        lambda: {key: value for key, value in _bria_fibo().items() if key != "text_encoder_layers"},
+    ),
     "Lumina2Transformer2DModel": _joint("Lumina2Pipeline"),
     "MochiTransformer3DModel": _joint("MochiPipeline"),
     "MotifVideoTransformer3DModel": _joint("MotifVideoPipeline"),
     "NucleusMoEImageTransformer2DModel": _joint("NucleusMoEImagePipeline"),
     "OvisImageTransformer2DModel": _joint("OvisImagePipeline"),
     "PRXTransformer2DModel": _joint("PRXPipeline"),
-    "QwenImage21Transformer2DModel": _joint("QwenImage21Pipeline"),
+    "QwenImage21Transformer2DModel": lambda: _without(_joint("QwenImage21Pipeline"), "kv_cache", "kv_cache_mode"),
     "QwenImageTransformer2DModel": _joint("QwenImagePipeline"),
     "SD3Transformer2DModel": _joint("StableDiffusion3Pipeline"),
     "ZImageTransformer2DModel": _joint("ZImagePipeline"),
@@ -481,21 +528,6 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
         layers_per_block=1,
         norm_num_groups=8,
     ),
-    "I2VGenXLUNet": _direct(
-        "I2VGenXLUNet",
-        lambda: {
-            "sample": _random(1, 4, 3, 8, 8),
-            "timestep": _NOW,
-            "fps": torch.tensor([16]),
-            "image_latents": _random(1, 4, 3, 8, 8, seed=1),
-            "image_embeddings": _random(1, TEXT_DIM, seed=2),
-            "encoder_hidden_states": _text(),
-        },
-        **{key: value for key, value in _SMALL_UNET.items() if key != "attention_head_dim"},
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        num_attention_heads=2,
-    ),
     "Kandinsky3UNet": _direct(
         "Kandinsky3UNet",
         lambda: _unet(encoder_attention_mask=torch.ones(1, TOKENS)),
@@ -506,6 +538,158 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
         block_out_channels=(16, 32),
         cross_attention_dim=4,
         encoder_hid_dim=TEXT_DIM,
+    ),
+    "AudioLDM2UNet2DConditionModel": _direct(
+        "AudioLDM2UNet2DConditionModel",
+        lambda: _unet(encoder_hidden_states_1=_random(1, 5, TEXT_DIM, seed=3)),
+        **{**_SMALL_UNET, "cross_attention_dim": ((TEXT_DIM, TEXT_DIM), (TEXT_DIM, TEXT_DIM))},
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ),
+    "DreamLiteUNetModel": _direct(
+        "DreamLiteUNetModel",
+        _unet,
+        **{**_SMALL_UNET, "block_out_channels": (32, 32, 64), "attention_head_dim": 8},
+    ),
+    "Kandinsky6SRTransformer3DModel": _direct(
+        "Kandinsky6SRTransformer3DModel",
+        lambda: {"hidden_states": _random(1, 2, 8, 8, 9), "timestep": _NOW},
+        in_visual_dim=4,
+        out_visual_dim=4,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_visual_blocks=2,
+        axes_dims=ROPE,
+    ),
+    "StableAudio3DiTModel": _direct(
+        "StableAudio3DiTModel",
+        lambda: {
+            "hidden_states": _random(1, 8, 16),
+            "timestep": torch.tensor([0.5]),
+            "encoder_hidden_states": _text(),
+            "global_hidden_states": _random(1, 12, seed=1),
+        },
+        io_channels=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        cond_token_dim=TEXT_DIM,
+        global_cond_dim=12,
+        local_add_cond_dim=5,
+        timestep_features_dim=16,
+        ff_mult=2,
+        num_memory_tokens=3,
+        use_differential_attention=False,
+    ),
+    "Transformer2DModel": _direct(
+        "Transformer2DModel",
+        lambda: {
+            "hidden_states": torch.arange(16)[None] % 8,
+            "encoder_hidden_states": _text(),
+            "timestep": torch.tensor(5),
+        },
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        sample_size=4,
+        num_vector_embeds=8,
+        num_embeds_ada_norm=8,
+        cross_attention_dim=TEXT_DIM,
+    ),
+    "UNet1DModel": _direct(
+        "UNet1DModel",
+        lambda: {"sample": _random(1, 14, 16), "timestep": torch.tensor([5])},
+        block_out_channels=(8, 8, 16, 16),
+        in_channels=14,
+        out_channels=14,
+        time_embedding_type="positional",
+        use_timestep_embedding=True,
+        out_block_type="OutConv1DBlock",
+        flip_sin_to_cos=False,
+        freq_shift=1.0,
+        mid_block_type="MidResTemporalBlock1D",
+        down_block_types=("DownResnetBlock1D",) * 4,
+        up_block_types=("UpResnetBlock1D",) * 3,
+        act_fn="swish",
+    ),
+    "UNetControlNetXSModel": _direct(
+        "UNetControlNetXSModel",
+        lambda: {**_unet(), "controlnet_cond": _random(1, 3, 2 * LATENT_SIZE, 2 * LATENT_SIZE, seed=4)},
+        sample_size=LATENT_SIZE,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(4, 8),
+        cross_attention_dim=TEXT_DIM,
+        transformer_layers_per_block=1,
+        num_attention_heads=2,
+        norm_num_groups=4,
+        ctrl_block_out_channels=[2, 4],
+        ctrl_num_attention_heads=4,
+        ctrl_max_norm_num_groups=2,
+        ctrl_conditioning_embedding_out_channels=(2, 2),
+    ),
+    "UVit2DModel": _direct(
+        "UVit2DModel",
+        lambda: {
+            "input_ids": torch.arange(16).view(1, 4, 4),
+            "encoder_hidden_states": _text(),
+            "pooled_text_emb": _random(1, TEXT_DIM, seed=1),
+            "micro_conds": torch.ones(1, 5),
+        },
+        hidden_size=32,
+        cond_embed_dim=TEXT_DIM,
+        micro_cond_encode_dim=8,
+        micro_cond_embed_dim=5 * 8,
+        encoder_hidden_size=TEXT_DIM,
+        vocab_size=32,
+        codebook_size=32,
+        in_channels=32,
+        block_out_channels=32,
+        num_res_blocks=1,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        block_num_heads=2,
+        intermediate_size=32,
+        sample_size=4,
+    ),
+    "WanAnimate2Transformer3DModel": _direct(
+        "WanAnimate2Transformer3DModel",
+        _animate_2,
+        text_len=16,
+        in_dim=12,
+        dim=32,
+        ffn_dim=32,
+        freq_dim=16,
+        text_dim=TEXT_DIM,
+        out_dim=4,
+        num_heads=2,
+        num_layers=2,
+    ),
+    "UniDiffuserModel": lambda: (
+        seeded(
+            lambda: UniDiffuserModel(
+                text_dim=TEXT_DIM,
+                clip_img_dim=8,
+                num_text_tokens=TOKENS,
+                num_attention_heads=2,
+                attention_head_dim=4,
+                in_channels=4,
+                out_channels=4,
+                num_layers=3,
+                sample_size=8,
+                patch_size=2,
+                norm_num_groups=1,
+            )
+        ),
+        (),
+        {
+            "latent_image_embeds": _random(1, 4, 8, 8),
+            "image_embeds": _random(1, 1, 8, seed=1),
+            "prompt_embeds": _text(),
+            "timestep_img": torch.tensor([500]),
+            "timestep_text": torch.tensor([0]),
+        },
     ),
 }
 

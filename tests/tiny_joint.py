@@ -41,6 +41,7 @@ class Joint:
         kept: the position of the prompt's half in a batch.
         off: the arguments that switch guidance off.
         prompts: the largest number of prompts that diffusers' own pipeline can be called with.
+        further: whether a step has further calls, for predictions that guidance moves away from.
         listed: see `OneCall`.
         other_dims: see `OneCall`.
     """
@@ -52,6 +53,7 @@ class Joint:
     kept: int = 1
     off: Mapping[str, Any] | None = None
     prompts: int = 2
+    further: bool = False
     listed: tuple[str, ...] = ()
     other_dims: Mapping[str, int] | None = None
 
@@ -67,7 +69,15 @@ def assembled(name: str, scheduler: Any = None, **parts: Any) -> Any:
 
 def model(name: str, seed: int = 0, **config: Any) -> Any:
     """Return the denoiser class `name` with a tiny configuration, which `config` changes."""
-    return seeded(lambda: getattr(diffusers, name)(**{**CONFIGS[name], **config}), seed)
+
+    def build() -> Any:
+        denoiser = getattr(diffusers, name)(**{**CONFIGS[name], **config})
+        for path, parameter in denoiser.named_parameters():
+            if "experts." in path and parameter.ndim == 3:
+                torch.nn.init.normal_(parameter, std=0.1)  # allocated without values
+        return denoiser
+
+    return seeded(build, seed)
 
 
 _HEADS: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -601,6 +611,10 @@ class TextProcessor(ProcessorMixin):  # type: ignore[misc]
     attributes = ["tokenizer"]  # noqa: RUF012
     tokenizer_class = "CLIPTokenizer"
 
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return a batch, as processors of images and text do."""
+        return [super().apply_chat_template(*args, **kwargs)]
+
 
 def _processor() -> Any:
     template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
@@ -850,13 +864,15 @@ JOINT: dict[str, Joint] = {
     ),
     "QwenImageEditInpaintPipeline": Joint(
         _of("QwenImageEditInpaintPipeline", "QwenImageTransformer2DModel", parts={"vae": _qwen_vae}),
-        _with(_qwen_call, **_EDIT),
+        _with(_qwen_call, **_EDIT, true_cfg_scale=60.0),
         "calls",
+        prompts=1,
     ),
     "QwenImageEditPlusPipeline": Joint(
         _of("QwenImageEditPlusPipeline", "QwenImageTransformer2DModel", parts={"vae": _qwen_vae}),
         _with(_qwen_call, image=picture),
         "calls",
+        prompts=1,
     ),
     "QwenImage21Pipeline": Joint(
         _of("QwenImage21Pipeline", "QwenImage21Transformer2DModel", parts={"processor": _processor}),
@@ -954,11 +970,6 @@ JOINT: dict[str, Joint] = {
         "calls",
     ),
     "Krea2Pipeline": Joint(_of("Krea2Pipeline", "Krea2Transformer2DModel"), _krea_call, "calls"),
-    "LongCatImagePipeline": Joint(
-        _of("LongCatImagePipeline", "LongCatImageTransformer2DModel"),
-        _with(_plain_call, enable_prompt_rewrite=False),
-        "calls",
-    ),
     "Lumina2Pipeline": Joint(_of("Lumina2Pipeline", "Lumina2Transformer2DModel"), _masked_call, "calls"),
     "NucleusMoEImagePipeline": Joint(
         _of("NucleusMoEImagePipeline", "NucleusMoEImageTransformer2DModel"),
@@ -1015,6 +1026,28 @@ JOINT: dict[str, Joint] = {
         lambda batch: {**_two_encoders_call(batch), "height": 16, "width": 16, "num_frames": 5},
         "calls",
     ),
+    "LTX2Pipeline": Joint(
+        lambda: _ltx_2(),
+        lambda batch: {
+            **texts(batch, masks="{}_attention_mask", mask=torch.long),
+            **video_of(9),
+            "guidance_scale": 8.0,
+            "spatio_temporal_guidance_blocks": [1],
+        },
+        halved=(
+            "hidden_states",
+            "audio_hidden_states",
+            "encoder_hidden_states",
+            "audio_encoder_hidden_states",
+            "timestep",
+            "sigma",
+            "encoder_attention_mask",
+            "audio_encoder_attention_mask",
+            "video_coords",
+            "audio_coords",
+        ),
+        further=True,
+    ),
     "MochiPipeline": Joint(
         _of("MochiPipeline", "MochiTransformer3DModel"),
         lambda batch: {**texts(batch, masks="{}_attention_mask"), **video_of(7), "guidance_scale": 8.0},
@@ -1031,6 +1064,63 @@ JOINT: dict[str, Joint] = {
         "calls",
     ),
 }
+
+
+def _ltx_2() -> Any:
+    """Return LTX-2, which makes two further predictions in a step: with blocks skipped, and with modalities apart."""
+    connectors = seeded(
+        lambda: diffusers.pipelines.ltx2.connectors.LTX2TextConnectors(
+            caption_channels=TEXT_DIM,
+            text_proj_in_factor=1,
+            video_connector_num_attention_heads=4,
+            video_connector_attention_head_dim=8,
+            video_connector_num_layers=1,
+            video_connector_num_learnable_registers=None,
+            audio_connector_num_attention_heads=4,
+            audio_connector_attention_head_dim=8,
+            audio_connector_num_layers=1,
+            audio_connector_num_learnable_registers=None,
+            connector_rope_base_seq_len=32,
+            rope_theta=10000.0,
+            rope_double_precision=False,
+            causal_temporal_positioning=False,
+        ),
+        3,
+    )
+    transformer = model("LTX2VideoTransformer3DModel", audio_in_channels=4, audio_out_channels=4)
+    audio_vae = seeded(
+        lambda: diffusers.AutoencoderKLLTX2Audio(
+            base_channels=4,
+            ch_mult=(1,),
+            num_res_blocks=1,
+            attn_resolutions=None,
+            resolution=32,
+            latent_channels=2,
+            norm_type="pixel",
+            causality_axis="height",
+            mid_block_add_attention=False,
+            mel_bins=8,
+        ),
+        4,
+    )
+    vae = seeded(
+        lambda: diffusers.AutoencoderKLLTX2Video(
+            latent_channels=8,
+            block_out_channels=(8,),
+            decoder_block_out_channels=(8,),
+            layers_per_block=(1,),
+            decoder_layers_per_block=(1, 1),
+            spatio_temporal_scaling=(True,),
+            decoder_spatio_temporal_scaling=(True,),
+            decoder_inject_noise=(False, False),
+            downsample_type=("spatial",),
+            upsample_residual=(False,),
+            upsample_factor=(1,),
+            patch_size=1,
+        ),
+        5,
+    )
+    return assembled("LTX2Pipeline", transformer=transformer, connectors=connectors, audio_vae=audio_vae, vae=vae)
 
 
 def _sd3_controlnet(name: str, **config: Any) -> Any:

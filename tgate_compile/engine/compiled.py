@@ -176,30 +176,6 @@ class CompiledVariant:
         return pytree.tree_unflatten(outputs, self.captured.out_spec)
 
 
-class Uncaptured:
-    """The denoiser itself, for a phase that needs no graph since it caches nothing.
-
-    It takes the place of a graph if the denoiser cannot be captured: guidance can still be dropped.
-    """
-
-    emitted: tuple[Emission, ...] = ()
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward
-        self._spec: pytree.TreeSpec | None = None
-
-    def run(
-        self, call: Call, caches: CachedValues, early: EarlyValues
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        args, kwargs = call.arguments
-        outputs, self._spec = pytree.tree_flatten(self._forward(*args, **kwargs))
-        return outputs, []
-
-    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
-        assert self._spec is not None
-        return pytree.tree_unflatten(outputs, self._spec)
-
-
 class Compiler(Protocol):
     """Compiles a variant for weights and inputs like those given (`engine/trust.py`)."""
 

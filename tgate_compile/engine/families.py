@@ -44,8 +44,8 @@ class Family:
         only: the only half that can be kept once guidance has stopped; None if either can.
         second: the component that denoises the timesteps below the boundary, if there are two denoisers.
         boundary: the name of the pipeline setting that holds the boundary, as a fraction of the training timesteps.
-        scale: the argument of the call that scales guidance, for a class without `do_classifier_free_guidance`, or whose
-            guidance also needs a negative prompt.
+        scale: the argument of the call that scales guidance, for a class without `do_classifier_free_guidance`, or
+            whose guidance also needs a negative prompt.
         negative: the arguments that stand for a negative prompt if they are all given, besides `negative_prompt`; if
             there are any, guidance is on only with a negative prompt.
         until: the argument of the call that holds the fraction of the steps after which guidance is off.
@@ -54,8 +54,8 @@ class Family:
         batch_dims: the inputs that have the batch in another dimension than the first, with that dimension.
         last_tokens: whether the prediction is in the last of the tokens that the denoiser returns, not in the first.
         prepares: whether calls of the denoiser before the scheduler's timesteps are set are not part of the loop.
-        further: whether there may be further calls of a timestep after that of both halves, for predictions that guidance
-            moves away from (layers skipped, modalities isolated): their difference to the prompt's is added.
+        further: whether there may be further calls of a timestep after that of both halves, for predictions that
+            guidance moves away from (layers skipped, modalities isolated): their difference to the prompt's is added.
         unguided: whether there are never two halves. `guidance_scale`, if the call has one, is then an input of the
             denoiser, which has been distilled with it.
     """

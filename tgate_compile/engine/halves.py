@@ -316,24 +316,26 @@ def shared_rows(
     raise UnsupportedModelError(MSG_ROWS.format(shapes=names))
 
 
-def similarity(prediction: torch.Tensor, sample: torch.Size, *, last_tokens: bool = False) -> float:
-    """Return the smallest cosine similarity in the batch of the halves of `prediction`, [2B, ...].
+def similarity(uncond: torch.Tensor, cond: torch.Tensor, sample: torch.Size, *, last_tokens: bool = False) -> float:
+    """Return the smallest cosine similarity in the batch of the halves' predictions, [B, ...] each.
 
     Source: arXiv 2312.12487, equation 7.
 
     Args:
-        prediction: the halves, [uncond; cond].
-        sample: the shape of the latents, [B, ...]. What the prediction has beyond their sizes is no part of it: a
-            learned variance, or tokens of reference images.
-        last_tokens: whether the prediction is in the last of its tokens.
+        uncond: the prediction for the negative prompt.
+        cond: the prediction for the prompt.
+        sample: the shape of the latents, [B, ...]. What a denoiser returns beyond their sizes is not compared: a
+            learned variance, or tokens of the text or of reference images.
+        last_tokens: whether the prediction is in the last of the tokens that the denoiser returns.
     """
-    if prediction.ndim == len(sample):
+
+    def predicted(half: torch.Tensor) -> torch.Tensor:
         for dim, size in enumerate(sample[1:], 1):
-            if prediction.shape[dim] > size:
-                start = prediction.shape[dim] - size if last_tokens else 0
-                prediction = prediction.narrow(dim, start, size)
-    uncond, cond = prediction.float().flatten(1).chunk(2)
-    return float(torch.cosine_similarity(uncond, cond, dim=1).min())
+            if half.ndim == len(sample) and half.shape[dim] > size:
+                half = half.narrow(dim, half.shape[dim] - size if last_tokens else 0, size)
+        return half.float().flatten(1)
+
+    return float(torch.cosine_similarity(predicted(uncond), predicted(cond), dim=1).min())
 
 
 def leaves_at(call: Call, path: tuple[str, ...]) -> list[Any]:

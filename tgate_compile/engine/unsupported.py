@@ -96,8 +96,8 @@ _SECOND_NETWORK = (
 
 
 _OTHER_MODES = (
-    "depending on its mode it makes one to three denoiser calls in a step, with the text or the image replaced by noise, "
-    f"so it is not known which call is a guidance half. {_PLAIN}, or with fewer steps"
+    "depending on its mode it makes one to three denoiser calls in a step, with the text or the image replaced by "
+    f"noise, so it is not known which call is a guidance half. {_PLAIN}, or with fewer steps"
 )
 
 

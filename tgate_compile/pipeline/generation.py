@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from tgate_compile._errors import (
@@ -31,15 +30,14 @@ from tgate_compile.engine.halves import (
     one_half,
     rows_of,
     shared_rows,
-    similarity,
     timestep_of,
     uncertain_rows,
 )
 from tgate_compile.methods.method import Half, Kind, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, layout_of
-from tgate_compile.pipeline.loop import Loop
-from tgate_compile.pipeline.progress import Progress, StepCounter
+from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
+from tgate_compile.pipeline.progress import TAKE_NUMBERS, Progress, StepCounter, dtype_of_number
 from tgate_compile.pipeline.two_halves import TwoHalves
 
 logger = logging.getLogger(__name__)
@@ -75,19 +73,6 @@ MSG_GRADIENTS = (
     "{name!r} of the denoiser's call requires gradients (guidance by a loss, as in posterior sampling or CLIP "
     "guidance), which the optimized graphs do not compute. Detach it if no gradient is needed. " + INSTEAD
 )
-
-
-class Previewed(BaseException):
-    """Raised at the first denoiser call of a pipeline, to leave the pipeline's call with the denoiser's arguments.
-
-    It is not an error: it derives from BaseException so that no `except Exception` in a pipeline logs or stops it.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> None:
-        super().__init__()
-        self.denoiser_args = args
-        self.denoiser_kwargs = kwargs
-        self.guided = guided
 
 
 @dataclass(frozen=True)
@@ -177,8 +162,6 @@ class Generation:
         self._was_guided = False
         self._guidance_over = False
         self._dropped: tuple[Runnable, list[torch.Tensor]] | None = None  # the result of a step without its guidance
-        # The predictions of a guided step and the shape of its latents, until the scheduler steps.
-        self._compared: tuple[torch.Tensor, torch.Size] | None = None
         self._halves = TwoHalves(loop, family, scheduler)
         self._shared: frozenset[int] | None = None  # positions of tensors that both halves share, once determined
         self._finished = False
@@ -205,7 +188,7 @@ class Generation:
         self._caches.clear()
         self.early.clear()
         self._halves.free()
-        self._first_call = self._compared = self._dropped = None
+        self._first_call = self._dropped = None
         if self.steps:
             logger.info("%s ran %s", type(self._store.denoiser).__name__, strip_of(self.steps))
 
@@ -275,10 +258,10 @@ class Generation:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the call with its timestep as a tensor; a number would become a constant of the graph."""
         given = arguments.get("timestep")
-        dtype = _dtype_of_number(given)
+        dtype = dtype_of_number(given)
         kind = type(self._store.denoiser)
         is_own = getattr(self._forward, "__func__", None) is kind.forward
-        if dtype is None or not is_own or not kind.__module__.startswith(_TAKE_NUMBERS):
+        if dtype is None or not is_own or not kind.__module__.startswith(TAKE_NUMBERS):
             return args, kwargs
         tensor = torch.tensor(given, dtype=dtype, device=latents_of(arguments).device)
         if "timestep" in kwargs:
@@ -346,7 +329,7 @@ class Generation:
             raise UnsupportedCallError(MSG_AUTOCAST)
         self._caches.clear()
         self.early.clear()
-        self._first_call = self._compared = self._dropped = None
+        self._first_call = self._dropped = None
         self._guidance_over = self._was_guided = False
         counter = self.progress.begin(self._num_calls())
         self._halves = TwoHalves(self._loop, self._family, self.scheduler)
@@ -375,7 +358,8 @@ class Generation:
         ends = guided and not phase.guided
         self._dropped = (compiled, outputs) if ends and self._family.further else None
         if phase.guided:
-            self._to_compare(prediction, latents)
+            uncond, cond = prediction.chunk(2)
+            self._halves.predicted(uncond, cond, latents)
         elif guided and not listed:
             # uncond + scale * (cond - uncond) is then the prediction itself for every scale, and guidance rescale is
             # the identity, so the pipeline's own arithmetic needs no change.
@@ -419,7 +403,7 @@ class Generation:
             for emission in compiled.emitted:
                 if emission.site.kind in made.phase.merge:
                     self._caches.merge((emission.site.kind, emission.site.name), self.schedule.anchor_weight)
-            self._to_compare(torch.cat([halves["uncond"][0], halves["cond"][0]]), latents_of(arguments).shape)
+            self._halves.predicted(halves["uncond"][0], halves["cond"][0], latents_of(arguments).shape)
         self._end_timestep()
         return made.compiled.unflatten(halves[second])
 
@@ -476,22 +460,12 @@ class Generation:
             compiled = Uncaptured(self._forward)
         return compiled, compiled.run(call, caches, self.early)
 
-    def _to_compare(self, predictions: torch.Tensor, latents: torch.Size) -> None:
-        """Keep both halves' `predictions` for latents of this shape, if their likeness decides when guidance ends."""
-        if self.schedule.guidance_similarity is not None:
-            self._compared = predictions, latents
-
     def _compare_halves(self, sample: torch.Size | None) -> None:
-        """Determine from the predictions of the last guided step whether guidance can end.
-
-        `sample` is the shape of the latents that the scheduler steps; None if it has not stepped since.
-        """
+        """Determine from the predictions of the last guided step whether guidance can end."""
         threshold = self.schedule.guidance_similarity
-        if self._compared is None or threshold is None:
-            return
-        (predictions, latents), self._compared = self._compared, None
-        shape = sample if sample is not None and len(sample) == predictions.ndim else latents
-        self._guidance_over = similarity(predictions, shape, last_tokens=self._family.last_tokens) >= threshold
+        likeness = None if threshold is None else self._halves.likeness(sample)
+        if likeness is not None and threshold is not None:
+            self._guidance_over = likeness >= threshold
 
     def _kept(self, call: Call, batch: int) -> Call:
         kept = self.schedule.kept
@@ -500,17 +474,6 @@ class Generation:
             self.early.bring_back()
             self._shared = shared_rows(call, batch, kept, self._family, uncertain, self._forward)
         return one_half(call, batch, kept, self._family, self._shared or frozenset())
-
-
-#: Denoisers that convert a number to a tensor, as `_with_tensor_timestep` does; others may use the number itself.
-_TAKE_NUMBERS = "diffusers.models.unets."
-
-
-def _dtype_of_number(timestep: object) -> torch.dtype | None:
-    """Return the dtype that diffusers' UNets give a timestep that is a number; None if it is not a number."""
-    if isinstance(timestep, float):
-        return torch.float64
-    return torch.int64 if isinstance(timestep, (int, np.integer)) and not isinstance(timestep, bool) else None
 
 
 def _copied(output: Any) -> Any:

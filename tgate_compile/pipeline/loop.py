@@ -13,7 +13,10 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch.utils import _pytree as pytree
 
+from tgate_compile.engine.call import Call
+from tgate_compile.engine.compiled import CachedValues, EarlyValues
 from tgate_compile.engine.purity import remember
+from tgate_compile.passes.graphs import Emission
 from tgate_compile.pipeline.progress import Progress
 
 #: How to handle a pipeline or a call that cannot be gated.
@@ -43,6 +46,19 @@ class StartOver(BaseException):
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
         self.cause = cause
+
+
+class Previewed(BaseException):
+    """Raised at the first denoiser call of a pipeline, to leave the pipeline's call with the denoiser's arguments.
+
+    It is not an error: it derives from BaseException so that no `except Exception` in a pipeline logs or stops it.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> None:
+        super().__init__()
+        self.denoiser_args = args
+        self.denoiser_kwargs = kwargs
+        self.guided = guided
 
 
 class Loop:
@@ -158,6 +174,30 @@ def is_callback(name: str, value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return "callback" in name and any(callable(item) for item in value)
     return isinstance(value, FUNCTIONS) or (callable(value) and "callback" in name)
+
+
+class Uncaptured:
+    """The denoiser itself, for a phase that needs no graph since it caches nothing.
+
+    It takes the place of a graph if the denoiser cannot be captured: guidance can still be dropped.
+    """
+
+    emitted: tuple[Emission, ...] = ()
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self._spec: pytree.TreeSpec | None = None
+
+    def run(
+        self, call: Call, caches: CachedValues, early: EarlyValues
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        args, kwargs = call.arguments
+        outputs, self._spec = pytree.tree_flatten(self._forward(*args, **kwargs))
+        return outputs, []
+
+    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        assert self._spec is not None
+        return pytree.tree_unflatten(outputs, self._spec)
 
 
 class _PausingCallbacks(MultiPipelineCallbacks):  # type: ignore[misc]

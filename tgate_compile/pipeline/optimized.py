@@ -28,9 +28,9 @@ from tgate_compile.pipeline.facts import (
     num_calls_of,
     reports_guidance,
 )
-from tgate_compile.pipeline.generation import Generation, Plan, Previewed
+from tgate_compile.pipeline.generation import Generation, Plan
 from tgate_compile.pipeline.hook import MSG_NO_COPY, GatedDenoiser, hook_of
-from tgate_compile.pipeline.loop import Loop, OnUnsupported, StartOver, rewindable
+from tgate_compile.pipeline.loop import Loop, OnUnsupported, Previewed, StartOver, rewindable
 from tgate_compile.pipeline.modular import family_of_pipeline
 from tgate_compile.pipeline.two_halves import observed
 

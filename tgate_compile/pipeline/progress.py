@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -271,3 +272,14 @@ def _place(timestep: Any, timesteps: Any) -> int | None:
     offset = int(timestep.storage_offset() - timesteps.storage_offset())
     place, rest = divmod(offset, timesteps.stride(0) or 1)
     return place if not rest and 0 <= place < len(timesteps) else None
+
+
+#: Denoisers that convert a number to a tensor, as `_with_tensor_timestep` does; others may use the number itself.
+TAKE_NUMBERS = "diffusers.models.unets."
+
+
+def dtype_of_number(timestep: object) -> torch.dtype | None:
+    """Return the dtype that diffusers' UNets give a timestep that is a number; None if it is not a number."""
+    if isinstance(timestep, float):
+        return torch.float64
+    return torch.int64 if isinstance(timestep, (int, np.integer)) and not isinstance(timestep, bool) else None

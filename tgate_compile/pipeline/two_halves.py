@@ -14,7 +14,7 @@ import torch
 
 from tgate_compile._errors import INSTEAD, UnsupportedModelError
 from tgate_compile.engine.families import Family
-from tgate_compile.engine.halves import MSG_NOT_TWO_HALVES, are_halves, are_two_of_each, first_is_cond
+from tgate_compile.engine.halves import MSG_NOT_TWO_HALVES, are_halves, are_two_of_each, first_is_cond, similarity
 from tgate_compile.pipeline.caches import batch_ratio
 from tgate_compile.pipeline.loop import Loop
 
@@ -192,6 +192,7 @@ class TwoHalves:
         self._sample: torch.Size | None = None  # the shape of the latents that the scheduler stepped last
         self._first_latents: torch.Tensor | None = None  # the first latents of the pass, until the scheduler steps
         self._predictions: torch.Tensor | None = None  # the predictions for them, until the scheduler steps
+        self._predicted: tuple[torch.Tensor, torch.Tensor, torch.Size] | None = None  # until the scheduler steps
         self._merged = False  # whether a cache of this pass is a mean of halves
 
     def begin(self, latents: torch.Tensor) -> None:
@@ -280,6 +281,21 @@ class TwoHalves:
         cond_first = not self._loop.knows_order and predictions is not None and first_is_cond(predictions, prediction)
         return Learnt(cond_first, self._served)
 
+    def predicted(self, uncond: torch.Tensor, cond: torch.Tensor, latents: torch.Size) -> None:
+        """Note the predictions of a guided step for latents of this shape."""
+        self._predicted = uncond, cond, latents
+
+    def likeness(self, sample: torch.Size | None) -> float | None:
+        """Return the similarity of the predictions of the last guided step; None if it is known, or there are none.
+
+        `sample` is the shape of the latents that the scheduler steps; None if it has not stepped since.
+        """
+        if self._predicted is None:
+            return None
+        (uncond, cond, latents), self._predicted = self._predicted, None
+        shape = sample if sample is not None and len(sample) == cond.ndim else latents
+        return similarity(uncond, cond, shape, last_tokens=self._family.last_tokens)
+
     def check_unseen(self) -> None:
         """Check the first batch of a loop that has not stepped its scheduler, where only the latents can decide.
 
@@ -296,7 +312,7 @@ class TwoHalves:
 
     def free(self) -> None:
         """Release the tensors."""
-        self._first_latents = self._predictions = None
+        self._first_latents = self._predictions = self._predicted = None
 
     def _wrong_batch(self, sample: torch.Size, expected: str) -> str:
         rows, latents = self._batch[0], sample[0]
