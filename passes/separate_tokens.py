@@ -64,8 +64,8 @@ MSG_NOT_SEPARATE = (
 )
 MSG_READS_LENGTHS = (
     "The number of the text's tokens in {model} depends on the values of a mask, so a graph with fixed sizes cannot "
-    "hold their keys and values. What works instead: AdaptiveGuidance(step=...), which drops guidance after some steps, or "
-    "fewer steps."
+    "hold their keys and values. What works instead: AdaptiveGuidance(step=...), which drops guidance after some "
+    "steps, or fewer steps."
 )
 
 
