@@ -57,13 +57,8 @@ def to_json(program: ExportedProgram) -> dict[str, Any]:
     stacks: dict[str, int] = {}
     numbers = {node: number for number, node in enumerate(program.graph.nodes)}
     signature = program.graph_signature
-    try:
-        spec = pytree.treespec_dumps(program.module_call_graph[0].signature.out_spec)
-    except NotImplementedError as error:  # a class without a registered name
-        raise NotStorableError(str(error)) from error
     return {
         "dialect": program.dialect,
-        "out_spec": spec,
         "nodes": [_written_node(node, numbers, stacks) for node in program.graph.nodes],
         "stacks": list(stacks),
         "inputs": [
@@ -78,6 +73,8 @@ def to_json(program: ExportedProgram) -> dict[str, Any]:
 
 def from_json(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> ExportedProgram:
     """Return the program that `to_json` has written, with its weights, buffers and constants from `tensors`.
+
+    Like `flat_program`'s, it takes flat inputs and returns a flat tuple.
 
     Raises:
         NotReadableError: `data` is not of this form, or `tensors` do not fit.
@@ -229,7 +226,7 @@ def _read_program(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
         inputs=[],
         outputs=[],
         in_spec=pytree.tree_structure((tuple(range(len(user_inputs))), {})),
-        out_spec=pytree.treespec_loads(data["out_spec"]),
+        out_spec=pytree.tree_structure(tuple(range(len(outputs)))),
         forward_arg_names=[spec.arg.name for spec in user_inputs],
     )
     return ExportedProgram(

@@ -302,7 +302,7 @@ def main() -> None:
         began = time.perf_counter()
         known[name] = row_of(name)
         found = known[name].get("error") or Counter(a["role"] for a in known[name]["attentions"])
-        print(f"{name}: {str(found)[:200]}, {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{name}: {str(found)[:200]}, {time.perf_counter() - began:.1f} s\n")
         result = {
             "diffusers": diffusers.__version__,
             "torch": torch.__version__,

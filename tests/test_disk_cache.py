@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import tgate_compile
+from tests.test_joint_guidance import run as denoised
+from tests.tiny_joint import JOINT
 from tests.tiny_pipelines import add_lora, pixart, pixart_prompt, run, stable_diffusion
 from tgate_compile import ConfigurationError
 from tgate_compile._cache import DEFAULT_SIZE, FOLDER_VARIABLE, SIZE_VARIABLE, DiskCache, disk_cache
@@ -152,6 +154,16 @@ class TestGraphs:
             return pipe(**pixart_prompt(), num_inference_steps=4, output_type="latent", generator=torch.manual_seed(0))[
                 0
             ]
+
+        first = latents()
+        count = len(captures)
+        assert torch.equal(first, latents())
+        assert len(captures) == count
+
+    def test_with_joint_attention(self, captures: list[str]) -> None:
+        def latents() -> Any:
+            case = JOINT["StableDiffusion3Pipeline"]
+            return denoised(tgate_compile.optimize(case.build(), 2, backend="eager"), **case.call(1))
 
         first = latents()
         count = len(captures)

@@ -18,7 +18,6 @@ pytest.importorskip("torchmetrics")
 
 # diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [
-    pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
 ]
 

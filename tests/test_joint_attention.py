@@ -25,8 +25,6 @@ from tests.tiny_joint import JOINT
 from tgate_compile import PAB, AdaptiveGuidance, FrozenText, UnsupportedModelError
 from tgate_compile.pipeline.hook import hook_of
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 STEPS = 6
 GATE = 3
 

@@ -30,8 +30,6 @@ from tgate_compile.bundle.read_manifest import early_graphs
 from tgate_compile.runtime import BundlePipeline
 from tgate_compile.runtime._denoiser import Denoiser
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 #: The largest relative difference that rounding makes.
 CLOSE = 1e-4
 #: PSNR of float32 images that differ only by rounding.

@@ -15,7 +15,7 @@ from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel
 
 from tests import tiny_pipelines, tiny_video
 from tests.denoiser_cases import CASES, SIBLINGS
-from tests.tiny_joint import CONFIGS, JOINT
+from tests.tiny_joint import CONFIGS, JOINT, ROPE
 from tests.tiny_pipelines import LATENT_SIZE, TEXT_DIM, seeded
 from tests.tiny_transformers import TOKENS
 

@@ -35,7 +35,7 @@ from tgate_compile._machine import cpu_model
 from tgate_compile.engine.purity import has_foreign_code
 from tgate_compile.engine.read_code import TRUSTED
 from tgate_compile.engine.weights import Identity, live_tensors
-from tgate_compile.passes.graphs import Captured, Site, Variant
+from tgate_compile.passes.graphs import Captured, Site, Variant, flat_program
 from tgate_compile.passes.stored_graphs import (
     NotReadableError,
     NotStorableError,
@@ -277,8 +277,8 @@ class _Description:
             self._name("function", value.__module__ or "", value.__qualname__)
         elif isinstance(value, pytree.TreeSpec):
             try:
-                self._text(pytree.treespec_dumps(value))
-            except NotImplementedError as error:
+                self._text(_dumped(value))
+            except NotStorableError as error:
                 raise NotStableError(str(error)) from error
         elif isinstance(value, Identity) and isinstance(tensor := value.value, torch.Tensor):
             array = tensor.detach().cpu().contiguous()
@@ -302,6 +302,13 @@ class _Description:
         self._text(f"{kind} {module}.{name}")
 
 
+def _dumped(spec: pytree.TreeSpec) -> str:
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError as error:  # a class without a registered name
+        raise NotStorableError(str(error)) from error
+
+
 def _written_capture(captured: Captured) -> bytes:
     """Return a capture as a safetensors file: its constants, and the rest as JSON in the header."""
     program = captured.program
@@ -312,6 +319,9 @@ def _written_capture(captured: Captured) -> bytes:
         raise NotStorableError("its constants are too large")
     data = {
         "program": to_json(program),
+        "separated": None if captured.separated is None else to_json(flat_program(program, captured.separated)),
+        "live": captured.live,
+        "out_spec": _dumped(captured.out_spec),
         "input_names": captured.input_names,
         "latents": captured.latents,
         "sites": [
@@ -350,13 +360,16 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
             )
             for site in data["sites"]
         )
+        separated = data["separated"]
         return Captured(
             program,
             tuple(data["input_names"]),
             data["latents"],
-            program.module_call_graph[0].signature.out_spec,
+            pytree.treespec_loads(data["out_spec"]),
             sites,
             data["roles"],
+            None if separated is None else from_json(separated, {**live, **constants}).graph_module,
+            tuple(data["live"]),
         )
     except NotReadableError:
         raise

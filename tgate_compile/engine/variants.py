@@ -40,7 +40,6 @@ from tgate_compile.passes.specialize import specialize
 
 logger = logging.getLogger(__name__)
 
-
 #: Estimate of a graph's memory per node, in bytes: torch.fx's nodes with their metadata, and the backend's compiled
 #: form of them, without weights. It is the growth of a process's resident memory per node of captures and variants
 #: together, as a UNet like Stable Diffusion's was captured at further sizes: 4 kB in eager mode (7,400 nodes for each

@@ -20,7 +20,7 @@ from tgate_compile._errors import (
     UnsupportedModelError,
 )
 from tgate_compile.engine.call import Call, reads_masks
-from tgate_compile.engine.compiled import CachedValues, EarlyValues, Parking, Runnable, Store, Uncaptured
+from tgate_compile.engine.compiled import CachedValues, EarlyValues, Parking, Runnable, Store
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import (
     batch_of,
