@@ -30,7 +30,7 @@ import torch
 from findings import Judge, spread
 
 import tgate_compile
-from tgate_compile import AdaptiveGuidance, TGate, UnsupportedModelError
+from tgate_compile import AdaptiveGuidance, FrozenText, TGate, UnsupportedModelError
 from tgate_compile._demo import demo_variant
 from tgate_compile._demo.captions import held_out_captions
 from tgate_compile.methods.method import Method
@@ -46,7 +46,10 @@ GATES = (3, 5, 8, 10, 14)
 #: What happens from the gate on, by name. A row may also be a combination, such as `AdaptiveGuidance(gate) + ...`.
 METHODS: Mapping[str, Callable[[int], Method]] = {
     "guidance ends": AdaptiveGuidance,
+    "text frozen": FrozenText,
+    "text frozen, again every 5th": lambda gate: FrozenText(gate, 5),
     "guidance ends, text frozen": TGate,
+    "guidance ends, text frozen, again every 5th": lambda gate: TGate(gate, text_interval=5),
 }
 
 

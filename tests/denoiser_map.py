@@ -265,6 +265,15 @@ def real_size(name: str, streams: Mapping[str, Stream]) -> dict[str, int] | None
     return dict(sizes)
 
 
+def frozen_text(denoiser: torch.nn.Module, call: Call) -> int | str:
+    """Return how many keys and values of the text in joint attention can be cached, or why none can."""
+    try:
+        sites = capture(denoiser, denoiser.forward, call, ("cross",), required=False).sites
+    except TGateError as error:
+        return str(error).partition("\n")[0].partition(" What works")[0][:300]
+    return sum(site.of_text for site in sites)
+
+
 def row_of(name: str) -> dict[str, Any]:
     """Return what is found in the denoiser class `name`."""
     try:
@@ -284,6 +293,7 @@ def row_of(name: str) -> dict[str, Any]:
     tokens = Tokens(captured, call, names)
     streams = parameters(captured, tokens)
     return {
+        "frozen text": frozen_text(denoiser, call),
         "nodes": len(captured.program.graph.nodes),
         "text inputs": tokens.texts,
         "attentions": attentions(captured, tokens),

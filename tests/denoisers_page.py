@@ -213,11 +213,18 @@ def joint_table() -> str:
         for denoiser in set(denoisers_of(cls)) & GUIDANCE_ONLY:
             if name in FAMILIES:
                 rows[denoiser, guidance(FAMILIES[name])].append(name)
+    found = json.loads(MAP.read_text(encoding="utf-8"))["denoisers"]
     body = [
-        (f"`{denoiser}`", arrives, _names(n for n in names if n in TESTED), _names(n for n in names if n not in TESTED))
+        (
+            f"`{denoiser}`",
+            "frozen" if _is_frozen(found.get(denoiser, NOT_MAPPED)) else "computed",
+            arrives,
+            _names(n for n in names if n in TESTED),
+            _names(n for n in names if n not in TESTED),
+        )
         for (denoiser, arrives), names in sorted(rows.items(), key=lambda row: (row[0][0].lower(), row[0]))
     ]
-    return _table(("denoiser", "how guidance arrives", "tested", "recognized"), body)
+    return _table(("denoiser", "text after the gate", "how guidance arrives", "tested", "recognized"), body)
 
 
 @functools.cache
@@ -245,7 +252,7 @@ NOT_MAPPED: Mapping[str, Any] = {"error": "no tiny configuration could be made"}
 
 
 def status_of(name: str, row: Mapping[str, Any]) -> str:
-    """Return what can be done with a denoiser: gated, guidance only, or the reason why nothing can."""
+    """Return what can be done with a denoiser: gated, frozen, guidance only, or the reason why nothing can."""
     families = [FAMILIES[n] for n, cls in pipeline_classes().items() if n in FAMILIES and name in denoisers_of(cls)]
     roles = {attention["role"] for attention in row.get("attentions", [])}
     reasons = {
@@ -255,12 +262,18 @@ def status_of(name: str, row: Mapping[str, Any]) -> str:
     if families and name not in GUIDANCE_ONLY:
         return "gated"
     if families:
-        return "guidance only"
+        return "frozen" if _is_frozen(row) else "guidance only"
     if reason is not None:
         return reason.partition(". What works")[0]
     if roles & {"joint", "image to both"} or name in JOINT_ATTENTION:
         return "only in modular pipelines, which have no cross-attention to cache"
     return "no pipeline of its own"
+
+
+def _is_frozen(row: Mapping[str, Any]) -> bool:
+    """Return whether the keys and values of the text in joint attention can be cached."""
+    found = row.get("frozen text", 0)
+    return isinstance(found, int) and found > 0
 
 
 def _arrivals(name: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tgate_compile
-from tgate_compile import AdaptiveGuidance, ConfigurationError, TGate, load_demo_pipeline
+from tgate_compile import ConfigurationError, load_demo_pipeline
 from tgate_compile._cli.loading import load
 from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._demo.attribute_reader import AttributeReader
@@ -44,10 +44,6 @@ LEAST = {
     "lcm": {"all": 4 / 6},
     "sd3": {"all": 4 / 6},
 }
-
-
-# Models with joint attention, which have no cross-attention to cache, so that only guidance ends at the gate.
-GUIDANCE_ALONE = {"sd3"}
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -146,10 +142,7 @@ def test_gated_it_still_follows_them(name: str, pipeline: Any, plain: torch.Tens
     gate = round(0.4 * steps)
     gated, strip = gated_images(pipeline, name, gate)
     ungated, _ = gated_images(pipeline, name, steps)
-    if name in GUIDANCE_ALONE:
-        assert strip == "F" * gate + "f" * (steps - gate)
-    else:
-        assert strip.upper() == "F" * gate + "P" * (steps - gate)
+    assert strip.upper() == "F" * gate + "P" * (steps - gate)
     assert not torch.equal(gated, plain)
     assert torch.equal(ungated, plain)
     check_follows_captions(name, gated)
@@ -157,8 +150,7 @@ def test_gated_it_still_follows_them(name: str, pipeline: Any, plain: torch.Tens
 
 def gated_images(pipeline: Any, name: str, gate: int) -> tuple[torch.Tensor, str]:
     """Return the images of the optimized pipeline, and the phases of its steps."""
-    method = AdaptiveGuidance(gate) if name in GUIDANCE_ALONE else TGate(gate)
-    tgate_compile.optimize(pipeline, method, backend="eager")
+    tgate_compile.optimize(pipeline, gate, backend="eager")
     try:
         return images(pipeline, name), tgate_compile.describe(pipeline).strip
     finally:
