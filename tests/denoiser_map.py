@@ -289,7 +289,7 @@ def row_of(name: str) -> dict[str, Any]:
     try:
         captured = capture(denoiser, denoiser.forward, call, (), required=False)
     except TGateError as error:
-        return {"error": str(error).partition("\n")[0][:300]}
+        return {"error": str(error).partition("\n")[0].partition("  ")[0][:300]}
     tokens = Tokens(captured, call, names)
     streams = parameters(captured, tokens)
     return {

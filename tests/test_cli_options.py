@@ -69,6 +69,7 @@ ONE_MEANING = {
     "--backend": "the backend; several times in `bench`",
     "--guidance": "the guidance scale; `strip` has no model whose own it would be",
     "--scheduler": "the scheduler; `run` has fewer",
+    "--binding-times": "splitting by binding time; `report` counts the parts",
 }
 
 

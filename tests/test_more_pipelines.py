@@ -236,7 +236,6 @@ JOINT: dict[str, Callable[[], Any]] = {
         requires_safety_checker=False,
     ),
     "DiTPipeline": lambda: bare("DiTPipeline", transformer=dit(), scheduler=DDPMScheduler()),
-    "UniDiffuserModel": lambda: Audio(unidiffuser(), DDIMScheduler()),
 }
 
 

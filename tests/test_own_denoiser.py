@@ -264,7 +264,7 @@ class Ambiguous(Denoiser):
 @pytest.mark.parametrize(
     ("build", "predict", "message"),
     [
-        (Joint, None, r"Joint has no cross-attention.*Its graph has 2 attentions, of which 2 take keys"),
+        (Joint, None, r"has joint attention, .*keep=\"cond\", anchor_weight=1.0"),
         (MixesRows, None, "make no row depend on another"),
         (Scalar, lambda model, x, t, text: model(x, t, text)[0], "Value 1 of what forward.. returns"),
         (
@@ -283,6 +283,18 @@ def test_refused_for_the_true_reason(build: Any, predict: Any, message: str) -> 
     tgate_compile.optimize(pipe, GATE, backend="eager")
     with pytest.raises(UnsupportedModelError, match=message):
         pipe(texts())
+
+
+def test_joint_attention_with_the_text_of_the_prompt() -> None:
+    torch.manual_seed(0)
+    model = Joint().eval()
+    pipe = OwnPipeline(model, DDIMScheduler())
+    plain = pipe(texts())
+    tgate_compile.optimize(pipe, GATE, keep="cond", anchor_weight=1.0, backend="eager")
+    gated = pipe(texts())
+    assert not torch.equal(gated, plain)
+    assert tgate_compile.describe(pipe).strip == "F" * GATE + "p" * (STEPS - GATE)
+    assert all(name.endswith((".key", ".value")) for name in tgate_compile.describe(pipe).sites)
 
 
 def test_halves_in_two_calls_are_noticed_under_any_name_for_the_timestep() -> None:

@@ -157,7 +157,7 @@ def test_what_is_called_to_run_an_engine() -> None:
 
 def bindings(graph: str) -> tuple[list[Binding], list[Binding], dict[str, Any]]:
     """Return inputs, outputs and a profile of a graph of the ONNX bundle."""
-    told = manifest_of(exported()).graphs[graph]
+    told = manifest_of(exported(binding_times=False)).graphs[graph]
 
     def binding(spec: Any) -> Binding:
         shape = tuple(size if isinstance(size, int) else FREE for size in spec.shape)
@@ -174,7 +174,9 @@ def test_attention_without_a_kernel_of_its_own() -> None:
     """There is no kernel for float32 with free sizes: the build needs decomposable attention."""
     inputs, outputs, profile = bindings("full")
     assert profile
-    engine = to_tensorrt(*RTX, exported() / "graphs/full.onnx", inputs, outputs, profile, EngineSettings())
+    engine = to_tensorrt(
+        *RTX, exported(binding_times=False) / "graphs/full.onnx", inputs, outputs, profile, EngineSettings()
+    )
     assert engine.nbytes > 100_000
 
 
@@ -193,7 +195,9 @@ def test_networks_that_are_not_the_graph(change: Any, parts: tuple[str, ...]) ->
     inputs, outputs, profile = bindings("pruned")
     change(inputs, outputs)
     with pytest.raises(BackendError) as caught:
-        to_tensorrt(*RTX, exported() / "graphs/pruned.onnx", inputs, outputs, profile, EngineSettings())
+        to_tensorrt(
+            *RTX, exported(binding_times=False) / "graphs/pruned.onnx", inputs, outputs, profile, EngineSettings()
+        )
     for part in ("tensorrt_rtx reads the pruned graph", *parts):
         assert part in str(caught.value)
 
@@ -211,7 +215,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
 def test_profiles_that_tensorrt_does_not_take() -> None:
     inputs, outputs, _ = bindings("pruned")
     with pytest.raises(BackendError, match=r"cannot build an engine for the pruned graph \(.*profile"):
-        to_tensorrt(*RTX, exported() / "graphs/pruned.onnx", inputs, outputs, {}, EngineSettings())
+        to_tensorrt(*RTX, exported(binding_times=False) / "graphs/pruned.onnx", inputs, outputs, {}, EngineSettings())
 
 
 # Profiles.

@@ -40,8 +40,8 @@ class Denoiser {
   using Tensor = typename Runtime::Tensor;
 
   // `timesteps` are those of the steps to come, for which the rows of tables are computed together.
-  Denoiser(const std::string& bundle, std::vector<float> timesteps)
-      : manifest_(Json::read(bundle + "/manifest.json")), runtime_(bundle, manifest_), timesteps_(std::move(timesteps)) {
+  Denoiser(const std::string& bundle, const Json& manifest, std::vector<float> timesteps)
+      : manifest_(manifest), runtime_(bundle, manifest_), timesteps_(std::move(timesteps)) {
     const Json& family = manifest_["family"];
     for (const char* key : {"calls", "interleaved", "repeated", "shared"})
       if (!family[key].items().empty()) throw std::runtime_error(std::string("not in this example: family.") + key);
@@ -192,9 +192,9 @@ typename Runtime::Tensor ddim(const typename Runtime::Tensor& latents, const typ
 template <typename Runtime>
 void denoise(const std::string& bundle, const std::string& inputs, double scale, const std::string& out) {
   using Tensor = typename Runtime::Tensor;
+  const Json manifest = Json::read(bundle + "/manifest.json");
   const Array timesteps = read_npy(inputs + "/timesteps.npy"), alphas = read_npy(inputs + "/alphas.npy");
-  Denoiser<Runtime> denoiser(bundle, timesteps.data);
-  const Json& manifest = denoiser.manifest();
+  Denoiser<Runtime> denoiser(bundle, manifest, timesteps.data);
   const std::string scheduler = manifest["scheduler"]["class_name"].text();
   if (scheduler != "DDIMScheduler")
     throw std::runtime_error("The bundle's scheduler is a " + scheduler + ", but this program only supports DDIMScheduler. " +

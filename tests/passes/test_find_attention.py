@@ -88,8 +88,19 @@ def test_self_and_joint_attention_are_no_cross_attention(model: type[nn.Module])
     denoiser = model().eval()
     program = torch.export.export(denoiser, tiny_inputs(), strict=False)
     assert find_attention(program.graph_module, _inputs(program), ("cross",)) == []
-    with pytest.raises(UnsupportedModelError, match=rf"{model.__name__} has no cross-attention .*Joint attention"):
+
+
+def test_a_model_with_self_attention_alone_is_refused() -> None:
+    denoiser = _SelfOnly().eval()
+    with pytest.raises(UnsupportedModelError, match="_SelfOnly has no cross-attention"):
         capture(denoiser, denoiser.forward, Call.of(tiny_inputs(), {}))
+
+
+def test_the_sites_of_joint_attention_are_the_texts_keys_and_values() -> None:
+    denoiser = _Joint().eval()
+    captured = capture(denoiser, denoiser.forward, Call.of(tiny_inputs(), {}))
+    assert [site.name for site in captured.sites] == ["attn.key", "attn.value"]
+    assert all(site.of_text for site in captured.sites)
 
 
 class _TwoOutputs(nn.Module):

@@ -331,7 +331,10 @@ def _written_capture(captured: Captured) -> bytes:
         "roles": dict(captured.roles),
     }
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(copies, {"capture": json.dumps(data)})
+    try:
+        return safetensors.torch.save(copies, {"capture": json.dumps(data)})
+    except KeyError as error:  # a dtype that the format does not have, such as complex128
+        raise NotStorableError(f"it has constants of the dtype {error}") from error
 
 
 def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured:

@@ -84,7 +84,7 @@ def batch_of(arguments: Mapping[str, Any]) -> torch.Tensor:
 
 def rows_of(arguments: Mapping[str, Any], latents: torch.Tensor) -> Sequence[Any] | None:
     """Return the list among `arguments` that `latents` is in; None if it is an argument itself."""
-    lists = [value for value in arguments.values() if isinstance(value, (list, tuple))]
+    lists = [value for value in arguments.values() if isinstance(value, list)]  # a tuple: a forward's `*args`
     return next((rows for rows in lists if any(leaf is latents for leaf in pytree.tree_leaves(rows))), None)
 
 

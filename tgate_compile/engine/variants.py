@@ -16,7 +16,7 @@ from torch.export import ExportedProgram, ShapesCollection
 from tgate_compile._errors import BackendError, CaptureError
 from tgate_compile._machine import physical_memory
 from tgate_compile.engine.call import Call, FreeDims, differing_dims, fits
-from tgate_compile.engine.capture import capture, deep_layer
+from tgate_compile.engine.capture import capture, check_halves_of_text, deep_layer
 from tgate_compile.engine.choice import Chooser
 from tgate_compile.engine.compiled import (
     CachedValues,
@@ -134,9 +134,7 @@ class VariantStore:
             config.offload_prelude,
         )
 
-    @property
-    def folder(self) -> None:
-        """None, since the graphs are captured in this process."""
+    folder = None  # the graphs are captured in this process
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -390,6 +388,8 @@ class VariantStore:
 
     def _specialize(self, captured: Captured, phase: Phase) -> Variant:
         cond_weight = self._config.schedule.anchor_weight
+        if phase.merge:
+            check_halves_of_text(captured, cond_weight, self._config.schedule.kept)
         cond_is_second = self._config.family.order[1] == "cond"
         return specialize(captured, phase, cond_weight if cond_is_second else 1.0 - cond_weight)
 

@@ -56,6 +56,10 @@ MSG_OWN_GATE_STEP = (
     "The call of {pipeline} already has an argument gate_step, like the pipelines of other packages for T-GATE. Pass a "
     "pipeline that is not gated yet."
 )
+MSG_JOINT_IN_BLOCKS = (
+    "{pipeline} is a modular pipeline, and {model} has joint attention, whose text cannot be frozen there yet. What "
+    "works instead: an ordinary pipeline for the same model, or AdaptiveGuidance(step=...), which ends guidance."
+)
 MSG_NO_MEAN = (
     "anchor_weight={given} is not possible with {model}: in joint attention the keys and values of the text are "
     "cached, and those of two different texts have no meaningful mean. The prompt's are cached. Omit anchor_weight."
@@ -254,6 +258,8 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     )
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
+    if "cross" in config.schedule.kinds and is_modular(pipe) and has_joint_attention(type(denoiser)):
+        raise UnsupportedModelError(MSG_JOINT_IN_BLOCKS.format(pipeline=pipeline, model=type(denoiser).__name__))
     may_have_sites = has_joint_attention(type(denoiser)) or not denies_cross_attention(denoiser)
     if "cross" in config.schedule.kinds and not may_have_sites:
         raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
