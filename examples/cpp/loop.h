@@ -50,7 +50,6 @@ class Denoiser {
     guided_ = manifest_["example"]["guided"].is_true();
   }
 
-  const Json& manifest() const { return manifest_; }
   const std::vector<Json>& steps() const { return manifest_["example"]["steps"].items(); }
   const std::string& latents() const { return manifest_["denoiser"]["latents"].text(); }
 

@@ -21,7 +21,7 @@ from torch.fx import config as fx_config
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.call import BatchDims, Call, known_readings
-from tgate_compile.engine.families import Family
+from tgate_compile.engine.families import Family, has_joint_attention
 from tgate_compile.engine.halves import LATENTS_NAMES, binding_of, fits, is_time, latents_of, leaves_at, named_leaves
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind
@@ -215,7 +215,10 @@ def capture(
     joint = None
     if "cross" in kinds:
         has_cross = any(site.kind == "cross" for site in attention)
-        joint = find_joint_attention(program.graph_module, inputs, model, has_cross=has_cross)
+        # Tokens that are joined to the latents' beside cross-attention may be no text: in Stable Audio, one has the
+        # timestep and the duration.
+        if not has_cross or has_joint_attention(type(denoiser)):
+            joint = find_joint_attention(program.graph_module, inputs, model, has_cross=has_cross)
     if joint is not None:
         others = ", ".join(sorted(set(kinds) - {"cross"}))
         if others:
