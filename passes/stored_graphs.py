@@ -28,6 +28,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 #: What is written as a name, by its tag: the type, and the object that has the attribute of this name.
@@ -191,7 +192,8 @@ def _written_argument(argument: object) -> list[Any]:
 
 
 def _read_program(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> ExportedProgram:
-    mode = FakeTensorMode()
+    # Like that of `torch.export`: without a ShapeEnv Inductor would leave out its caches.
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     graph = torch.fx.Graph()
     stacks = [{call: (path, kind) for call, path, kind in json.loads(stack)} for stack in data["stacks"]]
     nodes: list[Node] = []

@@ -106,7 +106,7 @@ def test_models_with_joint_attention(name: str) -> None:
     """The text's share of the parameters is gone after the gate; its share of the work depends on the sizes."""
     model = JOINT_MODELS[name]
     _check_binding_times(name)
-    everything = BINDING_TIMES[name]["params_b"] * 1e9
+    everything = round(BINDING_TIMES[name]["params_b"] * 1e9)
     gated, dropped = image_cost(model, Schedule(0.4)), image_cost(model, Schedule(None, guidance_step=0.4))
     assert gated.parameters == gated.parameters_at_end < dropped.parameters <= everything
     assert gated.macs < dropped.macs

@@ -14,6 +14,13 @@ from tests.comparing import assert_differ, assert_same
 from tests.denoiser_reference import OneCall, TwoCalls, played
 from tests.tiny_joint import JOINT, Joint
 
+# diffusers uses names of its own that it has deprecated; Mochi and Nucleus warn of what they do themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning"),
+]
+
 STEPS = 3
 GATE = 1
 

@@ -742,11 +742,6 @@ JOINT: dict[str, Joint] = {
         _with(_sd3_call, image=picture, strength=1.0),
         halved=_SD3_BATCH,
     ),
-    "StableDiffusion3InpaintPipeline": Joint(
-        _of("StableDiffusion3InpaintPipeline", "SD3Transformer2DModel", parts={"vae": _vae}),
-        _with(_sd3_call, **_EDIT),
-        halved=_SD3_BATCH,
-    ),
     "StableDiffusion3ControlNetPipeline": Joint(
         lambda: _sd3_controlnet("StableDiffusion3ControlNetPipeline"),
         _with(_sd3_call, control_image=picture),

@@ -71,9 +71,10 @@ class Graphs:
         """Return the name of the graph that serves a step, or raise BundleError if there is none."""
         if planned.graph is None:
             phase = phase_of(planned.phase)
+            steps = [name for name, graph in self._manifest.graphs.items() if graph.stage == "step"]
             raise BundleError(
                 f"The bundle {self._folder} has no graph for a step of this call ({phase.name}, "
-                f"{'with' if phase.guided else 'without'} guidance). It has {', '.join(self._manifest.graphs)}. Export "
+                f"{'with' if phase.guided else 'without'} guidance). It has {', '.join(steps)}. Export "
                 "a bundle with a call like this one."
             )
         return planned.graph
