@@ -17,7 +17,11 @@ torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 
-HEAVY = "takes from twenty seconds to minutes; `pytest --heavy` runs it, as CI does"
+#: The markers of tests that are skipped unless the option of the same name is given, with the reason.
+OPTIONAL = {
+    "heavy": "takes from twenty seconds to minutes; `pytest --heavy` runs it, as CI does",
+    "sweep": "one of many like it, which together take many minutes; `pytest --sweep` runs it, CI does not",
+}
 
 
 #: Slowest files, run first: one of them at the end would keep one process busy while the others wait.
@@ -39,7 +43,8 @@ LONGEST = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--heavy", action="store_true", help="run the tests marked heavy, too")
+    for name in OPTIONAL:
+        parser.addoption(f"--{name}", action="store_true", help=f"run the tests marked {name}, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,11 +73,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    if config.getoption("--heavy"):
-        return
-    for item in items:
-        if item.get_closest_marker("heavy") is not None:
-            item.add_marker(pytest.mark.skip(reason=HEAVY))
+    for name, reason in OPTIONAL.items():
+        for item in items if not config.getoption(f"--{name}") else ():
+            if item.get_closest_marker(name) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -100,8 +100,13 @@ def test_the_papers_rows(names: tuple[str, ...]) -> None:
         _check_binding_times(names[0])
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("name", JOINT_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.heavy if name in PRUNED_SHARES else pytest.mark.sweep)
+        for name in JOINT_MODELS
+    ],
+)
 def test_models_with_joint_attention(name: str) -> None:
     """The text's share of the parameters is gone after the gate; its share of the work depends on the sizes."""
     model = JOINT_MODELS[name]

@@ -24,8 +24,20 @@ pytestmark = [
 STEPS = 3
 GATE = 1
 
-#: One pipeline for each way in which guidance arrives; the others are marked as heavy.
+#: One pipeline for each way in which guidance arrives. All others are in the sweep.
 QUICK = ("StableDiffusion3Pipeline", "FluxKontextPipeline", "QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline")
+
+
+#: Further mechanisms: further predictions, a guider, ControlNets, lists of rows, videos, text in another dimension.
+HEAVY = (
+    "StableDiffusion3ControlNetPipeline", "FluxControlNetPipeline", "ChromaPipeline", "Lumina2Pipeline",
+    "QwenImageEditPipeline", "HunyuanVideoPipeline", "CogVideoXPipeline", "MochiPipeline", "LTX2Pipeline",
+    "HiDreamImagePipeline", "GlmImagePipeline",
+)  # fmt: skip
+
+
+def _mark(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.heavy if name in HEAVY else pytest.mark.sweep
 
 
 def run(pipe: Any, **call: Any) -> torch.Tensor:
@@ -61,7 +73,7 @@ def optimized(pipe: Any, step: int = GATE) -> Any:
     return tgate_compile.optimize(pipe, tgate_compile.AdaptiveGuidance(step), backend="eager")
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.heavy) for n in JOINT])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=_mark(n)) for n in JOINT])
 def test_guidance_ends(name: str) -> None:
     """With all steps guided the pipeline is the plain one to the bit; from the gate on, the prompt's half remains."""
     case = JOINT[name]
