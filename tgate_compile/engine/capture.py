@@ -259,19 +259,6 @@ def capture(
     )
 
 
-def check_halves_of_text(captured: Captured, cond_weight: float, kept: str) -> None:
-    """Check that the text that a gate keeps, in joint attention, is that of the half that goes on.
-
-    Raises:
-        UnsupportedModelError: it is a mean of both texts, or that of the other half.
-    """
-    if any(site.of_text for site in captured.sites) and (cond_weight != 1.0 or kept != "cond"):
-        raise UnsupportedModelError(
-            "The denoiser has joint attention, where a gate keeps the keys and values of a text; the mean of two texts "
-            'means nothing. Gate it with optimize(pipe, gate_step=10, keep="cond", anchor_weight=1.0).'
-        )
-
-
 def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call) -> dict[str, Binding]:
     """Return how often each input of the graph changes, which follows from the names of the call's arguments."""
     args, kwargs = call.arguments

@@ -14,7 +14,7 @@ from tgate_compile._errors import INSTEAD, UnsupportedModelError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.families import Family
 from tgate_compile.methods.method import Half
-from tgate_compile.passes.graphs import Binding
+from tgate_compile.passes.graphs import Binding, Captured
 
 #: Parameter names that denoisers use for the latents, the least ambiguous first.
 LATENTS_NAMES = ("sample", "hidden_states", "latents", "noisy_latents", "latent", "x", "x_t", "z", "z_t")
@@ -104,6 +104,19 @@ def timestep_of(arguments: Mapping[str, Any]) -> Any:
     named = [leaf for name, leaf in leaves if is_time(name)]
     scalars = [leaf for _, leaf in leaves if torch.is_tensor(leaf) and leaf.ndim == 0]
     return next(iter([*exact, *named, *scalars]), None)
+
+
+def check_halves_of_text(captured: Captured, cond_weight: float, kept: str) -> None:
+    """Check that the text that a gate keeps, in joint attention, is that of the half that goes on.
+
+    Raises:
+        UnsupportedModelError: it is a mean of both texts, or that of the other half.
+    """
+    if any(site.of_text for site in captured.sites) and (cond_weight != 1.0 or kept != "cond"):
+        raise UnsupportedModelError(
+            "The denoiser has joint attention, where a gate keeps the keys and values of a text; the mean of two texts "
+            'means nothing. Gate it with optimize(pipe, gate_step=10, keep="cond", anchor_weight=1.0).'
+        )
 
 
 def is_time(name: str) -> bool:

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram, ShapesCollection
 from tgate_compile._errors import BackendError, CaptureError
 from tgate_compile._machine import physical_memory
 from tgate_compile.engine.call import Call, FreeDims, differing_dims, fits
-from tgate_compile.engine.capture import capture, check_halves_of_text, deep_layer
+from tgate_compile.engine.capture import capture, deep_layer
 from tgate_compile.engine.choice import Chooser
 from tgate_compile.engine.compiled import (
     CachedValues,
@@ -28,7 +28,7 @@ from tgate_compile.engine.compiled import (
 )
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.disk import kept_capture
-from tgate_compile.engine.halves import latents_of
+from tgate_compile.engine.halves import check_halves_of_text, latents_of
 from tgate_compile.engine.purity import check_python, check_stateless
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.trust import ChosenBackend, Reference, Served, agree
