@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -105,25 +105,30 @@ def flat_program(source: ExportedProgram, graph_module: torch.fx.GraphModule) ->
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), target=None)
         for node in outputs_of(graph_module.graph)
     ]
-    user_inputs = [spec for spec in inputs if spec.kind is InputKind.USER_INPUT]
     used = {spec.target for spec in inputs}
-    signature = ModuleCallSignature(
-        inputs=[],
-        outputs=[],
-        in_spec=pytree.tree_structure((tuple(range(len(user_inputs))), {})),
-        out_spec=pytree.tree_structure(tuple(range(len(outputs)))),
-        forward_arg_names=[spec.arg.name for spec in user_inputs],
-    )
     return ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,
         graph_signature=ExportGraphSignature(inputs, outputs),
         state_dict={name: tensor for name, tensor in source.state_dict.items() if name in used},
         range_constraints=source.range_constraints,
-        module_call_graph=[ModuleCallEntry(fqn="", signature=signature)],
+        module_call_graph=flat_call(inputs, outputs),
         constants={name: value for name, value in source.constants.items() if name in used},
         verifiers=source.verifiers,
     )
+
+
+def flat_call(inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec]) -> list[ModuleCallEntry]:
+    """Return the call graph of a program that takes its user inputs as flat arguments and returns a flat tuple."""
+    names = [spec.arg.name for spec in inputs if spec.kind is InputKind.USER_INPUT]
+    signature = ModuleCallSignature(
+        inputs=[],
+        outputs=[],
+        in_spec=pytree.tree_structure((tuple(range(len(names))), {})),
+        out_spec=pytree.tree_structure(tuple(range(len(outputs)))),
+        forward_arg_names=names,
+    )
+    return [ModuleCallEntry(fqn="", signature=signature)]
 
 
 @dataclass(frozen=True)

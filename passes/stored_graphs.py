@@ -7,7 +7,6 @@ captures of denoisers consist of: ATen operators on tensors and plain constants.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import operator
 from collections.abc import Callable, Mapping
@@ -17,7 +16,6 @@ import torch
 from torch._export.verifier import load_verifier
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
     ConstantArgument,
     ExportGraphSignature,
@@ -29,7 +27,8 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
+
+from tgate_compile.passes.graphs import flat_call
 
 #: What is written as a name, by its tag: the type, and the object that has the attribute of this name.
 _NAMED: Mapping[str, tuple[type, object]] = {
@@ -99,10 +98,7 @@ def digest_of(program: ExportedProgram) -> str:
     nodes = [node[:-1] for node in data.pop("nodes")]
     hashed = hashlib.sha256(json.dumps([data, nodes], sort_keys=True).encode())
     for name in constants_of(program):
-        value = program.constants[name]
-        if not isinstance(value, torch.Tensor):
-            raise NotStorableError(f"its constant {name} is a {type(value).__name__}")
-        hashed.update(_bytes_of(value))
+        hashed.update(contents_of(program.constants[name]))
     return hashed.hexdigest()
 
 
@@ -115,10 +111,15 @@ def constants_of(program: ExportedProgram) -> list[str]:
     ]
 
 
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(tensor.detach().cpu().clone(), buffer)
-    return buffer.getvalue()
+def contents_of(value: object) -> bytes:
+    """Return the elements of a tensor as bytes.
+
+    Raises:
+        NotStorableError: it is not a plain tensor with elements.
+    """
+    if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_meta:
+        raise NotStorableError(f"the elements of a {type(value).__name__} are not known")
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _written_node(node: Node, numbers: Mapping[Node, int], stacks: dict[str, int]) -> list[Any]:
@@ -223,21 +224,13 @@ def _read_program(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
         OutputSpec(OutputKind[kind], _read_argument(argument), target) for kind, argument, target, _ in data["outputs"]
     ]
     state, constants = _placed(inputs, {node.name: node for node in nodes}, tensors)
-    user_inputs = [spec for spec in inputs if spec.kind is InputKind.USER_INPUT]
-    signature = ModuleCallSignature(
-        inputs=[],
-        outputs=[],
-        in_spec=pytree.tree_structure((tuple(range(len(user_inputs))), {})),
-        out_spec=pytree.tree_structure(tuple(range(len(outputs)))),
-        forward_arg_names=[spec.arg.name for spec in user_inputs],
-    )
     return ExportedProgram(
         root={},
         graph=graph,
         graph_signature=ExportGraphSignature(inputs, outputs),
         state_dict=state,
         range_constraints={},
-        module_call_graph=[ModuleCallEntry(fqn="", signature=signature)],
+        module_call_graph=flat_call(inputs, outputs),
         constants=constants,
         verifiers=[load_verifier(data["dialect"])],
     )

@@ -137,6 +137,14 @@ class TestGraphs:
         assert len(captures) == 4
         assert not list(folder.rglob("*.entry"))
 
+    def test_with_a_table_that_has_no_elements_are_not_kept(self, captures: list[str], folder: Path) -> None:
+        def with_a_table(pipe: Any) -> None:
+            pipe.unet.mid_block.table = torch.empty(100, device="meta")
+
+        image_of(small, with_a_table)
+        assert len(captures) == 2
+        assert not list(folder.rglob("*.entry"))
+
     def test_of_diffusers_under_development_are_captured_again(
         self, captures: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:

@@ -40,6 +40,7 @@ from tgate_compile.passes.stored_graphs import (
     NotReadableError,
     NotStorableError,
     constants_of,
+    contents_of,
     digest_of,
     from_json,
     to_json,
@@ -280,9 +281,11 @@ class _Description:
                 self._text(_dumped(value))
             except NotStorableError as error:
                 raise NotStableError(str(error)) from error
-        elif isinstance(value, Identity) and isinstance(tensor := value.value, torch.Tensor):
-            array = tensor.detach().cpu().contiguous()
-            self._text(f"tensor {hashlib.sha256(array.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()}")
+        elif isinstance(value, Identity) and isinstance(value.value, torch.Tensor):
+            try:
+                self._text(f"tensor {hashlib.sha256(contents_of(value.value)).hexdigest()}")
+            except NotStorableError as error:
+                raise NotStableError(str(error)) from error
         else:
             raise NotStableError(f"a {type(value).__name__} differs from process to process")
 

@@ -17,7 +17,7 @@ from tgate_compile._errors import BackendError, TGateError, cause_of
 from tgate_compile._machine import available_memory
 from tgate_compile.engine.backends import Backend
 from tgate_compile.engine.call import Call
-from tgate_compile.engine.disk import Verdict, verdict_on
+from tgate_compile.engine.disk import verdict_on
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind
 from tgate_compile.passes.graphs import Site, Variant
@@ -373,7 +373,7 @@ class Served:
                 with exclusive():
                     self._runner = self.backend.compile(self._variant, inputs)
                 if not self.backend.is_reference:
-                    self.compared = self._is_known_to_agree(weights, inputs) or self._compared(weights, inputs)
+                    self.compared = self._agrees(weights, inputs)
                 else:
                     self.compared = True
                     if self._choice.has_choice:
@@ -387,7 +387,7 @@ class Served:
         if self._choice.is_outdated(self._candidate):
             self.start(weights, inputs)
         try:
-            self.compared = self.compared or self._compared(weights, inputs)
+            self.compared = self.compared or self._agrees(weights, inputs)
             results = self._runner(weights, inputs)
         except BackendError as error:
             self._choice.give_up(self._candidate, error, self._variant)
@@ -419,21 +419,15 @@ class Served:
         if self._changes >= MOST_CHANGES and self._choice.has_choice:
             self._choice.avoid_copies(MSG_WEIGHTS_CHANGE.format(count=MOST_CHANGES))
 
-    def _verdict(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Verdict | None:
-        if self._candidate.settings is None:
-            return None
-        return verdict_on(self._variant, self._candidate.settings, sums_of_bits(weights, SAMPLES), inputs)
-
-    def _is_known_to_agree(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
-        """Return whether an earlier process has compared this graph, with these weights and on such a machine."""
-        verdict = self._verdict(weights, inputs)
-        return verdict is not None and verdict.is_known
-
-    def _compared(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
-        """Compare all outputs as `compare` does, and note on disk that they agree."""
+    def _agrees(self, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
+        """Compare as `compare` does, unless an earlier process has, with these weights and on such a machine."""
+        settings, verdict = self._candidate.settings, None
+        if settings is not None:
+            verdict = verdict_on(self._variant, settings, sums_of_bits(weights, SAMPLES), inputs)
+        if verdict is not None and verdict.is_known:
+            return True
         compared = self.compare(weights, inputs)
-        verdict = self._verdict(weights, inputs) if compared else None
-        if verdict is not None:
+        if compared and verdict is not None:
             verdict.keep()
         return compared
 
