@@ -2,19 +2,29 @@
 
     python benchmarks/cpu_goals.py --out benchmarks/results/cpu_goals.json
     python benchmarks/cpu_goals.py --model sd --repeat 9 --out benchmarks/results/cpu_goals_embedded.json
+    python benchmarks/cpu_goals.py --int8 --out benchmarks/results/cpu_goals_int8.json
 
 The contenders make whole images in turns, 25 steps with gate 10 unless stated: plain diffusers in float32 and in
 bfloat16; OpenVINO's graphs ungated, gated and with DeepCache, in both precisions; and the plain pipeline with as many
 steps as the gated one's operations would pay for. `efficiency` is the speedup over the same runtime's ungated graph,
 divided by the ratio of the multiply-accumulates.
+
+With `--int8` the contenders are plain diffusers in both precisions, OpenVINO's gated graphs in float32, and a bundle for
+OpenVINO in calibrated int8 (`int8-static`). The quality of such a bundle is measured by `benchmarks/quantization.py`, on
+the embedded models: a random model has none.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +38,13 @@ from tgate_compile.study.bench.measure import machine_of, timed_generation
 from tgate_compile.study.bench.methods import random_pipeline
 
 NEVER = 10**6
+
+#: Calls that are just long enough to need all graphs of a schedule.
+WARM_UP = {
+    "ungated": {"num_inference_steps": 2},
+    "gated": {"num_inference_steps": 3, "gate_step": 1},
+    "gated, DeepCache": {"num_inference_steps": 8, "gate_step": 4},
+}
 
 
 def loaded(model: str, size: int) -> tuple[Any, dict[str, Any]]:
@@ -49,58 +66,99 @@ def main() -> None:
     parser.add_argument("--gate", type=int, default=10)
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--repeat", type=int, default=1, help="images of each contender")
+    parser.add_argument("--int8", action="store_true", help="measure a bundle in calibrated int8 instead")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(arguments, Path(folder))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to make the images.
+
+    Attributes:
+        make: returns a new pipeline. It is called once for each turn, so that one pipeline at a time takes memory.
+        steps: the number of denoising steps of an image.
+        warm_up: arguments of the call that captures and compiles, which only has to be long enough for all graphs.
+    """
+
+    make: Callable[[], Any]
+    steps: int
+    warm_up: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    """Time all contenders, and report; bundles are written to `folder`."""
+    is_random = arguments.model.startswith("random:")
     pipe, call = loaded(arguments.model, arguments.size)
-    pipe.set_progress_bar_config(disable=True)
     call = {**call, "output_type": "latent"}
+
+    originals = {torch.float32: pipe, torch.bfloat16: copy.deepcopy(pipe).to(torch.bfloat16)}
 
     def copied(dtype: torch.dtype = torch.float32) -> Any:
         # A pipeline of its own with the same weights: each may be optimized differently.
-        made = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
-        if dtype is not torch.float32:
-            made = copy.deepcopy(made).to(dtype)
+        original = originals[dtype]
+        made = type(pipe)(**{**original.components, "scheduler": copy.deepcopy(original.scheduler)})
         made.set_progress_bar_config(disable=True)
         return made
+
+    def optimized(schedule: Schedule, precision: Any) -> Any:
+        made = copied() if is_random else loaded(arguments.model, 0)[0]
+        made.set_progress_bar_config(disable=True)
+        return tgate_compile.optimize(made, schedule=schedule, backend=arguments.backend, precision=precision)
 
     schedules = {
         "ungated": Schedule(NEVER),
         "gated": Schedule(arguments.gate),
         "gated, DeepCache": Schedule(arguments.gate, deepcache_interval=3),
     }
-    contenders: dict[str, tuple[Any, int]] = {
-        "plain float32": (copied(), arguments.steps),
-        "plain bfloat16": (copied(torch.bfloat16), arguments.steps),
+    if arguments.int8:
+        schedules = {"gated": schedules["gated"]}
+    ratios = {
+        name: macs_ratio(optimized(schedule, "float32"), {**call, "num_inference_steps": arguments.steps})
+        for name, schedule in schedules.items()
+        if name != "ungated"
     }
-    ratios = {}
-    for precision in ("float32", "bfloat16"):
-        for name, schedule in schedules.items():
-            optimized = tgate_compile.optimize(
-                copied() if arguments.model.startswith("random:") else _silent(loaded(arguments.model, 0)[0]),
-                schedule=schedule,
-                backend=arguments.backend,
-                precision=precision,
-            )
-            contenders[f"{arguments.backend} {precision} {name}"] = optimized, arguments.steps
-            if precision == "float32" and name != "ungated":
-                description = tgate_compile.describe(optimized, **call, num_inference_steps=arguments.steps)
-                calls = planned_calls(optimized.scheduler, description.strip, arguments.steps)
-                work = work_of(description, calls)
-                ratios[name] = work.plain / work.gated
     fewer = round(arguments.steps / ratios["gated"])
-    contenders[f"plain float32, {fewer} steps"] = contenders["plain float32"][0], fewer
-    contenders[f"plain bfloat16, {fewer} steps"] = contenders["plain bfloat16"][0], fewer
+    contenders = {
+        f"plain {str(dtype).removeprefix('torch.')}{name}": Contender(
+            partial(copied, dtype), steps, {"num_inference_steps": 2}
+        )
+        for name, steps in (("", arguments.steps), (f", {fewer} steps", fewer))
+        for dtype in originals
+    }
+    for precision in ("float32",) if arguments.int8 else ("float32", "bfloat16"):
+        for name, schedule in schedules.items():
+            contenders[f"{arguments.backend} {precision} {name}"] = Contender(
+                partial(optimized, schedule, precision),
+                arguments.steps,
+                WARM_UP[name],
+            )
+    if arguments.int8:
+        write_int8(copied(), {**call, "num_inference_steps": arguments.steps}, arguments.gate, folder / "bundle")
+        served = partial(tgate_compile.load, folder=folder / "bundle")
+        contenders["openvino int8-static gated"] = Contender(lambda: served(copied()), arguments.steps)
 
+    # Small pipelines stay in memory and take turns after each image; of large ones there is one at a time.
+    kept: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(arguments.repeat + 1):
-        for name, (each, steps) in contenders.items():
-            # The first turn captures and compiles, with a call that is only long enough for both graphs.
-            given = {"gate_step": 1} if not turn and "gated" in name.split() else {}
-            count = 4 if not turn else steps
-            generation = timed_generation(each, {**_in_dtype_of(each, call), "num_inference_steps": count, **given}, 0)
-            if turn:
-                seconds[name].append(generation.seconds)
-                print(f"{name}: {generation.seconds:.2f} s", file=sys.stderr, flush=True)
+    for _ in range(arguments.repeat):
+        for name, contender in contenders.items():
+            each = kept.get(name)
+            if each is None:
+                each = contender.make()
+                warm_up = {"num_inference_steps": contender.steps, **contender.warm_up}
+                timed_generation(each, {**_in_dtype_of(each, call), **warm_up}, 0)
+            generation = timed_generation(each, {**_in_dtype_of(each, call), "num_inference_steps": contender.steps}, 0)
+            seconds[name].append(generation.seconds)
+            print(f"{name}: {generation.seconds:.2f} s", file=sys.stderr, flush=True)
+            if not is_random:
+                kept[name] = each
+            elif not name.startswith("plain"):
+                tgate_compile.restore(each)  # the denoiser is shared
+            del each
+            gc.collect()
     result = {
         "command": " ".join(["python", "benchmarks/cpu_goals.py", *sys.argv[1:]]),
         "machine": machine_of(torch.device("cpu")),
@@ -115,9 +173,20 @@ def main() -> None:
         print("  ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
 
 
-def _silent(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def macs_ratio(optimized: Any, call: dict[str, Any]) -> float:
+    """Return the multiply-accumulates of the plain pipeline's call, divided by those of the optimized one's."""
+    description = tgate_compile.describe(optimized, **call)
+    calls = planned_calls(optimized.scheduler, description.strip, call["num_inference_steps"])
+    work = work_of(description, calls)
+    tgate_compile.restore(optimized)
+    return work.plain / work.gated
+
+
+def write_int8(pipe: Any, call: dict[str, Any], gate: int, folder: Path) -> None:
+    """Export a bundle of `pipe` for OpenVINO in calibrated int8."""
+    tgate_compile.optimize(pipe, gate, backend="eager")
+    tgate_compile.export(pipe, folder, "openvino", call=call, quantize={"scheme": "int8-static"})
+    tgate_compile.restore(pipe)
 
 
 def _in_dtype_of(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
