@@ -9,9 +9,9 @@ bfloat16; OpenVINO's graphs ungated, gated and with DeepCache, in both precision
 steps as the gated one's operations would pay for. `efficiency` is the speedup over the same runtime's ungated graph,
 divided by the ratio of the multiply-accumulates.
 
-With `--int8` the contenders are plain diffusers in both precisions, OpenVINO's gated graphs in float32, and a bundle for
-OpenVINO in calibrated int8 (`int8-static`). The quality of such a bundle is measured by `benchmarks/quantization.py`, on
-the embedded models: a random model has none.
+With `--int8` the contenders are plain diffusers in both precisions, OpenVINO's gated graphs in float32, and a bundle
+for OpenVINO in calibrated int8 (`int8-static`). The quality of such a bundle is measured by
+`benchmarks/quantization.py`, on the embedded models: a random model has none.
 """
 
 from __future__ import annotations
