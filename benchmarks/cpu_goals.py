@@ -56,7 +56,7 @@ def main() -> None:
     call = {**call, "output_type": "latent"}
 
     def copied(dtype: torch.dtype = torch.float32) -> Any:
-        # A pipeline of its own with the same weights: each may be optimized differently.
+        # A separate pipeline with the same weights: each may be optimized differently.
         made = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
         if dtype is not torch.float32:
             made = copy.deepcopy(made).to(dtype)
