@@ -276,7 +276,7 @@ def test_unsupported_pipelines_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="already optimized"):
         analyze(pipe, PROMPTS)
     three_way = tiny_pipelines.stable_diffusion("StableDiffusionInstructPix2PixPipeline", layout="small")
-    with pytest.raises(UnsupportedModelError, match="three halves"):
+    with pytest.raises(UnsupportedModelError, match="three predictions"):
         analyze(three_way, PROMPTS)
 
 
