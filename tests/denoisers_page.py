@@ -84,7 +84,8 @@ CACHED: Mapping[str, str] = {
 
 
 @functools.cache
-def pipeline_classes() -> Mapping[str, type]:    """Return the pipeline classes of the installed diffusers by name, exported or not."""
+def pipeline_classes() -> Mapping[str, type]:
+    """Return the pipeline classes of the installed diffusers by name, exported or not."""
     return _subclasses(DiffusionPipeline, "diffusers.pipelines")
 
 
@@ -133,7 +134,8 @@ def _is_denoiser(parameter: str) -> bool:
     return any(parameter == name or parameter.startswith(f"{name}_") for name in DENOISER_NAMES)
 
 
-def lists_of(pipeline: type) -> list[str]:    """Return the lists that contain `pipeline`: tested, recognized, refused, not denoising. There should be one."""
+def lists_of(pipeline: type) -> list[str]:
+    """Return the lists that contain `pipeline`: tested, recognized, refused, not denoising. There should be one."""
     name = pipeline.__name__
     by_denoiser = [d for d in denoisers_of(pipeline) if d in REFUSED_DENOISERS]
     return [
@@ -146,7 +148,8 @@ def lists_of(pipeline: type) -> list[str]:    """Return the lists that contain `
 # The tables.
 
 
-def guidance(family: Family) -> str:    """Describe the denoiser calls that compute the guidance halves."""
+def guidance(family: Family) -> str:
+    """Describe the denoiser calls that compute the guidance halves."""
     if family.unguided:
         return "one call, no halves"
     if family.calls:
@@ -161,7 +164,8 @@ def guidance(family: Family) -> str:    """Describe the denoiser calls that comp
     per_frame = "the text and the residuals" if len(family.repeated) > 1 else "the text"
     return "".join(
         (
-            f"one call, [{'; '.join(family.order)}]",            f", {per_frame} repeated for each frame" if family.repeated else "",
+            f"one call, [{'; '.join(family.order)}]",
+            f", {per_frame} repeated for each frame" if family.repeated else "",
             ", sizes alternating" if family.interleaved else "",
         )
     )
@@ -179,7 +183,8 @@ def gated_table() -> str:
             continue
         # The last one if there are several: `UNetMotionModel`, which is made from the other.
         denoiser = denoisers_of(pipeline_classes()[name])[-1]
-        rows[denoiser, guidance(FAMILIES[name]), continues(FAMILIES[name])].append(name)    header = ("denoiser", "cached", "denoiser calls", "half that continues", "tested", "recognized")
+        rows[denoiser, guidance(FAMILIES[name]), continues(FAMILIES[name])].append(name)
+    header = ("denoiser", "cached", "denoiser calls", "half that continues", "tested", "recognized")
     body = [
         (
             f"`{denoiser}`",
@@ -198,7 +203,8 @@ def refused_table() -> str:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, reason in {**REFUSED, **REFUSED_BASES}.items():
         by_reason[reason.partition(". What works")[0]].append(name)
-    rows = [(reason, _names(names)) for reason, names in by_reason.items()]    return _table(("reason", "pipelines, or their base class"), rows)
+    rows = [(reason, _names(names)) for reason, names in by_reason.items()]
+    return _table(("reason", "pipelines, or their base class"), rows)
 
 
 def joint_table() -> str:
@@ -217,11 +223,13 @@ def joint_table() -> str:
             _names(n for n in names if n not in TESTED),
         )
         for (denoiser, arrives), names in sorted(rows.items(), key=lambda row: (row[0][0].lower(), row[0]))
-    ]    return _table(("denoiser", "text after the gate", "denoiser calls", "tested", "recognized"), body)
+    ]
+    return _table(("denoiser", "text after the gate", "denoiser calls", "tested", "recognized"), body)
 
 
 @functools.cache
-def denoiser_classes() -> frozenset[str]:    """Return the names of all denoiser classes that ordinary or modular pipelines use."""
+def denoiser_classes() -> frozenset[str]:
+    """Return the names of all denoiser classes that ordinary or modular pipelines use."""
     named = {name for cls in pipeline_classes().values() for name in denoisers_of(cls)}
     return frozenset(named | set(MODULAR_REFUSED.values())) - {"OnnxRuntimeModel"}
 
@@ -236,13 +244,15 @@ def map_table() -> str:
             status_of(name, found.get(name, NOT_MAPPED)),
         )
         for name in sorted(denoiser_classes(), key=str.lower)
-    ]    return _table(("denoiser", "attentions", "parameters (10⁹)", "denoiser calls", "status"), body)
+    ]
+    return _table(("denoiser", "attentions", "parameters (10⁹)", "denoiser calls", "status"), body)
 
 
 NOT_MAPPED: Mapping[str, Any] = {"error": "no tiny configuration could be made"}
 
 
-def status_of(name: str, row: Mapping[str, Any]) -> str:    """Return whether a denoiser can be gated or its text frozen, or only its guidance ended, or why none of these."""
+def status_of(name: str, row: Mapping[str, Any]) -> str:
+    """Return whether a denoiser can be gated or its text frozen, or only its guidance ended, or why none of these."""
     families = [FAMILIES[n] for n, cls in pipeline_classes().items() if n in FAMILIES and name in denoisers_of(cls)]
     roles = {attention["role"] for attention in row.get("attentions", [])}
     reasons = {
@@ -255,7 +265,8 @@ def status_of(name: str, row: Mapping[str, Any]) -> str:    """Return whether a 
         return "frozen" if _is_frozen(row) else "guidance only"
     if reason is not None:
         return reason.partition(". What works")[0]
-    if roles & {"joint", "image to both"} or name in JOINT_ATTENTION:        return "guidance only; used only by modular pipelines"
+    if roles & {"joint", "image to both"} or name in JOINT_ATTENTION:
+        return "guidance only; used only by modular pipelines"
     return "not used by any pipeline"
 
 
@@ -273,7 +284,8 @@ def _arrivals(name: str) -> str:
 
 
 def _found(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the attentions of a denoiser and its parameters, in words."""    if "error" in row:
+    """Return the attentions of a denoiser and its parameters, in words."""
+    if "error" in row:
         reason = _shortened(row["error"].partition("torch.export (")[2].partition(" (")[0].partition(". ")[0])
         return (f"cannot be captured: {reason}" if reason else row["error"]), "-"
     kinds = Counter[str]()
@@ -311,19 +323,23 @@ def _kind(attention: Mapping[str, Any]) -> str:
 
 
 def not_denoising_table() -> str:
-    by_reason: dict[str, list[str]] = defaultdict(list)    for name, reason in NOT_DENOISING.items():
-        by_reason[reason].append(name)    return _table(("reason", "pipelines"), [(reason, _names(names)) for reason, names in by_reason.items()])
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in NOT_DENOISING.items():
+        by_reason[reason].append(name)
+    return _table(("reason", "pipelines"), [(reason, _names(names)) for reason, names in by_reason.items()])
 
 
 def modular_table() -> str:
     by_status: dict[str, list[str]] = defaultdict(list)
-    for name, like in MODULAR.items():        by_status[f"gated like `{like}`, which has the same denoiser"].append(name)
+    for name, like in MODULAR.items():
+        by_status[f"gated like `{like}`, which has the same denoiser"].append(name)
     for name, denoiser in MODULAR_REFUSED.items():
         if denoiser in JOINT_ATTENTION:
             by_status["guidance only: joint attention"].append(name)
         else:
             reason = {**REFUSED_DENOISERS, **UNCACHED_DENOISERS}[denoiser].partition(". What works")[0]
-            by_status[f"refused, `{denoiser}`: {reason}"].append(name)    return _table(("status", "modular pipelines"), [(status, _names(names)) for status, names in by_status.items()])
+            by_status[f"refused, `{denoiser}`: {reason}"].append(name)
+    return _table(("status", "modular pipelines"), [(status, _names(names)) for status, names in by_status.items()])
 
 
 TABLES = {

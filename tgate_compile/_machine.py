@@ -19,7 +19,9 @@ _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def default_threads(of_torch: int | None = None, *, root: Path = _ROOT) -> int | None:
-    """Return the number of threads that a runtime uses unless an option sets it; None means the runtime's own default.    It is one for each physical core that this process may run on, within its cgroup's quota of CPU time. A number that
+    """Return the number of threads that a runtime uses unless an option sets it; None means the runtime's own default.
+
+    It is one for each physical core that this process may run on, within its cgroup's quota of CPU time. A number that
     the user has set by `torch.set_num_threads` or OMP_NUM_THREADS takes precedence.
 
     Args:

@@ -70,7 +70,9 @@ def optimize(
     binding_times: bool | None = None,
     offload_prelude: bool = False,
 ) -> Pipeline:
-    """Speed up the calls of a pipeline with T-GATE, DeepCache, PAB or guidance that ends early.    With T-GATE (arXiv 2404.02747 v1, section 3.2), `gate_step` steps run in full. The last of them caches the outputs
+    """Speed up the calls of a pipeline with T-GATE, DeepCache, PAB or guidance that ends early.
+
+    With T-GATE (arXiv 2404.02747 v1, section 3.2), `gate_step` steps run in full. The last of them caches the outputs
     of all cross-attentions; with guidance, it caches the mean of the two halves. From step `gate_step` on, guidance is
     off, and a pruned graph runs at half the batch, without the cross-attentions and their weights. In models with joint
     attention (SD3, FLUX, Qwen-Image), the keys and values of the text are cached instead, and the pruned graph has
@@ -86,7 +88,8 @@ def optimize(
             `restore(pipe)` undoes that.
         gate_step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), that run in full. If it is not
             less than the number of steps, nothing is gated; None means no gate. A single call can override it:
-            `pipe(..., gate_step=8)`. If two denoisers share the steps (Wan 2.2), each counts its own steps from 0, and            a pair sets a gate for each. `"auto"` measures schedules on a few prompts with `tune`, and chooses the
+            `pipe(..., gate_step=8)`. If two denoisers share the steps (Wan 2.2), each counts its own steps from 0, and
+            a pair sets a gate for each. `"auto"` measures schedules on a few prompts with `tune`, and chooses the
             cheapest one within the tolerance. The argument may also be a method or a sum of methods, which replaces
             the arguments below: `TGate(10)`, `DeepCache(3) + TGate(10)`, `AdaptiveGuidance(similarity=0.991)`.
         sp_interval: T-GATE v2: the interval of self-attention before the gate, in steps.
@@ -111,7 +114,8 @@ def optimize(
         denoiser: the name of the attribute of `pipe` that is the denoiser, if it is neither `unet` nor `transformer`.
         sites: shell-style patterns of the names of the attentions to cache: `["up_blocks.*"]`. None means all.
         cache_dtype: the dtype of the caches: `torch.bfloat16` takes half the memory of fp32, `torch.float8_e4m3fn` a
-            quarter. None means the model's own dtype.        backend: `"auto"`, or the name of a backend: `"eager"` (the rewritten graphs without compilation, and without a
+            quarter. None means the model's own dtype.
+        backend: `"auto"`, or the name of a backend: `"eager"` (the rewritten graphs without compilation, and without a
             copy of the weights), `"openvino"`, `"onnxruntime"`, `"inductor"` or `"tensorrt"` (on NVIDIA GPUs). `"auto"`
             takes the fastest installed backend whose results agree with PyTorch: on a CPU OpenVINO, then ONNX Runtime,
             then eager; on a GPU Inductor with CUDA graphs. It logs its choice at level INFO.
@@ -125,7 +129,8 @@ def optimize(
             cause is found, the whole call is repeated, including its callbacks.
         graph_memory: the estimated number of bytes that the graphs may take. Beyond it, the least recently used graphs
             are dropped. None means a quarter of the machine's memory.
-        binding_times: whether to compute values that depend on the prompt alone once per generation, and those that            depend on the timestep once per timestep, instead of in every step. None means only with
+        binding_times: whether to compute values that depend on the prompt alone once per generation, and those that
+            depend on the timestep once per timestep, instead of in every step. None means only with
             `backend="eager"`. See `docs/guides/binding-times.md`.
         offload_prelude: on an accelerator: whether to move the weights that only these values need to the CPU after
             the values have been computed, and back when the call ends. Implies `binding_times=True`.

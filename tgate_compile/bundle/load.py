@@ -38,7 +38,8 @@ def load(
     backend: BundleBackendName | None = None,
     backend_options: Mapping[str, object] | None = None,
     sequential: bool = False,
-) -> Pipeline:    """Run `pipe` on the bundle in `folder`, which `export` has written from a pipeline with the same model.
+) -> Pipeline:
+    """Run `pipe` on the bundle in `folder`, which `export` has written from a pipeline with the same model.
 
     Calls of the pipeline then follow the bundle's schedule and use its graphs and weights, as after `optimize`, but
     nothing is captured, converted or compiled. `restore(pipe)` undoes this. The bundle is verified, and must stay in
@@ -53,7 +54,8 @@ def load(
             the name of the format. The default is the backend that the format is intended for.
         backend_options: the options of this backend, as in `optimize`: `providers`, `threads` and `prepacking` for ONNX
             Runtime; `device`, `precision`, `threads` and `cache` for OpenVINO. `docs/guides/exporting.md` has those for
-            engines.        sequential: keep only one graph open at a time. This saves memory, but a graph is opened whenever the schedule
+            engines.
+        sequential: keep only one graph open at a time. This saves memory, but a graph is opened whenever the schedule
             switches to it: twice per generation with T-GATE, more often with other methods (a warning gives the number).
 
     Returns:

@@ -187,7 +187,9 @@ def generation(
     gate_step: GateStep | None = None,
     num_timesteps: int | None = None,
 ) -> Iterator[OwnLoop]:
-    """Run one generation of your own denoising loop with the optimized denoiser.    The pipeline's call does this automatically. Set the scheduler's timesteps before the first denoiser call, and make
+    """Run one generation of your own denoising loop with the optimized denoiser.
+
+    The pipeline's call does this automatically. Set the scheduler's timesteps before the first denoiser call, and make
     the calls in the order of the timesteps, as the pipeline does: with the batch [uncond; cond] if guidance is on, or
     with a call for each half if the pipeline makes two. Put calls that are not part of the loop, such as those for a
     preview, inside `paused()` of the yielded object:
