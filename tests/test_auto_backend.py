@@ -1,4 +1,4 @@
-"""`backend="auto"`, the default: which backend it takes, what it logs, and when it leaves one."""
+"""`backend="auto"`, the default: which backend it takes, what it logs, and when it abandons one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process has captured, converted and compared is found again by the next one, and never by another model."""
+"""Captures, conversions and comparisons of a process are reused by the next one, and never by another model."""
 
 from __future__ import annotations
 

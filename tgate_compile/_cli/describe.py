@@ -1,4 +1,4 @@
-"""Commands that show what there is.
+"""Commands that show information about models, bundles and the disk cache.
 
 `describe` shows the effect of a schedule on a model, `inspect` the contents of a bundle, and `cache` those of the cache.
 """

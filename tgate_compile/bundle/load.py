@@ -1,4 +1,4 @@
-"""`load`: serve a pipeline from a bundle."""
+"""`load`: run a pipeline on a bundle."""
 
 from __future__ import annotations
 
