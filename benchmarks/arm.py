@@ -57,8 +57,8 @@ class Target:
         title: the runtime, for people.
         format: the format of its bundles.
         wheels: the sets of wheels that it needs on Arm.
-        imports: the modules that its runs import, for the baseline; empty for programs in C++, and with PyTorch in Python, which
-            takes nearly all of the memory.
+        imports: the modules that its runs import, for the baseline; empty for programs in C++, and with PyTorch in
+            Python, which takes nearly all of the memory.
         precisions: the precisions to try, each with all `models`.
         models: the embedded models to try.
         sequential: whether to run each bundle a second time with one graph in memory at a time.

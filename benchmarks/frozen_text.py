@@ -43,7 +43,8 @@ MODEL, STEPS, BATCH = "sd3", 25, 32
 CAPTION_SEED = 2029
 GATES = (3, 5, 8, 10, 14)
 
-#: The methods to compare, by a description of the steps from the gate on. A row may also be a combination, such as `AdaptiveGuidance(gate) + ...`.
+#: The methods to compare, by a description of the steps from the gate on. A row may also be a combination, such as
+#: `AdaptiveGuidance(gate) + ...`.
 METHODS: Mapping[str, Callable[[int], Method]] = {
     "guidance ends": AdaptiveGuidance,
     "text frozen": FrozenText,

@@ -3,8 +3,8 @@
 `python -m tests.denoiser_map` captures every denoiser and writes `docs/results/denoisers.json`, from which
 `python -m tests.denoisers_page` makes a table; names of classes limit it to these.
 
-Tokens are distinguished by experiment. The captured graph runs with changed latents and with a changed text, while every
-attention that has latents in it returns what it returned before, so that no token learns of another. The rows of the
+Tokens are distinguished by experiment. The captured graph runs with changed latents and with a changed text, while
+every attention that involves latents returns its earlier value, so that no token depends on another. The rows of the
 keys that have changed are then the image's or the text's. Text that reaches the denoiser as one vector is not changed.
 """
 

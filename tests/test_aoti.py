@@ -139,7 +139,9 @@ def test_nothing_is_left_in_the_temporary_folder(bundle: Path) -> None:
         "import builtins, tests.test_aoti as t; from pathlib import Path; "
         f"builtins.held = t.opened(Path({str(bundle)!r}), 'pruned'); print(*t.unpacked_folders())"
     )
-    completed = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    completed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+    )
     assert completed.stdout.strip()
     assert not Path(completed.stdout.strip()).exists()
 

@@ -55,7 +55,12 @@ def test_options_and_json(bundle: str, tmp_path: Path) -> None:
     result = run(app, ["run", bundle, "-p", "red fox", "-o", str(out), *options, "--json", "--seed", "1"])
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert (printed["strip"], printed["guidance"], printed["scheduler"], printed["seeds"]) == ("FFFppp", 3.0, "ddim", [1])
+    assert (printed["strip"], printed["guidance"], printed["scheduler"], printed["seeds"]) == (
+        "FFFppp",
+        3.0,
+        "ddim",
+        [1],
+    )
     assert set(printed["seconds_per_step"]) == {"full", "pruned"}
     assert printed["images"] == [str(out)]
     again = run(app, ["run", bundle, "-p", "red fox", "-o", str(out)])

@@ -233,7 +233,9 @@ def test_it_is_plain_again_afterwards_with_its_progress_bar(capsys: pytest.Captu
     del pipe._progress_bar_config
     before = state(pipe)
     seen: list[tuple[int, int, str]] = []
-    tuning = tune(pipe, PROMPTS[:1], num_inference_steps=5, tolerance=LOOSE, progress=lambda *reported: seen.append(reported))
+    tuning = tune(
+        pipe, PROMPTS[:1], num_inference_steps=5, tolerance=LOOSE, progress=lambda *reported: seen.append(reported)
+    )
     assert capsys.readouterr().err == ""
     assert state(pipe) == before
     assert torch.equal(latents(pipe, PROMPTS[0]), before_run)

@@ -1,8 +1,8 @@
 """A disk cache of captured and converted graphs, for later processes. Nothing here needs PyTorch.
 
 It is a folder with one file per entry. Files are written under another name and then renamed, so that processes can
-share the folder: a reader finds all of an entry or nothing. Each has a checksum; an entry that does not match is removed,
-and computed again. Once the files exceed the limit, the least recently used are deleted.
+share the folder: a reader finds all of an entry or nothing. Each has a checksum; an entry that does not match is
+removed, and computed again. Once the files exceed the limit, the least recently used are deleted.
 """
 
 from __future__ import annotations

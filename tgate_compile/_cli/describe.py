@@ -1,6 +1,6 @@
 """Commands that show information about models, bundles and the disk cache.
 
-`describe` shows the effect of a schedule on a model, `inspect` the contents of a bundle, and `cache` those of the cache.
+`describe` shows the effect of a schedule on a model, `inspect` the contents of a bundle, and `cache` the cache.
 """
 
 from __future__ import annotations

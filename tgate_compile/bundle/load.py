@@ -56,7 +56,7 @@ def load(
             Runtime; `device`, `precision`, `threads` and `cache` for OpenVINO. `docs/guides/exporting.md` has those for
             engines.
         sequential: keep only one graph open at a time. This saves memory, but a graph is opened whenever the schedule
-            switches to it: twice per generation with T-GATE, more often with other methods (a warning gives the number).
+            switches to it: twice per generation with T-GATE, more often with other methods (a warning says how often).
 
     Returns:
         `pipe` itself.

@@ -8,7 +8,8 @@ _PLAIN = "What works instead: the pipeline without tgate_compile"
 
 
 _THREE_WAY = (
-    f"its guidance makes three predictions, [text; image; uncond], and the gate merges two. {_PLAIN}, or with fewer steps"
+    "its guidance makes three predictions, [text; image; uncond], and the gate merges two. "
+    f"{_PLAIN}, or with fewer steps"
 )
 
 
@@ -114,8 +115,7 @@ _RECURRENT = (
 
 
 _TOKENS = (
-    "it predicts discrete tokens instead of noise, and only denoising can be gated. "
-    f"{_PLAIN}, or with fewer steps"
+    f"it predicts discrete tokens instead of noise, and only denoising can be gated. {_PLAIN}, or with fewer steps"
 )
 
 
