@@ -11,8 +11,8 @@ can be continued. PyTorch's wheel, which all targets but `onnxruntime` need, tak
 apt and pip use their own configuration; if apt's sources have no arm64, as on Ubuntu, name a file in the format of
 sources.list that does with `--sources`. `arm_machine.py` is the emulated machine.
 
-Each run is a process of its own. Its peak is the kernel's `ru_maxrss`, which on Arm includes the emulator and the code
-that it has translated; `baselines` has the peaks of interpreters that do nothing but import what the runs import.
+Each run is a separate process. Its peak is the kernel's `ru_maxrss`, which on Arm includes the emulator and the code
+that it has translated; `baselines` has the peaks of interpreters that only import the modules of the runs.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Target:
     """A program that runs bundles.
 
     Attributes:
-        title: what runs the graphs, for people.
+        title: the runtime, for people.
         format: the format of its bundles.
         wheels: the sets of wheels that it needs on Arm.
-        imports: what its runs import, for the baseline; empty for programs in C++, and with PyTorch in Python, which
-            takes nearly all of the memory.
+        imports: the modules that its runs import, for the baseline; empty for programs in C++, and with PyTorch in
+            Python, which takes nearly all of the memory.
         precisions: the precisions to try, each with all `models`.
         models: the embedded models to try.
         sequential: whether to run each bundle a second time with one graph in memory at a time.
@@ -184,7 +184,7 @@ def on_arm(task: str, arguments: Mapping[str, Any], log: Path, arm: Arm, wheels:
 
 
 class Bench:
-    """The runs of one command, with what they share."""
+    """The runs of one command, and their shared state."""
 
     def __init__(self, arm: Arm, *, again: bool = False) -> None:
         self.arm = arm
@@ -315,14 +315,14 @@ class Bench:
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, help="folder for what is downloaded and built, outside the repository")
+    parser.add_argument("--root", type=Path, help="folder for downloads and builds, outside the repository")
     parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=[], help="targets")
     parser.add_argument("--models", nargs="+", choices=list(STEPS), default=[])
     every = dict.fromkeys(precision for target in TARGETS.values() for precision in target.precisions)
     parser.add_argument("--precisions", nargs="+", choices=list(every), default=[])
     parser.add_argument("--cpu", default=CPU, help="the processor to emulate, by QEMU's name")
     parser.add_argument("--sources", type=Path, help="a sources.list with arm64, instead of apt's own")
-    parser.add_argument("--again", action="store_true", help="measure again what the folder has")
+    parser.add_argument("--again", action="store_true", help="repeat measurements that the folder already has")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     check(parser, options)

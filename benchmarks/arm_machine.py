@@ -25,7 +25,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: The emulated core, found in phones since 2018: with dot products and float16, without scalable vectors.
 CPU = "cortex-a76"
-#: What the kernel says of this core. Without it, emulated programs would read the file of the x86 machine.
+#: The kernel's description of this core. Without it, emulated programs would read that of the x86 machine.
 CPUINFO = """processor\t: {number}
 BogoMIPS\t: 100.00
 Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
@@ -47,7 +47,7 @@ TOOLS: Mapping[str, str] = {
     "dpkg-deb": "dpkg",
 }
 PIP = ("pip", "install", "--no-compile", "--only-binary=:all:", "--implementation=cp")
-#: Python, what wheels expect of a system, and Python as a library, which ExecuTorch's own needs.
+#: Python, the libraries that wheels expect, and Python as a library, which ExecuTorch's runtime needs.
 DEBIAN = ("python3", "libstdc++6", "libgomp1", "libpython3-dev")
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -125,7 +125,7 @@ def reason(code: int, errors: str) -> str:
 
 @dataclass(frozen=True)
 class Arm:
-    """The emulated machine in the folder `root`, which gets what it needs when it needs it."""
+    """The emulated machine in the folder `root`. Packages are installed when they are needed."""
 
     root: Path
     cpu: str = CPU
@@ -157,7 +157,7 @@ class Arm:
             path.write_text(content)
 
     def _unpack(self) -> None:
-        """Let apt resolve and download the packages with a state of its own, in which nothing is installed."""
+        """Let apt resolve and download the packages with a separate state, in which nothing is installed."""
         apt = self.root / "apt"
         for folder in ("lists/partial", "cache/archives/partial", "state"):
             (apt / folder).mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def installed(package: str) -> str:
 
 
 def glibc(system: Path) -> int:
-    """Return the minor version of the C library in `system`, which decides what wheels it can load."""
+    """Return the minor version of the C library in `system`, which determines the wheels that it can load."""
     (library,) = {path.resolve() for path in system.glob("**/aarch64-linux-gnu/libc.so.6")}
     found = re.search(rb"GNU C Library [^\n]* version 2\.(\d+)", library.read_bytes())
     assert found is not None

@@ -1,4 +1,4 @@
-"""What the processes of `benchmarks/arm.py` do, on the x86 machine and on the emulated one.
+"""The tasks of the processes of `benchmarks/arm.py`, on the x86 machine and on the emulated one.
 
     python benchmarks/arm_tasks.py draw '{"backend": "onnxruntime", "model": "sd", ...}'
 
@@ -136,7 +136,7 @@ def compare(images: str, expected: str) -> dict[str, Any]:
 
 
 def imports(modules: str) -> dict[str, Any]:
-    """Only import what runs import."""
+    """Only import the modules of a run."""
     for module in filter(None, modules.split(", ")):
         importlib.import_module(module)
     return {}

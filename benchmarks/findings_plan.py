@@ -27,7 +27,7 @@ SCHEDULERS: Mapping[str, tuple[type[diffusers.SchedulerMixin], Mapping[str, obje
 
 @dataclass(frozen=True)
 class Setting:
-    """An evaluation: a plain pipeline and what is compared with it.
+    """An evaluation: a plain pipeline and the schedules that are compared with it.
 
     Attributes:
         model: name of the embedded model.

@@ -43,7 +43,8 @@ MODEL, STEPS, BATCH = "sd3", 25, 32
 CAPTION_SEED = 2029
 GATES = (3, 5, 8, 10, 14)
 
-#: What happens from the gate on, by name. A row may also be a combination, such as `AdaptiveGuidance(gate) + ...`.
+#: The methods to compare, by a description of the steps from the gate on. A row may also be a combination, such as
+#: `AdaptiveGuidance(gate) + ...`.
 METHODS: Mapping[str, Callable[[int], Method]] = {
     "guidance ends": AdaptiveGuidance,
     "text frozen": FrozenText,
@@ -55,7 +56,7 @@ METHODS: Mapping[str, Callable[[int], Method]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured.
+    """The settings of the measurement.
 
     Attributes:
         gates: the gates of each method.

@@ -252,11 +252,11 @@ class Bench:
 
     @property
     def rows_of_calls(self) -> dict[str, int]:
-        """The batch sizes of all calls of the denoiser in a plain image, added up."""
+        """Return the sum of the batch sizes of all denoiser calls in a plain image."""
         return dict.fromkeys(denoiser_names(self.pipe), 2 * self.suite.steps)
 
     def setting(self) -> Mapping[str, str]:
-        """Return what runs, as plain data."""
+        """Return the settings of the pipeline, as plain data."""
         return setting_of(self.pipe, {name: getattr(self.pipe, name) for name in denoiser_names(self.pipe)})
 
 
@@ -281,7 +281,7 @@ class Measurement:
 
     Args:
         bench: the pipelines.
-        contenders: what is measured, the most important first.
+        contenders: the contenders to measure, the most important first.
         repeat: number of timed images of a row; the median counts.
         deadline: when to stop, also in the middle of a row.
     """
@@ -374,7 +374,7 @@ class Measurement:
             self._agreement[row.key] = difference if math.isfinite(difference) else str(difference)
 
     def result(self) -> dict[str, Any]:
-        """Return what has been measured so far, as plain data."""
+        """Return the results so far, as plain data."""
         bench = self._bench
         rows = [row for _, _, row in self._plan]
         for row in rows:

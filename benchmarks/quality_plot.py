@@ -44,7 +44,7 @@ class Style:
 STYLES: dict[str, Style] = {
     "fewer steps": Style("fewer steps (steps)", "#555555", "o", "--", (-4, 9)),
     "guidance drop": Style("guidance drop (guided steps)", "#0072B2", "s", labels=(10, 5)),
-    "Adaptive Guidance": Style("Adaptive Guidance (likeness)", "#56B4E9", "D", "", (10, -13)),
+    "Adaptive Guidance": Style("Adaptive Guidance (similarity)", "#56B4E9", "D", "", (10, -13)),
     "T-GATE": Style("T-GATE v1 (gate)", "#D55E00", "^", labels=(-3, -20)),
     "T-GATE v2": Style("T-GATE v2 (gate, interval)", "#A64D82", "v", "", (6, -33)),
     "T-GATE, cond cached": Style("T-GATE, cond cached (gate)", "#009E73", "*", labels=(0, 11)),

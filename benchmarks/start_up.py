@@ -3,7 +3,7 @@
     python benchmarks/start_up.py --out benchmarks/results/start_up.json
     python benchmarks/start_up.py --model random:sd15 --backends eager openvino --size 256
 
-Each figure comes from a process of its own, which makes two images of a few steps: the start-up is the time from
+Each figure comes from a separate process, which makes two images of a few steps: the start-up is the time from
 `optimize` to the end of the first image, less that of the second one. The processes are
 
 - `one`: a gate step that is never reached, so that there is only the full graph;
@@ -33,7 +33,7 @@ from tgate_compile._runtimes import is_backend_installed
 
 BACKENDS = ("eager", "openvino", "onnxruntime", "inductor")
 KINDS = ("one", "both", "again")
-#: What a log message says about the time that something took: "converted the full graph to ONNX: ..., in 5.4 s".
+#: The stage and its duration in a log message: "converted the full graph to ONNX: ..., in 5.4 s".
 _STAGE = re.compile(
     r"^(captured|converted|compiled|opened|.* was captured by an earlier process).* (?:in|from disk in) ([\d.]+) s$"
 )

@@ -78,12 +78,12 @@ class SplitVariant:
 
     @property
     def early(self) -> tuple[EarlyVariant, ...]:
-        """The prelude and the table, as far as they exist."""
+        """The prelude and the table, if they exist."""
         return tuple(part for part in (self.prelude, self.table) if part is not None)
 
     @property
     def parts(self) -> tuple[Variant, ...]:
-        """The prelude and the table, as far as they exist, and the step."""
+        """The prelude and the table, if they exist, and the step."""
         return (*self.early, self.step)
 
     @property

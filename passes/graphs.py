@@ -1,4 +1,4 @@
-"""Captured graphs and their variants, and what passes share to edit them."""
+"""Captured graphs and their variants, and helpers for passes that edit them."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ two down, to the keys and values of each attention, where every token is needed.
 part, the queries are split, and slices that pick one part disappear. The result computes the same values. Once the
 text's keys and values are given, `remove_dead` then removes everything that only the text's tokens need.
 
-These keys and values are sites of kind `cross`: they are what the image gets from the text, as the outputs of
+These keys and values are sites of kind `cross`: they carry the text's influence on the image, as the outputs of
 cross-attention are in other models.
 """
 

@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tgate_compile.passes.graphs import flat_call
 
-#: What is written as a name, by its tag: the type, and the object that has the attribute of this name.
+#: Types whose values are stored by name, by tag, each with the object that has an attribute of that name.
 _NAMED: Mapping[str, tuple[type, object]] = {
     "dtype": (torch.dtype, torch),
     "layout": (torch.layout, torch),
@@ -45,7 +45,7 @@ class NotStorableError(Exception):
 
 
 class NotReadableError(Exception):
-    """What was read is not a program that `to_json` has written."""
+    """The data is not a program that `to_json` has written."""
 
 
 def to_json(program: ExportedProgram) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 `python -m tests.denoiser_map` captures every denoiser and writes `docs/results/denoisers.json`, from which
 `python -m tests.denoisers_page` makes a table; names of classes limit it to these.
 
-Tokens are told apart by experiment. The captured graph runs with changed latents and with a changed text, while every
-attention that has latents in it returns what it returned before, so that no token learns of another. The rows of the
+Tokens are distinguished by experiment. The captured graph runs with changed latents and with a changed text, while
+every attention that involves latents returns its earlier value, so that no token depends on another. The rows of the
 keys that have changed are then the image's or the text's. Text that reaches the denoiser as one vector is not changed.
 """
 
@@ -275,7 +275,7 @@ def frozen_text(denoiser: torch.nn.Module, call: Call) -> int | str:
 
 
 def row_of(name: str) -> dict[str, Any]:
-    """Return what is found in the denoiser class `name`."""
+    """Return the attentions and parameters of the denoiser class `name`."""
     try:
         denoiser, args, kwargs = first_call(name)
     except KeyError as missing:

@@ -35,11 +35,11 @@ from tgate_compile.engine.unsupported import (
     UNCACHED_DENOISERS,
 )
 
-#: What `denoiser_map.py` has found.
+#: The results of `denoiser_map.py`.
 MAP = Path(__file__).parent.parent / "docs" / "results" / "denoisers.json"
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "denoisers.md"
 
-#: Classes that are run in `test_pipelines.py`, and by which test.
+#: Classes that run in `test_pipelines.py`, and the test that runs them.
 IN_TEST_PIPELINES: Mapping[str, str] = {
     "LatentConsistencyModelPipeline": "test_lcm_with_embedded_guidance",
     "PixArtAlphaPipeline": "test_pixart",
@@ -58,8 +58,11 @@ IN_TEST_MORE = {"Kandinsky3Pipeline", "SemanticStableDiffusionPipeline"}
 #: The same for `test_joint_guidance.py`.
 IN_TEST_JOINT = set(JOINT)
 TESTED = IN_TEST_PIPELINES.keys() | IN_TEST_DENOISERS | IN_TEST_MORE | IN_TEST_JOINT
-#: Denoisers of which only guidance can be dropped.
+#: Denoisers whose cross-attentions are not cached.
 GUIDANCE_ONLY = JOINT_ATTENTION | UNCACHED_DENOISERS.keys()
+
+#: Denoisers that can be captured for the map, but not with the arguments that their pipelines pass.
+ONLY_DIRECTLY = {"GlmImageTransformer2DModel"}
 
 #: The cached attentions of each denoiser; the others have an `attn2` in every transformer block.
 CACHED: Mapping[str, str] = {
@@ -85,7 +88,7 @@ CACHED: Mapping[str, str] = {
 
 @functools.cache
 def pipeline_classes() -> Mapping[str, type]:
-    """The pipeline classes of the installed diffusers by name, exported or not."""
+    """Return the pipeline classes of the installed diffusers by name, exported or not."""
     return _subclasses(DiffusionPipeline, "diffusers.pipelines")
 
 
@@ -135,7 +138,7 @@ def _is_denoiser(parameter: str) -> bool:
 
 
 def lists_of(pipeline: type) -> list[str]:
-    """Return the lists that contain `pipeline`: tested, recognized, refused, not denoising. It should be one."""
+    """Return the lists that contain `pipeline`: tested, recognized, refused, not denoising. There should be one."""
     name = pipeline.__name__
     by_denoiser = [d for d in denoisers_of(pipeline) if d in REFUSED_DENOISERS]
     return [
@@ -149,9 +152,9 @@ def lists_of(pipeline: type) -> list[str]:
 
 
 def guidance(family: Family) -> str:
-    """Describe how the guidance halves reach the denoiser."""
+    """Describe the denoiser calls that compute the guidance halves."""
     if family.unguided:
-        return "no halves"
+        return "one call, no halves"
     if family.calls:
         calls = f"two calls, {' then '.join(family.calls)}"
         if family.guiders:
@@ -165,8 +168,8 @@ def guidance(family: Family) -> str:
     return "".join(
         (
             f"one call, [{'; '.join(family.order)}]",
-            f", {per_frame} once per frame" if family.repeated else "",
-            ", the sizes alternating" if family.interleaved else "",
+            f", {per_frame} repeated for each frame" if family.repeated else "",
+            ", sizes alternating" if family.interleaved else "",
         )
     )
 
@@ -184,7 +187,7 @@ def gated_table() -> str:
         # The last one if there are several: `UNetMotionModel`, which is made from the other.
         denoiser = denoisers_of(pipeline_classes()[name])[-1]
         rows[denoiser, guidance(FAMILIES[name]), continues(FAMILIES[name])].append(name)
-    header = ("denoiser", "what is cached", "how guidance arrives", "continues", "tested", "recognized")
+    header = ("denoiser", "cached", "denoiser calls", "half that continues", "tested", "recognized")
     body = [
         (
             f"`{denoiser}`",
@@ -204,7 +207,7 @@ def refused_table() -> str:
     for name, reason in {**REFUSED, **REFUSED_BASES}.items():
         by_reason[reason.partition(". What works")[0]].append(name)
     rows = [(reason, _names(names)) for reason, names in by_reason.items()]
-    return _table(("why", "pipelines, or their base class"), rows)
+    return _table(("reason", "pipelines, or their base class"), rows)
 
 
 def joint_table() -> str:
@@ -217,19 +220,19 @@ def joint_table() -> str:
     body = [
         (
             f"`{denoiser}`",
-            "frozen" if _is_frozen(found.get(denoiser, NOT_MAPPED)) else "computed",
+            "frozen" if _is_frozen(denoiser, found.get(denoiser, NOT_MAPPED)) else "computed",
             arrives,
             _names(n for n in names if n in TESTED),
             _names(n for n in names if n not in TESTED),
         )
         for (denoiser, arrives), names in sorted(rows.items(), key=lambda row: (row[0][0].lower(), row[0]))
     ]
-    return _table(("denoiser", "text after the gate", "how guidance arrives", "tested", "recognized"), body)
+    return _table(("denoiser", "text after the gate", "denoiser calls", "tested", "recognized"), body)
 
 
 @functools.cache
 def denoiser_classes() -> frozenset[str]:
-    """Return the names of all denoiser classes: those that a pipeline, or a modular one, is made for."""
+    """Return the names of all denoiser classes that ordinary or modular pipelines use."""
     named = {name for cls in pipeline_classes().values() for name in denoisers_of(cls)}
     return frozenset(named | set(MODULAR_REFUSED.values())) - {"OnnxRuntimeModel"}
 
@@ -245,14 +248,14 @@ def map_table() -> str:
         )
         for name in sorted(denoiser_classes(), key=str.lower)
     ]
-    return _table(("denoiser", "attentions", "parameters (10⁹)", "how guidance arrives", "status"), body)
+    return _table(("denoiser", "attentions", "parameters (10⁹)", "denoiser calls", "status"), body)
 
 
 NOT_MAPPED: Mapping[str, Any] = {"error": "no tiny configuration could be made"}
 
 
 def status_of(name: str, row: Mapping[str, Any]) -> str:
-    """Return what can be done with a denoiser: gated, frozen, guidance only, or the reason why nothing can."""
+    """Return whether a denoiser can be gated or its text frozen, or only its guidance ended, or why none of these."""
     families = [FAMILIES[n] for n, cls in pipeline_classes().items() if n in FAMILIES and name in denoisers_of(cls)]
     roles = {attention["role"] for attention in row.get("attentions", [])}
     reasons = {
@@ -262,18 +265,18 @@ def status_of(name: str, row: Mapping[str, Any]) -> str:
     if families and name not in GUIDANCE_ONLY:
         return "gated"
     if families:
-        return "frozen" if _is_frozen(row) else "guidance only"
+        return "frozen" if _is_frozen(name, row) else "guidance only"
     if reason is not None:
         return reason.partition(". What works")[0]
     if roles & {"joint", "image to both"} or name in JOINT_ATTENTION:
-        return "only in modular pipelines, which have no cross-attention to cache"
-    return "no pipeline of its own"
+        return "guidance only; used only by modular pipelines"
+    return "not used by any pipeline"
 
 
-def _is_frozen(row: Mapping[str, Any]) -> bool:
+def _is_frozen(name: str, row: Mapping[str, Any]) -> bool:
     """Return whether the keys and values of the text in joint attention can be cached."""
     found = row.get("frozen text", 0)
-    return isinstance(found, int) and found > 0
+    return isinstance(found, int) and found > 0 and name not in ONLY_DIRECTLY
 
 
 def _arrivals(name: str) -> str:
@@ -286,7 +289,7 @@ def _arrivals(name: str) -> str:
 def _found(row: Mapping[str, Any]) -> tuple[str, str]:
     """Return the attentions of a denoiser and its parameters, in words."""
     if "error" in row:
-        reason = row["error"].partition("torch.export (")[2][:100].partition(" (")[0].partition(". ")[0]
+        reason = _shortened(row["error"].partition("torch.export (")[2].partition(" (")[0].partition(". ")[0])
         return (f"cannot be captured: {reason}" if reason else row["error"]), "-"
     kinds = Counter[str]()
     for attention in row["attentions"]:
@@ -300,10 +303,18 @@ def _found(row: Mapping[str, Any]) -> tuple[str, str]:
     return attentions, ", ".join(parts) or f"{sum(sizes.values()) / 1e9:.2f}"
 
 
+def _shortened(reason: str) -> str:
+    """Return the beginning of an error message, without the parenthesis that closes it."""
+    reason = reason.strip()
+    if reason.count(")") > reason.count("("):
+        reason = reason.removesuffix(")").rstrip(".")
+    return reason if len(reason) <= 100 else f"{reason[:100]}..."
+
+
 def _kind(attention: Mapping[str, Any]) -> str:
     role = str(attention["role"])
     if role not in ("joint", "image to both"):
-        return role
+        return "text-only" if role == "of text" else role
     kind = f"joint ({attention['streams']} stream, text {attention['text']}"
     if role == "image to both":
         kind += ", text not updated"
@@ -316,22 +327,22 @@ def _kind(attention: Mapping[str, Any]) -> str:
 
 def not_denoising_table() -> str:
     by_reason: dict[str, list[str]] = defaultdict(list)
-    for name, what in NOT_DENOISING.items():
-        by_reason[what].append(name)
-    return _table(("what it is", "pipelines"), [(what, _names(names)) for what, names in by_reason.items()])
+    for name, reason in NOT_DENOISING.items():
+        by_reason[reason].append(name)
+    return _table(("reason", "pipelines"), [(reason, _names(names)) for reason, names in by_reason.items()])
 
 
 def modular_table() -> str:
     by_status: dict[str, list[str]] = defaultdict(list)
     for name, like in MODULAR.items():
-        by_status[f"the denoiser of `{like}`"].append(name)
+        by_status[f"gated like `{like}`, which has the same denoiser"].append(name)
     for name, denoiser in MODULAR_REFUSED.items():
         if denoiser in JOINT_ATTENTION:
-            by_status["joint attention: only guidance can be dropped"].append(name)
+            by_status["guidance only: joint attention"].append(name)
         else:
             reason = {**REFUSED_DENOISERS, **UNCACHED_DENOISERS}[denoiser].partition(". What works")[0]
             by_status[f"refused, `{denoiser}`: {reason}"].append(name)
-    return _table(("denoiser", "modular pipelines"), [(what, _names(names)) for what, names in by_status.items()])
+    return _table(("status", "modular pipelines"), [(status, _names(names)) for status, names in by_status.items()])
 
 
 TABLES = {

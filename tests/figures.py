@@ -33,7 +33,7 @@ Entry = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Mark:
-    """A mark in a page, and the figures it stands beside.
+    """A mark in a page, and the figures next to it.
 
     Attributes:
         name: the name of its entry; empty for a table that a program fills in.

@@ -27,7 +27,7 @@ class TextReference:
         text: the positions of the text's tokens among them.
         guided: whether there is guidance, up to the gate.
         halved: names of the arguments that have rows, or entries of a list, for both halves; empty if each half is a
-            call of its own.
+            separate call.
         kept: the position of the prompt's half, in a batch or among the calls of a step.
         drops_guidance: whether guidance ends at the gate.
         refresh: the text is computed again at every step, from the gate on, that is a multiple of this number.

@@ -93,7 +93,7 @@ def test_convergence_and_norms_are_those_of_the_outputs(analyzed: tuple[Any, Ana
     assert alone.trajectories is None
 
 
-def test_trajectories_lose_their_text_where_they_say(analyzed: tuple[Any, Analysis]) -> None:
+def test_trajectories_lose_their_text_at_the_switch_step(analyzed: tuple[Any, Analysis]) -> None:
     pipe, analysis = analyzed
     trajectories = analysis.trajectories
     assert trajectories is not None
@@ -270,13 +270,13 @@ def test_steps_that_the_call_does_not_make_are_refused() -> None:
         analyze(pipe, PROMPTS, num_inference_steps=STEPS, switch_steps=(5,))
 
 
-def test_what_cannot_be_analyzed_is_refused() -> None:
+def test_unsupported_pipelines_are_refused() -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     optimize(pipe, 2, backend="eager")
     with pytest.raises(ConfigurationError, match="already optimized"):
         analyze(pipe, PROMPTS)
     three_way = tiny_pipelines.stable_diffusion("StableDiffusionInstructPix2PixPipeline", layout="small")
-    with pytest.raises(UnsupportedModelError, match="three halves"):
+    with pytest.raises(UnsupportedModelError, match="three predictions"):
         analyze(three_way, PROMPTS)
 
 

@@ -81,7 +81,7 @@ def test_as_after_optimize(bundle: Path) -> None:
     assert torch.equal(run(pipe, steps=STEPS), before)
 
 
-def test_what_a_bundle_says(bundle: Path) -> None:
+def test_the_contents_of_a_bundle(bundle: Path) -> None:
     manifest = read_bundle(bundle).manifest
     assert manifest.graph_format == "aoti"
     assert manifest.versions.runtime == f"AOTInductor {torch.__version__}"
@@ -125,7 +125,7 @@ def unpacked_folders() -> set[Path]:
     return {Path(library) for library in libraries if Path(library).exists()}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at what is mapped")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory maps")
 def test_nothing_is_left_in_the_temporary_folder(bundle: Path) -> None:
     gc.collect()
     before = unpacked_folders()
@@ -139,9 +139,11 @@ def test_nothing_is_left_in_the_temporary_folder(bundle: Path) -> None:
         "import builtins, tests.test_aoti as t; from pathlib import Path; "
         f"builtins.held = t.opened(Path({str(bundle)!r}), 'pruned'); print(*t.unpacked_folders())"
     )
-    told = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
-    assert told.stdout.strip()
-    assert not Path(told.stdout.strip()).exists()
+    completed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert completed.stdout.strip()
+    assert not Path(completed.stdout.strip()).exists()
 
 
 # Calls and bundles that are refused.

@@ -162,7 +162,7 @@ def test_an_index_without_a_weight(folder: Path) -> None:
         lambda manifest: manifest.update(weights=None),
     ],
 )
-def test_a_manifest_that_says_something_else(folder: Path, change: Callable[[Any], object]) -> None:
+def test_a_manifest_that_differs(folder: Path, change: Callable[[Any], object]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -172,8 +172,8 @@ def test_a_manifest_that_says_something_else(folder: Path, change: Callable[[Any
 def test_code_for_another_machine(folder: Path) -> None:
     def move(members: Members) -> None:
         for name in [name for name in members if name.endswith("_metadata.json")]:
-            told = json.loads(members[name])
-            members[name] = json.dumps({**told, "AOTI_MACHINE": "z80"}).encode()
+            metadata = json.loads(members[name])
+            members[name] = json.dumps({**metadata, "AOTI_MACHINE": "z80"}).encode()
 
     change_package(folder, move)
     manifest = read_bundle(folder).manifest

@@ -1,4 +1,4 @@
-"""`backend="auto"`, the default: which backend it takes, what it logs, and when it leaves one."""
+"""`backend="auto"`, the default: which backend it takes, what it logs, and when it abandons one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_it_is_the_default_everywhere() -> None:
         assert inspect.signature(function).parameters["backend"].default == "auto"
 
 
-def test_what_it_takes_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("openvino")
     pipe = tgate_compile.optimize(small(), 2)
     with caplog.at_level(logging.INFO, "tgate_compile.engine"):
@@ -57,7 +57,7 @@ def test_what_it_takes_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert not messages(caplog, logging.WARNING)
 
 
-def test_what_would_be_faster_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_faster_options_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     real = importlib.util.find_spec
     absent = ("openvino", "onnxruntime")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else real(name))
@@ -114,7 +114,7 @@ def test_a_backend_selected_by_name_stays() -> None:
 
 @pytest.mark.heavy
 def test_a_lora_with_another_scale_in_every_call(caplog: pytest.LogCaptureFixture) -> None:
-    """The scale is a constant of the graph, so that each one is a state of its own."""
+    """The scale is a constant of the graph, so each scale is a separate state."""
     pytest.importorskip("openvino")
     pipe = small()
     add_lora(pipe.unet)

@@ -59,7 +59,7 @@ def test_every_contender_is_a_row(measured: tuple[Any, Benchmark]) -> None:
     assert row_of(benchmark, "tgate_eager").strip == "FFFppp"
 
 
-def test_what_cannot_run_says_why(measured: tuple[Any, Benchmark]) -> None:
+def test_failed_rows_have_a_reason(measured: tuple[Any, Benchmark]) -> None:
     _, benchmark = measured
     assert "not a CacheMixin" in str(row_of(benchmark, "first_block_cache").error)
     assert "identical to T-GATE v1" in str(row_of(benchmark, "tgate_v2_eager").error)
@@ -165,7 +165,7 @@ def test_operations_of_layers_only() -> None:
     assert count.macs == 6 * 8 * 8 * 4  # q, k, v and out, without q times k
 
 
-def test_a_class_of_its_own() -> None:
+def test_a_separate_class() -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     kind = type(pipe)
     changed = with_private_class(pipe)
@@ -229,7 +229,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
         (["--schedule", "none.json"], "cannot be read"),
     ],
 )
-def test_what_is_missing_is_seen_before_a_model_is_loaded(
+def test_missing_packages_are_reported_before_a_model_is_loaded(
     arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(monkeypatch, "onnxruntime", "cache_dit")

@@ -58,8 +58,8 @@ def change_model(folder: Path, change: Callable[[onnx.ModelProto], object], name
     change(model)
     content = model.SerializeToString()
     (folder / name).write_bytes(content)
-    told = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    change_manifest(folder, lambda manifest: manifest["files"].update({name: told}))
+    record = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change_manifest(folder, lambda manifest: manifest["files"].update({name: record}))
 
 
 def refused(folder: Path, *parts: str) -> None:
@@ -72,7 +72,7 @@ def refused(folder: Path, *parts: str) -> None:
 # Content.
 
 
-def test_what_a_bundle_says() -> None:
+def test_the_contents_of_a_bundle() -> None:
     manifest = read_bundle(exported(binding_times=False)).manifest
     assert manifest.pipeline.class_name == "StableDiffusionPipeline"
     assert manifest.denoiser.component == "unet"
@@ -225,8 +225,8 @@ def test_weights_beyond_the_file(folder: Path, key: str, value: str) -> None:
 
 def test_graphs_that_are_no_models(folder: Path) -> None:
     (folder / "graphs/full.onnx").write_bytes(b"no model")
-    told = {"size": 8, "sha256": hashlib.sha256(b"no model").hexdigest()}
-    change_manifest(folder, lambda manifest: manifest["files"].update({"graphs/full.onnx": told}))
+    record = {"size": 8, "sha256": hashlib.sha256(b"no model").hexdigest()}
+    change_manifest(folder, lambda manifest: manifest["files"].update({"graphs/full.onnx": record}))
     refused(folder, "not a valid ONNX model")
 
 

@@ -312,7 +312,7 @@ def test_it_is_small(of_lora: Path) -> None:
     assert manifest["denoiser"]["state"] == {"baseline": "config", "differences": []}
 
 
-def test_a_bundle_that_does_not_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bundle_without_a_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = Path(shutil.copytree(exported(), tmp_path / "bundle"))
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["denoiser"]["state"]

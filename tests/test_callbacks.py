@@ -284,7 +284,7 @@ def test_callbacks_in_a_list() -> None:
     assert torch.equal(pipe(watcher=lambda *given: Watcher()(*given)), without)
 
 
-def test_what_is_not_recognized_as_a_callback_is_refused() -> None:
+def test_unrecognized_callbacks_are_refused() -> None:
     pipe = looping(Calling)
     plain = pipe(watcher=Watcher())
     tgate_compile.optimize(pipe, GATE, backend="eager")

@@ -167,7 +167,7 @@ def configured() -> Any:
     return pipe
 
 
-def test_what_a_class_of_ones_own_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_a_custom_class_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     check(
         configured,
         lambda pipe: monkeypatch.setitem(settings, "scale", 0.5),

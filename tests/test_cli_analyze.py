@@ -61,7 +61,7 @@ def test_it_prints_a_table(model: str) -> None:
         (["-p", "red cat", "--pictures", "a.txt"], "a.txt"),
     ],
 )
-def test_what_is_wrong_is_seen_before_the_model_is_loaded(
+def test_errors_come_before_the_model_is_loaded(
     arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "load", None)

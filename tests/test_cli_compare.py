@@ -62,7 +62,7 @@ def test_one_model_that_fails_is_an_error(tmp_path: Path) -> None:
         (["-o", "pyproject.toml/folder"], "Cannot write to the folder"),
     ],
 )
-def test_what_is_wrong_is_seen_before_a_model_is_loaded(
+def test_errors_come_before_a_model_is_loaded(
     arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "load", None)

@@ -139,14 +139,14 @@ RESULTS = Results(
 )
 
 
-def test_the_share_of_the_guidance_drop_is_told() -> None:
+def test_the_share_of_the_guidance_drop_is_printed() -> None:
     assert saving_by_guidance(RESULTS.rows) == pytest.approx(0.9)
     assert "90% of the time" in guidance_sentence(RESULTS)
     assert "75% of the MACs" in guidance_sentence(RESULTS)
     assert any("eager 2.5 s" in line for line in sentences(RESULTS))
 
 
-def test_a_machine_too_busy_to_measure_is_told() -> None:
+def test_a_busy_machine_is_reported() -> None:
     plain, dropped, eager = RESULTS.rows
     slower = replace(RESULTS, rows=(plain, dropped, replace(eager, seconds=5.0)))
     assert saving_by_guidance(slower.rows) is None

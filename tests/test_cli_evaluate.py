@@ -69,7 +69,7 @@ def test_it_fills_a_folder_and_goes_on_with_it(model: str, tmp_path: Path) -> No
         (["-p", "red cat", "-c", "steps=3", "--clip", "nowhere"], "--clip nowhere does not exist"),
     ],
 )
-def test_what_is_wrong_is_seen_before_the_model_is_loaded(
+def test_errors_come_before_the_model_is_loaded(
     arguments: list[str], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "load", None)
@@ -88,7 +88,7 @@ def test_contenders_in_words() -> None:
         parsed("gate_step=0")
 
 
-def test_the_embedded_model_has_contenders_of_its_own() -> None:
+def test_the_embedded_model_has_default_contenders() -> None:
     contenders = evaluate_command._contenders([], [], embedded=True)
     assert Schedule(10) in contenders.values()
     assert 15 in contenders.values()

@@ -71,9 +71,9 @@ def test_inspect() -> None:
     assert result.exit_code == 0, result.output
     for part in ("StableDiffusionPipeline", "gate step 3", "FFFppp", "graphs/weights.bin", "verified: 6 files"):
         assert part in result.stdout
-    told = json.loads(run(app, ["inspect", str(bundle), "--json"]).stdout)
-    assert told["verified"] is True
-    assert told["manifest"]["graphs"]["pruned"]["phase"]["reuse"] == ["cross"]
+    printed = json.loads(run(app, ["inspect", str(bundle), "--json"]).stdout)
+    assert printed["verified"] is True
+    assert printed["manifest"]["graphs"]["pruned"]["phase"]["reuse"] == ["cross"]
 
 
 def test_inspect_something_else(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_the_gate_moves_along_with_the_steps() -> None:
     assert settings_for(model, steps=50, guidance=2.0, gate_step=7).gate == 7
 
 
-def test_a_gate_behind_the_last_step_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gate_after_the_last_step_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     model = loaded(tiny_pipelines.stable_diffusion())
     settings_for(model, steps=5, guidance=None, gate_step=9)
     assert "nothing is gated" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_a_measured_schedule(model: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_what_was_chosen_is_told(model: str, tmp_path: Path) -> None:
+def test_the_chosen_settings_are_printed(model: str, tmp_path: Path) -> None:
     arguments = ["generate", "-m", model, "-p", "red cat", "-o", str(tmp_path / "cat.png")]
     result = run(app, [*arguments, "--steps", "3", "--guidance", "4", "--device", "cpu", "--json"])
     assert result.exit_code == 0, result.output
@@ -161,7 +161,7 @@ def test_fp16_files_are_found_and_not_needed(model: str, tmp_path: Path) -> None
     generated(model, tmp_path / "bf16.png", *QUICK, "--dtype", "bf16", "--no-tgate")
 
 
-def test_the_result_is_told(model: str, tmp_path: Path) -> None:
+def test_the_result_is_printed(model: str, tmp_path: Path) -> None:
     out = tmp_path / "cat.png"
     arguments = ["generate", "-m", model, "-p", "red cat", "-o", str(out), "--steps", "3", "--gate-step", "0.4"]
     result = run(app, arguments)

@@ -35,7 +35,7 @@ def test_the_papers_rows_as_a_table() -> None:
         assert shown in result.stdout
 
 
-def test_any_schedule_with_what_it_is_to_be_compared_with() -> None:
+def test_any_schedule_with_its_baselines() -> None:
     options = ["--gate-step", "10", "--sp-interval", "3", "--warm-up", "2", "--steps", "20"]
     result = run(app, ["report", "--architecture", "sd15", *options, "--json"])
     assert result.exit_code == 0, result.output
@@ -81,7 +81,7 @@ def test_parameters_by_binding_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         ([], "--paper"),
         (["--paper", "--steps", "4", "--guidance", "1"], "--steps, --guidance"),
@@ -97,8 +97,8 @@ def test_parameters_by_binding_time() -> None:
         (["--architecture", "pixart_sigma", "--deepcache-interval", "3"], "DeepCache needs a UNet"),
     ],
 )
-def test_wrong_options(arguments: list[str], said: str) -> None:
+def test_wrong_options(arguments: list[str], expected: str) -> None:
     result = run(app, ["report", *arguments])
     assert result.exit_code != 0
-    assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert expected in " ".join(result.stderr.replace("│", " ").split())
     assert not result.stdout

@@ -54,10 +54,15 @@ def test_options_and_json(bundle: str, tmp_path: Path) -> None:
     out = tmp_path / "fox.png"
     result = run(app, ["run", bundle, "-p", "red fox", "-o", str(out), *options, "--json", "--seed", "1"])
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert (told["strip"], told["guidance"], told["scheduler"], told["seeds"]) == ("FFFppp", 3.0, "ddim", [1])
-    assert set(told["seconds_per_step"]) == {"full", "pruned"}
-    assert told["images"] == [str(out)]
+    printed = json.loads(result.stdout)
+    assert (printed["strip"], printed["guidance"], printed["scheduler"], printed["seeds"]) == (
+        "FFFppp",
+        3.0,
+        "ddim",
+        [1],
+    )
+    assert set(printed["seconds_per_step"]) == {"full", "pruned"}
+    assert printed["images"] == [str(out)]
     again = run(app, ["run", bundle, "-p", "red fox", "-o", str(out)])
     assert again.exit_code == 1
     assert "already exists" in again.stderr

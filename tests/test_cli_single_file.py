@@ -60,8 +60,8 @@ def test_generate(folder: Path, tmp_path: Path) -> None:
     quick = ["--steps", "4", "--gate-step", "2", "--seed", "3", "--prompt", "red cat", "--json", "--backend", "eager"]
     result = run(app, ["generate", *model, *quick, "--out", str(tmp_path / "cat.png")])
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert (told["pipeline"], told["strip"]) == ("StableDiffusionPipeline", "FFpp")
+    printed = json.loads(result.stdout)
+    assert (printed["pipeline"], printed["strip"]) == ("StableDiffusionPipeline", "FFpp")
     assert (tmp_path / "cat.png").is_file()
 
 

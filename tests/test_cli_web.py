@@ -57,7 +57,7 @@ def test_a_site(bundle: str, runtime: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_what_is_no_site_is_not_replaced(bundle: str, runtime: str, tmp_path: Path) -> None:
+def test_other_folders_are_not_replaced(bundle: str, runtime: str, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     out.mkdir()
     (out / "thesis.txt").write_text("years")
@@ -68,7 +68,7 @@ def test_what_is_no_site_is_not_replaced(bundle: str, runtime: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["--bundle", "nothing"], "is not a bundle"),
         (["--bundle", "x", "--gate-step", "3", "--model", "y"], "Leave out --model and --gate-step"),
@@ -76,12 +76,12 @@ def test_what_is_no_site_is_not_replaced(bundle: str, runtime: str, tmp_path: Pa
         (["--port", "1", "--serve"], "cannot be served at port 1"),
     ],
 )
-def test_what_is_wrong_is_seen_first(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_errors_come_first(arguments: list[str], expected: str, tmp_path: Path) -> None:
     if "--port" in arguments and os.geteuid() == 0:
         pytest.skip("root may serve at any port")
     result = run(app, ["web", "--out", str(tmp_path / "site"), *arguments])
     assert result.exit_code == 1
-    assert said in result.stderr
+    assert expected in result.stderr
     assert not list(tmp_path.iterdir())
 
 

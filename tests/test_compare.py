@@ -125,7 +125,7 @@ def test_the_pipeline_stays_plain(compared: tuple[Any, ModelFigures, Pictures]) 
     assert "step" not in vars(pipe.scheduler)
 
 
-def test_a_twin_has_the_same_weights_and_a_denoiser_of_its_own() -> None:
+def test_a_twin_has_the_same_weights_and_a_separate_denoiser() -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     twin = twin_of(pipe)
     assert twin.unet is not pipe.unet
@@ -134,7 +134,7 @@ def test_a_twin_has_the_same_weights_and_a_denoiser_of_its_own() -> None:
     assert twin.vae is pipe.vae
 
 
-def test_what_does_not_apply_says_why() -> None:
+def test_methods_that_do_not_apply_have_a_reason() -> None:
     methods = methods_for(2)
     transformer = {"transformer": tiny_pipelines.pixart().transformer}
     unet = {"unet": tiny_pipelines.stable_diffusion(layout="small").unet}
@@ -157,7 +157,7 @@ def test_what_does_not_apply_says_why() -> None:
     assert steps_at_equal_cost(4, None)[1] is not None
 
 
-def test_a_method_that_fails_is_told_of() -> None:
+def test_a_method_that_fails_is_listed() -> None:
     pipe = tiny_pipelines.latent_consistency()
     task = Task(("red cat",), (0,), 2, 1, {"guidance_scale": 5.0}, backend="abacus")
     model, pictures = compare_model("lcm", pipe, task, judged=False)

@@ -42,8 +42,8 @@ def change_manifest(folder: Path, change: Callable[[Any], object]) -> None:
 def change_file(folder: Path, name: str, content: bytes) -> None:
     """Change a file and put its new hash into the manifest."""
     (folder / name).write_bytes(content)
-    told = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    change_manifest(folder, lambda manifest: manifest["files"].update({name: told}))
+    record = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change_manifest(folder, lambda manifest: manifest["files"].update({name: record}))
 
 
 def refused(folder: Path, *parts: str) -> None:
@@ -224,7 +224,7 @@ def test_sd3_with_t5_or_zeros_instead_of_it() -> None:
         recipe_for(pipe, {"max_sequence_length": 0})
 
 
-def test_calls_that_no_bundle_says(tmp_path: Path) -> None:
+def test_calls_that_bundles_cannot_make(tmp_path: Path) -> None:
     not_exported(plain(), tmp_path, "clip_skip=1", call={"prompt": "", "clip_skip": 1})
 
 

@@ -50,7 +50,7 @@ def test_functions_share_their_weights(bundle: Path, manifest: Manifest) -> None
 
 
 @pytest.mark.heavy
-def test_what_functions_take(bundle: Path, manifest: Manifest) -> None:
+def test_the_inputs_of_functions(bundle: Path, manifest: Manifest) -> None:
     from coremltools.proto import Model_pb2
 
     model = Model_pb2.Model()

@@ -182,7 +182,7 @@ def _counted_by_hooks(architecture: Architecture, batch: int) -> int:
         ("adaptive_guidance", Schedule(None, guidance_step=10), (NOTE_GUIDANCE,)),
     ],
 )
-def test_what_is_counted_otherwise_than_the_row_says_is_noted(
+def test_rows_counted_with_other_settings_have_a_note(
     method: str, schedule: Schedule | None, notes: tuple[str, ...]
 ) -> None:
     row = next(

@@ -1,4 +1,4 @@
-"""CUDA graphs, as far as they can be tested on a CPU; see tests/test_gpu.py for the rest."""
+"""The parts of CUDA graphs that can be tested on a CPU; see tests/test_gpu.py for the rest."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ class LoggingMemory(GraphMemory):
         self._cuda.log.append("clear")
 
 
-def test_what_a_recording_does_and_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_side_streams", {})
     cuda = Cuda()
     device = torch.device("cuda", 0)

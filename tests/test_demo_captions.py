@@ -25,7 +25,7 @@ PAIR = (SceneObject("circle", "orange"), SceneObject("star", "blue"))
 
 @pytest.mark.parametrize("objects", [1, 2])
 @pytest.mark.parametrize("wording", range(WORDINGS))
-def test_a_caption_says_everything_about_its_scene(objects: int, wording: int) -> None:
+def test_a_caption_describes_everything_in_its_scene(objects: int, wording: int) -> None:
     rng = np.random.default_rng(1)
     for _ in range(300):
         scene = random_scene(rng, objects)

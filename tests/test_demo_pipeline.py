@@ -72,8 +72,8 @@ def test_it_loads_without_a_word(
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         pipeline = load_demo_pipeline()
-    said = capfd.readouterr()
-    assert (said.out, said.err) == ("", "")
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
     assert not caplog.records
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
     assert pipeline.safety_checker is None

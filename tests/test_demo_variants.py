@@ -80,8 +80,8 @@ def test_it_loads_without_a_word_and_without_the_hub(
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         pipeline: Any = load_demo_pipeline(name, torch_dtype=torch.float16)
-    said = capfd.readouterr()
-    assert (said.out, said.err) == ("", "")
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
     assert not caplog.records
     assert isinstance(pipeline, getattr(diffusers, DEMO_VARIANTS[name].pipeline))
     assert type(pipeline).__name__ == DEMO_VARIANTS[name].pipeline
@@ -98,14 +98,14 @@ def test_a_plain_call_runs_without_a_word(
         # diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
         warnings.filterwarnings("ignore", "__array__ implementation")
         image = pipeline("a large red circle on a blue background", num_inference_steps=2).images[0]
-    said = capfd.readouterr()
-    assert (said.out, said.err, caplog.records) == ("", "", [])
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err, caplog.records) == ("", "", [])
     assert image.size == (64, 64)
 
 
 def test_defaults_may_be_overridden_and_are_this_objects_own(pipeline: Any, name: str) -> None:
     if name != "pixart":
-        pytest.skip("it has no defaults of its own")
+        pytest.skip("it has no default of its own")
     assert inspect.signature(pipeline.__call__).parameters["clean_caption"].default is False
     plain = inspect.signature(diffusers.PixArtAlphaPipeline.__call__).parameters
     assert plain["clean_caption"].default is True
@@ -162,7 +162,7 @@ def test_another_name_is_refused() -> None:
         load_demo_pipeline("flux")
 
 
-def test_sdxl_is_told_size_and_pooled_text() -> None:
+def test_sdxl_receives_size_and_pooled_text() -> None:
     config = load_demo_pipeline("sdxl").unet.config
     assert config.addition_embed_type == "text_time"
     assert config.down_block_types[0] == "DownBlock2D"
@@ -179,7 +179,7 @@ def test_sd3_has_joint_attention_and_straight_paths() -> None:
     assert text.shape == (1, 16, pipeline.transformer.config.joint_attention_dim)
 
 
-def test_lcm_is_told_the_guidance_scale() -> None:
+def test_lcm_receives_the_guidance_scale() -> None:
     pipeline = load_demo_pipeline("lcm")
     assert pipeline.unet.config.time_cond_proj_dim is not None
     assert isinstance(pipeline.scheduler, diffusers.LCMScheduler)

@@ -48,6 +48,6 @@ def test_only_gated_pipelines_are_tested() -> None:
     assert FAMILIES.keys() >= TESTED
 
 
-def test_what_is_cached_is_said_of_denoisers_that_are_there() -> None:
+def test_cached_values_are_listed_for_existing_denoisers() -> None:
     gated = FAMILIES.keys() & pipeline_classes().keys()
     assert CACHED.keys() <= {denoiser for name in gated for denoiser in denoisers_of(pipeline_classes()[name])}

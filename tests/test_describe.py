@@ -149,7 +149,7 @@ def cache_bytes(denoiser: Any, sites: tuple[str, ...], pipe: Any, call: dict[str
     return sum(sizes.values())
 
 
-def test_caches_are_as_large_as_it_says() -> None:
+def test_caches_have_the_described_size() -> None:
     pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 3, backend="eager")
     sizes = []
 

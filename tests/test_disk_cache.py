@@ -1,4 +1,4 @@
-"""What a process has captured, converted and compared is found again by the next one, and never by another model."""
+"""Captures, conversions and comparisons of a process are reused by the next one, and never by another model."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ class TestDamage:
 
 
 class TestFolder:
-    def test_keeps_what_was_used_last(self, tmp_path: Path) -> None:
+    def test_keeps_the_entries_used_last(self, tmp_path: Path) -> None:
         cache = DiskCache(tmp_path, limit=1200)
         keys = [f"{number:02x}" + 62 * "0" for number in range(3)]
         for number, key in enumerate(keys[:2]):
@@ -328,7 +328,7 @@ class TestFolder:
         assert cache is not None
         assert cache.limit == size
 
-    def test_refuses_what_is_not_a_size(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_refuses_invalid_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(SIZE_VARIABLE, "much")
         with pytest.raises(ConfigurationError, match="TGATE_COMPILE_CACHE_SIZE must be a size such as 500MB"):
             disk_cache()

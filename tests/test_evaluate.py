@@ -142,7 +142,7 @@ def test_cost_is_that_of_the_graphs(evaluated: tuple[Any, Evaluation]) -> None:
     assert cost_of([Phase(False), half], per_row, separate=False) == (14.0, 20.0)
 
 
-def test_what_could_not_be_measured_is_said(evaluated: tuple[Any, Evaluation]) -> None:
+def test_missing_measures_are_listed(evaluated: tuple[Any, Evaluation]) -> None:
     _, evaluation = evaluated
     assert set(evaluation.not_measured) == {"lpips", "clip_score", "fid", "fid_to_plain", "accuracy"}
     assert "pt_inception-2015-12-05-6726825d.pth" in evaluation.not_measured["fid"]
@@ -150,7 +150,7 @@ def test_what_could_not_be_measured_is_said(evaluated: tuple[Any, Evaluation]) -
         assert words in str(evaluation)
 
 
-def test_the_protocol_says_all_that_the_numbers_depend_on(evaluated: tuple[Any, Evaluation]) -> None:
+def test_the_protocol_records_everything_that_the_numbers_depend_on(evaluated: tuple[Any, Evaluation]) -> None:
     pipe, evaluation = evaluated
     protocol = evaluation.protocol
     assert protocol["prompts"] == PROMPTS
@@ -176,7 +176,7 @@ def test_the_plot(evaluated: tuple[Any, Evaluation], tmp_path: Path) -> None:
     evaluated[1].plot(tmp_path / "a.png")
 
 
-def test_what_is_there_is_not_made_again(evaluated: tuple[Any, Evaluation]) -> None:
+def test_existing_images_are_not_made_again(evaluated: tuple[Any, Evaluation]) -> None:
     _, evaluation = evaluated
     folder = evaluation.folder
     before = files_of(folder)

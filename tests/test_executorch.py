@@ -100,7 +100,7 @@ def test_a_transformer(tmp_path: Path) -> None:
     assert difference(run(pipe, steps=STEPS, **pixart_prompt()), expected) < CLOSE
 
 
-def test_what_a_bundle_says(bundle: Path) -> None:
+def test_the_contents_of_a_bundle(bundle: Path) -> None:
     manifest = read_bundle(bundle).manifest
     assert manifest.graph_format == "executorch"
     assert manifest.versions.runtime.startswith("executorch 1.")
@@ -136,8 +136,8 @@ def change_manifest(folder: Path, change: Callable[[Any], object]) -> None:
 def change_program(folder: Path, content: bytes) -> None:
     """Change the program and the manifest's hash, as in a deliberately modified bundle."""
     (folder / PROGRAM).write_bytes(content)
-    told = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    change_manifest(folder, lambda manifest: manifest["files"].update({PROGRAM: told}))
+    record = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change_manifest(folder, lambda manifest: manifest["files"].update({PROGRAM: record}))
 
 
 def test_programs_that_are_none(folder: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_program_whose_graphs_are_damaged(folder: Path) -> None:
         (lambda graphs: graphs["full"]["outputs"][0].update(shape=[2, 4, 8, 9]), "has the outputs float32"),
     ],
 )
-def test_a_manifest_that_says_something_else(folder: Path, change: Callable[[Any], object], part: str) -> None:
+def test_a_manifest_that_differs(folder: Path, change: Callable[[Any], object], part: str) -> None:
     change_manifest(folder, lambda manifest: change(manifest["graphs"]))
     with pytest.raises(BundleError, match=part):
         read_bundle(folder)

@@ -164,7 +164,7 @@ def test_the_pruned_graph_alone(tmp_path: Path) -> None:
     assert full.relative < full.tolerance == 1e-4
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_missing_features(tmp_path: Path) -> None:
     pipe = plain()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     for scheme in ("int8", "int4"):

@@ -328,7 +328,7 @@ def test_a_full_disk(optimized: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_onnx_runtime_does_not_run(tmp_path: Path) -> None:
+def test_dtypes_that_onnx_runtime_does_not_run(tmp_path: Path) -> None:
     pipe = plain()
     pipe.unet.to(torch.bfloat16)
     pipe.text_encoder.to(torch.bfloat16)

@@ -53,7 +53,7 @@ def test_each_entry_of_the_sidecar_has_one_mark() -> None:
     assert found == Counter(list(entries()))
 
 
-def test_no_page_has_expressions_of_its_own() -> None:
+def test_no_page_contains_expressions() -> None:
     assert [name(page) for page in PAGES if "<!-- figures:" in page.read_text(encoding="utf-8")] == []
 
 

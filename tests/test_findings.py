@@ -74,7 +74,7 @@ def test_each_setting_has_cost_and_quality_of_each_seed(measured: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_what_is_missing_is_made_again(benchmarks: tuple[ModuleType, ModuleType], measured: Path) -> None:
+def test_missing_images_are_made_again(benchmarks: tuple[ModuleType, ModuleType], measured: Path) -> None:
     before = json.loads((measured / "results.json").read_text())
     images = sorted((measured / "images" / "sd-3-steps" / "images" / "t-gate-1").glob("*.png"))
     assert len(images) == 6
@@ -112,7 +112,7 @@ def test_the_page_has_the_results_tables(benchmarks: tuple[ModuleType, ModuleTyp
         report.render("<!-- findings: other -->\n<!-- end -->", results)
 
 
-def test_the_results_are_of_what_the_plan_says() -> None:
+def test_the_results_match_the_plan() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         import findings_plan

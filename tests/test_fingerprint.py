@@ -185,7 +185,7 @@ def test_the_graph_is_out_of_date(change: Callable[[Any], None]) -> None:
     assert watch.refresh() or change in FOREIGN
 
 
-#: Changes that bring foreign code into the model, which may read values from anywhere: nothing is taken for unchanged.
+#: Changes that bring foreign code into the model, which may read values from anywhere: nothing counts as unchanged.
 FOREIGN = (forward_replaced, torch_hook)
 
 

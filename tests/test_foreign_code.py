@@ -586,7 +586,7 @@ def test_pure_is_not_inherited(sd: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("given", [3, "hook", None, [].append])
-def test_what_cannot_be_called_pure(given: Any) -> None:
+def test_invalid_arguments_of_pure(given: Any) -> None:
     with pytest.raises(ConfigurationError, match="pure"):
         tgate_compile.pure(given)
 
@@ -633,7 +633,7 @@ def spectral_norm(pipe: Any) -> None:
     ],
     ids=["Sliced", "CustomDiffusion", "IP-Adapter", "weight_norm", "spectral_norm"],
 )
-def test_what_works(sd: SimpleNamespace, change: Callable[[Any], None], visible: bool) -> None:
+def test_supported_changes(sd: SimpleNamespace, change: Callable[[Any], None], visible: bool) -> None:
     gated, plain = optimized(), small()
     for pipe in (gated, plain):
         change(pipe)

@@ -20,16 +20,16 @@ def optimized(name: str = "StableDiffusionPipeline", **options: Any) -> Any:
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """Return the warnings so far."""
     return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_fewer_steps_than_the_default_gate(said: Callable[[], list[str]]) -> None:
+def test_fewer_steps_than_the_default_gate(warned: Callable[[], list[str]]) -> None:
     pipe, other = optimized(), optimized()
     for _ in range(2):
         run(pipe, steps=5)
-    (message,) = said()
+    (message,) = warned()
     assert message == (
         "The gate did not act in this call of StableDiffusionPipeline: it ran 5 steps, and gate_step is 10. "
         "A gate_step of at most 4 acts here; a fraction such as gate_step=0.4 adapts to the number of steps."
@@ -38,7 +38,7 @@ def test_fewer_steps_than_the_default_gate(said: Callable[[], list[str]]) -> Non
     run(pipe, steps=5, gate_step=4)
     assert tgate_compile.describe(pipe).strip == "FFFFp"
     run(other, steps=5)
-    assert len(said()) == 2
+    assert len(warned()) == 2
 
 
 @pytest.mark.parametrize(
@@ -54,21 +54,21 @@ def test_fewer_steps_than_the_default_gate(said: Callable[[], list[str]]) -> Non
     ],
 )
 def test_the_number_that_would_act(
-    name: str, call: dict[str, Any], expected: str, said: Callable[[], list[str]]
+    name: str, call: dict[str, Any], expected: str, warned: Callable[[], list[str]]
 ) -> None:
     run(optimized(name, gate_step=3), **call)
-    (message,) = said()
+    (message,) = warned()
     assert expected in message
 
 
-def test_halves_in_two_calls(said: Callable[[], list[str]]) -> None:
+def test_halves_in_two_calls(warned: Callable[[], list[str]]) -> None:
     pipe = tgate_compile.optimize(wan(), backend="eager")
     pipe(**wan_call(), num_inference_steps=2, output_type="latent")
-    (message,) = said()
+    (message,) = warned()
     assert "it ran 2 steps, and gate_step is 10. A gate_step of at most 1 acts here" in message
 
 
-def test_a_loop_without_generation(said: Callable[[], list[str]]) -> None:
+def test_a_loop_without_generation(warned: Callable[[], list[str]]) -> None:
     pipe = optimized(gate_step=2)
 
     @torch.no_grad()
@@ -82,10 +82,10 @@ def test_a_loop_without_generation(said: Callable[[], list[str]]) -> None:
 
     with tgate_compile.generation(pipe, guidance=True):
         loop()
-    assert said() == []
+    assert warned() == []
     for _ in range(2):
         loop()
-    (message,) = said()
+    (message,) = warned()
     assert "UNet2DConditionModel has been called outside of its pipeline's call" in message
     assert "tgate_compile.generation(pipe, guidance=...)" in message
 
@@ -95,7 +95,7 @@ def interrupted(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
     return tensors
 
 
-def test_nothing_is_said_without_need(said: Callable[[], list[str]]) -> None:
+def test_no_warning_without_need(warned: Callable[[], list[str]]) -> None:
     pipe = optimized(gate_step=2)
     run(pipe, steps=3)
     run(pipe, steps=3, guidance_scale=1.0)
@@ -107,14 +107,14 @@ def test_nothing_is_said_without_need(said: Callable[[], list[str]]) -> None:
     tgate_compile.optimize(pipe, 5, sp_interval=2, warm_up=0, backend="eager")
     run(pipe, steps=4)  # self-attention is reused before the gate
     assert tgate_compile.describe(pipe).strip != "FFFF"
-    assert said() == []
+    assert warned() == []
 
 
-def test_a_call_that_runs_plain_says_that_alone(said: Callable[[], list[str]]) -> None:
+def test_a_call_that_runs_plain_logs_only_that(warned: Callable[[], list[str]]) -> None:
     pipe = stable_diffusion(layout="small")
     seen: list[Any] = []
     pipe.unet.mid_block.register_forward_hook(lambda module, args, output: seen.append(None))
     tgate_compile.optimize(pipe, backend="eager", on_unsupported="plain")
     run(pipe, steps=3)
-    (message,) = said()
+    (message,) = warned()
     assert "runs in full, since it cannot be gated" in message

@@ -194,7 +194,7 @@ def test_a_row_that_fails_does_not_stop_the_others(
 # Figures.
 
 
-def test_the_gate_costs_what_its_two_steps_take_beyond_their_like(gpu: ModuleType) -> None:
+def test_the_cost_of_the_gate_is_the_extra_time_of_its_two_steps(gpu: ModuleType) -> None:
     row = BenchmarkRow("x", "x", "eager", "plain", strip="FFFFpppp")
     assert gpu.crossing_cost(row) is None
     row.steps = [[9.0, 2.0, 2.0, 2.1, 1.3, 1.0, 1.0, 1.0]]

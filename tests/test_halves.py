@@ -256,15 +256,15 @@ def test_layouts_are_found_in_the_rows() -> None:
     assert one_half(call(1, 2, 3, 4), 4, "uncond", xl).leaves[1][:, 0].tolist() == [1, 3]
 
 
-def test_plain_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plain_call_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     pipe = gated(looping(Composed), on_unsupported="plain")
     with caplog.at_level(logging.WARNING, "tgate_compile"):
         for _ in range(3):
             pipe()
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 1
-    assert "runs in full" in told[0]
-    assert "4 times" in told[0]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert "runs in full" in messages[0]
+    assert "4 times" in messages[0]
 
 
 # Guidance that is switched on and off.

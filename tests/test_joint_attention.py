@@ -252,7 +252,7 @@ def test_description(case: Case, gated: Any) -> None:
 
 
 def test_caches_do_not_hold_the_images_keys() -> None:
-    """A cache is a tensor of its own: a view of all keys would keep these alive."""
+    """A cache is a separate tensor, because a view of all keys would keep these alive."""
     pipe = optimized(FLUX, 2)
     kept: list[int] = []
     call = {**FLUX.call(1), "callback_on_step_end": lambda pipe, step, time, tensors: kept.append(stored(pipe)) or {}}

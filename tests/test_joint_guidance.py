@@ -14,7 +14,7 @@ from tests.comparing import assert_differ, assert_same
 from tests.denoiser_reference import OneCall, TwoCalls, played
 from tests.tiny_joint import JOINT, Joint
 
-# diffusers uses names of its own that it has deprecated; Mochi and Nucleus warn of what they do themselves.
+# diffusers uses some of its deprecated names; Mochi and Nucleus warn of their own behaviour.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
@@ -124,19 +124,19 @@ def test_guidance_that_the_pipeline_itself_ends() -> None:
     assert tgate_compile.describe(pipe).strip == "Fff"
 
 
-def test_nothing_to_drop_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_without_guidance_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     pipe, call = JOINT["Flux2Pipeline"].build(), JOINT["Flux2Pipeline"].call(1)
     optimized(pipe)
     for _ in range(2):
         run(pipe, **call)
-    said = [record.message for record in caplog.records if "no guidance to drop" in record.message]
-    assert len(said) == 1
-    assert "takes the guidance scale as an input" in said[0]
+    messages = [record.message for record in caplog.records if "no guidance to drop" in record.message]
+    assert len(messages) == 1
+    assert "takes the guidance scale as an input" in messages[0]
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxKontextPipeline"])
 def test_guidance_ends_by_likeness(name: str) -> None:
-    """The likeness is that of the predictions for the image, without the tokens of a reference image."""
+    """Only the predictions for the image are compared, without the tokens of a reference image."""
     case = JOINT[name]
     pipe, call = case.build(), case.call(1)
     likeness: list[float] = []

@@ -249,7 +249,7 @@ def test_lengths_and_sizes() -> None:
         check_both(pipe, plain, **prompt(tokens, width=width, height=16))
 
 
-def test_what_else_is_made_of_a_graph_with_a_free_length(tmp_path: Any) -> None:
+def test_other_products_of_a_graph_with_a_free_length(tmp_path: Any) -> None:
     pipe = optimized(least())
     for tokens in (16, 32, 48):
         latents(pipe, **prompt(tokens))

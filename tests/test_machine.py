@@ -26,7 +26,7 @@ def system(root: Path, files: dict[str, str], *, siblings: dict[int, str] | None
 
 
 def alone(root: Path, files: dict[str, str]) -> Path:
-    """Return a system on which every CPU of this process is a core of its own."""
+    """Return a system on which every CPU of this process is a separate core."""
     return system(root, files, siblings={cpu: str(cpu) for cpu in os.sched_getaffinity(0)})
 
 
@@ -82,7 +82,7 @@ def test_a_quota_limits_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert default_threads(cores, root=alone(tmp_path / "without", {})) == cores
 
 
-def test_what_the_user_set_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_user_take_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = alone(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"})
     cores = len(os.sched_getaffinity(0))
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)

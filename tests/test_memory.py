@@ -153,8 +153,8 @@ def test_captures_do_not_pile_up(caplog: pytest.LogCaptureFixture) -> None:
         assert store.compilations == 3
         make(1)
         assert store.compilations == 4
-    told = [record.getMessage() for record in caplog.records if "graph_memory" in record.getMessage()]
-    assert len(told) == 1
+    messages = [record.getMessage() for record in caplog.records if "graph_memory" in record.getMessage()]
+    assert len(messages) == 1
 
 
 def test_graphs_of_a_generation_are_not_dropped_while_it_runs() -> None:

@@ -63,12 +63,12 @@ def test_methods_and_the_short_form_are_the_same(methods: Schedule, short: Sched
         (lambda: Schedule(None), "Nothing to do"),
     ],
 )
-def test_what_cannot_be_together(make: Callable[[], Any], telling: str) -> None:
+def test_impossible_combinations(make: Callable[[], Any], telling: str) -> None:
     with pytest.raises(ConfigurationError, match=telling):
         make()
 
 
-def test_every_set_of_reused_kinds_has_a_letter_and_a_name_of_its_own() -> None:
+def test_every_set_of_reused_kinds_has_a_distinct_letter_and_name() -> None:
     letters = Counter(Phase(guided, reuse=reuse).character for reuse in REUSED for guided in (True, False))
     assert len(letters) == 2 * len(REUSED) == 2 * 16
     assert len(set(GRAPH_NAMES.values())) == len(REUSED)
@@ -110,7 +110,7 @@ def test_files_hold_further_methods(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_rows_of_a_manifest_say_what_the_rules_say(schedule: Schedule, guided: bool) -> None:
+def test_rows_of_a_manifest_agree_with_the_rules(schedule: Schedule, guided: bool) -> None:
     plans = plans_of(schedule, {})
     assert plans is not None
     for steps in (1, 7, 25, MAX_STEPS):
@@ -202,7 +202,7 @@ def test_refusals_name_what_is_missing() -> None:
 
 @dataclass(frozen=True)
 class Forgetful(Method):
-    """A method that emits what its graphs do not hand on."""
+    """A method that emits values that its graphs do not return."""
 
     key: ClassVar[str] = "forgetful"
     title: ClassVar[str] = "Forgetful"

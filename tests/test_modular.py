@@ -543,7 +543,7 @@ def _loop(pipe: Any) -> Any:
     return pipe._blocks.sub_blocks["denoise"].sub_blocks["denoise"]
 
 
-def test_tools_for_ordinary_pipelines_say_so(sdxl: Any, tmp_path: Path) -> None:
+def test_tools_for_ordinary_pipelines_are_refused(sdxl: Any, tmp_path: Path) -> None:
     for call in (
         lambda: tgate_compile.tune(sdxl, ["a cat"]),
         lambda: tgate_compile.optimize(sdxl, "auto"),

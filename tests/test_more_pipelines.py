@@ -247,7 +247,7 @@ def test_without_cross_attention_is_refused_at_once(name: str) -> None:
     tgate_compile.optimize(pipe, None, guidance_step=2, backend="eager")  # needs no cross-attentions
 
 
-def test_attentions_that_deny_what_they_are() -> None:
+def test_cross_attentions_that_claim_not_to_be() -> None:
     """In Stable Cascade's blocks that attend only to the text, cross-attentions have `is_cross_attention=False`."""
     pipe = Audio(seeded(lambda: stable_cascade(self_attn=False)), DDPMWuerstchenScheduler())
     tgate_compile.optimize(pipe, GATE, backend="eager")

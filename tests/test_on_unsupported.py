@@ -95,9 +95,9 @@ def test_pipelines(cause: str, caplog: pytest.LogCaptureFixture, monkeypatch: py
                 patch.setattr(torch.export, "export", None)
             assert torch.equal(run(pipe, **call), expected)
         assert torch.equal(run(pipe, **call, seed=1), other)
-    (said,) = warnings(caplog)
-    assert said.startswith(f"This call of {type(plain).__name__} runs in full, since it cannot be gated. ")
-    assert reason in said
+    (message,) = warnings(caplog)
+    assert message.startswith(f"This call of {type(plain).__name__} runs in full, since it cannot be gated. ")
+    assert reason in message
     description = tgate_compile.describe(pipe)
     assert (description.strip, description.last_steps, description.cache_bytes) == ("", (), 0)
     assert reason in str(description.plain_because)
@@ -209,8 +209,8 @@ def test_calls(pipeline: type[Looping], options: dict[str, Any], reason: str, ca
     with caplog.at_level(logging.WARNING, "tgate_compile"):
         for _ in range(2):
             assert torch.equal(pipe(), expected)
-    (said,) = warnings(caplog)
-    assert reason in said
+    (message,) = warnings(caplog)
+    assert reason in message
     assert tgate_compile.describe(pipe).strip == ""
     tgate_compile.restore(pipe)
     assert torch.equal(pipe(), expected)

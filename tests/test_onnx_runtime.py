@@ -126,7 +126,7 @@ def test_wrong_options(options: dict[str, Any], parts: tuple[str, ...]) -> None:
     refused(pipe, ConfigurationError, *parts, backend="onnxruntime", backend_options=options)
 
 
-def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
     message = refused(stable_diffusion(layout="small"), ConfigurationError, "onnxruntime", backend="onnxruntime")

@@ -140,7 +140,7 @@ def test_wrong_options(options: dict[str, Any], parts: tuple[str, ...]) -> None:
     refused(pipe, ConfigurationError, *parts, backend="openvino", backend_options=options)
 
 
-def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else real(name))
     message = refused(stable_diffusion(layout="small"), ConfigurationError, "openvino", backend="openvino")
@@ -152,7 +152,7 @@ def test_tensors_elsewhere() -> None:
         check_device(torch.device("meta"))
 
 
-def test_nothing_is_told_to_anybody() -> None:
+def test_no_telemetry() -> None:
     """Importing openvino sends a telemetry event unless its telemetry package is hidden."""
     code = (
         "import sys\n"

@@ -209,7 +209,7 @@ def test_tune_and_analyze() -> None:
     assert torch.equal(pipe(texts()), plain)
 
 
-def test_what_is_analyzed_are_the_values_at_the_taps() -> None:
+def test_the_analysis_reads_the_values_at_the_taps() -> None:
     pipe = built(CASES["fused"])
     norms: list[float] = []
     handles = [

@@ -134,7 +134,7 @@ def _output(*command: str | Path, cwd: Path) -> str:
     return ran.stdout
 
 
-def test_the_metadata_names_who_for_what_and_under_which_licence(built: Path) -> None:
+def test_the_metadata_has_author_purpose_and_licence(built: Path) -> None:
     with zipfile.ZipFile(only(built / "wheel", "*.whl")) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = archive.read(name).decode()

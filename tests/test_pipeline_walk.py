@@ -23,7 +23,7 @@ from tgate_compile.engine.unsupported import (
 FORMER = {"LuminaText2ImgPipeline"}
 
 pytestmark = pytest.mark.skipif(
-    Version(diffusers.__version__) < Version("0.42"), reason="the rows are about diffusers 0.42 and what comes after it"
+    Version(diffusers.__version__) < Version("0.42"), reason="the rows are for diffusers 0.42 and later"
 )
 
 

@@ -89,7 +89,7 @@ def graph_of(build: Any, **call: Any) -> tuple[Any, list[str]]:
     return variant.program.graph_module, [node.name for node in placeholders][: len(variant.weights)]
 
 
-def test_what_is_computed_in_which_dtype() -> None:
+def test_the_dtypes_of_operators() -> None:
     graph_module, weights = graph_of(small)
     nodes = len(graph_module.graph.nodes)
     changed, given = change_precision(graph_module, weights, torch.float32, torch.bfloat16)
@@ -206,7 +206,7 @@ def test_in_onnx_runtime() -> None:
     assert 0 < difference(drawn(pipe, "float16", "onnxruntime"), expected) < MOST["float16"]
 
 
-def test_onnx_runtime_says_why_not_on_a_cpu() -> None:
+def test_onnx_runtime_refuses_bfloat16_on_a_cpu() -> None:
     pytest.importorskip("onnxruntime")
     pipe = small()
     tgate_compile.optimize(pipe, 2, backend="onnxruntime", precision="bfloat16")

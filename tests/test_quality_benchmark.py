@@ -62,7 +62,7 @@ def test_each_contender_has_its_cost_and_its_quality(measured: Path) -> None:
             assert row[kind]["log_likelihood"] <= 0
 
 
-def test_what_is_measured_is_not_measured_again(quality: ModuleType, measured: Path) -> None:
+def test_existing_measurements_are_kept(quality: ModuleType, measured: Path) -> None:
     results = json.loads(measured.read_text())
     results["rows"]["tgate 5"]["psnr_to_plain"] = -1.0
     measured.write_text(json.dumps(results))
@@ -95,7 +95,7 @@ def test_a_name_that_nothing_has_is_an_error(
     assert "no contender matches tgate five" in capsys.readouterr().err
 
 
-def test_every_contender_is_a_schedule_with_a_name_of_its_own(quality: ModuleType) -> None:
+def test_every_contender_is_a_schedule_with_a_distinct_name(quality: ModuleType) -> None:
     from tgate_compile.methods.schedule import Schedule
 
     names = [contender.name for contender in quality.CONTENDERS]
@@ -107,7 +107,7 @@ def test_every_contender_is_a_schedule_with_a_name_of_its_own(quality: ModuleTyp
             Schedule(**{name: value for name, value in contender.options.items() if name in scheduled})
 
 
-def test_the_judge_counts_what_is_lost(quality: ModuleType) -> None:
+def test_the_judge_counts_losses(quality: ModuleType) -> None:
     settings = quality.Settings(pairs=8, singles=8, caption_seed=3)
     judge = quality.Judge(settings)
     drawn = drawings(settings.captions, each=1, seed=5)
@@ -146,11 +146,11 @@ def test_samples_show_what_a_contender_gets_wrong(measured: Path, quality: Modul
     results = json.loads(measured.read_text())
     results["rows"]["tgate 5"]["pair"]["right"] = "0110"
     results["rows"]["tgate 5"]["single"]["right"] = "11"
-    told, path = tmp_path / "results.json", tmp_path / "samples.png"
-    told.write_text(json.dumps(results))
+    data, path = tmp_path / "results.json", tmp_path / "samples.png"
+    data.write_text(json.dumps(results))
     (folder,) = (entry for entry in measured.parent.iterdir() if entry.is_dir())
 
-    quality_samples.main([str(folder), str(told), "--contenders", "tgate 5", "--out", str(path)])
+    quality_samples.main([str(folder), str(data), "--contenders", "tgate 5", "--out", str(path)])
 
     tile, gap, title = quality_samples.TILE, quality_samples.GAP, quality_samples.TITLE
     with Image.open(path) as image:

@@ -96,8 +96,8 @@ def test_weights_are_there_once(scheme: str) -> None:
     for name in ("full", "pruned"):
         model = onnx.load_model(folder / f"graphs/{name}.onnx", load_external_data=False)
         onnx.checker.check_model(folder / f"graphs/{name}.onnx")
-        told = {tensor.name: {e.key: e.value for e in tensor.external_data} for tensor in model.graph.initializer}
-        places[name] = {key: (int(one["offset"]), int(one["length"])) for key, one in told.items() if one}
+        external = {tensor.name: {e.key: e.value for e in tensor.external_data} for tensor in model.graph.initializer}
+        places[name] = {key: (int(one["offset"]), int(one["length"])) for key, one in external.items() if one}
     shared = places["full"].keys() & places["pruned"].keys()
     # Biases of static graphs have the scales of their layers' inputs, which differ between the graphs.
     weights = [name for name in shared if "bias" not in name and not name.endswith(("_scale", "_zero_point"))]
@@ -155,8 +155,8 @@ def test_a_program_in_8_bits(tmp_path: Path) -> None:
     images = [BundlePipeline(one, threads=1)(PROMPT, latents=noise(), output="numpy") for one in (folder, program())]
     assert psnr(*images) > 35  # 8-bit pixels alone give 59 dB; random weights amplify errors
     assert not np.array_equal(*images)
-    told = CliRunner().invoke(app, ["inspect", str(folder)])
-    assert f"quantized: int8 in {', '.join(GRAPHS)}, except conv_in" in told.output
+    result = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert f"quantized: int8 in {', '.join(GRAPHS)}, except conv_in" in result.output
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 7), (8, 1)])
@@ -204,12 +204,12 @@ def test_half_precision() -> None:
         ({"scheme": "int8", "calibration_prompts": ["a cat"]}, "needs no calibration"),
     ],
 )
-def test_what_it_may_be(given: object, message: str) -> None:
+def test_invalid_values(given: object, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         read_quantization(given, "onnx", SCHEMES)
 
 
-def test_formats_say_what_they_take() -> None:
+def test_formats_list_their_schemes() -> None:
     assert read_quantization(None, "onnx", ()) is None
     assert read_quantization("int4", "onnx", ("int8", "int4")) == Quantization("int4")
     with pytest.raises(ConfigurationError, match="format=\"x\" supports only quantize='int8', but got quantize='int4'"):
@@ -218,7 +218,7 @@ def test_formats_say_what_they_take() -> None:
         read_quantization("int8", "aoti", FORMATS["aoti"].schemes)
 
 
-def test_what_computes_in_integers_is_for_float32(tmp_path: Path) -> None:
+def test_integer_schemes_are_for_float32(tmp_path: Path) -> None:
     pipe = plain().to(torch.float16)
     tgate_compile.optimize(pipe, GATE, backend="eager")
     with pytest.raises(UnsupportedModelError, match="this denoiser is in float16"):
@@ -228,19 +228,19 @@ def test_what_computes_in_integers_is_for_float32(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_older_manifests_say_nothing(tmp_path: Path) -> None:
+def test_older_manifests_have_no_quantization(tmp_path: Path) -> None:
     folder = shutil.copytree(exported(), tmp_path / "b")
-    told = json.loads((folder / "manifest.json").read_text())
-    assert told.pop("quantization") is None
-    (folder / "manifest.json").write_text(json.dumps(told))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest.pop("quantization") is None
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     assert manifest_of(folder).quantization is None
 
 
-def test_graphs_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_graphs(tmp_path: Path) -> None:
     folder = shutil.copytree(quantized("int8"), tmp_path / "b")
-    told = json.loads((folder / "manifest.json").read_text())
-    told["quantization"]["graphs"].append("other")
-    (folder / "manifest.json").write_text(json.dumps(told))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["quantization"]["graphs"].append("other")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=r"quantization\.graphs"):
         read_bundle(folder)
 

@@ -136,7 +136,7 @@ def test_flow_matching_with_two_pooled_texts_and_shifted_latents() -> None:
         assert psnr(np.reshape(images, expected.shape), expected) > CLOSE, call
 
 
-def test_seeds_and_what_comes_back(pipe: BundlePipeline) -> None:
+def test_seeds_and_output_types(pipe: BundlePipeline) -> None:
     steps: list[Step] = []
     both = pipe(PROMPTS, seed=4, callback=steps.append)
     assert isinstance(both, list)

@@ -22,8 +22,8 @@ def test_every_public_name_is_there_and_known_to_type_checkers() -> None:
     assert set(tgate_compile.__all__) <= set(dir(tgate_compile))
     tree = ast.parse(Path(tgate_compile.__file__).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    told = {node.names[0].name: node.module for node in block.body if isinstance(node, ast.ImportFrom)}
-    assert told == {name: f"tgate_compile.{home}" for name, home in tgate_compile._HOMES.items()}
+    imported = {node.names[0].name: node.module for node in block.body if isinstance(node, ast.ImportFrom)}
+    assert imported == {name: f"tgate_compile.{home}" for name, home in tgate_compile._HOMES.items()}
 
 
 def test_every_type_that_a_public_function_returns_is_public() -> None:

@@ -115,7 +115,7 @@ def test_another_than_the_bundles_own() -> None:
         assert difference(reference, ours(own, 7, name), 7) < 1e-5
 
 
-def test_what_there_is_not() -> None:
+def test_unsupported_options() -> None:
     with pytest.raises(ConfigurationError, match=r"LCMScheduler.*DDIMScheduler, EulerDiscreteScheduler"):
         ours(diffusers.LCMScheduler(), 4)
     with pytest.raises(ConfigurationError, match=r"solver_order=3.*1 and 2.*ddim, euler, dpm"):

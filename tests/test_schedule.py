@@ -67,7 +67,7 @@ def test_strips_of_all_methods(options: dict[str, Any], strip: str) -> None:
 
 
 @pytest.mark.parametrize("case", AUTHORS, ids=lambda case: case["name"])
-def test_the_plan_is_what_the_authors_code_did(case: dict[str, Any]) -> None:
+def test_the_plan_agrees_with_the_authors_code(case: dict[str, Any]) -> None:
     """Their trace lists the batch of each denoiser call, and whether it computed self- (S) and cross-attention (C)."""
     guided = case["call_kwargs"].get("guidance_scale", 7.5) > 1
     plan = Schedule(**case["tgate"]).plan(case["num_inference_steps"], guided=guided)
@@ -112,7 +112,7 @@ def test_nothing_is_reused_that_is_not_there_for_any_number_of_steps(schedule: S
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_a_graph_hands_on_all_that_its_phases_do_and_there_are_few(schedule: Schedule) -> None:
+def test_a_graph_serves_all_of_its_phases_and_there_are_few(schedule: Schedule) -> None:
     graphs = set()
     for num_steps in range(1, 40):
         for phase in schedule.plan(num_steps, guided=True):
@@ -170,7 +170,7 @@ def test_every_graph_has_its_own_letter() -> None:
     assert len(set(letters.values())) == len(letters)
 
 
-def test_a_schedule_says_what_was_chosen() -> None:
+def test_a_schedule_prints_its_settings() -> None:
     assert str(Schedule()) == "gate step 10"
     assert str(Schedule(0.4, sp_interval=5, warm_up=1)) == "gate step 0.4, sp interval 5, warm up 1"
     assert str(Schedule(None, deepcache_interval=3)) == "deepcache interval 3"

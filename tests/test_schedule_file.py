@@ -40,7 +40,7 @@ def file_of(**schedule: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_what_is_saved_is_loaded(schedule: Schedule, tmp_path: Path) -> None:
+def test_saved_schedules_can_be_loaded(schedule: Schedule, tmp_path: Path) -> None:
     save_schedule(schedule, tmp_path / "a.json", {"prompts": ["ein Fuchs im Schnee, 雪"], "drift": 0.05})
     loaded = load_schedule(str(tmp_path / "a.json"))
     assert loaded == schedule
@@ -102,7 +102,7 @@ def test_a_short_file_by_hand_is_enough(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_what_is_no_schedule_file_is_refused(content: object, shown: str, tmp_path: Path) -> None:
+def test_other_files_are_refused(content: object, shown: str, tmp_path: Path) -> None:
     path = written(tmp_path, content)
     with pytest.raises(ConfigurationError) as caught:
         load_schedule(path)

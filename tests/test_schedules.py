@@ -164,7 +164,7 @@ def test_schedules_that_cannot_be(options: dict[str, Any], message: str) -> None
     assert "_tgate_compile" not in vars(pipe)
 
 
-def test_the_log_tells_what_ran(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_shows_what_ran(caplog: pytest.LogCaptureFixture) -> None:
     pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="eager")
     with caplog.at_level(logging.INFO, "tgate_compile"):
         _run(pipe)

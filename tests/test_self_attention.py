@@ -85,7 +85,7 @@ def test_both_kinds_over_the_gate_in_two_calls() -> None:
     assert_differ(both, crossed)
 
 
-def test_a_denoiser_without_self_attention_says_so() -> None:
+def test_a_denoiser_without_self_attention_is_refused() -> None:
     pipe = sana()
     for block in pipe.transformer.transformer_blocks:
         block.attn1 = None

@@ -127,6 +127,6 @@ def test_how_often_graphs_are_opened() -> None:
     assert openings(["full", "shallow", "full", "pruned"]) == 4
 
 
-def test_what_it_may_be() -> None:
+def test_invalid_values() -> None:
     with pytest.raises(ConfigurationError, match="sequential must be True or False, but got 1"):
         tgate_compile.load(plain(), exported(), sequential=1)  # type: ignore[arg-type]

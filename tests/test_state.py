@@ -387,7 +387,7 @@ def test_restore_is_exact(sd: SimpleNamespace) -> None:
     assert torch.equal(run(pipe), sd.image)
 
 
-def test_restore_keeps_what_was_there() -> None:
+def test_restore_keeps_earlier_attributes() -> None:
     pipe = small()
     registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
     forward = pipe.unet.forward

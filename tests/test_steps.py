@@ -79,7 +79,7 @@ def test_custom_timesteps() -> None:
     assert (counter.num_steps, counter.warmup_calls) == (3, 0)
 
 
-def test_scheduler_that_does_not_say_how_many_steps() -> None:
+def test_scheduler_without_a_number_of_steps() -> None:
     counter = StepCounter.of(SimpleNamespace(timesteps=[3, 3, 2, 2, 1], order=2), None)
     assert counter == StepCounter(warmup_calls=0, calls_per_step=2, num_calls=5, num_steps=3)
     assert StepCounter.of(SimpleNamespace(timesteps=[3, 2, 1]), None).num_steps == 3

@@ -72,13 +72,13 @@ def test_all_letters_many_steps_and_all_formats(tmp_path: Path) -> None:
         ({"mine": "FFpp"}, "none/a.png", "No such"),
     ],
 )
-def test_what_cannot_be_drawn(rows: Any, name: str, shown: str, tmp_path: Path) -> None:
+def test_invalid_rows(rows: Any, name: str, shown: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=shown):
         strip_picture(rows, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigurationError, match=r"tgate_compile\[plots\]"):
         strip_picture({"a": "FFpp"}, tmp_path / "a.png")

@@ -17,7 +17,7 @@ from tgate_compile import ConfigurationError
 from tgate_compile.exports.tensorrt.save import ENTERPRISE, EngineOptions, engine_options
 
 without_it = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt") is not None, reason="what is said where it is not installed"
+    importlib.util.find_spec("tensorrt") is not None, reason="tests the error without the package"
 )
 
 
@@ -27,7 +27,7 @@ def asked(**options: Any) -> EngineOptions:
 
 
 @without_it
-def test_what_to_install(tmp_path: Path) -> None:
+def test_the_error_names_the_extra(tmp_path: Path) -> None:
     pipe = tgate_compile.optimize(plain(), GATE, backend="eager")
     with pytest.raises(ConfigurationError) as caught:
         tgate_compile.export(pipe, tmp_path / "bundle", "tensorrt")
@@ -37,7 +37,7 @@ def test_what_to_install(tmp_path: Path) -> None:
 
 
 @without_it
-def test_what_to_install_to_load_one(tmp_path: Path) -> None:
+def test_the_error_on_loading_names_the_extra(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported(), tmp_path / "bundle"))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["graph_format"] = "tensorrt"
@@ -88,7 +88,7 @@ def test_wrong_options(options: dict[str, Any], part: str) -> None:
     assert part in str(caught.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error without a GPU")
 def test_it_needs_a_gpu_to_build() -> None:
     with pytest.raises(ConfigurationError, match=r'needs an NVIDIA GPU.*Use format="tensorrt-rtx"'):
         ENTERPRISE.check_options({})

@@ -93,7 +93,7 @@ def test_weights_that_stay(format: str, tmp_path: Path) -> None:
 
 
 @package("tensorrt_rtx")
-def test_what_is_compiled_for_the_gpu_is_kept(tmp_path: Path) -> None:
+def test_kernels_compiled_for_the_gpu_are_kept(tmp_path: Path) -> None:
     pipe = plain().to("cuda", torch.float16)
     tgate_compile.optimize(pipe, GATE, backend="eager")
     folder = tgate_compile.export(pipe, tmp_path / "bundle", "tensorrt-rtx", call=CALL, dynamic=False)
@@ -115,7 +115,7 @@ def test_a_pipeline_that_is_not_on_the_gpu(tmp_path: Path) -> None:
 
 
 @package("tensorrt")
-def test_what_was_timed_is_kept(tmp_path: Path) -> None:
+def test_timings_are_kept(tmp_path: Path) -> None:
     pipe = tgate_compile.optimize(plain().to("cuda"), GATE, backend="eager")
     options = {"timing_cache": tmp_path / "timing.cache", "version_compatible": True, "hardware_compatible": "same"}
     folder = tgate_compile.export(

@@ -27,7 +27,7 @@ CALL = {"prompt": "", "num_inference_steps": STEPS}
 PROFILE = {"b": [1, 1, 3], "h": [2, 8, 12]}
 RTX = ("tensorrt_rtx",)
 
-no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error without a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_engines_of_free_sizes(bundle: Path) -> None:
 @pytest.mark.heavy
 def test_engines_of_fixed_sizes(optimized: Any, tmp_path: Path) -> None:
     options = {"compute_capabilities": ["8.9", "12.0"], "weight_streaming": True}
-    said: list[str] = []
+    stages: list[str] = []
     folder = tgate_compile.export(
         optimized,
         tmp_path / "bundle",
@@ -83,9 +83,9 @@ def test_engines_of_fixed_sizes(optimized: Any, tmp_path: Path) -> None:
         call=CALL,
         dynamic=False,
         format_options=options,
-        progress=said.append,
+        progress=stages.append,
     )
-    assert "Building the engine of the pruned graph" in said
+    assert "Building the engine of the pruned graph" in stages
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     manifest = manifest_of(folder)
     assert manifest.sizes == {}
@@ -107,7 +107,7 @@ def test_inspect(bundle: Path) -> None:
 
 @pytest.mark.heavy
 @no_gpu_here
-def test_load_says_that_there_is_no_gpu(bundle: Path) -> None:
+def test_load_without_a_gpu_is_an_error(bundle: Path) -> None:
     pipe = plain().to(torch.float16)
     with pytest.raises(BackendError, match=r"needs an NVIDIA GPU.*finds none"):
         tgate_compile.load(pipe, bundle)
@@ -130,7 +130,7 @@ def test_options_of_load(bundle: Path, options: dict[str, Any], parts: tuple[str
         assert part in str(caught.value)
 
 
-def test_what_is_called_to_run_an_engine() -> None:
+def test_the_calls_that_run_an_engine() -> None:
     """No engine runs here, but the names exist."""
     called = {
         "Runtime": ["deserialize_cuda_engine", "engine_host_code_allowed"],
@@ -157,20 +157,20 @@ def test_what_is_called_to_run_an_engine() -> None:
 
 def bindings(graph: str) -> tuple[list[Binding], list[Binding], dict[str, Any]]:
     """Return inputs, outputs and a profile of a graph of the ONNX bundle."""
-    told = manifest_of(exported(binding_times=False)).graphs[graph]
+    described = manifest_of(exported(binding_times=False)).graphs[graph]
 
     def binding(spec: Any) -> Binding:
         shape = tuple(size if isinstance(size, int) else FREE for size in spec.shape)
         return Binding(spec.name, getattr(torch, spec.dtype), shape)
 
-    inputs, outputs = [*told.inputs, *told.cache_inputs], [*told.outputs, *told.cache_outputs]
+    inputs, outputs = [*described.inputs, *described.cache_inputs], [*described.outputs, *described.cache_outputs]
     sizes = [{"b": 1, "h": 4, "w": 4}, {"b": 1, "h": 8, "w": 8}, {"b": 2, "h": 8, "w": 8}]
     profile = {spec.name: tuple(shape_at(spec.shape, size) for size in sizes) for spec in inputs}
     free = {name: shapes for name, shapes in profile.items() if shapes[0] != shapes[2]}
     return [binding(spec) for spec in inputs], [binding(spec) for spec in outputs], free
 
 
-def test_attention_without_a_kernel_of_its_own() -> None:
+def test_attention_without_a_fused_kernel() -> None:
     """There is no kernel for float32 with free sizes: the build needs decomposable attention."""
     inputs, outputs, profile = bindings("full")
     assert profile
@@ -236,10 +236,10 @@ def test_profiles() -> None:
 
 
 def not_exported(
-    pipe: Any, folder: Path, *parts: str, error: type[Exception] = ConfigurationError, **told: Any
+    pipe: Any, folder: Path, *parts: str, error: type[Exception] = ConfigurationError, **options: Any
 ) -> None:
     with pytest.raises(error) as caught:
-        tgate_compile.export(pipe, folder, "tensorrt-rtx", call=CALL, **told)
+        tgate_compile.export(pipe, folder, "tensorrt-rtx", call=CALL, **options)
     for part in parts:
         assert part in str(caught.value)
     assert list(folder.parent.iterdir()) == []
@@ -274,19 +274,19 @@ def test_engines_without_weights_need_a_gpu(optimized: Any, tmp_path: Path, opti
     not_exported(optimized, tmp_path / "bundle", *parts, format_options={option: True})
 
 
-def test_what_tensorrt_cannot_build(tmp_path: Path) -> None:
+def test_a_graph_that_tensorrt_cannot_build(tmp_path: Path) -> None:
     """It has no cast to fp8. A failed build leaves no files."""
     pipe = tgate_compile.optimize(plain(), GATE, backend="eager", cache_dtype=torch.float8_e4m3fn)
     parts = ("The full graph cannot be written", "tensorrt_rtx cannot build", "FP8")
     not_exported(pipe, tmp_path / "bundle", *parts, error=BundleError, dynamic=False)
 
 
-def test_optimize_says_how_to_get_there() -> None:
+def test_optimize_explains_how_to_export() -> None:
     with pytest.raises(ConfigurationError, match=r'format="tensorrt-rtx".*load\(pipe, folder\)'):
         tgate_compile.optimize(plain(), GATE, backend="tensorrt-rtx")
 
 
-def test_what_to_install(optimized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_extra(optimized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorrt_rtx" else real(name))
     not_exported(optimized, tmp_path / "bundle", "tensorrt_rtx", "pip install 'tgate_compile[tensorrt-rtx]'")

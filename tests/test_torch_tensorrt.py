@@ -16,12 +16,12 @@ from tgate_compile.engine.weights import live_tensors
 from tgate_compile.exports.tensorrt.live import OPTIONS, _program
 
 without_it = pytest.mark.skipif(
-    importlib.util.find_spec("torch_tensorrt") is not None, reason="what is said where it is not installed"
+    importlib.util.find_spec("torch_tensorrt") is not None, reason="tests the error without the package"
 )
 
 
 @without_it
-def test_what_to_install() -> None:
+def test_the_error_names_the_extra() -> None:
     pipe = plain()
     with pytest.raises(ConfigurationError, match=r"'tgate_compile\[tensorrt\]', which fetches .* NVIDIA's own index"):
         tgate_compile.optimize(pipe, GATE, backend="tensorrt")

@@ -135,7 +135,7 @@ def test_the_cheapest_within_the_tolerance_is_chosen(tuned: tuple[Any, Tuning]) 
     assert len({(row.strip, row.schedule.anchor_weight) for row in rows}) == len(rows)
 
 
-def test_it_prints_what_it_found(tuned: tuple[Any, Tuning]) -> None:
+def test_the_printed_table(tuned: tuple[Any, Tuning]) -> None:
     _, tuning = tuned
     printed = str(tuning)
     lines = printed.splitlines()
@@ -148,7 +148,7 @@ def test_it_prints_what_it_found(tuned: tuple[Any, Tuning]) -> None:
         assert row.strip in printed
 
 
-def test_what_it_found_is_saved_and_drives_optimize(tuned: tuple[Any, Tuning], tmp_path: Path) -> None:
+def test_the_saved_schedule_drives_optimize(tuned: tuple[Any, Tuning], tmp_path: Path) -> None:
     pipe, tuning = tuned
     path = tmp_path / "schedule.json"
     tuning.save(path)
@@ -233,7 +233,9 @@ def test_it_is_plain_again_afterwards_with_its_progress_bar(capsys: pytest.Captu
     del pipe._progress_bar_config
     before = state(pipe)
     seen: list[tuple[int, int, str]] = []
-    tuning = tune(pipe, PROMPTS[:1], num_inference_steps=5, tolerance=LOOSE, progress=lambda *told: seen.append(told))
+    tuning = tune(
+        pipe, PROMPTS[:1], num_inference_steps=5, tolerance=LOOSE, progress=lambda *reported: seen.append(reported)
+    )
     assert capsys.readouterr().err == ""
     assert state(pipe) == before
     assert torch.equal(latents(pipe, PROMPTS[0]), before_run)
@@ -298,7 +300,7 @@ def test_schedules_that_save_nothing_are_not_chosen() -> None:
     assert row_of(tuning, Schedule(4)).drift < ROUNDING
 
 
-def test_if_none_is_within_the_tolerance_it_says_which_is_the_closest() -> None:
+def test_if_none_is_within_the_tolerance_the_closest_is_named() -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     with pytest.raises(ConfigurationError, match=r"No schedule .* tolerance=1e-09 .* closest is .*, with drift 0\."):
         tune(pipe, PROMPTS[:1], num_inference_steps=4, tolerance=1e-9)
@@ -426,7 +428,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(arguments: dict[str, A
         tune(pipe, **{"prompts": PROMPTS, **arguments})
 
 
-def test_what_is_no_pipeline_is_refused() -> None:
+def test_other_objects_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="diffusers pipeline"):
         tune(torch.nn.Linear(1, 1), PROMPTS)  # type: ignore[arg-type]
 

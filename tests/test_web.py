@@ -285,7 +285,7 @@ def test_other_pipelines_and_schedules(
     assert complaints(browser) == []
 
 
-def test_what_the_page_says_of_a_bundle_that_it_cannot_run(tiny: Path, browser: Any, tmp_path: Path) -> None:
+def test_the_error_for_a_bundle_that_the_page_cannot_run(tiny: Path, browser: Any, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny, tmp_path / "site"))
     path = copy / "bundle" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -301,8 +301,8 @@ def test_what_the_page_says_of_a_bundle_that_it_cannot_run(tiny: Path, browser: 
         browser.find_element("id", "prompt").send_keys("red cat")
         browser.find_element("id", "go").click()
         wait_for(browser, "document.getElementById('error').textContent")
-        said = "graphs/weights.bin has been changed: its SHA-256 is not the one in the manifest."
-        assert text_of(browser, "error") == said
+        message = "graphs/weights.bin has been changed: its SHA-256 is not the one in the manifest."
+        assert text_of(browser, "error") == message
         assert text_of(browser, "go") == "Generate"
         path.unlink()
         opened(browser, address)

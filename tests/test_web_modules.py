@@ -258,7 +258,7 @@ def manifest() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("where", "value", "said"),
+    ("where", "value", "message"),
     [
         (["format"], "other", "not a bundle of tgate_compile"),
         (["schema_version"], 3, "schema version 3, but this page reads versions up to 2"),
@@ -279,13 +279,13 @@ def manifest() -> dict[str, Any]:
         (["scheduler", "config", "use_beta_sigmas"], True, "use_beta_sigmas=true, only with false"),
     ],
 )
-def test_what_the_page_refuses(where: list[Any], value: Any, said: str) -> None:
+def test_manifests_that_the_page_refuses(where: list[Any], value: Any, message: str) -> None:
     data = manifest()
     inner = data
     for key in where[:-1]:
         inner = inner[key]
     inner[where[-1]] = value
-    assert said in (refusal(data) or "")
+    assert message in (refusal(data) or "")
 
 
 @pytest.mark.parametrize(
@@ -308,8 +308,8 @@ def refusal(data: dict[str, Any]) -> str | None:
       return error.name === "BundleError" ? error.message : String(error.stack);
     }
     """
-    said: str | None = run_in_node(script, data)
-    return said
+    message: str | None = run_in_node(script, data)
+    return message
 
 
 def test_a_good_manifest_and_its_caches() -> None:
@@ -351,10 +351,10 @@ def test_other_tokenizers_are_refused_by_name() -> None:
     };
     return given.map(refused);
     """
-    for name, said in zip(cases, run_in_node(script, list(cases.values())), strict=True):
-        assert said.startswith("BundleError: ")
-        assert name in said
-        assert "tgate-compile run" in said
+    for name, message in zip(cases, run_in_node(script, list(cases.values())), strict=True):
+        assert message.startswith("BundleError: ")
+        assert name in message
+        assert "tgate-compile run" in message
 
 
 def test_half_precision() -> None:

@@ -1,8 +1,8 @@
-"""A cache on disk of what a process has captured and converted, for the processes that follow. Nothing needs PyTorch.
+"""A disk cache of captured and converted graphs, for later processes. Nothing here needs PyTorch.
 
 It is a folder with one file per entry. Files are written under another name and then renamed, so that processes can
-share the folder: whoever reads an entry finds all of it, or none. Each has a checksum; what does not match is removed,
-and computed again. Once the files exceed the limit, the least recently used are deleted.
+share the folder: a reader finds all of an entry or nothing. Each has a checksum; an entry that does not match is
+removed, and computed again. Once the files exceed the limit, the least recently used are deleted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Entry:
     """An entry of the cache, as `tgate-compile cache` shows it.
 
     Attributes:
-        kind: what it holds: "graph", "onnx" or "verdict".
+        kind: the kind of its contents: "graph", "onnx" or "verdict".
         label: a description, such as the denoiser's class.
         nbytes: the size of its file.
         used: when it was last read or written, in seconds since the epoch.
@@ -75,7 +75,7 @@ class DiskCache:
         if contents is None:
             self.remove(key, "its checksum does not match")
             return None
-        with suppress(OSError):  # a read-only folder; the time only decides what is deleted first
+        with suppress(OSError):  # a read-only folder; the time only determines which entries are deleted first
             os.utime(path)
         return contents
 

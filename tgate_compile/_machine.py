@@ -1,4 +1,4 @@
-"""What this process may use of the machine: threads and memory. Nothing here needs PyTorch.
+"""The threads and the memory that this process may use. Nothing here needs PyTorch.
 
 Linux describes both in files, which containers limit further by cgroups (version 1 or 2). On other systems, where there
 are no such files, the libraries' own defaults apply.
@@ -21,8 +21,8 @@ _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 def default_threads(of_torch: int | None = None, *, root: Path = _ROOT) -> int | None:
     """Return the number of threads that a runtime uses unless an option sets it; None means the runtime's own default.
 
-    It is one for each physical core that this process may run on, and no more than its cgroup's quota of CPU time. A
-    number that the user has set goes before that: by `torch.set_num_threads`, or by OMP_NUM_THREADS.
+    It is one for each physical core that this process may run on, within its cgroup's quota of CPU time. A number that
+    the user has set by `torch.set_num_threads` or OMP_NUM_THREADS takes precedence.
 
     Args:
         of_torch: `torch.get_num_threads()`; None if PyTorch is not in use.
@@ -71,7 +71,7 @@ def physical_cores(cpus: set[int], *, root: Path = _ROOT) -> int | None:
 
 
 def cpu_quota(*, root: Path = _ROOT) -> float | None:
-    """Return the number of CPUs whose time the cgroups of this process grant; None if there is no limit."""
+    """Return the number of CPUs whose time the cgroups grant this process; None if there is no limit."""
     limits = []
     for folder in _cgroups("cpu", root):
         if (text := _text(folder / "cpu.max")) is not None:  # version 2: "200000 100000" or "max 100000"

@@ -72,15 +72,14 @@ def optimize(
 ) -> Pipeline:
     """Speed up the calls of a pipeline with T-GATE, DeepCache, PAB or guidance that ends early.
 
-    With T-GATE, `gate_step` steps run in full. The outputs of all cross-attentions are cached at the last of them
-    (under guidance as the mean of the two halves). From step `gate_step` on, guidance is off, and a pruned graph runs
-    at half the batch, without the cross-attentions and their weights. In models with joint attention (SD3, FLUX,
-    Qwen-Image), the keys and values of the text are cached instead, and the pruned graph is without the text's tokens
-    and the weights that only they need.
-    Source: arXiv 2404.02747 v1, section 3.2. The classes of the methods describe their rules and sources.
+    With T-GATE (arXiv 2404.02747 v1, section 3.2), `gate_step` steps run in full. The last of them caches the outputs
+    of all cross-attentions; with guidance, it caches the mean of the two halves. From step `gate_step` on, guidance is
+    off, and a pruned graph runs at half the batch, without the cross-attentions and their weights. In models with joint
+    attention (SD3, FLUX, Qwen-Image), the keys and values of the text are cached instead, and the pruned graph has
+    neither the text's tokens nor the weights that only they need. The other methods are described in their classes.
 
-    The graphs are captured and compiled at the first call, on its real inputs, and again for new shapes or dtypes. In
-    eager mode and in Inductor they share the pipeline's weights; OpenVINO and ONNX Runtime keep a copy for each graph.
+    The graphs are captured and compiled at the first call, on its inputs, and again for new shapes or dtypes. In eager
+    mode and with Inductor they share the pipeline's weights; OpenVINO and ONNX Runtime keep a copy for each graph.
     Outside of a pipeline call the denoiser runs as if it were not optimized.
 
     Args:
@@ -91,8 +90,8 @@ def optimize(
             less than the number of steps, nothing is gated; None means no gate. A single call can override it:
             `pipe(..., gate_step=8)`. If two denoisers share the steps (Wan 2.2), each counts its own steps from 0, and
             a pair sets a gate for each. `"auto"` measures schedules on a few prompts with `tune`, and chooses the
-            cheapest one within the tolerance. Instead of all these arguments it can be one or several methods:
-            `TGate(10)`, `DeepCache(3) + TGate(10)`, `AdaptiveGuidance(similarity=0.991)`, `PAB(6, 2)`.
+            cheapest one within the tolerance. The argument may also be a method or a sum of methods, which replaces
+            the arguments below: `TGate(10)`, `DeepCache(3) + TGate(10)`, `AdaptiveGuidance(similarity=0.991)`.
         sp_interval: T-GATE v2: the interval of self-attention before the gate, in steps.
         fi_interval: T-GATE v2: the interval of self-attention after the gate, in steps.
         warm_up: T-GATE v2: the step, from 0, after which `sp_interval` begins.
@@ -116,10 +115,10 @@ def optimize(
         sites: shell-style patterns of the names of the attentions to cache: `["up_blocks.*"]`. None means all.
         cache_dtype: the dtype of the caches: `torch.bfloat16` takes half the memory of fp32, `torch.float8_e4m3fn` a
             quarter. None means the model's own dtype.
-        backend: `"auto"` takes the fastest backend that is installed and agrees with PyTorch: on a CPU OpenVINO, then
-            ONNX Runtime, then eager; on a GPU Inductor with CUDA graphs. It logs its choice at level INFO. Or the name
-            of one: `"eager"` (the rewritten graphs without compilation, and without a copy of the weights),
-            `"openvino"`, `"onnxruntime"`, `"inductor"`, `"tensorrt"` (on NVIDIA GPUs).
+        backend: `"auto"`, or the name of a backend: `"eager"` (the rewritten graphs without compilation, and without a
+            copy of the weights), `"openvino"`, `"onnxruntime"`, `"inductor"` or `"tensorrt"` (on NVIDIA GPUs). `"auto"`
+            takes the fastest installed backend whose results agree with PyTorch: on a CPU OpenVINO, then ONNX Runtime,
+            then eager; on a GPU Inductor with CUDA graphs. It logs its choice at level INFO.
         precision: the dtype that the denoiser's graphs compute in. `"auto"` is the pipeline's own; `"bfloat16"` is
             about twice as fast as float32 on CPUs with AVX512-BF16 or AMX. The pipeline, its weights, inputs and
             results keep their dtypes. Caches have this dtype too, unless `cache_dtype` is given.
@@ -131,9 +130,9 @@ def optimize(
         graph_memory: the estimated number of bytes that the graphs may take. Beyond it, the least recently used graphs
             are dropped. None means a quarter of the machine's memory.
         binding_times: whether to compute values that depend on the prompt alone once per generation, and those that
-            depend on the timestep once per timestep, instead of in every step. None means where it pays: with
+            depend on the timestep once per timestep, instead of in every step. None means only with
             `backend="eager"`. See `docs/guides/binding-times.md`.
-        offload_prelude: on an accelerator: whether to move the weights that only these values need to the CPU, once
+        offload_prelude: on an accelerator: whether to move the weights that only these values need to the CPU after
             the values have been computed, and back when the call ends. Implies `binding_times=True`.
 
     Returns:

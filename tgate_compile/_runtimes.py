@@ -128,7 +128,7 @@ def check_backend_installed(name: str) -> None:
 
 
 def automatic_backends(device: str) -> list[str]:
-    """Return what `backend="auto"` tries on a type of device, in order: what is installed, the fastest first.
+    """Return the installed backends that `backend="auto"` tries on a type of device, the fastest first.
 
     The ranks in the table are measured; docs/evidence/benchmarks.md has the figures.
     """

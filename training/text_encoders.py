@@ -56,7 +56,7 @@ def clip_with_projection(folder: Path, device: str) -> Encode:
 def twice_with_projection(folder: Path, device: str) -> Encode:
     """Return the encoder of the family `sd3`, the output of both CLIP encoders side by side, without T5.
 
-    Both are the text encoder of the embedded `sdxl`, which is beside the embedded pipeline in `folder`.
+    Both are the text encoder of the embedded `sdxl`, which is next to the embedded pipeline in `folder`.
     """
     encode_once = _with_projection(*embedded_with_projection(folder), device)
 
@@ -68,7 +68,7 @@ def twice_with_projection(folder: Path, device: str) -> Encode:
 
 
 def embedded_with_projection(folder: Path) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
-    """Return text encoder and tokenizer of the embedded `sdxl`, which is beside the embedded pipeline in `folder`."""
+    """Return text encoder and tokenizer of the embedded `sdxl`, which is next to the embedded pipeline in `folder`."""
     own = folder.parent / DEMO_VARIANTS["sdxl"].folder
     encoder: CLIPTextModelWithProjection = CLIPTextModelWithProjection.from_pretrained(own / "text_encoder_2")
     return encoder.float(), CLIPTokenizer.from_pretrained(folder / "tokenizer")

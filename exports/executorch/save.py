@@ -21,7 +21,7 @@ from tgate_compile.exports.executorch.open import ExecuTorchSession, open_progra
 
 PROGRAM_FILE = "graphs/graphs.pte"
 
-#: The choices of what runs the graphs: XNNPACK, or ExecuTorch's own portable kernels.
+#: The choices for `delegate`: XNNPACK, or ExecuTorch's own portable kernels.
 DELEGATES = ("xnnpack", "portable")
 
 #: ExecuTorch's numbers for those dtypes that a manifest supports.
@@ -137,7 +137,7 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
     """Compare the metadata of the method for `graph` in the bundle at `root` with the manifest, without running it.
 
     Raises:
-        BundleError: the program is not what the manifest says.
+        BundleError: the program does not agree with the manifest.
     """
     entries = {each.entry for each in manifest.graphs.values()}
     files = {each.file for each in manifest.graphs.values()}

@@ -186,7 +186,7 @@ def check_graph(graph: m.Graph, root: Path, manifest: m.Manifest) -> None:
     The inputs and outputs of the code cannot be checked without running it.
 
     Raises:
-        BundleError: a file is not what the manifest says.
+        BundleError: a file does not agree with the manifest.
     """
     entries = {each.entry for each in manifest.graphs.values()}
     expected = {entry_name(name) for name in manifest.graphs}

@@ -84,7 +84,7 @@ def check_gpu_supported(package: str, capability: tuple[int, int], gpu: str) -> 
     supported = supported_capabilities(package) if package == _RTX else [own]
     if own not in supported:
         raise BackendError(
-            f"{package} supports NVIDIA's GPUs with the compute capabilities {', '.join(supported)}, but this GPU is "
+            f"{package} supports NVIDIA GPUs with the compute capabilities {', '.join(supported)}, but this GPU is "
             f'{gpu}, with {own}. Export the bundle with format="tensorrt", "aoti" or "onnx", which run on it.'
         )
 

@@ -122,7 +122,7 @@ def test_the_caches_of_a_pruned_graph_stay_last() -> None:
 
 
 @torch.no_grad()
-def test_what_is_cheap_to_repeat_stays_in_the_step() -> None:
+def test_cheap_operators_stay_in_the_step() -> None:
     model, inputs, captured = _modulated()
     variant, split = _split(captured, Phase(False))
     assert split.prelude is not None
@@ -193,7 +193,7 @@ def test_the_parts_are_valid_programs_that_share_the_parameters() -> None:
     assert split_by_binding(split.step, {}).early == ()  # nothing is left to move
 
 
-def test_the_verifier_rejects_what_is_not_a_split() -> None:
+def test_the_verifier_rejects_invalid_splits() -> None:
     captured = tiny_capture(tiny_denoiser())
     variant, split = _split(captured)
     assert split.prelude is not None

@@ -32,7 +32,7 @@ def test_each_cross_attention_is_one_site(fused: bool) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_self_attention_is_a_site_of_its_own_kind(fused: bool) -> None:
+def test_self_attention_is_a_site_of_kind_self(fused: bool) -> None:
     captured = tiny_capture(tiny_denoiser(fused=fused), kinds=("cross", "self"))
     assert [(site.kind, site.name) for site in captured.sites] == [
         ("cross", "blocks.0.attn2"),
@@ -127,7 +127,7 @@ def test_of_an_attention_with_two_results_the_value_before_both_is_cached() -> N
     assert nodes[site.node].target is torch.ops.aten.scaled_dot_product_attention.default
 
 
-def test_what_the_graph_says_counts_more_than_what_an_attention_says_of_itself() -> None:
+def test_the_graph_takes_precedence_over_attributes_of_an_attention() -> None:
     denoiser = tiny_denoiser()
     denoiser.blocks[1].attn1.is_cross_attention = True  # although its keys depend on the latents
     del denoiser.blocks[0].attn2.is_cross_attention
@@ -135,7 +135,7 @@ def test_what_the_graph_says_counts_more_than_what_an_attention_says_of_itself()
     assert [site.name for site in tiny_capture(denoiser).sites] == ["blocks.0.attn2", "blocks.1.attn2"]
 
 
-def test_each_call_of_a_shared_module_is_a_site_of_its_own() -> None:
+def test_each_call_of_a_shared_module_is_a_separate_site() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -167,7 +167,7 @@ def test_an_attention_that_calls_itself_cross_but_is_not_recognized_is_named() -
         tiny_capture(denoiser)
 
 
-def test_what_was_found_is_in_the_refusal() -> None:
+def test_the_refusal_lists_the_attentions_found() -> None:
     denoiser = tiny_denoiser()
     for block in denoiser.blocks:
         block.attn2 = _Unrecognized(6).eval()

@@ -26,7 +26,7 @@ def _targets(graph_module: torch.fx.GraphModule) -> list[object]:
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
 
-def test_what_does_nothing_goes() -> None:
+def test_identities_are_removed() -> None:
     graph_module = _graph(_Model().eval())
     before = graph_module(torch.ones(1, 3, 2))
     assert remove_identities(graph_module).changes == 2

@@ -88,7 +88,7 @@ def test_without_guidance_nothing_is_merged() -> None:
     assert [tuple(node.meta["val"].shape) for node in outputs] == [(3, TOKENS, DIM)] * 3
 
 
-def test_the_verifier_notices_what_is_wrong() -> None:
+def test_the_verifier_rejects_invalid_graphs() -> None:
     captured = tiny_capture(tiny_denoiser())
     full, pruned = specialize(captured, FULL), specialize(captured, PRUNED)
     with pytest.raises(VerificationError, match="3 outputs, expected 1"):

@@ -126,7 +126,7 @@ def demo(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Draw images with and without T-GATE on the embedded model, and print a table of what it saves."""
+    """Draw images with and without T-GATE on the embedded model, and print a table of the savings."""
     check_folder(out)
     steps = EMBEDDED.steps if steps is None else steps
     gate_step = max(1, round(steps * EMBEDDED.gate_step / EMBEDDED.steps)) if gate_step is None else gate_step

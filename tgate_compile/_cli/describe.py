@@ -1,6 +1,6 @@
-"""Commands that show what there is.
+"""Commands that show information about models, bundles and the disk cache.
 
-`describe` shows what a schedule does to a model, `inspect` what is in a bundle, and `cache` what is kept on disk.
+`describe` shows the effect of a schedule on a model, `inspect` the contents of a bundle, and `cache` the cache.
 """
 
 from __future__ import annotations
@@ -203,13 +203,13 @@ _KINDS = {
 
 
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete everything that is kept.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all entries.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Show what is kept on disk of earlier processes, so that the next one captures and converts nothing; or delete it.
+    """Show or delete the captured and converted graphs that are kept on disk for later processes.
 
     The folder is ~/.cache/tgate_compile, or the one in the environment variable TGATE_COMPILE_CACHE, which also
-    switches the cache off: TGATE_COMPILE_CACHE=off. TGATE_COMPILE_CACHE_SIZE=500MB sets its largest size.
+    switches the cache off: TGATE_COMPILE_CACHE=off. TGATE_COMPILE_CACHE_SIZE=500MB sets its maximum size.
     """
     found = disk_cache()
     if found is None:

@@ -262,7 +262,7 @@ class _ShortOptions:
     anchor_weight: Annotated[
         float | None,
         typer.Option(
-            help="Weight of the conditional half in what the gate caches.",
+            help="Weight of the conditional half in the values cached at the gate.",
             show_default="0.5, the paper's",
             rich_help_panel=SCHEDULE,
         ),
@@ -271,7 +271,7 @@ class _ShortOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Recompute what the image gets from the text at every n-th step after the gate.",
+            help="Recompute cross-attention, or the text in joint attention, at every n-th step after the gate.",
             show_default="never",
             rich_help_panel=SCHEDULE,
         ),
@@ -318,7 +318,7 @@ class _ShortOptions:
         return self.file is not None or (bool(self.given) and not self.is_automatic)
 
     def check_known_in_advance(self) -> None:
-        """Raise ConfigurationError if what each step does is known only while it runs."""
+        """Raise ConfigurationError if the phases of the steps are known only while they run."""
         similarity = self.guidance_similarity if self.file is None else load_schedule(self.file).guidance_similarity
         if similarity is not None:
             raise ConfigurationError(MSG_SIMILARITY)

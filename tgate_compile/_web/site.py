@@ -210,7 +210,7 @@ def is_site(folder: Path) -> bool:
 
 
 def check_site_target(folder: Path, *, overwrite: bool) -> None:
-    """Raise ConfigurationError unless a site can be written to `folder`, as far as this is known beforehand."""
+    """Raise ConfigurationError unless a site can be written to `folder`, as far as this can be checked beforehand."""
     if not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())):
         return
     if not is_site(folder) or folder.is_symlink():

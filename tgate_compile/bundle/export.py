@@ -53,7 +53,7 @@ def export(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write the graphs of an optimized pipeline to `folder`, as a bundle that `load` can serve a pipeline from.
+    """Write the graphs of an optimized pipeline to `folder`, as a bundle for `load`.
 
     By default, a bundle consists of one ONNX file per graph, one file with the weights of all graphs, and a manifest
     that describes them for other runtimes (`docs/reference/bundle.md`). Each graph is checked against PyTorch as it is
@@ -75,13 +75,13 @@ def export(
             `target`.
         components: `"all"` also writes the text encoders, the tokenizers and the VAE decoder, so that
             `tgate_compile.runtime` can generate images from prompts without PyTorch. This is supported for Stable
-            Diffusion, SDXL and PixArt.
+            Diffusion, SDXL, PixArt, and Stable Diffusion 3 without its T5 encoder.
         quantize: store the weights of the graphs, or compute, in fewer bits: `"int8"` (weights only), another scheme,
             or a mapping with a `scheme` and further settings. `docs/guides/edge.md` describes the schemes and their
             costs. The text encoders and the VAE are not quantized.
         binding_times: split each graph by how often its values change: a prelude that runs once per generation, a table
             that runs once per timestep, and the step (`docs/guides/binding-times.md`). A runtime that keeps only one
-            graph open at a time then needs less memory. None means only in the format `onnx`, where it was measured.
+            graph open at a time then needs less memory. None means only for the format `onnx`.
         overwrite: replace the bundle that is in `folder`.
         progress: called with a line of text at the start of each stage. By default, the stages are shown on stderr,
             unless the progress bars of diffusers are disabled (`diffusers.utils.logging.disable_progress_bar()`) or

@@ -26,7 +26,7 @@ class Session(Protocol):
 
     @property
     def provider(self) -> str:
-        """A human-readable name of what runs the graph, such as `CPUExecutionProvider`."""
+        """The human-readable name of the runtime or its provider, such as `CPUExecutionProvider`."""
         ...
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -77,7 +77,7 @@ class WrittenGraph:
 
 
 class GraphFormat(Protocol):
-    """Functions that write graphs, check what was written, and open it again; usually those of a module."""
+    """Functions that write graphs, check what was written, and open it again; usually a module."""
 
     def check_options(self, options: Mapping[str, object]) -> None:
         """Raise ConfigurationError for options of `export` that the format does not know."""
@@ -116,7 +116,7 @@ class GraphFormat(Protocol):
 
 
 class ComponentsFormat(Protocol):
-    """Functions that write and check a pipeline's components other than its denoiser; usually those of a module."""
+    """Functions that write and check a pipeline's components other than its denoiser; usually a module."""
 
     def write_components(
         self,
@@ -141,7 +141,7 @@ class ComponentsFormat(Protocol):
         """Check a file of a bundle, whose weights are in a file of `weights_size` bytes, without trusting it.
 
         Raises:
-            BundleError: the file is not what the manifest says.
+            BundleError: the file does not agree with the manifest.
         """
 
 
@@ -206,7 +206,7 @@ def check_can_load(name: str) -> None:
 
 
 def check_can_run(name: str, device: torch.device) -> None:
-    """Raise BackendError, which says what is missing, unless graphs of the format `name` can run here on `device`."""
+    """Raise BackendError, which names what is missing, unless graphs of the format `name` can run here on `device`."""
     if not FORMATS[name].needs_gpu:
         return
     import torch  # not above: the command line reads the table for its help

@@ -1,4 +1,4 @@
-"""`load`: serve a pipeline from a bundle."""
+"""`load`: run a pipeline on a bundle."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def load(
     backend_options: Mapping[str, object] | None = None,
     sequential: bool = False,
 ) -> Pipeline:
-    """Serve `pipe` from the bundle in `folder`, which `export` has written from a pipeline with the same model.
+    """Run `pipe` on the bundle in `folder`, which `export` has written from a pipeline with the same model.
 
-    Calling the pipeline then runs the bundle's schedule on the bundle's graphs and weights, as after `optimize`, but
+    Calls of the pipeline then follow the bundle's schedule and use its graphs and weights, as after `optimize`, but
     nothing is captured, converted or compiled. `restore(pipe)` undoes this. The bundle is verified, and must stay in
     its folder while it is in use. A call with shapes that the bundle does not support raises an error that names the
     supported ones.
@@ -56,7 +56,7 @@ def load(
             Runtime; `device`, `precision`, `threads` and `cache` for OpenVINO. `docs/guides/exporting.md` has those for
             engines.
         sequential: keep only one graph open at a time. This saves memory, but a graph is opened whenever the schedule
-            changes to it: twice per generation with T-GATE, more often with others (a warning says how often).
+            switches to it: twice per generation with T-GATE, more often with other methods (a warning says how often).
 
     Returns:
         `pipe` itself.

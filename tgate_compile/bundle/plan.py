@@ -150,7 +150,7 @@ def planned_graphs(
 ) -> dict[Phase, PlannedGraph]:
     """Return the graphs of `plan` with the free sizes `free`, by the phase that each serves.
 
-    With `split`, they are split by binding time as far as a bundle can represent the parts.
+    With `split`, they are split by binding time if a bundle can represent the parts.
 
     Raises:
         CaptureError: torch.export finds that the denoiser's code depends on one of these sizes.

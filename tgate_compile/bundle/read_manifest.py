@@ -297,14 +297,14 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 def early_graphs(graphs: Mapping[str, Graph], name: str) -> list[str]:
-    """Return the names of the prelude and the table of the graph `name`, as far as it has them, in this order."""
+    """Return the names of the prelude and the table of the graph `name`, if it has them, in this order."""
     direct = {spec.graph for spec in graphs[name].early_inputs}
     both = direct | {spec.graph for each in direct for spec in graphs[each].early_inputs}
     return sorted(both, key=lambda each: STAGES.index(graphs[each].stage))
 
 
 def _check_stages(manifest: Manifest, path: Path) -> None:
-    """Check that each value of a prelude or a table is made by an earlier graph, from what does not change as often."""
+    """Check that each value of a prelude or a table is made by an earlier graph, from values that change less often."""
     graphs, bindings = manifest.graphs, manifest.denoiser.bindings
     if not set(bindings) <= set(manifest.denoiser.arguments):
         problem = "there are names that are not arguments of the denoiser"

@@ -45,14 +45,14 @@ class BundledPart:
 
 @dataclass(frozen=True)
 class BundledParts:
-    """The parts before the step of a graph of a bundle, as far as they exist."""
+    """The parts that run before the step of a graph of a bundle, if they exist."""
 
     prelude: BundledPart | None
     table: BundledPart | None
 
     @property
     def early(self) -> tuple[BundledPart, ...]:
-        """The prelude and the table, as far as they exist."""
+        """The prelude and the table, if they exist."""
         return tuple(part for part in (self.prelude, self.table) if part is not None)
 
 

@@ -49,7 +49,7 @@ from tgate_compile.pipeline.hook import GatedDenoiser
 
 
 def check_target(folder: Path, *, overwrite: bool) -> None:
-    """Raise BundleError unless a bundle can be written to `folder`, as far as this is known beforehand."""
+    """Raise BundleError unless a bundle can be written to `folder`, as far as this can be checked beforehand."""
     if not folder.parent.is_dir():
         raise BundleError(f"{folder} cannot be written: {folder.parent} is not a folder.")
     if os.path.lexists(folder):

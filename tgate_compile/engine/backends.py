@@ -179,7 +179,7 @@ def backend_class(name: str) -> type[Backend]:
 
 
 class EarlyPart(Protocol):
-    """A prelude or a table: what it takes, and what it returns, by name."""
+    """A prelude or a table, with the names of its inputs and outputs."""
 
     @property
     def inputs(self) -> tuple[str, ...]: ...
@@ -189,7 +189,7 @@ class EarlyPart(Protocol):
 
 
 class Parts(Protocol):
-    """The parts that run before the step of a graph that is split by binding time, as far as they exist."""
+    """The parts that run before the step of a graph that is split by binding time, if they exist."""
 
     @property
     def prelude(self) -> EarlyPart | None: ...

@@ -85,7 +85,7 @@ def reads_masks(denoiser: torch.nn.Module) -> bool:
 
 @contextmanager
 def known_readings(denoiser: torch.nn.Module, forward: Callable[..., Any], call: Call) -> Iterator[None]:
-    """While a denoiser that reads masks is traced, let it read what it reads in a run on the inputs of `call`."""
+    """Let a denoiser that reads masks read the values of a run on the inputs of `call` while it is traced."""
     if not reads_masks(denoiser):
         yield
         return

@@ -300,7 +300,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 def _inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
     """Inline the regions of `graph_module` that switch autocast off, which it is when the denoiser runs.
 
-    torch.export turns `with torch.amp.autocast("cuda", enabled=False)` into a call of a graph of its own.
+    torch.export turns `with torch.amp.autocast("cuda", enabled=False)` into a call of a separate graph.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):

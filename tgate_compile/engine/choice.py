@@ -166,7 +166,7 @@ _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding, t
 
 
 class WithOwnWeights:
-    """A backend that runs graphs with another one, on a copy of the weights in a dtype and layout of its own.
+    """A backend that runs graphs with another one, on a copy of the weights with another dtype and layout.
 
     All graphs share the copy, which follows changes of the weights. The pipeline's own weights are left alone.
 

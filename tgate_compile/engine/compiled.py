@@ -105,7 +105,7 @@ class CompiledVariant:
 
     @property
     def early_weights(self) -> tuple[Sequence[torch.Tensor], ...]:
-        """The weights of the prelude and the table, as far as they exist."""
+        """The weights of the prelude and the table, if they exist."""
         return self.weights_of_parts[:-1]
 
     ahead = False  # rows are computed when they are needed
@@ -134,7 +134,7 @@ class CompiledVariant:
 
     @property
     def parts(self) -> tuple[Variant, ...]:
-        """The graphs that run: the step, and the prelude and the table, as far as they exist."""
+        """The graphs that run: the step, and the prelude and the table if they exist."""
         return (self.variant,) if self.split is None else self.split.parts
 
     @property

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: placeholders in `diffusers.utils.dummy_torch_and_transformers_objects`; these do not derive from DiffusionPipeline.
 AnyPipeline: TypeAlias = "DiffusionPipeline | Any"
 
-#: Prompts for what is measured on a few generations when no others are given.
+#: Default prompts for measurements on a few generations.
 AUTO_PROMPTS = (
     "a red fox in the snow",
     "a portrait of an old fisherman",

@@ -1,7 +1,7 @@
-"""Keep captured graphs, converted graphs and their comparisons with PyTorch on disk, for the processes that follow.
+"""Keep captured graphs, converted graphs and their comparisons with PyTorch on disk, for later processes.
 
 A capture is found again by a hash of everything that it depends on: the denoiser's fingerprint, the call, the
-configuration, the versions of the packages and the settings of torch. Where such a hash cannot be given (code from
+configuration, the versions of the packages and the settings of torch. Where there is no such hash (code from
 outside the known libraries, free sizes), nothing is kept, and the graph is captured anew in each process. What is made
 of a graph is found by a hash of the graph itself.
 """
@@ -112,10 +112,10 @@ def kept(variant: Variant, kind: str, settings: Hashable, make: Callable[[], byt
     """Return the bytes that `make` makes of `variant` with these settings, from disk if an earlier process made them.
 
     Args:
-        variant: the graph. What is made must not depend on its weights.
-        kind: what is made, for example "onnx".
-        settings: what it depends on besides the graph: versions of packages, for example.
-        make: makes it.
+        variant: the graph. The result must not depend on its weights.
+        kind: the kind of result, for example "onnx".
+        settings: other values that the result depends on, for example versions of packages.
+        make: makes the result.
     """
     cache = disk_cache()
     key = None if cache is None else _key_of_graph(variant, kind, settings)
@@ -155,7 +155,7 @@ def verdict_on(
 
     Args:
         variant: the graph.
-        backend: what the results depend on: the backend's name, its options, and the versions of its packages.
+        backend: the properties that the results depend on: the backend's name, its options, and its packages' versions.
         weights: the sums of the weights' bits (`trust.sums_of_bits`).
         inputs: inputs like those that are compared; only their device matters.
     """
@@ -191,7 +191,7 @@ def _key_of_graph(variant: Variant, kind: str, settings: Hashable) -> str | None
         description.add((_FORMAT, _settings_of_torch(), digest_of(variant.program), kind, settings))
         return description.digest()
     except (NotStableError, NotStorableError) as error:
-        logger.debug("what is made of the %s graph is not kept on disk: %s", variant.phase.name, error)
+        logger.debug("results for the %s graph are not kept on disk: %s", variant.phase.name, error)
         return None
 
 

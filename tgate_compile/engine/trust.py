@@ -210,7 +210,7 @@ logger = logging.getLogger(__name__)
 
 #: After so many changes of the weights in successive generations, `auto` no longer uses backends that copy them.
 MOST_CHANGES = 2
-#: The memory that must be free for a copy of the weights, relative to their size: compiling needs some of its own.
+#: The memory that must be free for a copy of the weights, relative to their size: compiling needs additional memory.
 MEMORY_FACTOR = 1.25
 
 MSG_WEIGHTS_CHANGE = "the weights have changed in {count} calls in a row, and it compiles every graph again each time"

@@ -8,7 +8,8 @@ _PLAIN = "What works instead: the pipeline without tgate_compile"
 
 
 _THREE_WAY = (
-    f"its guidance has three halves, [text; image; uncond], and the gate merges two. {_PLAIN}, or with fewer steps"
+    "its guidance makes three predictions, [text; image; uncond], and the gate merges two. "
+    f"{_PLAIN}, or with fewer steps"
 )
 
 
@@ -50,7 +51,7 @@ _SEVERAL_TIMESTEPS = (
 
 _PIECES = (
     "it makes a video in pieces, with a loop over the timesteps for each and earlier pieces as further inputs, so that "
-    f"steps cannot be counted and what is cached for one piece is wrong for the next. {_PLAIN}, or with fewer steps"
+    f"steps cannot be counted and the caches of one piece are wrong for the next. {_PLAIN}, or with fewer steps"
 )
 
 
@@ -84,7 +85,7 @@ _ADDED_KEYS = (
 
 
 _SOUND_AND_VIDEO = (
-    "its denoiser makes sound and video at the same time, which attend to each other, and caching the attention to the "
+    "its denoiser makes sound and video together, which attend to each other, and caching the attention to the "
     "text has not been verified for that. What works instead: guidance that ends early, with AdaptiveGuidance"
 )
 
@@ -114,8 +115,7 @@ _RECURRENT = (
 
 
 _TOKENS = (
-    "it predicts discrete tokens instead of noise, which is not the kind of denoising that T-GATE is about. "
-    f"{_PLAIN}, or with fewer steps"
+    f"it predicts discrete tokens instead of noise, and only denoising can be gated. {_PLAIN}, or with fewer steps"
 )
 
 

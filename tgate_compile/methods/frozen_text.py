@@ -1,4 +1,4 @@
-"""Frozen text: what the image gets from the text stays constant from a step on, with or without guidance."""
+"""Frozen text: the text's influence on the image stays constant from a step on, with or without guidance."""
 
 from __future__ import annotations
 

@@ -50,12 +50,12 @@ class TGate(Method):
     title: ClassVar[str] = "T-GATE"
 
     gate_step: int | float = option(10, "The number or the fraction of steps that run in full.")
-    sp_interval: int = option(1, "Compute self-attention at every n-th step only before the gate.", least=1)
-    fi_interval: int = option(1, "Compute self-attention at every n-th step only after the gate.", least=1)
+    sp_interval: int = option(1, "Before the gate, compute self-attention at every n-th step only.", least=1)
+    fi_interval: int = option(1, "After the gate, compute self-attention at every n-th step only.", least=1)
     warm_up: int = option(2, "The step, from 0, after which sp_interval begins.", least=0)
     anchor_weight: float = option(0.5, "The weight of the cond half in the cached mean.")
     text_interval: int | None = option(
-        None, "Compute what the image gets from the text at every n-th step only after the gate.", least=1
+        None, "Compute cross-attention, or the text in joint attention, at every n-th step after the gate.", least=1
     )
 
     def __post_init__(self) -> None:

@@ -165,8 +165,8 @@ def _tried(guider: BaseGuidance, shape: tuple[int, ...]) -> str | None:
     if torch.allclose(result, later, rtol=1e-3, atol=1e-3):
         return None
     return (
-        "its result for two equal predictions is not that prediction, so it would continue to guide after the gate. A "
-        "momentum has this effect: set adaptive_projected_guidance_momentum to None"
+        "its result for two equal predictions is not that prediction, so it would continue to guide after the gate. "
+        "Momentum has this effect: set adaptive_projected_guidance_momentum to None"
     )
 
 

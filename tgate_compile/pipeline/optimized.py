@@ -189,9 +189,9 @@ def generation(
 ) -> Iterator[OwnLoop]:
     """Run one generation of your own denoising loop with the optimized denoiser.
 
-    The pipeline's call does this by itself. Set the scheduler's timesteps before the first denoiser call, and make the
-    calls in the order of the timesteps, as the pipeline does: with the batch [uncond; cond] if guidance is on, or with
-    a call for each half if the pipeline makes two. Put calls that are not part of the loop, such as those for a
+    The pipeline's call does this automatically. Set the scheduler's timesteps before the first denoiser call, and make
+    the calls in the order of the timesteps, as the pipeline does: with the batch [uncond; cond] if guidance is on, or
+    with a call for each half if the pipeline makes two. Put calls that are not part of the loop, such as those for a
     preview, inside `paused()` of the yielded object:
 
         with tgate_compile.generation(pipe, guidance=True) as loop:

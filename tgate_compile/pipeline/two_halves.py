@@ -143,7 +143,7 @@ def _reporter_of_steps(step: Callable[..., Any]) -> Callable[..., None]:
 
 MSG_PREDICTIONS = (
     "The denoiser's batch of {rows} is {ratio} times the {latents} latents that {scheduler} steps, but {expected}. "
-    "Tiles of the latents, and guidance by more than two predictions (several prompts composed, edits, perturbed "
+    "Tiles of the latents, and guidance with more than two predictions (several prompts composed, edits, perturbed "
     "attention), cannot be gated. " + INSTEAD
 )
 

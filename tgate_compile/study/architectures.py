@@ -1,4 +1,4 @@
-"""Models of real size, as the architecture of the denoiser and the shapes of its inputs: there are no weights."""
+"""Models of real size, without weights: the architecture of the denoiser and the shapes of its inputs."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ _QWEN_IMAGE = Architecture(
 )
 
 #: Models with joint attention, at the numbers of steps that their cards or pipelines recommend. FLUX has been distilled
-#: with guidance; Qwen-Image evaluates its guidance in calls of its own.
+#: with guidance; Qwen-Image evaluates its guidance in separate calls.
 JOINT_MODELS: Mapping[str, Model] = {
     "sd3_medium": Model(_SD3_MEDIUM, steps=28),
     "sd35_medium": Model(_SD35_MEDIUM, steps=40),

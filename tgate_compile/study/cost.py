@@ -27,8 +27,8 @@ MSG_TEXT_TOKENS = (
     "{model} has cross-attention."
 )
 MSG_JOINT_ALONE = (
-    "{model} has joint attention, where only what the text contributes can be cached: leave sp_interval and "
-    "fi_interval at 1, and DeepCache out."
+    "{model} has joint attention, where only the text's keys and values can be cached: leave sp_interval and "
+    "fi_interval at 1, and do not use DeepCache."
 )
 
 

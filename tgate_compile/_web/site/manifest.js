@@ -63,7 +63,7 @@ export function checkManifest(manifest) {
   makeScheduler(manifest.scheduler, manifest.components.num_inference_steps); // throws if it is not supported
 }
 
-/** Return the names of the prelude and the table of the graph `name`, as far as it has them, in this order. */
+/** Return the names of the prelude and the table of the graph `name`, if it has them, in this order. */
 export function earlyGraphs(graphs, name) {
   const direct = (graphs[name].early_inputs ?? []).map((spec) => spec.graph);
   const all = new Set([...direct, ...direct.flatMap((one) => graphs[one].early_inputs.map((spec) => spec.graph))]);

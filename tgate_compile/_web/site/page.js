@@ -188,7 +188,7 @@ async function compared(calls, sequential) {
   const strips = [(guidanceScale > 1 ? "F" : "f").repeat(steps), stripOf(currentPlan())];
   figures.forEach((figure, turn) => {
     figure.querySelector(".time").textContent = "\u2013";
-    figure.querySelector(".told").textContent = "";
+    figure.querySelector(".details").textContent = "";
     showStrip(figure.querySelector(".strip"), strips[turn], 0);
   });
   const report = (text) => (get("status").textContent = text);
@@ -240,7 +240,7 @@ function showResult(name, result, plain = null) {
   if (result.openSeconds) details.push(`loading ${secondsText(result.openSeconds)}`);
   if (result.warmUpSeconds) details.push(`warming up ${secondsText(result.warmUpSeconds)}`);
   details.push(`prompt ${secondsText(result.encodeSeconds)}`, `decoding ${secondsText(result.decodeSeconds)}`);
-  figure.querySelector(".told").textContent = details.join(" \u00b7 ");
+  figure.querySelector(".details").textContent = details.join(" \u00b7 ");
 }
 
 function paint(figure, { pixels, width, height }, words) {

@@ -45,7 +45,7 @@ def machine_of(device: torch.device) -> dict[str, str]:
 
 
 def processor() -> str:
-    """Return the name of the processor, as far as the operating system provides it."""
+    """Return the name of the processor, if the operating system provides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

@@ -60,7 +60,7 @@ Given = Mapping[str, Schedule | Method | int] | Sequence[Schedule | Method | int
 
 
 def contenders_of(given: Given, num_inference_steps: int) -> tuple[Contender, ...]:
-    """Return the plain pipeline, followed by what the user has given.
+    """Return the plain pipeline, followed by the user's contenders.
 
     Raises:
         ConfigurationError: `given` is invalid, or two labels give the same file name.
@@ -306,7 +306,7 @@ class Maker:
         call: further arguments of the pipeline's call.
         folder: the folder.
         names: names of its denoisers.
-        backend: what runs their graphs.
+        backend: the backend of their graphs.
         precision: the dtype that the graphs compute in.
         keep_latents: whether to keep the final latents.
         on_image: called after each image with the contender's label.
