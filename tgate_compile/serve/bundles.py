@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tgate_compile._errors import ConfigurationError, UnsupportedCallError, check_names
+from tgate_compile.bundle.manifest import phase_of
 from tgate_compile.runtime._denoiser import Graphs
 from tgate_compile.runtime._pipeline import BundlePipeline, Step
 from tgate_compile.runtime._session import Session
@@ -109,18 +110,21 @@ class _Turns(Graphs):
         self._engine = engine
 
     def session(self, name: str) -> Session:
-        return _Turn(super().session(name), self._request, self._engine)
+        graph = self._manifest.graphs[name]
+        letter = phase_of(graph.phase).character if graph.stage == "step" else ""
+        return _Turn(super().session(name), letter, self._request, self._engine)
 
 
 class _Turn(Session):
     """A session that waits for its turn."""
 
-    def __init__(self, session: Session, request: Request, engine: Engine) -> None:
+    def __init__(self, session: Session, letter: str, request: Request, engine: Engine) -> None:
         vars(self).update(vars(session))
+        self._letter = letter
         self._request = request
         self._engine = engine
 
     def run(self, inputs: Mapping[str, OrtValue], *, kept: int = 0) -> list[OrtValue]:
-        job = Job(functools.partial(super().run, inputs, kept=kept))
+        job = Job(functools.partial(super().run, inputs, kept=kept), letter=self._letter)
         outputs: list[OrtValue] = self._engine.compute(job, self._request)
         return outputs

@@ -629,7 +629,7 @@ class Engine:
                 self._times[at] = seconds if seconds < before / 2 else 0.7 * before + 0.3 * min(seconds, 2 * before)
             for submission in group:
                 if submission.request is not None and submission.error is None:
-                    submission.request.is_stepping = bool(work.letter) and not submission.work.is_last
+                    submission.request.is_stepping = work.key is not None and not submission.work.is_last
         for submission in group:
             submission.gate.open()
 

@@ -243,7 +243,7 @@ class ServedPipeline:
         request, name = service.request, service.name
         request.steps = generation.num_steps
         first = self.step(name, Phase(guided), call, {}, service.lora)
-        phases = generation.graphs_of(guided)
+        phases = generation.graphs_ahead(guided)
         size = first.place[2], size_of(first.images, self._max_batch), service.lora
         kinds = {(name, size, phase) for phase in phases}
         if self._new_sizes != "capture" and request.records is None and not kinds <= self._known:
