@@ -47,15 +47,15 @@ class Form:
         return leaf.shape[dim] // (self.images * self.halves)
 
 
-def form_of(call: Call, forward: Callable[..., Any], family: Family, *, guided: bool) -> Form | None:
-    """Return the form of a denoiser call; None if it cannot be joined with others.
+def form_of(call: Call, signature: inspect.Signature, family: Family, *, guided: bool) -> Form | None:
+    """Return the form of a call of a denoiser with this `signature`; None if it cannot be joined with others.
 
     The rows of an input are in the dimension where it has as many elements as the latents have rows, which is the first
     unless `family` states another one. This may be wrong for an input whose size is the same by chance, which shows
     when the first joined call is compared with single ones.
     """
     args, kwargs = call.arguments
-    arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+    arguments = signature.bind(*args, **kwargs).arguments
     latents = latents_of(arguments)
     halves = 2 if guided else 1
     if call.by_value or rows_of(arguments, latents) is not None or latents.shape[0] % halves:

@@ -49,8 +49,6 @@ NewSizes = Literal["capture", "plain", "refuse"]
 
 #: The longest time that a batch waits for requests that are between two steps, in seconds.
 LONGEST_WAIT = 0.05
-#: The same relative to the time that the graph takes.
-WAIT_PER_RUN = 0.5
 #: The part of a batch that may be padding as long as nothing has been measured.
 MOST_PADDING = 0.25
 #: The seconds that `close` waits for requests that were told to end.
@@ -382,7 +380,7 @@ class Engine:
             error = raised
         with self._lock:
             del self._running[id(request)]
-            request.is_stepping = False
+            request.stepping = None
             request.submission = None
             self._free(request)
             if error is None:
@@ -413,9 +411,9 @@ class Engine:
                 raise EngineClosedError(MSG_CLOSED)
             self._submissions.append(submission)
             if request is not None:
-                request.is_stepping = False
+                request.stepping = None
                 request.submission = submission
-            if len(self._submissions) == 1 or self._is_complete():
+            if len(self._submissions) == 1 or not self._joining():
                 self._for_worker.notify()
         if request is None:
             submission.gate.wait()
@@ -494,37 +492,37 @@ class Engine:
     def _recover(self, error: BaseException) -> None:
         """Fail the requests in progress, whose state is uncertain, and start another worker."""
         logger.critical("The engine's worker has failed and is started again.", exc_info=error)
+
+        def crashed(request: str) -> EngineCrashedError:
+            return EngineCrashedError(MSG_CRASHED.format(request=request, cause=first_line(error, named=True)))
+
         with self._lock:
             self._alive = False
             lost = [*self._in_hand, *self._submissions]
             self._in_hand, self._submissions = (), []
             for request in self._running.values():
-                if request.is_stepping or request.submission in lost:
-                    request.end = EngineCrashedError(MSG_CRASHED.format(request=request.id, cause=first_line(error, named=True)))
+                if request.stepping is not None or request.submission in lost:
+                    request.end = crashed(request.id)
             for submission in lost:
-                submission.error = EngineCrashedError(
-                    MSG_CRASHED.format(
-                        request="(none)" if submission.request is None else submission.request.id,
-                        cause=first_line(error, named=True),
-                    )
-                )
+                submission.error = crashed("(none)" if submission.request is None else submission.request.id)
                 submission.gate.open()
         self._start_worker()
 
     def _next(self) -> list[Submission]:
         """Wait for submissions, and return a group to run; it is empty if the engine has stopped.
 
-        The group is that of the submission that has waited longest, so each is served in its turn. If requests are
-        between two steps, and so about to join, the group waits for them a little.
+        The group is that of the submission that has waited longest, so each is served in its turn. If requests that
+        are between two steps are about to join it, it waits for them, but not longer than that saves.
         """
         with self._lock:
+            free_since = time.monotonic()
             while True:
                 now = time.monotonic()
                 self._end_late()
                 wait: float | None = None
                 if self._submissions:
-                    due = self._submissions[0].arrived + self._patience(self._submissions[0].work)
-                    if self._is_complete() or now >= due:
+                    due = max(self._submissions[0].arrived, free_since) + self._patience()
+                    if now >= due:
                         self._in_hand = group = self._choose()
                         self._resting = False
                         for submission in group:
@@ -553,18 +551,30 @@ class Engine:
             if request.end is None and request.is_late():
                 self._interrupt(request, request.too_late())
 
-    def _is_complete(self) -> bool:
-        """Return whether no further submission is to be expected for the oldest group, or it is full."""
-        if not any(request.is_stepping for request in self._running.values()):
-            return True
-        return len(self._submissions) >= self._max_batch and self._total(self._alike()) >= self._max_batch
+    def _joining(self) -> int:
+        """Return the number of images that are about to join the oldest submission; 0 if its batch is full."""
+        key = self._submissions[0].work.key
+        if key is None or self._total(self._alike()) >= self._max_batch:
+            return 0
+        return sum(
+            request.stepping.images
+            for request in self._running.values()
+            if request.stepping is not None and request.stepping.key == key
+        )
 
-    def _patience(self, work: Work) -> float:
-        """Return how long to wait for others that might join `work`, in seconds."""
-        if work.key is None:
+    def _patience(self) -> float:
+        """Return how long the oldest submission may wait for others, in seconds: what running together saves."""
+        joining = self._joining()
+        if not joining:
             return 0.0
-        times = [seconds for (key, _), seconds in self._times.items() if key == work.key]
-        return min(LONGEST_WAIT, WAIT_PER_RUN * max(times, default=LONGEST_WAIT))
+        here = self._total(self._alike())
+        joining = min(joining, self._max_batch - here)
+        key = self._submissions[0].work.key
+        sizes = [size_of(images, self._max_batch) for images in (here, joining, here + joining)]
+        one, other, both = (self._times.get((key, size)) for size in sizes)
+        if one is None or other is None or both is None:
+            return LONGEST_WAIT
+        return min(LONGEST_WAIT, one + other - both)
 
     def _alike(self) -> list[Submission]:
         """Return the oldest submission and those that can be run with it, by age."""
@@ -629,7 +639,7 @@ class Engine:
                 self._times[at] = seconds if seconds < before / 2 else 0.7 * before + 0.3 * min(seconds, 2 * before)
             for submission in group:
                 if submission.request is not None and submission.error is None:
-                    submission.request.is_stepping = work.key is not None and not submission.work.is_last
+                    submission.request.stepping = None if submission.work.is_last else submission.work
         for submission in group:
             submission.gate.open()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -145,10 +147,13 @@ class ServedPipeline:
         self._new_sizes = new_sizes
         self._stores: Mapping[str, Store] = {name: gated.store for name, gated in self._state.hooks.items()}
         self._forwards = {name: gated.own_forward for name, gated in self._state.hooks.items()}
+        self._signatures = {name: inspect.signature(forward) for name, forward in self._forwards.items()}
         self._adapters = Adapters(pipe, tuple(self._stores))
         self._stale = set(self._stores)  # the denoisers that have to be checked for changes
         self._early = EarlyValues()
         self._memo = Memo()
+        self._numbers: dict[Hashable, int] = {}  # of keys, which take long to compare
+        self._next_number = itertools.count()  # several threads take numbers
         self._forms: dict[Hashable, bool] = {}  # whether a call may get a timestep for each row
         self._apart: dict[Hashable, str] = {}  # graphs that run one request at a time, with the reason
         # By graph and number of images: the inputs that differed in a batch that was compared with single runs.
@@ -232,10 +237,10 @@ class ServedPipeline:
     ) -> Step:
         """Return the work of a denoiser call."""
         family = self._state.hooks[name].config.family
-        form = batching.form_of(call, self._forwards[name], family, guided=phase.guided)
+        form = batching.form_of(call, self._signatures[name], family, guided=phase.guided)
         work = Step(name, phase, call, caches, form, lora, is_last)
         if form is not None and work.place not in self._apart:
-            work.key = work.place, lora
+            work.key = self._numbers.setdefault((work.place, lora), next(self._next_number))
         return work
 
     def admit(self, service: Service, generation: Generation, call: Call, guided: bool) -> None:

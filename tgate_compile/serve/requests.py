@@ -182,10 +182,17 @@ class Work(Protocol):
         is_last: whether it is the last call of the request's loop, as far as is known.
     """
 
-    key: Hashable
-    images: int
-    letter: str
-    is_last: bool
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def images(self) -> int: ...
+
+    @property
+    def letter(self) -> str: ...
+
+    @property
+    def is_last(self) -> bool: ...
 
 
 @dataclass(eq=False)
@@ -244,7 +251,7 @@ class Request:
         steps: the number of steps; 0 if it is not known yet.
         phase: the letter of the present step's phase.
         reserved: the memory reserved for its caches, in bytes.
-        is_stepping: whether it has results of the denoiser and is going to make its next call soon.
+        stepping: its last work, if it is between two steps and is about to make its next call; else None.
         submission: the work that its thread waits for.
         records: the works of a warm-up, by what distinguishes their graphs; None if it is none.
     """
@@ -266,7 +273,7 @@ class Request:
         self.end: Exception | None = None
         self.step = self.steps = self.reserved = 0
         self.phase = ""
-        self.is_stepping = False
+        self.stepping: Work | None = None
         self.submission: Submission | None = None
         self.memory_gate: Gate | None = None
         self.records: dict[Hashable, Work] | None = None
