@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 
 import tgate_compile
 from tests.comparing import assert_differ, assert_same
-from tests.tiny_pipelines import LATENT_SIZE, add_lora, pixart, pixart_prompt, run, sdxl, stable_diffusion
+from tests.tiny_pipelines import LATENT_SIZE, add_lora, pixart, pixart_prompt, sdxl, stable_diffusion
 from tests.tiny_transformers import embedded_prompts, stable_diffusion_3
 from tgate_compile.engine import traffic
 from tgate_compile.serve import (
@@ -48,7 +48,9 @@ def _no_deadlock() -> Iterator[None]:
 
 def tiny(**options: Any) -> Any:
     """Return an optimized Stable Diffusion with the smallest UNet."""
-    return tgate_compile.optimize(stable_diffusion(layout="least"), **{"gate_step": GATE, "backend": "eager", **options})
+    return tgate_compile.optimize(
+        stable_diffusion(layout="least"), **{"gate_step": GATE, "backend": "eager", **options}
+    )
 
 
 def call_of(number: int = 0, **call: Any) -> dict[str, Any]:
@@ -137,9 +139,7 @@ def test_equal_batches_have_equal_bits() -> None:
 
 def sd3_call(number: int) -> dict[str, Any]:
     embeds = {name: each.roll(number, -1) for name, each in embedded_prompts(1).items()}
-    pooled = {
-        f"{half}pooled_prompt_embeds": embeds[f"{half}prompt_embeds"][:, 0].clone() for half in ("", "negative_")
-    }
+    pooled = {f"{half}pooled_prompt_embeds": embeds[f"{half}prompt_embeds"][:, 0].clone() for half in ("", "negative_")}
     return {**embeds, **pooled, "prompt": None, "height": 8 * LATENT_SIZE, "width": 8 * LATENT_SIZE}
 
 
@@ -218,7 +218,9 @@ def test_a_denoiser_that_cannot_be_batched(kind: str, caplog: pytest.LogCaptureF
             assert_same(images(result), target)
         # What was learnt holds for later requests.
         before = len(caplog.records)
-        for result, target in zip([engine.submit(call_of(n, guidance_scale=1.0)) for n in range(2)], expected, strict=True):
+        for result, target in zip(
+            [engine.submit(call_of(n, guidance_scale=1.0)) for n in range(2)], expected, strict=True
+        ):
             assert_same(images(result), target)
         assert len(caplog.records) == before
     assert "one at a time" in caplog.text
@@ -235,7 +237,12 @@ def test_progress_and_a_partial_image() -> None:
             seen.append((progress, engine.decode(progress.latents())))
 
         final = images(engine.submit(call_of(output_type="pil"), on_step=note, request_id="mine"))
-    assert [(each.step, each.steps, each.phase) for each, _ in seen] == [(0, 4, "F"), (1, 4, "F"), (2, 4, "p"), (3, 4, "p")]
+    assert [(each.step, each.steps, each.phase) for each, _ in seen] == [
+        (0, 4, "F"),
+        (1, 4, "F"),
+        (2, 4, "p"),
+        (3, 4, "p"),
+    ]
     assert {each.request_id for each, _ in seen} == {"mine"}
     assert seen[-1][1][0].size == final[0].size
 
@@ -262,9 +269,8 @@ def test_cancelled_requests() -> None:
 
 def test_requests_that_take_too_long() -> None:
     with Engine(tiny(), max_batch=2, max_running=1, timeout=HANGS) as engine:
-        with held(engine):
-            with pytest.raises(EngineTimeoutError, match="waiting to begin"):
-                engine.submit(call_of(1), timeout=0.05).result(HANGS)
+        with held(engine), pytest.raises(EngineTimeoutError, match="waiting to begin"):
+            engine.submit(call_of(1), timeout=0.05).result(HANGS)
         late = engine.submit(call_of(), timeout=0.3, on_step=lambda progress: time.sleep(0.4))
         with pytest.raises(EngineTimeoutError, match=r"step \d of 4"):
             late.result(HANGS)

@@ -47,9 +47,7 @@ MSG_NEW_SIZE = (
     'was started with new_sizes="{policy}". Request a size that the engine was warmed up for, or add a call like this '
     "one to Engine(pipe, warm_up=[...])."
 )
-MSG_NO_LATENTS = (
-    "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such latents."
-)
+MSG_NO_LATENTS = "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such latents."
 
 
 @dataclass(eq=False)
@@ -422,7 +420,8 @@ class ServedPipeline:
                         engine.compute(Job(functools.partial(self._try, work, images)))
         for size in batch_sizes(self._max_batch):
             self._known |= {
-                (name, (key, size, lora), phase) for name, (key, _, lora), phase in list(self._known)  # type: ignore[misc]
+                (name, (key, size, lora), phase)
+                for name, (key, _, lora), phase in list(self._known)  # type: ignore[misc]
             }
 
     def _try(self, work: Step, images: int) -> None:
