@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,6 @@ from tgate_compile.engine.halves import (
     one_half,
     rows_of,
     shared_rows,
-    timestep_of,
     uncertain_rows,
 )
 from tgate_compile.methods.method import Half, Kind, Phase
@@ -38,7 +37,7 @@ from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, layout_of
 from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
 from tgate_compile.pipeline.progress import TAKE_NUMBERS, Progress, StepCounter, dtype_of_number
-from tgate_compile.pipeline.two_halves import TwoHalves
+from tgate_compile.pipeline.two_halves import MSG_NO_PAIR, TwoHalves, check_pair, copied
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +59,10 @@ MSG_NEVER_GUIDED = (
     "Guidance begins at step {step}, but the schedule ({schedule}) has already ended it, so it would never act. Make "
     "guidance begin earlier or end later."
 )
-MSG_NO_PAIR = (
-    "Guidance is on, and pipelines of this kind evaluate the guidance halves in separate calls, {first} then {second}, "
-    "but the second call is for another timestep or has other shapes. " + INSTEAD
-)
 MSG_ORDER_AND_ANCHOR = (
     "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
     "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
 )
-
 MSG_GRADIENTS = (
     "{name!r} of the denoiser's call requires gradients (guidance by a loss, as in posterior sampling or CLIP "
     "guidance), which the optimized graphs do not compute. Detach it if no gradient is needed. " + INSTEAD
@@ -123,6 +117,7 @@ class Generation:
             change.
         before: the generation of the denoiser whose steps precede this one's, if there are two.
         parking: where the weights of preludes and tables go while they are not needed; None leaves them in place.
+        admit: called at the beginning of each pass with this generation, the call, and whether it is guided.
     """
 
     def __init__(
@@ -141,6 +136,7 @@ class Generation:
         guided_at: Callable[[int], bool] | None = None,
         before: Generation | None = None,
         parking: Parking | None = None,
+        admit: Callable[[Generation, Call, bool], None] | None = None,
     ) -> None:
         self._store = store
         self._forward = forward
@@ -154,6 +150,7 @@ class Generation:
         self._preview = preview
         self._guided_at = guided_at
         self._before = before
+        self._admit = admit
         self._thread = threading.get_ident()
         self._signature = inspect.signature(forward)
         self._caches = Caches()
@@ -237,6 +234,8 @@ class Generation:
                 self.early.bring_back()
                 self._store.refresh(begins=False)
         call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments), by_value=reads_masks(self._store.denoiser))
+        if event == "new pass" and self._admit is not None:
+            self._admit(self, call, guided and not self._halves.undecided)
         if event == "again" and self._family.further:
             return self._further(call)
         latents = batch_of(arguments)
@@ -273,20 +272,21 @@ class Generation:
         """Plan a generation that begins with this denoiser call: capture its variants without running them."""
         arguments = self._signature.bind(*args, **kwargs).arguments
         self.progress.event(self.scheduler(), arguments)
-        counter = self._begin(arguments, guided)
-        guided = guided and not self._halves.undecided
-        call, batch = Call.of(args, kwargs, by_value=reads_masks(self._store.denoiser)), batch_of(arguments).shape[0]
+        self._begin(arguments, guided)
+        call = Call.of(args, kwargs, by_value=reads_masks(self._store.denoiser))
+        return self.plan_of(call, guided and not self._halves.undecided)
+
+    def plan_of(self, call: Call, guided: bool) -> Plan:
+        """Plan the pass that has begun with `call`: capture its variants without running them."""
+        args, kwargs = call.arguments
+        batch = batch_of(self._signature.bind(*args, **kwargs).arguments).shape[0]
         sizes: dict[Kind, int] = {}
         most = 0
         graphs = []
         steps = []
-        for step in range(counter.num_steps):
-            if self._guided_at is not None:
-                guided = self._guided_at(counter.warmup_calls + step * counter.calls_per_step)
-            phase = self.schedule.plan(counter.num_steps, guided=guided)[step]
+        for step, (phase, half, drops) in enumerate(self._steps_ahead(guided)):
             steps.append((step, phase))
-            half = self._family.calls[0] if self._separate(guided) and phase.guided else None
-            inputs = self._kept(call, batch) if guided and not phase.guided and not self._separate(guided) else call
+            inputs = self._kept(call, batch) if drops else call
             graphs.append((self._graph(phase, half), inputs))
             emitted = self._store.emitted(*graphs[-1], self._forward)
             for kind in phase.emit | phase.merge:
@@ -295,6 +295,25 @@ class Generation:
                 sizes[kind] = 2 * size if half and kind in phase.emit else size
             most = max(most, sum(sizes.values()))
         return Plan(steps, graphs, most)
+
+    def graphs_ahead(self, guided: bool) -> set[Phase]:
+        """Return the phases whose graphs the pass that has begun needs."""
+        return {self._graph(phase, half) for phase, half, _ in self._steps_ahead(guided)}
+
+    def _steps_ahead(self, guided: bool) -> Iterator[tuple[Phase, Half | None, bool]]:
+        """Yield each step's phase, the half that its first call evaluates, and whether it drops the other half."""
+        assert self.progress.counter is not None
+        counter = self.progress.counter
+        for step in range(counter.num_steps):
+            if self._guided_at is not None:
+                guided = self._guided_at(counter.warmup_calls + step * counter.calls_per_step)
+            phase, separate = self.schedule.plan(counter.num_steps, guided=guided)[step], self._separate(guided)
+            half = self._family.calls[0] if separate and phase.guided else None
+            yield phase, half, guided and not phase.guided and not separate
+
+    def allow_plain(self) -> None:
+        """Let this loop run without gating where it cannot be gated, whatever the pipeline's `on_unsupported`."""
+        self._loop.on_unsupported = "plain"
 
     def check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
         """Check that the scheduler steps as many latents as the last denoiser call had, or half as many.
@@ -375,7 +394,7 @@ class Generation:
         """
         if self._dropped is not None:
             compiled, outputs = self._dropped
-            return compiled.unflatten([_copied(output) for output in outputs])
+            return compiled.unflatten([copied(output) for output in outputs])
         compiled, (outputs, _) = self._run_graph(Phase(False), call, {})
         return compiled.unflatten(outputs)
 
@@ -391,12 +410,12 @@ class Generation:
             self._loop.gated = self._loop.gated or not phase.guided
             # A copy, since the pipeline may combine the two in place.
             halves = (
-                {first: outputs} if phase.guided else {first: outputs, second: [_copied(output) for output in outputs]}
+                {first: outputs} if phase.guided else {first: outputs, second: [copied(output) for output in outputs]}
             )
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
-        _check_pair(made.arguments, arguments, self._family.calls, values=self.progress.done == 0)
+        check_pair(made.arguments, arguments, self._family.calls, values=self.progress.done == 0)
         halves = dict(made.outputs)
         if made.phase.guided:
             compiled, halves[second] = self._run(made.step, made.phase, call, second)
@@ -476,19 +495,6 @@ class Generation:
         return one_half(call, batch, kept, self._family, self._shared or frozenset())
 
 
-def _copied(output: Any) -> Any:
-    return output.clone() if torch.is_tensor(output) else output  # a denoiser may return None for a missing modality
-
-
 def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:
     """Return one character for each step that ran."""
     return "".join({step: phase.character for step, phase in steps}.values())
-
-
-def _check_pair(first: dict[str, Any], second: dict[str, Any], calls: Sequence[Half], *, values: bool) -> None:
-    """Check that two calls are the halves of one timestep; `values` also compares their timesteps."""
-    same = latents_of(first).shape == latents_of(second).shape
-    if same and values and timestep_of(first) is not None:
-        same = torch.equal(torch.as_tensor(timestep_of(first)), torch.as_tensor(timestep_of(second)))
-    if not same:
-        raise UnsupportedModelError(MSG_NO_PAIR.format(first=calls[0], second=calls[1]))
