@@ -123,7 +123,7 @@ class Front:
         if isinstance(error, ApiError):
             return error.response()
         logger.error("the request failed", exc_info=error)
-        return internal_error(REQUEST_ID.get()).response()
+        return internal_error().response()
 
     def _note(self, scope: Scope, record: Record) -> None:
         path = getattr(scope.get("route"), "path", "other")
@@ -136,11 +136,11 @@ class Front:
         logger.log(level, "request", extra={"fields": fields})
 
 
-def internal_error(request_id: str | None) -> ApiError:
+def internal_error() -> ApiError:
     """Return the answer to a request that failed for a reason that is not the client's to know."""
     return ApiError(
         500,
-        f"The server could not answer the request. Its log has the reason under the request id {request_id}.",
+        f"The server could not answer the request. Its log has the reason under the request id {REQUEST_ID.get()}.",
         kind="server_error",
         code="internal_error",
     )

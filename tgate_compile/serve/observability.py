@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter as Counts
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from tgate_compile.serve.engine import Engine
+from tgate_compile.serve.requests import EngineStats
 
 #: The id of the request that the current task serves; log lines carry it.
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 #: Seconds, from a tiny model's image to a large one's on a CPU.
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+#: How much the last image counts in the time that images typically take.
+_SHARE_OF_LAST = 0.1
 
 
 class JsonFormatter(logging.Formatter):
@@ -86,6 +90,7 @@ class Metrics:
             registry=self._registry,
         )
         self._images = Counter("tgate_images", "Images that were sent, without previews.", registry=self._registry)
+        self._typical_seconds = 0.0
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Count a request."""
@@ -96,10 +101,62 @@ class Metrics:
         """Note how long the first image or preview of a request took."""
         self._first_image_seconds.observe(seconds)
 
-    def sent_image(self) -> None:
-        """Count an image."""
+    def sent_image(self, seconds: float) -> None:
+        """Count an image that was sent `seconds` after its request arrived."""
         self._images.inc()
+        self._typical_seconds += _SHARE_OF_LAST * (seconds - self._typical_seconds)
+
+    @property
+    def typical_seconds(self) -> float:
+        """The time that recent images took, waiting included."""
+        return self._typical_seconds
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
+
+
+class _EngineMetrics(Collector):
+    """The engine's state and totals, read when Prometheus asks for them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def describe(self) -> Iterator[Metric]:
+        """Return nothing: the registry need not ask the engine when it is made."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        stats = self._engine.stats()
+        yield GaugeMetricFamily("tgate_ready", "1 if the engine accepts requests.", float(self._engine.ready))
+        yield GaugeMetricFamily("tgate_waiting", "Images that wait to begin.", float(stats.waiting))
+        running = GaugeMetricFamily("tgate_running", "Images in progress, by the letter of their phase.", labels=["phase"])
+        for phase, count in Counts(each.phase or "starting" for each in stats.running).items():
+            running.add_metric([phase], float(count))
+        yield running
+        yield GaugeMetricFamily(
+            "tgate_cache_bytes", "Memory reserved for the caches of images in progress.", float(stats.cache_bytes)
+        )
+        yield CounterMetricFamily("tgate_captures", "Graphs that were captured or compiled.", float(stats.captures))
+        yield CounterMetricFamily("tgate_engine_completed", "Images that were made.", float(stats.completed))
+        yield CounterMetricFamily("tgate_engine_cancelled", "Images that were cancelled.", float(stats.cancelled))
+        errors = CounterMetricFamily("tgate_engine_errors", "Images that failed, by the error's class.", labels=["error"])
+        for name, count in stats.errors.items():
+            errors.add_metric([name], float(count))
+        yield errors
+        yield from _batches(stats)
+
+
+def _batches(stats: EngineStats) -> Iterator[Metric]:
+    """Yield how large the batches of each graph were, and how long they took."""
+    sizes = HistogramMetricFamily("tgate_batch_images", "Images per batch, by the phase's letter.", labels=["phase"])
+    seconds = SummaryMetricFamily("tgate_step_seconds", "Seconds per batch, by the phase's letter.", labels=["phase"])
+    for phase, batches in stats.batches.items():
+        bounds = [2**power for power in range(max(batches, default=1).bit_length() + 1)]
+        buckets = [(f"{bound:.1f}", sum(n for size, n in batches.items() if size <= bound)) for bound in bounds]
+        total = batches.total()
+        sizes.add_metric([phase], [*buckets, ("+Inf", total)], sum(size * n for size, n in batches.items()))
+        seconds.add_metric([phase], total, stats.seconds.get(phase, 0.0))
+    yield sizes
+    yield seconds

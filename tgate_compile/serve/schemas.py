@@ -102,6 +102,9 @@ class Json(Response):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
+_LoraName = Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
+
+
 class ImageRequest(BaseModel):
     """A request for images. `request_model` adds the server's limits."""
 
@@ -157,7 +160,10 @@ class ImageRequest(BaseModel):
         | None,
         Field(description="Steps to run in full: a number, or a fraction of the steps."),
     ] = None
-    lora: Annotated[str | None, Field(description="The name of a LoRA that the server has loaded.")] = None
+    lora: Annotated[
+        _LoraName | dict[_LoraName, Annotated[float, Field(allow_inf_nan=False)]] | None,
+        Field(description="The name of a LoRA that the server has loaded, or the weights of several by name."),
+    ] = None
 
     @property
     def count(self) -> int:
@@ -168,6 +174,11 @@ class ImageRequest(BaseModel):
     def format(self) -> Literal["png", "jpeg", "webp"]:
         """The file format of the images."""
         return self.output_format or "png"
+
+    @property
+    def adapters(self) -> dict[str, float] | None:
+        """The weights of the LoRA adapters by name, or None for those that the server uses by default."""
+        return {self.lora: 1.0} if isinstance(self.lora, str) else self.lora
 
     def sides(self, limits: Limits) -> tuple[int, int] | None:
         """Return the width and height, or None for the model's own.
@@ -314,12 +325,13 @@ class Health(BaseModel):
 
 
 class RunningRequest(BaseModel):
-    """An image that is being made: `step` of `steps` are done, and `phase` is the letter of the current one."""
+    """An image that is being made: its present step of `steps`, the letter of its phase, and the name of the graph."""
 
     request_id: str
     step: int
     steps: int
     phase: str
+    graph: str
 
 
 class Status(BaseModel):
