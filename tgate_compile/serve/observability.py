@@ -22,6 +22,7 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 #: Seconds, from a tiny model's image to a large one's on a CPU.
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 #: How much the last image counts in the time that images typically take.
 _SHARE_OF_LAST = 0.1
 
@@ -153,8 +154,7 @@ def _batches(stats: EngineStats) -> Iterator[Metric]:
     sizes = HistogramMetricFamily("tgate_batch_images", "Images per batch, by the phase's letter.", labels=["phase"])
     seconds = SummaryMetricFamily("tgate_step_seconds", "Seconds per batch, by the phase's letter.", labels=["phase"])
     for phase, batches in stats.batches.items():
-        bounds = [2**power for power in range(max(batches, default=1).bit_length() + 1)]
-        buckets = [(f"{bound:.1f}", sum(n for size, n in batches.items() if size <= bound)) for bound in bounds]
+        buckets = [(f"{bound:.1f}", sum(n for size, n in batches.items() if size <= bound)) for bound in _BATCH_SIZES]
         total = batches.total()
         sizes.add_metric([phase], [*buckets, ("+Inf", total)], sum(size * n for size, n in batches.items()))
         seconds.add_metric([phase], total, stats.seconds.get(phase, 0.0))
