@@ -28,7 +28,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tgate_compile import __version__
-from tgate_compile._errors import BundleError, ConfigurationError, UnsupportedModelError
+from tgate_compile._errors import BundleError, ConfigurationError, UnsupportedModelError, first_line
 from tgate_compile.methods.method import GRAPH_NAMES
 from tgate_compile.serve.engine import Engine
 from tgate_compile.serve.front import RECORD, Front, Record, internal_error, unless_gone
@@ -479,6 +479,9 @@ def _as_api_error(error: Exception, typical_seconds: float) -> ApiError:
         return ApiError(504, str(error), kind="server_error", code="timeout")
     if isinstance(error, (ConfigurationError, UnsupportedModelError, BundleError)):
         return ApiError(400, str(error), code="unsupported_request")
+    if isinstance(error, ValueError):  # diffusers raises these for arguments that do not fit its pipelines
+        logger.warning("the pipeline refused the request", exc_info=error)
+        return ApiError(400, first_line(error), code="unsupported_request")
     logger.error("the request failed", exc_info=error)
     return internal_error()
 
