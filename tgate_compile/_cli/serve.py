@@ -280,11 +280,12 @@ def _engine_for_model(
 
 
 def _warm_up(served: ServedModel, engine: EngineOptions) -> list[dict[str, Any]]:
-    """Return a call for each size to prepare."""
+    """Return the calls to prepare for: each size, without and with each LoRA."""
     from tgate_compile.serve.schemas import ImageRequest
 
     request = ImageRequest(prompt="")
-    return [served.call_for(request, size, seed=0) for size in engine.warm_up_size or [None]]
+    calls = [served.call_for(request, size, seed=0) for size in engine.warm_up_size or [None]]
+    return [*calls, *({**call, "lora": {name: 1.0}} for name in served.loras for call in calls)]
 
 
 def _name_of(source: str) -> str:
