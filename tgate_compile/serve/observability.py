@@ -23,6 +23,8 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 #: Seconds, from a tiny model's image to a large one's on a CPU.
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+#: What a bundle computes outside of the steps.
+_OTHER = "none"
 #: How much the last image counts in the time that images typically take.
 _SHARE_OF_LAST = 0.1
 
@@ -133,7 +135,7 @@ class _EngineMetrics(Collector):
         yield GaugeMetricFamily("tgate_ready", "1 if the engine accepts requests.", float(self._engine.ready))
         yield GaugeMetricFamily("tgate_waiting", "Images that wait to begin.", float(stats.waiting))
         running = GaugeMetricFamily("tgate_running", "Images in progress, by the letter of their phase.", labels=["phase"])
-        for phase, count in Counts(each.phase or "starting" for each in stats.running).items():
+        for phase, count in Counts(each.phase or _OTHER for each in stats.running).items():
             running.add_metric([phase], float(count))
         yield running
         yield GaugeMetricFamily(
@@ -156,7 +158,7 @@ def _batches(stats: EngineStats) -> Iterator[Metric]:
     for phase, batches in stats.batches.items():
         buckets = [(f"{bound:.1f}", sum(n for size, n in batches.items() if size <= bound)) for bound in _BATCH_SIZES]
         total = batches.total()
-        sizes.add_metric([phase], [*buckets, ("+Inf", total)], sum(size * n for size, n in batches.items()))
-        seconds.add_metric([phase], total, stats.seconds.get(phase, 0.0))
+        sizes.add_metric([phase or _OTHER], [*buckets, ("+Inf", total)], sum(size * n for size, n in batches.items()))
+        seconds.add_metric([phase or _OTHER], total, stats.seconds.get(phase, 0.0))
     yield sizes
     yield seconds
