@@ -148,9 +148,10 @@ def test_previews_are_spread_evenly() -> None:
     assert preview_steps(1, 3) == set()
 
 
-def test_an_error_in_a_stream_is_its_last_event(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.APIError, match="64x64"):
-        list(client.images.generate(prompt="red cat", stream=True, size="64x64"))
+def test_a_stream_that_cannot_begin_is_an_ordinary_error(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="32") as caught:
+        client.images.generate(prompt="red cat", stream=True, size="32x16")
+    assert caught.value.code == "unsupported_request"
 
 
 @pytest.mark.parametrize(

@@ -320,9 +320,17 @@ class EventStream(Response):
             self._cancel()
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+        is_begun = False
+        try:
+            async for event in self._events:
+                if not is_begun:
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    is_begun = True
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except ApiError as error:
+            if not is_begun:
+                raise  # the answer is then an ordinary error
+            await send({"type": "http.response.body", "body": _event("error", error.body()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -373,26 +381,24 @@ class _Job:
         return {"created": int(time.time()), "data": data, **self._facts(self._image(0))}
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Yield the previews and images, each as an event. An error is the last event."""
-        try:
-            left, previews = len(self._tickets), [0] * len(self._tickets)
-            while left:
-                try:
-                    index, latents = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE)
-                except TimeoutError:
-                    yield b": keep-alive\n\n"
-                    continue
-                if latents is None:
-                    left -= 1
-                    yield await self._event("completed", index, self._image(index), usage=_NO_USAGE)
-                else:
-                    (image,) = await asyncio.to_thread(self._engine.decode, latents)
-                    yield await self._event("partial_image", index, image, partial_image_index=previews[index])
-                    previews[index] += 1
-        except Exception as error:
-            told = _as_api_error(error, self._metrics.typical_seconds)
-            self._record.fields["error"] = told.code
-            yield _event("error", told.body())
+        """Yield the previews and images, each as an event.
+
+        Raises:
+            ApiError: an image cannot be made.
+        """
+        left, previews = len(self._tickets), [0] * len(self._tickets)
+        while left:
+            try:
+                index, latents = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE)
+            except TimeoutError:
+                yield b": keep-alive\n\n"
+                continue
+            if latents is None:
+                left -= 1
+                yield await self._event("completed", index, self._image(index), usage=_NO_USAGE)
+            else:
+                yield await self._event("partial_image", index, await self._preview(latents), partial_image_index=previews[index])
+                previews[index] += 1
 
     def _previews(self, index: int) -> Any:
         def on_step(progress: Progress) -> None:
@@ -412,6 +418,13 @@ class _Job:
             return self._model.image_of(self._tickets[index].result(timeout=0))
         except Exception as error:
             raise _as_api_error(error, self._metrics.typical_seconds) from error
+
+    async def _preview(self, latents: Any) -> Image:
+        try:
+            (image,) = await asyncio.to_thread(self._engine.decode, latents)
+        except Exception as error:
+            raise _as_api_error(error, self._metrics.typical_seconds) from error
+        return image
 
     async def _file(self, image: Image) -> str:
         file = await asyncio.to_thread(_encoded, image, self._body.format, self._body.output_compression)
