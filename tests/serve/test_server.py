@@ -154,6 +154,23 @@ def test_a_stream_that_cannot_begin_is_an_ordinary_error(client: openai.OpenAI) 
     assert caught.value.code == "unsupported_request"
 
 
+def test_an_error_in_the_middle_of_a_stream_is_its_last_event() -> None:
+    pipe = optimize(stable_diffusion(layout="small"), 2, backend="eager")
+    with (
+        Engine(pipe, max_batch=1) as engine,
+        serving(create_app(engine, model=MODEL, drain=None, limits=LIMITS)) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        events = client.images.generate(
+            prompt="red cat", stream=True, partial_images=3, extra_body={"steps": ENDLESS, "gate_step": 2}
+        )
+        assert next(events).type == "image_generation.partial_image"
+        engine.close(drain=False)
+        with pytest.raises(openai.APIError, match="closed") as caught:
+            list(events)
+        assert caught.value.code == "unavailable"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code", "param", "said"),
     [
