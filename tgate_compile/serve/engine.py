@@ -338,6 +338,7 @@ class Engine:
             self._need_memory.remove(waiting)
             assert request.memory_gate is not None
             request.memory_gate.open()
+            self._share_memory()
 
     def _count(self, error: BaseException) -> None:
         if isinstance(error, CancelledError):
@@ -456,8 +457,12 @@ class Engine:
         return sum(request.reserved for request in self._running.values())
 
     def _free(self, request: Request) -> None:
-        """Free the memory of a request, and give it to those that wait for it in order. The lock must be held."""
+        """Free the memory of a request for those that wait for it. The lock must be held."""
         request.reserved = 0
+        self._share_memory()
+
+    def _share_memory(self) -> None:
+        """Give free memory to the requests that wait for it, in order. The lock must be held."""
         while self._need_memory and self._fits(self._need_memory[0][1]):
             waiting, nbytes = self._need_memory.popleft()
             waiting.reserved = nbytes
@@ -534,7 +539,8 @@ class Engine:
                 elif self._resting is False and not self._running:
                     self._resting = True
                     self._served.rest()
-                deadlines = [each.deadline for each in (*self._queue, *self._running.values()) if each.deadline]
+                here = (*self._queue, *(each for each in self._running.values() if each.end is None))
+                deadlines = [each.deadline for each in here if each.deadline is not None]
                 if deadlines:
                     wait = min(deadlines) - now if wait is None else min(wait, min(deadlines) - now)
                 self._for_worker.wait(wait if wait is None else max(wait, 0.001))
