@@ -485,7 +485,7 @@ def test_fuzzed(small: str) -> None:
 
 @pytest.mark.heavy
 def test_fuzzed_for_long(small: str) -> None:
-    fuzz(small, 500)
+    fuzz(small, 150)
 
 
 def test_the_page_loads_nothing_from_elsewhere(http: httpx2.Client) -> None:
