@@ -13,7 +13,7 @@ import math
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -186,13 +186,12 @@ class _Server:
         self._page = resources.files("tgate_compile.serve").joinpath("page.html").read_bytes()
 
     def add_routes(self, app: FastAPI) -> None:
-        # FastAPI reads the class of the body from the annotation; this one has the limits of this server.
-        self_generate = self.generate
-
         async def generate(request: Request, body: Any) -> Response:
-            return await self_generate(request, body)
+            return await self.generate(request, body)
 
+        # FastAPI takes the class of the body from the annotation; this one has the limits of this server.
         generate.__annotations__["body"] = request_model(self._limits)
+        generate.__doc__ = self.generate.__doc__
         app.add_api_route(
             "/v1/images/generations",
             generate,
@@ -308,7 +307,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], cancel: Any) -> None:
+    def __init__(self, events: AsyncIterator[bytes], cancel: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -359,14 +358,14 @@ class _Job:
         # (number of the image, latents of a preview or None for the end)
         self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
-    def submit(self, calls: Sequence[Mapping[str, Any]], ids: Any) -> None:
+    def submit(self, calls: Sequence[Mapping[str, Any]], ids: Iterator[str]) -> None:
         """Hand the calls to the engine."""
         lora = self._body.adapters
         for index, (call, request_id) in enumerate(zip(calls, ids, strict=True)):
             on_step = self._previews(index) if self._body.partial_images else None
             self._tickets.append(self._engine.submit(call, lora=lora, on_step=on_step, request_id=request_id))
         for index, ticket in enumerate(self._tickets):
-            ticket.add_done_callback(lambda _, index=index: self._put(index, None))
+            ticket.add_done_callback(self._ended(index))
 
     def cancel(self) -> None:
         """Cancel the images that are not done."""
@@ -406,7 +405,13 @@ class _Job:
                 )
                 previews[index] += 1
 
-    def _previews(self, index: int) -> Any:
+    def _ended(self, index: int) -> Callable[[Ticket], None]:
+        def on_end(_: Ticket) -> None:
+            self._put(index, None)
+
+        return on_end
+
+    def _previews(self, index: int) -> Callable[[Progress], None]:
         def on_step(progress: Progress) -> None:
             assert self._body.partial_images is not None
             if progress.step in preview_steps(progress.steps, self._body.partial_images):
@@ -427,9 +432,10 @@ class _Job:
 
     async def _preview(self, latents: Any) -> Image:
         try:
-            (image,) = await asyncio.to_thread(self._engine.decode, latents)
+            images = await asyncio.to_thread(self._engine.decode, latents)
         except Exception as error:
             raise _as_api_error(error, self._metrics.typical_seconds) from error
+        image: Image = images[0]
         return image
 
     async def _file(self, image: Image) -> str:
