@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tgate_compile._cli.loading import Loaded
     from tgate_compile.serve import Engine
-    from tgate_compile.serve.server import ServedModel
+    from tgate_compile.serve.jobs import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def _engine_for_bundle(bundle: Path, name: str | None, engine: EngineOptions) ->
     check_installed("pydantic", "onnxruntime", "tokenizers", extra="runtime", what="serve --bundle")
     from tgate_compile.bundle.read_manifest import read_manifest
     from tgate_compile.serve import Engine
-    from tgate_compile.serve.server import ServedModel
+    from tgate_compile.serve.jobs import ServedModel
 
     components = read_manifest(bundle, hashes=False).components
     served = ServedModel(
@@ -259,7 +259,7 @@ def _engine_for_model(
     import tgate_compile
     from tgate_compile._cli.settings import chosen_for
     from tgate_compile.serve import Engine
-    from tgate_compile.serve.server import ServedModel
+    from tgate_compile.serve.jobs import ServedModel
 
     settings, chosen = chosen_for(loaded, loading, image, schedule, shown=True)
     # The embedded models make an image in less time than another runtime needs to compile them.
