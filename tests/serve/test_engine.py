@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import logging
 import threading
 import time
@@ -330,7 +331,7 @@ def test_the_worker_fails(caplog: pytest.LogCaptureFixture) -> None:
     with Engine(pipe, max_batch=2) as engine:
         with held(engine) as ticket, caplog.at_level(logging.CRITICAL), pytest.raises(EngineCrashedError):
             engine.compute(Job(crash))
-        with pytest.raises(EngineCrashedError, match="held .* out of order"):
+        with pytest.raises(EngineCrashedError, match=r"held .* out of order"):
             ticket.result(HANGS)
         assert_same(images(engine.submit(call_of(1))), expected)
         assert engine.ready
@@ -429,12 +430,13 @@ def test_new_sizes_are_captured() -> None:
 # Adapters.
 
 
+@pytest.mark.heavy
 def test_adapters_for_each_request() -> None:
     pipe = tiny()
     add_lora(pipe.unet, "first", 10)
     add_lora(pipe.unet, "second", 11)
     pipe.unet.set_adapters(["first"], [0.5])
-    choices: list[dict[str, float] | None] = [None, {"first": 1.0}, {"second": 1.0}, {}]
+    choices: list[dict[str, float] | None] = [None, {"second": 1.0}, {}]
     expected = [alone(pipe, call_of())]
     for choice in choices[1:]:
         assert choice is not None
@@ -448,5 +450,5 @@ def test_adapters_for_each_request() -> None:
         with pytest.raises(tgate_compile.ConfigurationError, match="third"):
             engine.submit(call_of(), lora={"third": 1.0})
     assert_same(alone(pipe, call_of()), expected[0])
-    for left, right in zip(expected, expected[1:], strict=False):
+    for left, right in itertools.pairwise(expected):
         assert_differ(left, right)

@@ -307,7 +307,7 @@ class Generation:
         return {self._graph(phase, half) for phase, half, _ in self._steps_ahead(guided)}
 
     def _steps_ahead(self, guided: bool) -> Iterator[tuple[Phase, Half | None, bool]]:
-        """Yield for each step of the pass: its phase, the half that its first call evaluates, and whether it drops one."""
+        """Yield each step's phase, the half that its first call evaluates, and whether it drops the other half."""
         assert self.progress.counter is not None
         counter = self.progress.counter
         for step in range(counter.num_steps):

@@ -17,7 +17,7 @@ import torch
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import CachedValues, Seen
 from tgate_compile.engine.families import Family
-from tgate_compile.engine.halves import is_time, latents_of, leaves_at, named_leaves, rows_of
+from tgate_compile.engine.halves import is_time, latents_of, leaves_at, named_leaves, rows_of, timestep_of
 from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
 from tgate_compile.methods.method import Kind
 
@@ -62,6 +62,7 @@ def form_of(call: Call, signature: inspect.Signature, family: Family, *, guided:
         return None  # the graph depends on values, or the denoiser takes lists of rows
     count = latents.shape[0]
     times = {id(leaf) for name, leaf in named_leaves(arguments) if torch.is_tensor(leaf) and is_time(name)}
+    times.add(id(timestep_of(arguments)))
     shared = {id(leaf) for path in family.shared for leaf in leaves_at(call, path)}
     repeated = {id(leaf) for path in family.repeated for leaf in leaves_at(call, path)}
     dims = {id(leaf): dim for path, dim in family.batch_dims for leaf in leaves_at(call, path)}
@@ -104,9 +105,8 @@ class Memo:
     ) -> torch.Tensor:
         """Return the result of `join`, or that of the last time if it was for the same `parts` and `layout`."""
         made = self._made.get(place)
-        if made is not None and made[1] == layout and len(made[0]) == len(parts):
-            if all(seen.is_same(part) for seen, part in zip(made[0], parts, strict=True)):
-                return made[2]
+        if made is not None and made[1] == layout and all(map(Seen.is_same, made[0], parts)):
+            return made[2]
         joined = join()
         self._made[place] = [Seen(part) for part in parts], layout, joined
         return joined

@@ -89,7 +89,7 @@ class Served(Protocol):
         """Run works with equal keys together, and return the result of each. Called by the worker.
 
         Raises:
-            RunApart: they have to be run one at a time.
+            RunApart: not all of them can be run together.
         """
         ...
 
@@ -623,9 +623,9 @@ class Engine:
         try:
             with running():
                 results = self._served.execute(works)
-        except RunApart:
-            for submission in group:
-                self._run([submission])
+        except RunApart as parts:
+            for positions in parts.groups:
+                self._run([group[position] for position in positions])
             return
         except Exception as error:
             if len(group) == 1:

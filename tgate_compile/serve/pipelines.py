@@ -47,7 +47,10 @@ MSG_NEW_SIZE = (
     'was started with new_sizes="{policy}". Request a size that the engine was warmed up for, or add a call like this '
     "one to Engine(pipe, warm_up=[...])."
 )
-MSG_NO_LATENTS = "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such latents."
+MSG_NO_LATENTS = (
+    "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such "
+    "latents."
+)
 
 
 @dataclass(eq=False)
@@ -88,6 +91,25 @@ class Step:
     def place(self) -> tuple[str, Phase, Hashable]:
         """What distinguishes its graphs, except for the number of images and the adapters."""
         return self.name, self.phase, self.call.key if self.form is None else self.form.key
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What distinguishes the compiled graphs that requests need.
+
+    Attributes:
+        name: the denoiser.
+        phase: the phase of the graph.
+        inputs: the form of the first call of a loop.
+        images: the number of images, with padding.
+        lora: the weights of the adapters.
+    """
+
+    name: str
+    phase: Phase
+    inputs: Hashable
+    images: int
+    lora: Weights
 
 
 @dataclass(frozen=True)
@@ -156,7 +178,7 @@ class ServedPipeline:
         self._apart: dict[Hashable, str] = {}  # graphs that run one request at a time, with the reason
         # By graph and number of images: the inputs that differed in a batch that was compared with single runs.
         self._compared: dict[Hashable, set[frozenset[int]]] = defaultdict(set)
-        self._known: set[Hashable] = set()  # what has been captured
+        self._known: set[_Kind] = set()  # what has been captured
         self._cache_bytes: dict[Hashable, int] = {}
         self._emitted: dict[Hashable, tuple[Emission, ...]] = {}
         begun = []
@@ -199,7 +221,8 @@ class ServedPipeline:
 
     def decode(self, latents: Any) -> list[Any]:
         """Return PIL images of `latents`."""
-        vae, processor = getattr(self._pipe, "vae", None), getattr(self._pipe, "image_processor", None)
+        vae: Any = getattr(self._pipe, "vae", None)
+        processor: Any = getattr(self._pipe, "image_processor", None)
         channels = None if vae is None else vae.config.get("latent_channels")
         factor = None if vae is None else vae.config.get("scaling_factor")
         if processor is None or factor is None or latents.ndim != 4 or latents.shape[1] != channels:
@@ -247,8 +270,8 @@ class ServedPipeline:
         request.steps = generation.num_steps
         first = self.step(name, Phase(guided), call, {}, service.lora)
         phases = generation.graphs_ahead(guided)
-        size = first.place[2], size_of(first.images, self._max_batch), service.lora
-        kinds = {(name, size, phase) for phase in phases}
+        images = size_of(first.images, self._max_batch)
+        kinds = {_Kind(name, phase, first.place[2], images, service.lora) for phase in phases}
         if self._new_sizes != "capture" and request.records is None and not kinds <= self._known:
             error = UnsupportedCallError(
                 MSG_NEW_SIZE.format(
@@ -260,7 +283,7 @@ class ServedPipeline:
             if self._new_sizes == "plain":
                 generation.allow_plain()
             raise error
-        address = name, size, generation.schedule, generation.num_steps, guided
+        address = name, first.place[2], images, service.lora, generation.schedule, generation.num_steps, guided
         if address not in self._cache_bytes:
             self._cache_bytes[address] = generation.plan_of(call, guided).cache_bytes
         # A batch has a copy of them.
@@ -324,14 +347,11 @@ class ServedPipeline:
         first, *others = works
         if first.form is None or first.place in self._apart or not self._joins(first):
             if others:
-                raise RunApart
+                raise RunApart([[position] for position in range(len(works))])
             return [self._alone(first)]
-        alike = [each for each in others if batching.shared_equal(first.call, each.call, first.form.rows)]
-        if len(alike) < len(others):
-            done = dict(zip(map(id, (first, *alike)), self._run_steps([first, *alike]), strict=True))
-            left = [work for work in others if id(work) not in done]
-            done |= dict(zip(map(id, left), self._run_steps(left), strict=True))
-            return [done[id(work)] for work in works]
+        alike = [batching.shared_equal(first.call, each.call, first.form.rows) for each in works]
+        if not all(alike):
+            raise RunApart([[at for at, same in enumerate(alike) if same is wanted] for wanted in (True, False)])
         images = size_of(sum(work.images for work in works), self._max_batch)
         compared = self._compared[first.place, images]
         if len(works) == 1:
@@ -425,11 +445,8 @@ class ServedPipeline:
                 if isinstance(work, Step) and work.form is not None:
                     for images in batch_sizes(self._max_batch):
                         engine.compute(Job(functools.partial(self._try, work, images)))
-        for size in batch_sizes(self._max_batch):
-            self._known |= {
-                (name, (key, size, lora), phase)
-                for name, (key, _, lora), phase in list(self._known)  # type: ignore[misc]
-            }
+        for known in list(self._known):
+            self._known |= {replace(known, images=images) for images in batch_sizes(self._max_batch)}
 
     def _try(self, work: Step, images: int) -> None:
         """Run a batch of `images` like those of `work`, each with other values."""

@@ -173,7 +173,15 @@ class Ended(BaseException):
 
 
 class RunApart(Exception):  # noqa: N818 (it is not an error)
-    """Raised when works are run together that have turned out to need to be run one at a time."""
+    """Raised when works are run together that cannot be.
+
+    Attributes:
+        groups: the positions of those that can.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.groups = groups
 
 
 class Work(Protocol):
