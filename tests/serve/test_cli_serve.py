@@ -28,7 +28,7 @@ from tests.serve.serving import PATIENCE, eventually, picture
 from tgate_compile import optimize
 from tgate_compile._cache import FOLDER_VARIABLE
 from tgate_compile._cli.app import app
-from tgate_compile._cli.options import FAMILIES
+from tgate_compile._cli.options import FAMILIES, embedded_name
 from tgate_compile._cli.serve import API_KEY_VARIABLE, _adapters, _load_adapters
 from tgate_compile.serve import Engine
 from tgate_compile.serve.jobs import ServedModel
@@ -55,6 +55,15 @@ def test_what_is_wrong_is_said_first(arguments: list[str], code: int, said: str)
     result = run(app, ["serve", *arguments])
     assert result.exit_code == code
     assert said in " ".join(result.stderr.split())
+
+
+def test_an_embedded_model_needs_no_prefix_unless_a_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (embedded_name("sd"), embedded_name("embedded:sd"), embedded_name("owner/sd")) == ("sd", "sd", None)
+    Path("sd").mkdir()
+    assert embedded_name("sd") is None
 
 
 def test_a_port_that_is_taken() -> None:
