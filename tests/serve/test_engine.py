@@ -30,7 +30,7 @@ from tgate_compile.serve import (
     Progress,
     Ticket,
 )
-from tgate_compile.serve.requests import Job
+from tgate_compile.serve.worker import Job
 
 #: Seconds after which a request counts as hanging.
 HANGS = 60
@@ -82,7 +82,7 @@ def at_once(engine: Engine, calls: Sequence[Mapping[str, Any]]) -> list[Ticket]:
     blocking.start()
     tickets = [engine.submit({**call, "generator": seeded(call)}) for call in calls]
     until = time.monotonic() + HANGS
-    while len(engine._submissions) < len(calls) and time.monotonic() < until:
+    while len(engine._worker._submissions) < len(calls) and time.monotonic() < until:
         time.sleep(0.001)
     go_on.set()
     blocking.join(HANGS)

@@ -27,9 +27,10 @@ from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.pipeline.two_halves import observed
 from tgate_compile.serve import batching
 from tgate_compile.serve.adapters import Adapters, Weights, weights_of
-from tgate_compile.serve.batching import Form, Memo
-from tgate_compile.serve.engine import Engine, NewSizes, batch_sizes, size_of
-from tgate_compile.serve.requests import Job, Request, RunApart, Work
+from tgate_compile.serve.batching import Memo, Results, Step
+from tgate_compile.serve.engine import Engine, NewSizes
+from tgate_compile.serve.requests import Request
+from tgate_compile.serve.worker import Job, RunApart, Work, batch_sizes, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,46 +54,6 @@ MSG_NO_LATENTS = (
 )
 
 
-@dataclass(eq=False)
-class Step:
-    """A denoiser call of a request.
-
-    Attributes:
-        name: the component that is called.
-        phase: the phase of the graph.
-        call: the arguments.
-        caches: the cached values.
-        form: how it can be joined with others; None if it cannot.
-        lora: the weights of the adapters.
-        is_last: whether it is the last call of the loop.
-        key: as `Work` has it.
-    """
-
-    name: str
-    phase: Phase
-    call: Call
-    caches: CachedValues
-    form: Form | None
-    lora: Weights
-    is_last: bool
-    key: Hashable = None
-
-    @property
-    def images(self) -> int:
-        """The number of images."""
-        return 1 if self.form is None else self.form.images
-
-    @property
-    def letter(self) -> str:
-        """The letter of the phase."""
-        return self.phase.character
-
-    @property
-    def place(self) -> tuple[str, Phase, Hashable]:
-        """What distinguishes its graphs, except for the number of images and the adapters."""
-        return self.name, self.phase, self.call.key if self.form is None else self.form.key
-
-
 @dataclass(frozen=True)
 class _Kind:
     """What distinguishes the compiled graphs that requests need.
@@ -110,40 +71,6 @@ class _Kind:
     inputs: Hashable
     images: int
     lora: Weights
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The results of one request's denoiser call, in place of the graph that computed them.
-
-    Attributes:
-        outputs: the denoiser's flat outputs.
-        values: the values of `emitted`.
-        emitted: the sites whose values were returned.
-        put: packs flat outputs into the type that the denoiser returns.
-        runner: what ran the graph.
-    """
-
-    outputs: list[torch.Tensor]
-    values: list[torch.Tensor]
-    emitted: tuple[Emission, ...]
-    put: Callable[[list[torch.Tensor]], Any]
-    runner: object = None
-
-    def run(
-        self, call: Call, caches: CachedValues, early: EarlyValues
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the results, which were computed for this call."""
-        return self.outputs, self.values
-
-    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
-        """Return the denoiser's return value, assembled from its flat outputs."""
-        return self.put(outputs)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All results."""
-        return [each for each in (*self.outputs, *self.values) if torch.is_tensor(each)]
 
 
 class ServedPipeline:
@@ -343,7 +270,7 @@ class ServedPipeline:
             self._stores[work.name].refresh()
             self._stale.discard(work.name)
 
-    def _run_steps(self, works: Sequence[Step]) -> list[Rows]:
+    def _run_steps(self, works: Sequence[Step]) -> list[Results]:
         first, *others = works
         if first.form is None or first.place in self._apart or not self._joins(first):
             if others:
@@ -368,7 +295,7 @@ class ServedPipeline:
             compared.add(differing)
         return results
 
-    def _difference(self, results: Sequence[Rows], singles: Sequence[Rows]) -> str | None:
+    def _difference(self, results: Sequence[Results], singles: Sequence[Results]) -> str | None:
         """Return how the results of a batch differ from those of single runs beyond rounding; None if they do not."""
         runner = singles[0].runner
         computed_in = runner.computed_in(singles[0].outputs[0].device) if isinstance(runner, TrustedRunner) else None
@@ -378,14 +305,14 @@ class ServedPipeline:
         )
         return next((problem for problem in found if problem is not None), None)
 
-    def _joined(self, works: Sequence[Step], images: int) -> list[Rows]:
+    def _joined(self, works: Sequence[Step], images: int) -> list[Results]:
         """Run works as one call, padded to a number of `images`."""
         first, forms = works[0], [work.form for work in works if work.form is not None]
         call = batching.joined([work.call for work in works], forms, images, self._memo, first.place)
         caches = batching.joined_caches([work.caches for work in works], forms, images, self._memo, first.place)
         compiled = self._stores[first.name].get(first.phase, call, caches, self._forwards[first.name])
         outputs, values = compiled.run(call, caches, self._early)
-        rows: list[Rows] = []
+        rows: list[Results] = []
         start, halves = 0, forms[0].halves
         for form in forms:
             share = functools.partial(batching.share_of, start=start, count=form.images, images=images)
@@ -394,15 +321,15 @@ class ServedPipeline:
                 share(value, halves=1 if emission.merged else halves)
                 for value, emission in zip(values, compiled.emitted, strict=True)
             ]
-            rows.append(Rows(mine, kept, compiled.emitted, compiled.unflatten, getattr(compiled, "runner", None)))
+            rows.append(Results(mine, kept, compiled.emitted, compiled.unflatten, getattr(compiled, "runner", None)))
             start += form.images
         return rows
 
-    def _alone(self, work: Step) -> Rows:
+    def _alone(self, work: Step) -> Results:
         """Run a work by itself, with the inputs as they are."""
         compiled = self._stores[work.name].get(work.phase, work.call, work.caches, self._forwards[work.name])
         outputs, values = compiled.run(work.call, work.caches, self._early)
-        return Rows(outputs, values, compiled.emitted, compiled.unflatten)
+        return Results(outputs, values, compiled.emitted, compiled.unflatten)
 
     def _joins(self, work: Step) -> bool:
         """Return whether the denoiser computes the same if it gets a timestep for each row, found by trying it once."""
@@ -539,7 +466,7 @@ class Service:
         request.step, request.phase = progress.counter.step(progress.done), phase.character
         if request.records is not None:
             request.records.setdefault((work.place, self.lora), work)
-        rows: Rows = self.engine.compute(work, request)
+        rows: Results = self.engine.compute(work, request)
         return rows
 
 
