@@ -12,7 +12,7 @@ from torch.fx import Node
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import plain
+from tests.exported import least
 from tests.tiny_pipelines import PROMPTS, pixart, pixart_prompt, run
 from tgate_compile import ConfigurationError, UnsupportedModelError
 from tgate_compile.bundle.manifest import Manifest
@@ -135,7 +135,7 @@ def test_a_transformer_in_int8(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 def test_a_unet_in_int8(tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     expected = run(pipe, steps=STEPS)
     quantize = {"scheme": "int8-static", "calibration_prompts": list(PROMPTS), "calibration_steps": 2}
@@ -154,7 +154,7 @@ def test_a_unet_in_int8(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 def test_the_pruned_graph_alone(tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     quantize = {"scheme": "int8-dynamic", "graphs": "pruned"}
     manifest = manifest_of(tgate_compile.export(pipe, tmp_path / "b", "executorch", call=CALL, quantize=quantize))
@@ -165,7 +165,7 @@ def test_the_pruned_graph_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     for scheme in ("int8", "int4"):
         with pytest.raises(ConfigurationError, match=f"supports only .*'int8-dynamic' or .*'int8-static'.*'{scheme}'"):
@@ -179,7 +179,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
             quantize="int8-dynamic",
             format_options={"delegate": "portable"},
         )
-    half = plain().to(torch.float16)
+    half = least().to(torch.float16)
     tgate_compile.optimize(half, GATE, backend="eager")
     with pytest.raises(UnsupportedModelError, match="this denoiser is in float16"):
         tgate_compile.export(half, tmp_path / "b", "executorch", call=CALL, quantize="int8-dynamic")
