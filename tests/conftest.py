@@ -5,17 +5,9 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import diffusers
 import pytest
-import torch
-import transformers
 
 from tests import once
-
-# On tiny tensors threads cost more than they gain, and far more on a busy machine.
-torch.set_num_threads(1)
-diffusers.utils.logging.set_verbosity_error()
-transformers.utils.logging.set_verbosity_error()
 
 #: The markers of tests that are skipped unless the option of the same name is given, with the reason.
 OPTIONAL = {
@@ -42,6 +34,10 @@ LONGEST = (
 )
 
 
+#: Files run by the process that runs another file, whose captures in memory they share.
+TOGETHER = {"tests/test_cli_report.py": "tests/test_cost.py"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     for name in OPTIONAL:
         parser.addoption(f"--{name}", action="store_true", help=f"run the tests marked {name}, too")
@@ -49,6 +45,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     once.begin(config)
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        _set_up_libraries()
+
+
+def _set_up_libraries() -> None:
+    """Import the large libraries and set them up, except in a process that only distributes tests to others."""
+    import diffusers
+    import torch
+    import transformers
+
+    # On tiny tensors threads cost more than they gain, and far more on a busy machine.
+    torch.set_num_threads(1)
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def pytest_collection_finish() -> None:
@@ -86,5 +96,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
     config.option.loadscopereorder = False  # would sort by the number of tests
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
