@@ -16,21 +16,35 @@ OPTIONAL = {
 }
 
 
-#: Slowest files, run first: one of them at the end would keep one process busy while the others wait.
+#: Slowest files with --heavy, run first: one of them at the end would keep one process busy while the others wait.
 LONGEST = (
-    "test_denoisers.py",
-    "test_authors_reference.py",
     "test_executorch.py",
-    "test_pipelines.py",
-    "test_modular.py",
-    "test_findings.py",
+    "test_aoti.py",
+    "test_gpu_benchmark.py",
     "test_runtime.py",
+    "test_preludes.py",
+    "test_denoisers.py",
+    "test_executorch_quantization.py",
+    "test_cost.py",
+    "test_joint_guidance.py",
+    "test_pipelines.py",
+    "test_freeu.py",
+    "test_kept_graphs.py",
+    "test_authors_reference.py",
+    "test_modular.py",
+    "test_soak.py",
+    "test_quantization.py",
+    "test_openvino_bundle.py",
+    "test_compiled.py",
     "test_components.py",
     "test_export.py",
-    "test_openvino_bundle.py",
     "test_evaluate.py",
-    "test_quantization.py",
+    "test_editors.py",
+    "test_threads.py",
+    "test_findings.py",
     "test_bundle_state.py",
+    "test_tune.py",
+    "test_demo_variants.py",
 )
 
 

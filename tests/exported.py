@@ -7,7 +7,7 @@ from typing import Any
 
 import tgate_compile
 from tests.once import made_once
-from tests.tiny_pipelines import stable_diffusion
+from tests.tiny_pipelines import pixart, stable_diffusion
 
 STEPS = 6
 GATE = 3
@@ -36,6 +36,13 @@ def plain() -> Any:
 def least() -> Any:
     """Return the pipeline for formats that compile: half the nodes of `plain()`, which are what takes the time."""
     return stable_diffusion(layout="least", block_out_channels=(32,))
+
+
+def least_pixart() -> Any:
+    """Return a transformer for formats that compile: PixArt with one block."""
+    pipe = pixart()
+    pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:1]
+    return pipe
 
 
 def _export(folder: Path, pipe: Any, format: Any, gate: int, steps: int, binding_times: bool) -> None:

@@ -17,8 +17,8 @@ import tgate_compile
 from tests.comparing import difference
 from tests.exported import COMPILED_GATE as GATE
 from tests.exported import COMPILED_STEPS as STEPS
-from tests.exported import exported_compiled, least
-from tests.tiny_pipelines import pixart, pixart_prompt, run
+from tests.exported import exported_compiled, least, least_pixart
+from tests.tiny_pipelines import pixart_prompt, run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
 from tgate_compile.bundle.read import read_bundle
@@ -88,7 +88,7 @@ def test_other_schedules(method: dict[str, Any], call: dict[str, Any], names: se
 
 def test_a_transformer(tmp_path: Path) -> None:
     """Its timestep is expanded, and its GELUs are approximate, which XNNPACK would mistake for exact ones."""
-    pipe = pixart()
+    pipe = least_pixart()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     expected = run(pipe, steps=STEPS, **pixart_prompt())
     call = {**pixart_prompt(), "num_inference_steps": STEPS}

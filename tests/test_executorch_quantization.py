@@ -12,8 +12,8 @@ from torch.fx import Node
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import least
-from tests.tiny_pipelines import PROMPTS, pixart, pixart_prompt, run
+from tests.exported import least, least_pixart
+from tests.tiny_pipelines import PROMPTS, pixart_prompt, run
 from tgate_compile import ConfigurationError, UnsupportedModelError
 from tgate_compile.bundle.manifest import Manifest
 from tgate_compile.bundle.parity import QUANTIZED_TOLERANCE
@@ -120,7 +120,7 @@ def check_quantized(manifest: Manifest, names: set[str]) -> None:
 
 @pytest.mark.heavy
 def test_a_transformer_in_int8(tmp_path: Path) -> None:
-    pipe = pixart()
+    pipe = least_pixart()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     expected = run(pipe, steps=STEPS, **pixart_prompt())
     call = {**CALL, **pixart_prompt()}
@@ -152,7 +152,7 @@ def test_a_unet_in_int8(tmp_path: Path) -> None:
     assert 1e-5 < difference(run(pipe, steps=STEPS), expected) < 0.2
 
 
-@pytest.mark.heavy
+@pytest.mark.sweep  # as with format="onnx", in test_quantization.py
 def test_the_pruned_graph_alone(tmp_path: Path) -> None:
     pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
