@@ -25,7 +25,9 @@ def exported(*, binding_times: bool = True) -> Path:
 def exported_compiled(format: str, *, binding_times: bool = False) -> Path:
     """Return the bundle of `least()` in a format that takes most of a minute to export; do not modify it."""
     name = f"{format}-bundle" + "-split" * binding_times
-    return made_once(name, lambda folder: _export(folder, least(), format, COMPILED_GATE, COMPILED_STEPS, binding_times))
+    return made_once(
+        name, lambda folder: _export(folder, least(), format, COMPILED_GATE, COMPILED_STEPS, binding_times)
+    )
 
 
 def plain() -> Any:

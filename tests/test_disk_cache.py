@@ -61,7 +61,7 @@ def image_of(make: Callable[[], Any], change: Callable[[Any], object] = lambda p
 
 @pytest.fixture(scope="module")
 def of_small(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, Path]:
-    """Return `image_of(small)`, and a folder with the two graphs, of calls with guidance and without, that it needed."""
+    """Return `image_of(small)`, and a folder with the graphs that it needed."""
     folder = tmp_path_factory.mktemp("small") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, str(folder))
