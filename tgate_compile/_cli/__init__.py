@@ -9,7 +9,7 @@ import warnings
 
 #: The modules that the command line needs beyond the dependencies of the library.
 NEEDED = ("typer", "rich", "transformers", "PIL")
-#: The same for `run`, and for `web` with a bundle, which run without torch.
+#: The same for `run`, and for `web` and `serve` with a bundle, which run without torch.
 NEEDED_TO_RUN = ("typer", "rich", "PIL")
 
 MSG_MISSING = (
@@ -20,7 +20,7 @@ MSG_MISSING = (
 
 def main() -> None:
     """Run the command line with the process's arguments."""
-    needed = NEEDED_TO_RUN if _command() in ("run", "web") else NEEDED
+    needed = NEEDED_TO_RUN if _command() in ("run", "web", "serve") else NEEDED
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         sys.stderr.write(MSG_MISSING.format(missing=", ".join(missing)))

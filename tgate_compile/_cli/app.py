@@ -31,6 +31,7 @@ COMMANDS = (
     "export",
     "inspect",
     "web",
+    "serve",
     "report",
     "strip",
     "tune",
@@ -42,7 +43,7 @@ COMMANDS = (
 )
 
 
-_MODULES = {"inspect": "describe", "cache": "describe"}
+_MODULES = {"inspect": "describe", "strip": "describe", "cache": "describe"}
 
 _TYPES = {"int": "N", "int range": "N", "float": "X", "float range": "X", "str": "TEXT", "path": "PATH"}
 _TYPE = re.compile(f"<({'|'.join(_TYPES)})>")

@@ -1,4 +1,4 @@
-"""The console: messages, progress of steps, and how much work a step is."""
+"""The console: messages, progress of steps, how much work a step is, and strips."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.method import GRAPH_NAMES
@@ -243,3 +244,15 @@ def save_png(image: Image, path: Path, texts: Mapping[str, object]) -> None:
         if value is not None:
             info.add_itxt(key, str(value))
     image.save(path, pnginfo=info)
+
+
+_STYLES = {"F": "cyan", "S": "blue", "D": "green", "P": "yellow", "Q": "red", "R": "magenta"}
+
+
+def coloured(letters: str) -> Text:
+    """Return a strip for the terminal, coloured by what is reused, and bold where guidance runs."""
+    text = Text()
+    for letter in letters:
+        style = _STYLES.get(letter.upper(), "default")
+        text.append(letter, f"bold {style}" if letter.isupper() else style)
+    return text

@@ -1,6 +1,7 @@
 """Commands that show what there is.
 
-`describe` shows what a schedule does to a model, `inspect` what is in a bundle, and `cache` what is kept on disk.
+`describe` shows what a schedule does to a model, `strip` what each of its steps does, `inspect` what is in a bundle, and
+`cache` what is kept on disk.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from rich.text import Text
 import tgate_compile
 from tgate_compile._cache import FOLDER_VARIABLE, disk_cache
 from tgate_compile._cli import options
-from tgate_compile._cli.console import ERR, OUT, print_json
+from tgate_compile._cli.console import ERR, OUT, check_targets, coloured, print_json
 from tgate_compile._cli.settings import ScheduleOptions, chosen_for
-from tgate_compile._cli.strip import coloured
 from tgate_compile._errors import check_installed
 from tgate_compile.methods.method import GRAPH_NAMES
 from tgate_compile.methods.schedule_file import read_schedule
+from tgate_compile.study.figures import check_figure, strip_picture
 
 if TYPE_CHECKING:
     from tgate_compile._cli.console import Work
@@ -241,3 +242,50 @@ def cache(
         table.add_row(_KINDS.get(kind, escape(kind)), escape(label), f"{len(own)}", f"{total:.2f}", used)
     if entries:
         OUT.print(table)
+
+
+def strip(
+    *,
+    schedule: ScheduleOptions,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.", rich_help_panel=options.IMAGE)] = 25,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Guidance scale; up to 1 means no guidance.",
+            show_default="with guidance",
+            rich_help_panel=options.IMAGE,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the strip into this .png, .svg or .pdf file. Needs matplotlib.", rich_help_panel=options.OUTPUT
+        ),
+    ] = None,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Show a schedule, one character per step. Runs nothing and needs no model."""
+    schedule.check_known_in_advance()
+    chosen = schedule.schedule(None)
+    guided = guidance is None or guidance > 1
+    if plot is not None:
+        check_figure(plot)
+        check_targets([plot], force=force)
+    plan = chosen.plan(steps, guided=guided)
+    letters = "".join(phase.character for phase in plan)
+    if plot is not None:
+        strip_picture({str(chosen): letters}, plot)
+    if json:
+        picture = None if plot is None else str(plot)
+        print_json({"schedule": str(chosen), "steps": steps, "strip": letters, "picture": picture})
+        return
+    OUT.print(f"{chosen}, {steps} steps{'' if guided else ' without guidance'}", soft_wrap=True)
+    OUT.print(coloured(letters), soft_wrap=True)
+    meanings = {phase.character: phase for phase in plan}
+    for letter, count in Counter(letters).items():
+        words = f"{meanings[letter].name}, {'guided' if letter.isupper() else 'no guidance: half the batch'}"
+        OUT.print(Text.assemble("  ", coloured(letter), f"  {count:3} x {words}"), soft_wrap=True)
+    if plot is not None:
+        OUT.print(f"written {plot}", soft_wrap=True)

@@ -17,6 +17,7 @@ from tgate_compile._cli import options
 from tgate_compile._cli.console import (
     OUT,
     check_targets,
+    coloured,
     image_paths,
     make_progress,
     print_json,
@@ -25,7 +26,6 @@ from tgate_compile._cli.console import (
     steps_shown,
 )
 from tgate_compile._cli.settings import ScheduleOptions, Settings, chosen_for, print_chosen, settings_for
-from tgate_compile._cli.strip import coloured
 from tgate_compile._errors import BackendName
 from tgate_compile.methods.method import GRAPH_NAMES
 

@@ -236,7 +236,7 @@ def first_line(error: BaseException) -> str:
 
 
 MSG_SCHEDULER = "The scheduler must be one of {known}, but got {given!r}."
-MSG_NO_PEFT = "--lora needs the package peft. Install it with\n  pip install peft"
+MSG_NO_PEFT = "LoRA weights need the package peft. Install it with\n  pip install peft"
 MSG_UNET_ALONE = "--unet replaces the UNet in the pipeline of --model, which is missing. Add it."
 
 
@@ -283,8 +283,8 @@ def load(
     torch_device = choose_device(device)
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise ConfigurationError(MSG_SCHEDULER.format(known=", ".join(SCHEDULERS), given=scheduler))
-    if lora is not None and importlib.util.find_spec("peft") is None:
-        raise ConfigurationError(MSG_NO_PEFT)
+    if lora is not None:
+        check_peft()
     embedded = embedded_name(model)
     if unet is not None and embedded is not None:
         raise ConfigurationError(MSG_UNET_ALONE)
@@ -302,7 +302,7 @@ def load(
         assert model is not None
         pipe, chosen = load_pipeline(model, unet, dtype, torch_device, config=model_config)
     if lora is not None:
-        _load_lora(pipe, lora)
+        load_lora(pipe, lora)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     family = EMBEDDED if embedded == DEFAULT_EMBEDDED else recognise(pipe)
@@ -314,6 +314,12 @@ def load(
     pipe.to(torch_device)
     pipe.set_progress_bar_config(disable=True)
     return Loaded(pipe, family, model or "embedded", torch_device, chosen.value, variant)
+
+
+def check_peft() -> None:
+    """Raise ConfigurationError unless peft is installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigurationError(MSG_NO_PEFT)
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
@@ -332,15 +338,25 @@ def quieten_libraries() -> None:
             library.set_verbosity_error()
 
 
-def _load_lora(pipe: Any, lora: str) -> None:
+def load_lora(pipe: Any, lora: str, *, name: str | None = None) -> None:
+    """Load LoRA weights as the adapter `name`.
+
+    Args:
+        pipe: the pipeline.
+        lora: a file, a folder or a hub id.
+        name: the adapter's name; None: diffusers chooses one.
+
+    Raises:
+        ConfigurationError: the weights cannot be loaded.
+    """
     if not hasattr(pipe, "load_lora_weights"):
         raise ConfigurationError(f"{type(pipe).__name__} does not support LoRA weights. Leave out --lora.")
     path = Path(lora)
     try:
         if path.is_file():
-            pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
         else:
-            pipe.load_lora_weights(lora)
+            pipe.load_lora_weights(lora, adapter_name=name)
     except (OSError, ValueError) as error:
         raise ConfigurationError(MSG_NOT_LOADED.format(given=lora, reason=first_line(error))) from error
 

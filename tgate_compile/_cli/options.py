@@ -70,6 +70,8 @@ def embedded_name(model: str | None) -> str | None:
     """Return the name of the embedded pipeline; None if `model` is a folder, a file or a hub id."""
     if model is None:
         return DEFAULT_EMBEDDED
+    if model in DEMO_VARIANTS and not Path(model).exists():  # hub ids have an owner, as in owner/name
+        return model
     return model.removeprefix(EMBEDDED_PREFIX) if model.startswith(EMBEDDED_PREFIX) else None
 
 

@@ -249,11 +249,11 @@ class _Prompt:
         last: the timestep of the last row, if its value has not been read from the device.
     """
 
-    inputs: list[_Seen]
+    inputs: list[Seen]
     weights: list[tuple[torch.Tensor, int | None]]
     values: dict[str, torch.Tensor]
     rows: OrderedDict[Hashable, dict[str, torch.Tensor]] = field(default_factory=OrderedDict)
-    last: list[_Seen] = field(default_factory=list)
+    last: list[Seen] = field(default_factory=list)
 
 
 class EarlyValues:
@@ -313,7 +313,7 @@ class EarlyValues:
         weights = [(tensor, _version(tensor)) for part in compiled.early_weights for tensor in part]
         _, prompts = self._prompts.setdefault((id(split), sizes), (split, []))  # keeps the split, so its id is unique
         for prompt in prompts:
-            if _are_same(prompt.weights, weights) and all(map(_Seen.equals, prompt.inputs, inputs)):
+            if _are_same(prompt.weights, weights) and all(map(Seen.equals, prompt.inputs, inputs)):
                 return prompt
         values: dict[str, torch.Tensor] = {}
         if split.prelude is not None:
@@ -332,9 +332,9 @@ class EarlyValues:
         times = {name: given[name] for name in table.inputs if roles.get(name) == "timestep"}
         ahead = self._parking is not None or compiled.ahead
         moment = _moment(times.values(), read=ahead)
-        if moment is None and not (prompt.last and all(map(_Seen.is_same, prompt.last, times.values()))):
+        if moment is None and not (prompt.last and all(map(Seen.is_same, prompt.last, times.values()))):
             prompt.rows.clear()
-            prompt.last = [_Seen(tensor) for tensor in times.values()]
+            prompt.last = [Seen(tensor) for tensor in times.values()]
         row = prompt.rows.get(moment)
         if row is not None:
             prompt.rows.move_to_end(moment)
@@ -411,7 +411,7 @@ def _moment(times: Iterable[torch.Tensor], *, read: bool) -> Hashable:
     return tuple(repr(tensor.tolist()) for tensor in tensors)
 
 
-class _Seen:
+class Seen:
     """A tensor as it was when it was used, to find out whether a later one is the same or has equal elements."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -439,9 +439,9 @@ class _Seen:
         )
 
 
-def _seen_by_value(tensor: torch.Tensor) -> _Seen:
+def _seen_by_value(tensor: torch.Tensor) -> Seen:
     """Return `tensor` as it is now; a copy if it belongs to inference mode, where changes in place are not counted."""
-    return _Seen(tensor.clone() if tensor.is_inference() else tensor)
+    return Seen(tensor.clone() if tensor.is_inference() else tensor)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

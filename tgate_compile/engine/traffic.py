@@ -100,6 +100,22 @@ def exclusive() -> Iterator[None]:
             _resume(me, depth)
 
 
+@contextmanager
+def paused() -> Iterator[None]:
+    """Count the thread as not running inside the context, where it only waits; at the end, wait for a capture to end."""
+    me = threading.get_ident()
+    with _changed:
+        depth = _stop(me)
+    try:
+        yield
+    finally:
+        with _changed:
+            try:
+                _changed.wait_for(lambda: _owner in (None, me) or not depth)
+            finally:  # also if the wait is interrupted: the caller is about to leave `running`
+                _resume(me, depth)
+
+
 def _stop(thread: int) -> int:
     """Mark `thread` as not running, and return its number of nested calls. The lock must be held."""
     depth = _running.pop(thread, 0)

@@ -441,7 +441,7 @@ class Served:
         results = self._results(weights, inputs)
         with torch.no_grad(), full_float32():
             expected: Sequence[torch.Tensor] = self._variant.program.graph_module(*weights, *inputs)
-        computed = self._computed_in(inputs[0].device)
+        computed = self.computed_in(inputs[0].device)
         compared = True
         for result, target in zip(results, expected, strict=True):
             dtype = coarsest({computed, target.dtype} & TOLERANCES.keys())
@@ -470,7 +470,7 @@ class Served:
             name, graph = self.backend.name, self._variant.phase.name
             raise BackendError(MSG_FAILED.format(name=name, graph=graph, problem=cause_of(error))) from error
 
-    def _computed_in(self, device: torch.device) -> torch.dtype:
+    def computed_in(self, device: torch.device) -> torch.dtype:
         """Return the least precise dtype that the graph or the backend computes in."""
         values = (node.meta.get("val") for node in self._variant.program.graph.nodes)
         dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)} & (TOLERANCES.keys() - _STORED)

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,7 @@ class Generation:
             change.
         before: the generation of the denoiser whose steps precede this one's, if there are two.
         parking: where the weights of preludes and tables go while they are not needed; None leaves them in place.
+        admit: called at the beginning of each pass with this generation, the call, and whether it is guided.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Generation:
         guided_at: Callable[[int], bool] | None = None,
         before: Generation | None = None,
         parking: Parking | None = None,
+        admit: Callable[[Generation, Call, bool], None] | None = None,
     ) -> None:
         self._store = store
         self._forward = forward
@@ -154,6 +156,7 @@ class Generation:
         self._preview = preview
         self._guided_at = guided_at
         self._before = before
+        self._admit = admit
         self._thread = threading.get_ident()
         self._signature = inspect.signature(forward)
         self._caches = Caches()
@@ -237,6 +240,8 @@ class Generation:
                 self.early.bring_back()
                 self._store.refresh(begins=False)
         call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments), by_value=reads_masks(self._store.denoiser))
+        if event == "new pass" and self._admit is not None:
+            self._admit(self, call, guided and not self._halves.undecided)
         if event == "again" and self._family.further:
             return self._further(call)
         latents = batch_of(arguments)
@@ -273,20 +278,21 @@ class Generation:
         """Plan a generation that begins with this denoiser call: capture its variants without running them."""
         arguments = self._signature.bind(*args, **kwargs).arguments
         self.progress.event(self.scheduler(), arguments)
-        counter = self._begin(arguments, guided)
-        guided = guided and not self._halves.undecided
-        call, batch = Call.of(args, kwargs, by_value=reads_masks(self._store.denoiser)), batch_of(arguments).shape[0]
+        self._begin(arguments, guided)
+        call = Call.of(args, kwargs, by_value=reads_masks(self._store.denoiser))
+        return self.plan_of(call, guided and not self._halves.undecided)
+
+    def plan_of(self, call: Call, guided: bool) -> Plan:
+        """Plan the pass that has begun with `call`: capture its variants without running them."""
+        args, kwargs = call.arguments
+        batch = batch_of(self._signature.bind(*args, **kwargs).arguments).shape[0]
         sizes: dict[Kind, int] = {}
         most = 0
         graphs = []
         steps = []
-        for step in range(counter.num_steps):
-            if self._guided_at is not None:
-                guided = self._guided_at(counter.warmup_calls + step * counter.calls_per_step)
-            phase = self.schedule.plan(counter.num_steps, guided=guided)[step]
+        for step, (phase, half, drops) in enumerate(self._steps_ahead(guided)):
             steps.append((step, phase))
-            half = self._family.calls[0] if self._separate(guided) and phase.guided else None
-            inputs = self._kept(call, batch) if guided and not phase.guided and not self._separate(guided) else call
+            inputs = self._kept(call, batch) if drops else call
             graphs.append((self._graph(phase, half), inputs))
             emitted = self._store.emitted(*graphs[-1], self._forward)
             for kind in phase.emit | phase.merge:
@@ -295,6 +301,25 @@ class Generation:
                 sizes[kind] = 2 * size if half and kind in phase.emit else size
             most = max(most, sum(sizes.values()))
         return Plan(steps, graphs, most)
+
+    def graphs_ahead(self, guided: bool) -> set[Phase]:
+        """Return the phases whose graphs the pass that has begun needs."""
+        return {self._graph(phase, half) for phase, half, _ in self._steps_ahead(guided)}
+
+    def _steps_ahead(self, guided: bool) -> Iterator[tuple[Phase, Half | None, bool]]:
+        """Yield for each step of the pass: its phase, the half that its first call evaluates, and whether it drops one."""
+        assert self.progress.counter is not None
+        counter = self.progress.counter
+        for step in range(counter.num_steps):
+            if self._guided_at is not None:
+                guided = self._guided_at(counter.warmup_calls + step * counter.calls_per_step)
+            phase, separate = self.schedule.plan(counter.num_steps, guided=guided)[step], self._separate(guided)
+            half = self._family.calls[0] if separate and phase.guided else None
+            yield phase, half, guided and not phase.guided and not separate
+
+    def allow_plain(self) -> None:
+        """Let this loop run without gating where it cannot be gated, whatever the pipeline's `on_unsupported`."""
+        self._loop.on_unsupported = "plain"
 
     def check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
         """Check that the scheduler steps as many latents as the last denoiser call had, or half as many.

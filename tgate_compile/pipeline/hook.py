@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
 from weakref import WeakValueDictionary
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError
+from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import Store
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.traffic import give_way, running
@@ -23,6 +25,10 @@ from tgate_compile.pipeline.generation import MSG_CONCURRENT, Generation
 
 logger = logging.getLogger(__name__)
 
+MSG_SERVED = (
+    "This pipeline's denoiser is served by a tgate_compile.serve.Engine. Submit the call to the engine, or close the "
+    "engine first."
+)
 MSG_NO_COPY = (
     "An optimized pipeline or denoiser cannot be copied or pickled. Call tgate_compile.restore(pipe) first; "
     "save_pretrained() works without that."
@@ -32,7 +38,8 @@ MSG_NO_COPY = (
 class DenoiserHook(ModelHook):  # type: ignore[misc]
     """Passes the denoiser's calls to the generation in progress; without one, the denoiser runs unchanged.
 
-    Several pipelines may share the denoiser, and so this hook. One generation runs at a time.
+    Several pipelines may share the denoiser, and so this hook. One generation runs at a time, unless the denoiser is
+    served (`tgate_compile.serve`): then each thread has its own.
     """
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
@@ -48,6 +55,7 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
         self._stores: WeakValueDictionary[Hashable, VariantStore] = WeakValueDictionary()
         self._pipelines = 0
         self._active: Generation | None = None
+        self._of_threads: dict[int, Generation] | None = None  # while the denoiser is served
         self._lock = threading.Lock()
         self._calls_outside = 0
 
@@ -86,7 +94,7 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
         return store
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        generation = self._active
+        generation = self._present
         if generation is None:
             self._note_call_outside()
             with running():
@@ -115,30 +123,83 @@ class DenoiserHook(ModelHook):  # type: ignore[misc]
 
     @property
     def busy(self) -> bool:
-        """Whether a generation is running."""
+        """Whether a generation is running, or the denoiser is served."""
         return self._lock.locked()
 
+    @property
+    def _present(self) -> Generation | None:
+        """The generation in progress, or that of this thread while the denoiser is served."""
+        return self._active if self._of_threads is None else self._of_threads.get(threading.get_ident())
+
+    @_present.setter
+    def _present(self, generation: Generation | None) -> None:
+        if self._of_threads is None:
+            self._active = generation
+        elif generation is not None:
+            self._of_threads[threading.get_ident()] = generation
+        else:
+            self._of_threads.pop(threading.get_ident(), None)
+
     @contextmanager
-    def activated(self, generation: Generation) -> Iterator[None]:
-        """Pass the denoiser's calls to `generation` inside the context, and finish it when the context is left."""
-        outer = self._active
+    def activated(self, generation: Generation, *, served: bool = False) -> Iterator[None]:
+        """Pass the denoiser's calls to `generation` inside the context, and finish it when the context is left.
+
+        `served` means that it is one of the generations of a served denoiser, each in a thread of its own.
+        """
+        outer = self._present
         if outer is not None and outer.may_be_interrupted and generation.scheduler() is not outer.scheduler():
             try:
-                self._active = generation
+                self._present = generation
                 yield
             finally:
-                self._active = outer
+                self._present = outer
                 generation.finish()
             return
-        if not self._lock.acquire(blocking=False):
-            raise ConcurrentGenerationError(MSG_CONCURRENT)
+        if outer is not None or not (served or self._lock.acquire(blocking=False)):
+            raise ConcurrentGenerationError(MSG_CONCURRENT if self._of_threads is None else MSG_SERVED)
         try:
-            self._active = generation
+            self._present = generation
             yield
         finally:
-            self._active = None
+            self._present = None
             generation.finish()
-            self._lock.release()
+            if not served:
+                self._lock.release()
+
+    def begin_to_serve(self) -> None:
+        """Let each thread have a generation of its own, until `end_serving`.
+
+        Raises:
+            ConcurrentGenerationError: a generation is running, or the denoiser is served already.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentGenerationError(MSG_CONCURRENT if self._of_threads is None else MSG_SERVED)
+        self._of_threads = {}
+
+    def end_serving(self) -> None:
+        """Undo `begin_to_serve`, once no generation is left."""
+        self._of_threads = None
+        self._lock.release()
+
+
+class Service(Protocol):
+    """Serves the denoiser calls of one request among many.
+
+    Attributes:
+        store: provides graphs that are run together with those of other requests.
+        forward: the denoiser's own forward, with the same signature, run in turn with the graphs.
+    """
+
+    store: Store
+    forward: Callable[..., Any]
+
+    def admit(self, generation: Generation, call: Call, guided: bool) -> None:
+        """Return once the generation may take memory for its caches; `call` is the first of a pass.
+
+        Raises:
+            UnsupportedCallError: it may not.
+        """
+        ...
 
 
 class GatedDenoiser:
@@ -150,11 +211,28 @@ class GatedDenoiser:
         self.config = config
         self.store: Store = self._hook.store_for(config)
         self.last: Generation | None = None
+        self._service: Service | None = None
+
+    def served_by(self, service: Service) -> GatedDenoiser:
+        """Return this denoiser for one request among many, which gets its graphs and its results from `service`."""
+        own = copy.copy(self)
+        own.store, own.last, own._service = service.store, None, service
+        return own
+
+    @property
+    def admit(self) -> Callable[[Generation, Call, bool], None] | None:
+        """Called at the beginning of each pass of a generation; None if the denoiser is not served."""
+        return None if self._service is None else self._service.admit
+
+    @property
+    def hook(self) -> DenoiserHook:
+        """The hook, which pipelines that share the denoiser have in common."""
+        return self._hook
 
     @property
     def own_forward(self) -> Callable[..., Any]:
         """The denoiser's forward without our hook."""
-        return self._hook.own_forward
+        return self._hook.own_forward if self._service is None else self._service.forward
 
     @property
     def busy(self) -> bool:
@@ -179,7 +257,7 @@ class GatedDenoiser:
     @contextmanager
     def activated(self, generation: Generation) -> Iterator[None]:
         """Pass the denoiser's calls to `generation` inside the context, and finish it when the context is left."""
-        with self._hook.activated(generation):
+        with self._hook.activated(generation, served=self._service is not None):
             try:
                 yield
             finally:

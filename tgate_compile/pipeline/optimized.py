@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -29,7 +30,7 @@ from tgate_compile.pipeline.facts import (
     reports_guidance,
 )
 from tgate_compile.pipeline.generation import Generation, Plan
-from tgate_compile.pipeline.hook import MSG_NO_COPY, GatedDenoiser, hook_of
+from tgate_compile.pipeline.hook import MSG_NO_COPY, GatedDenoiser, Service, hook_of
 from tgate_compile.pipeline.loop import Loop, OnUnsupported, Previewed, StartOver, rewindable
 from tgate_compile.pipeline.modular import family_of_pipeline
 from tgate_compile.pipeline.two_halves import observed
@@ -134,6 +135,18 @@ class Optimized:
     def hook(self) -> GatedDenoiser:
         """The gated denoiser, or the first of two."""
         return next(iter(self.hooks.values()))
+
+    def view(self, pipe: DiffusionPipeline, services: Mapping[str, Service]) -> DiffusionPipeline:
+        """Return a pipeline with the components of the optimized `pipe` for one request among many.
+
+        It has its own scheduler and its own state; its denoisers are served by `services`, by name.
+        """
+        own = copy.copy(self)
+        own.hooks = {name: hook.served_by(services[name]) for name, hook in self.hooks.items()}
+        view: DiffusionPipeline = object.__new__(type(pipe))
+        # Not by setattr, which diffusers overrides to change the configuration as well.
+        vars(view).update({**vars(pipe), _ATTRIBUTE: own, "scheduler": copy.deepcopy(pipe.scheduler)})
+        return view
 
     def attach(self, pipe: DiffusionPipeline) -> None:
         """Register the hooks, and make the call of `pipe` run as a generation."""
@@ -300,6 +313,7 @@ def _generations_of_call(
                 guided_at=None if known.guided_at is None else functools.partial(known.guided_at, name),
                 before=begun,
                 parking=Parking() if hook.config.offload_prelude else None,
+                admit=hook.admit,
             )
             loop.generations.append(begun)
             stack.enter_context(hook.activated(begun))

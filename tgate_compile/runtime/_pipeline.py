@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -249,6 +250,34 @@ class BundlePipeline:
         return pictures[0] if isinstance(prompt, str) else pictures
 
     @property
+    def graphs(self) -> Graphs:
+        """The graphs of the denoiser."""
+        return self._graphs
+
+    def with_graphs(self, graphs: Graphs) -> BundlePipeline:
+        """Return a pipeline that runs the denoiser by `graphs`, and shares the text encoders and the decoder.
+
+        Raises:
+            ConfigurationError: this pipeline is sequential, so that only one call at a time can be made.
+        """
+        if self._sequential:
+            raise ConfigurationError("A sequential pipeline makes one call at a time. Leave sequential out.")
+        self._open_prompts()
+        self._open_decoder()
+        other = copy.copy(self)
+        other._graphs = graphs
+        return other
+
+    def decode(self, latents: Array) -> Array:
+        """Return the images of `latents`, [images, height, width, 3], with values in [0, 1]."""
+        return self._decoded(latents)
+
+    def close(self) -> None:
+        """Close the graphs, the text encoders and the decoder; the next call opens them again."""
+        self._prompts = self._decoder = None
+        self._graphs.close()
+
+    @property
     def open_graphs(self) -> tuple[str, ...]:
         """The names of the denoiser's graphs that are currently open."""
         return self._graphs.open
@@ -306,13 +335,12 @@ class BundlePipeline:
     def _conditions(
         self, prompts: Sequence[str], negative: str | Sequence[str] | None, latents: Sequence[int], *, guided: bool
     ) -> Conditions:
-        if self._prompts is None:
-            self._prompts = Prompts(self._components, self._folder, self._settings)
+        encoder = self._open_prompts()
         negatives = _negatives(negative, len(prompts))
-        cond = self._prompts.encoded(prompts)
+        cond = encoder.encoded(prompts)
         halves: dict[Half, Encoded] = {"cond": cond}
         if guided:
-            halves = {"uncond": self._prompts.negative(negatives, cond), "cond": cond}
+            halves = {"uncond": encoder.negative(negatives, cond), "cond": cond}
         if self._sequential:
             self._prompts = None
         sizes = self._sizes(len(prompts), latents)
@@ -331,10 +359,18 @@ class BundlePipeline:
             "aspect_ratio": rows(height / width),
         }
 
-    def _decoded(self, latents: Array) -> Array:
+    def _open_prompts(self) -> Prompts:
+        if self._prompts is None:
+            self._prompts = Prompts(self._components, self._folder, self._settings)
+        return self._prompts
+
+    def _open_decoder(self) -> Decoder:
         if self._decoder is None:
             self._decoder = Decoder(self._components.vae_decoder, self._folder, self._settings)
-        images = self._decoder(latents)
+        return self._decoder
+
+    def _decoded(self, latents: Array) -> Array:
+        images = self._open_decoder()(latents)
         if self._sequential:
             self._decoder = None
         return images

@@ -1,0 +1,243 @@
+"""Put the denoiser calls of several requests together as one, and take its results apart.
+
+A call has the rows of its images in halves if it is guided, [uncond...; cond...]; so has the joined call, with the rows
+of all requests in each half. Inputs without rows are shared, and must be equal in all requests. A batch may be padded
+with copies of the first image.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from tgate_compile.engine.call import Call
+from tgate_compile.engine.compiled import CachedValues, Seen
+from tgate_compile.engine.families import Family
+from tgate_compile.engine.halves import is_time, latents_of, leaves_at, named_leaves, rows_of
+from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
+from tgate_compile.methods.method import Kind
+
+#: Where a leaf of a call has the rows of its images: the dimension; "time" for a timestep, which is expanded to one
+#: element for each row; None for leaves without rows.
+Rows = int | Literal["time"] | None
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a denoiser call, as far as others can be joined to it.
+
+    Attributes:
+        images: the number of images.
+        halves: the number of rows for each image, 2 under guidance.
+        rows: where each leaf has its rows.
+        key: what must be equal in calls that are joined: everything except the number of images, and values.
+    """
+
+    images: int
+    halves: int
+    rows: tuple[Rows, ...]
+    key: Hashable
+
+    def per_image(self, leaf: torch.Tensor, dim: int = 0) -> int:
+        """Return how many rows of a half of `leaf` belong to each image."""
+        return leaf.shape[dim] // (self.images * self.halves)
+
+
+def form_of(call: Call, signature: inspect.Signature, family: Family, *, guided: bool) -> Form | None:
+    """Return the form of a call of a denoiser with this `signature`; None if it cannot be joined with others.
+
+    The rows of an input are in the dimension where it has as many elements as the latents have rows, which is the first
+    unless `family` states another one. This may be wrong for an input whose size is the same by chance, which shows
+    when the first joined call is compared with single ones.
+    """
+    args, kwargs = call.arguments
+    arguments = signature.bind(*args, **kwargs).arguments
+    latents = latents_of(arguments)
+    halves = 2 if guided else 1
+    if call.by_value or rows_of(arguments, latents) is not None or latents.shape[0] % halves:
+        return None  # the graph depends on values, or the denoiser takes lists of rows
+    count = latents.shape[0]
+    times = {id(leaf) for name, leaf in named_leaves(arguments) if torch.is_tensor(leaf) and is_time(name)}
+    shared = {id(leaf) for path in family.shared for leaf in leaves_at(call, path)}
+    repeated = {id(leaf) for path in family.repeated for leaf in leaves_at(call, path)}
+    dims = {id(leaf): dim for path, dim in family.batch_dims for leaf in leaves_at(call, path)}
+
+    def rows(leaf: Any) -> Rows:
+        if not torch.is_tensor(leaf) or id(leaf) in shared:
+            return None
+        if id(leaf) in times and leaf.ndim <= 1 and leaf.numel() in (1, count):
+            return "time"
+        if id(leaf) in dims:
+            return dims[id(leaf)]
+        if leaf.ndim and (leaf.shape[0] == count or (id(leaf) in repeated and leaf.shape[0] % count == 0)):
+            return 0
+        return None
+
+    found = tuple(map(rows, call.leaves))
+    parts = tuple(_part(leaf, where, count) for leaf, where in zip(call.leaves, found, strict=True))
+    return Form(count // halves, halves, found, (call.spec, halves, parts))
+
+
+def _part(leaf: Any, rows: Rows, count: int) -> Hashable:
+    if not torch.is_tensor(leaf):
+        return type(leaf), leaf if isinstance(leaf, Hashable) else repr(leaf)
+    shape: tuple[int, ...] = tuple(leaf.shape)
+    if rows == "time":
+        shape = ()
+    elif rows is not None:
+        shape = (*shape[:rows], shape[rows] // count, *shape[rows + 1 :])
+    return rows, shape, leaf.dtype, leaf.device
+
+
+class Memo:
+    """Keeps the last joined tensors of each place, since prompts and caches stay the same from step to step."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, tuple[list[Seen], Hashable, torch.Tensor]] = {}
+
+    def get(
+        self, place: Hashable, parts: Sequence[torch.Tensor], layout: Hashable, join: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the result of `join`, or that of the last time if it was for the same `parts` and `layout`."""
+        made = self._made.get(place)
+        if made is not None and made[1] == layout and len(made[0]) == len(parts):
+            if all(seen.is_same(part) for seen, part in zip(made[0], parts, strict=True)):
+                return made[2]
+        joined = join()
+        self._made[place] = [Seen(part) for part in parts], layout, joined
+        return joined
+
+    def clear(self) -> None:
+        """Free the tensors."""
+        self._made.clear()
+
+
+def joined(calls: Sequence[Call], forms: Sequence[Form], images: int, memo: Memo, place: Hashable) -> Call:
+    """Return one call for all of `calls`, padded to a number of `images`."""
+    layout = tuple(form.images for form in forms), images
+    leaves: list[Any] = []
+    for position, rows in enumerate(forms[0].rows):
+        parts = [call.leaves[position] for call in calls]
+        if rows is None:
+            leaves.append(parts[0])
+            continue
+        dim = 0 if rows == "time" else rows
+        if rows == "time":
+            counts = [form.images * form.halves for form in forms]
+            parts = [part.reshape(-1).expand(count) for part, count in zip(parts, counts, strict=True)]
+        leaves.append(_joined(parts, forms, images, dim, memo, (place, position), layout))
+    return Call(tuple(leaves), calls[0].spec, calls[0].by_value)
+
+
+def joined_caches(
+    caches: Sequence[CachedValues], forms: Sequence[Form], images: int, memo: Memo, place: Hashable
+) -> dict[tuple[Kind, str], torch.Tensor]:
+    """Return the cached values of several requests as those of one call, padded to a number of `images`."""
+    layout = tuple(form.images for form in forms), images
+    return {
+        key: _joined([each[key] for each in caches], forms, images, 0, memo, (place, key), layout) for key in caches[0]
+    }
+
+
+def _joined(
+    parts: Sequence[torch.Tensor],
+    forms: Sequence[Form],
+    images: int,
+    dim: int,
+    memo: Memo,
+    place: Hashable,
+    layout: Hashable,
+) -> torch.Tensor:
+    halves, padding = forms[0].halves, images - sum(form.images for form in forms)
+    if len(parts) == 1 and not padding:
+        return parts[0]
+
+    def join() -> torch.Tensor:
+        pieces: list[torch.Tensor] = []
+        for half in range(halves):
+            pieces += [part.chunk(halves, dim)[half] for part in parts]
+            first = pieces[-len(parts)].narrow(dim, 0, forms[0].per_image(parts[0], dim))
+            pieces += [first] * padding
+        return torch.cat(pieces, dim)
+
+    return memo.get(place, parts, layout, join)
+
+
+def share_of(value: torch.Tensor, start: int, count: int, images: int, halves: int) -> torch.Tensor:
+    """Return the rows of `count` images from the image `start` on, in a value with `images` in each of its halves.
+
+    Raises:
+        ValueError: the value does not have the same number of rows for each image.
+    """
+    if not value.ndim or value.shape[0] % (images * halves):
+        raise ValueError(f"a result of shape {list(value.shape)} has no rows for {images * halves} inputs")
+    if count == images:
+        return value
+    size = value.shape[0] // (images * halves)
+    parts = [value.narrow(0, (half * images + start) * size, count * size) for half in range(halves)]
+    return parts[0].clone() if halves == 1 else torch.cat(parts)
+
+
+def shared_equal(call: Call, other: Call, rows: Sequence[Rows]) -> bool:
+    """Return whether two calls of one form have equal inputs where these have no rows."""
+    return all(
+        left is right or torch.equal(left, right)
+        for left, right, where in zip(call.leaves, other.leaves, rows, strict=True)
+        if where is None and torch.is_tensor(left)
+    )
+
+
+def differing(calls: Sequence[Call], rows: Sequence[Rows]) -> frozenset[int]:
+    """Return the positions of the leaves with rows that are not the same in all of `calls`."""
+
+    def differs(position: int) -> bool:
+        first, *others = (call.leaves[position] for call in calls)
+        return any(not _has_equal_rows(first, other) for other in others)
+
+    return frozenset(position for position, where in enumerate(rows) if where is not None and differs(position))
+
+
+def _has_equal_rows(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left is right or (left.shape == right.shape and torch.equal(left, right))
+
+
+def varied(call: Call, form: Form, number: int) -> Call:
+    """Return `call` with other values in its rows, to find out in a trial whether rows are independent.
+
+    Values are only moved, along the last dimension, so that a mask remains a mask, and the sizes of values are kept.
+    """
+    if not number:
+        return call
+
+    def moved(leaf: Any, rows: Rows) -> Any:
+        if rows == "time":
+            return (leaf * (1 - 0.01 * number)).to(leaf.dtype)
+        return leaf if rows is None or leaf.ndim < 2 else leaf.roll(number, -1)
+
+    leaves = (moved(leaf, rows) for leaf, rows in zip(call.leaves, form.rows, strict=True))
+    return Call(tuple(leaves), call.spec, call.by_value)
+
+
+def distance(
+    results: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], computed_in: torch.dtype | None = None
+) -> str | None:
+    """Return how results differ from the expected ones beyond rounding; None if they do not."""
+    for result, target in zip(results, expected, strict=True):
+        if not target.is_floating_point():
+            if not torch.equal(result, target):
+                return "other integers"
+            continue
+        dtypes = {target.dtype, computed_in or target.dtype} & TOLERANCES.keys()
+        relative, allowed = relative_difference(result, target), TOLERANCES[coarsest(dtypes)]
+        if relative > allowed:
+            return f"a relative difference of {relative:.1e}, where {allowed:.0e} is allowed for {target.dtype}"
+    return None
+
+
+def sizes_in_words(call: Call) -> str:
+    """Return the shapes of the tensors of a call, for messages."""
+    return ", ".join(str(list(leaf.shape)) for leaf in call.leaves if torch.is_tensor(leaf))

@@ -1,0 +1,737 @@
+"""The engine: it accepts requests, runs them side by side, and batches their denoiser calls.
+
+Each request runs the pipeline's own call in a thread of its own. One of these threads at a time runs the pipeline's
+code, since tokenizers, text encoders and decoders are not thread-safe. At a denoiser call the thread hands over the
+call's inputs and waits for the results. A single worker collects the waiting calls, groups those that one graph can
+serve together, and runs the graph once for all of them.
+
+This module knows nothing of tensors. What can be grouped, and how a group is run, is up to a `Served` model.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, get_args
+
+from tgate_compile._errors import ConfigurationError, UnsupportedCallError, first_line
+from tgate_compile.engine.traffic import paused, running
+from tgate_compile.serve.requests import (
+    Ended,
+    EngineBusyError,
+    EngineClosedError,
+    EngineCrashedError,
+    EngineStats,
+    Gate,
+    HostLock,
+    Job,
+    Progress,
+    Request,
+    Running,
+    Submission,
+    Ticket,
+    Work,
+)
+
+logger = logging.getLogger(__name__)
+
+#: What to do with a request whose size has not been captured.
+NewSizes = Literal["capture", "plain", "refuse"]
+
+#: The longest time that a batch waits for requests that are between two steps, in seconds.
+LONGEST_WAIT = 0.05
+#: The part of a batch that may be padding as long as nothing has been measured.
+MOST_PADDING = 0.25
+#: The seconds that `close` waits for requests that were told to end.
+PATIENCE = 60.0
+
+# Ranks of threads that wait to run the pipeline's code.
+_STEPPING, _LEAVING, _BEGINNING = range(3)
+
+MSG_CRASHED = (
+    "The engine's worker failed while the request {request} was in progress ({cause}). The worker has been started "
+    "again; send the request again."
+)
+MSG_CLOSED = "The engine is closed."
+MSG_TOO_LARGE = (
+    "The caches of the request {request} take {needed:.1f} MB, but the engine's limit for all requests together is "
+    "{limit:.1f} MB (memory=...). Request a smaller or fewer images, or allow more memory."
+)
+
+
+class Served(Protocol):
+    """A pipeline as the engine serves it."""
+
+    @property
+    def captures(self) -> int:
+        """The number of graphs that have been compiled."""
+        ...
+
+    def check(self, call: Mapping[str, Any], lora: Mapping[str, float] | None) -> None:
+        """Raise ConfigurationError if the pipeline does not know these arguments or adapters."""
+        ...
+
+    def run(self, request: Request, engine: Engine) -> Any:
+        """Run the pipeline's call for `request`, in whose thread it is called. Denoiser calls go to the engine."""
+        ...
+
+    def execute(self, works: Sequence[Work]) -> Sequence[Any]:
+        """Run works with equal keys together, and return the result of each. Called by the worker."""
+        ...
+
+    def keep_apart(self, work: Work, reason: str) -> None:
+        """Give works like this one different keys from now on."""
+        ...
+
+    def decode(self, latents: Any) -> list[Any]:
+        """Return PIL images of `latents`."""
+        ...
+
+    def warm_up(self, engine: Engine, calls: Sequence[Mapping[str, Any]]) -> None:
+        """Compile and check the graphs that calls like `calls` need, for all batch sizes."""
+        ...
+
+    def rest(self) -> None:
+        """Free what is kept from batch to batch. Called by the worker when no request is in progress."""
+        ...
+
+    def close(self) -> None:
+        """Release the pipeline."""
+        ...
+
+
+class Engine:
+    """Serves many requests at a time with one pipeline.
+
+    Use it as a context manager, or call `close`. While it is open, the pipeline itself cannot be called.
+
+    Args:
+        pipe: an optimized pipeline (`tgate_compile.optimize`).
+        warm_up: arguments of the pipeline's call, one mapping for each kind of request to expect. For each of them,
+            the graphs that the call needs are compiled, run and checked for all batch sizes before the engine is
+            ready, so that no such request waits for a compilation later. The calls are made, so give them few steps,
+            but with all phases: `{"prompt": "a fox", "num_inference_steps": 4, "gate_step": 2}`. An entry `lora` is
+            used like that of `submit`.
+        max_batch: the largest number of images in a batch. Batches have 1, 2, 4, ... images, up to this number.
+        max_waiting: the number of requests that may wait to begin; `submit` raises `EngineBusyError` beyond it.
+        max_running: the number of requests that may be in progress; the default is twice `max_batch`.
+        memory: the number of bytes that the caches of all requests in progress may take; None sets no limit.
+        timeout: the number of seconds that a request may take, waiting included; None sets no limit.
+        new_sizes: what to do with a request whose size (or number of images, or guidance) has not been captured:
+            `"capture"` captures it while the request waits, `"plain"` runs the request with the plain pipeline, and
+            `"refuse"` lets it fail with an `UnsupportedCallError`.
+
+    Raises:
+        ConfigurationError: an argument is wrong, or the pipeline is not optimized, or cannot be served.
+        ConcurrentGenerationError: the pipeline is in the middle of a call, or is served by another engine.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        warm_up: Iterable[Mapping[str, Any]] = (),
+        max_batch: int = 8,
+        max_waiting: int = 64,
+        max_running: int | None = None,
+        memory: int | None = None,
+        timeout: float | None = None,
+        new_sizes: NewSizes = "capture",
+    ) -> None:
+        from tgate_compile.serve.pipelines import ServedPipeline  # imports PyTorch, which bundles do without
+
+        if new_sizes not in get_args(NewSizes):
+            raise ConfigurationError(f'new_sizes must be "capture", "plain" or "refuse", but got {new_sizes!r}.')
+        self._configure(max_batch, max_waiting, max_running, memory, timeout)
+        self._start(ServedPipeline(pipe, max_batch=max_batch, new_sizes=new_sizes), list(warm_up))
+
+    @classmethod
+    def from_bundle(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        warm_up: Iterable[Mapping[str, Any]] = (),
+        max_batch: int = 8,
+        max_waiting: int = 64,
+        max_running: int | None = None,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Engine:
+        """Return an engine for the bundle in `folder`, which needs no PyTorch (`tgate_compile.runtime`).
+
+        `submit` then takes the arguments of `BundlePipeline.__call__`, without `callback`, and results are what that
+        call returns.
+
+        Args:
+            folder: the folder of a bundle that was exported with `components="all"`.
+            warm_up: as for `Engine`; the calls are made one after the other, which opens the bundle's graphs.
+            max_batch: as for `Engine`.
+            max_waiting: as for `Engine`.
+            max_running: as for `Engine`.
+            timeout: as for `Engine`.
+            options: options of `BundlePipeline`.
+
+        Raises:
+            BundleError: the bundle is damaged or unsuitable.
+            ConfigurationError: an argument is wrong.
+        """
+        from tgate_compile.serve.bundles import ServedBundle
+
+        engine = cls.__new__(cls)
+        engine._configure(max_batch, max_waiting, max_running, None, timeout)
+        engine._start(ServedBundle(folder, **options), list(warm_up))
+        return engine
+
+    def _configure(
+        self, max_batch: int, max_waiting: int, max_running: int | None, memory: int | None, timeout: float | None
+    ) -> None:
+        limits = {"max_batch": max_batch, "max_running": max_running, "memory": memory}
+        for name, limit in limits.items():
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+                raise ConfigurationError(f"{name} must be a positive whole number, but got {limit!r}.")
+        if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 0:
+            raise ConfigurationError(f"max_waiting must be a whole number, at least 0, but got {max_waiting!r}.")
+        _check_timeout(timeout)
+        self._max_batch = max_batch
+        self._max_waiting = max_waiting
+        self._max_running = 2 * max_batch if max_running is None else max_running
+        self._memory = memory
+        self._timeout = timeout
+
+    def _start(self, served: Served, warm_up: Sequence[Mapping[str, Any]]) -> None:
+        self._served = served
+        self._host = HostLock()
+        self._lock = threading.Lock()
+        self._for_worker = threading.Condition(self._lock)
+        self._for_threads = threading.Condition(self._lock)
+        self._for_close = threading.Condition(self._lock)
+        self._queue: deque[Request] = deque()
+        self._running: dict[int, Request] = {}  # by the id of the object, in the order in which they began
+        self._submissions: list[Submission] = []
+        self._in_hand: Sequence[Submission] = ()  # what the worker is running
+        self._need_memory: deque[tuple[Request, int]] = deque()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._closing = self._stopped = self._released = False
+        self._resting = True
+        self._numbers = itertools.count()
+        self._times: dict[tuple[Hashable, int], float] = {}  # seconds per run, by graph and number of images
+        self._batches: dict[str, Counter[int]] = defaultdict(Counter)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._errors: Counter[str] = Counter()
+        self._completed = self._cancelled = 0
+        self._warm = self._alive = False
+        self._start_worker()
+        atexit.register(self.close, False)
+        try:
+            self._served.warm_up(self, warm_up)
+        except BaseException:
+            self.close(drain=False)
+            raise
+        with self._lock:
+            self._completed = 0
+            self._batches.clear()
+            self._seconds.clear()
+            self._warm = True
+
+    # Requests.
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine accepts requests: it is warmed up, not closing, and its worker runs."""
+        return self._warm and self._alive and not self._closing
+
+    def submit(
+        self,
+        call: Mapping[str, Any],
+        *,
+        lora: Mapping[str, float] | None = None,
+        timeout: float | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        request_id: str | None = None,
+    ) -> Ticket:
+        """Accept a request, and return a ticket for its result.
+
+        Args:
+            call: the arguments of the pipeline's call. Generators, if any, must not be shared between requests.
+            lora: the weights of loaded LoRA adapters by name; None leaves those that were active when the engine
+                started, and an empty mapping uses none.
+            timeout: the number of seconds that this request may take; None takes that of the engine.
+            on_step: called in the request's thread before each step is completed. The request fails if it raises.
+                Keep it short: the other requests' code waits meanwhile.
+            request_id: an id for statistics and logs; the default is a number.
+
+        Raises:
+            EngineBusyError: too many requests are waiting.
+            EngineClosedError: the engine is closed or closing.
+            ConfigurationError: the call has arguments that the pipeline does not know, or an adapter is not loaded.
+        """
+        _check_timeout(timeout)
+        self._served.check(call, lora)
+        return self.accept(call, lora, self._timeout if timeout is None else timeout, on_step, request_id).ticket
+
+    def accept(
+        self,
+        call: Mapping[str, Any],
+        lora: Mapping[str, float] | None,
+        timeout: float | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        request_id: str | None = None,
+        records: dict[Hashable, Work] | None = None,
+    ) -> Request:
+        """Accept a request. `records` collects its works, for a warm-up."""
+        number = next(self._numbers)
+        ticket = Ticket(str(number) if request_id is None else request_id, lambda: self._cancel(request))
+        request = Request(ticket, dict(call), None if lora is None else dict(lora), on_step, timeout)
+        request.records = records
+        with self._lock:
+            if self._closing:
+                raise EngineClosedError(MSG_CLOSED)
+            free = self._max_running - len(self._running)
+            if len(self._queue) >= self._max_waiting + free:
+                raise EngineBusyError(
+                    f"{len(self._queue)} requests are waiting (max_waiting={self._max_waiting}). Send the request "
+                    "again later."
+                )
+            self._queue.append(request)
+            if len(self._queue) > self._idle and len(self._threads) < self._max_running:
+                self._start_thread()
+            self._for_threads.notify()
+            if request.deadline is not None:
+                self._for_worker.notify()  # it watches the time
+        return request
+
+    def _cancel(self, request: Request) -> bool:
+        return self._end(request, CancelledError(f"The request {request.id} was cancelled."))
+
+    def _end(self, request: Request, reason: Exception) -> bool:
+        """Let a request end before its next step; return False if it has ended."""
+        with self._lock:
+            if request in self._queue:
+                self._queue.remove(request)
+                self._count(reason)
+            elif id(request) not in self._running:
+                return False
+            else:
+                self._interrupt(request, reason)
+                return True
+        request.ticket.fail(reason)
+        return True
+
+    def _interrupt(self, request: Request, reason: Exception) -> None:
+        """Let a running request end, at once if its thread is waiting. The lock must be held."""
+        request.end = request.end or reason
+        if request.submission in self._submissions:
+            self._submissions.remove(request.submission)
+            request.submission.error = Ended(request.end)
+            request.submission.gate.open()
+        for waiting in [each for each in self._need_memory if each[0] is request]:
+            self._need_memory.remove(waiting)
+            assert request.memory_gate is not None
+            request.memory_gate.open()
+            self._share_memory()
+
+    def _count(self, error: BaseException) -> None:
+        if isinstance(error, CancelledError):
+            self._cancelled += 1
+        else:
+            self._errors[type(error).__name__] += 1
+
+    # Threads of requests.
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._attend, name=f"tgate-request-{len(self._threads)}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _attend(self) -> None:
+        """Run waiting requests, one after the other, until the engine stops."""
+        while True:
+            with self._lock:
+                self._idle += 1
+                while not self._queue and not self._stopped:
+                    self._for_threads.wait()
+                self._idle -= 1
+                if not self._queue:
+                    return
+                request = self._queue.popleft()
+                self._running[id(request)] = request
+            self._handle(request)
+
+    def _handle(self, request: Request) -> None:
+        """Run a request in this thread, and end its ticket."""
+        error: BaseException | None = None
+        result: Any = None
+        try:
+            with self._host.held(_BEGINNING):
+                request.check()
+                result = self._served.run(request, self)
+        except Ended as ended:
+            error = ended.reason
+        except BaseException as raised:  # whatever it is, the ticket's owner must learn of it
+            error = raised
+        with self._lock:
+            del self._running[id(request)]
+            request.stepping = None
+            request.submission = None
+            self._free(request)
+            if error is None:
+                self._completed += 1
+            else:
+                self._count(error)
+            self._for_worker.notify()
+            self._for_close.notify_all()
+        if error is None:
+            request.ticket.resolve(result)
+        else:
+            request.ticket.fail(error)
+
+    # What a served model asks for in a request's thread.
+
+    def compute(self, work: Work, request: Request | None = None) -> Any:
+        """Let the worker run `work`, and return its result. A request's thread gives up the host lock meanwhile.
+
+        Raises:
+            Ended: the request has to end.
+            Exception: what running it raises.
+        """
+        if request is not None:
+            request.check()
+        submission = Submission(work, request)
+        with self._lock:
+            if self._stopped:
+                raise EngineClosedError(MSG_CLOSED)
+            self._submissions.append(submission)
+            if request is not None:
+                request.stepping = None
+                request.submission = submission
+            if len(self._submissions) == 1 or not self._joining():
+                self._for_worker.notify()
+        if request is None:
+            submission.gate.wait()
+        else:
+            with self._aside(_LEAVING if work.is_last else _STEPPING):
+                submission.gate.wait()
+            request.check()
+        if submission.error is not None:
+            raise submission.error
+        return submission.result
+
+    def reserve(self, request: Request, nbytes: int) -> None:
+        """Return once the caches of `request`, of this size, fit into the memory beside those of the others.
+
+        Raises:
+            Ended: the request has to end.
+            UnsupportedCallError: they never will.
+        """
+        more = nbytes - request.reserved
+        if self._memory is not None and nbytes > self._memory:
+            raise UnsupportedCallError(
+                MSG_TOO_LARGE.format(request=request.id, needed=nbytes / 1e6, limit=self._memory / 1e6)
+            )
+        with self._lock:
+            # A request that holds memory already never waits for more: two could wait for each other.
+            if more <= 0 or request.reserved or (not self._need_memory and self._fits(more)):
+                request.reserved = max(request.reserved, nbytes)
+                return
+            request.memory_gate = Gate()
+            self._need_memory.append((request, nbytes))
+        with self._aside(_STEPPING):
+            request.memory_gate.wait()
+        request.check()
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._memory is None or self._reserved + nbytes <= self._memory
+
+    @property
+    def _reserved(self) -> int:
+        return sum(request.reserved for request in self._running.values())
+
+    def _free(self, request: Request) -> None:
+        """Free the memory of a request for those that wait for it. The lock must be held."""
+        request.reserved = 0
+        self._share_memory()
+
+    def _share_memory(self) -> None:
+        """Give free memory to the requests that wait for it, in order. The lock must be held."""
+        while self._need_memory and self._fits(self._need_memory[0][1]):
+            waiting, nbytes = self._need_memory.popleft()
+            waiting.reserved = nbytes
+            assert waiting.memory_gate is not None
+            waiting.memory_gate.open()
+
+    @contextmanager
+    def _aside(self, rank: int) -> Iterator[None]:
+        """Let other threads run the pipeline's code, and captures begin, inside the context."""
+        with paused(), self._host.given_up(rank):
+            yield
+
+    # The worker.
+
+    def _start_worker(self) -> None:
+        self._worker = threading.Thread(target=self._work, name="tgate-worker", daemon=True)
+        self._worker.start()
+        self._alive = True
+
+    def _work(self) -> None:
+        """Run what has been submitted, until the engine stops."""
+        try:
+            while True:
+                group = self._next()
+                if not group:
+                    return
+                self._run(group)
+                self._in_hand = ()
+        except BaseException as error:
+            self._recover(error)
+
+    def _recover(self, error: BaseException) -> None:
+        """Fail the requests in progress, whose state is uncertain, and start another worker."""
+        logger.critical("The engine's worker has failed and is started again.", exc_info=error)
+
+        def crashed(request: str) -> EngineCrashedError:
+            return EngineCrashedError(MSG_CRASHED.format(request=request, cause=first_line(error, named=True)))
+
+        with self._lock:
+            self._alive = False
+            lost = [*self._in_hand, *self._submissions]
+            self._in_hand, self._submissions = (), []
+            for request in self._running.values():
+                if request.stepping is not None or request.submission in lost:
+                    request.end = crashed(request.id)
+            for submission in lost:
+                submission.error = crashed("(none)" if submission.request is None else submission.request.id)
+                submission.gate.open()
+        self._start_worker()
+
+    def _next(self) -> list[Submission]:
+        """Wait for submissions, and return a group to run; it is empty if the engine has stopped.
+
+        The group is that of the submission that has waited longest, so each is served in its turn. If requests that
+        are between two steps are about to join it, it waits for them, but not longer than that saves.
+        """
+        with self._lock:
+            free_since = time.monotonic()
+            while True:
+                now = time.monotonic()
+                self._end_late()
+                wait: float | None = None
+                if self._submissions:
+                    due = max(self._submissions[0].arrived, free_since) + self._patience()
+                    if now >= due:
+                        self._in_hand = group = self._choose()
+                        self._resting = False
+                        for submission in group:
+                            self._submissions.remove(submission)
+                        return group
+                    wait = due - now
+                elif self._stopped:
+                    return []
+                elif self._resting is False and not self._running:
+                    self._resting = True
+                    self._served.rest()
+                here = (*self._queue, *(each for each in self._running.values() if each.end is None))
+                deadlines = [each.deadline for each in here if each.deadline is not None]
+                if deadlines:
+                    wait = min(deadlines) - now if wait is None else min(wait, min(deadlines) - now)
+                self._for_worker.wait(wait if wait is None else max(wait, 0.001))
+
+    def _end_late(self) -> None:
+        """End requests whose time is over. The lock must be held."""
+        for request in [each for each in self._queue if each.is_late()]:
+            self._queue.remove(request)
+            error = request.too_late()
+            self._count(error)
+            # Not under the lock, since it calls the functions of `add_done_callback`.
+            self._submissions.append(Submission(Job(functools.partial(request.ticket.fail, error)), None))
+        for request in self._running.values():
+            if request.end is None and request.is_late():
+                self._interrupt(request, request.too_late())
+
+    def _joining(self) -> int:
+        """Return the number of images that are about to join the oldest submission; 0 if its batch is full."""
+        key = self._submissions[0].work.key
+        if key is None or self._total(self._alike()) >= self._max_batch:
+            return 0
+        return sum(
+            request.stepping.images
+            for request in self._running.values()
+            if request.stepping is not None and request.stepping.key == key
+        )
+
+    def _patience(self) -> float:
+        """Return how long the oldest submission may wait for others, in seconds: what running together saves."""
+        joining = self._joining()
+        if not joining:
+            return 0.0
+        here = self._total(self._alike())
+        joining = min(joining, self._max_batch - here)
+        key = self._submissions[0].work.key
+        sizes = [size_of(images, self._max_batch) for images in (here, joining, here + joining)]
+        one, other, both = (self._times.get((key, size)) for size in sizes)
+        if one is None or other is None or both is None:
+            return LONGEST_WAIT
+        return min(LONGEST_WAIT, one + other - both)
+
+    def _alike(self) -> list[Submission]:
+        """Return the oldest submission and those that can be run with it, by age."""
+        key = self._submissions[0].work.key
+        if key is None:
+            return self._submissions[:1]
+        return [each for each in self._submissions if each.work.key == key]
+
+    @staticmethod
+    def _total(group: Sequence[Submission]) -> int:
+        return sum(each.work.images for each in group)
+
+    def _choose(self) -> list[Submission]:
+        """Return the group of the oldest submission, as many as it is best to run at a time."""
+        alike = self._alike()
+        group = _first(alike, self._max_batch)
+        total, sizes = self._total(group), batch_sizes(self._max_batch)
+        if len(group) == 1 or total in sizes:
+            return group
+        key = group[0].work.key
+        lower = max(size for size in sizes if size < total)
+        upper = min(size for size in sizes if size > total)
+        padded, cut = self._times.get((key, upper)), self._times.get((key, lower))
+        if padded is not None and cut is not None:
+            pads = total / padded >= lower / cut
+        else:
+            pads = total >= (1 - MOST_PADDING) * upper
+        return group if pads else _first(group, lower)
+
+    def _run(self, group: Sequence[Submission]) -> None:
+        """Run a group, and let its requests go on. If that fails, each is tried alone."""
+        works = [submission.work for submission in group]
+        began = time.perf_counter()
+        try:
+            with running():
+                results = self._served.execute(works)
+        except Exception as error:
+            if len(group) == 1:
+                group[0].error = error
+            else:
+                reason = first_line(error, named=True)
+                logger.warning("A batch of %d requests failed (%s). Running each of them alone.", len(group), reason)
+                for submission in group:
+                    self._run([submission])
+                if all(submission.error is None for submission in group):
+                    self._served.keep_apart(works[0], f"a batch failed: {reason}")
+                return
+        else:
+            for submission, result in zip(group, results, strict=True):
+                submission.result = result
+        self._deliver(group, time.perf_counter() - began)
+
+    def _deliver(self, group: Sequence[Submission], seconds: float) -> None:
+        work, images = group[0].work, self._total(group)
+        with self._lock:
+            if work.letter:
+                self._batches[work.letter][images] += 1
+                self._seconds[work.letter] += seconds
+            if work.key is not None:
+                at = work.key, size_of(images, self._max_batch)
+                before = self._times.get(at, seconds)  # the first time includes the graph's compilation
+                self._times[at] = seconds if seconds < before / 2 else 0.7 * before + 0.3 * min(seconds, 2 * before)
+            for submission in group:
+                if submission.request is not None and submission.error is None:
+                    submission.request.stepping = None if submission.work.is_last else submission.work
+        for submission in group:
+            submission.gate.open()
+
+    # The rest.
+
+    def decode(self, latents: Any) -> list[Any]:
+        """Return PIL images of `latents`, as `Progress.latents` returns them. May be called from any thread.
+
+        Raises:
+            UnsupportedCallError: the pipeline's latents cannot be decoded on their own.
+        """
+        with self._host.held(_LEAVING), running():
+            return self._served.decode(latents)
+
+    def stats(self) -> EngineStats:
+        """Return the present state, and totals."""
+        with self._lock:
+            return EngineStats(
+                waiting=len(self._queue),
+                running=[Running(each.id, each.step, each.steps, each.phase) for each in self._running.values()],
+                batches={letter: Counter(sizes) for letter, sizes in self._batches.items()},
+                seconds=dict(self._seconds),
+                captures=self._served.captures,
+                cache_bytes=self._reserved,
+                errors=Counter(self._errors),
+                completed=self._completed,
+                cancelled=self._cancelled,
+            )
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Stop accepting requests, end those that there are, and release the pipeline. May be called again.
+
+        Args:
+            drain: whether to let waiting and running requests finish first; otherwise they end before their next step
+                with an `EngineClosedError`.
+            timeout: the number of seconds after which requests that are not done are ended all the same.
+        """
+        with self._lock:
+            self._closing = True
+            if drain:
+                self._for_close.wait_for(lambda: not self._queue and not self._running, timeout)
+            left = [*self._queue, *self._running.values()]
+        for request in left:
+            self._end(request, EngineClosedError(f"The engine was closed before the request {request.id} was done."))
+        with self._lock:
+            if not self._for_close.wait_for(lambda: not self._running, PATIENCE):
+                logger.warning("%d requests have not ended %.0f s after close().", len(self._running), PATIENCE)
+                return
+            self._stopped = True
+            first, self._released = not self._released, True
+            self._for_threads.notify_all()
+            self._for_worker.notify_all()
+        if first:
+            for thread in (*self._threads, self._worker):
+                thread.join()
+            self._served.close()
+            atexit.unregister(self.close)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(drain=False)
+
+
+def batch_sizes(most: int) -> list[int]:
+    """Return the numbers of images that batches of at most `most` images have."""
+    sizes = [2**power for power in range(most.bit_length()) if 2**power < most]
+    return [*sizes, most]
+
+
+def size_of(images: int, most: int) -> int:
+    """Return the number of images, with padding, of a batch of `images`."""
+    return min((size for size in batch_sizes(most) if size >= images), default=images)
+
+
+def _first(group: Sequence[Submission], most: int) -> list[Submission]:
+    """Return the first of `group` with at most `most` images together, and at least one of them."""
+    taken: list[Submission] = []
+    for submission in group:
+        if taken and sum(each.work.images for each in taken) + submission.work.images > most:
+            break
+        taken.append(submission)
+    return taken
+
+
+def _check_timeout(timeout: object) -> None:
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0):
+        raise ConfigurationError(f"timeout must be a positive number of seconds, but got {timeout!r}.")

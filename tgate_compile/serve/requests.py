@@ -1,0 +1,366 @@
+"""Requests to an engine: their tickets, their progress, the errors that end them, and the lock that they take turns by.
+
+Nothing here needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tgate_compile._errors import TGateError
+
+
+class EngineBusyError(TGateError, RuntimeError):
+    """Too many requests are waiting. The request was not accepted; send it again later."""
+
+
+class EngineClosedError(TGateError, RuntimeError):
+    """The engine is closed or closing. The request was not accepted, or has been ended."""
+
+
+class EngineTimeoutError(TGateError, TimeoutError):
+    """A request was not done within its time. It has been ended."""
+
+
+class EngineCrashedError(TGateError, RuntimeError):
+    """The engine's worker failed while the request was in progress. The request may be sent again."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step that a request is about to complete.
+
+    Attributes:
+        request_id: the id of the request.
+        step: the number of the step, from 0.
+        steps: the number of steps of the generation.
+        phase: the letter of the step's phase, as in a strip (`docs/reference/schedules.md`).
+        latents: returns a copy of the latents before the step, as the pipeline holds them. It may be called only
+            inside `on_step`; `Engine.decode` turns the result into images at any time.
+    """
+
+    request_id: str
+    step: int
+    steps: int
+    phase: str
+    latents: Callable[[], Any] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A request in progress.
+
+    Attributes:
+        request_id: the id of the request.
+        step: the number of the present step, from 0.
+        steps: the number of steps; 0 before the first denoiser call.
+        phase: the letter of the present step's phase; empty before the first denoiser call.
+    """
+
+    request_id: str
+    step: int
+    steps: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The state of an engine, and totals since its start.
+
+    Attributes:
+        waiting: the number of requests that have not begun.
+        running: the requests in progress.
+        batches: for each graph, by the letter of its phase: how many batches it has run, by the number of images.
+        seconds: the time spent in each graph, by the letter of its phase.
+        captures: the number of graphs that have been compiled, those of the warm-up included.
+        cache_bytes: the memory reserved for the caches of the requests in progress, in bytes.
+        errors: the number of requests that have failed, by the name of the exception's class.
+        completed: the number of requests that have returned a result.
+        cancelled: the number of requests that have been cancelled.
+    """
+
+    waiting: int
+    running: Sequence[Running]
+    batches: Mapping[str, Counter[int]]
+    seconds: Mapping[str, float]
+    captures: int
+    cache_bytes: int
+    errors: Counter[str]
+    completed: int
+    cancelled: int
+
+
+class Ticket:
+    """The result of a request that is not there yet, like a `concurrent.futures.Future`."""
+
+    def __init__(self, request_id: str, cancel: Callable[[], bool]) -> None:
+        self.request_id = request_id
+        self._cancel = cancel
+        self._future: Future[Any] = Future()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return what the pipeline's call returned.
+
+        Args:
+            timeout: the number of seconds to wait; None waits as long as it takes. The request goes on afterwards.
+
+        Raises:
+            TimeoutError: the request is not done after `timeout`.
+            CancelledError: the request was cancelled.
+            EngineTimeoutError: the request was not done within its own time.
+            EngineClosedError: the engine was closed before the request was done.
+            EngineCrashedError: the engine's worker failed while the request was in progress.
+            Exception: what the pipeline's call raised.
+        """
+        return self._future.result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what `result` would raise because the request has failed; None if it was successful."""
+        return self._future.exception(timeout)
+
+    def cancel(self) -> bool:
+        """Cancel the request, which then ends before its next step. Returns False if it is already done.
+
+        Unlike with a `Future`, a request in progress can be cancelled as well. It is done only once it has ended.
+        """
+        return not self._future.done() and self._cancel()
+
+    def cancelled(self) -> bool:
+        """Return whether the request was cancelled and has ended."""
+        return self._future.cancelled()
+
+    def done(self) -> bool:
+        """Return whether the request has ended: with a result, with an error, or because it was cancelled."""
+        return self._future.done()
+
+    def add_done_callback(self, function: Callable[[Ticket], object]) -> None:
+        """Call `function` with this ticket once the request has ended, or now if it has.
+
+        It is called in a thread of the engine and must return quickly. Exceptions that it raises are logged.
+        """
+        self._future.add_done_callback(lambda future: function(self))
+
+    def resolve(self, result: Any) -> None:
+        """End the request with `result`. For the engine."""
+        self._future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        """End the request with `error`, or as cancelled if it is a `CancelledError`. For the engine."""
+        if isinstance(error, CancelledError):
+            self._future.cancel()
+        else:
+            self._future.set_exception(error)
+
+
+class Ended(BaseException):
+    """Raised in a request's thread to leave the pipeline's call, because the request has been ended from outside.
+
+    It derives from BaseException so that no `except Exception` in a pipeline stops it.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class Work(Protocol):
+    """A denoiser call of one request, or something else to be run by the engine's worker.
+
+    Attributes:
+        key: works with equal keys can be run together; None if it runs alone.
+        images: the number of images that it counts for in a batch.
+        letter: the letter of the phase of its graph; empty if it is something else.
+        is_last: whether it is the last call of the request's loop, as far as is known.
+    """
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def images(self) -> int: ...
+
+    @property
+    def letter(self) -> str: ...
+
+    @property
+    def is_last(self) -> bool: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """A function that the worker runs alone."""
+
+    function: Callable[[], Any]
+    key: Hashable = None
+    images: int = 1
+    letter: str = ""
+    is_last: bool = False
+
+
+class Submission:
+    """A work that waits for the worker, is being run, or has been run."""
+
+    def __init__(self, work: Work, request: Request | None) -> None:
+        self.work = work
+        self.request = request
+        self.arrived = time.monotonic()
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.gate = Gate()
+
+
+class Gate:
+    """Lets one thread wait until another one opens it, once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._is_open = False
+
+    def open(self) -> None:
+        """Let the thread go on."""
+        if not self._is_open:
+            self._is_open = True
+            self._lock.release()
+
+    def wait(self) -> None:
+        """Wait until it is open. Called once."""
+        self._lock.acquire()
+
+
+class Request:
+    """A request, with what the engine knows of its progress.
+
+    Attributes:
+        ticket: its ticket.
+        call: the arguments of the pipeline's call.
+        lora: the weights of its adapters; None for those of the pipeline.
+        on_step: called before each step is completed.
+        deadline: the time at which it must be done, as `time.monotonic` counts.
+        end: why it has to end before it is done; None if it need not.
+        step: the number of the present step.
+        steps: the number of steps; 0 if it is not known yet.
+        phase: the letter of the present step's phase.
+        reserved: the memory reserved for its caches, in bytes.
+        stepping: its last work, if it is between two steps and is about to make its next call; else None.
+        submission: the work that its thread waits for.
+        records: the works of a warm-up, by what distinguishes their graphs; None if it is none.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        call: Mapping[str, Any],
+        lora: Mapping[str, float] | None,
+        on_step: Callable[[Progress], None] | None,
+        timeout: float | None,
+    ) -> None:
+        self.ticket = ticket
+        self.call = call
+        self.lora = lora
+        self.on_step = on_step
+        self.timeout = timeout
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+        self.end: Exception | None = None
+        self.step = self.steps = self.reserved = 0
+        self.phase = ""
+        self.stepping: Work | None = None
+        self.submission: Submission | None = None
+        self.memory_gate: Gate | None = None
+        self.records: dict[Hashable, Work] | None = None
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return self.ticket.request_id
+
+    def check(self) -> None:
+        """Raise `Ended` if the request has to end."""
+        if self.end is None and self.is_late():
+            self.end = self.too_late()
+        if self.end is not None:
+            raise Ended(self.end)
+
+    def is_late(self) -> bool:
+        """Return whether its time is over."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def too_late(self) -> EngineTimeoutError:
+        """Return the error for a request whose time is over."""
+        done = f"step {self.step + 1} of {self.steps}" if self.steps else "waiting to begin"
+        return EngineTimeoutError(
+            f"The request {self.id} was not done after {self.timeout:g} s; it was at: {done}. Allow more time, or send "
+            "fewer requests at a time."
+        )
+
+    def report(self, latents: Callable[[], Any]) -> None:
+        """Call `on_step` for the present step."""
+        if self.on_step is not None:
+            self.on_step(Progress(self.id, self.step, self.steps, self.phase, latents))
+
+
+class HostLock:
+    """A lock that is handed to the waiting thread with the lowest rank, and among equal ones to the first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._depth = 0
+        self._waiting: list[tuple[int, int, int, Gate]] = []
+        self._numbers = itertools.count()
+
+    def acquire(self, rank: int = 0) -> None:
+        """Wait for the lock; a thread that has it may take it again."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._owner in (None, me):
+                self._owner = me
+                self._depth += 1
+                return
+            gate = Gate()
+            heapq.heappush(self._waiting, (rank, next(self._numbers), me, gate))
+        gate.wait()  # `release` has made this thread the owner
+
+    def release(self) -> None:
+        """Give the lock away, once for each time that it was taken."""
+        with self._lock:
+            assert self._owner == threading.get_ident(), "released by a thread that does not have it"
+            self._depth -= 1
+            if self._depth:
+                return
+            self._owner = None
+            if self._waiting:
+                *_, self._owner, gate = heapq.heappop(self._waiting)
+                self._depth = 1
+                gate.open()
+
+    @contextmanager
+    def held(self, rank: int = 0) -> Iterator[None]:
+        """Hold the lock inside the context."""
+        self.acquire(rank)
+        try:
+            yield
+        finally:
+            self.release()
+
+    @contextmanager
+    def given_up(self, rank: int = 0) -> Iterator[None]:
+        """Let others have the lock, which this thread has, inside the context, and wait for it at the end."""
+        with self._lock:
+            depth, self._depth = self._depth, 1
+        self.release()
+        try:
+            yield
+        finally:
+            self.acquire(rank)
+            with self._lock:
+                self._depth = depth

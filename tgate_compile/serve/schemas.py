@@ -1,0 +1,345 @@
+"""Requests, responses and errors of the HTTP API, in the format of OpenAI's images API."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from starlette.responses import Response
+
+from tgate_compile._errors import ConfigurationError, TGateError
+from tgate_compile.methods.method import checked_gate_step
+
+#: The largest integer that every JSON reader keeps exactly; the seeds of all images of a request stay below it.
+LARGEST_SEED = 2**53 - 1
+#: The largest number of partial images, as in OpenAI's API.
+MOST_PARTIAL_IMAGES = 3
+
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The largest request that a server accepts.
+
+    Attributes:
+        body: bytes of a request's body.
+        body_seconds: time in which the body must arrive.
+        prompt: characters of a prompt.
+        images: images per request.
+        steps: denoising steps.
+        side: pixels of an image's width and height.
+        multiple: width and height must be multiples of this, which the model determines.
+    """
+
+    body: int = 64 * 1024
+    body_seconds: float = 10.0
+    prompt: int = 4000
+    images: int = 8
+    steps: int = 200
+    side: int = 2048
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+                raise ConfigurationError(f"The limit {field.name} must be a positive number, but got {value!r}.")
+
+
+class ApiError(TGateError):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: the HTTP status.
+        message: what was wrong and what to do.
+        kind: the error's type in OpenAI's format.
+        param: the request's parameter that caused it.
+        code: a short name for programs.
+        retry_after: seconds after which to try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """Return the error in OpenAI's format."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Json:
+        """Return the answer to the client."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return Json(self.body(), self.status, headers)
+
+
+class Json(Response):
+    """A JSON response in ASCII: parameter names of a malformed request may contain characters that UTF-8 lacks."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+_LoraName = Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
+
+
+class ImageRequest(BaseModel):
+    """A request for images. `request_model` adds the server's limits."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, protected_namespaces=())
+
+    prompt: Annotated[str, Field(description="What the images show.")]
+    model: Annotated[str | None, Field(description="The model's name, which `GET /v1/models` lists.")] = None
+    n: Annotated[int | None, Field(description="The number of images.")] = None
+    size: Annotated[
+        Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None,
+        Field(description="Width x height in pixels, such as `512x512`; `auto` is the model's own size."),
+    ] = None
+    response_format: Annotated[Literal["b64_json"] | None, Field(description="Images are returned as base64.")] = None
+    output_format: Annotated[Literal["png", "jpeg", "webp"] | None, Field(description="The images' file format.")] = None
+    output_compression: Annotated[
+        Annotated[int, Field(ge=0, le=100)] | None,
+        Field(description="The quality of `jpeg` and `webp` files; 100, the default, is the best."),
+    ] = None
+    quality: Annotated[Literal["auto", "standard"] | None, Field(description="Use `steps` instead.")] = None
+    background: Annotated[Literal["auto", "opaque"] | None, Field(description="Images are opaque.")] = None
+    style: Annotated[None, Field(description="Not supported: describe the style in the prompt.")] = None
+    moderation: Annotated[None, Field(description="Not supported: the server does not moderate.")] = None
+    user: Annotated[str | None, Field(max_length=512, description="Accepted and ignored.")] = None
+    safety_identifier: Annotated[str | None, Field(max_length=512, description="Accepted and ignored.")] = None
+    stream: Annotated[bool | None, Field(description="Send server-sent events while the images are made.")] = None
+    partial_images: Annotated[
+        Annotated[int, Field(ge=0, le=MOST_PARTIAL_IMAGES)] | None,
+        Field(description="With `stream`: the number of previews of each image."),
+    ] = None
+    negative_prompt: Annotated[str | None, Field(description="What the images should not show.")] = None
+    seed: Annotated[
+        Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None,
+        Field(description="The seed of the first image; the others use the next ones. The default is random."),
+    ] = None
+    steps: Annotated[int | None, Field(description="Denoising steps.")] = None
+    guidance: Annotated[
+        Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None,
+        Field(description="The guidance scale; up to 1 means no guidance."),
+    ] = None
+    gate_step: Annotated[
+        Annotated[
+            int | float,
+            AfterValidator(checked_gate_step),
+            Field(
+                json_schema_extra={
+                    "anyOf": [
+                        {"type": "integer", "minimum": 1},
+                        {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                    ]
+                }
+            ),
+        ]
+        | None,
+        Field(description="Steps to run in full: a number, or a fraction of the steps."),
+    ] = None
+    lora: Annotated[
+        _LoraName | dict[_LoraName, Annotated[float, Field(allow_inf_nan=False)]] | None,
+        Field(description="The name of a LoRA that the server has loaded, or the weights of several by name."),
+    ] = None
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return self.n or 1
+
+    @property
+    def format(self) -> Literal["png", "jpeg", "webp"]:
+        """The file format of the images."""
+        return self.output_format or "png"
+
+    @property
+    def adapters(self) -> dict[str, float] | None:
+        """The weights of the LoRA adapters by name, or None for those that the server uses by default."""
+        return {self.lora: 1.0} if isinstance(self.lora, str) else self.lora
+
+    def sides(self, limits: Limits) -> tuple[int, int] | None:
+        """Return the width and height, or None for the model's own.
+
+        Raises:
+            ApiError: they are too large, or the model cannot make them.
+        """
+        if self.size is None or self.size == "auto":
+            return None
+        width, height = map(int, self.size.split("x"))
+        if max(width, height) > limits.side:
+            raise ApiError(400, f"size is at most {limits.side}x{limits.side}, but got {self.size}.", param="size")
+        if width % limits.multiple or height % limits.multiple:
+            raise ApiError(
+                400,
+                f"The sides of size must be multiples of {limits.multiple}, but got {self.size}.",
+                param="size",
+            )
+        return width, height
+
+    def check_together(self) -> None:
+        """Raise ApiError if one parameter contradicts another."""
+        if self.partial_images and not self.stream:
+            raise ApiError(400, "partial_images needs stream: true.", param="partial_images")
+        if self.output_compression is not None and self.format == "png":
+            raise ApiError(
+                400,
+                "output_compression is for jpeg and webp; png files are lossless. Set output_format, or leave it out.",
+                param="output_compression",
+            )
+
+
+def request_model(limits: Limits) -> type[ImageRequest]:
+    """Return the class of requests within `limits`, whose schema states them."""
+    text = Annotated[str, Field(max_length=limits.prompt)]
+    bounded: dict[str, tuple[Any, Any]] = {
+        "prompt": (Annotated[str, Field(min_length=1, max_length=limits.prompt)], ...),
+        "negative_prompt": (text | None, None),
+        "n": (Annotated[int, Field(ge=1, le=limits.images)] | None, None),
+        "steps": (Annotated[int, Field(ge=1, le=limits.steps)] | None, None),
+    }
+    described = {
+        name: (Annotated[kind, Field(description=ImageRequest.model_fields[name].description)], default)
+        for name, (kind, default) in bounded.items()
+    }
+    definitions: Any = described
+    return create_model("ImageRequest", __base__=ImageRequest, **definitions)
+
+
+#: What to do about a wrong value, by parameter.
+_HINTS: Mapping[str, str] = {
+    "response_format": "The server keeps no files that a URL could lead to: images are in the response, as b64_json.",
+    "quality": "Choose the quality by steps.",
+    "background": "The model makes opaque images only.",
+    "style": "Describe the style in the prompt.",
+    "moderation": "The server does not moderate prompts or images: leave it out.",
+    "size": 'Give it as widthxheight in pixels, such as "512x512", or "auto".',
+    "gate_step": "Give a number of steps (10), or a fraction of them (0.4).",
+}
+
+
+def invalid_request(errors: Sequence[Any]) -> ApiError:
+    """Return the answer to a request that is not valid, from pydantic's errors; the values are not repeated."""
+    first = errors[0]
+    where = [str(part) for part in first["loc"] if part != "body"]
+    # The parts after the name are the members of a union.
+    param = where[0][:_LONGEST_NAME] if where and first["type"] != "json_invalid" else None
+    if first["type"] == "json_invalid":
+        return ApiError(400, "The body is not valid JSON.", code="invalid_json")
+    if param is None:
+        return ApiError(400, "The body must be a JSON object, sent with Content-Type: application/json.")
+    if first["type"] == "missing":
+        return ApiError(400, f"Missing required parameter: {param!r}.", param=param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"Unknown parameter: {param!r}.", param=param, code="unknown_parameter")
+    reason = re.sub("^(Input|Value error,) ?", "", first["msg"]).strip()
+    hint = f" {_HINTS[param]}" if param in _HINTS else ""
+    return ApiError(400, f"Invalid {param!r}: {reason}.{hint}", param=param, code="invalid_value")
+
+
+class ErrorDetail(BaseModel):
+    """An error in OpenAI's format."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class ImageData(BaseModel):
+    """An image. With its seed the request can be repeated."""
+
+    b64_json: str
+    seed: int
+
+
+class ImagesResponse(BaseModel):
+    """The images of a request."""
+
+    created: int
+    data: list[ImageData]
+    background: Literal["opaque"]
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str
+
+
+class ModelDefaults(BaseModel):
+    """The values that a request gets for parameters that it leaves out; None: the pipeline's own."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    size: str | None = None
+
+
+class ModelCard(BaseModel):
+    """The model of the server."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "tgate_compile"
+    defaults: ModelDefaults
+    limits: dict[str, float]
+    loras: list[str]
+
+
+class ModelList(BaseModel):
+    """The models of the server, of which there is one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """Whether the server lives or is ready."""
+
+    status: Literal["ok", "not ready"]
+
+
+class RunningRequest(BaseModel):
+    """An image that is being made: its present step of `steps`, the letter of its phase, and the name of the graph."""
+
+    request_id: str
+    step: int
+    steps: int
+    phase: str
+    graph: str
+
+
+class Status(BaseModel):
+    """What the engine is doing."""
+
+    ready: bool
+    waiting: int
+    running: list[RunningRequest]
+    completed: int
+    cancelled: int
+    errors: int
