@@ -59,7 +59,9 @@ def test_a_port_that_is_taken() -> None:
 
 
 @contextmanager
-def process(*arguments: str, without: Sequence[str] = ()) -> Iterator[tuple[subprocess.Popen[str], str, list[dict[str, Any]]]]:
+def process(
+    *arguments: str, without: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], str, list[dict[str, Any]]]]:
     """Start `tgate-compile serve`, and return the process, its address, and the lines of its log as they come.
 
     The modules `without` cannot be imported in it.

@@ -73,6 +73,12 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
 @pytest.fixture(autouse=True)
 def idle(request: pytest.FixtureRequest) -> Iterator[None]:
     """See that each test leaves the engine without requests."""
@@ -82,7 +88,9 @@ def idle(request: pytest.FixtureRequest) -> Iterator[None]:
         eventually(lambda: not engine.stats().waiting and not engine.stats().running)
 
 
-def test_openais_client_gets_the_images_of_the_pipeline(client: openai.OpenAI, expected: dict[int, Image.Image]) -> None:
+def test_openais_client_gets_the_images_of_the_pipeline(
+    client: openai.OpenAI, expected: dict[int, Image.Image]
+) -> None:
     answer = client.images.generate(prompt="red cat", model="tiny", n=2, size=f"{SIZE}x{SIZE}", extra_body={"seed": 5})
     assert answer.size == f"{SIZE}x{SIZE}"
     assert answer.output_format == "png"
@@ -188,8 +196,8 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event() -> None:
         ({"prompt": "x", "size": "72x16"}, 400, None, "size", "at most 64x64"),
         ({"prompt": "x", "size": "20x16"}, 400, None, "size", "multiples of 8"),
         ({"prompt": "x", "size": "32x16"}, 400, "unsupported_request", None, "32"),
-        ({"prompt": "x", "gate_step": 0}, 400, "invalid_value", "gate_step", "a fraction of them"),
-        ({"prompt": "x", "gate_step": 1.5}, 400, "invalid_value", "gate_step", "a fraction of them"),
+        ({"prompt": "x", "gate_step": 0}, 400, "invalid_value", "gate_step", "a fraction of the steps"),
+        ({"prompt": "x", "gate_step": 1.5}, 400, "invalid_value", "gate_step", "a fraction of the steps"),
         ({"prompt": "x", "guidance": -1}, 400, "invalid_value", "guidance", "greater than or equal to 0"),
         ({"prompt": "x", "response_format": "url"}, 400, "invalid_value", "response_format", "keeps no files"),
         ({"prompt": "x", "quality": "hd"}, 400, "invalid_value", "quality", "steps"),
@@ -203,9 +211,9 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event() -> None:
     ],
 )
 def test_what_is_wrong_is_said(
-    url: str, body: dict[str, Any], status: int, code: str | None, param: str | None, said: str
+    http: httpx2.Client, body: dict[str, Any], status: int, code: str | None, param: str | None, said: str
 ) -> None:
-    answer = httpx2.post(f"{url}/v1/images/generations", json=body)
+    answer = http.post("/v1/images/generations", json=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
     assert error["type"] == "invalid_request_error"
@@ -223,18 +231,18 @@ def test_what_is_wrong_is_said(
         (b"", "application/json", "must be a JSON object"),
         (b'{"prompt": "x", "guidance": NaN}', "application/json", "finite"),
         (b'{"prompt": "\\ud800"}', "application/json", "valid string"),
-        (b'{"prompt": "x", "\\ud800": 1}', "application/json", "Unknown parameter"),
+        (b'{"prompt": "x", "\\ud800": 1}', "application/json", "must be a JSON object"),
     ],
 )
-def test_malformed_bodies(url: str, content: bytes, kind: str, said: str) -> None:
-    answer = httpx2.post(f"{url}/v1/images/generations", content=content, headers={"Content-Type": kind})
+def test_malformed_bodies(http: httpx2.Client, content: bytes, kind: str, said: str) -> None:
+    answer = http.post("/v1/images/generations", content=content, headers={"Content-Type": kind})
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
 
 
-def test_other_paths_and_methods(url: str) -> None:
+def test_other_paths_and_methods(http: httpx2.Client) -> None:
     for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/images/generations", 405)):
-        answer = httpx2.request(method, url + path)
+        answer = http.request(method, path)
         assert answer.status_code == status
         assert "/openapi.json" in answer.json()["error"]["message"]
 
@@ -288,10 +296,10 @@ def test_a_client_that_goes_away_cancels_its_images(
     cancelled = engine.stats().cancelled
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "red cat", "n": 2, "steps": ENDLESS, "stream": stream}).encode()
-    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with caplog.at_level(logging.INFO, logger="tgate_compile"):
         with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(f"{head}\r\nX-Request-Id: gone\r\n\r\n".encode() + body)
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\nX-Request-Id: gone\r\n\r\n".encode() + body)
             eventually(lambda: any(each.step > 2 for each in engine.stats().running))
         eventually(lambda: engine.stats().cancelled == cancelled + 2)
         eventually(lambda: [record for record in caplog.records if record.getMessage() == "request"])
@@ -309,11 +317,11 @@ def test_a_cancelled_stream(client: openai.OpenAI, engine: Engine) -> None:
     eventually(lambda: engine.stats().cancelled == cancelled + 1)
 
 
-def test_the_status_shows_who_is_in_which_phase(url: str, client: openai.OpenAI) -> None:
+def test_the_status_shows_who_is_in_which_phase(http: httpx2.Client, client: openai.OpenAI) -> None:
     seen = []
 
     def look() -> bool:
-        seen.extend(httpx2.get(f"{url}/status").json()["running"])
+        seen.extend(http.get("/status").json()["running"])
         return {"full", "pruned"} <= {each["graph"] for each in seen}
 
     headers = {"X-Request-Id": "mine"}
@@ -353,23 +361,23 @@ def test_the_models(client: openai.OpenAI) -> None:
     assert model.limits["images"] == 20
 
 
-def test_health_and_ids(url: str) -> None:
+def test_health_and_ids(http: httpx2.Client) -> None:
     for path in ("/healthz", "/readyz"):
-        answer = httpx2.get(url + path)
+        answer = http.get(path)
         assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
-    given = httpx2.get(f"{url}/healthz", headers={"X-Request-Id": "abc-1"})
+    given = http.get("/healthz", headers={"X-Request-Id": "abc-1"})
     assert given.headers["X-Request-Id"] == "abc-1"
     for bad in ("a b", "x" * 65, '"}'):
-        made = httpx2.get(f"{url}/healthz", headers={"X-Request-Id": bad}).headers["X-Request-Id"]
+        made = http.get("/healthz", headers={"X-Request-Id": bad}).headers["X-Request-Id"]
         assert len(made) == 32
 
 
-def test_metrics(url: str, client: openai.OpenAI, engine: Engine) -> None:
+def test_metrics(http: httpx2.Client, client: openai.OpenAI, engine: Engine) -> None:
     def metric(name: str, **labels: str) -> float:
         return sum(value for found, given, value in samples() if found == name and labels.items() <= given.items())
 
     def samples() -> list[tuple[str, dict[str, str], float]]:
-        answer = httpx2.get(f"{url}/metrics")
+        answer = http.get("/metrics")
         assert answer.headers["Content-Type"].startswith("text/plain; version=")
         families = text_string_to_metric_families(answer.text)
         return [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
@@ -392,16 +400,14 @@ def test_metrics(url: str, client: openai.OpenAI, engine: Engine) -> None:
     assert metric("tgate_first_image_seconds_count") >= 1
     assert (metric("tgate_ready"), metric("tgate_waiting"), metric("tgate_running")) == (1, 0, 0)
     assert {"tgate_cache_bytes", "tgate_engine_cancelled_total"} <= {name for name, _, _ in samples()}
-    httpx2.get(f"{url}/a-path-that-any-client-may-invent")
+    http.get("/a-path-that-any-client-may-invent")
     assert metric("tgate_http_requests_total", path="other", status="404") >= 1
 
 
-def test_logs_are_json_with_the_requests_id(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_are_json_with_the_requests_id(http: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.handler.setFormatter(JsonFormatter())
     with caplog.at_level(logging.INFO, logger="tgate_compile"):
-        httpx2.post(
-            f"{url}/v1/images/generations", json={"prompt": "a secret", "seed": 3}, headers={"X-Request-Id": "abc"}
-        )
+        http.post("/v1/images/generations", json={"prompt": "a secret", "seed": 3}, headers={"X-Request-Id": "abc"})
         eventually(lambda: '"request"' in caplog.text)
     (line,) = (line for line in map(json.loads, caplog.text.splitlines()) if line["message"] == "request")
     assert {"time", "seconds", "first_image_seconds"} <= line.keys()
@@ -474,7 +480,7 @@ def small(engine: Engine) -> Iterator[str]:
 
 
 def test_fuzzed(small: str) -> None:
-    fuzz(small, 30)
+    fuzz(small, 15)
 
 
 @pytest.mark.heavy
@@ -482,8 +488,8 @@ def test_fuzzed_for_long(small: str) -> None:
     fuzz(small, 500)
 
 
-def test_the_page_loads_nothing_from_elsewhere(url: str) -> None:
-    answer = httpx2.get(url)
+def test_the_page_loads_nothing_from_elsewhere(http: httpx2.Client) -> None:
+    answer = http.get("/")
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert "http://" not in answer.text

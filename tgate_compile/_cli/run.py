@@ -14,7 +14,16 @@ from rich.text import Text
 
 from tgate_compile import __version__
 from tgate_compile._cli import options
-from tgate_compile._cli.console import ERR, OUT, check_targets, coloured, image_paths, make_progress, print_json, save_png
+from tgate_compile._cli.console import (
+    ERR,
+    OUT,
+    check_targets,
+    coloured,
+    image_paths,
+    make_progress,
+    print_json,
+    save_png,
+)
 from tgate_compile._errors import check_installed
 
 if TYPE_CHECKING:

@@ -271,9 +271,7 @@ def _engine_for_model(
         loras=tuple(_adapters(pipe)),
     )
     with ERR.status("Preparing the graphs"):
-        started = Engine(
-            pipe, warm_up=_warm_up(served, engine), new_sizes=engine.new_sizes.value, **engine.arguments()
-        )
+        started = Engine(pipe, warm_up=_warm_up(served, engine), new_sizes=engine.new_sizes.value, **engine.arguments())
     patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", None)
     scale = getattr(pipe, "vae_scale_factor", 8)
     return started, served, math.lcm(8, scale * patch if isinstance(patch, int) else scale)

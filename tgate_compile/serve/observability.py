@@ -11,7 +11,13 @@ from contextvars import ContextVar
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from tgate_compile.serve.engine import Engine
@@ -134,7 +140,9 @@ class _EngineMetrics(Collector):
         stats = self._engine.stats()
         yield GaugeMetricFamily("tgate_ready", "1 if the engine accepts requests.", float(self._engine.ready))
         yield GaugeMetricFamily("tgate_waiting", "Images that wait to begin.", float(stats.waiting))
-        running = GaugeMetricFamily("tgate_running", "Images in progress, by the letter of their phase.", labels=["phase"])
+        running = GaugeMetricFamily(
+            "tgate_running", "Images in progress, by the letter of their phase.", labels=["phase"]
+        )
         for phase, count in Counts(each.phase or _OTHER for each in stats.running).items():
             running.add_metric([phase], float(count))
         yield running
@@ -144,7 +152,9 @@ class _EngineMetrics(Collector):
         yield CounterMetricFamily("tgate_captures", "Graphs that were captured or compiled.", float(stats.captures))
         yield CounterMetricFamily("tgate_engine_completed", "Images that were made.", float(stats.completed))
         yield CounterMetricFamily("tgate_engine_cancelled", "Images that were cancelled.", float(stats.cancelled))
-        errors = CounterMetricFamily("tgate_engine_errors", "Images that failed, by the error's class.", labels=["error"])
+        errors = CounterMetricFamily(
+            "tgate_engine_errors", "Images that failed, by the error's class.", labels=["error"]
+        )
         for name, count in stats.errors.items():
             errors.add_metric([name], float(count))
         yield errors

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 
 from tgate_compile._errors import ConfigurationError, TGateError
 from tgate_compile.methods.method import checked_gate_step
@@ -93,10 +93,8 @@ class ApiError(TGateError):
         return Json(self.body(), self.status, headers)
 
 
-class Json(Response):
+class Json(JSONResponse):
     """A JSON response in ASCII: parameter names of a malformed request may contain characters that UTF-8 lacks."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
@@ -118,7 +116,9 @@ class ImageRequest(BaseModel):
         Field(description="Width x height in pixels, such as `512x512`; `auto` is the model's own size."),
     ] = None
     response_format: Annotated[Literal["b64_json"] | None, Field(description="Images are returned as base64.")] = None
-    output_format: Annotated[Literal["png", "jpeg", "webp"] | None, Field(description="The images' file format.")] = None
+    output_format: Annotated[Literal["png", "jpeg", "webp"] | None, Field(description="The images' file format.")] = (
+        None
+    )
     output_compression: Annotated[
         Annotated[int, Field(ge=0, le=100)] | None,
         Field(description="The quality of `jpeg` and `webp` files; 100, the default, is the best."),
@@ -235,8 +235,7 @@ _HINTS: Mapping[str, str] = {
     "background": "The model makes opaque images only.",
     "style": "Describe the style in the prompt.",
     "moderation": "The server does not moderate prompts or images: leave it out.",
-    "size": 'Give it as widthxheight in pixels, such as "512x512", or "auto".',
-    "gate_step": "Give a number of steps (10), or a fraction of them (0.4).",
+    "size": 'Give the width and height in pixels, such as "512x512", or "auto".',
 }
 
 
@@ -249,12 +248,13 @@ def invalid_request(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "The body is not valid JSON.", code="invalid_json")
     if param is None:
-        return ApiError(400, "The body must be a JSON object, sent with Content-Type: application/json.")
+        return ApiError(400, "The body must be a JSON object of parameters, sent with Content-Type: application/json.")
     if first["type"] == "missing":
         return ApiError(400, f"Missing required parameter: {param!r}.", param=param, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: {param!r}.", param=param, code="unknown_parameter")
-    reason = re.sub("^(Input|Value error,) ?", "", first["msg"]).strip()
+    is_pattern = first["type"] == "string_pattern_mismatch"
+    reason = "the form is wrong" if is_pattern else re.sub("^(Input|String|Value error,) ", "", first["msg"]).rstrip(".")
     hint = f" {_HINTS[param]}" if param in _HINTS else ""
     return ApiError(400, f"Invalid {param!r}: {reason}.{hint}", param=param, code="invalid_value")
 

@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Seconds in which a stream that cannot begin is an ordinary error.
+FIRST_PATIENCE = 1.0
 #: Seconds after which a silent stream sends a comment, before proxies take the connection for dead.
 KEEP_ALIVE = 15.0
 #: Paths that need no API key, because they reveal nothing about requests.
@@ -387,17 +389,21 @@ class _Job:
             ApiError: an image cannot be made.
         """
         left, previews = len(self._tickets), [0] * len(self._tickets)
+        patience = FIRST_PATIENCE
         while left:
             try:
-                index, latents = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE)
+                index, latents = await asyncio.wait_for(self._queue.get(), patience)
             except TimeoutError:
+                patience = KEEP_ALIVE
                 yield b": keep-alive\n\n"
                 continue
             if latents is None:
                 left -= 1
                 yield await self._event("completed", index, self._image(index), usage=_NO_USAGE)
             else:
-                yield await self._event("partial_image", index, await self._preview(latents), partial_image_index=previews[index])
+                yield await self._event(
+                    "partial_image", index, await self._preview(latents), partial_image_index=previews[index]
+                )
                 previews[index] += 1
 
     def _previews(self, index: int) -> Any:
