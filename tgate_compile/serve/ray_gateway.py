@@ -171,7 +171,14 @@ class Gateway:
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         if path in ("/metrics", "/readyz", "/status"):
             await self._fleet.refresh()
-        await self._app(_forwarded_scope(scope, path), receive, send)
+        echoed = dict(scope["headers"]).get(b"x-request-id")
+
+        async def send_with_one_id(message: Message) -> None:
+            if message["type"] == "http.response.start":  # Serve repeats the id that a request has had before
+                message["headers"] = [pair for pair in message["headers"] if pair != (b"x-request-id", echoed)]
+            await send(message)
+
+        await self._app(_forwarded_scope(scope, path), receive, send_with_one_id)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a replica answer, unless the client goes away."""
