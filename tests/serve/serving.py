@@ -37,9 +37,9 @@ def serving(app: FastAPI) -> Iterator[tuple[str, uvicorn.Server]]:
         assert not thread.is_alive()
 
 
-def eventually(condition: Callable[[], Any]) -> None:
+def eventually(condition: Callable[[], Any], patience: float = PATIENCE) -> None:
     """Wait until `condition` holds."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)

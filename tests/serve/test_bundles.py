@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import tgate_compile
-from tests.programs import PROMPT, noise, program
+from tests.programs import noise, program
+from tests.tiny_pipelines import PROMPT
 from tgate_compile.runtime import BundlePipeline
 from tgate_compile.serve import Engine, Progress, Ticket
 

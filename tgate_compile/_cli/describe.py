@@ -1,6 +1,6 @@
 """Commands that show what there is.
 
-`describe` shows what a schedule does to a model, `strip` what each of its steps does, `inspect` what is in a bundle, and
+`describe` shows what a schedule does to a model, `strip` what it does in each step, `inspect` what is in a bundle, and
 `cache` what is kept on disk.
 """
 

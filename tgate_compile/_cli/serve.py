@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from tgate_compile._cli.loading import Loaded
     from tgate_compile.serve import Engine
-    from tgate_compile.serve.server import ServedModel
+    from tgate_compile.serve.jobs import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,12 @@ class EngineOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Return the options that engines for models and for bundles have in common, as their arguments."""
+        return {"max_batch": self.max_batch, "max_waiting": self.max_waiting, "timeout": self.timeout}
+
+    def for_models(self) -> dict[str, Any]:
+        """Return the other options, as arguments of an engine for a model."""
         memory = None if self.memory is None else round(self.memory * 1e9)
-        limits = {"max_batch": self.max_batch, "max_waiting": self.max_waiting}
-        return {**limits, "memory": memory, "timeout": self.timeout}
+        return {"memory": memory, "new_sizes": self.new_sizes.value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +194,7 @@ def serve(
     """Serve a model or a bundle over HTTP with OpenAI's images API. Many requests are served at a time."""
     check_installed("fastapi", "uvicorn", "prometheus_client", extra="serve", what="serve")
     of_model = {"model": model, **_changed(loading), "adapter": adapter, **_changed(image), **schedule.given}
-    of_model |= {"schedule": schedule.file, "backend": backend}
+    of_model |= {"schedule": schedule.file, "backend": backend, "cache_memory": engine.memory}
     given = [f"--{option.replace('_', '-')}" for option, value in of_model.items() if value is not None]
     if bundle is not None and given:
         raise ConfigurationError(MSG_BUNDLE_ALONE.format(given=" and ".join(given)))
@@ -226,7 +230,7 @@ def engine_for_bundle(bundle: Path, name: str | None, engine: EngineOptions) -> 
     check_installed("pydantic", "onnxruntime", "tokenizers", extra="runtime", what="serve --bundle")
     from tgate_compile.bundle.read_manifest import read_manifest
     from tgate_compile.serve import Engine
-    from tgate_compile.serve.server import ServedModel
+    from tgate_compile.serve.jobs import ServedModel
 
     components = read_manifest(bundle, hashes=False).components
     served = ServedModel(
@@ -262,7 +266,7 @@ def engine_for_model(
     import tgate_compile
     from tgate_compile._cli.settings import chosen_for
     from tgate_compile.serve import Engine
-    from tgate_compile.serve.server import ServedModel
+    from tgate_compile.serve.jobs import ServedModel
 
     settings, chosen = chosen_for(loaded, loading, image, schedule, shown=True)
     # The embedded models make an image in less time than another runtime needs to compile them.
@@ -333,9 +337,11 @@ def _bound(host: str, port: int) -> socket.socket:
     """Return a socket with the address, which does not listen yet, so that clients are refused until all is ready."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        with ExitStack() as undo:
+            listener = undo.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            undo.pop_all()
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise ConfigurationError(MSG_NOT_BOUND.format(host=host, port=port, reason=reason)) from error
@@ -358,7 +364,5 @@ def _run(app: FastAPI, listener: socket.socket, name: str, *, drain: int, log_le
         server_header=False,
     )
     logger.info("serving", extra={"fields": started})
-    try:
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass  # uvicorn raises Ctrl-C again after it has shut down

@@ -13,7 +13,7 @@ from rich.text import Text
 import tgate_compile
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
-from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json, coloured
+from tgate_compile._cli.console import OUT, check_targets, coloured, make_progress, print_json
 from tgate_compile._cli.options import embedded_name
 from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile.study.figures import check_figure

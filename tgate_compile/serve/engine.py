@@ -36,6 +36,7 @@ from tgate_compile.serve.requests import (
     Job,
     Progress,
     Request,
+    RunApart,
     Running,
     Submission,
     Ticket,
@@ -85,7 +86,11 @@ class Served(Protocol):
         ...
 
     def execute(self, works: Sequence[Work]) -> Sequence[Any]:
-        """Run works with equal keys together, and return the result of each. Called by the worker."""
+        """Run works with equal keys together, and return the result of each. Called by the worker.
+
+        Raises:
+            RunApart: they have to be run one at a time.
+        """
         ...
 
     def keep_apart(self, work: Work, reason: str) -> None:
@@ -478,8 +483,9 @@ class Engine:
     # The worker.
 
     def _start_worker(self) -> None:
-        self._worker = threading.Thread(target=self._work, name="tgate-worker", daemon=True)
-        self._worker.start()
+        worker = threading.Thread(target=self._work, name="tgate-worker", daemon=True)
+        worker.start()
+        self._worker = worker  # another thread may be about to join it
         self._alive = True
 
     def _work(self) -> None:
@@ -617,6 +623,10 @@ class Engine:
         try:
             with running():
                 results = self._served.execute(works)
+        except RunApart:
+            for submission in group:
+                self._run([submission])
+            return
         except Exception as error:
             if len(group) == 1:
                 group[0].error = error

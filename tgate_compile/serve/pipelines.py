@@ -29,7 +29,7 @@ from tgate_compile.serve import batching
 from tgate_compile.serve.adapters import Adapters, Weights, weights_of
 from tgate_compile.serve.batching import Form, Memo
 from tgate_compile.serve.engine import Engine, NewSizes, batch_sizes, size_of
-from tgate_compile.serve.requests import Job, Request, Work
+from tgate_compile.serve.requests import Job, Request, RunApart, Work
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,7 @@ MSG_NEW_SIZE = (
     'was started with new_sizes="{policy}". Request a size that the engine was warmed up for, or add a call like this '
     "one to Engine(pipe, warm_up=[...])."
 )
-MSG_NO_LATENTS = (
-    "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such latents."
-)
+MSG_NO_LATENTS = "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such latents."
 
 
 @dataclass(eq=False)
@@ -272,14 +270,19 @@ class ServedPipeline:
     def emissions(self, name: str, phase: Phase, call: Call, lora: Weights) -> tuple[Emission, ...]:
         """Return what the graph of `phase` emits for a call. Called by the worker."""
         work = self.step(name, phase, call, {}, lora)
-        address = work.place, work.images, lora
-        if address not in self._emitted:
+        with torch.no_grad():
             self._prepare(work)
             if work.form is not None and self._joins(work):
                 images = size_of(work.images, self._max_batch)
                 call = batching.joined([call], [work.form], images, Memo(), None)
-            self._emitted[address] = self._stores[name].emitted(phase, call, self._forwards[name])
-        return self._emitted[address]
+            found = self._stores[name].emitted(phase, call, self._forwards[name])
+        self._emitted[work.place, work.images, lora] = found
+        return found
+
+    def known_emissions(self, name: str, phase: Phase, call: Call, lora: Weights) -> tuple[Emission, ...] | None:
+        """Return what `emissions` has returned for such a call before; None if it has not."""
+        work = self.step(name, phase, call, {}, lora)
+        return self._emitted.get((work.place, work.images, lora))
 
     # In the worker's thread.
 
@@ -320,7 +323,9 @@ class ServedPipeline:
     def _run_steps(self, works: Sequence[Step]) -> list[Rows]:
         first, *others = works
         if first.form is None or first.place in self._apart or not self._joins(first):
-            return [self._alone(work) for work in works]
+            if others:
+                raise RunApart
+            return [self._alone(first)]
         alike = [each for each in others if batching.shared_equal(first.call, each.call, first.form.rows)]
         if len(alike) < len(others):
             done = dict(zip(map(id, (first, *alike)), self._run_steps([first, *alike]), strict=True))
@@ -422,7 +427,8 @@ class ServedPipeline:
                         engine.compute(Job(functools.partial(self._try, work, images)))
         for size in batch_sizes(self._max_batch):
             self._known |= {
-                (name, (key, size, lora), phase) for name, (key, _, lora), phase in list(self._known)  # type: ignore[misc]
+                (name, (key, size, lora), phase)
+                for name, (key, _, lora), phase in list(self._known)  # type: ignore[misc]
             }
 
     def _try(self, work: Step, images: int) -> None:
@@ -498,6 +504,9 @@ class Service:
 
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
         """Return what the graph of `phase` emits for inputs like those of `call`, without compiling it."""
+        known = self._served.known_emissions(self.name, phase, call, self.lora)
+        if known is not None:
+            return known
         job = Job(functools.partial(self._served.emissions, self.name, phase, call, self.lora))
         found: tuple[Emission, ...] = self.engine.compute(job, self.request)
         return found

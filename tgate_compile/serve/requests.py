@@ -172,6 +172,10 @@ class Ended(BaseException):
         self.reason = reason
 
 
+class RunApart(Exception):  # noqa: N818 (it is not an error)
+    """Raised when works are run together that have turned out to need to be run one at a time."""
+
+
 class Work(Protocol):
     """A denoiser call of one request, or something else to be run by the engine's worker.
 
