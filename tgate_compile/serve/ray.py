@@ -29,7 +29,7 @@ from tgate_compile.serve.schemas import ImageRequest, Limits
 from tgate_compile.serve.server import SEED, create_app
 
 if TYPE_CHECKING:
-    from tgate_compile.serve.server import ServedModel
+    from tgate_compile.serve.jobs import ServedModel
 
 #: The number of LoRAs, with their weights, for which Serve remembers the replicas that have prepared them.
 ADAPTERS_PER_REPLICA = 16
