@@ -88,10 +88,10 @@ def check_config(text: str) -> Arguments:
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
-    """Run a cluster of this machine alone."""
+def cluster(**more: str) -> Iterator[None]:
+    """Run a cluster of this machine alone, with more environment variables."""
     folder = tempfile.mkdtemp(prefix="ray-")  # short, because the paths of its sockets must be
-    variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", **more}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
@@ -124,13 +124,13 @@ class Client:
         assert answer.data[0].b64_json is not None
         return answer.data[0].b64_json
 
-    def stream(self, seed: int, steps: int, request_id: str) -> Any:
-        """Return an iterator over the events of an image with three previews."""
+    def stream(self, steps: int, request_id: str) -> Any:
+        """Return an iterator over the events of an image with three previews and a random seed."""
         return self.openai.images.generate(
             prompt=PROMPT,
             stream=True,
             partial_images=3,
-            extra_body={"seed": seed, "steps": steps},
+            extra_body={"steps": steps},
             extra_headers={"X-Request-Id": request_id},
         )
 
@@ -169,6 +169,7 @@ def same(image: str, other: str) -> bool:
 def test_replicas_share_the_load_die_and_are_replaced(kind: str, free_port: int) -> None:
     # A replica of a bundle starts in a few seconds, one of a pipeline takes half a minute of processor time.
     given: dict[str, Any] = {"bundle": str(program())} if kind == "bundle" else {"model": "embedded:sd", "gate_step": 2}
+    updated: dict[str, Any] = {"name": "second"} | ({} if kind == "bundle" else {"gate_step": 0.9})
     given |= {"name": "first", "replicas": 2, "num_cpus": 0.5, "max_batch": 4, "max_steps": 1000, "drain": 120.0}
     steps = 200 if kind == "bundle" else 40
     with cluster():
@@ -181,7 +182,7 @@ def test_replicas_share_the_load_die_and_are_replaced(kind: str, free_port: int)
             assert not same(expected[0], expected[1])
             check_that_load_is_shared(client, pool, steps, expected)
             check_that_a_death_loses_nothing(client, pool, steps, expected)
-            check_that_an_update_loses_nothing(client, pool, steps, {**given, "name": "second"}, expected)
+            check_that_an_update_loses_nothing(client, pool, steps, {**given, **updated}, expected)
 
 
 def check_the_api(client: Client) -> None:
@@ -210,7 +211,7 @@ def check_that_load_is_shared(client: Client, pool: ThreadPoolExecutor, steps: i
 def check_that_a_death_loses_nothing(
     client: Client, pool: ThreadPoolExecutor, steps: int, expected: dict[int, str]
 ) -> None:
-    stream = client.stream(0, steps, "watched")
+    stream = client.stream(steps, "watched")
     events = [next(stream)]
     images = [pool.submit(client.image, number % 2, steps) for number in range(8)]
     (victim,) = (
@@ -220,7 +221,8 @@ def check_that_a_death_loses_nothing(
     events += stream
     assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * 3 + ["completed"]
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
-    assert same(events[-1].b64_json, expected[0])
+    (seed,) = {event.seed for event in events}
+    assert same(events[-1].b64_json, client.image(seed, steps))
     for number, image in enumerate(images):
         assert same(image.result(), expected[number % 2])
     # The stream, and the others that were in the replica.
@@ -235,12 +237,11 @@ def check_that_an_update_loses_nothing(
     before = {state.pid for state in states()}
     is_updated = threading.Event()
 
-    def keep_asking(number: int) -> int:
-        count = 0
+    def keep_asking(number: int) -> list[str]:
+        images = []
         while not is_updated.is_set():
-            assert same(client.image(number % 2, steps), expected[number % 2])
-            count += 1
-        return count
+            images.append(client.image(number % 2, steps))
+        return images
 
     asking = [pool.submit(keep_asking, number) for number in range(4)]
     try:
@@ -248,10 +249,99 @@ def check_that_an_update_loses_nothing(
         eventually(lambda: client.name() == "second" and len(states()) == 2)
     finally:
         is_updated.set()
-    assert all(count > 0 for count in map(Future.result, asking))
+    for number, images in enumerate(map(Future.result, asking)):
+        allowed = expected[number % 2], client.image(number % 2, steps)
+        assert len(images) > 1
+        assert all(any(same(image, each) for each in allowed) for image in images)
+    assert "bundle" in given or not same(expected[0], client.image(0, steps))
     assert before.isdisjoint(state.pid for state in states())
     # The gateway is new as well. None of its requests had to be sent again: the old replicas have finished theirs.
     assert client.metric("tgate_retries_total") == 0
+
+
+@pytest.mark.sweep
+def test_requests_with_a_lora_go_where_it_is_prepared(tmp_path: Path, free_port: int) -> None:
+    adapters = {name: lora_weights(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))}
+    given = {"model": "embedded:sd", "gate_step": 2, "steps": 4, "max_batch": 2, "replicas": 2, "num_cpus": 0.5}
+    with cluster():
+        serve.start(http_options={"host": "127.0.0.1", "port": free_port})
+        serve.run(build({**given, "adapters": adapters, "new_sizes": "refuse"}), name="app", route_prefix="/")
+        client = Client(f"http://127.0.0.1:{free_port}")
+        assert client.http.get("/v1/models").json()["data"][0]["loras"] == ["first", "second"]
+        plain = client.image(0, 4)
+        made = {name: client.image(0, 4, lora=name) for name in adapters}
+        assert not same(plain, made["first"])
+        assert not same(made["first"], made["second"])
+        time.sleep(5)  # until the gateway knows which replica has prepared what
+        before = {state.pid: state.stats.completed for state in states()}
+        assert all(same(client.image(0, 4, lora="first"), made["first"]) for _ in range(8))
+        assert sorted(state.stats.completed - before[state.pid] for state in states()) == [0, 8]
+        with pytest.raises(openai.BadRequestError, match="third"):
+            client.image(0, 4, lora="third")
+
+
+def lora_weights(folder: Path, seed: int) -> str:
+    """Save weights of a LoRA for the embedded model, and return their folder."""
+    import peft
+    import torch
+
+    from tgate_compile._cli.loading import load
+
+    pipe: Any = load("embedded:sd").pipe
+    torch.manual_seed(seed)
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    type(pipe).save_lora_weights(folder, unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet))
+    return str(folder)
+
+
+@pytest.mark.sweep
+def test_replicas_are_added_under_load_and_removed_later(free_port: int) -> None:
+    scaling = {"max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1, "downscale_delay_s": 1}
+    given = {"bundle": str(program()), "autoscaling": scaling, "num_cpus": 0.5, "max_batch": 4, "max_steps": 1000}
+    is_enough = threading.Event()
+    with cluster():
+        serve.start(http_options={"host": "127.0.0.1", "port": free_port})
+        serve.run(build(given), name="app", route_prefix="/")
+        client = Client(f"http://127.0.0.1:{free_port}")
+        expected = client.image(0, 200)
+
+        def keep_asking(number: int) -> None:
+            while not is_enough.is_set():
+                assert same(client.image(0, 200), expected)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert len(states()) == 1
+            asking = [pool.submit(keep_asking, number) for number in range(8)]
+            try:
+                eventually(lambda: len(states()) == 2)
+            finally:
+                is_enough.set()
+            for each in asking:
+                each.result()
+        eventually(lambda: len(states()) == 1)
+        assert same(client.image(0, 200), expected)
+
+
+@pytest.mark.heavy
+def test_a_full_queue_and_a_key(free_port: int) -> None:
+    given = {"bundle": str(program()), "num_cpus": 0.5, "max_ongoing_requests": 1, "max_waiting": 1, "max_steps": 1000}
+    with cluster(TEST_KEY="secret"):
+        serve.start(http_options={"host": "127.0.0.1", "port": free_port})
+        serve.run(build({**given, "api_key_variable": "TEST_KEY"}), name="app", route_prefix="/")
+        body = {"prompt": PROMPT, "steps": 300}
+        with httpx2.Client(base_url=f"http://127.0.0.1:{free_port}", timeout=PATIENCE) as http:
+            assert http.post("/v1/images/generations", json=body).status_code == 401
+            assert "securitySchemes" in http.get("/openapi.json").json()["components"]
+            http.headers["Authorization"] = "Bearer secret"
+            with ThreadPoolExecutor(6) as pool:
+                answers = list(pool.map(lambda _: http.post("/v1/images/generations", json=body), range(6)))
+            assert {answer.status_code for answer in answers} == {200, 429}
+            assert all(answer.json()["error"]["code"] == "rate_limit_exceeded" for answer in answers if answer.is_error)
+            assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.is_error)
+            # A client that goes away cancels its image.
+            with pytest.raises(httpx2.TimeoutException):
+                http.post("/v1/images/generations", json={**body, "steps": 1000}, timeout=0.5)
+            eventually(lambda: [state.stats.cancelled for state in states()] == [1])
 
 
 @pytest.fixture
