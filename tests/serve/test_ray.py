@@ -43,6 +43,7 @@ PATIENCE = 240.0
         ({"model": "sd", "bundle": "x"}, "give either model or bundle"),
         ({"bundle": "x", "gate_step": 3}, "leave out gate_step"),
         ({"model": "sd", "gate_step": 1.5}, "gate_step"),
+        ({"model": "sd", "gate_step": "many"}, "gate_step"),
         ({"model": "sd", "gate": 3}, "gate: Extra inputs are not permitted"),
         ({"model": "sd", "adapters": {"a-b": "x"}}, "adapters"),
         ({"model": "sd", "warm_up": ["64"]}, "warm_up.0"),
@@ -53,6 +54,12 @@ PATIENCE = 240.0
 def test_what_is_wrong_with_the_arguments_is_said(given: Mapping[str, Any], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         build(given)
+
+
+def test_arguments_may_be_texts_as_on_the_command_line() -> None:
+    given = Arguments.model_validate({"model": "sd", "gate_step": "10", "replicas": "2", "num_cpus": "0.5"})
+    assert (given.gate_step, given.replicas, given.num_cpus) == (10, 2, 0.5)
+    assert Arguments.model_validate({"model": "sd", "gate_step": "0.4"}).gate_step == 0.4
 
 
 def test_the_example_for_serve_deploy_fits_the_application() -> None:

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging.config
 import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from starlette.types import Message
 
 from tgate_compile._errors import BackendName, ConfigurationError, Precision
+from tgate_compile.methods.method import checked_gate_step
 from tgate_compile.serve.engine import Engine
+from tgate_compile.serve.observability import log_config
 from tgate_compile.serve.ray_gateway import Forwarded, Gateway, State, api_key_in
 from tgate_compile.serve.requests import EngineClosedError
 from tgate_compile.serve.schemas import ImageRequest, Limits
@@ -33,6 +36,13 @@ if TYPE_CHECKING:
 
 #: The number of LoRAs, with their weights, for which Serve remembers the replicas that have prepared them.
 ADAPTERS_PER_REPLICA = 16
+
+
+def _number(given: object) -> object:
+    """Return the number that a text contains: `serve run` hands over all arguments as texts."""
+    if not isinstance(given, str):
+        return given
+    return int(given) if given.isdecimal() else float(given)
 
 
 class Autoscaling(BaseModel):
@@ -104,7 +114,7 @@ class Arguments(BaseModel):
     model: str | None = None
     bundle: str | None = None
     name: str | None = None
-    gate_step: Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    gate_step: Annotated[int | float, BeforeValidator(_number), AfterValidator(checked_gate_step)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     guidance: Annotated[float, Field(ge=0)] | None = None
     device: str = "auto"
@@ -211,6 +221,7 @@ class Replica:
     """An engine, and the server's application, which answers requests that a gateway has accepted."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
+        logging.config.dictConfig(log_config("warning"))  # the gateway notes the requests
         given = Arguments.model_validate(arguments)
         key = api_key_in(given.api_key_variable)
         self._engine, self._model, multiple = _started(given)

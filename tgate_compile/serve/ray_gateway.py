@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import logging.config
 import math
 import os
 import random
@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tgate_compile._errors import ConfigurationError, first_line
 from tgate_compile.serve.engine import Engine
 from tgate_compile.serve.front import RECORD, Record, unless_gone
-from tgate_compile.serve.observability import Metrics
+from tgate_compile.serve.observability import Metrics, log_config
 from tgate_compile.serve.requests import EngineStats
 from tgate_compile.serve.schemas import ApiError, Limits
 from tgate_compile.serve.server import LARGEST_RANDOM_SEED, create_app
@@ -147,6 +147,7 @@ class Gateway:
     """Accepts HTTP requests, forwards them to replicas, and sends those whose replica is lost to another one."""
 
     def __init__(self, replicas: Any, *, max_body: int, api_key_variable: str | None, adapters: Sequence[str]) -> None:
+        logging.config.dictConfig(log_config())
         self._calls = replicas.options(method_name="answer", stream=True)
         self._adapters = frozenset(adapters)
         self._fleet = Fleet(replicas)
