@@ -96,6 +96,6 @@ def test_every_field_of_a_schedule_is_an_option_of_every_command_that_takes_one(
     own = {field.name for field in dataclasses.fields(ScheduleOptions)} - {"file"}
     further = {name for key in ("pab", "frozentext") for name in options_of(methods()[key])}
     assert own == {field.name for field in dataclasses.fields(Schedule)} - {"others"} | further
-    for command in ("generate", "export", "describe", "web", "strip", "report"):
+    for command in ("generate", "export", "describe", "web", "serve", "strip", "report"):
         names = {parameter.name for parameter in parameters(command)}
         assert own <= names, command

@@ -80,6 +80,7 @@ def test_every_command_with_a_model_takes_one() -> None:
         "evaluate",
         "export",
         "generate",
+        "serve",
         "tune",
         "web",
     }

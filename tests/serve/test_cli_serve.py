@@ -19,14 +19,20 @@ import httpx2
 import pytest
 import typer
 import yaml
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from tests import tiny_pipelines
 from tests.programs import program
 from tests.serve.serving import PATIENCE, eventually, picture
+from tgate_compile import optimize
 from tgate_compile._cache import FOLDER_VARIABLE
 from tgate_compile._cli.app import app
-from tgate_compile._cli.serve import API_KEY_VARIABLE
-from tgate_compile.serve.server import OPEN_PATHS
+from tgate_compile._cli.options import FAMILIES, embedded_name
+from tgate_compile._cli.serve import API_KEY_VARIABLE, _adapters, _load_adapters
+from tgate_compile.serve import Engine
+from tgate_compile.serve.jobs import ServedModel
+from tgate_compile.serve.server import OPEN_PATHS, create_app
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
 
@@ -49,6 +55,15 @@ def test_what_is_wrong_is_said_first(arguments: list[str], code: int, said: str)
     result = run(app, ["serve", *arguments])
     assert result.exit_code == code
     assert said in " ".join(result.stderr.split())
+
+
+def test_an_embedded_model_needs_no_prefix_unless_a_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (embedded_name("sd"), embedded_name("embedded:sd"), embedded_name("owner/sd")) == ("sd", "sd", None)
+    Path("sd").mkdir()
+    assert embedded_name("sd") is None
 
 
 def test_a_port_that_is_taken() -> None:
@@ -167,3 +182,42 @@ def test_the_manifest_for_kubernetes_fits_the_server() -> None:
 def known_options() -> set[str]:
     command = typer.main.get_command(app).get_command(None, "serve")  # type: ignore[attr-defined]
     return {option for parameter in command.params for option in parameter.opts}
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+def test_adapters_are_chosen_by_name(tmp_path: Path) -> None:
+    import peft
+    import torch
+
+    from tgate_compile._cli.loading import Loaded
+
+    pipe = tiny_pipelines.stable_diffusion(layout="small")
+    sources = []
+    for number, name in enumerate(("sketch", "ink")):
+        tuned = tiny_pipelines.stable_diffusion(layout="small")
+        tiny_pipelines.add_lora(tuned.unet, seed=number)
+        type(tuned).save_lora_weights(tmp_path / name, peft.get_peft_model_state_dict(tuned.unet))
+        sources.append((name, str(tmp_path / name)))
+    plain = tiny_pipelines.run(pipe)
+    _load_adapters(Loaded(pipe, FAMILIES[-1], "tiny", torch.device("cpu"), "fp32"), sources)
+    assert _adapters(pipe) == ["ink", "sketch"]
+    assert torch.equal(tiny_pipelines.run(pipe), plain)  # none is active
+
+    served = ServedModel(name="tiny", steps=4, guidance=5.0, loras=("ink", "sketch"))
+    with Engine(optimize(pipe, 2, backend="eager"), max_batch=1) as engine:
+        client = TestClient(create_app(engine, model=served, drain=None))
+
+        def made(**more: Any) -> tuple[int, Any]:
+            answer = client.post("/v1/images/generations", json={"prompt": "red cat", "seed": 3, **more})
+            return answer.status_code, answer.json().get("data", answer.json().get("error"))
+
+        choices: list[Any] = [None, "sketch", "ink", {"sketch": 0.5}, {"sketch": 1, "ink": 1}]
+        images = [made(lora=choice) for choice in choices]
+        assert [status for status, _ in images] == [200] * 5
+        assert len({data[0]["b64_json"] for _, data in images}) == 5
+        assert made(lora={}) == images[0]
+        assert made(lora={"sketch": 1.0}) == images[1]
+        status, error = made(lora="oil")
+        assert (status, error["code"]) == (400, "unsupported_request")
+        assert client.get("/v1/models").json()["data"][0]["loras"] == ["ink", "sketch"]

@@ -8,6 +8,7 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 
 import httpx2
@@ -23,9 +24,9 @@ from starlette.testclient import TestClient
 from tests.browsing import chromium
 from tests.serve.serving import eventually, picture, pixels, serving
 from tests.tiny_pipelines import SIZE, stable_diffusion
-from tgate_compile import ConfigurationError, optimize
-from tgate_compile.serve import Engine
-from tgate_compile.serve.jobs import ServedModel, preview_steps
+from tgate_compile import ConfigurationError, UnsupportedCallError, optimize
+from tgate_compile.serve import Engine, EngineBusyError, EngineClosedError, EngineCrashedError, EngineTimeoutError
+from tgate_compile.serve.jobs import ServedModel, as_api_error, preview_steps
 from tgate_compile.serve.observability import JsonFormatter, log_config
 from tgate_compile.serve.schemas import Limits
 from tgate_compile.serve.server import create_app
@@ -246,6 +247,26 @@ def test_other_paths_and_methods(http: httpx2.Client) -> None:
         answer = http.request(method, path)
         assert answer.status_code == status
         assert "/openapi.json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "retry_after"),
+    [
+        (EngineBusyError("full"), 429, "rate_limit_exceeded", 5),
+        (EngineClosedError("closing"), 503, "unavailable", 1),
+        (EngineCrashedError("again"), 503, "unavailable", 1),
+        (CancelledError(), 503, "unavailable", 1),
+        (EngineTimeoutError("late"), 504, "timeout", None),
+        (UnsupportedCallError("never"), 400, "unsupported_request", None),
+        (ValueError("7 is not divisible by 8"), 400, "unsupported_request", None),
+        (RuntimeError("a secret path"), 500, "internal_error", None),
+    ],
+)
+def test_errors_of_the_engine(error: Exception, status: int, code: str, retry_after: int | None) -> None:
+    answer = as_api_error(error, typical_seconds=10.0)
+    assert (answer.status, answer.code, answer.retry_after) == (status, code, retry_after)
+    assert ("secret" not in answer.message) if status == 500 else (str(error) in answer.message)
+    assert answer.response().status_code == status
 
 
 def test_a_large_body_is_not_read_to_its_end(engine: Engine) -> None:

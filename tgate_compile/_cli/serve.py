@@ -171,7 +171,7 @@ def serve(
         str, typer.Option(help="Address to listen at; 0.0.0.0 for other machines.", rich_help_panel=SERVER)
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 uses any free one.", rich_help_panel=SERVER)
+        int, typer.Option(min=0, max=65535, help="Port to serve at; 0 uses any free one.", rich_help_panel=SERVER)
     ] = 8000,
     api_key: Annotated[
         str | None,

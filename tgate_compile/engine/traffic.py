@@ -102,7 +102,7 @@ def exclusive() -> Iterator[None]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Count the thread as not running inside the context, where it only waits; at the end, wait for a capture to end."""
+    """Count the thread as not running inside the context, where it only waits, so that others may capture."""
     me = threading.get_ident()
     with _changed:
         depth = _stop(me)

@@ -30,7 +30,6 @@ from tgate_compile.engine.halves import (
     one_half,
     rows_of,
     shared_rows,
-    timestep_of,
     uncertain_rows,
 )
 from tgate_compile.methods.method import Half, Kind, Phase
@@ -38,7 +37,7 @@ from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, layout_of
 from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
 from tgate_compile.pipeline.progress import TAKE_NUMBERS, Progress, StepCounter, dtype_of_number
-from tgate_compile.pipeline.two_halves import TwoHalves
+from tgate_compile.pipeline.two_halves import MSG_NO_PAIR, TwoHalves, check_pair, copied
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +59,10 @@ MSG_NEVER_GUIDED = (
     "Guidance begins at step {step}, but the schedule ({schedule}) has already ended it, so it would never act. Make "
     "guidance begin earlier or end later."
 )
-MSG_NO_PAIR = (
-    "Guidance is on, and pipelines of this kind evaluate the guidance halves in separate calls, {first} then {second}, "
-    "but the second call is for another timestep or has other shapes. " + INSTEAD
-)
 MSG_ORDER_AND_ANCHOR = (
     "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
     "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
 )
-
 MSG_GRADIENTS = (
     "{name!r} of the denoiser's call requires gradients (guidance by a loss, as in posterior sampling or CLIP "
     "guidance), which the optimized graphs do not compute. Detach it if no gradient is needed. " + INSTEAD
@@ -307,7 +301,7 @@ class Generation:
         return {self._graph(phase, half) for phase, half, _ in self._steps_ahead(guided)}
 
     def _steps_ahead(self, guided: bool) -> Iterator[tuple[Phase, Half | None, bool]]:
-        """Yield for each step of the pass: its phase, the half that its first call evaluates, and whether it drops one."""
+        """Yield each step's phase, the half that its first call evaluates, and whether it drops the other half."""
         assert self.progress.counter is not None
         counter = self.progress.counter
         for step in range(counter.num_steps):
@@ -400,7 +394,7 @@ class Generation:
         """
         if self._dropped is not None:
             compiled, outputs = self._dropped
-            return compiled.unflatten([_copied(output) for output in outputs])
+            return compiled.unflatten([copied(output) for output in outputs])
         compiled, (outputs, _) = self._run_graph(Phase(False), call, {})
         return compiled.unflatten(outputs)
 
@@ -416,12 +410,12 @@ class Generation:
             self._loop.gated = self._loop.gated or not phase.guided
             # A copy, since the pipeline may combine the two in place.
             halves = (
-                {first: outputs} if phase.guided else {first: outputs, second: [_copied(output) for output in outputs]}
+                {first: outputs} if phase.guided else {first: outputs, second: [copied(output) for output in outputs]}
             )
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
-        _check_pair(made.arguments, arguments, self._family.calls, values=self.progress.done == 0)
+        check_pair(made.arguments, arguments, self._family.calls, values=self.progress.done == 0)
         halves = dict(made.outputs)
         if made.phase.guided:
             compiled, halves[second] = self._run(made.step, made.phase, call, second)
@@ -501,19 +495,6 @@ class Generation:
         return one_half(call, batch, kept, self._family, self._shared or frozenset())
 
 
-def _copied(output: Any) -> Any:
-    return output.clone() if torch.is_tensor(output) else output  # a denoiser may return None for a missing modality
-
-
 def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:
     """Return one character for each step that ran."""
     return "".join({step: phase.character for step, phase in steps}.values())
-
-
-def _check_pair(first: dict[str, Any], second: dict[str, Any], calls: Sequence[Half], *, values: bool) -> None:
-    """Check that two calls are the halves of one timestep; `values` also compares their timesteps."""
-    same = latents_of(first).shape == latents_of(second).shape
-    if same and values and timestep_of(first) is not None:
-        same = torch.equal(torch.as_tensor(timestep_of(first)), torch.as_tensor(timestep_of(second)))
-    if not same:
-        raise UnsupportedModelError(MSG_NO_PAIR.format(first=calls[0], second=calls[1]))

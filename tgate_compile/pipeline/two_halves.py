@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +14,16 @@ import torch
 
 from tgate_compile._errors import INSTEAD, UnsupportedModelError
 from tgate_compile.engine.families import Family
-from tgate_compile.engine.halves import MSG_NOT_TWO_HALVES, are_halves, are_two_of_each, first_is_cond, similarity
+from tgate_compile.engine.halves import (
+    MSG_NOT_TWO_HALVES,
+    are_halves,
+    are_two_of_each,
+    first_is_cond,
+    latents_of,
+    similarity,
+    timestep_of,
+)
+from tgate_compile.methods.method import Half
 from tgate_compile.pipeline.caches import batch_ratio
 from tgate_compile.pipeline.loop import Loop
 
@@ -323,3 +332,27 @@ class TwoHalves:
             scheduler=type(self._scheduler()).__name__,
             expected=expected,
         )
+
+
+MSG_NO_PAIR = (
+    "Guidance is on, and pipelines of this kind evaluate the guidance halves in separate calls, {first} then {second}, "
+    "but the second call is for another timestep or has other shapes. " + INSTEAD
+)
+
+
+def check_pair(first: dict[str, Any], second: dict[str, Any], calls: Sequence[Half], *, values: bool) -> None:
+    """Check that two calls are the halves of one timestep; `values` also compares their timesteps.
+
+    Raises:
+        UnsupportedModelError: they are not.
+    """
+    same = latents_of(first).shape == latents_of(second).shape
+    if same and values and timestep_of(first) is not None:
+        same = torch.equal(torch.as_tensor(timestep_of(first)), torch.as_tensor(timestep_of(second)))
+    if not same:
+        raise UnsupportedModelError(MSG_NO_PAIR.format(first=calls[0], second=calls[1]))
+
+
+def copied(output: Any) -> Any:
+    """Return a copy of one of the values that a denoiser returns."""
+    return output.clone() if torch.is_tensor(output) else output  # a denoiser may return None for a missing modality

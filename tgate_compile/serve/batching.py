@@ -15,11 +15,13 @@ from typing import Any, Literal
 import torch
 
 from tgate_compile.engine.call import Call
-from tgate_compile.engine.compiled import CachedValues, Seen
+from tgate_compile.engine.compiled import CachedValues, EarlyValues, Seen
 from tgate_compile.engine.families import Family
-from tgate_compile.engine.halves import is_time, latents_of, leaves_at, named_leaves, rows_of
+from tgate_compile.engine.halves import is_time, latents_of, leaves_at, named_leaves, rows_of, timestep_of
 from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
-from tgate_compile.methods.method import Kind
+from tgate_compile.methods.method import Kind, Phase
+from tgate_compile.passes.graphs import Emission
+from tgate_compile.serve.adapters import Weights
 
 #: Where a leaf of a call has the rows of its images: the dimension; "time" for a timestep, which is expanded to one
 #: element for each row; None for leaves without rows.
@@ -62,6 +64,7 @@ def form_of(call: Call, signature: inspect.Signature, family: Family, *, guided:
         return None  # the graph depends on values, or the denoiser takes lists of rows
     count = latents.shape[0]
     times = {id(leaf) for name, leaf in named_leaves(arguments) if torch.is_tensor(leaf) and is_time(name)}
+    times.add(id(timestep_of(arguments)))
     shared = {id(leaf) for path in family.shared for leaf in leaves_at(call, path)}
     repeated = {id(leaf) for path in family.repeated for leaf in leaves_at(call, path)}
     dims = {id(leaf): dim for path, dim in family.batch_dims for leaf in leaves_at(call, path)}
@@ -93,6 +96,80 @@ def _part(leaf: Any, rows: Rows, count: int) -> Hashable:
     return rows, shape, leaf.dtype, leaf.device
 
 
+@dataclass(eq=False)
+class Step:
+    """A denoiser call of a request.
+
+    Attributes:
+        name: the component that is called.
+        phase: the phase of the graph.
+        call: the arguments.
+        caches: the cached values.
+        form: how it can be joined with others; None if it cannot.
+        lora: the weights of the adapters.
+        is_last: whether it is the last call of the loop.
+        key: as `Work` has it.
+    """
+
+    name: str
+    phase: Phase
+    call: Call
+    caches: CachedValues
+    form: Form | None
+    lora: Weights
+    is_last: bool
+    key: Hashable = None
+
+    @property
+    def images(self) -> int:
+        """The number of images."""
+        return 1 if self.form is None else self.form.images
+
+    @property
+    def letter(self) -> str:
+        """The letter of the phase."""
+        return self.phase.character
+
+    @property
+    def place(self) -> tuple[str, Phase, Hashable]:
+        """What distinguishes its graphs, except for the number of images and the adapters."""
+        return self.name, self.phase, self.call.key if self.form is None else self.form.key
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of one request's denoiser call, in place of the graph that computed them.
+
+    Attributes:
+        outputs: the denoiser's flat outputs.
+        values: the values of `emitted`.
+        emitted: the sites whose values were returned.
+        put: packs flat outputs into the type that the denoiser returns.
+        runner: what ran the graph.
+    """
+
+    outputs: list[torch.Tensor]
+    values: list[torch.Tensor]
+    emitted: tuple[Emission, ...]
+    put: Callable[[list[torch.Tensor]], Any]
+    runner: object = None
+
+    def run(
+        self, call: Call, caches: CachedValues, early: EarlyValues
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the results, which were computed for this call."""
+        return self.outputs, self.values
+
+    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        """Return the denoiser's return value, assembled from its flat outputs."""
+        return self.put(outputs)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All results."""
+        return [each for each in (*self.outputs, *self.values) if torch.is_tensor(each)]
+
+
 class Memo:
     """Keeps the last joined tensors of each place, since prompts and caches stay the same from step to step."""
 
@@ -104,9 +181,8 @@ class Memo:
     ) -> torch.Tensor:
         """Return the result of `join`, or that of the last time if it was for the same `parts` and `layout`."""
         made = self._made.get(place)
-        if made is not None and made[1] == layout and len(made[0]) == len(parts):
-            if all(seen.is_same(part) for seen, part in zip(made[0], parts, strict=True)):
-                return made[2]
+        if made is not None and made[1] == layout and all(map(Seen.is_same, made[0], parts)):
+            return made[2]
         joined = join()
         self._made[place] = [Seen(part) for part in parts], layout, joined
         return joined

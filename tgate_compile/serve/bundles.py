@@ -16,7 +16,8 @@ from tgate_compile.runtime._pipeline import BundlePipeline, Step
 from tgate_compile.runtime._session import Session
 from tgate_compile.runtime._text_and_images import pil_images
 from tgate_compile.serve.engine import Engine
-from tgate_compile.serve.requests import Job, Request, Work
+from tgate_compile.serve.requests import Request
+from tgate_compile.serve.worker import Job, Work
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue

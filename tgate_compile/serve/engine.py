@@ -17,41 +17,36 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from tgate_compile._errors import ConfigurationError, UnsupportedCallError, first_line
 from tgate_compile.engine.traffic import paused, running
 from tgate_compile.serve.requests import (
+    CacheMemory,
     Ended,
     EngineBusyError,
     EngineClosedError,
     EngineCrashedError,
     EngineStats,
-    Gate,
     HostLock,
-    Job,
     Progress,
     Request,
-    RunApart,
     Running,
-    Submission,
     Ticket,
-    Work,
 )
+from tgate_compile.serve.worker import Job, Served, Submission, Work, Worker
 
 logger = logging.getLogger(__name__)
 
 #: What to do with a request whose size has not been captured.
 NewSizes = Literal["capture", "plain", "refuse"]
 
-#: The longest time that a batch waits for requests that are between two steps, in seconds.
-LONGEST_WAIT = 0.05
-#: The part of a batch that may be padding as long as nothing has been measured.
-MOST_PADDING = 0.25
+#: The seconds after which the worker looks around when nothing has happened.
+A_WHILE = 60.0
 #: The seconds that `close` waits for requests that were told to end.
 PATIENCE = 60.0
 
@@ -67,51 +62,6 @@ MSG_TOO_LARGE = (
     "The caches of the request {request} take {needed:.1f} MB, but the engine's limit for all requests together is "
     "{limit:.1f} MB (memory=...). Request a smaller or fewer images, or allow more memory."
 )
-
-
-class Served(Protocol):
-    """A pipeline as the engine serves it."""
-
-    @property
-    def captures(self) -> int:
-        """The number of graphs that have been compiled."""
-        ...
-
-    def check(self, call: Mapping[str, Any], lora: Mapping[str, float] | None) -> None:
-        """Raise ConfigurationError if the pipeline does not know these arguments or adapters."""
-        ...
-
-    def run(self, request: Request, engine: Engine) -> Any:
-        """Run the pipeline's call for `request`, in whose thread it is called. Denoiser calls go to the engine."""
-        ...
-
-    def execute(self, works: Sequence[Work]) -> Sequence[Any]:
-        """Run works with equal keys together, and return the result of each. Called by the worker.
-
-        Raises:
-            RunApart: they have to be run one at a time.
-        """
-        ...
-
-    def keep_apart(self, work: Work, reason: str) -> None:
-        """Give works like this one different keys from now on."""
-        ...
-
-    def decode(self, latents: Any) -> list[Any]:
-        """Return PIL images of `latents`."""
-        ...
-
-    def warm_up(self, engine: Engine, calls: Sequence[Mapping[str, Any]]) -> None:
-        """Compile and check the graphs that calls like `calls` need, for all batch sizes."""
-        ...
-
-    def rest(self) -> None:
-        """Free what is kept from batch to batch. Called by the worker when no request is in progress."""
-        ...
-
-    def close(self) -> None:
-        """Release the pipeline."""
-        ...
 
 
 class Engine:
@@ -209,33 +159,32 @@ class Engine:
         self._max_batch = max_batch
         self._max_waiting = max_waiting
         self._max_running = 2 * max_batch if max_running is None else max_running
-        self._memory = memory
+        self._memory = CacheMemory(memory)
         self._timeout = timeout
 
     def _start(self, served: Served, warm_up: Sequence[Mapping[str, Any]]) -> None:
         self._served = served
         self._host = HostLock()
         self._lock = threading.Lock()
-        self._for_worker = threading.Condition(self._lock)
         self._for_threads = threading.Condition(self._lock)
         self._for_close = threading.Condition(self._lock)
         self._queue: deque[Request] = deque()
         self._running: dict[int, Request] = {}  # by the id of the object, in the order in which they began
-        self._submissions: list[Submission] = []
-        self._in_hand: Sequence[Submission] = ()  # what the worker is running
-        self._need_memory: deque[tuple[Request, int]] = deque()
         self._threads: list[threading.Thread] = []
         self._idle = 0
         self._closing = self._stopped = self._released = False
-        self._resting = True
         self._numbers = itertools.count()
-        self._times: dict[tuple[Hashable, int], float] = {}  # seconds per run, by graph and number of images
-        self._batches: dict[str, Counter[int]] = defaultdict(Counter)
-        self._seconds: dict[str, float] = defaultdict(float)
         self._errors: Counter[str] = Counter()
         self._completed = self._cancelled = 0
-        self._warm = self._alive = False
-        self._start_worker()
+        self._warm = False
+        self._worker = Worker(
+            served,
+            self._lock,
+            max_batch=self._max_batch,
+            stepping=lambda: [each.stepping for each in self._running.values() if each.stepping is not None],
+            watch=self._end_late,
+            lose=self._lose,
+        )
         atexit.register(self.close, False)
         try:
             self._served.warm_up(self, warm_up)
@@ -244,8 +193,7 @@ class Engine:
             raise
         with self._lock:
             self._completed = 0
-            self._batches.clear()
-            self._seconds.clear()
+            self._worker.forget()
             self._warm = True
 
     # Requests.
@@ -253,7 +201,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether the engine accepts requests: it is warmed up, not closing, and its worker runs."""
-        return self._warm and self._alive and not self._closing
+        return self._warm and self._worker.alive and not self._closing
 
     def submit(
         self,
@@ -312,7 +260,7 @@ class Engine:
                 self._start_thread()
             self._for_threads.notify()
             if request.deadline is not None:
-                self._for_worker.notify()  # it watches the time
+                self._worker.wake()  # it watches the time
         return request
 
     def _cancel(self, request: Request) -> bool:
@@ -335,15 +283,8 @@ class Engine:
     def _interrupt(self, request: Request, reason: Exception) -> None:
         """Let a running request end, at once if its thread is waiting. The lock must be held."""
         request.end = request.end or reason
-        if request.submission in self._submissions:
-            self._submissions.remove(request.submission)
-            request.submission.error = Ended(request.end)
-            request.submission.gate.open()
-        for waiting in [each for each in self._need_memory if each[0] is request]:
-            self._need_memory.remove(waiting)
-            assert request.memory_gate is not None
-            request.memory_gate.open()
-            self._share_memory()
+        self._worker.withdraw(request, request.end)
+        self._memory.withdraw(request)
 
     def _count(self, error: BaseException) -> None:
         if isinstance(error, CancelledError):
@@ -388,12 +329,12 @@ class Engine:
             del self._running[id(request)]
             request.stepping = None
             request.submission = None
-            self._free(request)
+            self._memory.free(request)
             if error is None:
                 self._completed += 1
             else:
                 self._count(error)
-            self._for_worker.notify()
+            self._worker.wake()
             self._for_close.notify_all()
         if error is None:
             request.ticket.resolve(result)
@@ -415,12 +356,10 @@ class Engine:
         with self._lock:
             if self._stopped:
                 raise EngineClosedError(MSG_CLOSED)
-            self._submissions.append(submission)
             if request is not None:
                 request.stepping = None
                 request.submission = submission
-            if len(self._submissions) == 1 or not self._joining():
-                self._for_worker.notify()
+            self._worker.put(submission)
         if request is None:
             submission.gate.wait()
         else:
@@ -438,41 +377,16 @@ class Engine:
             Ended: the request has to end.
             UnsupportedCallError: they never will.
         """
-        more = nbytes - request.reserved
-        if self._memory is not None and nbytes > self._memory:
+        if self._memory.limit is not None and nbytes > self._memory.limit:
             raise UnsupportedCallError(
-                MSG_TOO_LARGE.format(request=request.id, needed=nbytes / 1e6, limit=self._memory / 1e6)
+                MSG_TOO_LARGE.format(request=request.id, needed=nbytes / 1e6, limit=self._memory.limit / 1e6)
             )
         with self._lock:
-            # A request that holds memory already never waits for more: two could wait for each other.
-            if more <= 0 or request.reserved or (not self._need_memory and self._fits(more)):
-                request.reserved = max(request.reserved, nbytes)
-                return
-            request.memory_gate = Gate()
-            self._need_memory.append((request, nbytes))
-        with self._aside(_STEPPING):
-            request.memory_gate.wait()
-        request.check()
-
-    def _fits(self, nbytes: int) -> bool:
-        return self._memory is None or self._reserved + nbytes <= self._memory
-
-    @property
-    def _reserved(self) -> int:
-        return sum(request.reserved for request in self._running.values())
-
-    def _free(self, request: Request) -> None:
-        """Free the memory of a request for those that wait for it. The lock must be held."""
-        request.reserved = 0
-        self._share_memory()
-
-    def _share_memory(self) -> None:
-        """Give free memory to the requests that wait for it, in order. The lock must be held."""
-        while self._need_memory and self._fits(self._need_memory[0][1]):
-            waiting, nbytes = self._need_memory.popleft()
-            waiting.reserved = nbytes
-            assert waiting.memory_gate is not None
-            waiting.memory_gate.open()
+            gate = self._memory.ask(request, nbytes)
+        if gate is not None:
+            with self._aside(_STEPPING):
+                gate.wait()
+            request.check()
 
     @contextmanager
     def _aside(self, rank: int) -> Iterator[None]:
@@ -480,184 +394,42 @@ class Engine:
         with paused(), self._host.given_up(rank):
             yield
 
-    # The worker.
+    # What the worker asks for, with the lock held.
 
-    def _start_worker(self) -> None:
-        worker = threading.Thread(target=self._work, name="tgate-worker", daemon=True)
-        worker.start()
-        self._worker = worker  # another thread may be about to join it
-        self._alive = True
+    def _end_late(self) -> float | None:
+        """End requests whose time is over, and return when the next one's is; None if there is no request.
 
-    def _work(self) -> None:
-        """Run what has been submitted, until the engine stops."""
-        try:
-            while True:
-                group = self._next()
-                if not group:
-                    return
-                self._run(group)
-                self._in_hand = ()
-        except BaseException as error:
-            self._recover(error)
-
-    def _recover(self, error: BaseException) -> None:
-        """Fail the requests in progress, whose state is uncertain, and start another worker."""
-        logger.critical("The engine's worker has failed and is started again.", exc_info=error)
-
-        def crashed(request: str) -> EngineCrashedError:
-            return EngineCrashedError(MSG_CRASHED.format(request=request, cause=first_line(error, named=True)))
-
-        with self._lock:
-            self._alive = False
-            lost = [*self._in_hand, *self._submissions]
-            self._in_hand, self._submissions = (), []
-            for request in self._running.values():
-                if request.stepping is not None or request.submission in lost:
-                    request.end = crashed(request.id)
-            for submission in lost:
-                submission.error = crashed("(none)" if submission.request is None else submission.request.id)
-                submission.gate.open()
-        self._start_worker()
-
-    def _next(self) -> list[Submission]:
-        """Wait for submissions, and return a group to run; it is empty if the engine has stopped.
-
-        The group is that of the submission that has waited longest, so each is served in its turn. If requests that
-        are between two steps are about to join it, it waits for them, but not longer than that saves.
+        Without a limit it is far in the future.
         """
-        with self._lock:
-            free_since = time.monotonic()
-            while True:
-                now = time.monotonic()
-                self._end_late()
-                wait: float | None = None
-                if self._submissions:
-                    due = max(self._submissions[0].arrived, free_since) + self._patience()
-                    if now >= due:
-                        self._in_hand = group = self._choose()
-                        self._resting = False
-                        for submission in group:
-                            self._submissions.remove(submission)
-                        return group
-                    wait = due - now
-                elif self._stopped:
-                    return []
-                elif self._resting is False and not self._running:
-                    self._resting = True
-                    self._served.rest()
-                here = (*self._queue, *(each for each in self._running.values() if each.end is None))
-                deadlines = [each.deadline for each in here if each.deadline is not None]
-                if deadlines:
-                    wait = min(deadlines) - now if wait is None else min(wait, min(deadlines) - now)
-                self._for_worker.wait(wait if wait is None else max(wait, 0.001))
-
-    def _end_late(self) -> None:
-        """End requests whose time is over. The lock must be held."""
         for request in [each for each in self._queue if each.is_late()]:
             self._queue.remove(request)
             error = request.too_late()
             self._count(error)
             # Not under the lock, since it calls the functions of `add_done_callback`.
-            self._submissions.append(Submission(Job(functools.partial(request.ticket.fail, error)), None))
+            self._worker.put(Submission(Job(functools.partial(request.ticket.fail, error)), None))
         for request in self._running.values():
             if request.end is None and request.is_late():
                 self._interrupt(request, request.too_late())
+        deadlines = [
+            request.deadline
+            for request in (*self._queue, *self._running.values())
+            if request.end is None and request.deadline is not None
+        ]
+        if deadlines:
+            return min(deadlines)
+        return time.monotonic() + A_WHILE if self._queue or self._running else None
 
-    def _joining(self) -> int:
-        """Return the number of images that are about to join the oldest submission; 0 if its batch is full."""
-        key = self._submissions[0].work.key
-        if key is None or self._total(self._alike()) >= self._max_batch:
-            return 0
-        return sum(
-            request.stepping.images
-            for request in self._running.values()
-            if request.stepping is not None and request.stepping.key == key
-        )
+    def _lose(self, lost: Sequence[Submission], error: BaseException) -> None:
+        """End the requests whose work is lost, and those between two steps: the worker has failed."""
 
-    def _patience(self) -> float:
-        """Return how long the oldest submission may wait for others, in seconds: what running together saves."""
-        joining = self._joining()
-        if not joining:
-            return 0.0
-        here = self._total(self._alike())
-        joining = min(joining, self._max_batch - here)
-        key = self._submissions[0].work.key
-        sizes = [size_of(images, self._max_batch) for images in (here, joining, here + joining)]
-        one, other, both = (self._times.get((key, size)) for size in sizes)
-        if one is None or other is None or both is None:
-            return LONGEST_WAIT
-        return min(LONGEST_WAIT, one + other - both)
+        def crashed(request: str) -> EngineCrashedError:
+            return EngineCrashedError(MSG_CRASHED.format(request=request, cause=first_line(error, named=True)))
 
-    def _alike(self) -> list[Submission]:
-        """Return the oldest submission and those that can be run with it, by age."""
-        key = self._submissions[0].work.key
-        if key is None:
-            return self._submissions[:1]
-        return [each for each in self._submissions if each.work.key == key]
-
-    @staticmethod
-    def _total(group: Sequence[Submission]) -> int:
-        return sum(each.work.images for each in group)
-
-    def _choose(self) -> list[Submission]:
-        """Return the group of the oldest submission, as many as it is best to run at a time."""
-        alike = self._alike()
-        group = _first(alike, self._max_batch)
-        total, sizes = self._total(group), batch_sizes(self._max_batch)
-        if len(group) == 1 or total in sizes:
-            return group
-        key = group[0].work.key
-        lower = max(size for size in sizes if size < total)
-        upper = min(size for size in sizes if size > total)
-        padded, cut = self._times.get((key, upper)), self._times.get((key, lower))
-        if padded is not None and cut is not None:
-            pads = total / padded >= lower / cut
-        else:
-            pads = total >= (1 - MOST_PADDING) * upper
-        return group if pads else _first(group, lower)
-
-    def _run(self, group: Sequence[Submission]) -> None:
-        """Run a group, and let its requests go on. If that fails, each is tried alone."""
-        works = [submission.work for submission in group]
-        began = time.perf_counter()
-        try:
-            with running():
-                results = self._served.execute(works)
-        except RunApart:
-            for submission in group:
-                self._run([submission])
-            return
-        except Exception as error:
-            if len(group) == 1:
-                group[0].error = error
-            else:
-                reason = first_line(error, named=True)
-                logger.warning("A batch of %d requests failed (%s). Running each of them alone.", len(group), reason)
-                for submission in group:
-                    self._run([submission])
-                if all(submission.error is None for submission in group):
-                    self._served.keep_apart(works[0], f"a batch failed: {reason}")
-                return
-        else:
-            for submission, result in zip(group, results, strict=True):
-                submission.result = result
-        self._deliver(group, time.perf_counter() - began)
-
-    def _deliver(self, group: Sequence[Submission], seconds: float) -> None:
-        work, images = group[0].work, self._total(group)
-        with self._lock:
-            if work.letter:
-                self._batches[work.letter][images] += 1
-                self._seconds[work.letter] += seconds
-            if work.key is not None:
-                at = work.key, size_of(images, self._max_batch)
-                before = self._times.get(at, seconds)  # the first time includes the graph's compilation
-                self._times[at] = seconds if seconds < before / 2 else 0.7 * before + 0.3 * min(seconds, 2 * before)
-            for submission in group:
-                if submission.request is not None and submission.error is None:
-                    submission.request.stepping = None if submission.work.is_last else submission.work
-        for submission in group:
-            submission.gate.open()
+        for request in self._running.values():
+            if request.stepping is not None or request.submission in lost:
+                request.end = crashed(request.id)
+        for submission in lost:
+            submission.error = crashed("(none)" if submission.request is None else submission.request.id)
 
     # The rest.
 
@@ -686,10 +458,10 @@ class Engine:
             return EngineStats(
                 waiting=len(self._queue),
                 running=[Running(each.id, each.step, each.steps, each.phase) for each in self._running.values()],
-                batches={letter: Counter(sizes) for letter, sizes in self._batches.items()},
-                seconds=dict(self._seconds),
+                batches={letter: Counter(sizes) for letter, sizes in self._worker.batches.items()},
+                seconds=dict(self._worker.seconds),
                 captures=self._served.captures,
-                cache_bytes=self._reserved,
+                cache_bytes=self._memory.taken,
                 errors=Counter(self._errors),
                 completed=self._completed,
                 cancelled=self._cancelled,
@@ -717,10 +489,11 @@ class Engine:
             self._stopped = True
             first, self._released = not self._released, True
             self._for_threads.notify_all()
-            self._for_worker.notify_all()
+            self._worker.stop()
         if first:
-            for thread in (*self._threads, self._worker):
+            for thread in self._threads:
                 thread.join()
+            self._worker.join()
             self._served.close()
             atexit.unregister(self.close)
 
@@ -729,27 +502,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close(drain=False)
-
-
-def batch_sizes(most: int) -> list[int]:
-    """Return the numbers of images that batches of at most `most` images have."""
-    sizes = [2**power for power in range(most.bit_length()) if 2**power < most]
-    return [*sizes, most]
-
-
-def size_of(images: int, most: int) -> int:
-    """Return the number of images, with padding, of a batch of `images`."""
-    return min((size for size in batch_sizes(most) if size >= images), default=images)
-
-
-def _first(group: Sequence[Submission], most: int) -> list[Submission]:
-    """Return the first of `group` with at most `most` images together, and at least one of them."""
-    taken: list[Submission] = []
-    for submission in group:
-        if taken and sum(each.work.images for each in taken) + submission.work.images > most:
-            break
-        taken.append(submission)
-    return taken
 
 
 def _check_timeout(timeout: object) -> None:

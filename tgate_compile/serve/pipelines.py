@@ -27,9 +27,10 @@ from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.pipeline.two_halves import observed
 from tgate_compile.serve import batching
 from tgate_compile.serve.adapters import Adapters, Weights, weights_of
-from tgate_compile.serve.batching import Form, Memo
-from tgate_compile.serve.engine import Engine, NewSizes, batch_sizes, size_of
-from tgate_compile.serve.requests import Job, Request, RunApart, Work
+from tgate_compile.serve.batching import Memo, Results, Step
+from tgate_compile.serve.engine import Engine, NewSizes
+from tgate_compile.serve.requests import Request
+from tgate_compile.serve.worker import Job, RunApart, Work, batch_sizes, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,81 +48,29 @@ MSG_NEW_SIZE = (
     'was started with new_sizes="{policy}". Request a size that the engine was warmed up for, or add a call like this '
     "one to Engine(pipe, warm_up=[...])."
 )
-MSG_NO_LATENTS = "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such latents."
+MSG_NO_LATENTS = (
+    "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such "
+    "latents."
+)
 
 
-@dataclass(eq=False)
-class Step:
-    """A denoiser call of a request.
+@dataclass(frozen=True)
+class _Kind:
+    """What distinguishes the compiled graphs that requests need.
 
     Attributes:
-        name: the component that is called.
+        name: the denoiser.
         phase: the phase of the graph.
-        call: the arguments.
-        caches: the cached values.
-        form: how it can be joined with others; None if it cannot.
+        inputs: the form of the first call of a loop.
+        images: the number of images, with padding.
         lora: the weights of the adapters.
-        is_last: whether it is the last call of the loop.
-        key: as `Work` has it.
     """
 
     name: str
     phase: Phase
-    call: Call
-    caches: CachedValues
-    form: Form | None
+    inputs: Hashable
+    images: int
     lora: Weights
-    is_last: bool
-    key: Hashable = None
-
-    @property
-    def images(self) -> int:
-        """The number of images."""
-        return 1 if self.form is None else self.form.images
-
-    @property
-    def letter(self) -> str:
-        """The letter of the phase."""
-        return self.phase.character
-
-    @property
-    def place(self) -> tuple[str, Phase, Hashable]:
-        """What distinguishes its graphs, except for the number of images and the adapters."""
-        return self.name, self.phase, self.call.key if self.form is None else self.form.key
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The results of one request's denoiser call, in place of the graph that computed them.
-
-    Attributes:
-        outputs: the denoiser's flat outputs.
-        values: the values of `emitted`.
-        emitted: the sites whose values were returned.
-        put: packs flat outputs into the type that the denoiser returns.
-        runner: what ran the graph.
-    """
-
-    outputs: list[torch.Tensor]
-    values: list[torch.Tensor]
-    emitted: tuple[Emission, ...]
-    put: Callable[[list[torch.Tensor]], Any]
-    runner: object = None
-
-    def run(
-        self, call: Call, caches: CachedValues, early: EarlyValues
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the results, which were computed for this call."""
-        return self.outputs, self.values
-
-    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
-        """Return the denoiser's return value, assembled from its flat outputs."""
-        return self.put(outputs)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All results."""
-        return [each for each in (*self.outputs, *self.values) if torch.is_tensor(each)]
 
 
 class ServedPipeline:
@@ -156,7 +105,7 @@ class ServedPipeline:
         self._apart: dict[Hashable, str] = {}  # graphs that run one request at a time, with the reason
         # By graph and number of images: the inputs that differed in a batch that was compared with single runs.
         self._compared: dict[Hashable, set[frozenset[int]]] = defaultdict(set)
-        self._known: set[Hashable] = set()  # what has been captured
+        self._known: set[_Kind] = set()  # what has been captured
         self._cache_bytes: dict[Hashable, int] = {}
         self._emitted: dict[Hashable, tuple[Emission, ...]] = {}
         begun = []
@@ -199,7 +148,8 @@ class ServedPipeline:
 
     def decode(self, latents: Any) -> list[Any]:
         """Return PIL images of `latents`."""
-        vae, processor = getattr(self._pipe, "vae", None), getattr(self._pipe, "image_processor", None)
+        vae: Any = getattr(self._pipe, "vae", None)
+        processor: Any = getattr(self._pipe, "image_processor", None)
         channels = None if vae is None else vae.config.get("latent_channels")
         factor = None if vae is None else vae.config.get("scaling_factor")
         if processor is None or factor is None or latents.ndim != 4 or latents.shape[1] != channels:
@@ -247,8 +197,8 @@ class ServedPipeline:
         request.steps = generation.num_steps
         first = self.step(name, Phase(guided), call, {}, service.lora)
         phases = generation.graphs_ahead(guided)
-        size = first.place[2], size_of(first.images, self._max_batch), service.lora
-        kinds = {(name, size, phase) for phase in phases}
+        images = size_of(first.images, self._max_batch)
+        kinds = {_Kind(name, phase, first.place[2], images, service.lora) for phase in phases}
         if self._new_sizes != "capture" and request.records is None and not kinds <= self._known:
             error = UnsupportedCallError(
                 MSG_NEW_SIZE.format(
@@ -260,7 +210,7 @@ class ServedPipeline:
             if self._new_sizes == "plain":
                 generation.allow_plain()
             raise error
-        address = name, size, generation.schedule, generation.num_steps, guided
+        address = name, first.place[2], images, service.lora, generation.schedule, generation.num_steps, guided
         if address not in self._cache_bytes:
             self._cache_bytes[address] = generation.plan_of(call, guided).cache_bytes
         # A batch has a copy of them.
@@ -320,18 +270,15 @@ class ServedPipeline:
             self._stores[work.name].refresh()
             self._stale.discard(work.name)
 
-    def _run_steps(self, works: Sequence[Step]) -> list[Rows]:
+    def _run_steps(self, works: Sequence[Step]) -> list[Results]:
         first, *others = works
         if first.form is None or first.place in self._apart or not self._joins(first):
             if others:
-                raise RunApart
+                raise RunApart([[position] for position in range(len(works))])
             return [self._alone(first)]
-        alike = [each for each in others if batching.shared_equal(first.call, each.call, first.form.rows)]
-        if len(alike) < len(others):
-            done = dict(zip(map(id, (first, *alike)), self._run_steps([first, *alike]), strict=True))
-            left = [work for work in others if id(work) not in done]
-            done |= dict(zip(map(id, left), self._run_steps(left), strict=True))
-            return [done[id(work)] for work in works]
+        alike = [batching.shared_equal(first.call, each.call, first.form.rows) for each in works]
+        if not all(alike):
+            raise RunApart([[at for at, same in enumerate(alike) if same is wanted] for wanted in (True, False)])
         images = size_of(sum(work.images for work in works), self._max_batch)
         compared = self._compared[first.place, images]
         if len(works) == 1:
@@ -348,7 +295,7 @@ class ServedPipeline:
             compared.add(differing)
         return results
 
-    def _difference(self, results: Sequence[Rows], singles: Sequence[Rows]) -> str | None:
+    def _difference(self, results: Sequence[Results], singles: Sequence[Results]) -> str | None:
         """Return how the results of a batch differ from those of single runs beyond rounding; None if they do not."""
         runner = singles[0].runner
         computed_in = runner.computed_in(singles[0].outputs[0].device) if isinstance(runner, TrustedRunner) else None
@@ -358,14 +305,14 @@ class ServedPipeline:
         )
         return next((problem for problem in found if problem is not None), None)
 
-    def _joined(self, works: Sequence[Step], images: int) -> list[Rows]:
+    def _joined(self, works: Sequence[Step], images: int) -> list[Results]:
         """Run works as one call, padded to a number of `images`."""
         first, forms = works[0], [work.form for work in works if work.form is not None]
         call = batching.joined([work.call for work in works], forms, images, self._memo, first.place)
         caches = batching.joined_caches([work.caches for work in works], forms, images, self._memo, first.place)
         compiled = self._stores[first.name].get(first.phase, call, caches, self._forwards[first.name])
         outputs, values = compiled.run(call, caches, self._early)
-        rows: list[Rows] = []
+        rows: list[Results] = []
         start, halves = 0, forms[0].halves
         for form in forms:
             share = functools.partial(batching.share_of, start=start, count=form.images, images=images)
@@ -374,15 +321,15 @@ class ServedPipeline:
                 share(value, halves=1 if emission.merged else halves)
                 for value, emission in zip(values, compiled.emitted, strict=True)
             ]
-            rows.append(Rows(mine, kept, compiled.emitted, compiled.unflatten, getattr(compiled, "runner", None)))
+            rows.append(Results(mine, kept, compiled.emitted, compiled.unflatten, getattr(compiled, "runner", None)))
             start += form.images
         return rows
 
-    def _alone(self, work: Step) -> Rows:
+    def _alone(self, work: Step) -> Results:
         """Run a work by itself, with the inputs as they are."""
         compiled = self._stores[work.name].get(work.phase, work.call, work.caches, self._forwards[work.name])
         outputs, values = compiled.run(work.call, work.caches, self._early)
-        return Rows(outputs, values, compiled.emitted, compiled.unflatten)
+        return Results(outputs, values, compiled.emitted, compiled.unflatten)
 
     def _joins(self, work: Step) -> bool:
         """Return whether the denoiser computes the same if it gets a timestep for each row, found by trying it once."""
@@ -425,11 +372,8 @@ class ServedPipeline:
                 if isinstance(work, Step) and work.form is not None:
                     for images in batch_sizes(self._max_batch):
                         engine.compute(Job(functools.partial(self._try, work, images)))
-        for size in batch_sizes(self._max_batch):
-            self._known |= {
-                (name, (key, size, lora), phase)
-                for name, (key, _, lora), phase in list(self._known)  # type: ignore[misc]
-            }
+        for known in list(self._known):
+            self._known |= {replace(known, images=images) for images in batch_sizes(self._max_batch)}
 
     def _try(self, work: Step, images: int) -> None:
         """Run a batch of `images` like those of `work`, each with other values."""
@@ -522,7 +466,7 @@ class Service:
         request.step, request.phase = progress.counter.step(progress.done), phase.character
         if request.records is not None:
             request.records.setdefault((work.place, self.lora), work)
-        rows: Rows = self.engine.compute(work, request)
+        rows: Results = self.engine.compute(work, request)
         return rows
 
 

@@ -9,14 +9,17 @@ import heapq
 import itertools
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import TGateError
+
+if TYPE_CHECKING:
+    from tgate_compile.serve.worker import Submission, Work
 
 
 class EngineBusyError(TGateError, RuntimeError):
@@ -172,56 +175,6 @@ class Ended(BaseException):
         self.reason = reason
 
 
-class RunApart(Exception):  # noqa: N818 (it is not an error)
-    """Raised when works are run together that have turned out to need to be run one at a time."""
-
-
-class Work(Protocol):
-    """A denoiser call of one request, or something else to be run by the engine's worker.
-
-    Attributes:
-        key: works with equal keys can be run together; None if it runs alone.
-        images: the number of images that it counts for in a batch.
-        letter: the letter of the phase of its graph; empty if it is something else.
-        is_last: whether it is the last call of the request's loop, as far as is known.
-    """
-
-    @property
-    def key(self) -> Hashable: ...
-
-    @property
-    def images(self) -> int: ...
-
-    @property
-    def letter(self) -> str: ...
-
-    @property
-    def is_last(self) -> bool: ...
-
-
-@dataclass(eq=False)
-class Job:
-    """A function that the worker runs alone."""
-
-    function: Callable[[], Any]
-    key: Hashable = None
-    images: int = 1
-    letter: str = ""
-    is_last: bool = False
-
-
-class Submission:
-    """A work that waits for the worker, is being run, or has been run."""
-
-    def __init__(self, work: Work, request: Request | None) -> None:
-        self.work = work
-        self.request = request
-        self.arrived = time.monotonic()
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.gate = Gate()
-
-
 class Gate:
     """Lets one thread wait until another one opens it, once."""
 
@@ -279,7 +232,6 @@ class Request:
         self.phase = ""
         self.stepping: Work | None = None
         self.submission: Submission | None = None
-        self.memory_gate: Gate | None = None
         self.records: dict[Hashable, Work] | None = None
 
     @property
@@ -310,6 +262,54 @@ class Request:
         """Call `on_step` for the present step."""
         if self.on_step is not None:
             self.on_step(Progress(self.id, self.step, self.steps, self.phase, latents))
+
+
+class CacheMemory:
+    """The memory for the caches of all requests. It is given out in the order in which it was asked for.
+
+    Args:
+        limit: the number of bytes; None sets no limit.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.taken = 0
+        self._waiting: deque[tuple[Request, int, Gate]] = deque()
+
+    def ask(self, request: Request, nbytes: int) -> Gate | None:
+        """Reserve memory, or return a gate that is opened when it has been reserved."""
+        # A request that holds memory already never waits for more: two could wait for each other.
+        if request.reserved or nbytes == 0 or (not self._waiting and self._fits(nbytes)):
+            self._give(request, max(request.reserved, nbytes))
+            return None
+        gate = Gate()
+        self._waiting.append((request, nbytes, gate))
+        return gate
+
+    def free(self, request: Request) -> None:
+        """Free the memory of a request for those that wait."""
+        self._give(request, 0)
+        self._share()
+
+    def withdraw(self, request: Request) -> None:
+        """Let a request that waits for memory go on without it, to end."""
+        for waiting in [each for each in self._waiting if each[0] is request]:
+            self._waiting.remove(waiting)
+            waiting[2].open()
+        self._share()
+
+    def _share(self) -> None:
+        while self._waiting and self._fits(self._waiting[0][1]):
+            request, nbytes, gate = self._waiting.popleft()
+            self._give(request, nbytes)
+            gate.open()
+
+    def _fits(self, nbytes: int) -> bool:
+        return self.limit is None or self.taken + nbytes <= self.limit
+
+    def _give(self, request: Request, nbytes: int) -> None:
+        self.taken += nbytes - request.reserved
+        request.reserved = nbytes
 
 
 class HostLock:
