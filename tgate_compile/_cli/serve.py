@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -201,7 +202,7 @@ def serve(
         raise ConfigurationError(MSG_BOTH_SIDES)
     with _bound(host, port) as listener:  # before anything is loaded, in case the port is taken
         if bundle is not None:
-            started, served, multiple = _engine_for_bundle(bundle, name, engine)
+            started, served, multiple = engine_for_bundle(bundle, name, engine)
         else:
             check_installed("torch", "diffusers", "transformers", extra="cli", what="serve without --bundle")
             backend_name = None if backend is None else options.check_backend(backend)
@@ -210,8 +211,8 @@ def serve(
 
                 check_peft()
             loaded = loading.load(model)
-            _load_adapters(loaded, adapter or [])
-            started, served, multiple = _engine_for_model(
+            load_adapters(loaded, adapter or [])
+            started, served, multiple = engine_for_model(
                 loaded, name, loading, image, schedule, engine, backend=backend_name, precision=precision
             )
         from tgate_compile.serve.schemas import Limits
@@ -224,7 +225,8 @@ def serve(
             _run(app, listener, served.name, drain=drain, log_level=log_level)
 
 
-def _engine_for_bundle(bundle: Path, name: str | None, engine: EngineOptions) -> tuple[Engine, ServedModel, int]:
+def engine_for_bundle(bundle: Path, name: str | None, engine: EngineOptions) -> tuple[Engine, ServedModel, int]:
+    """Return an engine for a bundle, its model, and what the sides of its images are multiples of."""
     check_installed("pydantic", "onnxruntime", "tokenizers", extra="runtime", what="serve --bundle")
     from tgate_compile.bundle.read_manifest import read_manifest
     from tgate_compile.serve import Engine
@@ -243,7 +245,7 @@ def _engine_for_bundle(bundle: Path, name: str | None, engine: EngineOptions) ->
     return started, served, 8
 
 
-def _engine_for_model(
+def engine_for_model(
     loaded: Loaded,
     name: str | None,
     loading: options.Loading,
@@ -253,7 +255,12 @@ def _engine_for_model(
     *,
     backend: BackendName | None,
     precision: options.Precision,
+    with_loras: bool = True,
 ) -> tuple[Engine, ServedModel, int]:
+    """Return an engine for a model that was loaded, the model, and what the sides of its images are multiples of.
+
+    Without `with_loras`, no graphs are prepared for its LoRA adapters.
+    """
     import math
 
     import tgate_compile
@@ -275,19 +282,20 @@ def _engine_for_model(
         loras=tuple(_adapters(pipe)),
     )
     with ERR.status("Preparing the graphs"):
-        started = Engine(pipe, warm_up=_warm_up(served, engine), new_sizes=engine.new_sizes.value, **engine.arguments())
+        calls = _warm_up(served, engine, loras=served.loras if with_loras else ())
+        started = Engine(pipe, warm_up=calls, new_sizes=engine.new_sizes.value, **engine.arguments())
     patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", None)
     scale = getattr(pipe, "vae_scale_factor", 8)
     return started, served, math.lcm(8, scale * patch if isinstance(patch, int) else scale)
 
 
-def _warm_up(served: ServedModel, engine: EngineOptions) -> list[dict[str, Any]]:
-    """Return the calls to prepare for: each size, without and with each LoRA."""
+def _warm_up(served: ServedModel, engine: EngineOptions, loras: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the calls to prepare for: each size, without and with each of `loras`."""
     from tgate_compile.serve.schemas import ImageRequest
 
     request = ImageRequest(prompt="")
     calls = [served.call_for(request, size, seed=0) for size in engine.warm_up_size or [None]]
-    return [*calls, *({**call, "lora": {name: 1.0}} for name in served.loras for call in calls)]
+    return [*calls, *({**call, "lora": {name: 1.0}} for name in loras for call in calls)]
 
 
 def _name_of(source: str) -> str:
@@ -296,7 +304,7 @@ def _name_of(source: str) -> str:
     return embedded or (Path(source).resolve().name if Path(source).exists() else source)
 
 
-def _load_adapters(loaded: Loaded, adapters: list[tuple[str, str]]) -> None:
+def load_adapters(loaded: Loaded, adapters: list[tuple[str, str]]) -> None:
     """Load LoRA weights under their names, none of which is active unless a request chooses it."""
     if not adapters:
         return

@@ -77,28 +77,28 @@ class Metrics:
     """The metrics of one server, in a registry of its own, so that several servers can run in one process."""
 
     def __init__(self, engine: Engine) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineMetrics(engine))
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineMetrics(engine))
         self._requests = Counter(
             "tgate_http_requests",
             "HTTP requests that were answered; 499 means that the client went away first.",
             ("path", "status"),
-            registry=self._registry,
+            registry=self.registry,
         )
         self._request_seconds = Histogram(
             "tgate_http_request_seconds",
             "Seconds from a request to the end of its answer.",
             ("path",),
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )
         self._first_image_seconds = Histogram(
             "tgate_first_image_seconds",
             "Seconds from a request to its first image or preview.",
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )
-        self._images = Counter("tgate_images", "Images that were sent, without previews.", registry=self._registry)
+        self._images = Counter("tgate_images", "Images that were sent, without previews.", registry=self.registry)
         self._typical_seconds = 0.0
 
     def answered(self, path: str, status: int, seconds: float) -> None:
@@ -122,7 +122,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _EngineMetrics(Collector):

@@ -49,7 +49,10 @@ logger = logging.getLogger(__name__)
 #: Paths that need no API key, because they reveal nothing about requests.
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics", "/openapi.json"})
 
-_LARGEST_RANDOM_SEED = 2**31 - 1
+#: Seeds that the server chooses are at most this.
+LARGEST_RANDOM_SEED = 2**31 - 1
+#: The key, in a request's scope, of the seed that its first image gets if the request does not choose one.
+SEED = "tgate_compile.seed"
 
 
 def create_app(
@@ -94,6 +97,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
+    app.state.metrics = metrics
     app.add_middleware(Front, api_key=api_key, open_paths=OPEN_PATHS, limits=limits, metrics=metrics)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -155,7 +159,8 @@ class _Server:
                 code="model_not_found",
             )
         body.check_together()
-        job = self._start(body, request.scope[RECORD])
+        seed = request.scope.get(SEED) if body.seed is None else body.seed
+        job = self._start(body, request.scope[RECORD], random.randint(0, LARGEST_RANDOM_SEED) if seed is None else seed)
         if body.stream:
             return EventStream(job.events(), job.cancel)
         try:
@@ -163,9 +168,8 @@ class _Server:
         finally:
             job.cancel()
 
-    def _start(self, body: ImageRequest, record: Record) -> Job:
+    def _start(self, body: ImageRequest, record: Record, first: int) -> Job:
         sides = body.sides(self._limits)
-        first = random.randint(0, _LARGEST_RANDOM_SEED) if body.seed is None else body.seed
         job = Job(self._engine, self._model, self._metrics, body, record, range(first, first + body.count))
         record.fields |= {"images": body.count, "seed": first, "stream": bool(body.stream)}
         try:
