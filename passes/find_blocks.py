@@ -224,7 +224,7 @@ def _streams(whole: _Graph, blocks: Sequence[str]) -> list[_Stream] | Node:
     """
     interior = _interior(whole, whole.inside(blocks))
     streams: dict[Node, _Stream] = {}
-    queue = [node for node in whole.graph.nodes if node in interior and _leaves(whole, node, interior)]
+    queue: list[Node] = [node for node in whole.graph.nodes if node in interior and _leaves(whole, node, interior)]
     for node in queue:  # grows during the loop
         begin = _origin(node, interior) or _only_input_like(whole, node, interior)
         if begin is not None:
@@ -235,7 +235,7 @@ def _streams(whole: _Graph, blocks: Sequence[str]) -> list[_Stream] | Node:
             return node
         interior.update(outside)  # take the parts apart first, or restore the layout
         queue += [user for user in outside if _leaves(whole, user, interior) and user not in queue]
-    return [streams[node] for node in sorted(streams, key=whole.order.__getitem__)]
+    return sorted(streams.values(), key=lambda stream: whole.order[stream.end])
 
 
 def _interior(whole: _Graph, inside: set[Node]) -> set[Node]:
@@ -276,7 +276,11 @@ def _origin(node: Node, interior: set[Node], part: Span | None = None) -> Node |
         if same_size(taken.stop - taken.start, size_of(shape_of(source)[taken.dim])):
             return _origin(source, interior, part)
         return _origin(source, interior, taken) if part is None else None
-    if part is not None and target is aten.cat.default and positive(argument(node, 1, "dim", 0), rank(node)) == part.dim:
+    if (
+        part is not None
+        and target is aten.cat.default
+        and positive(argument(node, 1, "dim", 0), rank(node)) == part.dim
+    ):
         begin: Size = 0
         for each in tensors_of(node):
             end = begin + size_of(shape_of(each)[part.dim])

@@ -211,7 +211,7 @@ def verify(variant: Variant, captured: Captured) -> None:
         _require(tuple(node.meta["val"].shape) == shape, f"{site.name} is emitted as {node.meta['val'].shape}")
         _require(node.meta["val"].dtype == site.cache_dtype, f"{site.name} is emitted as {node.meta['val'].dtype}")
 
-    if captured.live and CROSS <= variant.phase.reuse:
+    if captured.live and variant.phase.reuse >= CROSS:
         nodes = {node.name: node for node in graph.nodes}
         text = text_left(graph, [nodes[name] for name in captured.live if name in nodes])
         _require(not text, f"the text's tokens are still computed: {[node.name for node in text]}")
@@ -231,7 +231,9 @@ def _needed(variant: Variant, captured: Captured) -> set[str]:
     given = {site.node: site.base for site in sites_of(captured, variant.phase) if site.kind in variant.phase.reuse}
     graph = graph_of(captured, variant.phase).graph
     nodes = {node.name: node for node in graph.nodes}
-    kept = [name for emission in variant.emitted for name in (emission.site.node, emission.site.base) if name is not None]
+    kept = [
+        name for emission in variant.emitted for name in (emission.site.node, emission.site.base) if name is not None
+    ]
     queue = [*outputs_of(graph), *(nodes[name] for name in kept)]
     needed = set(queue)
     for node in queue:  # grows during the loop

@@ -12,7 +12,7 @@ from torch.export import Dim, ShapesCollection
 from tests.comparing import ROUNDING, assert_differ, difference
 from tests.joint_denoisers import DENOISERS
 from tests.passes.tiny_denoiser import tiny_denoiser, tiny_inputs
-from tests.tiny_pipelines import _pixart_transformer, _unet
+from tests.tiny_pipelines import TEXT_DIM, _pixart_transformer, _unet
 from tgate_compile import UnsupportedModelError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
@@ -24,9 +24,7 @@ BLOCKS = frozenset({"blocks"})
 BOTH = frozenset({"blocks", "rear"})
 
 
-def captured_of(
-    denoiser: torch.nn.Module, call: dict[str, Any], kinds: Collection[Kind], **ranges: Blocks
-) -> Captured:
+def captured_of(denoiser: torch.nn.Module, call: dict[str, Any], kinds: Collection[Kind], **ranges: Blocks) -> Captured:
     pairs = tuple(sorted(ranges.items()))
     given = Call.of((), {**call, "return_dict": False})
     return capture(denoiser, denoiser.forward, given, frozenset(kinds), ranges=pairs)  # type: ignore[arg-type]
@@ -167,9 +165,7 @@ def test_free_sizes() -> None:
     batch = Dim("b", min=1, max=31)
     for leaf in (call["sample"], call["text"]):
         shapes[next(each for each in given.leaves if torch.is_tensor(each) and each.shape == leaf.shape)] = {0: batch}
-    captured = capture(
-        denoiser, denoiser.forward, given, BLOCKS, ranges=(("blocks", Blocks(1)),), shapes=shapes
-    )
+    captured = capture(denoiser, denoiser.forward, given, BLOCKS, ranges=(("blocks", Blocks(1)),), shapes=shapes)
     prediction, again, _ = reused_after_itself(captured, tiny_call(3), BLOCKS)
     assert torch.equal(prediction, denoiser(**tiny_call(3))[0])
     assert difference(again, prediction) <= ROUNDING
@@ -182,14 +178,16 @@ def test_feed_forwards() -> None:
     prediction, again, skipping = reused_after_itself(captured, pixart_inputs(), frozenset({"ff"}))
     assert torch.equal(again, prediction)
     assert not any(".ff." in name for name in skipping.weights)
-    assert_differ(results_of(skipping, captured, pixart_inputs(), [torch.zeros(s.shape) for s in captured.sites])[0], again)
+    assert_differ(
+        results_of(skipping, captured, pixart_inputs(), [torch.zeros(s.shape) for s in captured.sites])[0], again
+    )
 
 
 def pixart_inputs() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     return {
         "hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 5, 32, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 5, TEXT_DIM, generator=generator),
         "timestep": torch.tensor([7, 7]),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
@@ -205,7 +203,10 @@ def test_feed_forwards_of_both_streams() -> None:
 
 @pytest.mark.parametrize(
     ("blocks", "chosen", "telling"),
-    [(2, Blocks(2), "is empty: its stacks of transformer blocks have 2 blocks"), (0, Blocks(), "no stack of transformer")],
+    [
+        (2, Blocks(2), "is empty: its stacks of transformer blocks have 2 blocks"),
+        (0, Blocks(), "no stack of transformer"),
+    ],
 )
 def test_what_cannot_be_skipped(blocks: int, chosen: Blocks, telling: str) -> None:
     with pytest.raises(UnsupportedModelError, match=telling):
@@ -223,7 +224,7 @@ class PostNorm(torch.nn.Module):
     def forward(self, sample: Any, timestep: Any, text: Any, return_dict: bool = True) -> tuple[torch.Tensor]:
         hidden = self.inner.blocks[0](sample, text)
         middle = self.wider(self.inner.blocks[1](hidden, text))
-        return (self.inner.blocks[2](middle[..., :8], text) + middle[..., 4:],)
+        return (self.inner.blocks[2](middle[..., :8], text) + middle[..., 8:].repeat(1, 1, 2),)
 
 
 def test_a_value_that_is_used_after_the_range_and_continues_no_input() -> None:

@@ -14,7 +14,7 @@ from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import Scheme
 from tgate_compile.methods.method import Half, Kind, Phase
 
-#: Version 2 has graphs that are split by binding time, and version 3 forecasts. Bundles are written in the lowest version
+#: Version 2 has graphs that are split by binding time, version 3 forecasts. Bundles are written in the lowest version
 #: that has what they need.
 SCHEMA_VERSION = 3
 

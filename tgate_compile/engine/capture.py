@@ -147,7 +147,8 @@ MSG_NO_SITES = (
 )
 MSG_JOINT_AND_MORE = (
     "{model} has joint attention, where the text's keys and values are cached. That cannot be combined with caching "
-    "other values ({kinds}): leave sp_interval and fi_interval at 1, and cache cross-attention alone with PAB."
+    "other values ({kinds}): leave sp_interval and fi_interval at 1, cache cross-attention alone with PAB, and "
+    "combine FORA with AdaptiveGuidance instead of T-GATE."
 )
 MSG_MISSING: Mapping[Kind, str] = {
     "self": "sp_interval and fi_interval cache self-attention, but none was found in {model}. Leave them at 1.",
@@ -285,7 +286,7 @@ def capture(
 
 
 def _ranges_without_text(joint: Joint, inputs: Inputs, ranges: Mapping[Kind, Blocks], model: str) -> list[Site]:
-    """Return the residuals of blocks in the graph whose text is cached, named differently from those of both streams."""
+    """Return the residuals of blocks in the graph without the text, with other names than those of both streams."""
     nodes = {node.name: node for node in joint.pruned.graph.nodes}
     found = find_ranges(joint.pruned, [nodes[node.name] for node in inputs.latents], ranges, model)
     return [dataclasses.replace(site, name=f"{site.name}.image") for site in found]

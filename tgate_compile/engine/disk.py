@@ -373,7 +373,8 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
 
 def _written_sites(sites: Iterable[Site]) -> list[dict[str, Any]]:
     return [
-        {**asdict(site), "dtype": _dtype_name(site.dtype), "cache_dtype": _dtype_name(site.cache_dtype)} for site in sites
+        {**asdict(site), "dtype": _dtype_name(site.dtype), "cache_dtype": _dtype_name(site.cache_dtype)}
+        for site in sites
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from tgate_compile.methods.schedule import Schedule
 
 #: A kind of value that can be cached: the output of a cross-attention, of a self-attention, of a temporal attention
-#: (which counts as self-attention unless a method uses this kind), the deep feature of a UNet (DeepCache), the output of
-#: a feed-forward module, or the residual over a range of blocks: their output minus their input. Methods that skip two
-#: ranges use `rear` for the second one.
+#: (which counts as self-attention unless a method uses this kind), the deep feature of a UNet (DeepCache), the output
+#: of a feed-forward module, or the residual over a range of blocks: their output minus their input. Methods that skip
+#: two ranges use `rear` for the second one.
 Kind = Literal["cross", "self", "temporal", "deep", "ff", "blocks", "rear"]
 
 #: One of the two halves of classifier-free guidance.
@@ -177,8 +177,8 @@ class Method:
     key: ClassVar[str]
     #: The name of the method in tables and messages.
     title: ClassVar[str]
-    #: Whether a model may lack some of the kinds. The outputs of a joint attention, which is cross- and self-attention in
-    #: one, then have the kind `self`.
+    #: Whether a model may lack some of the kinds. The outputs of a joint attention, which is cross- and self-attention
+    #: in one, then have the kind `self`.
     tolerant: ClassVar[bool] = False
 
     @property
@@ -228,7 +228,9 @@ class Method:
 
     def __str__(self) -> str:
         chosen = [
-            f"{f.name.replace('_', ' ')} {value}" for f in fields(self) if (value := getattr(self, f.name)) is not None
+            f"{f.name.replace('_', ' ')} {value}"
+            for f in fields(self)
+            if (value := getattr(self, f.name)) not in (None, "")
         ]
         return f"{self.title} ({', '.join(chosen)})"
 
@@ -267,14 +269,9 @@ class Skipping(Method):
         end = min((start for start in timeline.starts if start > step), default=timeline.num_steps)
         needed: set[Kind] = set()
         for kind in self.kinds - self._reused(step, timeline):
-            newer = 0
-            for later in range(step + 1, end):
-                if kind in self._reused(later, timeline):
-                    needed.add(kind)
-                    break
-                newer += 1
-                if newer > self.forecast:
-                    break
+            reused = [later for later in range(step + 1, end) if kind in self._reused(later, timeline)]
+            if reused and reused[0] - step - 1 <= self.forecast:
+                needed.add(kind)
         return frozenset(needed)
 
 
@@ -323,7 +320,10 @@ def forecast_weights(steps: Sequence[int], step: int) -> tuple[float, ...]:
     weights = list(differences[0])
     for order in range(1, len(steps)):
         differences = [
-            [(new - old) / (steps[i] - steps[i + 1]) for new, old in zip(differences[i], differences[i + 1], strict=True)]
+            [
+                (new - old) / (steps[i] - steps[i + 1])
+                for new, old in zip(differences[i], differences[i + 1], strict=True)
+            ]
             for i in range(len(differences) - 1)
         ]
         factor = (step - steps[0]) ** order / math.factorial(order)

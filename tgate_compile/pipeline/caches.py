@@ -51,6 +51,7 @@ class Caches:
         self._layouts[kind] = layout
         older = [pair for pair in self._values.get((half, key), []) if pair[0] != step]
         self._values[half, key] = [(step, value), *older[: self._forecasts.get(kind, 0)]]
+
     def keep_only(self, kinds: Collection[Kind], keys: Collection[Key]) -> None:
         """Free the values of `kinds` except those of `keys`."""
         others = [address for address in self._values if address[1][0] in kinds and address[1] not in keys]
@@ -132,7 +133,7 @@ def _forecast(values: Values, step: int) -> torch.Tensor:
 
 
 def _weighted_sum(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Return the weighted sum of values of one dtype in that dtype, accumulated in at least fp32 and without overflow."""
+    """Return the weighted sum of values of one dtype in that dtype, without overflow, accumulated in at least fp32."""
     dtype = values[0].dtype
     accumulated = torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
     total = weights[0] * values[0].to(accumulated)
