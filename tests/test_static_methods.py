@@ -20,8 +20,9 @@ import tgate_compile
 from tests.comparing import assert_differ, assert_same, difference
 from tests.hook_reference import hook_reference
 from tests.joint_reference import TextReference, frozen_text
+from tests.programs import noise
 from tests.test_joint_attention import FLUX, SD3
-from tests.tiny_pipelines import pixart, pixart_prompt, run, stable_diffusion
+from tests.tiny_pipelines import PROMPT, pixart, pixart_prompt, run, stable_diffusion
 from tests.tiny_video import wan, wan_call
 from tgate_compile import (
     PAB,
@@ -42,6 +43,7 @@ from tgate_compile import (
 from tgate_compile._cli.app import app
 from tgate_compile.bundle.plan_rows import plan_from, plans_of
 from tgate_compile.methods.method import forecast_weights
+from tgate_compile.runtime import BundlePipeline
 
 STEPS = 8
 #: Ratios for which steps are computed, skipped once and skipped several times in a row.
@@ -404,35 +406,56 @@ def test_a_video_model(method: Method) -> None:
 
 @pytest.mark.heavy
 def test_inductor_compiles_each_graph_once() -> None:
-    expected = latents_of(tgate_compile.optimize(sd3_pipe(), BlockCache(2, forecast=1), backend="eager"), sd3_call())
-    pipe = tgate_compile.optimize(sd3_pipe(), BlockCache(2, forecast=1), backend="inductor")
-    torch._dynamo.reset()
-    assert difference(latents_of(pipe, sd3_call()), expected) < 1e-4
-    compiled = tgate_compile.describe(pipe).variants
-    latents_of(pipe, sd3_call())
-    assert tgate_compile.describe(pipe).variants == compiled
-    assert len(compiled) == 2
+    method = BlockCache(2, forecast=1)
+    expected = latents_of(tgate_compile.optimize(pixart(), method, backend="eager"), pixart_call())
+    pipe = tgate_compile.optimize(pixart(), method, backend="inductor")
+    assert difference(latents_of(pipe, pixart_call()), expected) < 1e-4
+    store = pipe._tgate_compile.hook.store
+    compiled = store.compilations
+    latents_of(pipe, pixart_call())
+    assert store.compilations == compiled == 2
+    assert tgate_compile.describe(pipe).strip == "FKFKFKFK"
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("method", [Fora(2, forecast=1), BlockCache(2, forecast=1)], ids=str)
-def test_bundles(method: Method, tmp_path: Path) -> None:
+def test_a_bundle_with_forecasts(tmp_path: Path) -> None:
+    """The graphs have free sizes, and the runtime without PyTorch forecasts as well."""
     pytest.importorskip("onnxruntime")
-    schedule = method + TGate(4)
-    pipe = tgate_compile.optimize(pixart(), schedule, backend="eager")
+    pipe = stable_diffusion(layout="small")
+    schedule = BlockCache(2, front=0, forecast=1) + TGate(5)
+    tgate_compile.optimize(pipe, schedule, backend="eager")
+    call = {"prompt": PROMPT, "num_inference_steps": STEPS}
+    latents = noise()
+    expected = pipe(**call, latents=torch.from_numpy(latents), output_type="np").images
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", call=call, components="all")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["schema_version"], manifest["method"]["forecasts"]) == (3, {"blocks": 1})
+    assert manifest["example"]["strip"] == "FKFKFplp"
+    images = BundlePipeline(folder, threads=1)(PROMPT, latents=latents, num_inference_steps=STEPS, output="numpy")
+    assert abs(images - expected).max() < 1e-4
+    tgate_compile.restore(pipe)
+    tgate_compile.load(pipe, folder)
+    loaded = pipe(**call, latents=torch.from_numpy(latents), output_type="np").images
+    assert abs(loaded - expected).max() < 1e-4
+
+
+@pytest.mark.sweep
+def test_a_bundle_of_fora(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pipe = tgate_compile.optimize(pixart(), Fora(2, forecast=1) + TGate(4), backend="eager")
     expected = latents_of(pipe, pixart_call())
     call = {**pixart_call(), "num_inference_steps": STEPS, "output_type": "latent"}
     folder = tgate_compile.export(pipe, tmp_path / "bundle", call=call, dynamic=False)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["schema_version"] == 3
-    assert set(manifest["method"]["forecasts"].values()) == {1}
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, folder)
     assert difference(latents_of(pipe, pixart_call()), expected) < 1e-4
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("method", [Fora(2), BlockCache(2)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(Fora(2), marks=pytest.mark.sweep), pytest.param(BlockCache(2), marks=pytest.mark.heavy)],
+    ids=str,
+)
 def test_openvino(method: Method) -> None:
     pytest.importorskip("openvino")
     expected = latents_of(tgate_compile.optimize(pixart(), method, backend="eager"), pixart_call())

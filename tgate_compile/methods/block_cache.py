@@ -68,4 +68,4 @@ class BlockCache(Skipping):
 
     @classmethod
     def candidates(cls) -> Iterable[Method]:
-        return (cls(2), cls(3), cls(3, forecast=1))
+        return (cls(2), cls(3, forecast=1))

@@ -63,4 +63,4 @@ class Fora(Skipping):
 
     @classmethod
     def candidates(cls) -> Iterable[Method]:
-        return (cls(2), cls(3), cls(3, forecast=1))
+        return (cls(2), cls(3, forecast=1))
