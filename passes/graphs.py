@@ -146,6 +146,8 @@ class Site:
         cache_dtype: the dtype of the cached value.
         batch: the batch dimension in the graph; in the cached value it is always the first.
         of_text: whether it is the keys or values of the text's tokens in a joint attention.
+        base: for a residual: the name of the node that is subtracted from the value when it is cached, and that the
+            cached value is added to when it is reused.
     """
 
     kind: Kind
@@ -156,6 +158,7 @@ class Site:
     cache_dtype: torch.dtype
     batch: int = 0
     of_text: bool = False
+    base: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -176,11 +179,13 @@ class Captured:
         input_names: the names of the graph's inputs, for each leaf of the call's (args, kwargs) in pytree order.
         latents: the name of the input that carries the latents.
         out_spec: the pytree structure of the denoiser's return value.
-        sites: the values that can be cached, grouped by kind and in graph order, with the deep feature last.
+        sites: the values that can be cached, grouped by kind and in graph order.
         roles: how often each of the inputs changes, by name; inputs without an entry change at every call.
         separated: for joint attention: the graph with its tokens separated (`separate_tokens`), from which graphs that
             reuse the text's keys and values are derived. Its inputs, outputs and sites have the names of the program's.
         live: for joint attention: the names of the inputs that the image's tokens come from.
+        separated_sites: for joint attention: the sites of `separated` besides the text's keys and values, as they are
+            once the text's tokens are gone. They have names of their own.
     """
 
     program: ExportedProgram
@@ -191,6 +196,7 @@ class Captured:
     roles: Mapping[str, Binding] = field(default_factory=dict)
     separated: torch.fx.GraphModule | None = None
     live: tuple[str, ...] = ()
+    separated_sites: tuple[Site, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,3 +250,38 @@ class Variant:
         """The qualified names of the parameters, buffers and constants that the graph takes, in its order."""
         specs = self.program.graph_signature.input_specs
         return tuple(str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT)
+
+
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """Return `program` without in-place operators, which may have no users and would be removed as dead code."""
+    if not any(is_mutable(node) for node in program.graph.nodes):
+        return program
+    # An empty table decomposes nothing else, so that the results stay bit-identical.
+    result: ExportedProgram = program.run_decompositions({})
+    return result
+
+
+def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
+    """Inline the regions of `graph_module` that switch autocast off, which it is when the denoiser runs.
+
+    torch.export turns `with torch.amp.autocast("cuda", enabled=False)` into a call of a graph of its own.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2]:
+            continue
+        region, *given = node.args[4:]
+        body = getattr(graph_module, region.target).graph
+        values = dict(zip((inner for inner in body.nodes if inner.op == "placeholder"), given, strict=True))
+        with graph.inserting_before(node):
+            for inner in body.nodes:
+                if inner.op not in ("placeholder", "output"):
+                    values[inner] = graph.node_copy(inner, values.__getitem__)
+        results = next(inner.args[0] for inner in body.nodes if inner.op == "output")
+        for user in list(node.users):  # torch.export gives the region a tuple of results
+            user.replace_all_uses_with(values[results[user.args[1]]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not region.users:
+            graph.erase_node(region)
+    graph_module.recompile()

@@ -77,12 +77,14 @@ class Joint:
         sites: the keys and values of the text's tokens.
         whole: the graph with nodes for the sites, which its result does not depend on.
         separated: the graph with its tokens separated.
+        pruned: the same, with the text's keys and values as inputs and without the text's tokens.
         live: the names of the inputs that the image's tokens come from.
     """
 
     sites: tuple[Site, ...]
     whole: torch.fx.GraphModule
     separated: torch.fx.GraphModule
+    pruned: torch.fx.GraphModule
     live: tuple[str, ...]
 
 
@@ -123,7 +125,7 @@ def find_joint_attention(
     if left:
         where = [f"{node.target} in {innermost_call(node)[1] or model}" for node in (mixing or left)[:3]]
         raise UnsupportedModelError(MSG_NOT_SEPARATE.format(model=model, where=", ".join(where)))
-    return Joint(tuple(sites), whole, separated, names)
+    return Joint(tuple(sites), whole, separated, pruned, names)
 
 
 def mark_text(

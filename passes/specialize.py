@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from tgate_compile._errors import VerificationError
-from tgate_compile.methods.method import Phase
+from tgate_compile.methods.method import CROSS, Phase
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.graphs import (
     Captured,
@@ -46,6 +46,9 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
     for emission in emissions:
         value = nodes[emission.site.node]
         with graph.inserting_before(output):
+            if emission.site.base is not None:
+                base = nodes[emission.site.base]
+                value = add_call(graph, aten.sub.Tensor, value, _in_dtype(graph, base, emission.site.dtype))
             if emission.site.batch != 0:
                 value = add_call(graph, aten.movedim.int, value, emission.site.batch, 0)
             result = value if emission.anchor is None else _merged(graph, value, emission.anchor)
@@ -74,11 +77,11 @@ def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
 
 
 def _without_base(graph: torch.fx.Graph, value: Node, site: Site) -> Node:
-    """Return a contiguous copy of a text's keys or values, which can be views of those of all tokens.
+    """Return a contiguous copy of a text's keys or values, or of a residual, which can be views of those of all tokens.
 
     A cache would keep these alive, and compiled graphs expect contiguous caches.
     """
-    if not site.of_text:
+    if not site.of_text and site.base is None:
         return value
     return add_call(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
 
@@ -94,6 +97,10 @@ def _cast(graph: torch.fx.Graph, value: Node, emission: Emission) -> Node:
     return add_call(graph, aten.to.dtype, value, target)
 
 
+def _in_dtype(graph: torch.fx.Graph, value: Node, dtype: torch.dtype) -> Node:
+    return value if value.meta["val"].dtype == dtype else add_call(graph, aten.to.dtype, value, dtype)
+
+
 def cache_input_name(site: Site) -> str:
     """Return the name of the graph input for the cache of `site`, which is a valid Python identifier."""
     return f"cache_{site.kind}_" + re.sub(r"\W", "_", site.name)
@@ -103,14 +110,14 @@ def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResu
     """Append an input to `graph_module` for each site, and use it instead of the site's value.
 
     The input has the site's `cache_dtype` and the batch in the first dimension; it is cast and transposed if the dtype
-    or layout of the value in the graph differs.
+    or layout of the value in the graph differs. A residual is added to the present value of its base.
 
     The nodes that computed the value become dead code, which `remove_dead` removes.
     """
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
     last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    count = 0
+    replaced: dict[Node, Node] = {}
     for site in sites:
         value = nodes[site.node]
         with graph.inserting_after(last_input):
@@ -119,7 +126,7 @@ def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResu
         same = site.batch == 0 and site.cache_dtype == site.dtype
         with fake.fake_mode:
             cached.meta["val"] = fake if same else fake.movedim(site.batch, 0).to(site.cache_dtype)
-            if site.of_text:
+            if site.of_text or site.base is not None:
                 cached.meta["val"] = cached.meta["val"].clone(memory_format=torch.contiguous_format)
         last_input = replacement = cached
         with graph.inserting_before(value):
@@ -127,9 +134,13 @@ def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResu
                 replacement = add_call(graph, aten.to.dtype, replacement, site.dtype)
             if site.batch != 0:
                 replacement = add_call(graph, aten.movedim.int, replacement, 0, site.batch)
+            if site.base is not None:
+                # The base may be the value of another site: the end of one range is the beginning of the next.
+                base = replaced.get(nodes[site.base], nodes[site.base])
+                replacement = add_call(graph, aten.add.Tensor, _in_dtype(graph, base, site.dtype), replacement)
         value.replace_all_uses_with(replacement)
-        count += 1
-    return PassResult(count)
+        replaced[value] = replacement
+    return PassResult(len(replaced))
 
 
 def remove_dead(graph_module: torch.fx.GraphModule) -> PassResult:
@@ -200,8 +211,7 @@ def verify(variant: Variant, captured: Captured) -> None:
         _require(tuple(node.meta["val"].shape) == shape, f"{site.name} is emitted as {node.meta['val'].shape}")
         _require(node.meta["val"].dtype == site.cache_dtype, f"{site.name} is emitted as {node.meta['val'].dtype}")
 
-    given = {site.node for site in variant.reused}
-    if captured.live and all(site.node in given for site in captured.sites if site.of_text):
+    if captured.live and variant.phase.reuse >= CROSS:
         nodes = {node.name: node for node in graph.nodes}
         text = text_left(graph, [nodes[name] for name in captured.live if name in nodes])
         _require(not text, f"the text's tokens are still computed: {[node.name for node in text]}")
@@ -218,13 +228,18 @@ def verify(variant: Variant, captured: Captured) -> None:
 
 def _needed(variant: Variant, captured: Captured) -> set[str]:
     """Return the names of the captured graph's nodes that are needed if the reused sites are inputs."""
-    given = {site.node for site in captured.sites if site.kind in variant.phase.reuse}
+    given = {site.node: site.base for site in sites_of(captured, variant.phase) if site.kind in variant.phase.reuse}
     graph = graph_of(captured, variant.phase).graph
     nodes = {node.name: node for node in graph.nodes}
-    queue = [*outputs_of(graph), *(nodes[emission.site.node] for emission in variant.emitted)]
+    kept = [
+        name for emission in variant.emitted for name in (emission.site.node, emission.site.base) if name is not None
+    ]
+    queue = [*outputs_of(graph), *(nodes[name] for name in kept)]
     needed = set(queue)
     for node in queue:  # grows during the loop
-        new = [] if node.name in given else [source for source in node.all_input_nodes if source not in needed]
+        base = given.get(node.name)
+        sources = node.all_input_nodes if node.name not in given else [] if base is None else [nodes[base]]
+        new = [source for source in sources if source not in needed]
         needed.update(new)
         queue += new
     return {node.name for node in needed}
@@ -240,11 +255,23 @@ logger = logging.getLogger(__name__)
 
 def graph_of(captured: Captured, phase: Phase) -> torch.fx.GraphModule:
     """Return the graph of `captured` that the variant of `phase` is derived from."""
-    reuses_text = any(site.of_text and site.kind in phase.reuse for site in captured.sites)
-    if captured.separated is not None and reuses_text:
+    if _is_separated(captured, phase):
+        assert captured.separated is not None
         return captured.separated
     whole: torch.fx.GraphModule = captured.program.graph_module
     return whole
+
+
+def sites_of(captured: Captured, phase: Phase) -> tuple[Site, ...]:
+    """Return the sites in the graph that the variant of `phase` is derived from."""
+    if _is_separated(captured, phase):
+        return (*(site for site in captured.sites if site.of_text), *captured.separated_sites)
+    return captured.sites
+
+
+def _is_separated(captured: Captured, phase: Phase) -> bool:
+    reuses_text = any(site.of_text and site.kind in phase.reuse for site in captured.sites)
+    return captured.separated is not None and reuses_text
 
 
 def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant:
@@ -257,11 +284,12 @@ def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant
         VerificationError: the rewritten graph is not a valid variant.
     """
     graph_module = copy_graph(graph_of(captured, phase))
+    sites = sites_of(captured, phase)
     emitted = (
-        *(Emission(site) for site in captured.sites if site.kind in phase.emit),
-        *(Emission(site, anchor) for site in captured.sites if site.kind in phase.merge),
+        *(Emission(site) for site in sites if site.kind in phase.emit),
+        *(Emission(site, anchor) for site in sites if site.kind in phase.merge),
     )
-    reused = tuple(site for site in captured.sites if site.kind in phase.reuse)
+    reused = tuple(site for site in sites if site.kind in phase.reuse)
 
     results: dict[str, PassResult] = {}
     if emitted:

@@ -263,7 +263,7 @@ def test_caches_do_not_hold_the_images_keys() -> None:
 def stored(pipe: Any) -> int:
     """Return the size of the memory that the caches of the present generation keep alive."""
     generation = hook_of(pipe.transformer)._active
-    values = generation._caches.values(None).values()
+    values = generation._caches.values(None, {"cross"}, 0).values()
     return sum({value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in values}.values())
 
 

@@ -120,7 +120,7 @@ def test_the_convergence_is_that_of_the_cross_attentions(tuned: tuple[Any, Tunin
 def test_the_cheapest_within_the_tolerance_is_chosen(tuned: tuple[Any, Tuning]) -> None:
     _, tuning = tuned
     rows = [row for row in tuning.table if row.schedule is not None]
-    families = {"T-GATE", "T-GATE, cond cached", "T-GATE v2", "guidance drop", "PAB", "fewer steps"}
+    families = {"T-GATE", "T-GATE, cond cached", "T-GATE v2", "guidance drop", "PAB", "FORA", "fewer steps"}
     assert {row.family for row in tuning.table} == families
     assert any(row.within for row in rows)
     assert not all(row.within for row in rows)
@@ -381,7 +381,7 @@ def test_joint_attention_has_text_to_freeze_and_self_attention_to_cache() -> Non
     shapes = {"prompt_embeds": (1, 5, 32), "pooled_prompt_embeds": (1, 32)}
     call = {half + name: torch.randn(s, generator=made) for name, s in shapes.items() for half in ("", "negative_")}
     tuning = tune(pipe, call={**call, "height": 64, "width": 64}, num_inference_steps=5, tolerance=1e6)
-    assert {row.family for row in tuning.table} == {"T-GATE", "guidance drop", "PAB", "fewer steps"}
+    assert {row.family for row in tuning.table} == {"T-GATE", "guidance drop", "PAB", "FORA", "fewer steps"}
     assert tuning.chosen.strip == "Fpppp"
     assert tuning.chosen.cost < 0.6  # guidance drop alone
     assert len(tuning.convergence.mean) == 4

@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from tgate_compile.bundle.load import load as load
     from tgate_compile.engine.purity import pure as pure
     from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
+    from tgate_compile.methods.block_cache import BlockCache as BlockCache
     from tgate_compile.methods.deepcache import DeepCache as DeepCache
+    from tgate_compile.methods.delta_dit import DeltaDiT as DeltaDiT
+    from tgate_compile.methods.fora import Fora as Fora
     from tgate_compile.methods.frozen_text import FrozenText as FrozenText
+    from tgate_compile.methods.mag_cache import MagCache as MagCache
     from tgate_compile.methods.method import Method as Method
     from tgate_compile.methods.method import Phase as Phase
     from tgate_compile.methods.pab import PAB as PAB
@@ -80,6 +84,10 @@ _HOMES = {
     "AdaptiveGuidance": "methods.adaptive_guidance",
     "FrozenText": "methods.frozen_text",
     "PAB": "methods.pab",
+    "Fora": "methods.fora",
+    "DeltaDiT": "methods.delta_dit",
+    "BlockCache": "methods.block_cache",
+    "MagCache": "methods.mag_cache",
     "Method": "methods.method",
     "Phase": "methods.method",
     "Schedule": "methods.schedule",
@@ -131,6 +139,10 @@ __all__ = [
     "AdaptiveGuidance",
     "FrozenText",
     "PAB",
+    "Fora",
+    "DeltaDiT",
+    "BlockCache",
+    "MagCache",
     "Method",
     "Schedule",
     "Phase",

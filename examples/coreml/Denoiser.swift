@@ -21,7 +21,7 @@ struct Manifest: Decodable {
     struct Step: Decodable { let graph: String, phase: Phase }
     struct Example: Decodable { let guided: Bool, steps: [Step] }
     struct Family: Decodable { let order: [String] }
-    struct Method: Decodable { let keep: String }
+    struct Method: Decodable { let keep: String, forecasts: [String: Int]? }
 
     let graphs: [String: Graph], example: Example, family: Family, method: Method
 }
@@ -42,6 +42,7 @@ final class Denoiser {
         manifest = try JSONDecoder().decode(Manifest.self, from: json)
         // A bundle that was exported with binding_times=True has preludes and tables, which this example does not run.
         precondition(manifest.graphs.values.allSatisfy { ($0.stage ?? "step") == "step" })
+        precondition((manifest.method.forecasts ?? [:]).isEmpty)  // it reuses cached values as they are
         package = compiledPackage
     }
 

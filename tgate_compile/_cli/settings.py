@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, make_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -341,16 +341,35 @@ class _ShortOptions:
         return Schedule(**{"gate_step": gate, **short}, others=self.others)
 
 
+def parse_numbers(text: object) -> tuple[float, ...]:
+    """Parse numbers separated by commas."""
+    try:
+        return tuple(float(number) for number in str(text).split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.98,1.02") from None
+
+
+#: How the values of options with a parser of their own are shown in the help.
+_METAVARS: Mapping[object, str] = {parse_gate_step: "N", parse_numbers: "N,N,..."}
+
+
+def _parser_of(field: Field[Any]) -> Callable[[object], Any] | None:
+    """Return the parser of an option of a further method; None if typer has one for its type."""
+    if field.metadata["is_gate"]:
+        return parse_gate_step
+    return parse_numbers if field.metadata["type"] is tuple else None
+
+
 def _further_options() -> list[tuple[str, Any, Any]]:
     """Return a field for each option of the further methods: its name, its type with its help, its default."""
     return [
         (
             name,
             Annotated[
-                field.metadata["type"] | None,
+                Any if (parser := _parser_of(field)) else field.metadata["type"] | None,
                 typer.Option(
-                    parser=parse_gate_step if field.metadata["is_gate"] else None,
-                    metavar="N" if field.metadata["is_gate"] else None,
+                    parser=parser,
+                    metavar=_METAVARS.get(parser),
                     min=field.metadata["least"],
                     help=f"{kind.title}: {field.metadata['help']}",
                     show_default=f"{field.default}, with any of {kind.title}'s options",

@@ -14,8 +14,9 @@ from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import Scheme
 from tgate_compile.methods.method import Half, Kind, Phase
 
-#: Version 2 has graphs that are split by binding time. Bundles without these are still written as version 1.
-SCHEMA_VERSION = 2
+#: Version 2 has graphs that are split by binding time, version 3 forecasts. Bundles are written in the lowest version
+#: that has what they need.
+SCHEMA_VERSION = 3
 
 MANIFEST_FILE = "manifest.json"
 GRAPHS_FOLDER = "graphs"
@@ -307,7 +308,7 @@ class Plans(_Strict):
 class Method(_Strict):
     """The schedule, and what it caches."""
 
-    schedule: dict[Name, Constant | dict[Name, Constant]] = Field(
+    schedule: dict[Name, Constant | dict[Name, Constant | list[float]]] = Field(
         description="All fields of tgate_compile.Schedule; further methods have an object each."
     )
     keep: Half = Field(description="The half that continues after guidance has stopped.")
@@ -317,6 +318,10 @@ class Method(_Strict):
     cache_dtype: Dtype | None = Field(description="The dtype of cached values; null for the model's own dtype.")
     plans: Plans | None = Field(
         default=None, description="Null if guidance ends by similarity, or the writer did not support plans yet."
+    )
+    forecasts: dict[Kind, Count] = Field(
+        default_factory=dict,
+        description="The order of the forecast for each kind of cached value that is not reused as it is.",
     )
 
 

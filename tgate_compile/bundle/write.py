@@ -160,7 +160,7 @@ def write_bundle(
             )
         manifest = m.Manifest(
             format="tgate_compile.bundle",
-            schema_version=m.SCHEMA_VERSION if is_split(described) else 1,
+            schema_version=3 if hook.config.schedule.forecasts else 2 if is_split(described) else 1,
             pipeline=m.Pipeline(
                 class_name=type(pipe).__name__,
                 diffusers=diffusers.__version__,
@@ -190,13 +190,15 @@ def write_bundle(
         (temporary / m.MANIFEST_FILE).write_text(as_json(manifest), encoding="utf-8")
 
 
-#: The keys of a graph that schema version 1 does not have.
-_SINCE_2 = {"stage", "early_inputs"}
+#: The keys that earlier schema versions do not have.
+_SINCE_2: Mapping[str, Any] = {"denoiser": {"bindings"}, "graphs": {"__all__": {"stage", "early_inputs"}}}
+_SINCE_3: Mapping[str, Any] = {"method": {"forecasts"}}
 
 
 def as_json(manifest: m.Manifest) -> str:
     """Return the text of a manifest file, with the keys of its schema version only."""
-    left_out: Any = {"denoiser": {"bindings"}, "graphs": {"__all__": _SINCE_2}} if manifest.schema_version == 1 else {}
+    version = manifest.schema_version
+    left_out: Any = {**(_SINCE_2 if version < 2 else {}), **(_SINCE_3 if version < 3 else {})}
     return manifest.model_dump_json(indent=1, exclude=left_out) + "\n"
 
 
@@ -343,6 +345,7 @@ def _method(hook: GatedDenoiser, names: Mapping[Phase, str]) -> m.Method:
         sites=None if config.sites is None else list(config.sites),
         cache_dtype=None if config.cache_dtype is None else dtype_name(config.cache_dtype),  # type: ignore[arg-type]
         plans=plans_of(config.schedule, names),
+        forecasts=dict(config.schedule.forecasts),
     )
 
 

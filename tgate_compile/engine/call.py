@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -257,3 +258,21 @@ def _dim_of_change(before: torch.Tensor, after: torch.Tensor) -> int | None:
             if bool(second.any()) and not bool(first.any()):
                 return dim
     return None
+
+
+@contextmanager
+def forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the hooked forward with `forward` while the module is traced, so that names have no prefix.
+
+    The module's own torch hooks stay out of the graph; they run before and after it, in each call.
+    """
+    replaced = {"forward": forward, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    before = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
+    module.__dict__.update(replaced)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            if name not in before:
+                del module.__dict__[name]
+        module.__dict__.update(before)

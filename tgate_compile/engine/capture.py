@@ -7,12 +7,11 @@ import inspect
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.export import Dim, ExportedProgram, ShapesCollection
@@ -20,15 +19,24 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx import config as fx_config
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
-from tgate_compile.engine.call import BatchDims, Call, known_readings
+from tgate_compile.engine.call import BatchDims, Call, forward_of, known_readings
 from tgate_compile.engine.families import Family, has_joint_attention
 from tgate_compile.engine.halves import LATENTS_NAMES, binding_of, fits, is_time, latents_of, leaves_at, named_leaves
 from tgate_compile.engine.traffic import exclusive
-from tgate_compile.methods.method import Kind
+from tgate_compile.methods.method import Blocks, Kind
 from tgate_compile.passes.attention_core import attention_cores
+from tgate_compile.passes.find_blocks import find_feed_forward, find_ranges
 from tgate_compile.passes.find_sites import Inputs, count_roles, find_attention, find_deep_feature, is_inside
-from tgate_compile.passes.graphs import Binding, Captured, Site, flat_program, is_mutable, outputs_of
-from tgate_compile.passes.separate_tokens import find_joint_attention
+from tgate_compile.passes.graphs import (
+    Binding,
+    Captured,
+    Site,
+    flat_program,
+    functional,
+    inline_disabled_autocast,
+    outputs_of,
+)
+from tgate_compile.passes.separate_tokens import Joint, find_joint_attention
 
 FreeSize = Literal["batch", "height", "width"]
 
@@ -139,8 +147,16 @@ MSG_NO_SITES = (
 )
 MSG_JOINT_AND_MORE = (
     "{model} has joint attention, where the text's keys and values are cached. That cannot be combined with caching "
-    "other values ({kinds}): leave sp_interval and fi_interval at 1, and cache cross-attention alone with PAB."
+    "other values ({kinds}): leave sp_interval and fi_interval at 1, cache cross-attention alone with PAB, and "
+    "combine FORA with AdaptiveGuidance instead of T-GATE."
 )
+MSG_MISSING: Mapping[Kind, str] = {
+    "self": "sp_interval and fi_interval cache self-attention, but none was found in {model}. Leave them at 1.",
+    "temporal": "temporal_interval caches attention between frames, but no attention between frames was found in "
+    "{model}. Leave it at 1.",
+    "ff": "No feed-forward module was found in the blocks of {model}.",
+}
+MSG_NOTHING_FOUND = "{model} has no attention and no feed-forward module whose output could be cached."
 MSG_WHAT_WAS_FOUND = (
     "Its graph has {count} attentions, of which {own} take keys and values that depend on the latents, and {others} "
     "have queries that do not, or keys and values that depend on no input. The latents are taken to be {latents}. "
@@ -156,6 +172,8 @@ def capture(
     kinds: Collection[Kind] = frozenset({"cross"}),
     deep_layer: str | None = None,
     *,
+    ranges: Sequence[tuple[Kind, Blocks]] = (),
+    optional: Collection[Kind] = frozenset(),
     only: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
     shapes: ShapesCollection | None = None,
@@ -169,6 +187,9 @@ def capture(
         call: the inputs, [2B, ...] under guidance.
         kinds: the kinds of sites to find.
         deep_layer: for the kind `deep`, the path of the up layer at which the shallow part begins.
+        ranges: for the kinds `blocks` and `rear`, the range of blocks of each.
+        optional: those of `kinds` that the denoiser may lack. If cross-attention is one of them, a joint attention
+            counts as self-attention.
         only: shell-style patterns of the names of the attentions to cache; None means all.
         cache_dtype: the dtype of the caches; None means the sites' own.
         shapes: the sizes of the call's tensors that are left free; None means that all are fixed.
@@ -184,7 +205,7 @@ def capture(
     args, kwargs = call.arguments
     began = time.perf_counter()
     known = known_readings(denoiser, forward, call)
-    with _forward_of(denoiser, forward), without_stack_traces(), torch.no_grad(), known:
+    with forward_of(denoiser, forward), without_stack_traces(), torch.no_grad(), known:
         try:
             program = torch.export.export(
                 denoiser,
@@ -197,8 +218,8 @@ def capture(
             raise CaptureError(
                 MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")
             ) from error
-    _inline_disabled_autocast(program.graph_module)
-    program = _functional(program)
+    inline_disabled_autocast(program.graph_module)
+    program = functional(program)
     names = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
     if len(names) != len(call.leaves) or not all(
         isinstance(spec.arg, TensorArgument) and spec.kind is OutputKind.USER_OUTPUT
@@ -213,50 +234,70 @@ def capture(
     batch_dims = None if _is_from_diffusers(denoiser) else BatchDims(program, call, inputs.latents[0]).of
     attention = find_attention(program.graph_module, inputs, kinds, batch_dims)
     joint = None
-    if "cross" in kinds:
+    if "cross" in kinds and "cross" not in optional:
         has_cross = any(site.kind == "cross" for site in attention)
         # Tokens that are joined to the latents' beside cross-attention may be no text: in Stable Audio, one has the
         # timestep and the duration.
         if not has_cross or has_joint_attention(type(denoiser)):
             joint = find_joint_attention(program.graph_module, inputs, model, has_cross=has_cross)
     if joint is not None:
-        others = ", ".join(sorted(set(kinds) - {"cross"}))
+        others = set(kinds) - {"cross"} - set(dict(ranges) if batch_dims is None else ())
         if others:
-            raise UnsupportedModelError(MSG_JOINT_AND_MORE.format(model=model, kinds=others))
+            raise UnsupportedModelError(MSG_JOINT_AND_MORE.format(model=model, kinds=", ".join(sorted(others))))
         attention = list(joint.sites)
-    sites = tuple(sorted(attention, key=lambda site: site.kind))  # stable: cross, then self, each in graph order
-    if required and "cross" in kinds and joint is None:
-        _check_sites(denoiser, program, inputs, sites)
-    if required and "self" in kinds and not any(site.kind == "self" for site in sites):
-        raise UnsupportedModelError(
-            f"sp_interval and fi_interval cache self-attention, but none was found in {model}. Leave them at 1."
-        )
-    if required and "temporal" in kinds and not any(site.kind == "temporal" for site in sites):
-        raise UnsupportedModelError(
-            f"temporal_interval caches attention between frames, but no attention between frames was found in {model}. "
-            "Leave it at 1."
-        )
+    sites = list(attention)
+    if "ff" in kinds:
+        sites += find_feed_forward(program.graph_module, inputs.latents, batch_dims)
+    if required:
+        needed = set(kinds) - set(optional)
+        if "cross" in needed and joint is None:
+            _check_sites(denoiser, program, inputs, sites)
+        _check_kinds(model, needed, sites)
     if only is not None:
         sites = _selected(sites, only)
     if "deep" in kinds and deep_layer is not None:
-        sites = (*sites, find_deep_feature(program.graph_module, deep_layer))
+        sites.append(find_deep_feature(program.graph_module, deep_layer))
+    if ranges:
+        sites += find_ranges(program.graph_module, inputs.latents, dict(ranges), model, batch_dims)
+    if required and kinds and not sites:
+        raise UnsupportedModelError(MSG_NOTHING_FOUND.format(model=model))
+    sites.sort(key=lambda site: get_args(Kind).index(site.kind))  # stable: each kind in graph order
+    separated_sites = [] if joint is None or not ranges else _ranges_without_text(joint, inputs, dict(ranges), model)
     if cache_dtype is not None:
-        sites = tuple(dataclasses.replace(site, cache_dtype=cache_dtype) for site in sites)
+        sites, separated_sites = (
+            [dataclasses.replace(site, cache_dtype=cache_dtype) for site in each] for each in (sites, separated_sites)
+        )
     logger.info(
         "captured %s: %d nodes, %d sites, in %.1f s",
         model, len(program.graph.nodes), len(sites), time.perf_counter() - began,
     )  # fmt: skip
     out_spec = program.module_call_graph[0].signature.out_spec
     roles = _roles_of(names, inputs, forward, call)
-    captured = Captured(program, names, inputs.latents[0].name, out_spec, sites, roles)
+    captured = Captured(program, names, inputs.latents[0].name, out_spec, tuple(sites), roles)
     if joint is None:
         return captured
     return dataclasses.replace(
         captured,
         program=flat_program(program, joint.whole),
         separated=joint.separated,
+        separated_sites=tuple(separated_sites),
         live=joint.live if only is None else (),  # with a part of the sites, the text's tokens are still needed
     )
+
+
+def _ranges_without_text(joint: Joint, inputs: Inputs, ranges: Mapping[Kind, Blocks], model: str) -> list[Site]:
+    """Return the residuals of blocks in the graph without the text, with other names than those of both streams."""
+    nodes = {node.name: node for node in joint.pruned.graph.nodes}
+    found = find_ranges(joint.pruned, [nodes[node.name] for node in inputs.latents], ranges, model)
+    return [dataclasses.replace(site, name=f"{site.name}.image") for site in found]
+
+
+def _check_kinds(model: str, needed: Collection[Kind], sites: Sequence[Site]) -> None:
+    """Check that there is a site of each of the kinds `needed` that are found by looking for modules."""
+    found = {site.kind for site in sites}
+    for kind, message in MSG_MISSING.items():
+        if kind in needed and kind not in found:
+            raise UnsupportedModelError(message.format(model=model))
 
 
 def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call) -> dict[str, Binding]:
@@ -272,55 +313,20 @@ def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any],
     }
 
 
-def _selected(sites: tuple[Site, ...], patterns: Sequence[str]) -> tuple[Site, ...]:
+def _selected(sites: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
     for pattern in patterns:
         if not any(_is_selected(site, pattern) for site in sites):
             raise ConfigurationError(
                 f"sites: {pattern!r} matches none of the attentions that can be cached: "
                 f"{', '.join(site.name for site in sites)}."
             )
-    return tuple(site for site in sites if any(_is_selected(site, pattern) for pattern in patterns))
+    return [site for site in sites if any(_is_selected(site, pattern) for pattern in patterns)]
 
 
 def _is_selected(site: Site, pattern: str) -> bool:
     """Return whether `pattern` matches the name of `site`, or the attention whose keys or values it is."""
     attention = site.name.rpartition(".")[0] if site.of_text else site.name
     return fnmatchcase(site.name, pattern) or fnmatchcase(attention, pattern)
-
-
-def _functional(program: ExportedProgram) -> ExportedProgram:
-    """Return `program` without in-place operators, which may have no users and would be removed as dead code."""
-    if not any(is_mutable(node) for node in program.graph.nodes):
-        return program
-    # An empty table decomposes nothing else, so that the results stay bit-identical.
-    functional: ExportedProgram = program.run_decompositions({})
-    return functional
-
-
-def _inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
-    """Inline the regions of `graph_module` that switch autocast off, which it is when the denoiser runs.
-
-    torch.export turns `with torch.amp.autocast("cuda", enabled=False)` into a call of a separate graph.
-    """
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2]:
-            continue
-        region, *given = node.args[4:]
-        body = getattr(graph_module, region.target).graph
-        values = dict(zip((inner for inner in body.nodes if inner.op == "placeholder"), given, strict=True))
-        with graph.inserting_before(node):
-            for inner in body.nodes:
-                if inner.op not in ("placeholder", "output"):
-                    values[inner] = graph.node_copy(inner, values.__getitem__)
-        results = next(inner.args[0] for inner in body.nodes if inner.op == "output")
-        for user in list(node.users):  # torch.export gives the region a tuple of results
-            user.replace_all_uses_with(values[results[user.args[1]]])
-            graph.erase_node(user)
-        graph.erase_node(node)
-        if not region.users:
-            graph.erase_node(region)
-    graph_module.recompile()
 
 
 def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
@@ -440,7 +446,7 @@ def _is_from_diffusers(denoiser: torch.nn.Module) -> bool:
     return type(denoiser).__module__.partition(".")[0] == "diffusers"
 
 
-def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: Inputs, sites: tuple[Site, ...]) -> None:
+def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: Inputs, sites: Sequence[Site]) -> None:
     model = type(denoiser).__name__
     # `is_cross_attention` alone proves nothing: look for an attention in the module's part of the graph.
     expected = [name for name in cross_attention_modules(denoiser) if _runs(program, name)]
@@ -477,21 +483,3 @@ def without_stack_traces() -> Iterator[None]:
         yield
     finally:
         fx_config.do_not_emit_stack_traces = before
-
-
-@contextmanager
-def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the hooked forward with `forward` while the module is traced, so that names have no prefix.
-
-    The module's own torch hooks stay out of the graph; they run before and after it, in each call.
-    """
-    replaced = {"forward": forward, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
-    before = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
-    module.__dict__.update(replaced)
-    try:
-        yield
-    finally:
-        for name in replaced:
-            if name not in before:
-                del module.__dict__[name]
-        module.__dict__.update(before)

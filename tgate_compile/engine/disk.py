@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
@@ -49,7 +49,7 @@ from tgate_compile.passes.stored_graphs import (
 logger = logging.getLogger(__name__)
 
 #: Part of every key: changed together with what the entries hold.
-_FORMAT = "1"
+_FORMAT = "2"
 #: The most bytes of constants that a graph may have on disk. Tables of positions take a few megabytes.
 _MOST_CONSTANTS = 64 * 2**20
 #: Packages that every graph depends on.
@@ -327,10 +327,8 @@ def _written_capture(captured: Captured) -> bytes:
         "out_spec": _dumped(captured.out_spec),
         "input_names": captured.input_names,
         "latents": captured.latents,
-        "sites": [
-            {**asdict(site), "dtype": _dtype_name(site.dtype), "cache_dtype": _dtype_name(site.cache_dtype)}
-            for site in captured.sites
-        ],
+        "sites": _written_sites(captured.sites),
+        "separated_sites": _written_sites(captured.separated_sites),
         "roles": dict(captured.roles),
     }
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -355,32 +353,43 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
         names = {spec[2]: spec[1][1] for spec in data["program"]["inputs"]}
         constants = {name: tensor.to(devices[names[name]]) for name, tensor in safetensors.torch.load(contents).items()}
         program = from_json(data["program"], {**live, **constants})
-        sites = tuple(
-            Site(
-                **{
-                    **site,
-                    "shape": tuple(site["shape"]),
-                    "dtype": getattr(torch, site["dtype"]),
-                    "cache_dtype": getattr(torch, site["cache_dtype"]),
-                }
-            )
-            for site in data["sites"]
-        )
         separated = data["separated"]
         return Captured(
             program,
             tuple(data["input_names"]),
             data["latents"],
             pytree.treespec_loads(data["out_spec"]),
-            sites,
+            _read_sites(data["sites"]),
             data["roles"],
             None if separated is None else from_json(separated, {**live, **constants}).graph_module,
             tuple(data["live"]),
+            _read_sites(data["separated_sites"]),
         )
     except NotReadableError:
         raise
     except Exception as error:  # of any class: another version, or anyone, may have written it
         raise NotReadableError(f"{type(error).__name__}: {error}") from error
+
+
+def _written_sites(sites: Iterable[Site]) -> list[dict[str, Any]]:
+    return [
+        {**asdict(site), "dtype": _dtype_name(site.dtype), "cache_dtype": _dtype_name(site.cache_dtype)}
+        for site in sites
+    ]
+
+
+def _read_sites(written: Iterable[dict[str, Any]]) -> tuple[Site, ...]:
+    return tuple(
+        Site(
+            **{
+                **site,
+                "shape": tuple(site["shape"]),
+                "dtype": getattr(torch, site["dtype"]),
+                "cache_dtype": getattr(torch, site["cache_dtype"]),
+            }
+        )
+        for site in written
+    )
 
 
 def _is_tensor(value: Any) -> bool:

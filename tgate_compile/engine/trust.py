@@ -19,7 +19,7 @@ from tgate_compile.engine.backends import Backend
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.disk import verdict_on
 from tgate_compile.engine.traffic import exclusive
-from tgate_compile.methods.method import Kind
+from tgate_compile.methods.method import LAYERS, Kind
 from tgate_compile.passes.graphs import Site, Variant
 
 #: The largest difference that rounding can explain, relative to an output's largest value, by the coarsest dtype.
@@ -174,7 +174,7 @@ class Reference:
     ) -> list[torch.Tensor] | None:
         """Return the flat outputs with the values of `sites` taken from `caches`; None if a site is not a module."""
         modules = dict(self._denoiser.named_modules())
-        if any(site.kind == "deep" or site.batch or site.name not in modules for site in sites):
+        if any(site.kind in LAYERS or site.batch or site.name not in modules for site in sites):
             return None
         values = {site.name: caches[site.kind, site.name].to(site.dtype) for site in sites}
         args, kwargs = self._call.arguments

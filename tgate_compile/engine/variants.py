@@ -120,7 +120,7 @@ class VariantStore:
         """Return the part of a configuration that the graphs depend on. Pipelines with equal keys can share a store."""
         schedule = config.schedule
         return (
-            schedule.kinds,
+            schedule.sought,
             schedule.deepcache_branch,
             schedule.anchor_weight,
             config.family.order,
@@ -377,13 +377,13 @@ class VariantStore:
         schedule = self._config.schedule
         layer = deep_layer(self.denoiser, schedule.deepcache_branch) if "deep" in schedule.kinds else None
         only, dtype = self._config.sites, self._config.cached_in
-        make = partial(
-            capture, self.denoiser, forward, call, schedule.kinds, layer, only=only, cache_dtype=dtype, shapes=shapes
-        )
+        kinds, optional, ranges = schedule.sought
+        make = partial(capture, self.denoiser, forward, call, kinds, layer, ranges=ranges, optional=optional)
+        make = partial(make, only=only, cache_dtype=dtype, shapes=shapes)
         if shapes is not None or self._watch is None:
             return make()
         strides = tuple(leaf.stride() for leaf in call.leaves if torch.is_tensor(leaf))
-        given = self._watch.fingerprint, call.key, strides, schedule.kinds, layer, only, dtype
+        given = self._watch.fingerprint, call.key, strides, schedule.sought, layer, only, dtype
         return kept_capture(self.denoiser, given, make)
 
     def _specialize(self, captured: Captured, phase: Phase) -> Variant:

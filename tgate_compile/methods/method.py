@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
-from itertools import combinations
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from tgate_compile._errors import ConfigurationError
 
@@ -17,8 +16,10 @@ if TYPE_CHECKING:
     from tgate_compile.methods.schedule import Schedule
 
 #: A kind of value that can be cached: the output of a cross-attention, of a self-attention, of a temporal attention
-#: (which counts as self-attention unless a method uses this kind), or the deep feature of a UNet (DeepCache).
-Kind = Literal["cross", "self", "temporal", "deep"]
+#: (which counts as self-attention unless a method uses this kind), the deep feature of a UNet (DeepCache), the output
+#: of a feed-forward module, or the residual over a range of blocks: their output minus their input. Methods that skip
+#: two ranges use `rear` for the second one.
+Kind = Literal["cross", "self", "temporal", "deep", "ff", "blocks", "rear"]
 
 #: One of the two halves of classifier-free guidance.
 Half = Literal["uncond", "cond"]
@@ -28,6 +29,12 @@ CROSS: frozenset[Kind] = frozenset({"cross"})
 SELF: frozenset[Kind] = frozenset({"self"})
 TEMPORAL: frozenset[Kind] = frozenset({"temporal"})
 DEEP: frozenset[Kind] = frozenset({"deep"})
+FF: frozenset[Kind] = frozenset({"ff"})
+BLOCKS: frozenset[Kind] = frozenset({"blocks"})
+REAR: frozenset[Kind] = frozenset({"rear"})
+
+#: The kinds for which whole layers are skipped, so that the values inside of them do not exist at such a step.
+LAYERS: frozenset[Kind] = DEEP | BLOCKS | REAR
 
 MSG_GATE_STEP = (
     "{name} must be a whole number of steps, at least 1 (10 means ten steps in full), or a fraction of the "
@@ -71,12 +78,13 @@ _WORDS: Mapping[Kind, str] = {
     "self": "self-reused",
     "temporal": "temporal-reused",
     "deep": "shallow",
+    "ff": "ff-reused",
+    "blocks": "blocks-skipped",
+    "rear": "rear-skipped",
 }
-_SUBSETS = [frozenset(kinds) for count in range(len(_WORDS) + 1) for kinds in combinations(get_args(Kind), count)]
-_NAMES: Mapping[frozenset[Kind], str] = {
-    kinds: ", ".join(word for kind, word in _WORDS.items() if kind in kinds) or "full" for kinds in _SUBSETS
-}
-_FIRST_LETTERS: Mapping[frozenset[Kind], str] = {
+#: The letter of every set of kinds that a step may reuse, the common sets first. No method of this package needs the
+#: sets of `U` to `C` that contain `deep`; they are for methods to come.
+_LETTERS: Mapping[frozenset[Kind], str] = {
     NONE: "F",
     SELF: "S",
     DEEP: "D",
@@ -84,17 +92,28 @@ _FIRST_LETTERS: Mapping[frozenset[Kind], str] = {
     CROSS | SELF: "Q",
     CROSS | DEEP: "R",
     TEMPORAL: "T",
+    CROSS | TEMPORAL: "U",
+    SELF | TEMPORAL: "V",
+    SELF | DEEP: "W",
+    TEMPORAL | DEEP: "X",
+    CROSS | SELF | TEMPORAL: "Y",
+    CROSS | SELF | DEEP: "Z",
+    CROSS | TEMPORAL | DEEP: "A",
+    SELF | TEMPORAL | DEEP: "B",
+    CROSS | SELF | TEMPORAL | DEEP: "C",
+    FF: "E",
+    SELF | FF: "G",
+    CROSS | SELF | FF: "H",
+    CROSS | FF: "I",
+    BLOCKS: "K",
+    CROSS | BLOCKS: "L",
+    REAR: "M",
+    CROSS | REAR: "N",
+    BLOCKS | REAR: "O",
+    CROSS | BLOCKS | REAR: "J",
 }
-#: The letter of every set of reused kinds: those above, and further letters for the other sets in order.
-_LETTERS: Mapping[frozenset[Kind], str] = {
-    **_FIRST_LETTERS,
-    **dict(
-        zip(
-            [kinds for kinds in _SUBSETS if kinds not in _FIRST_LETTERS],
-            [letter for letter in "UVWXYZABCEGHIJ" if letter not in _FIRST_LETTERS.values()],
-            strict=False,
-        )
-    ),
+_NAMES: Mapping[frozenset[Kind], str] = {
+    kinds: ", ".join(word for kind, word in _WORDS.items() if kind in kinds) or "full" for kinds in _LETTERS
 }
 
 #: The sets of kinds that a step may reuse, the common ones first.
@@ -135,6 +154,17 @@ class Timeline:
         return step - max(start for start in self.starts if start <= step)
 
 
+class Blocks(NamedTuple):
+    """A range of the transformer blocks of a denoiser, as in the slice `blocks[start:stop]`.
+
+    Blocks are numbered from 0 in the order in which they run; negative numbers count from the end. Where a UNet has
+    several stacks of blocks, the range is taken of each.
+    """
+
+    start: int = 0
+    stop: int | None = None
+
+
 @dataclass(frozen=True)
 class Method:
     """A caching method. To add one, put a file with a subclass into this folder; no other file needs a change.
@@ -147,11 +177,24 @@ class Method:
     key: ClassVar[str]
     #: The name of the method in tables and messages.
     title: ClassVar[str]
+    #: Whether a model may lack some of the kinds. The outputs of a joint attention, which is cross- and self-attention
+    #: in one, then have the kind `self`.
+    tolerant: ClassVar[bool] = False
 
     @property
     def kinds(self) -> frozenset[Kind]:
         """The kinds of sites that some step reuses."""
         raise NotImplementedError
+
+    @property
+    def ranges(self) -> Mapping[Kind, Blocks]:
+        """The range of blocks for each of the kinds `blocks` and `rear` that the method uses."""
+        return {}
+
+    @property
+    def forecasts(self) -> Mapping[Kind, int]:
+        """The order of the forecast for each kind whose reused values are forecast; see `forecast_weights`."""
+        return {}
 
     def guided_steps(self, num_steps: int) -> int:
         """Return the number of steps after which the method ends guidance; `num_steps` if it does not."""
@@ -185,9 +228,107 @@ class Method:
 
     def __str__(self) -> str:
         chosen = [
-            f"{f.name.replace('_', ' ')} {value}" for f in fields(self) if (value := getattr(self, f.name)) is not None
+            f"{f.name.replace('_', ' ')} {value}"
+            for f in fields(self)
+            if (value := getattr(self, f.name)) not in (None, "")
         ]
         return f"{self.title} ({', '.join(chosen)})"
+
+
+class Skipping(Method):
+    """A method that computes its kinds at some steps only, and reuses or forecasts their values at the others.
+
+    A subclass defines `kinds`, `skipped` and a field `forecast`; which values are kept for later steps follows from
+    these.
+    """
+
+    #: The order of the forecast; 0 reuses the last value unchanged.
+    forecast: int
+
+    def skipped(self, step: int, timeline: Timeline) -> frozenset[Kind]:
+        """Return the kinds that are not computed at `step`, if values from earlier steps can be used there at all."""
+        raise NotImplementedError
+
+    @property
+    def forecasts(self) -> Mapping[Kind, int]:
+        return dict.fromkeys(self.kinds, self.forecast) if self.forecast else {}
+
+    def share(self, step: int, guided: bool, timeline: Timeline) -> Share:
+        return Share(emit=self._needed_later(step, timeline), reuse=self._reused(step, timeline))
+
+    def hands_on(self, guided: bool, reuse: frozenset[Kind]) -> Share:
+        return Share(emit=self.kinds - reuse)
+
+    def _reused(self, step: int, timeline: Timeline) -> frozenset[Kind]:
+        if step in timeline.in_full or timeline.since_start(step) == 0:
+            return NONE
+        return self.skipped(step, timeline)
+
+    def _needed_later(self, step: int, timeline: Timeline) -> frozenset[Kind]:
+        """Return the kinds whose values at `step` are among the last ones when some later step reuses them."""
+        end = min((start for start in timeline.starts if start > step), default=timeline.num_steps)
+        needed: set[Kind] = set()
+        for kind in self.kinds - self._reused(step, timeline):
+            reused = [later for later in range(step + 1, end) if kind in self._reused(later, timeline)]
+            if reused and reused[0] - step - 1 <= self.forecast:
+                needed.add(kind)
+        return frozenset(needed)
+
+
+def check_skipping(method: Skipping, **counts: int) -> None:
+    """Check the fields of a method: its forecast, and the fields `counts`, whole numbers with a smallest value."""
+    for name, least in {**counts, "forecast": 0}.items():
+        object.__setattr__(method, name, checked_count(getattr(method, name), name, least=least))
+    if method.forecast > MAX_FORECAST:
+        raise ConfigurationError(f"forecast must be an order from 0 to {MAX_FORECAST}, but got {method.forecast}.")
+
+
+def check_mask(mask: object) -> None:
+    """Check a mask of steps: a string of the digits 1 (compute) and 0 (skip); empty if there is none."""
+    if not isinstance(mask, str) or not set(mask) <= {"0", "1"} or mask.startswith("0"):
+        raise ConfigurationError(
+            f'mask must be a string of the digits 0 and 1 that begins with 1, such as "1110101", but got {mask!r}.'
+        )
+
+
+def is_computed(step: int, timeline: Timeline, interval: int, warm_up: int = 1, mask: str = "") -> bool:
+    """Return whether a method that computes its values at every `interval`-th step computes them at `step`.
+
+    The first `warm_up` steps are all computed. The count starts at the last of them, and anew where the denoiser
+    changes. A `mask` says it for each step instead; steps beyond it are computed.
+    """
+    if mask:
+        return mask[step : step + 1] != "0"
+    start = step - timeline.since_start(step)
+    since = step - max(start, warm_up - 1)
+    return since <= 0 or since % interval == 0
+
+
+#: The highest order of a forecast. Higher orders multiply the differences of values that differ little.
+MAX_FORECAST = 2
+
+
+def forecast_weights(steps: Sequence[int], step: int) -> tuple[float, ...]:
+    """Return the weights with which the values of `steps`, newest first, are added up to a forecast for `step`.
+
+    It is the Taylor expansion around the newest value, with differences of the values in place of derivatives
+    (TaylorSeer, arXiv 2503.06923, section 3.2): `n` values give a forecast of order `n - 1`, so one value is reused as
+    it is. The weights add up to 1.
+    """
+    # The differences of order j at the value i, as weights of the values.
+    differences = [[float(i == j) for j in range(len(steps))] for i in range(len(steps))]
+    weights = list(differences[0])
+    for order in range(1, len(steps)):
+        differences = [
+            [
+                (new - old) / (steps[i] - steps[i + 1])
+                for new, old in zip(differences[i], differences[i + 1], strict=True)
+            ]
+            for i in range(len(differences) - 1)
+        ]
+        factor = (step - steps[0]) ** order / math.factorial(order)
+        weights = [weight + factor * difference for weight, difference in zip(weights, differences[0], strict=True)]
+    return tuple(weights)
 
 
 def option(default: Any, text: str, *, least: int | None = None, is_gate: bool = False) -> Any:
@@ -206,7 +347,7 @@ def methods() -> Mapping[str, type[Method]]:
     found: dict[str, type[Method]] = {}
     for module in pkgutil.iter_modules(package.__path__):
         for value in vars(importlib.import_module(f"{package.__name__}.{module.name}")).values():
-            if isinstance(value, type) and issubclass(value, Method) and value is not Method:
+            if isinstance(value, type) and issubclass(value, Method) and "key" in vars(value):
                 found[value.key] = value
     return found
 

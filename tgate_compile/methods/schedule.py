@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, reduce
 from typing import Any, get_args
@@ -10,7 +10,19 @@ from typing import Any, get_args
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance
 from tgate_compile.methods.deepcache import DeepCache
-from tgate_compile.methods.method import CROSS, Half, Kind, Method, Phase, Share, Timeline
+from tgate_compile.methods.method import (
+    CROSS,
+    DEEP,
+    LAYERS,
+    REUSED,
+    Blocks,
+    Half,
+    Kind,
+    Method,
+    Phase,
+    Share,
+    Timeline,
+)
 from tgate_compile.methods.tgate import TGate, refuse_options_without_gate
 
 #: The methods whose options are fields of `Schedule`.
@@ -154,6 +166,31 @@ class Schedule:
         return frozenset().union(*(method.kinds for method in self.methods))
 
     @property
+    def optional_kinds(self) -> frozenset[Kind]:
+        """The kinds that a model may lack."""
+        return self.kinds.difference(*(method.kinds for method in self.methods if not method.tolerant))
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether cross-attention, or the text in a joint attention, must be found in the model."""
+        return "cross" in self.kinds - self.optional_kinds
+
+    @property
+    def ranges(self) -> tuple[tuple[Kind, Blocks], ...]:
+        """The range of blocks for each of the kinds `blocks` and `rear` that occurs, in alphabetical order."""
+        return tuple(sorted((pair for method in self.methods for pair in method.ranges.items()), key=lambda p: p[0]))
+
+    @property
+    def sought(self) -> tuple[frozenset[Kind], frozenset[Kind], tuple[tuple[Kind, Blocks], ...]]:
+        """What has to be found in a model: `kinds`, `optional_kinds` and `ranges`."""
+        return self.kinds, self.optional_kinds, self.ranges
+
+    @property
+    def forecasts(self) -> Mapping[Kind, int]:
+        """The order of the forecast for each kind whose reused values are forecast."""
+        return {kind: order for method in self.methods for kind, order in method.forecasts.items()}
+
+    @property
     def kept(self) -> Half:
         """The half that is kept once guidance has ended."""
         return self.keep or ("uncond" if self.gate_step is not None and self.text_interval is None else "cond")
@@ -211,13 +248,36 @@ def _check_together(methods: Iterable[Method]) -> None:
                 both = f"{claimed[kind].title} and {method.title}"
                 raise ConfigurationError(f"{both} cannot be combined: both cache the values of kind {kind!r}.")
             claimed[kind] = method
-    deep = claimed.get("deep")
     for method in methods:
-        if deep is not None and method is not deep and method.kinds and not isinstance(method, TGate):
-            raise ConfigurationError(
-                f"{deep.title} cannot be combined with {method.title}: the layers that {deep.title} skips have no "
-                f"values for {method.title} to cache."
-            )
+        if method.kinds & LAYERS:
+            for other in methods:
+                _check_beside_skipped_layers(method, other)
+        for kind in method.forecasts.keys() & CROSS:
+            for other in methods:
+                if other is not method and kind in other.kinds and not _caches_once(other):
+                    raise ConfigurationError(
+                        f"{method.title} with a forecast cannot be combined with {other.title}, which computes what "
+                        "the image gets from the text again at intervals. Leave out one of them, or the interval."
+                    )
+
+
+def _check_beside_skipped_layers(method: Method, other: Method) -> None:
+    """Check that `other` caches nothing in the layers that `method` skips, which have no values at such a step.
+
+    T-GATE caches its values at a step that computes everything, and never again.
+    """
+    if other is method or not other.kinds or (other.kinds == CROSS and _caches_once(other)):
+        return
+    if method.kinds == DEEP and isinstance(other, TGate):
+        return  # these have their own check, and a graph that computes the text again may compute the deep layers
+    raise ConfigurationError(
+        f"{method.title} cannot be combined with {other.title}: the layers that {method.title} skips have no "
+        f"values for {other.title} to cache."
+    )
+
+
+def _caches_once(method: Method) -> bool:
+    return isinstance(method, TGate) and method.text_interval is None
 
 
 @cache
@@ -228,6 +288,9 @@ def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]
     timeline = Timeline(num_steps, (0, end, *gates), in_full, end if guided else 0)
     plan = tuple(_phase(schedule.methods, step, guided and step < end, timeline) for step in range(num_steps))
     for step, phase in enumerate(plan):
+        if phase.reuse not in REUSED:
+            kinds = ", ".join(sorted(phase.reuse))
+            raise ConfigurationError(f"{schedule}: step {step} reuses {kinds} together, for which there is no graph.")
         served = schedule.graph_phase(phase)
         lacking = sorted((phase.emit - served.emit) | (phase.merge - served.merge))
         if lacking:

@@ -104,7 +104,11 @@ def read_schedule(given: Mapping[str, Any], where: str = "schedule") -> Schedule
 def schedule_data(schedule: Schedule) -> dict[str, Any]:
     """Return `schedule` as plain data, for `read_schedule`: its fields, and an object for each further method."""
     data = {name: getattr(schedule, name) for name in _fields()}
-    return {**data, **{method.key: asdict(method) for method in schedule.others}}
+    return {**data, **{method.key: _method_data(method) for method in schedule.others}}
+
+
+def _method_data(method: Method) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(method).items()}
 
 
 def _fields() -> list[str]:

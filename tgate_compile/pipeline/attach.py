@@ -227,7 +227,7 @@ def with_possible_half(pipe: DiffusionPipeline, denoiser: torch.nn.Module, sched
     so with joint attention those of the prompt are cached.
     """
     only = family_of_pipeline(pipe).only
-    caches_text = "cross" in schedule.kinds and has_joint_attention(type(denoiser))
+    caches_text = schedule.needs_cross and has_joint_attention(type(denoiser))
     if caches_text:
         only = "cond"
     if only is None:
@@ -258,10 +258,10 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     )
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
-    if "cross" in config.schedule.kinds and is_modular(pipe) and has_joint_attention(type(denoiser)):
+    if config.schedule.needs_cross and is_modular(pipe) and has_joint_attention(type(denoiser)):
         raise UnsupportedModelError(MSG_JOINT_IN_BLOCKS.format(pipeline=pipeline, model=type(denoiser).__name__))
     may_have_sites = has_joint_attention(type(denoiser)) or not denies_cross_attention(denoiser)
-    if "cross" in config.schedule.kinds and not may_have_sites:
+    if config.schedule.needs_cross and not may_have_sites:
         raise UnsupportedModelError(MSG_NO_SITES.format(model=type(denoiser).__name__))
     if "deep" in config.schedule.kinds:
         deep_layer(denoiser, config.schedule.deepcache_branch)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
 
 from tgate_compile._errors import INSTEAD, UnsupportedModelError
-from tgate_compile.methods.method import Half, Kind, Phase
+from tgate_compile.methods.method import Half, Kind, Phase, forecast_weights
 from tgate_compile.passes.graphs import Emission
 
 Key = tuple[Kind, str]
@@ -21,22 +21,42 @@ MSG_GUIDANCE_SWITCHED_ON = (
 )
 
 
-class Caches:
-    """Cached values by kind and site. All sites of a kind have the layout of the step that computed them."""
+#: The values of a site at several steps, newest first, each with its step.
+Values = list[tuple[int, torch.Tensor]]
 
-    def __init__(self) -> None:
-        self._values: dict[tuple[Half | None, Key], torch.Tensor] = {}
+
+class Caches:
+    """Cached values by kind and site. All sites of a kind have the layout of the step that computed them.
+
+    Args:
+        forecasts: the order of the forecast for each kind that is forecast. The values of the last `order + 1` steps
+            are kept for it.
+    """
+
+    def __init__(self, forecasts: Mapping[Kind, int] | None = None) -> None:
+        self._forecasts = dict(forecasts or {})
+        self._values: dict[tuple[Half | None, Key], Values] = {}
         self._layouts: dict[Kind, Layout] = {}
 
     @property
     def nbytes(self) -> int:
         """The size of all values together, in bytes."""
-        return sum(value.nbytes for value in self._values.values())
+        return sum(value.nbytes for values in self._values.values() for _, value in values)
 
-    def put(self, key: Key, value: torch.Tensor, layout: Layout, half: Half | None = None) -> None:
-        """Store `value`; `half` is the half that it belongs to, if the layout is `separate`."""
-        self._values[half, key] = value
-        self._layouts[key[0]] = layout
+    def put(self, key: Key, value: torch.Tensor, layout: Layout, half: Half | None = None, *, step: int = 0) -> None:
+        """Store `value`, computed at `step`; `half` is the half that it belongs to, if the layout is `separate`."""
+        kind = key[0]
+        if self._layouts.get(kind, layout) != layout:
+            self._values = {address: values for address, values in self._values.items() if address[1][0] != kind}
+        self._layouts[kind] = layout
+        older = [pair for pair in self._values.get((half, key), []) if pair[0] != step]
+        self._values[half, key] = [(step, value), *older[: self._forecasts.get(kind, 0)]]
+
+    def keep_only(self, kinds: Collection[Kind], keys: Collection[Key]) -> None:
+        """Free the values of `kinds` except those of `keys`."""
+        others = [address for address in self._values if address[1][0] in kinds and address[1] not in keys]
+        for address in others:
+            del self._values[address]
 
     def merge_halves(self, anchor: float) -> None:
         """Change the layout of values whose batch has turned out to have both halves, and merge cross-attentions'."""
@@ -46,48 +66,81 @@ class Caches:
             self._layouts[kind] = "both"
             if kind == "cross":
                 for _, key in [address for address in self._values if address[1][0] == kind]:
-                    first, second = self._values.pop((None, key)).chunk(2)
-                    self._values.update({("uncond", key): first, ("cond", key): second})
+                    pairs = [(step, value.chunk(2)) for step, value in self._values.pop((None, key))]
+                    for position, half in enumerate(_HALVES):
+                        self._values[half, key] = [(step, pair[position]) for step, pair in pairs]
                     self.merge(key, anchor)
 
     def merge(self, key: Key, anchor: float) -> None:
         """Replace the halves' values with the weighted mean, accumulated in at least fp32."""
-        uncond, cond = (self._values.pop((half, key)) for half in ("uncond", "cond"))
+        uncond, cond = (self._values.pop((half, key)) for half in _HALVES)
         self._layouts[key[0]] = "one"
         if anchor in (0.0, 1.0):  # the halves may have texts of different lengths
             self._values[None, key] = cond if anchor else uncond
             return
-        accumulated = torch.promote_types(uncond.dtype, torch.float32) if uncond.itemsize > 1 else torch.float32
-        mean = (1.0 - anchor) * uncond.to(accumulated) + anchor * cond.to(accumulated)
-        limit = torch.finfo(uncond.dtype).max
-        self._values[None, key] = mean.clamp(-limit, limit).to(uncond.dtype)
+        weights = (1.0 - anchor, anchor)
+        self._values[None, key] = [
+            (step, _weighted_sum((first, second), weights))
+            for (step, first), (_, second) in zip(uncond, cond, strict=True)
+        ]
 
     def fit(self, kind: Kind, *, guided: bool, keep: Half, order: tuple[Half, Half]) -> None:
         """Prepare the values of `kind` for a step: unless it is `guided`, reduce them to those of the half `keep`.
 
-        `order` is the order of the halves in a value that has both.
+        `order` is the order of the halves in a value that has both. A model may have no values of a kind.
 
         Raises:
             UnsupportedModelError: the values were computed without guidance, but the step is guided.
         """
-        layout = self._layouts[kind]
+        layout = self._layouts.get(kind)
         if guided and layout == "one":
             raise UnsupportedModelError(MSG_GUIDANCE_SWITCHED_ON)
-        if guided or layout == "one":
+        if guided or layout in ("one", None):
             return
         for half, key in [address for address in self._values if address[1][0] == kind]:
-            value = self._values.pop((half, key))
+            values = self._values.pop((half, key))
             if half in (None, keep):
-                self._values[None, key] = value.chunk(2)[order.index(keep)] if layout == "both" else value
+                part = order.index(keep)
+                self._values[None, key] = (
+                    [(step, value.chunk(2)[part]) for step, value in values] if layout == "both" else values
+                )
         self._layouts[kind] = "one"
 
-    def values(self, half: Half | None) -> Mapping[Key, torch.Tensor]:
-        """Return the values for a call of one `half`; None stands for a call of both, or without guidance."""
-        return {key: value for (owner, key), value in self._values.items() if owner is None or owner == half}
+    def values(self, half: Half | None, kinds: Collection[Kind], step: int) -> Mapping[Key, torch.Tensor]:
+        """Return the values of `kinds` for a call of one `half` at `step`, forecast from those of earlier steps.
+
+        A `half` of None stands for a call of both, or without guidance.
+        """
+        return {
+            key: _forecast(values, step)
+            for (owner, key), values in self._values.items()
+            if key[0] in kinds and (owner is None or owner == half)
+        }
 
     def clear(self) -> None:
         """Free all values."""
         self._values.clear()
+
+
+_HALVES: tuple[Half, Half] = ("uncond", "cond")
+
+
+def _forecast(values: Values, step: int) -> torch.Tensor:
+    if len(values) == 1:
+        return values[0][1]
+    weights = forecast_weights([computed for computed, _ in values], step)
+    return _weighted_sum([value for _, value in values], weights)
+
+
+def _weighted_sum(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Return the weighted sum of values of one dtype in that dtype, without overflow, accumulated in at least fp32."""
+    dtype = values[0].dtype
+    accumulated = torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
+    total = weights[0] * values[0].to(accumulated)
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + weight * value.to(accumulated)
+    limit = torch.finfo(dtype).max
+    return total.clamp_(-limit, limit).to(dtype)
 
 
 def layout_of(phase: Phase, emission: Emission, half: Half | None) -> Layout:

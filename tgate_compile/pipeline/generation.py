@@ -153,7 +153,7 @@ class Generation:
         self._admit = admit
         self._thread = threading.get_ident()
         self._signature = inspect.signature(forward)
-        self._caches = Caches()
+        self._caches = Caches(schedule.forecasts)
         self.early = EarlyValues(lambda: getattr(scheduler(), "timesteps", None), parking)
         self._first_call: _FirstCall | None = None
         self._was_guided = False
@@ -280,7 +280,7 @@ class Generation:
         """Plan the pass that has begun with `call`: capture its variants without running them."""
         args, kwargs = call.arguments
         batch = batch_of(self._signature.bind(*args, **kwargs).arguments).shape[0]
-        sizes: dict[Kind, int] = {}
+        held: dict[Kind, tuple[tuple[bool, set[str]], list[int]]] = {}  # with which halves and sites, and the sizes
         most = 0
         graphs = []
         steps = []
@@ -292,8 +292,11 @@ class Generation:
             for kind in phase.emit | phase.merge:
                 of_kind = [emission for emission in emitted if emission.site.kind == kind]
                 size = sum(e.nbytes for e in of_kind if half or e.merged == (kind in phase.merge))
-                sizes[kind] = 2 * size if half and kind in phase.emit else size
-            most = max(most, sum(sizes.values()))
+                form = phase.guided and kind not in phase.merge, {e.site.name for e in of_kind}
+                older = held[kind][1] if kind in held and held[kind][0] == form else []
+                older = older[: self.schedule.forecasts.get(kind, 0)]
+                held[kind] = form, [2 * size if half and kind in phase.emit else size, *older]
+            most = max(most, sum(sum(sizes) for _, sizes in held.values()))
         return Plan(steps, graphs, most)
 
     def graphs_ahead(self, guided: bool) -> set[Phase]:
@@ -454,13 +457,14 @@ class Generation:
 
     def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
         """Run the variant of `phase` for one half, for both or without guidance (None), and store what it emits."""
-        caches = self._caches.values(half)
+        caches = self._caches.values(half, phase.reuse, step)
         compiled, (outputs, emitted) = self._run_graph(self._graph(phase, half), call, caches)
+        kept = phase.emit | phase.merge
+        self._caches.keep_only(kept, {(emission.site.kind, emission.site.name) for emission in compiled.emitted})
         for emission, value in zip(compiled.emitted, emitted, strict=True):
             kind = emission.site.kind
-            kinds = phase.merge if emission.merged else phase.emit
-            if kind in (kinds if half is None else phase.emit | phase.merge):
-                self._caches.put((kind, emission.site.name), value, layout_of(phase, emission, half), half)
+            if kind in (kept if half is not None else phase.merge if emission.merged else phase.emit):
+                self._caches.put((kind, emission.site.name), value, layout_of(phase, emission, half), half, step=step)
         self.steps.append((self.progress.steps_before + step, phase))
         self._loop.gated = self._loop.gated or bool(phase.reuse)
         return compiled, outputs

@@ -12,6 +12,8 @@ import numpy as np
 
 from tgate_compile._errors import BundleError
 from tgate_compile.bundle.manifest import (
+    CacheInput,
+    CacheOutput,
     Manifest,
     PlannedPhase,
     Source,
@@ -20,7 +22,7 @@ from tgate_compile.bundle.manifest import (
     return_freed_memory,
 )
 from tgate_compile.bundle.read_manifest import early_graphs, inputs_of, outputs_of, solve, wrong_pixels
-from tgate_compile.methods.method import Half, Kind
+from tgate_compile.methods.method import Half, Kind, forecast_weights
 from tgate_compile.runtime._noise import Array
 from tgate_compile.runtime._session import Session, Settings, detached, ort_value
 
@@ -132,7 +134,8 @@ class Denoiser:
         self._conditions = conditions
         self._guided = len(conditions) == 2
         self._plan = plan
-        self._caches: dict[tuple[Kind, str], OrtValue] = {}
+        # The values of the last steps that kept one, newest first, each with its step.
+        self._caches: dict[tuple[Kind, str], list[tuple[int, OrtValue]]] = {}
         self._made: dict[tuple[bool, str], OrtValue] = {}
         self._checked: set[str] = set()
         # By graph: the values of its prelude (None), and the rows of its table by timestep.
@@ -171,17 +174,41 @@ class Denoiser:
             self._check_shapes(served, call)
             self._checked.add(served)
         inputs |= self._early_values(step, call)
-        inputs |= {spec.name: self._caches[spec.kind, spec.site] for spec in graph.cache_inputs}
+        inputs |= {spec.name: self._forecast(spec, step) for spec in graph.cache_inputs}
         outputs = self._graphs.session(served).run(inputs, kept=len(graph.cache_outputs))
         count = len(graph.outputs)
         for spec, value in zip(graph.cache_outputs, outputs[count:], strict=True):
             if spec.kind in (phase.merge if spec.merged else phase.emit):
-                self._caches[spec.kind, spec.site] = self._graphs.kept(value)
+                self._keep(spec, step, self._graphs.kept(value))
         prediction: Array = outputs[0].numpy().astype(np.float32)
         if phase.guided:
             halves = dict(zip(self._manifest.family.order, np.split(prediction, 2), strict=True))
             prediction = halves["uncond"] + np.float32(guidance_scale) * (halves["cond"] - halves["uncond"])
         return prediction[:, : latents.shape[1]]  # further channels are a learned variance
+
+    def _keep(self, spec: CacheOutput, step: int, value: OrtValue) -> None:
+        """Keep a value of `step`, and as many older ones of its shape as forecasts need."""
+        older = self._caches.get((spec.kind, spec.site), [])
+        older = [each for each in older if each[0] != step and each[1].shape() == value.shape()]
+        order = self._manifest.method.forecasts.get(spec.kind, 0)
+        self._caches[spec.kind, spec.site] = [(step, value), *older[:order]]
+
+    def _forecast(self, spec: CacheInput, step: int) -> OrtValue:
+        """Return the cached value for `step`, forecast from those of earlier steps as `Caches` does."""
+        values = self._caches[spec.kind, spec.site]
+        if len(values) == 1:
+            return values[0][1]
+        if spec.dtype not in ("float32", "float16"):
+            raise BundleError(
+                f"The bundle {self._folder} forecasts values of {spec.dtype}, which numpy cannot compute with. Export "
+                "it with float32 or float16 caches, or without a forecast."
+            )
+        weights = forecast_weights([computed for computed, _ in values], step)
+        total = np.zeros((), np.float32)
+        for weight, (_, value) in zip(weights, values, strict=True):
+            total = total + np.float32(weight) * value.numpy().astype(np.float32)
+        limit = np.finfo(spec.dtype).max
+        return ort_value(np.clip(total, -limit, limit), spec)
 
     def _early_values(self, step: int, call: _Call) -> dict[str, OrtValue]:
         """Return the values that the graph of `step` takes from its prelude and its table, by name.
@@ -257,7 +284,7 @@ class Denoiser:
             spec.name: spec for each in (served, *early_graphs(graphs, served)) for spec in graphs[each].inputs
         }
         inputs = {name: self._argument(spec, call) for name, spec in arguments.items()}
-        inputs |= {spec.name: self._caches[spec.kind, spec.site] for spec in graph.cache_inputs}
+        inputs |= {spec.name: self._caches[spec.kind, spec.site][0][1] for spec in graph.cache_inputs}
         specs = [*arguments.values(), *graph.cache_inputs]
         shapes = [inputs[spec.name].shape() for spec in specs]
         sizes = solve([spec.shape for spec in specs], shapes)

@@ -12,7 +12,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
-from tgate_compile.methods.method import CROSS, SELF, Kind, Phase
+from tgate_compile.methods.method import BLOCKS, CROSS, FF, REAR, SELF, Blocks, Kind, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.architectures import PIXELS_PER_LATENT, Architecture, Geometry, Model, Shape
 
@@ -32,6 +32,10 @@ MSG_JOINT_ALONE = (
 )
 
 
+#: The kinds of sites to find in a model, those of them that it may lack, and ranges of blocks.
+Wanted = tuple[frozenset[Kind], frozenset[Kind], tuple[tuple[Kind, Blocks], ...]]
+
+
 @dataclass(frozen=True)
 class GraphCost:
     """The cost of one call of a graph.
@@ -48,8 +52,12 @@ class GraphCost:
 
 
 @cache
-def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, branch: int | None) -> GraphCost:
+def graph_cost(
+    architecture: Architecture, geometry: Geometry, phase: Phase, branch: int | None, wanted: Wanted | None = None
+) -> GraphCost:
     """Return the cost of the graph of `phase`, with DeepCache's `branch` (None: without DeepCache).
+
+    `wanted` says which sites to find; None means the attentions.
 
     Raises:
         UnsupportedModelError: `branch` is given, but the denoiser is not a UNet.
@@ -63,7 +71,7 @@ def graph_cost(architecture: Architecture, geometry: Geometry, phase: Phase, bra
 
     # Report a wrong branch before the capture, which takes a while.
     layer = None if branch is None else deep_layer(_denoiser(architecture), branch)
-    captured = _captured(architecture, geometry)
+    captured = _captured(architecture, geometry, wanted)
     if layer is not None:
         deep = find_deep_feature(captured.program.graph_module, layer)
         captured = dataclasses.replace(captured, sites=(*captured.sites, deep))
@@ -86,7 +94,7 @@ def _denoiser(architecture: Architecture) -> torch.nn.Module:
 
 
 @lru_cache(maxsize=4)  # SDXL's captures have thousands of nodes each
-def _captured(architecture: Architecture, geometry: Geometry) -> Captured:
+def _captured(architecture: Architecture, geometry: Geometry, wanted: Wanted | None = None) -> Captured:
     import torch
 
     from tgate_compile.engine.call import Call
@@ -113,8 +121,17 @@ def _captured(architecture: Architecture, geometry: Geometry) -> Captured:
         }
         constants = architecture.constants(geometry) if callable(architecture.constants) else architecture.constants
         call = Call.of((), {**inputs, **constants, "return_dict": False})
-        kinds: frozenset[Kind] = CROSS if architecture.is_joint else CROSS | SELF
-        return capture(denoiser, denoiser.forward, call, kinds)
+        if wanted is not None:
+            kinds, optional, ranges = wanted
+            return capture(denoiser, denoiser.forward, call, kinds, ranges=ranges, optional=optional)
+        return capture(denoiser, denoiser.forward, call, CROSS if architecture.is_joint else CROSS | SELF)
+
+
+def _wanted(schedule: Schedule | None) -> Wanted | None:
+    """Return what to find for a schedule that needs more than attentions, which all others find in one capture."""
+    if schedule is None or not schedule.kinds & (FF | BLOCKS | REAR):
+        return None
+    return schedule.sought
 
 
 @dataclass(frozen=True)
@@ -162,7 +179,8 @@ def image_cost(
     """
     if text_tokens is not None and not model.architecture.is_joint:
         raise ConfigurationError(MSG_TEXT_TOKENS.format(model=model.architecture.denoiser_class))
-    if schedule is not None and model.architecture.is_joint and schedule.kinds - CROSS:
+    wanted = _wanted(schedule)
+    if wanted is None and schedule is not None and model.architecture.is_joint and schedule.kinds - CROSS:
         raise UnsupportedModelError(MSG_JOINT_ALONE.format(model=model.architecture.denoiser_class))
     steps = model.steps if steps is None else steps
     guided = model.guided if guided is None else guided
@@ -172,7 +190,7 @@ def image_cost(
         geometry = Geometry(2 * batch if phase.guided else batch, height, width, text_tokens or 0)
         branch = schedule.deepcache_branch if schedule is not None and "deep" in schedule.kinds else None
         return graph_cost(
-            model.architecture, geometry, phase if schedule is None else schedule.graph_phase(phase), branch
+            model.architecture, geometry, phase if schedule is None else schedule.graph_phase(phase), branch, wanted
         )
 
     plan = (Phase(guided),) * steps if schedule is None else schedule.plan(steps, guided=guided)

@@ -372,7 +372,12 @@ def _sharing_a_capture(schedules: Sequence[Schedule]) -> Iterator[tuple[Schedule
         is_deep = "deep" in schedule.kinds
         # A capture treats spatial and temporal self-attention as one kind or as two; and it has only the sites that its
         # carrier needs.
-        apart = ("temporal" in schedule.kinds, bool(schedule.kinds) and "cross" not in schedule.kinds)
+        apart = (
+            "temporal" in schedule.kinds,
+            bool(schedule.kinds) and "cross" not in schedule.kinds,
+            "ff" in schedule.kinds,
+            schedule.ranges,
+        )
         key = (is_deep, schedule.deepcache_branch if is_deep else None, schedule.anchor_weight, apart)
         groups.setdefault(key, []).append(schedule)
     for group in groups.values():
