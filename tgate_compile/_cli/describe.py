@@ -1,7 +1,7 @@
 """Commands that show information about models, bundles and the disk cache.
 
-`describe` shows the effect of a schedule on a model, `strip` its effect on each step, `inspect` the contents of a bundle,
-and `cache` the contents of the cache on disk.
+`describe` shows the effect of a schedule on a model, `strip` its effect on each step, `inspect` the contents of a
+bundle, and `cache` the contents of the cache on disk.
 """
 
 from __future__ import annotations
