@@ -125,6 +125,34 @@ class Caches:
 _HALVES: tuple[Half, Half] = ("uncond", "cond")
 
 
+class CacheSizes:
+    """The sizes of the caches of a generation that has not run.
+
+    Args:
+        forecasts: as for `Caches`.
+
+    Attributes:
+        most: the largest size of all values together so far, in bytes.
+    """
+
+    def __init__(self, forecasts: Mapping[Kind, int]) -> None:
+        self._forecasts = forecasts
+        # For each kind: whether its values have both halves and which sites they have, and the sizes, newest first.
+        self._held: dict[Kind, tuple[tuple[bool, set[str]], list[int]]] = {}
+        self.most = 0
+
+    def put(self, phase: Phase, emitted: Sequence[Emission], half: Half | None) -> None:
+        """Add what a step of `phase` keeps; `half` is the half that its first call evaluates, if it makes two."""
+        for kind in phase.emit | phase.merge:
+            of_kind = [emission for emission in emitted if emission.site.kind == kind]
+            size = sum(e.nbytes for e in of_kind if half or e.merged == (kind in phase.merge))
+            form = phase.guided and kind not in phase.merge, {e.site.name for e in of_kind}
+            older = self._held[kind][1] if kind in self._held and self._held[kind][0] == form else []
+            older = older[: self._forecasts.get(kind, 0)]
+            self._held[kind] = form, [2 * size if half and kind in phase.emit else size, *older]
+        self.most = max(self.most, sum(sum(sizes) for _, sizes in self._held.values()))
+
+
 def _forecast(values: Values, step: int) -> torch.Tensor:
     if len(values) == 1:
         return values[0][1]

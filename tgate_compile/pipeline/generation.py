@@ -32,9 +32,9 @@ from tgate_compile.engine.halves import (
     shared_rows,
     uncertain_rows,
 )
-from tgate_compile.methods.method import Half, Kind, Phase
+from tgate_compile.methods.method import Half, Phase
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.pipeline.caches import Caches, layout_of
+from tgate_compile.pipeline.caches import Caches, CacheSizes, layout_of
 from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
 from tgate_compile.pipeline.progress import TAKE_NUMBERS, Progress, StepCounter, dtype_of_number
 from tgate_compile.pipeline.two_halves import MSG_NO_PAIR, TwoHalves, check_pair, copied
@@ -280,24 +280,14 @@ class Generation:
         """Plan the pass that has begun with `call`: capture its variants without running them."""
         args, kwargs = call.arguments
         batch = batch_of(self._signature.bind(*args, **kwargs).arguments).shape[0]
-        held: dict[Kind, tuple[tuple[bool, set[str]], list[int]]] = {}  # with which halves and sites, and the sizes
-        most = 0
+        sizes = CacheSizes(self.schedule.forecasts)
         graphs = []
         steps = []
         for step, (phase, half, drops) in enumerate(self._steps_ahead(guided)):
             steps.append((step, phase))
-            inputs = self._kept(call, batch) if drops else call
-            graphs.append((self._graph(phase, half), inputs))
-            emitted = self._store.emitted(*graphs[-1], self._forward)
-            for kind in phase.emit | phase.merge:
-                of_kind = [emission for emission in emitted if emission.site.kind == kind]
-                size = sum(e.nbytes for e in of_kind if half or e.merged == (kind in phase.merge))
-                form = phase.guided and kind not in phase.merge, {e.site.name for e in of_kind}
-                older = held[kind][1] if kind in held and held[kind][0] == form else []
-                older = older[: self.schedule.forecasts.get(kind, 0)]
-                held[kind] = form, [2 * size if half and kind in phase.emit else size, *older]
-            most = max(most, sum(sum(sizes) for _, sizes in held.values()))
-        return Plan(steps, graphs, most)
+            graphs.append((self._graph(phase, half), self._kept(call, batch) if drops else call))
+            sizes.put(phase, self._store.emitted(*graphs[-1], self._forward), half)
+        return Plan(steps, graphs, sizes.most)
 
     def graphs_ahead(self, guided: bool) -> set[Phase]:
         """Return the phases whose graphs the pass that has begun needs."""
