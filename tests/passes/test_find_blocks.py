@@ -108,7 +108,7 @@ STREAMS = {  # the sites of a range that begins with the second block
 }
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", [pytest.param("sd3", marks=pytest.mark.sweep), "flux"])
 def test_two_streams_of_which_one_is_used_afterwards(name: str) -> None:
     tiny = DENOISERS[name]
     denoiser, call = tiny.build(), tiny.call(2, 0)
