@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tgate_compile._cli.app import COMMANDS, app
 from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile.methods.method import methods, options_of
-from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.schedule import IN_SHORT, Schedule
 
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "matplotlib")
 
@@ -94,7 +94,7 @@ def test_a_number_is_a_number_in_every_command() -> None:
 
 def test_every_field_of_a_schedule_is_an_option_of_every_command_that_takes_one() -> None:
     own = {field.name for field in dataclasses.fields(ScheduleOptions)} - {"file"}
-    further = {name for key in ("pab", "frozentext") for name in options_of(methods()[key])}
+    further = {name for kind in methods().values() if kind not in IN_SHORT for name in options_of(kind)}
     assert own == {field.name for field in dataclasses.fields(Schedule)} - {"others"} | further
     for command in ("generate", "export", "describe", "web", "serve", "strip", "report"):
         names = {parameter.name for parameter in parameters(command)}

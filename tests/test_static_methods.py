@@ -242,7 +242,12 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], Method, str, str]] 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+SWEEP = pytest.mark.sweep
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[SWEEP] if name == "sd3, both streams" else []) for name in CASES]
+)
 def test_the_block_cache_is_as_with_hooks(name: str) -> None:
     build, call, method, first, last = CASES[name]
     pipe = build()
@@ -270,7 +275,7 @@ def test_delta_dit_is_as_with_hooks() -> None:
 
 @pytest.mark.parametrize(
     ("build", "call"),
-    [(pixart, pixart_call), (sd3_pipe, sd3_call), (flux_pipe, flux_call)],
+    [(pixart, pixart_call), pytest.param(sd3_pipe, sd3_call, marks=SWEEP), (flux_pipe, flux_call)],
     ids=["pixart", "sd3", "flux"],
 )
 def test_mag_cache_is_as_in_diffusers(build: Callable[[], Any], call: Callable[[], Any]) -> None:
@@ -302,7 +307,16 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize(("name", "order"), [("pixart", 0), ("pixart", 1), ("pixart", 2), ("sd3", 1), ("flux", 2)])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        pytest.param("pixart", 0, marks=SWEEP),
+        ("pixart", 1),
+        ("pixart", 2),
+        pytest.param("sd3", 1, marks=SWEEP),
+        ("flux", 2),
+    ],
+)
 def test_fora_with_forecasts_is_taylorseer_in_diffusers(name: str, order: int) -> None:
     build, call = {"pixart": (pixart, pixart_call), "sd3": (sd3_pipe, sd3_call), "flux": (flux_pipe, flux_call)}[name]
     mask = mask_of_taylorseer(3, 3)
@@ -380,6 +394,7 @@ def test_nothing_to_cache_is_said() -> None:
         run(pipe, steps=2)
 
 
+@pytest.mark.sweep
 def test_blocks_of_a_unet() -> None:
     pipe = stable_diffusion(layout="small")
     plain = run(pipe, steps=4)
