@@ -5,17 +5,9 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import diffusers
 import pytest
-import torch
-import transformers
 
 from tests import once
-
-# On tiny tensors threads cost more than they gain, and far more on a busy machine.
-torch.set_num_threads(1)
-diffusers.utils.logging.set_verbosity_error()
-transformers.utils.logging.set_verbosity_error()
 
 #: The markers of tests that are skipped unless the option of the same name is given, with the reason.
 OPTIONAL = {
@@ -24,22 +16,40 @@ OPTIONAL = {
 }
 
 
-#: Slowest files, run first: one of them at the end would keep one process busy while the others wait.
+#: Slowest files with --heavy, run first: one of them at the end would keep one process busy while the others wait.
 LONGEST = (
-    "test_denoisers.py",
-    "test_authors_reference.py",
     "test_executorch.py",
-    "test_pipelines.py",
-    "test_modular.py",
-    "test_findings.py",
+    "test_aoti.py",
+    "test_gpu_benchmark.py",
     "test_runtime.py",
+    "test_preludes.py",
+    "test_denoisers.py",
+    "test_executorch_quantization.py",
+    "test_cost.py",
+    "test_joint_guidance.py",
+    "test_pipelines.py",
+    "test_freeu.py",
+    "test_kept_graphs.py",
+    "test_authors_reference.py",
+    "test_modular.py",
+    "test_soak.py",
+    "test_quantization.py",
+    "test_openvino_bundle.py",
+    "test_compiled.py",
     "test_components.py",
     "test_export.py",
-    "test_openvino_bundle.py",
     "test_evaluate.py",
-    "test_quantization.py",
+    "test_editors.py",
+    "test_threads.py",
+    "test_findings.py",
     "test_bundle_state.py",
+    "test_tune.py",
+    "test_demo_variants.py",
 )
+
+
+#: Files run by the process that runs another file, whose captures in memory they share.
+TOGETHER = {"tests/test_cli_report.py": "tests/test_cost.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,6 +59,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     once.begin(config)
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        _set_up_libraries()
+
+
+def _set_up_libraries() -> None:
+    """Import the large libraries and set them up, except in a process that only distributes tests to others."""
+    import diffusers
+    import torch
+    import transformers
+
+    # On tiny tensors threads cost more than they gain, and far more on a busy machine.
+    torch.set_num_threads(1)
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def pytest_collection_finish() -> None:
@@ -86,5 +110,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
     config.option.loadscopereorder = False  # would sort by the number of tests
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
