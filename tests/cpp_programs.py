@@ -12,7 +12,7 @@ import torch
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import COMPILED_GATE, COMPILED_STEPS, plain
+from tests.exported import COMPILED_GATE, COMPILED_STEPS, least
 from tests.tiny_pipelines import PROMPT, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -29,7 +29,7 @@ def built(example: str, build: Path, options: Sequence[str], environment: Mappin
 
 def write_inputs(folder: Path) -> Path:
     """Return a program's inputs for the bundles of `exported.compiled`."""
-    runpy.run_path(str(EXAMPLES / "cpp" / "write_inputs.py"))["write_inputs"](plain(), folder, PROMPT, COMPILED_STEPS)
+    runpy.run_path(str(EXAMPLES / "cpp" / "write_inputs.py"))["write_inputs"](least(), folder, PROMPT, COMPILED_STEPS)
     return folder
 
 
@@ -40,7 +40,7 @@ def assert_same_latents(program: Path, bundle: Path, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["step 0: full", "step 1: full", "step 2: pruned", "step 3: pruned"]
 
-    pipe = tgate_compile.optimize(plain(), COMPILED_GATE, backend="eager")
+    pipe = tgate_compile.optimize(least(), COMPILED_GATE, backend="eager")
     latents = torch.from_numpy(np.load(inputs / "latents.npy"))
     expected = run(pipe, steps=COMPILED_STEPS, guidance_scale=5.0, latents=latents)
     assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4

@@ -20,7 +20,7 @@ import tgate_compile
 from tests.comparing import difference
 from tests.exported import COMPILED_GATE as GATE
 from tests.exported import COMPILED_STEPS as STEPS
-from tests.exported import exported_compiled, plain
+from tests.exported import exported_compiled, least
 from tests.tiny_pipelines import run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
@@ -68,7 +68,7 @@ def test_as_after_optimize(bundle: Path) -> None:
         {"height": 32, "width": 16, "num_images_per_prompt": 3},
         {"steps": 6, "gate_step": 4},
     ]
-    pipe = plain()
+    pipe = least()
     before = run(pipe, steps=STEPS)
     tgate_compile.optimize(pipe, GATE, backend="eager")
     expected = [run(pipe, **{"steps": STEPS, **call}) for call in calls]
@@ -98,7 +98,7 @@ def test_what_a_bundle_says(bundle: Path) -> None:
 
 
 def test_weights_are_stored_once(bundle: Path) -> None:
-    unet = plain().unet
+    unet = least().unet
     index = json.loads((bundle / "graphs/weights.json").read_text())
     assert set(index) == {name for name, _ in unet.named_parameters()}
     size = sum(parameter.nbytes for parameter in unet.parameters())
@@ -167,7 +167,7 @@ def test_options(bundle: Path) -> None:
         with pytest.raises(ConfigurationError) as caught:
             aoti_graphs.check_options(options)
         assert all(part in str(caught.value) for part in parts)
-    pipe = plain()
+    pipe = least()
     with pytest.raises(ConfigurationError, match=r"'threads'.*torch.set_num_threads"):
         tgate_compile.load(pipe, bundle, backend_options={"threads": 1})
     with pytest.raises(ConfigurationError, match=r'"aoti".*"onnxruntime"'):
@@ -181,7 +181,7 @@ def test_options(bundle: Path) -> None:
 
 
 def test_no_compiler(tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     with (
         inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}),
@@ -195,7 +195,7 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
     compiler = tmp_path / "g++"
     compiler.write_text('#!/bin/sh\ncase "$*" in --version|-v) exit 0;; esac\necho "it is broken" >&2\nexit 1\n')
     compiler.chmod(0o755)
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     with (
         inductor_config.patch({"cpp.cxx": (str(compiler),), "cpp.vec_isa_ok": True}),

@@ -115,7 +115,7 @@ def test_cache_dtype_must_be_known(sd: SimpleNamespace, dtype: Any) -> None:
 
 @pytest.mark.heavy
 def test_compiled_with_fp8_caches() -> None:
-    pipe = stable_diffusion(layout="small")
+    pipe = stable_diffusion(layout="least")
     tgate_compile.optimize(pipe, GATE, cache_dtype=torch.float8_e4m3fn, backend="eager")
     expected = run(pipe)
     tgate_compile.restore(pipe)

@@ -17,8 +17,8 @@ import tgate_compile
 from tests.comparing import difference
 from tests.exported import COMPILED_GATE as GATE
 from tests.exported import COMPILED_STEPS as STEPS
-from tests.exported import exported_compiled, plain
-from tests.tiny_pipelines import pixart, pixart_prompt, run
+from tests.exported import exported_compiled, least, least_pixart
+from tests.tiny_pipelines import pixart_prompt, run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
 from tgate_compile.bundle.read import read_bundle
@@ -52,7 +52,7 @@ def folder(bundle: Path, tmp_path: Path) -> Path:
 
 def test_as_after_optimize(bundle: Path) -> None:
     calls: list[dict[str, Any]] = [{}, {"prompt": "a dog"}, {"steps": 6, "gate_step": 4}]
-    pipe = plain()
+    pipe = least()
     before = run(pipe, steps=STEPS)
     tgate_compile.optimize(pipe, GATE, backend="eager")
     expected = [run(pipe, **{"steps": STEPS, **call}) for call in calls]
@@ -74,7 +74,7 @@ def test_as_after_optimize(bundle: Path) -> None:
     ],
 )
 def test_other_schedules(method: dict[str, Any], call: dict[str, Any], names: set[str], tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager", **method)
     expected = run(pipe, steps=STEPS, **call)
     folder = tgate_compile.export(
@@ -88,7 +88,7 @@ def test_other_schedules(method: dict[str, Any], call: dict[str, Any], names: se
 
 def test_a_transformer(tmp_path: Path) -> None:
     """Its timestep is expanded, and its GELUs are approximate, which XNNPACK would mistake for exact ones."""
-    pipe = pixart()
+    pipe = least_pixart()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     expected = run(pipe, steps=STEPS, **pixart_prompt())
     call = {**pixart_prompt(), "num_inference_steps": STEPS}
@@ -119,7 +119,7 @@ def test_what_a_bundle_says(bundle: Path) -> None:
 
 def test_weights_are_stored_once(bundle: Path) -> None:
     graphs = read_bundle(bundle).manifest.graphs.values()
-    size = sum(parameter.nbytes for parameter in plain().unet.parameters())
+    size = sum(parameter.nbytes for parameter in least().unet.parameters())
     assert sum(4 * graph.facts.parameters for graph in graphs) > 1.9 * size
     assert (bundle / PROGRAM).stat().st_size < 1.25 * size
 
@@ -198,7 +198,7 @@ def test_other_devices(bundle: Path) -> None:
 
 
 def test_options(bundle: Path, tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     wrong: list[tuple[dict[str, Any], list[str]]] = [
         ({"format_options": {"fast": True}}, ["'fast'", "delegate"]),
@@ -211,13 +211,13 @@ def test_options(bundle: Path, tmp_path: Path) -> None:
         assert all(part in str(caught.value) for part in parts)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigurationError, match=r"'threads'"):
-        tgate_compile.load(plain(), bundle, backend_options={"threads": 1})
+        tgate_compile.load(least(), bundle, backend_options={"threads": 1})
     with pytest.raises(ConfigurationError, match=r"export.*load"):
-        tgate_compile.optimize(plain(), GATE, backend="executorch")
+        tgate_compile.optimize(least(), GATE, backend="executorch")
 
 
 def test_caches_without_a_kernel(tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager", cache_dtype=torch.float8_e4m3fn)
     with pytest.raises(BundleError, match=r"Nothing has been written"):
         tgate_compile.export(

@@ -12,8 +12,8 @@ from torch.fx import Node
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import plain
-from tests.tiny_pipelines import PROMPTS, pixart, pixart_prompt, run
+from tests.exported import least, least_pixart
+from tests.tiny_pipelines import PROMPTS, pixart_prompt, run
 from tgate_compile import ConfigurationError, UnsupportedModelError
 from tgate_compile.bundle.manifest import Manifest
 from tgate_compile.bundle.parity import QUANTIZED_TOLERANCE
@@ -120,7 +120,7 @@ def check_quantized(manifest: Manifest, names: set[str]) -> None:
 
 @pytest.mark.heavy
 def test_a_transformer_in_int8(tmp_path: Path) -> None:
-    pipe = pixart()
+    pipe = least_pixart()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     expected = run(pipe, steps=STEPS, **pixart_prompt())
     call = {**CALL, **pixart_prompt()}
@@ -135,7 +135,7 @@ def test_a_transformer_in_int8(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 def test_a_unet_in_int8(tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     expected = run(pipe, steps=STEPS)
     quantize = {"scheme": "int8-static", "calibration_prompts": list(PROMPTS), "calibration_steps": 2}
@@ -152,9 +152,9 @@ def test_a_unet_in_int8(tmp_path: Path) -> None:
     assert 1e-5 < difference(run(pipe, steps=STEPS), expected) < 0.2
 
 
-@pytest.mark.heavy
+@pytest.mark.sweep  # as with format="onnx", in test_quantization.py
 def test_the_pruned_graph_alone(tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     quantize = {"scheme": "int8-dynamic", "graphs": "pruned"}
     manifest = manifest_of(tgate_compile.export(pipe, tmp_path / "b", "executorch", call=CALL, quantize=quantize))
@@ -165,7 +165,7 @@ def test_the_pruned_graph_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    pipe = plain()
+    pipe = least()
     tgate_compile.optimize(pipe, GATE, backend="eager")
     for scheme in ("int8", "int4"):
         with pytest.raises(ConfigurationError, match=f"supports only .*'int8-dynamic' or .*'int8-static'.*'{scheme}'"):
@@ -179,7 +179,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
             quantize="int8-dynamic",
             format_options={"delegate": "portable"},
         )
-    half = plain().to(torch.float16)
+    half = least().to(torch.float16)
     tgate_compile.optimize(half, GATE, backend="eager")
     with pytest.raises(UnsupportedModelError, match="this denoiser is in float16"):
         tgate_compile.export(half, tmp_path / "b", "executorch", call=CALL, quantize="int8-dynamic")

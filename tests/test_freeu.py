@@ -10,7 +10,7 @@ import torch
 
 import tgate_compile
 from tests.comparing import difference
-from tests.exported import plain
+from tests.exported import least
 from tests.tiny_pipelines import run, stable_diffusion
 
 FACTORS = {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6}
@@ -18,7 +18,7 @@ CALL = {"prompt": "", "num_inference_steps": 1}
 CLOSE = 1e-4
 
 
-def with_freeu(build: Any = plain) -> Any:
+def with_freeu(build: Any = least) -> Any:
     pipe = build()
     pipe.enable_freeu(**FACTORS)
     return pipe

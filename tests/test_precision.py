@@ -194,7 +194,7 @@ def test_in_openvino(precision: str) -> None:
 
 @pytest.mark.heavy
 def test_in_inductor() -> None:
-    pipe = small()
+    pipe = stable_diffusion(layout="least")
     expected = drawn(pipe)
     assert 0 < difference(drawn(pipe, "bfloat16", "inductor"), expected) < MOST["bfloat16"]
 

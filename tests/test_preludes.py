@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import tgate_compile
 from tests.comparing import assert_differ, difference
-from tests.exported import COMPILED_GATE, COMPILED_STEPS, GATE, STEPS, exported, exported_compiled, plain
+from tests.exported import COMPILED_GATE, COMPILED_STEPS, GATE, STEPS, exported, exported_compiled, least, plain
 from tests.programs import noise, program, psnr
 from tests.test_bundle import change_manifest, refused
 from tests.tiny_pipelines import PROMPT, PROMPTS, run
@@ -219,9 +219,9 @@ def test_other_formats(format: str) -> None:
     if format in ("coreml", "tensorrt-rtx"):  # these cannot run here
         return
     call: dict[str, Any] = {"steps": COMPILED_STEPS}
-    expected = run(tgate_compile.optimize(plain(), COMPILED_GATE, backend="eager"), **call)
+    expected = run(tgate_compile.optimize(least(), COMPILED_GATE, backend="eager"), **call)
     for sequential in (False, True):
-        pipe = tgate_compile.load(plain(), exported_compiled(format, binding_times=True), sequential=sequential)
+        pipe = tgate_compile.load(least(), exported_compiled(format, binding_times=True), sequential=sequential)
         assert difference(run(pipe, **call), expected) < CLOSE
         assert runs_of(pipe)["prelude"] == 1
 
