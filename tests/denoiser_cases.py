@@ -269,6 +269,19 @@ SIBLINGS = {
         tuple(f"visual_transformer_blocks.{block}.cross_attention" for block in (0, 1)),
     ),
 }
+#: One sibling for each input that the pipelines tested in depth lack; the others are in the sweep.
+DISTINCT = (
+    "StableDiffusionControlNetInpaintPipeline",  # a mask and an image beside the latents, and residuals
+    "StableDiffusionXLControlNetUnionPipeline",  # sizes in other orders, and residuals
+    "StableDiffusionUpscalePipeline",  # class labels
+    "AnimateDiffControlNetPipeline",  # residuals for frames
+    "HunyuanDiTControlNetPipeline",  # a transformer's residuals
+    "LTXImageToVideoPipeline",  # a timestep for each token
+    "AnyFlowPipeline",  # a second timestep
+    "WanVACEPipeline",  # a second stack of blocks
+    "Cosmos2VideoToWorldPipeline",  # two calls, and given frames
+    "Kandinsky5T2VPipeline",  # attentions with other names
+)
 #: Pipelines that diffusers itself cannot call with two prompts.
 ONE_PROMPT = ("AnimateDiffControlNetPipeline", "WanVACEPipeline")
 

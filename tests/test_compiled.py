@@ -166,6 +166,7 @@ def test_global_settings_are_left_alone(settled: SimpleNamespace) -> None:
     assert torch._inductor.config.save_config_portable() == before
 
 
+@pytest.mark.heavy
 def test_float_timesteps_are_compiled_once(compiled: SimpleNamespace) -> None:
     # Not `settled`: this may compile, since a timestep of another dtype needs another graph.
     store = compiled.gated._tgate_compile.hook.store

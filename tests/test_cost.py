@@ -6,6 +6,7 @@ One test per model checks everything that needs its captures: they take seconds,
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,12 @@ PRUNED_SHARES = {
 }
 
 # Models with the same captures are grouped.
-GROUPS = [("sd15",), ("sd21",), ("sdxl",), ("pixart_alpha", "lcm_pixart_alpha"), ("pixart_sigma",), ("lcm_sdxl",)]
-LARGE = GROUPS[2:]
+# Those after the first run with --heavy, and those that have a denoiser of a class before them with --sweep.
+GROUPS = [("sd15",), ("sdxl",), ("pixart_alpha", "lcm_pixart_alpha"), ("sd21",), ("pixart_sigma",), ("lcm_sdxl",)]
+MARKS: Mapping[tuple[str, ...], pytest.MarkDecorator] = {
+    **dict.fromkeys(GROUPS[1:3], pytest.mark.heavy),
+    **dict.fromkeys(GROUPS[3:], pytest.mark.sweep),
+}
 
 
 def test_no_row_is_left_out() -> None:
@@ -70,7 +75,7 @@ def test_no_row_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [pytest.param(names, id="+".join(names), marks=[pytest.mark.heavy] if names in LARGE else []) for names in GROUPS],
+    [pytest.param(names, id="+".join(names), marks=MARKS.get(names, ())) for names in GROUPS],
 )
 def test_the_papers_rows(names: tuple[str, ...]) -> None:
     for row, kept in zip(paper_tables()["rows"], KEPT, strict=True):
@@ -103,7 +108,7 @@ def test_the_papers_rows(names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.heavy if name in PRUNED_SHARES else pytest.mark.sweep)
+        pytest.param(name, marks=pytest.mark.heavy if name == "sd35_large" else pytest.mark.sweep)
         for name in JOINT_MODELS
     ],
 )

@@ -227,6 +227,7 @@ def test_two_calls_with_texts_of_different_lengths(wan: SimpleNamespace) -> None
     assert_same(run(wan.gated, **call), expected_of(wan.case, wan.plain, call))
 
 
+@pytest.mark.heavy
 def test_two_calls_compiled() -> None:
     case, pipe = dataclasses.replace(CASES["WanPipeline"], sites=("blocks.0.attn2",)), tiny_video.wan(num_layers=1)
     call = case.call(1)

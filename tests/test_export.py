@@ -57,7 +57,7 @@ def eager(pipe: Any, **call: Any) -> torch.Tensor:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("dtype", "least"), [pytest.param(torch.float32, 50.0, marks=pytest.mark.heavy), (torch.float16, 35.0)]
+    ("dtype", "least"), [(torch.float32, 50.0), pytest.param(torch.float16, 35.0, marks=pytest.mark.sweep)]
 )
 def test_the_embedded_pipeline_from_a_bundle(dtype: torch.dtype, least: float, tmp_path: Path) -> None:
     pipe = tgate_compile.load_demo_pipeline(torch_dtype=dtype)
