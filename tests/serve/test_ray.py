@@ -125,6 +125,13 @@ class Client:
         self.http = httpx2.Client(base_url=url, timeout=PATIENCE)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
 
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        self.openai.close()
+
     def image(self, seed: int, steps: int, **more: Any) -> str:
         """Return an image as base64."""
         answer = self.openai.images.generate(prompt=PROMPT, extra_body={"seed": seed, "steps": steps, **more})
@@ -182,14 +189,14 @@ def test_replicas_share_the_load_die_and_are_replaced(kind: str, free_port: int)
     with cluster():
         serve.start(http_options={"host": "127.0.0.1", "port": free_port})
         serve.run(build(given), name="app", route_prefix="/")
-        client = Client(f"http://127.0.0.1:{free_port}")
-        check_the_api(client)
-        with ThreadPoolExecutor(16) as pool:
-            expected = {seed: client.image(seed, steps) for seed in range(2)}
-            assert not same(expected[0], expected[1])
-            check_that_load_is_shared(client, pool, steps, expected)
-            check_that_a_death_loses_nothing(client, pool, steps, expected)
-            check_that_an_update_loses_nothing(client, pool, steps, {**given, **updated}, expected)
+        with Client(f"http://127.0.0.1:{free_port}") as client:
+            check_the_api(client)
+            with ThreadPoolExecutor(16) as pool:
+                expected = {seed: client.image(seed, steps) for seed in range(2)}
+                assert not same(expected[0], expected[1])
+                check_that_load_is_shared(client, pool, steps, expected)
+                check_that_a_death_loses_nothing(client, pool, steps, expected)
+                check_that_an_update_loses_nothing(client, pool, steps, {**given, **updated}, expected)
 
 
 def check_the_api(client: Client) -> None:
@@ -273,18 +280,18 @@ def test_requests_with_a_lora_go_where_it_is_prepared(tmp_path: Path, free_port:
     with cluster():
         serve.start(http_options={"host": "127.0.0.1", "port": free_port})
         serve.run(build({**given, "adapters": adapters, "new_sizes": "refuse"}), name="app", route_prefix="/")
-        client = Client(f"http://127.0.0.1:{free_port}")
-        assert client.http.get("/v1/models").json()["data"][0]["loras"] == ["first", "second"]
-        plain = client.image(0, 4)
-        made = {name: client.image(0, 4, lora=name) for name in adapters}
-        assert not same(plain, made["first"])
-        assert not same(made["first"], made["second"])
-        time.sleep(5)  # until the gateway knows which replica has prepared what
-        before = {state.pid: state.stats.completed for state in states()}
-        assert all(same(client.image(0, 4, lora="first"), made["first"]) for _ in range(8))
-        assert sorted(state.stats.completed - before[state.pid] for state in states()) == [0, 8]
-        with pytest.raises(openai.BadRequestError, match="third"):
-            client.image(0, 4, lora="third")
+        with Client(f"http://127.0.0.1:{free_port}") as client:
+            assert client.http.get("/v1/models").json()["data"][0]["loras"] == ["first", "second"]
+            plain = client.image(0, 4)
+            made = {name: client.image(0, 4, lora=name) for name in adapters}
+            assert not same(plain, made["first"])
+            assert not same(made["first"], made["second"])
+            time.sleep(5)  # until the gateway knows which replica has prepared what
+            before = {state.pid: state.stats.completed for state in states()}
+            assert all(same(client.image(0, 4, lora="first"), made["first"]) for _ in range(8))
+            assert sorted(state.stats.completed - before[state.pid] for state in states()) == [0, 8]
+            with pytest.raises(openai.BadRequestError, match="third"):
+                client.image(0, 4, lora="third")
 
 
 def lora_weights(folder: Path, seed: int) -> str:
@@ -309,24 +316,24 @@ def test_replicas_are_added_under_load_and_removed_later(free_port: int) -> None
     with cluster():
         serve.start(http_options={"host": "127.0.0.1", "port": free_port})
         serve.run(build(given), name="app", route_prefix="/")
-        client = Client(f"http://127.0.0.1:{free_port}")
-        expected = client.image(0, 200)
+        with Client(f"http://127.0.0.1:{free_port}") as client:
+            expected = client.image(0, 200)
 
-        def keep_asking(number: int) -> None:
-            while not is_enough.is_set():
-                assert same(client.image(0, 200), expected)
+            def keep_asking(number: int) -> None:
+                while not is_enough.is_set():
+                    assert same(client.image(0, 200), expected)
 
-        with ThreadPoolExecutor(8) as pool:
-            assert len(states()) == 1
-            asking = [pool.submit(keep_asking, number) for number in range(8)]
-            try:
-                eventually(lambda: len(states()) == 2)
-            finally:
-                is_enough.set()
-            for each in asking:
-                each.result()
-        eventually(lambda: len(states()) == 1)
-        assert same(client.image(0, 200), expected)
+            with ThreadPoolExecutor(8) as pool:
+                assert len(states()) == 1
+                asking = [pool.submit(keep_asking, number) for number in range(8)]
+                try:
+                    eventually(lambda: len(states()) == 2)
+                finally:
+                    is_enough.set()
+                for each in asking:
+                    each.result()
+            eventually(lambda: len(states()) == 1)
+            assert same(client.image(0, 200), expected)
 
 
 @pytest.mark.heavy

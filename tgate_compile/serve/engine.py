@@ -442,16 +442,6 @@ class Engine:
         with self._host.held(_LEAVING), running():
             return self._served.decode(latents)
 
-    def prepare(self, calls: Iterable[Mapping[str, Any]]) -> None:
-        """Prepare for more kinds of requests, as `warm_up` does for the first ones. Requests go on meanwhile.
-
-        Raises:
-            ConfigurationError: a call has arguments that the pipeline does not know, or an adapter is not loaded.
-            EngineBusyError: too many requests are waiting.
-            EngineClosedError: the engine is closed or closing.
-        """
-        self._served.warm_up(self, list(calls))
-
     def stats(self) -> EngineStats:
         """Return the present state, and totals."""
         with self._lock:

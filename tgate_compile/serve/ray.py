@@ -268,7 +268,8 @@ class Replica:
         """Compile the graphs for LoRAs, given as JSON. Serve prefers this replica for further requests with them."""
         request, lora = ImageRequest(prompt=""), json.loads(adapters)
         calls = [{**self._model.call_for(request, size, seed=0), "lora": lora} for size in self._sizes]
-        await asyncio.to_thread(self._engine.prepare, calls)
+        # As before the first request. Requests go on meanwhile, in the turns of the engine's worker.
+        await asyncio.to_thread(self._engine._served.warm_up, self._engine, calls)
         return adapters
 
     def state(self) -> State:
