@@ -30,8 +30,8 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the cached values are off by a thousandth."""
     merge = Caches.put
 
-    def put(self: Caches, key: Any, value: torch.Tensor, *more: Any) -> None:
-        merge(self, key, value * 1.001, *more)
+    def put(self: Caches, key: Any, value: torch.Tensor, *more: Any, **named: Any) -> None:
+        merge(self, key, value * 1.001, *more, **named)
 
     monkeypatch.setattr(Caches, "put", put)
     with quiet():

@@ -29,7 +29,7 @@ from tgate_compile import optimize
 from tgate_compile._cache import FOLDER_VARIABLE
 from tgate_compile._cli.app import app
 from tgate_compile._cli.options import FAMILIES, embedded_name
-from tgate_compile._cli.serve import API_KEY_VARIABLE, _adapters, _load_adapters
+from tgate_compile._cli.serve import API_KEY_VARIABLE, _adapters, load_adapters
 from tgate_compile.serve import Engine
 from tgate_compile.serve.jobs import ServedModel
 from tgate_compile.serve.server import OPEN_PATHS, create_app
@@ -200,7 +200,7 @@ def test_adapters_are_chosen_by_name(tmp_path: Path) -> None:
         type(tuned).save_lora_weights(tmp_path / name, peft.get_peft_model_state_dict(tuned.unet))
         sources.append((name, str(tmp_path / name)))
     plain = tiny_pipelines.run(pipe)
-    _load_adapters(Loaded(pipe, FAMILIES[-1], "tiny", torch.device("cpu"), "fp32"), sources)
+    load_adapters(Loaded(pipe, FAMILIES[-1], "tiny", torch.device("cpu"), "fp32"), sources)
     assert _adapters(pipe) == ["ink", "sketch"]
     assert torch.equal(tiny_pipelines.run(pipe), plain)  # none is active
 
