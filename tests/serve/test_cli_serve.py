@@ -28,8 +28,10 @@ from tests.serve.serving import PATIENCE, eventually, picture
 from tgate_compile import optimize
 from tgate_compile._cache import FOLDER_VARIABLE
 from tgate_compile._cli.app import app
-from tgate_compile._cli.options import FAMILIES, embedded_name
-from tgate_compile._cli.serve import API_KEY_VARIABLE, _adapters, load_adapters
+from tgate_compile._cli.options import FAMILIES, Image, Loading, Precision, embedded_name
+from tgate_compile._cli.serve import API_KEY_VARIABLE, EngineOptions, _adapters, engine_for_model, load_adapters
+from tgate_compile._cli.settings import ScheduleOptions
+from tgate_compile._errors import UnsupportedCallError
 from tgate_compile.serve import Engine
 from tgate_compile.serve.jobs import ServedModel
 from tgate_compile.serve.server import OPEN_PATHS, create_app
@@ -55,6 +57,21 @@ def test_what_is_wrong_is_said_first(arguments: list[str], code: int, said: str)
     result = run(app, ["serve", *arguments])
     assert result.exit_code == code
     assert said in " ".join(result.stderr.split())
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+def test_the_caches_are_limited() -> None:
+    loading, image = Loading(device="cpu"), Image(steps=4)
+    started = engine_for_model(
+        loading.load("sd"), None, loading, image, ScheduleOptions(gate_step=2), EngineOptions(max_batch=1),
+        backend="eager", precision=Precision.auto,
+    )[0]  # fmt: skip
+    started.close()
+    with pytest.raises(UnsupportedCallError, match="the engine's limit for all requests together is 0.0 MB"):
+        engine_for_model(
+            loading.load("sd"), None, loading, image, ScheduleOptions(gate_step=2),
+            EngineOptions(max_batch=1, memory=1e-6), backend="eager", precision=Precision.auto,
+        )  # fmt: skip
 
 
 def test_an_embedded_model_needs_no_prefix_unless_a_folder_has_its_name(

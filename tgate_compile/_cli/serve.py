@@ -283,7 +283,7 @@ def engine_for_model(
     )
     with ERR.status("Preparing the graphs"):
         calls = _warm_up(served, engine, loras=served.loras if with_loras else ())
-        started = Engine(pipe, warm_up=calls, new_sizes=engine.new_sizes.value, **engine.arguments())
+        started = Engine(pipe, warm_up=calls, **engine.arguments(), **engine.for_models())
     patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", None)
     scale = getattr(pipe, "vae_scale_factor", 8)
     return started, served, math.lcm(8, scale * patch if isinstance(patch, int) else scale)
