@@ -67,7 +67,7 @@ def test_the_caches_are_limited() -> None:
         backend="eager", precision=Precision.auto,
     )[0]  # fmt: skip
     started.close()
-    with pytest.raises(UnsupportedCallError, match="the engine's limit for all requests together is 0.0 MB"):
+    with pytest.raises(UnsupportedCallError, match=r"the engine's limit for all requests together is 0\.0 MB"):
         engine_for_model(
             loading.load("sd"), None, loading, image, ScheduleOptions(gate_step=2),
             EngineOptions(max_batch=1, memory=1e-6), backend="eager", precision=Precision.auto,
