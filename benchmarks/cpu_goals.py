@@ -208,8 +208,9 @@ def _rows(seconds: dict[str, float], ratios: dict[str, float], backend: str) -> 
         }
         for precision in ("float32", "bfloat16"):
             for schedule, ratio in ratios.items():
-                if name == f"{backend} {precision} {schedule}":
-                    row["efficiency"] = seconds[f"{backend} {precision} ungated"] / taken / ratio
+                ungated = seconds.get(f"{backend} {precision} ungated")
+                if name == f"{backend} {precision} {schedule}" and ungated is not None:
+                    row["efficiency"] = ungated / taken / ratio
         rows.append(row)
     return rows
 
