@@ -32,6 +32,7 @@ from tgate_compile._errors import TGateError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.halves import LATENTS_NAMES, is_time, named_leaves
+from tgate_compile.engine.tracing import call_of
 from tgate_compile.passes.attention_core import FUSED, PRODUCT_OPERANDS, AttentionCore, attention_cores
 from tgate_compile.passes.find_sites import depends_on, innermost_call
 from tgate_compile.passes.graphs import Captured
@@ -282,7 +283,9 @@ def row_of(name: str) -> dict[str, Any]:
         return {"error": f"no tiny configuration ({missing})"}
     with torch.no_grad():
         denoiser(*args, **kwargs)  # so that an error of the capture is not one of the configuration
-    call = Call.of(args, kwargs)
+    args, kwargs = Call.of(args, kwargs).arguments
+    arguments = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
+    call = call_of(denoiser, args, kwargs, arguments)
     args, kwargs = call.arguments
     arguments = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
     names = {id(leaf): argument for argument, leaf in named_leaves(arguments)}

@@ -70,12 +70,12 @@ def test_what_cannot_be_together(make: Callable[[], Any], telling: str) -> None:
 
 def test_every_set_of_reused_kinds_has_a_letter_and_a_name_of_its_own() -> None:
     letters = Counter(Phase(guided, reuse=reuse).character for reuse in REUSED for guided in (True, False))
-    assert len(letters) == 2 * len(REUSED) == 2 * 16
+    assert len(letters) == 2 * len(REUSED) == 2 * 18
     assert len(set(GRAPH_NAMES.values())) == len(REUSED)
 
 
 def test_the_methods_of_the_package_are_found() -> None:
-    assert set(methods()) == {"tgate", "deepcache", "guidance", "pab", "frozentext"}
+    assert set(methods()) == {"tgate", "deepcache", "guidance", "pab", "frozentext", "references"}
 
 
 def test_pab_within_its_window() -> None:

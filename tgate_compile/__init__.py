@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tgate_compile.engine.purity import pure as pure
     from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
     from tgate_compile.methods.deepcache import DeepCache as DeepCache
+    from tgate_compile.methods.frozen_text import FrozenReferences as FrozenReferences
     from tgate_compile.methods.frozen_text import FrozenText as FrozenText
     from tgate_compile.methods.method import Method as Method
     from tgate_compile.methods.method import Phase as Phase
@@ -78,6 +79,7 @@ _HOMES = {
     "TGate": "methods.tgate",
     "DeepCache": "methods.deepcache",
     "AdaptiveGuidance": "methods.adaptive_guidance",
+    "FrozenReferences": "methods.frozen_text",
     "FrozenText": "methods.frozen_text",
     "PAB": "methods.pab",
     "Method": "methods.method",
@@ -129,6 +131,7 @@ __all__ = [
     "TGate",
     "DeepCache",
     "AdaptiveGuidance",
+    "FrozenReferences",
     "FrozenText",
     "PAB",
     "Method",

@@ -7,9 +7,7 @@ import inspect
 import logging
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -17,17 +15,23 @@ from typing import Any, Literal
 import torch
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
-from torch.fx import config as fx_config
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
-from tgate_compile.engine.call import BatchDims, Call, known_readings
+from tgate_compile.engine.call import BatchDims, Call
 from tgate_compile.engine.families import Family, has_joint_attention
 from tgate_compile.engine.halves import LATENTS_NAMES, binding_of, fits, is_time, latents_of, leaves_at, named_leaves
+from tgate_compile.engine.tracing import KnownValues, traced
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import Kind
 from tgate_compile.passes.attention_core import attention_cores
-from tgate_compile.passes.find_sites import Inputs, count_roles, find_attention, find_deep_feature, is_inside
-from tgate_compile.passes.graphs import Binding, Captured, Site, flat_program, is_mutable, outputs_of
+from tgate_compile.passes.find_sites import (
+    Inputs,
+    count_roles,
+    find_attention,
+    find_deep_feature,
+    is_inside,
+)
+from tgate_compile.passes.graphs import Binding, Captured, Site, flat_program, outputs_of
 from tgate_compile.passes.separate_tokens import find_joint_attention
 
 FreeSize = Literal["batch", "height", "width"]
@@ -71,7 +75,7 @@ def free_shapes(
     """
     if not free:
         return FreeShapes(call, None, {})
-    args, kwargs = call.arguments
+    args, kwargs = call.opened_arguments
     latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
     per_prompt = 2 if guided else 1
     batch = latents.shape[0]
@@ -131,6 +135,8 @@ MSG_EXPORT_FAILED = (
     "Could not capture {model} as a graph with torch.export ({error}). The model must run without Python control flow "
     "that depends on data. The usual cause is a custom attention processor, a hook or a patched forward."
 )
+#: The kinds of sites that are keys and values of tokens in joint attention.
+OF_TOKENS: frozenset[Kind] = frozenset({"cross", "reference"})
 _CHANGES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 MSG_NO_SITES = (
     "{model} has no cross-attention that can be cached: no attention in it takes its queries from the latents and "
@@ -181,24 +187,13 @@ def capture(
         ConfigurationError: a pattern of `only` matches nothing.
     """
     model = type(denoiser).__name__
-    args, kwargs = call.arguments
     began = time.perf_counter()
-    known = known_readings(denoiser, forward, call)
-    with _forward_of(denoiser, forward), without_stack_traces(), torch.no_grad(), known:
-        try:
-            program = torch.export.export(
-                denoiser,
-                args,
-                kwargs,
-                strict=False,
-                dynamic_shapes=shapes,  # type: ignore[arg-type]  # accepted, but missing in the annotation
-            )
-        except Exception as error:  # torch.export raises whatever the model's code raises
-            raise CaptureError(
-                MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")
-            ) from error
-    _inline_disabled_autocast(program.graph_module)
-    program = _functional(program)
+    try:
+        program = traced(denoiser, forward, call, shapes)
+    except Exception as error:  # torch.export raises whatever the model's code raises
+        raise CaptureError(
+            MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")
+        ) from error
     names = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
     if len(names) != len(call.leaves) or not all(
         isinstance(spec.arg, TensorArgument) and spec.kind is OutputKind.USER_OUTPUT
@@ -213,14 +208,23 @@ def capture(
     batch_dims = None if _is_from_diffusers(denoiser) else BatchDims(program, call, inputs.latents[0]).of
     attention = find_attention(program.graph_module, inputs, kinds, batch_dims)
     joint = None
-    if "cross" in kinds:
-        has_cross = any(site.kind == "cross" for site in attention)
-        # Tokens that are joined to the latents' beside cross-attention may be no text: in Stable Audio, one has the
-        # timestep and the duration.
-        if not has_cross or has_joint_attention(type(denoiser)):
-            joint = find_joint_attention(program.graph_module, inputs, model, has_cross=has_cross)
-    if joint is not None:
-        others = ", ".join(sorted(set(kinds) - {"cross"}))
+    of_tokens = OF_TOKENS & set(kinds)
+    has_cross = any(site.kind == "cross" for site in attention)
+    # Tokens that are joined to the latents' beside cross-attention may be no text: in Stable Audio, one has the
+    # timestep and the duration.
+    if has_joint_attention(type(denoiser)) or (of_tokens and not has_cross):
+        joint = find_joint_attention(
+            program.graph_module,
+            inputs,
+            model,
+            of_tokens or {"cross"},
+            has_cross=has_cross,
+            only_constant=not of_tokens,
+            image=call.image,
+            known=KnownValues(program, call),
+        )
+    if joint is not None and of_tokens:
+        others = ", ".join(sorted(set(kinds) - OF_TOKENS))
         if others:
             raise UnsupportedModelError(MSG_JOINT_AND_MORE.format(model=model, kinds=others))
         attention = list(joint.sites)
@@ -255,13 +259,14 @@ def capture(
         captured,
         program=flat_program(program, joint.whole),
         separated=joint.separated,
-        live=joint.live if only is None else (),  # with a part of the sites, the text's tokens are still needed
+        origins=joint.origins if only is None else None,  # with a part of the sites, all tokens are still needed
+        constant=joint.constant,
     )
 
 
 def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call) -> dict[str, Binding]:
     """Return how often each input of the graph changes, which follows from the names of the call's arguments."""
-    args, kwargs = call.arguments
+    args, kwargs = call.opened_arguments
     arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
     bindings = {id(leaf): binding_of(name) for name, leaf in named_leaves(arguments) if torch.is_tensor(leaf)}
     latents = {node.name for node in inputs.latents}
@@ -286,41 +291,6 @@ def _is_selected(site: Site, pattern: str) -> bool:
     """Return whether `pattern` matches the name of `site`, or the attention whose keys or values it is."""
     attention = site.name.rpartition(".")[0] if site.of_text else site.name
     return fnmatchcase(site.name, pattern) or fnmatchcase(attention, pattern)
-
-
-def _functional(program: ExportedProgram) -> ExportedProgram:
-    """Return `program` without in-place operators, which may have no users and would be removed as dead code."""
-    if not any(is_mutable(node) for node in program.graph.nodes):
-        return program
-    # An empty table decomposes nothing else, so that the results stay bit-identical.
-    functional: ExportedProgram = program.run_decompositions({})
-    return functional
-
-
-def _inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
-    """Inline the regions of `graph_module` that switch autocast off, which it is when the denoiser runs.
-
-    torch.export turns `with torch.amp.autocast("cuda", enabled=False)` into a call of a graph of its own.
-    """
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2]:
-            continue
-        region, *given = node.args[4:]
-        body = getattr(graph_module, region.target).graph
-        values = dict(zip((inner for inner in body.nodes if inner.op == "placeholder"), given, strict=True))
-        with graph.inserting_before(node):
-            for inner in body.nodes:
-                if inner.op not in ("placeholder", "output"):
-                    values[inner] = graph.node_copy(inner, values.__getitem__)
-        results = next(inner.args[0] for inner in body.nodes if inner.op == "output")
-        for user in list(node.users):  # torch.export gives the region a tuple of results
-            user.replace_all_uses_with(values[results[user.args[1]]])
-            graph.erase_node(user)
-        graph.erase_node(node)
-        if not region.users:
-            graph.erase_node(region)
-    graph_module.recompile()
 
 
 def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
@@ -395,7 +365,7 @@ def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call
     Raises:
         UnsupportedModelError: the prediction does not have the shape of the supposed latents.
     """
-    args, kwargs = call.arguments
+    args, kwargs = call.opened_arguments
     arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
     latents = latents_of(arguments)
     names = {id(leaf): name for name, leaf in named_leaves(arguments)}
@@ -466,32 +436,3 @@ def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: In
 
 def _runs(program: ExportedProgram, name: str) -> bool:
     return any(is_inside(node, name) for node in program.graph.nodes)
-
-
-@contextmanager
-def without_stack_traces() -> Iterator[None]:
-    """Do not record which lines of Python led to each node: nothing reads it, and it takes a sixth of a capture."""
-    before = getattr(fx_config, "do_not_emit_stack_traces", False)  # torch 2.11 may not have it
-    fx_config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx_config.do_not_emit_stack_traces = before
-
-
-@contextmanager
-def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the hooked forward with `forward` while the module is traced, so that names have no prefix.
-
-    The module's own torch hooks stay out of the graph; they run before and after it, in each call.
-    """
-    replaced = {"forward": forward, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
-    before = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
-    module.__dict__.update(replaced)
-    try:
-        yield
-    finally:
-        for name in replaced:
-            if name not in before:
-                del module.__dict__[name]
-        module.__dict__.update(before)

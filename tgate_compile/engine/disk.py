@@ -35,7 +35,7 @@ from tgate_compile._machine import cpu_model
 from tgate_compile.engine.purity import has_foreign_code
 from tgate_compile.engine.read_code import TRUSTED
 from tgate_compile.engine.weights import Identity, live_tensors
-from tgate_compile.passes.graphs import Captured, Site, Variant, flat_program
+from tgate_compile.passes.graphs import Captured, Origins, Site, Variant, flat_program
 from tgate_compile.passes.stored_graphs import (
     NotReadableError,
     NotStorableError,
@@ -49,7 +49,7 @@ from tgate_compile.passes.stored_graphs import (
 logger = logging.getLogger(__name__)
 
 #: Part of every key: changed together with what the entries hold.
-_FORMAT = "1"
+_FORMAT = "2"
 #: The most bytes of constants that a graph may have on disk. Tables of positions take a few megabytes.
 _MOST_CONSTANTS = 64 * 2**20
 #: Packages that every graph depends on.
@@ -323,7 +323,8 @@ def _written_capture(captured: Captured) -> bytes:
     data = {
         "program": to_json(program),
         "separated": None if captured.separated is None else to_json(flat_program(program, captured.separated)),
-        "live": captured.live,
+        "origins": None if captured.origins is None else asdict(captured.origins),
+        "constant": captured.constant,
         "out_spec": _dumped(captured.out_spec),
         "input_names": captured.input_names,
         "latents": captured.latents,
@@ -366,7 +367,7 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
             )
             for site in data["sites"]
         )
-        separated = data["separated"]
+        separated, origins = data["separated"], data["origins"]
         return Captured(
             program,
             tuple(data["input_names"]),
@@ -375,7 +376,10 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
             sites,
             data["roles"],
             None if separated is None else from_json(separated, {**live, **constants}).graph_module,
-            tuple(data["live"]),
+            None
+            if origins is None
+            else Origins(**{name: None if value is None else tuple(value) for name, value in origins.items()}),
+            data["constant"],
         )
     except NotReadableError:
         raise

@@ -110,6 +110,8 @@ class VariantStore:
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # a state may need another backend
         self._chooser = Chooser(config, type(denoiser).__name__)
         self._failed: dict[_Address, str] = {}  # calls that cannot be captured, with the reason
+        #: The rows of the latents that are the image's, by the key of a call (see `ReferenceRows`).
+        self.image_rows: dict[Hashable, tuple[int, int, int] | None] = {}
         self._not_free: set[Hashable] = set()  # sizes that the denoiser's code fixes, by state
         self._generations = 0
         self._warned_full = False
@@ -430,7 +432,7 @@ class VariantStore:
         if (self._model, device) not in self._backends:
             self._backends[self._model, device] = self._chooser.backend(device, self._generations)
         backend, split = self._backends[self._model, device], None
-        if self._config.splits(backend.name):
+        if self._config.splits(backend.name, constant_text=held.captured.constant):
             with exclusive():
                 split = split_by_binding(variant, held.captured.roles)
             held.nbytes += BYTES_PER_NODE * sum(len(part.program.graph.nodes) for part in split.parts)
@@ -495,6 +497,6 @@ def _without_data(tensor: torch.Tensor) -> torch.Tensor:
 
 def _latents_of(call: Call, forward: Callable[..., Any]) -> int:
     """Return the position of the latents among the leaves of `call`."""
-    args, kwargs = call.arguments
+    args, kwargs = call.opened_arguments
     latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
     return next(position for position, leaf in enumerate(call.leaves) if leaf is latents)

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from tgate_compile.methods.schedule import Schedule
 
 #: A kind of value that can be cached: the output of a cross-attention, of a self-attention, of a temporal attention
-#: (which counts as self-attention unless a method uses this kind), or the deep feature of a UNet (DeepCache).
-Kind = Literal["cross", "self", "temporal", "deep"]
+#: (which counts as self-attention unless a method uses this kind), the deep feature of a UNet (DeepCache), or the keys
+#: and values of the tokens of reference images in joint attention.
+Kind = Literal["cross", "self", "temporal", "deep", "reference"]
 
 #: One of the two halves of classifier-free guidance.
 Half = Literal["uncond", "cond"]
@@ -28,6 +29,7 @@ CROSS: frozenset[Kind] = frozenset({"cross"})
 SELF: frozenset[Kind] = frozenset({"self"})
 TEMPORAL: frozenset[Kind] = frozenset({"temporal"})
 DEEP: frozenset[Kind] = frozenset({"deep"})
+REFERENCE: frozenset[Kind] = frozenset({"reference"})
 
 MSG_GATE_STEP = (
     "{name} must be a whole number of steps, at least 1 (10 means ten steps in full), or a fraction of the "
@@ -71,8 +73,14 @@ _WORDS: Mapping[Kind, str] = {
     "self": "self-reused",
     "temporal": "temporal-reused",
     "deep": "shallow",
+    "reference": "references reused",
 }
-_SUBSETS = [frozenset(kinds) for count in range(len(_WORDS) + 1) for kinds in combinations(get_args(Kind), count)]
+#: References are tokens in joint attention, where of the other kinds there is only `cross`.
+_SUBSETS: list[frozenset[Kind]] = [
+    *(frozenset(kinds) for count in range(5) for kinds in combinations(get_args(Kind)[:4], count)),
+    REFERENCE,
+    CROSS | REFERENCE,
+]
 _NAMES: Mapping[frozenset[Kind], str] = {
     kinds: ", ".join(word for kind, word in _WORDS.items() if kind in kinds) or "full" for kinds in _SUBSETS
 }
@@ -84,6 +92,8 @@ _FIRST_LETTERS: Mapping[frozenset[Kind], str] = {
     CROSS | SELF: "Q",
     CROSS | DEEP: "R",
     TEMPORAL: "T",
+    REFERENCE: "K",
+    CROSS | REFERENCE: "L",
 }
 #: The letter of every set of reused kinds: those above, and further letters for the other sets in order.
 _LETTERS: Mapping[frozenset[Kind], str] = {

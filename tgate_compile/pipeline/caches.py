@@ -81,6 +81,14 @@ class Caches:
                 self._values[None, key] = value.chunk(2)[order.index(keep)] if layout == "both" else value
         self._layouts[kind] = "one"
 
+    def has(self, kind: Kind) -> bool:
+        """Return whether there are values of `kind`."""
+        return any(key[0] == kind for _, key in self._values)
+
+    def drop(self, kind: Kind) -> None:
+        """Free the values of `kind`."""
+        self._values = {address: value for address, value in self._values.items() if address[1][0] != kind}
+
     def values(self, half: Half | None) -> Mapping[Key, torch.Tensor]:
         """Return the values for a call of one `half`; None stands for a call of both, or without guidance."""
         return {key: value for (owner, key), value in self._values.items() if owner is None or owner == half}
