@@ -120,6 +120,8 @@ def find_joint_attention(
     try:
         separated = separate_tokens(whole, origins, sources, known)
     except GuardOnDataDependentSymNode as error:
+        if only_constant:
+            return None
         raise UnsupportedModelError(MSG_READS_LENGTHS.format(model=model)) from error
     if has_cross and not _changing(separated.graph, sites, inputs.latents):
         return None
@@ -133,6 +135,8 @@ def find_joint_attention(
     reuse(pruned, sites)
     remove_dead(pruned)
     left = tokens_left(pruned.graph, origins, streams)
+    if left and only_constant:
+        return None
     if left:
         where = [f"{node.target} in {innermost_call(node)[1] or model}" for node in (mixing or left)[:3]]
         raise UnsupportedModelError(MSG_NOT_SEPARATE.format(model=model, where=", ".join(where)))
@@ -162,14 +166,48 @@ def may_be_constant(graph: torch.fx.Graph, labels: Labels, streams: Collection[S
     return True
 
 
-def plain_casts(graph: torch.fx.Graph) -> None:
-    """Replace casts to the dtype of another value with casts to this dtype, which depend on one value only."""
+#: The value of all elements that operators make like another value; None if it is their second argument.
+_FILLED: Mapping[object, int | None] = {
+    aten.new_zeros.default: 0,
+    aten.zeros_like.default: 0,
+    aten.new_ones.default: 1,
+    aten.ones_like.default: 1,
+    aten.full_like.default: None,
+}
+
+
+def without_likes(graph: torch.fx.Graph) -> None:
+    """Replace casts to the dtype of another value, and constants in its shape, with operators that do not take it."""
     for node in list(graph.nodes):
-        if node.target is aten.type_as.default:
-            with graph.inserting_before(node):
-                cast = add_call(graph, aten.to.dtype, operand(node, 0), node.meta["val"].dtype)
-            cast.meta = {**node.meta, "val": cast.meta["val"]}
-            node.replace_all_uses_with(cast)
+        value = node.meta.get("val")
+        with graph.inserting_before(node):
+            if node.target is aten.type_as.default:
+                plain = add_call(graph, aten.to.dtype, operand(node, 0), value.dtype)
+            elif node.target in _FILLED and all(type(size) is int for size in value.shape):
+                fill = _FILLED[node.target] if _FILLED[node.target] is not None else node.args[1]
+                options = {"dtype": value.dtype, "device": value.device}
+                plain = graph.call_function(aten.full.default, (list(value.shape), fill), options)
+                plain.meta["val"] = value
+            else:
+                continue
+        plain.meta = {**node.meta, "val": plain.meta["val"]}
+        node.replace_all_uses_with(plain)
+        plain.name, node.name = node.name, f"{node.name}_like"
+
+
+def split_times(graph: torch.fx.Graph, times: Sequence[str], known: Known) -> None:
+    """Compute rows of a batch that has further rows for a fixed timestep apart from those of the present timestep.
+
+    Some models modulate the text by a timestep of zero, which is a row of the same batch.
+    """
+    labels = token_rows(graph, Origins(latents=tuple(times)))
+    if any(isinstance(label, Tokens) and label.dim != 0 for label in labels.values()):
+        return  # the timestep is a token
+    separation = Separation(graph, labels, known)
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            separation.visit(node)
+    separation.visit_outputs()
 
 
 #: The nodes of all rows that a site's rows are taken from, and the stream of the site, by the name of its node.
@@ -235,10 +273,12 @@ def separate_tokens(
     """
     separated = copy_graph(graph_module)
     graph = separated.graph
-    plain_casts(graph)
+    without_likes(graph)
+    split_times(graph, origins.times, known)
     nodes = {node.name: node for node in graph.nodes}
     labels = token_rows(graph, origins)
     separation = Separation(graph, labels, known)
+    separation.visit_inputs()
     for node in list(graph.nodes):
         if node.op == "call_function":
             separation.visit(node)
@@ -253,5 +293,3 @@ def separate_tokens(
     graph.lint()
     separated.recompile()
     return separated
-
-

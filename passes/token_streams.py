@@ -353,6 +353,17 @@ class Separation(Builder):
             assert same_size(rows, label.count(stream)), f"{node.format_node()} has {rows} rows of {label}"
         return node
 
+    def visit_inputs(self) -> None:
+        """Add the parts of inputs."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.before = inputs[-1].next
+        for node in inputs:
+            label = self.labels[node]
+            if isinstance(label, Tokens):
+                self.like = node
+                for stream in label.streams:
+                    self._rows[node, stream] = self.cut(node, label.dim, label, stream)
+
     def visit_outputs(self) -> None:
         """Compute what the graph returns from its parts."""
         output = self.graph.output_node()

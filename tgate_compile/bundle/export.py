@@ -28,8 +28,8 @@ from tgate_compile.bundle.quantization import Scheme, read_quantization
 from tgate_compile.bundle.read_manifest import nearest_multiples
 from tgate_compile.engine.capture import SYMBOLS, FreeSize, downsampling
 from tgate_compile.engine.config import AUTO_PROMPTS, AnyPipeline
-from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.tracing import values_read
+from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import rounded_input, wrapped_weight
 from tgate_compile.pipeline.optimized import preview, required_state_of

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile.passes.graphs import outputs_of
 
-
 #: How a graph depends on the values of an input: on all of them, or on whether all are zero.
 ByValue = Literal["values", "zero"]
 

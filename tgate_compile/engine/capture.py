@@ -191,9 +191,7 @@ def capture(
     try:
         program = traced(denoiser, forward, call, shapes)
     except Exception as error:  # torch.export raises whatever the model's code raises
-        raise CaptureError(
-            MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")
-        ) from error
+        raise CaptureError(MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")) from error
     names = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
     if len(names) != len(call.leaves) or not all(
         isinstance(spec.arg, TensorArgument) and spec.kind is OutputKind.USER_OUTPUT

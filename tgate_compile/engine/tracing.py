@@ -17,6 +17,8 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.fx import config as fx_config
@@ -177,13 +179,26 @@ def _with_known_readings(denoiser: torch.nn.Module, forward: Callable[..., Any],
     @functools.wraps(forward)
     def known(*args: Any, **kwargs: Any) -> Any:
         reader = _Reader(readings)
-        with reader:
+        with reader, _lists_read_by(reader):
             result = forward(*args, **kwargs)
         if reader.readings != readings:
             raise ValueError(MSG_OTHER_READINGS)
         return result
 
     return known
+
+
+@contextmanager
+def _lists_read_by(reader: _Reader) -> Iterator[None]:
+    """Let `reader` answer the method `tolist` of the tensors of a trace, some of which do not ask a function mode."""
+    before = [(cls, vars(cls)["tolist"]) for cls in (FakeTensor, FunctionalTensor) if "tolist" in vars(cls)]
+    for cls, method in before:
+        cls.tolist = lambda tensor, read=method: reader.read("tolist", lambda: read(tensor))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for cls, method in before:
+            cls.tolist = method  # type: ignore[method-assign]
 
 
 def _recorded(forward: Callable[..., Any], call: Call) -> list[tuple[str, Any]]:

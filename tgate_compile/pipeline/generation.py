@@ -29,7 +29,6 @@ from tgate_compile.engine.halves import (
     one_half,
     rows_of,
     shared_rows,
-    timestep_of,
     uncertain_rows,
 )
 from tgate_compile.engine.tracing import call_of
@@ -65,6 +64,7 @@ MSG_ORDER_AND_ANCHOR = (
     "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
     "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
 )
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -346,12 +346,12 @@ MSG_NO_PAIR = (
     "but the second call is for another timestep or has other shapes. " + INSTEAD
 )
 MSG_NO_REFERENCES = (
-    "The latents of %s have no tokens of reference images, so FrozenReferences freezes nothing. Either this call has no "
-    "reference image, or the denoiser does not take it as further tokens of the latents."
+    "The latents of %s have no tokens of reference images, so FrozenReferences freezes nothing. Either this call has "
+    "no reference image, or the denoiser does not take it as further tokens of the latents."
 )
 MSG_WHERE_ARE_REFERENCES = (
-    "The denoiser's latents have {tokens} tokens, and the scheduler steps {stepped}, but these are neither the first nor "
-    "the last ones, so the reference images cannot be told from the image. " + INSTEAD
+    "The denoiser's latents have {tokens} tokens, and the scheduler steps {stepped}, but these are neither the first "
+    "nor the last ones, so the reference images cannot be told from the image. " + INSTEAD
 )
 MSG_NO_STEP_SEEN = (
     "Which tokens belong to reference images is known once the scheduler's step() has been called, but it has not been "
