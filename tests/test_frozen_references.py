@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 
 import tgate_compile
 from tests.comparing import assert_differ, assert_same
 from tests.joint_reference import TextReference, frozen_text
 from tests.test_joint_guidance import run
-from tests.tiny_joint import JOINT
+from tests.tiny_joint import JOINT, SIDE
 from tests.tiny_pipelines import stable_diffusion
 from tests.tiny_transformers import TOKENS
 from tgate_compile import FrozenReferences, FrozenText, TGate, UnsupportedModelError
@@ -47,7 +48,12 @@ class Edit:
         return slice(TOKENS + IMAGE, self.tokens)
 
     def build(self) -> Any:
-        return JOINT[self.name].build()
+        pipe = JOINT[self.name].build()
+        with torch.no_grad():
+            for name, parameter in pipe.transformer.named_parameters():
+                if "attn" in name and parameter.ndim > 1:
+                    parameter.mul_(3)  # so that the reference has a visible effect
+        return pipe
 
     def call(self) -> dict[str, Any]:
         """Return the arguments of a call whose two texts have the same number of tokens."""
@@ -59,7 +65,7 @@ class Edit:
 
 
 KONTEXT = Edit("FluxKontextPipeline", guided=True)
-EDITS = (KONTEXT, Edit("Flux2KleinPipeline", guided=True), Edit("QwenImageEditPipeline", guided=True))
+EDITS = (KONTEXT, Edit("Flux2KleinPipeline", guided=True), Edit("QwenImageEditPlusPipeline", guided=True))
 
 
 def expected_of(edit: Edit, gate: int, **options: Any) -> torch.Tensor:
@@ -76,15 +82,26 @@ def optimized(edit: Edit, schedule: Any) -> Any:
     return tgate_compile.optimize(edit.build(), schedule, backend="eager")
 
 
+@pytest.fixture(autouse=True)
+def small_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Qwen-Image-Edit shrink its reference to the size of the image, instead of a megapixel."""
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", SIDE**2)
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Any:
+    return optimized(KONTEXT, FrozenReferences(1))
+
+
 @pytest.mark.parametrize(
     "edit",
     [KONTEXT, *(pytest.param(edit, marks=pytest.mark.heavy) for edit in EDITS[1:])],
     ids=[edit.name for edit in EDITS],
 )
-def test_frozen_references(edit: Edit) -> None:
+def test_frozen_references(edit: Edit, request: pytest.FixtureRequest) -> None:
     """The first call finds the reference's tokens after its first step; the second one knows them."""
     expected = expected_of(edit, 1)
-    pipe = optimized(edit, FrozenReferences(1))
+    pipe = request.getfixturevalue("frozen") if edit is KONTEXT else optimized(edit, FrozenReferences(1))
     first = run(pipe, **edit.call())
     assert_same(first, expected)
     assert_same(run(pipe, **edit.call()), expected)
@@ -93,7 +110,7 @@ def test_frozen_references(edit: Edit) -> None:
     assert description.strip == "FKK"
     full, reused = (next(v for v in description.variants if v.name == n) for n in ("full", "references reused"))
     assert reused.macs < 0.75 * full.macs
-    assert reused.parameters == full.parameters  # the image's tokens need the same weights
+    assert reused.parameters <= full.parameters  # of the text, less is needed in the last block
 
 
 def test_described_beforehand() -> None:
@@ -106,6 +123,7 @@ def test_described_beforehand() -> None:
     assert done.cache_bytes == 2 * IMAGE * (8 * 32 + 16) * 4
 
 
+@pytest.mark.heavy
 def test_from_a_later_step_and_computed_again() -> None:
     pipe = optimized(KONTEXT, FrozenReferences(2))
     assert_same(run(pipe, **KONTEXT.call()), expected_of(KONTEXT, 2))
@@ -115,6 +133,7 @@ def test_from_a_later_step_and_computed_again() -> None:
     assert tgate_compile.describe(pipe).strip == "FKF"
 
 
+@pytest.mark.heavy
 def test_with_a_gate() -> None:
     """Where guidance ends, the references are computed once more: both halves have been cached, and one goes on."""
     pipe = optimized(KONTEXT, FrozenReferences(1) + TGate(1))
@@ -131,24 +150,22 @@ def test_with_frozen_text() -> None:
     assert {name.rpartition(".")[2] for name in description.sites} == {"key", "value", "0"}
 
 
-def test_another_split_of_as_many_tokens() -> None:
+def test_another_split_of_as_many_tokens(frozen: Any) -> None:
     """What was learnt from a call with as many tokens of both kinds together is corrected."""
-    pipe = optimized(KONTEXT, FrozenReferences(1))
-    run(pipe, **KONTEXT.call())
-    rows = required_state_of(pipe).hook.store.image_rows
+    run(frozen, **KONTEXT.call())
+    rows = required_state_of(frozen).hook.store.image_rows
     assert list(rows.values()) == [(1, 0, IMAGE)] * len(rows)
     for key in rows:
         rows[key] = (1, 0, IMAGE - 4)
-    assert_same(run(pipe, **KONTEXT.call()), expected_of(KONTEXT, 1))
+    assert_same(run(frozen, **KONTEXT.call()), expected_of(KONTEXT, 1))
     assert list(rows.values()) == [(1, 0, IMAGE)] * len(rows)
 
 
-def test_without_a_reference_image(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_reference_image(frozen: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is frozen, which is logged, and the result is the plain pipeline's."""
     call = {name: value for name, value in KONTEXT.call().items() if name != "image"}
     expected = run(KONTEXT.build(), **call)
-    pipe = optimized(KONTEXT, FrozenReferences(1))
-    assert torch.equal(run(pipe, **call), expected)
+    assert torch.equal(run(frozen, **call), expected)
     assert "no tokens of reference images" in caplog.text
     assert caplog.records[0].levelno == logging.WARNING
 

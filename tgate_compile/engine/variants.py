@@ -141,8 +141,9 @@ class VariantStore:
     @property
     def site_names(self) -> tuple[str, ...]:
         """The names of the sites that can be cached, cross-attentions first; empty before the first capture."""
-        held = next(iter(self._captures.values()), None)
-        return () if held is None else tuple(site.name for site in held.captured.sites)
+        found = [held.captured.sites for held in self._captures.values()]
+        # A call for which it was not known yet which tokens are references has no sites of these.
+        return tuple(site.name for site in max(found, key=len, default=()))
 
     @property
     def variants(self) -> list[tuple[Variant, Captured]]:

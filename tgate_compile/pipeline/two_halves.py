@@ -403,7 +403,7 @@ class ReferenceRows:
     def known(self, call: Call) -> Call:
         """Return `call` with the rows of the image, which are known."""
         assert self._known is not None
-        return call if call.image is not None else replace(call, image=self._known[call.key])
+        return replace(call, image=self._known.get(replace(call, image=None).key))
 
     def learn(self, sample: torch.Tensor) -> bool:
         """Learn from the first `sample` that the scheduler steps; return whether it corrects what was known.
