@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tgate_compile._errors import UnsupportedModelError
-from tgate_compile.methods.method import Kind
+from tgate_compile.methods.method import CROSS, Kind
 from tgate_compile.passes.attention_core import FUSED
 from tgate_compile.passes.find_sites import Inputs, depends_on, innermost_call, unique_name, without_processor
 from tgate_compile.passes.follow_rows import tensors_of
@@ -76,7 +76,7 @@ def find_joint_attention(
     graph_module: torch.fx.GraphModule,
     inputs: Inputs,
     model: str,
-    kinds: Collection[Kind] = ("cross",),
+    kinds: Collection[Kind] = CROSS,
     *,
     has_cross: bool,
     only_constant: bool = False,
@@ -105,7 +105,8 @@ def find_joint_attention(
     # Earlier frames and images in inputs of their own are tokens of the image, too.
     latents = [*inputs.latents, *(node for node in inputs.conditions if "latent" in node.name)]
     conditions = [node for node in inputs.conditions if node not in latents]
-    origins = Origins(*(tuple(node.name for node in nodes) for nodes in (latents, inputs.times, conditions)), image)
+    names = (tuple(node.name for node in nodes) for nodes in (latents, inputs.times, conditions))
+    origins = Origins(next(names), next(names), next(names), image)
     streams = [stream for stream, kind in KINDS_OF_STREAMS.items() if kind in kinds]
     rows = token_rows(graph_module.graph, origins)
     if not joint_attentions(graph_module.graph, rows, streams):

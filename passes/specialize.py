@@ -203,8 +203,8 @@ def verify(variant: Variant, captured: Captured) -> None:
     reused = {site.kind for site in captured.sites if site.of_text and site.kind in variant.phase.reuse}
     if captured.origins is not None and reused:
         streams = [stream for stream, kind in KINDS_OF_STREAMS.items() if kind in reused]
-        left = tokens_left(graph, captured.origins, streams)
-        _require(not left, f"the tokens of {sorted(reused)} are still computed: {[node.name for node in left]}")
+        tokens = tokens_left(graph, captured.origins, streams)
+        _require(not tokens, f"the tokens of {sorted(reused)} are still computed: {[node.name for node in tokens]}")
     inputs = variant.program.graph_signature.user_inputs
     _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
     needed = _needed(variant, captured)

@@ -406,7 +406,7 @@ class Separation(Builder):
     def _attended(self, node: Node, query: Node, label: Tokens | None, stream: Label) -> Node:
         """Return the attention `node` of other queries: the rows of `stream` in `label`."""
         keys, values = operand(node, 1), operand(node, 2)
-        mask = argument(node, 3, "attn_mask")
+        mask: Any = argument(node, 3, "attn_mask")
         of_keys = self.labels[keys]
         hidden: tuple[int, ...] = ()
         if isinstance(mask, Node) and label is not None and isinstance(stream, Stream):
@@ -416,7 +416,7 @@ class Separation(Builder):
             for each, of_each in ((keys, of_keys), (values, self.labels[values]))
         ]
         kwargs = dict(node.kwargs)
-        args = [query, *parts, *node.args[3:]]
+        args: list[Any] = [query, *parts, *node.args[3:]]
         if len(args) > 3:
             args[3] = mask
         elif "attn_mask" in kwargs:

@@ -94,7 +94,7 @@ def test_a_number_is_a_number_in_every_command() -> None:
 
 def test_every_field_of_a_schedule_is_an_option_of_every_command_that_takes_one() -> None:
     own = {field.name for field in dataclasses.fields(ScheduleOptions)} - {"file"}
-    further = {name for key in ("pab", "frozentext") for name in options_of(methods()[key])}
+    further = {name for key in ("pab", "frozentext", "references") for name in options_of(methods()[key])}
     assert own == {field.name for field in dataclasses.fields(Schedule)} - {"others"} | further
     for command in ("generate", "export", "describe", "web", "strip", "report"):
         names = {parameter.name for parameter in parameters(command)}

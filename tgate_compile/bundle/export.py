@@ -141,14 +141,14 @@ def export(
         )
     if "reference" in hook.config.schedule.kinds:
         raise UnsupportedModelError(
-            "This schedule freezes reference images (FrozenReferences), whose place among the tokens is known only while "
-            "the pipeline runs. Bundles do not support this: leave the method out."
+            "This schedule freezes reference images (FrozenReferences), whose place among the tokens is known only "
+            "while the pipeline runs. Bundles do not support this: leave the method out."
         )
     if values_read(hook.denoiser):
         raise UnsupportedModelError(
             f"The graphs of {type(hook.denoiser).__name__} are valid only for inputs with the same values "
-            f"({', '.join(values_read(hook.denoiser))}), such as prompts of one length, so a bundle of them would be of "
-            "little use. Use the optimized pipeline, which captures a graph for each length."
+            f"({', '.join(values_read(hook.denoiser))}), such as prompts of one length, so a bundle of them would be "
+            "of little use. Use the optimized pipeline, which captures a graph for each length."
         )
     check_can_write(format)
     rounded, quantized = rounded_input(hook.denoiser), wrapped_weight(hook.denoiser)

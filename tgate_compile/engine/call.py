@@ -132,7 +132,7 @@ def closed(value: Any) -> Any:
         return [closed(item) for item in value]
     if not isinstance(value, _Contents):
         return value
-    made = object.__new__(value.kind)
+    made: Any = object.__new__(value.kind)
     vars(made).update({name: closed(item) for name, item in value.items()})
     return made
 

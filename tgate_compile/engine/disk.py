@@ -323,7 +323,7 @@ def _written_capture(captured: Captured) -> bytes:
     data = {
         "program": to_json(program),
         "separated": None if captured.separated is None else to_json(flat_program(program, captured.separated)),
-        "origins": None if captured.origins is None else asdict(captured.origins),
+        "origins": None if captured.origins is None else [*asdict(captured.origins).values()],
         "constant": captured.constant,
         "out_spec": _dumped(captured.out_spec),
         "input_names": captured.input_names,
@@ -376,9 +376,7 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
             sites,
             data["roles"],
             None if separated is None else from_json(separated, {**live, **constants}).graph_module,
-            None
-            if origins is None
-            else Origins(**{name: None if value is None else tuple(value) for name, value in origins.items()}),
+            None if origins is None else Origins(*(None if each is None else tuple(each) for each in origins)),
             data["constant"],
         )
     except NotReadableError:

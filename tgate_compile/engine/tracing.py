@@ -71,15 +71,16 @@ def traced(
 ) -> ExportedProgram:
     """Return the program of `denoiser` for inputs like those of `call`; see `capture` for the arguments."""
     args, kwargs = call.opened_arguments
-    with without_stack_traces(), torch.no_grad():
-        with _forward_of(denoiser, _with_closed(_with_known_readings(denoiser, forward, call), kwargs)):
-            program = torch.export.export(
-                denoiser,
-                args,
-                kwargs,
-                strict=False,
-                dynamic_shapes=shapes,  # type: ignore[arg-type]  # accepted, but missing in the annotation
-            )
+    with torch.no_grad():
+        known = _with_closed(_with_known_readings(denoiser, forward, call), kwargs)
+    with _forward_of(denoiser, known), without_stack_traces(), torch.no_grad():
+        program = torch.export.export(
+            denoiser,
+            args,
+            kwargs,
+            strict=False,
+            dynamic_shapes=shapes,  # type: ignore[arg-type]  # accepted, but missing in the annotation
+        )
     _inline_disabled_autocast(program.graph_module)
     return _functional(program)
 

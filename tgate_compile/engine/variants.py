@@ -110,8 +110,7 @@ class VariantStore:
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # a state may need another backend
         self._chooser = Chooser(config, type(denoiser).__name__)
         self._failed: dict[_Address, str] = {}  # calls that cannot be captured, with the reason
-        #: The rows of the latents that are the image's, by the key of a call (see `ReferenceRows`).
-        self.image_rows: dict[Hashable, tuple[int, int, int] | None] = {}
+        self.image_rows: dict[Hashable, tuple[int, int, int] | None] = {}  # see `ReferenceRows`
         self._not_free: set[Hashable] = set()  # sizes that the denoiser's code fixes, by state
         self._generations = 0
         self._warned_full = False
@@ -140,10 +139,8 @@ class VariantStore:
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """The names of the sites that can be cached, cross-attentions first; empty before the first capture."""
-        found = [held.captured.sites for held in self._captures.values()]
-        # A call for which it was not known yet which tokens are references has no sites of these.
-        return tuple(site.name for site in max(found, key=len, default=()))
+        """The names of the sites that can be cached, cross-attentions first, in the capture that has the most."""
+        return tuple(site.name for site in max((h.captured.sites for h in self._captures.values()), key=len, default=()))
 
     @property
     def variants(self) -> list[tuple[Variant, Captured]]:

@@ -37,7 +37,7 @@ from tgate_compile.methods.method import REFERENCE, Half, Kind, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, layout_of
 from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
-from tgate_compile.pipeline.progress import Progress, StepCounter, check_gradients, with_tensor_timestep
+from tgate_compile.pipeline.progress import Plan, Progress, StepCounter, check_gradients, with_tensor_timestep
 from tgate_compile.pipeline.two_halves import MSG_NO_PAIR, MSG_NO_STEP_SEEN, ReferenceRows, TwoHalves, check_pair
 
 logger = logging.getLogger(__name__)
@@ -64,21 +64,6 @@ MSG_ORDER_AND_ANCHOR = (
     "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
     "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The plan of a generation, which has not run.
-
-    Attributes:
-        steps: each step with its phase.
-        graphs: for each step the phase whose graph serves it, and the denoiser call that the graph is captured for.
-        cache_bytes: the largest size in bytes of the caches kept between two timesteps.
-    """
-
-    steps: list[tuple[int, Phase]]
-    graphs: list[tuple[Phase, Call]]
-    cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -154,8 +139,8 @@ class Generation:
         self._guidance_over = False
         self._dropped: tuple[Runnable, list[torch.Tensor]] | None = None  # the result of a step without its guidance
         self._halves = TwoHalves(loop, family, scheduler)
-        freezes = "reference" in schedule.kinds and isinstance(store, VariantStore)
-        self._references = ReferenceRows(store.image_rows if freezes else None, type(store.denoiser).__name__)
+        rows = store.image_rows if "reference" in schedule.kinds and isinstance(store, VariantStore) else None
+        self._references = ReferenceRows(rows, type(store.denoiser).__name__)
         self._previewed: Previewed | None = None
         self._shared: frozenset[int] | None = None  # positions of tensors that both halves share, once determined
         self._finished = False

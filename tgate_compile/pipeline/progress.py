@@ -11,7 +11,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedModelError
+from tgate_compile.engine.call import Call
 from tgate_compile.engine.halves import latents_of, named_leaves, timestep_of
+from tgate_compile.methods.method import Phase
 
 
 @dataclass(frozen=True)
@@ -312,3 +314,18 @@ def check_gradients(arguments: Mapping[str, Any]) -> None:
         for name, leaf in named_leaves(arguments):
             if torch.is_tensor(leaf) and leaf.requires_grad:
                 raise UnsupportedModelError(MSG_GRADIENTS.format(name=name))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a generation, which has not run.
+
+    Attributes:
+        steps: each step with its phase.
+        graphs: for each step the phase whose graph serves it, and the denoiser call that the graph is captured for.
+        cache_bytes: the largest size in bytes of the caches kept between two timesteps.
+    """
+
+    steps: list[tuple[int, Phase]]
+    graphs: list[tuple[Phase, Call]]
+    cache_bytes: int
