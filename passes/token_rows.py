@@ -389,13 +389,17 @@ def span_of_result(node: Node) -> Span | None:
 
 
 def tokens_left(graph: torch.fx.Graph, origins: Origins, streams: Collection[Stream]) -> list[Node]:
-    """Return the attentions of `graph` that have queries of the tokens of `streams` alone.
+    """Return the attentions of `graph` that have queries of the tokens of `streams` alone, and depend on the latents.
 
     In a graph that gets the keys and values of these tokens, there should be none: nothing else needs the tokens.
+    Attentions of the text that do not depend on the latents may pool it for the modulation.
     """
     labels = token_rows(graph, origins)
+    of_latents = depends_on(graph, [node for node in graph.nodes if node.name in origins.latents])
     left = []
     for core in attention_cores(graph):
+        if core.node not in of_latents:
+            continue
         queries = [core.scores[0][0]] if core.is_ordered else [one for pair in core.scores for one in pair]
         found = [labels[query] for query in queries]
         if Stream.IMAGE not in found and any(stream in streams for label in found for stream in streams_of(label)):

@@ -39,6 +39,7 @@ _READ: Mapping[str, Mapping[str, ByValue]] = {
         "encoder_attention_mask_2": "values",
         "image_embeds": "zero",
     },
+    "HunyuanVideoFramepackTransformer3DModel": {"encoder_attention_mask": "values"},
     "Lumina2Transformer2DModel": {"encoder_attention_mask": "values"},
     "MochiTransformer3DModel": {"encoder_attention_mask": "values"},
     "OmniGenTransformer2DModel": {"position_ids": "values", "attention_mask": "values"},

@@ -140,7 +140,9 @@ class VariantStore:
     @property
     def site_names(self) -> tuple[str, ...]:
         """The names of the sites that can be cached, cross-attentions first, in the capture that has the most."""
-        return tuple(site.name for site in max((h.captured.sites for h in self._captures.values()), key=len, default=()))
+        return tuple(
+            site.name for site in max((h.captured.sites for h in self._captures.values()), key=len, default=())
+        )
 
     @property
     def variants(self) -> list[tuple[Variant, Captured]]:
