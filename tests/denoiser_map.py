@@ -39,6 +39,18 @@ from tgate_compile.passes.graphs import Captured
 
 RESULT = Path(__file__).parent.parent / "docs" / "results" / "denoisers.json"
 
+#: Why denoisers cannot be captured, where the error of torch.export does not tell.
+REASONS = {
+    "HiDreamImageTransformer2DModel": (
+        "cannot be captured: the number of tokens that each of its experts computes depends on the latents, and a "
+        "graph has fixed sizes"
+    ),
+    "WanAnimate2Transformer3DModel": (
+        "cannot be captured: a first call fills a cache with its reference frames, and the other calls attend by "
+        "flex_attention with masks that its code keeps"
+    ),
+}
+
 _TEXT = re.compile(r"encoder_hidden_states|prompt|text|txt|caption|cap_feats|context|llm_features|^y$")
 _NOT_TEXT = re.compile(r"mask|ids|image|img|audio|pooled|rotary|freqs|control|timestep|residual|indices|index")
 Stream = Literal["image", "text", "both", "conditioning"]
@@ -46,7 +58,7 @@ Stream = Literal["image", "text", "both", "conditioning"]
 
 def is_text(name: str, leaf: torch.Tensor) -> bool:
     """Return whether the input called `name` holds one vector for each token of a text."""
-    return (
+    return name == "input_ids" or (
         leaf.is_floating_point()
         and leaf.ndim >= 2
         and _TEXT.search(name) is not None
@@ -292,7 +304,7 @@ def row_of(name: str) -> dict[str, Any]:
     try:
         captured = capture(denoiser, denoiser.forward, call, (), required=False)
     except TGateError as error:
-        return {"error": str(error).partition("\n")[0].partition("  ")[0][:300]}
+        return {"error": REASONS.get(name) or str(error).partition("\n")[0].partition("  ")[0][:300]}
     tokens = Tokens(captured, call, names)
     streams = parameters(captured, tokens)
     return {

@@ -43,8 +43,7 @@ logger = logging.getLogger(__name__)
 #: Estimate of a graph's memory per node, in bytes: torch.fx's nodes with their metadata, and the backend's compiled
 #: form of them, without weights. It is the growth of a process's resident memory per node of captures and variants
 #: together, as a UNet like Stable Diffusion's was captured at further sizes: 4 kB in eager mode (7,400 nodes for each
-#: size), 14 kB with Inductor and 15 kB with ONNX Runtime (2,200 nodes; its copies of the weights are counted
-#: separately).
+#: size), 14 kB with Inductor, 15 kB with ONNX Runtime (2,200 nodes; its copies of weights are counted separately).
 BYTES_PER_NODE = 15_000
 #: The fraction of the machine's memory that all graphs of a denoiser may take, unless `graph_memory` is set.
 SHARE_OF_MEMORY = 0.25
@@ -110,7 +109,7 @@ class VariantStore:
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # a state may need another backend
         self._chooser = Chooser(config, type(denoiser).__name__)
         self._failed: dict[_Address, str] = {}  # calls that cannot be captured, with the reason
-        self.image_rows: dict[Hashable, tuple[int, int, int] | None] = {}  # see `ReferenceRows`
+        self.image_rows: dict[Hashable, tuple[int, int, int] | None] = {}  # `ReferenceRows`
         self._not_free: set[Hashable] = set()  # sizes that the denoiser's code fixes, by state
         self._generations = 0
         self._warned_full = False
@@ -139,10 +138,9 @@ class VariantStore:
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """The names of the sites that can be cached, cross-attentions first, in the capture that has the most."""
-        return tuple(
-            site.name for site in max((h.captured.sites for h in self._captures.values()), key=len, default=())
-        )
+        """The names of the sites that can be cached, in the capture that has the most."""
+        found = max((held.captured.sites for held in self._captures.values()), key=len, default=())
+        return tuple(site.name for site in found)
 
     @property
     def variants(self) -> list[tuple[Variant, Captured]]:
