@@ -376,7 +376,7 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
             sites,
             data["roles"],
             None if separated is None else from_json(separated, {**live, **constants}).graph_module,
-            None if origins is None else Origins(*(None if each is None else tuple(each) for each in origins)),
+            None if origins is None else Origins(*map(tuple, origins[:3]), origins[3] and tuple(origins[3])),
             data["constant"],
         )
     except NotReadableError:
