@@ -376,13 +376,18 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
             sites,
             data["roles"],
             None if separated is None else from_json(separated, {**live, **constants}).graph_module,
-            None if origins is None else Origins(*map(tuple, origins[:3]), origins[3] and tuple(origins[3])),
+            None if origins is None else _origins_of(*origins),
             data["constant"],
         )
     except NotReadableError:
         raise
     except Exception as error:  # of any class: another version, or anyone, may have written it
         raise NotReadableError(f"{type(error).__name__}: {error}") from error
+
+
+def _origins_of(latents: list[str], times: list[str], conditions: list[str], image: list[int] | None) -> Origins:
+    rows = None if image is None else (image[0], image[1], image[2])
+    return Origins(tuple(latents), tuple(times), tuple(conditions), rows)
 
 
 def _is_tensor(value: Any) -> bool:
