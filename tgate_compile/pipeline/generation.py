@@ -37,7 +37,7 @@ from tgate_compile.methods.method import REFERENCE, Half, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, CacheSizes
 from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
-from tgate_compile.pipeline.progress import Plan, Progress, check_gradients, with_tensor_timestep
+from tgate_compile.pipeline.progress import Plan, Progress, check_autocast, check_gradients, with_tensor_timestep
 from tgate_compile.pipeline.two_halves import (
     MSG_NO_PAIR,
     MSG_NO_STEP_SEEN,
@@ -53,10 +53,6 @@ MSG_CONCURRENT = (
     "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
     "scheduler's state. Use a lock, or one pipeline per thread: they may share weights, but each needs its own "
     "denoiser, scheduler and tokenizers."
-)
-MSG_AUTOCAST = (
-    "torch.autocast is on, and would change dtypes inside a graph that was captured for fixed ones. Switch it off, and "
-    "convert the pipeline instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
 )
 MSG_TWO_CALLS = (
     "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline denoises its latents in "
@@ -324,8 +320,7 @@ class Generation:
     def _begin(self, arguments: dict[str, Any], guided: bool) -> None:
         """Begin a pass at its first denoiser call: check the inputs, count the steps, and refresh the store."""
         latents = batch_of(arguments)
-        if torch.is_autocast_enabled(latents.device.type):
-            raise UnsupportedCallError(MSG_AUTOCAST)
+        check_autocast(latents)
         self._caches.clear()
         self.early.clear()
         self._references.begin()

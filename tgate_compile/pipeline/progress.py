@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedModelError
+from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedCallError, UnsupportedModelError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.halves import latents_of, named_leaves, timestep_of
 from tgate_compile.methods.method import Phase
@@ -276,7 +276,7 @@ def _place(timestep: Any, timesteps: Any) -> int | None:
     return place if not rest and 0 <= place < len(timesteps) else None
 
 
-#: Denoisers that convert a number to a tensor, as `_with_tensor_timestep` does; others may use the number itself.
+#: Denoisers that convert a number to a tensor, as `with_tensor_timestep` does; others may use the number itself.
 TAKE_NUMBERS = "diffusers.models.unets."
 
 
@@ -314,6 +314,18 @@ def check_gradients(arguments: Mapping[str, Any]) -> None:
         for name, leaf in named_leaves(arguments):
             if torch.is_tensor(leaf) and leaf.requires_grad:
                 raise UnsupportedModelError(MSG_GRADIENTS.format(name=name))
+
+
+MSG_AUTOCAST = (
+    "torch.autocast is on, and would change dtypes inside a graph that was captured for fixed ones. Switch it off, and "
+    "convert the pipeline instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
+)
+
+
+def check_autocast(latents: torch.Tensor) -> None:
+    """Check that autocast is off on the device of `latents`."""
+    if torch.is_autocast_enabled(latents.device.type):
+        raise UnsupportedCallError(MSG_AUTOCAST)
 
 
 @dataclass(frozen=True)
