@@ -12,21 +12,22 @@ import tgate_compile
 from tests.comparing import assert_differ, assert_same
 from tests.joint_reference import TextReference, frozen_text
 from tests.test_joint_guidance import STEPS, run
+from tests.test_static_methods import skipping
 from tests.tiny_denoisers import first_call
 from tests.tiny_joint import JOINT
 from tests.tiny_transformers import TOKENS
 from tgate_compile import AdaptiveGuidance, FrozenText
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
-from tgate_compile.engine.compiled import inputs_for, tensors_of
+from tgate_compile.engine.compiled import CachedValues, inputs_for, tensors_of
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.tracing import call_of
 from tgate_compile.engine.weights import live_tensors
-from tgate_compile.methods.method import NONE, Phase
+from tgate_compile.methods.method import BLOCKS, CROSS, NONE, Blocks, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.binding_times import split_by_binding
-from tgate_compile.passes.graphs import Captured
+from tgate_compile.passes.graphs import Captured, Variant
 from tgate_compile.passes.specialize import specialize
 from tgate_compile.pipeline.optimized import required_state_of
 
@@ -44,6 +45,17 @@ def captured_of(
     return denoiser, call, capture(denoiser, denoiser.forward, call, NONE, required=False)
 
 
+def outputs_of(
+    denoiser: Any, captured: Captured, variant: Variant, call: Call, caches: CachedValues
+) -> tuple[torch.Tensor, ...]:
+    """Run `variant`, and return the prediction and the emitted values."""
+    weights = tensors_of(variant.program, live_tensors(denoiser))
+    outputs: tuple[torch.Tensor, ...] = variant.program.graph_module(
+        *weights, *inputs_for(variant, captured, call, caches)
+    )
+    return outputs
+
+
 def open_mask(kwargs: dict[str, Any]) -> None:
     """Let every token of OmniGen see every other."""
     kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"])
@@ -51,7 +63,11 @@ def open_mask(kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "attentions"),
-    [("QwenImage21Transformer2DModel", 4), ("OmniGenTransformer2DModel", 3), ("PRXTransformer2DModel", 2)],
+    [
+        pytest.param("QwenImage21Transformer2DModel", 4, marks=pytest.mark.sweep),
+        ("OmniGenTransformer2DModel", 3),
+        pytest.param("PRXTransformer2DModel", 2, marks=pytest.mark.sweep),
+    ],
 )
 @torch.no_grad()
 def test_text_is_not_part_of_the_step(name: str, attentions: int) -> None:
@@ -63,9 +79,39 @@ def test_text_is_not_part_of_the_step(name: str, attentions: int) -> None:
     # Two are of the image. PRX has none of the text; in OmniGen the last one is not needed.
     by_part = [len(list(attention_cores(part.program.graph))) for part in (variant, split.prelude, split.step)]
     assert by_part == [attentions, attentions - 2, 2]
-    weights = tensors_of(variant.program, live_tensors(denoiser))
-    (output,) = variant.program.graph_module(*weights, *inputs_for(variant, captured, call, {}))
+    (output,) = outputs_of(denoiser, captured, variant, call, {})
     assert_same(output, denoiser(**call.arguments[1])[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("OmniGenTransformer2DModel", "layers"),
+        pytest.param("PRXTransformer2DModel", "blocks", marks=pytest.mark.sweep),
+        pytest.param("QwenImage21Transformer2DModel", "transformer_blocks", marks=pytest.mark.sweep),
+    ],
+)
+@torch.no_grad()
+def test_blocks_are_skipped_beside_it(name: str, stack: str) -> None:
+    """The residual is that of the image alone, whether or not the text's keys and values are cached as well."""
+    denoiser, args, kwargs = first_call(name)
+    assert not args
+    kwargs = {**kwargs, "return_dict": False}
+    later = {**kwargs, "hidden_states": kwargs["hidden_states"].flip(-1) * 3}
+    with skipping(denoiser, f"{stack}.0", f"{stack}.1", [True, False]):
+        first, second = (denoiser(**each)[0] for each in (kwargs, later))
+    assert_differ(second, denoiser(**later)[0])
+    calls = [call_of(denoiser, (), each, each) for each in (kwargs, later)]
+    for kinds in (BLOCKS, BLOCKS | CROSS):
+        captured = capture(denoiser, denoiser.forward, calls[0], kinds, ranges=(("blocks", Blocks()),))
+        assert captured.constant
+        full = specialize(captured, Phase(False, emit=kinds))
+        output, *values = outputs_of(denoiser, captured, full, calls[0], {})
+        assert_same(output, first)
+        caches = {(e.site.kind, e.site.name): value for e, value in zip(full.emitted, values, strict=True)}
+        for reuse in {BLOCKS, kinds}:
+            skipped = specialize(captured, Phase(False, emit=kinds - reuse, reuse=reuse))
+            assert_same(outputs_of(denoiser, captured, skipped, calls[1], caches)[0], second)
 
 
 def test_a_mask_that_shows_the_image_to_the_text() -> None:

@@ -95,7 +95,7 @@ def frozen() -> Any:
 
 @pytest.mark.parametrize(
     "edit",
-    [KONTEXT, *(pytest.param(edit, marks=pytest.mark.heavy) for edit in EDITS[1:])],
+    [KONTEXT, *(pytest.param(edit, marks=pytest.mark.sweep) for edit in EDITS[1:])],
     ids=[edit.name for edit in EDITS],
 )
 def test_frozen_references(edit: Edit, request: pytest.FixtureRequest) -> None:
@@ -150,6 +150,7 @@ def test_with_frozen_text() -> None:
     assert {name.rpartition(".")[2] for name in description.sites} == {"key", "value", "0"}
 
 
+@pytest.mark.sweep
 def test_another_split_of_as_many_tokens(frozen: Any) -> None:
     """What was learnt from a call with as many tokens of both kinds together is corrected."""
     run(frozen, **KONTEXT.call())
