@@ -36,7 +36,7 @@ from torch.fx import Node
 
 from tgate_compile._errors import VerificationError
 from tgate_compile.passes.attention_core import LAYOUT
-from tgate_compile.passes.graphs import Binding, Variant, copy_graph, flat_program, is_mutable, outputs_of
+from tgate_compile.passes.graphs import Binding, Variant, argument, copy_graph, flat_program, is_mutable, outputs_of
 from tgate_compile.passes.specialize import remove_dead
 
 aten = torch.ops.aten
@@ -149,6 +149,8 @@ def _is_random(node: Node) -> bool:
     target = node.target
     if target is aten.dropout.default:
         return node.args[2] is not False
+    if target is aten.scaled_dot_product_attention.default:
+        return argument(node, 4, "dropout_p", 0.0) != 0.0
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 

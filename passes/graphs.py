@@ -145,7 +145,8 @@ class Site:
         dtype: the dtype of the value in the graph.
         cache_dtype: the dtype of the cached value.
         batch: the batch dimension in the graph; in the cached value it is always the first.
-        of_text: whether it is the keys or values of the text's tokens in a joint attention.
+        of_text: whether it is the keys or values of some of the tokens in a joint attention: the text's, or those of
+            reference images.
         base: for a residual: the name of the node that is subtracted from the value when it is cached, and that the
             cached value is added to when it is reused.
     """
@@ -171,6 +172,24 @@ Binding = Literal["prompt", "timestep", "latents"]
 
 
 @dataclass(frozen=True)
+class Origins:
+    """The inputs of a graph that its tokens come from.
+
+    Attributes:
+        latents: the names of the inputs that the image's tokens come from.
+        times: the names of the inputs that hold the timestep. A token made of it alone is one of the image's.
+        conditions: the names of all other inputs.
+        image: the rows of the latents that are the image's: their dimension, the first one, and the one after the last.
+            All others are those of reference images. None means that all rows are the image's.
+    """
+
+    latents: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+    image: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Captured:
     """A denoiser as one graph, for inputs of one shape.
 
@@ -182,10 +201,14 @@ class Captured:
         sites: the values that can be cached, grouped by kind and in graph order.
         roles: how often each of the inputs changes, by name; inputs without an entry change at every call.
         separated: for joint attention: the graph with its tokens separated (`separate_tokens`), from which graphs that
-            reuse the text's keys and values are derived. Its inputs, outputs and sites have the names of the program's.
-        live: for joint attention: the names of the inputs that the image's tokens come from.
-        separated_sites: for joint attention: the sites of `separated` besides the text's keys and values, as they are
-            once the text's tokens are gone. They have names of their own.
+            reuse keys and values are derived. Its inputs, outputs and sites have the names of the program's.
+        origins: for joint attention: the inputs that the tokens come from; None if only some of the sites are cached,
+            so that all tokens are still needed.
+        constant: for joint attention: whether the text's keys and values depend on nothing that changes from step to
+            step. All graphs are then derived from a graph that computes them apart.
+        separated_sites: for joint attention: the sites of `separated` besides the keys and values, as they are once
+            these tokens are gone. They have names of their own, unless the text is constant: then all graphs have
+            these sites.
     """
 
     program: ExportedProgram
@@ -195,7 +218,8 @@ class Captured:
     sites: tuple[Site, ...]
     roles: Mapping[str, Binding] = field(default_factory=dict)
     separated: torch.fx.GraphModule | None = None
-    live: tuple[str, ...] = ()
+    origins: Origins | None = None
+    constant: bool = False
     separated_sites: tuple[Site, ...] = ()
 
 

@@ -6,56 +6,40 @@ part, the queries are split, and slices that pick one part disappear. The result
 text's keys and values are given, `remove_dead` then removes everything that only the text's tokens need.
 
 These keys and values are sites of kind `cross`: they carry the text's influence on the image, as the outputs of
-cross-attention are in other models.
+cross-attention do in other models. The tokens of reference images can be separated in the same way, as sites of kind
+`reference`.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.fx.node import map_arg
 
 from tgate_compile._errors import UnsupportedModelError
+from tgate_compile.methods.method import CROSS, Kind
 from tgate_compile.passes.attention_core import FUSED
 from tgate_compile.passes.find_sites import Inputs, depends_on, innermost_call, unique_name, without_processor
-from tgate_compile.passes.follow_rows import SPLITS, Size, placed, positive, rank, same_size, size_of, tensors_of
-from tgate_compile.passes.graphs import Site, argument, copy_graph, operand, shape_of
-from tgate_compile.passes.specialize import remove_dead, reuse
+from tgate_compile.passes.follow_rows import tensors_of
+from tgate_compile.passes.graphs import Origins, Site, add_call, argument, copy_graph, operand, outputs_of
+from tgate_compile.passes.specialize import KINDS_OF_STREAMS, remove_dead, reuse
 from tgate_compile.passes.token_rows import (
-    JointAttention,
-    Label,
+    Labels,
+    Stream,
     Tokens,
-    is_plain_copy,
-    is_size,
     joint_attentions,
+    label_of_operand,
     mixing_nodes,
-    span_of_result,
-    span_of_slice,
-    text_left,
+    streams_of,
     token_rows,
+    tokens_left,
 )
+from tgate_compile.passes.token_streams import CATS, Builder, Known, Separation
 
 aten = torch.ops.aten
-
-#: The end of a slice that has no end.
-_END = torch.iinfo(torch.int64).max
-
-#: The position of the list of sizes in the arguments of operators that take the result's shape.
-_TAKES_SIZES: Mapping[Any, int] = {
-    aten.view.default: 1,
-    aten._unsafe_view.default: 1,
-    aten.reshape.default: 1,
-    aten.expand.default: 1,
-}
-_CATS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
-_SLICES = {aten.slice.Tensor, aten.narrow.default}
-
 
 MSG_NOT_SEPARATE = (
     "The text's tokens of {model} cannot be separated from the image's, so their keys and values cannot be cached: the "
@@ -74,119 +58,236 @@ class Joint:
     """The joint attention of a captured denoiser.
 
     Attributes:
-        sites: the keys and values of the text's tokens.
+        sites: the keys and values of the tokens that can be frozen.
         whole: the graph with nodes for the sites, which its result does not depend on.
         separated: the graph with its tokens separated.
-        pruned: the same, with the text's keys and values as inputs and without the text's tokens.
-        live: the names of the inputs that the image's tokens come from.
+        pruned: the same, with the keys and values of these tokens as inputs, and without the tokens.
+        origins: the inputs that the tokens come from.
+        constant: whether none of the sites depends on the latents or the timestep.
     """
 
     sites: tuple[Site, ...]
     whole: torch.fx.GraphModule
     separated: torch.fx.GraphModule
     pruned: torch.fx.GraphModule
-    live: tuple[str, ...]
+    origins: Origins
+    constant: bool
 
 
 def find_joint_attention(
-    graph_module: torch.fx.GraphModule, inputs: Inputs, model: str, *, has_cross: bool
+    graph_module: torch.fx.GraphModule,
+    inputs: Inputs,
+    model: str,
+    kinds: Collection[Kind] = CROSS,
+    *,
+    has_cross: bool,
+    only_constant: bool = False,
+    image: tuple[int, int, int] | None = None,
+    known: Known = lambda node: None,
 ) -> Joint | None:
     """Return the joint attention of a captured denoiser; None if it has none. `graph_module` is not changed.
 
     A denoiser with cross-attention (`has_cross`) has joint attention only if the text's tokens see the image as well:
     otherwise keys that do not change were appended to a self-attention, as in GLIGEN.
 
+    Args:
+        graph_module: the captured denoiser.
+        inputs: its inputs.
+        model: its name in messages.
+        kinds: the kinds of sites to find: `cross` for the text's keys and values, `reference` for those of reference
+            images.
+        has_cross: whether it has cross-attention.
+        only_constant: whether to return None unless the keys and values are the same in all steps.
+        image: the rows of the latents that are the image's, if others are those of reference images (`Origins`).
+        known: returns the values of masks, which may show that tokens do not attend to others.
+
     Raises:
-        UnsupportedModelError: the text's tokens of the denoiser, called `model`, cannot be separated from the image's.
+        UnsupportedModelError: the tokens cannot be separated from the image's.
     """
-    # Earlier frames and reference images are tokens of the image, too.
-    live = [*inputs.latents, *(node for node in inputs.conditions if "latent" in node.name)]
-    names = tuple(node.name for node in live)
-    if not joint_attentions(graph_module.graph, token_rows(graph_module.graph, live)):
+    # Earlier frames and images in inputs of their own are tokens of the image, too.
+    latents = [*inputs.latents, *(node for node in inputs.conditions if "latent" in node.name)]
+    conditions = [node for node in inputs.conditions if node not in latents]
+    names = (tuple(node.name for node in nodes) for nodes in (latents, inputs.times, conditions))
+    origins = Origins(next(names), next(names), next(names), image)
+    streams = [stream for stream, kind in KINDS_OF_STREAMS.items() if kind in kinds]
+    rows = token_rows(graph_module.graph, origins)
+    if not joint_attentions(graph_module.graph, rows, streams):
+        return None
+    if only_constant and not may_be_constant(graph_module.graph, rows, streams, known):
         return None
     whole = copy_graph(graph_module)
-    labels = token_rows(whole.graph, [node for node in whole.graph.nodes if node.name in names])
+    labels = token_rows(whole.graph, origins)
     mixing = mixing_nodes(whole.graph, labels)
-    sites, sources = mark_text(whole.graph, joint_attentions(whole.graph, labels), labels)
+    sites, sources = mark_tokens(whole.graph, labels, streams)
     whole.recompile()
     try:
-        separated = separate_tokens(whole, names, sources)
+        separated = separate_tokens(whole, origins, sources, known)
     except GuardOnDataDependentSymNode as error:
-        raise UnsupportedModelError(MSG_READS_LENGTHS.format(model=model)) from error
-    if has_cross:
-        nodes = {node.name: node for node in separated.graph.nodes}
-        changing = depends_on(separated.graph, [nodes[node.name] for node in inputs.latents])
-        if not any(nodes[site.node] in changing for site in sites):
+        if only_constant:
             return None
+        raise UnsupportedModelError(MSG_READS_LENGTHS.format(model=model)) from error
+    if has_cross and not _changing(separated.graph, sites, inputs.latents):
+        return None
+    changing_inputs = (*inputs.latents, *inputs.times)
+    constant = not _changing(separated.graph, sites, changing_inputs)
+    if only_constant and not constant:
+        return None
+    if constant and _changing(whole.graph, sites, changing_inputs):
+        whole = separated  # where they are computed apart, so that they need not be computed in every step
     pruned = copy_graph(separated)
     reuse(pruned, sites)
     remove_dead(pruned)
-    left = text_left(pruned.graph, [node for node in pruned.graph.nodes if node.name in names])
+    left = tokens_left(pruned.graph, origins, streams)
+    if left and only_constant:
+        return None
     if left:
         where = [f"{node.target} in {innermost_call(node)[1] or model}" for node in (mixing or left)[:3]]
         raise UnsupportedModelError(MSG_NOT_SEPARATE.format(model=model, where=", ".join(where)))
-    return Joint(tuple(sites), whole, separated, pruned, names)
+    return Joint(tuple(sites), whole, separated, pruned, origins, constant)
 
 
-def mark_text(
-    graph: torch.fx.Graph, attentions: Sequence[JointAttention], labels: dict[Node, Label]
-) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites of the text's keys and values, and for each site's node the node of all keys or values.
+def _changing(graph: torch.fx.Graph, sites: Iterable[Site], inputs: Iterable[Node]) -> bool:
+    """Return whether the value at one of `sites` depends on one of `inputs`, given as nodes of any copy of `graph`."""
+    nodes = {node.name: node for node in graph.nodes}
+    changing = depends_on(graph, [nodes[node.name] for node in inputs if node.name in nodes])
+    return any(nodes[site.node] in changing for site in sites)
 
-    Where they are rows of a larger value, nodes that take these rows are added to `graph`. The result of the graph does
-    not depend on them.
+
+def may_be_constant(graph: torch.fx.Graph, labels: Labels, streams: Collection[Stream], known: Known) -> bool:
+    """Return whether the tokens of `streams` may be the same in all steps: whether no attention shows them the image.
+
+    It is a quick test on a graph whose tokens are not separated. An attention whose mask is known may hide the image.
+    """
+    for node in graph.nodes:
+        if node.target not in FUSED:
+            continue
+        query, keys = (streams_of(labels[operand(node, position)]) for position in (0, 1))
+        mask = argument(node, 3, "attn_mask")
+        sees = Stream.IMAGE in keys and any(stream in query for stream in streams)
+        if sees and not (isinstance(mask, Node) and known(mask) is not None):
+            return False
+    return True
+
+
+#: The value of all elements that operators make like another value; None if it is their second argument.
+_FILLED: Mapping[object, int | None] = {
+    aten.new_zeros.default: 0,
+    aten.zeros_like.default: 0,
+    aten.new_ones.default: 1,
+    aten.ones_like.default: 1,
+    aten.full_like.default: None,
+}
+
+
+def without_likes(graph: torch.fx.Graph) -> None:
+    """Replace casts to the dtype of another value, and constants in its shape, with operators that do not take it."""
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        with graph.inserting_before(node):
+            if node.target is aten.type_as.default:
+                plain = add_call(graph, aten.to.dtype, operand(node, 0), value.dtype)
+            elif node.target in _FILLED and all(type(size) is int for size in value.shape):
+                fill = _FILLED[node.target] if _FILLED[node.target] is not None else node.args[1]
+                options = {"dtype": value.dtype, "device": value.device}
+                plain = graph.call_function(aten.full.default, (list(value.shape), fill), options)
+                plain.meta["val"] = value
+            else:
+                continue
+        plain.meta = {**node.meta, "val": plain.meta["val"]}
+        node.replace_all_uses_with(plain)
+        plain.name, node.name = node.name, f"{node.name}_like"
+
+
+def split_times(graph: torch.fx.Graph, times: Sequence[str], known: Known) -> None:
+    """Compute rows of a batch that has further rows for a fixed timestep apart from those of the present timestep.
+
+    Some models modulate the text by a timestep of zero, which is a row of the same batch.
+    """
+    labels = token_rows(graph, Origins(latents=tuple(times)))
+    if any(isinstance(label, Tokens) and label.dim != 0 for label in labels.values()):
+        return  # the timestep is a token
+    separation = Separation(graph, labels, known)
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            separation.visit(node)
+    separation.visit_outputs()
+
+
+#: The nodes of all rows that a site's rows are taken from, and the stream of the site, by the name of its node.
+Sources = Mapping[str, tuple[str, Stream]]
+
+
+def mark_tokens(graph: torch.fx.Graph, labels: Labels, streams: Sequence[Stream]) -> tuple[list[Site], Sources]:
+    """Return the sites of the keys and values of the tokens of `streams`, and the sources of their nodes.
+
+    The rows of these tokens in what the graph returns are sites as well. Where the rows are part of a larger value,
+    nodes that take them are added to `graph`. The result of the graph does not depend on them.
     """
     sites: list[Site] = []
-    operands: dict[str, str] = {}
+    sources: dict[str, tuple[str, Stream]] = {}
     names: list[str] = []
-    for attention in attentions:
+    rows: list[tuple[str, Node]] = []
+    for attention in joint_attentions(graph, labels, streams):
         path = unique_name(without_processor(innermost_call(attention.node)[1]), names)
         names.append(path)
-        for what, node in (("key", attention.keys), ("value", attention.values)):
-            text = _text_of(graph, node, labels)
-            if text.name in operands:
+        rows += [(f"{path}.key", attention.keys), (f"{path}.value", attention.values)]
+    for i, node in enumerate(outputs_of(graph)):
+        if isinstance(labels[node], Tokens):
+            rows.append((f"output.{i}", node))
+    for name, node in rows:
+        label = labels[node]
+        for stream in streams:
+            if stream not in streams_of(label):
                 continue
-            operands[text.name] = node.name
-            fake = text.meta["val"]
-            sites.append(
-                Site("cross", f"{path}.{what}", text.name, tuple(fake.shape), fake.dtype, fake.dtype, of_text=True)
-            )
-    return sites, operands
+            taken = _rows_of(graph, node, labels, stream)
+            if taken.name in sources:
+                continue
+            sources[taken.name] = node.name, stream
+            fake, kind = taken.meta["val"], KINDS_OF_STREAMS[stream]
+            sites.append(Site(kind, name, taken.name, tuple(fake.shape), fake.dtype, fake.dtype, of_text=True))
+    return sites, sources
 
 
-def _text_of(graph: torch.fx.Graph, node: Node, labels: dict[Node, Label]) -> Node:
-    """Return a node with the rows of `node` that are not live."""
+def _rows_of(graph: torch.fx.Graph, node: Node, labels: Labels, stream: Stream) -> Node:
+    """Return a node with the rows of `node` that belong to `stream`."""
     label = labels[node]
     if not isinstance(label, Tokens):
         return node
-    if node.target in _CATS:
-        texts = [tensor for tensor in tensors_of(node) if labels[tensor] is not True]
-        if len(texts) == 1 and labels[texts[0]] is False:
-            return texts[0]
-    builder = _Builder(graph, labels, before=node.next, like=node)
-    return builder.cut(node, label.dim, label, live=False)
+    if node.target in CATS:
+        tensors = tensors_of(node)
+        found = [each for each in tensors if stream in streams_of(label_of_operand(each, tensors, labels))]
+        if len(found) == 1 and labels[found[0]] is stream:
+            return found[0]
+    builder = Builder(graph, labels, before=node.next, like=node)
+    return builder.cut(node, label.dim, label, stream)
 
 
 def separate_tokens(
-    graph_module: torch.fx.GraphModule, live: Sequence[str], text: Mapping[str, str]
+    graph_module: torch.fx.GraphModule, origins: Origins, sources: Sources, known: Known = lambda node: None
 ) -> torch.fx.GraphModule:
     """Return a copy of `graph_module` in which the tokens are separated. It computes the same values.
 
     Args:
-        graph_module: a captured denoiser, after `mark_text`.
-        live: the names of the inputs that the image's tokens come from.
-        text: the second result of `mark_text`. The nodes of the sites keep their names.
+        graph_module: a captured denoiser, after `mark_tokens`.
+        origins: the inputs that the tokens come from.
+        sources: the second result of `mark_tokens`. The nodes of the sites keep their names.
+        known: returns the values of masks in `graph_module`. Attention leaves out tokens that a mask hides from all
+            tokens of a stream.
     """
     separated = copy_graph(graph_module)
     graph = separated.graph
+    without_likes(graph)
+    split_times(graph, origins.times, known)
     nodes = {node.name: node for node in graph.nodes}
-    labels = token_rows(graph, [nodes[name] for name in live])
-    separation = _Separation(graph, labels)
+    labels = token_rows(graph, origins)
+    separation = Separation(graph, labels, known)
+    separation.visit_inputs()
     for node in list(graph.nodes):
         if node.op == "call_function":
             separation.visit(node)
-    for name, source in text.items():
-        marked, rows = nodes[name], separation.rows(nodes[source], live=False)
+    separation.visit_outputs()
+    for name, (source, stream) in sources.items():
+        marked, rows = nodes[name], separation.rows(nodes[source], stream)
         if rows is not marked:
             marked.replace_all_uses_with(rows)
             marked.name = f"{name}_unseparated"
@@ -195,302 +296,3 @@ def separate_tokens(
     graph.lint()
     separated.recompile()
     return separated
-
-
-class _Builder:
-    """Adds nodes to a graph, before the node `before` and with the origin of the node `like`."""
-
-    def __init__(self, graph: torch.fx.Graph, labels: dict[Node, Label], before: Node, like: Node) -> None:
-        self.graph = graph
-        self.labels = labels
-        self.before = before
-        self.like = like
-        self._cuts: dict[Any, Node] = {}
-        self._symbols: dict[Any, Node] | None = None
-
-    def call(self, target: Any, args: Any, kwargs: Any, live: Label) -> Node:
-        """Add a call of `target`."""
-        with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, tuple(args), dict(kwargs))
-        node.meta = {key: value for key, value in self.like.meta.items() if key != "val"}
-        node.meta["val"] = self._value(target, args, kwargs)
-        self.labels[node] = live
-        return node
-
-    def _value(self, target: Any, args: Any, kwargs: Any) -> Any:
-        fakes = map_arg((tuple(args), dict(kwargs)), lambda node: node.meta["val"])
-        like = self.like.meta["val"]
-        with (like[0] if isinstance(like, (list, tuple)) else like).fake_mode:
-            return target(*fakes[0], **fakes[1])
-
-    def cut(self, node: Node, dim: int, tokens: Tokens, *, live: bool) -> Node:
-        """Return the rows of `node` along `dim` at the places of the live, or the other, rows of `tokens`."""
-        key = node, dim, tokens.parts, live
-        if key not in self._cuts:
-            pieces = []
-            offset: Size = 0
-            for size, is_live in tokens.parts:
-                if is_live is live:
-                    pieces.append(self.slice(node, dim, offset, offset + size, live))
-                offset = offset + size
-            self._cuts[key] = self.cat(pieces, dim, live)
-        return self._cuts[key]
-
-    def slice(self, node: Node, dim: int, start: Size, stop: Size, live: bool) -> Node:
-        """Return the rows of `node` from `start` to `stop` along `dim`; `node` itself if these are all."""
-        total = size_of(shape_of(node)[dim])
-        if same_size(start, 0) and same_size(stop, total):
-            return node
-        if node.target in _CATS and positive(argument(node, 1, "dim", 0), rank(node)) == dim:
-            offset: Size = 0
-            for tensor in tensors_of(node):
-                size = size_of(shape_of(tensor)[dim])
-                if same_size(offset, start) and same_size(offset + size, stop):
-                    return tensor
-                offset = offset + size
-        written = self._slice_of_written(node, dim, start, stop, live)
-        if written is not None:
-            return written
-        end = _END if same_size(stop, total) else self.amount(stop)
-        return self.call(aten.slice.Tensor, (node, dim, self.amount(start), end), {}, live)
-
-    def _slice_of_written(self, node: Node, dim: int, start: Size, stop: Size, live: bool) -> Node | None:
-        """Return rows of a value that was made by assignments, as they are without those that do not concern them."""
-        if node.target is aten.slice_scatter.default:
-            span = span_of_slice(node, first=2)
-            if span is None or span.dim != dim or not all(isinstance(each, int) for each in (start, stop, span.stop)):
-                return None
-            if stop <= span.start or span.stop <= start:
-                return self.slice(operand(node, 0), dim, start, stop, live)
-            if span.start <= start and stop <= span.stop:
-                return self.slice(operand(node, 1), dim, start - span.start, stop - span.start, live)
-        elif node.target is aten.select_scatter.default:
-            row = positive(argument(node, 2, "dim"), rank(node))
-            if row == dim:
-                return None
-            base = self.slice(operand(node, 0), dim, start, stop, live)
-            source = self.slice(operand(node, 1), dim - (row < dim), start, stop, live)
-            return self.call(node.target, (base, source, *node.args[2:]), node.kwargs, live)
-        return None
-
-    def cat(self, pieces: Sequence[Node], dim: int, live: Label) -> Node:
-        """Return the concatenation of `pieces`; a single piece itself."""
-        return pieces[0] if len(pieces) == 1 else self.call(aten.cat.default, (list(pieces), dim), {}, live)
-
-    def amount(self, size: Size) -> Any:
-        """Return a size as an int, or as a node that computes it."""
-        if isinstance(size, int) or size.is_Integer:
-            return int(size)
-        if self._symbols is None:
-            self._symbols = self._sizes_of_inputs()
-        return self._computed(size)
-
-    def _sizes_of_inputs(self) -> dict[Any, Node]:
-        """Return nodes for the free sizes of the inputs, by symbol, which are added after the inputs."""
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        found: dict[Any, Node] = {}
-        with self.graph.inserting_after(inputs[-1]):
-            for node in inputs:
-                value = node.meta.get("val")
-                for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-                    symbol = size_of(size)
-                    if not isinstance(symbol, int) and symbol.is_Symbol and symbol not in found:
-                        made = self.graph.call_function(aten.sym_size.int, (node, dim))
-                        made.meta["val"] = size
-                        self.labels[made] = False
-                        found[symbol] = made
-        return found
-
-    def _computed(self, size: Any) -> Any:
-        assert self._symbols is not None
-        if size.is_Integer:
-            return int(size)
-        if size in self._symbols:
-            return self._symbols[size]
-        target = operator.add if size.is_Add else operator.mul if size.is_Mul else None
-        assert target is not None, f"a number of tokens is {size}"
-        result = self._computed(size.args[0])
-        for term in size.args[1:]:
-            other = self._computed(term)
-            with self.graph.inserting_before(self.before):
-                made = self.graph.call_function(target, (result, other))
-            made.meta["val"] = target(
-                *(each.meta["val"] if isinstance(each, Node) else each for each in (result, other))
-            )
-            self.labels[made] = False
-            result = made
-        return result
-
-
-class _Separation(_Builder):
-    """Rewrites a graph node by node, in graph order."""
-
-    def __init__(self, graph: torch.fx.Graph, labels: dict[Node, Label]) -> None:
-        first = next(iter(graph.nodes))
-        super().__init__(graph, labels, first, first)
-        self._rows: dict[tuple[Node, bool], Node] = {}
-
-    def rows(self, node: Node, *, live: bool) -> Node:
-        """Return the live, or the other, rows of `node`."""
-        return self._rows[node, live] if isinstance(self.labels[node], Tokens) else node
-
-    def visit(self, node: Node) -> None:
-        """Add the parts of the value of `node`, or compute it from the parts of its operands."""
-        self.before, self.like = node.next, node
-        label = self.labels[node]
-        if is_plain_copy(node):
-            node.replace_all_uses_with(operand(node, 1))
-        elif node.target in FUSED:
-            self._visit_attention(node, label)
-        elif isinstance(label, Tokens):
-            for live in (False, True):
-                rows = self._part(node, label, live)
-                if rows is not None:
-                    self._rows[node, live] = rows
-        elif node.target in _SLICES or node.target is operator.getitem:
-            picked = self._picked(node, live=label)
-            if picked is not None:
-                node.replace_all_uses_with(picked)
-
-    def _part(self, node: Node, label: Tokens, live: bool) -> Node | None:
-        """Return the part of the value of `node`; None for a split along the tokens, whose results are visited."""
-        if node.target in SPLITS:
-            if positive(argument(node, 2, "dim", 0), rank(node)) == label.dim:
-                return None
-        elif node.target in _CATS and positive(argument(node, 1, "dim", 0), rank(node)) == label.dim:
-            pieces = [self.rows(each, live=live) for each in tensors_of(node) if self.labels[each] is not (not live)]
-            return self.cat(pieces, label.dim, live)
-        elif node.target in _SLICES or node.target is operator.getitem:
-            picked = self._picked(node, live=live)
-            if picked is not None:
-                return picked
-        elif node.target is aten.slice_scatter.default:
-            written = self._written(node, label, live)
-            if written is not None:
-                return written
-        elif node.target is aten.pad_sequence.default:
-            pieces = [self._of_sequence(each, live) for each in tensors_of(node)]
-            return self._checked(self.call(node.target, (pieces, *node.args[1:]), node.kwargs, live), label, live)
-        return self._applied(node, label, live)
-
-    def _picked(self, node: Node, *, live: bool) -> Node | None:
-        """Return the live, or the other, rows of a slice or split; None if it takes rows of all kinds."""
-        is_slice = node.target in _SLICES
-        span = span_of_slice(node) if is_slice else span_of_result(node)
-        source = operand(node, 0) if is_slice or span is None else operand(operand(node, 0), 0)
-        label = self.labels[source]
-        if not isinstance(label, Tokens) or span is None or span.dim != label.dim:
-            return None
-        before, within = label.between(0, span.start), label.between(span.start, span.stop)
-        if before is None or within is None:
-            return None  # free sizes leave open which rows it takes
-        start = sum(size for size, is_live in before if is_live is live)
-        count = sum(size for size, is_live in within if is_live is live)
-        return self.slice(self.rows(source, live=live), label.dim, start, start + count, live)
-
-    def _written(self, node: Node, label: Tokens, live: bool) -> Node | None:
-        """Return the part of a value some of whose rows were overwritten; None if another dimension was sliced."""
-        base, source = operand(node, 0), operand(node, 1)
-        span = span_of_slice(node, first=2)
-        if span is None or span.dim != label.dim:
-            return None
-        pieces = [
-            *self._between(base, span.dim, 0, span.start, live),
-            *self._between(source, span.dim, 0, span.stop - span.start, live),
-            *self._between(base, span.dim, span.stop, label.total, live),
-        ]
-        return self.cat(pieces, span.dim, live)
-
-    def _between(self, node: Node, dim: int, start: Size, stop: Size, live: bool) -> list[Node]:
-        """Return the live, or the other, rows of `node` between two places: one piece, or none if there are none."""
-        label = self.labels[node]
-        if not isinstance(label, Tokens):
-            return [self.slice(node, dim, start, stop, live)] if label is live and not same_size(start, stop) else []
-        before, within = label.between(0, start), label.between(start, stop)
-        assert before is not None, "the label of an assignment is open"
-        assert within is not None, "the label of an assignment is open"
-        first = sum(size for size, is_live in before if is_live is live)
-        count = sum(size for size, is_live in within if is_live is live)
-        rows = self.rows(node, live=live)
-        return [] if same_size(count, 0) else [self.slice(rows, dim, first, first + count, live)]
-
-    def _of_sequence(self, node: Node, live: bool) -> Node:
-        """Return the part of one of the sequences that are padded to one length."""
-        if self.labels[node] is (not live):
-            return self.call(aten.slice.Tensor, (node, 0, 0, 0), {}, live)
-        return self.rows(node, live=live)
-
-    def _applied(self, node: Node, label: Tokens, live: bool) -> Node:
-        """Return the result of the operator of `node` on the parts of its operands."""
-
-        def part(source: Node) -> Node:
-            if is_size(source) or isinstance(self.labels[source], Tokens):
-                return source if is_size(source) else self._rows[source, live]
-            if not isinstance(source.meta.get("val"), torch.Tensor):
-                return source
-            for dim, size in enumerate(shape_of(source)):
-                if same_size(size_of(size), label.total) and placed(node, source, dim) == label.dim:
-                    return self.cut(source, dim, label, live=live)
-            return source
-
-        args: list[Any] = [map_arg(arg, part) for arg in node.args]
-        kwargs = map_arg(node.kwargs, part)
-        if node.target in _TAKES_SIZES:
-            position = _TAKES_SIZES[node.target]
-            sizes = list(args[position])
-            if sizes[label.dim] != -1:
-                sizes[label.dim] = self.amount(label.count(live))
-            args[position] = sizes
-        return self._checked(self.call(node.target, args, kwargs, live), label, live)
-
-    def _checked(self, node: Node, label: Tokens, live: bool) -> Node:
-        value = node.meta["val"]
-        for each in value if isinstance(value, (list, tuple)) else [value]:
-            rows = size_of(each.shape[label.dim])
-            assert same_size(rows, label.count(live)), f"{node.format_node()} has {rows} rows of {label}"
-        return node
-
-    def _visit_attention(self, node: Node, label: Label) -> None:
-        query = operand(node, 0)
-        if isinstance(self.labels[query], Tokens) and not isinstance(label, Tokens):
-            return  # its queries cannot be split
-        keys, values = (self._assembled(operand(node, position)) for position in (1, 2))
-        if isinstance(label, Tokens):
-            for live in (False, True):
-                self._rows[node, live] = self._attended(node, self.rows(query, live=live), keys, values, label, live)
-        elif (keys, values) != node.args[1:3]:
-            node.replace_all_uses_with(self._attended(node, query, keys, values, None, label))
-
-    def _assembled(self, node: Node) -> Node:
-        """Return keys or values with their parts as operands of a concatenation, in their order."""
-        label = self.labels[node]
-        if not isinstance(label, Tokens) or label.dim != rank(node) - 2:
-            return node
-        key = node, "assembled"
-        if key not in self._cuts:
-            taken: dict[bool, Size] = {False: 0, True: 0}
-            pieces = []
-            for size, live in label.parts:
-                start = taken[live]
-                taken[live] = start + size
-                pieces.append(self.slice(self.rows(node, live=live), label.dim, start, start + size, live))
-            self._cuts[key] = self.cat(pieces, label.dim, label)
-        return self._cuts[key]
-
-    def _attended(self, node: Node, query: Node, keys: Node, values: Node, label: Tokens | None, live: bool) -> Node:
-        """Return the attention `node` of other queries; `label` are the rows that they were taken from."""
-        kwargs = dict(node.kwargs)
-        args = [query, keys, values, *node.args[3:]]
-        mask = argument(node, 3, "attn_mask")
-        if isinstance(mask, Node) and label is not None:
-            dim = rank(mask) - 2
-            of_mask = self.labels[mask]
-            if isinstance(of_mask, Tokens) and of_mask.dim == dim:
-                mask = self.rows(mask, live=live)
-            elif dim >= 0 and same_size(size_of(shape_of(mask)[dim]), label.total):
-                mask = self.cut(mask, dim, label, live=live)
-            if len(args) > 3:
-                args[3] = mask
-            else:
-                kwargs["attn_mask"] = mask
-        return self.call(node.target, args, kwargs, live)

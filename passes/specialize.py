@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from tgate_compile._errors import VerificationError
-from tgate_compile.methods.method import CROSS, Phase
+from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.graphs import (
     Captured,
@@ -27,7 +27,7 @@ from tgate_compile.passes.graphs import (
     outputs_of,
     shape_of,
 )
-from tgate_compile.passes.token_rows import text_left
+from tgate_compile.passes.token_rows import Stream, tokens_left
 
 aten = torch.ops.aten
 
@@ -211,10 +211,11 @@ def verify(variant: Variant, captured: Captured) -> None:
         _require(tuple(node.meta["val"].shape) == shape, f"{site.name} is emitted as {node.meta['val'].shape}")
         _require(node.meta["val"].dtype == site.cache_dtype, f"{site.name} is emitted as {node.meta['val'].dtype}")
 
-    if captured.live and variant.phase.reuse >= CROSS:
-        nodes = {node.name: node for node in graph.nodes}
-        text = text_left(graph, [nodes[name] for name in captured.live if name in nodes])
-        _require(not text, f"the text's tokens are still computed: {[node.name for node in text]}")
+    reused = {site.kind for site in captured.sites if site.of_text and site.kind in variant.phase.reuse}
+    if captured.origins is not None and reused:
+        streams = [stream for stream, kind in KINDS_OF_STREAMS.items() if kind in reused]
+        tokens = tokens_left(graph, captured.origins, streams)
+        _require(not tokens, f"the tokens of {sorted(reused)} are still computed: {[node.name for node in tokens]}")
     inputs = variant.program.graph_signature.user_inputs
     _require(len(inputs) == len(variant.inputs) + len(variant.reused), f"it takes {len(inputs)} inputs: {list(inputs)}")
     needed = _needed(variant, captured)
@@ -243,6 +244,10 @@ def _needed(variant: Variant, captured: Captured) -> set[str]:
         needed.update(new)
         queue += new
     return {node.name for node in needed}
+
+
+#: The kind of a stream's keys and values.
+KINDS_OF_STREAMS: Mapping[Stream, Kind] = {Stream.TEXT: "cross", Stream.REFERENCE: "reference"}
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -32,11 +32,24 @@ from tgate_compile._errors import TGateError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.halves import LATENTS_NAMES, is_time, named_leaves
+from tgate_compile.engine.tracing import call_of
 from tgate_compile.passes.attention_core import FUSED, PRODUCT_OPERANDS, AttentionCore, attention_cores
 from tgate_compile.passes.find_sites import depends_on, innermost_call
 from tgate_compile.passes.graphs import Captured
 
 RESULT = Path(__file__).parent.parent / "docs" / "results" / "denoisers.json"
+
+#: Why denoisers cannot be captured, where the error of torch.export does not tell.
+REASONS = {
+    "HiDreamImageTransformer2DModel": (
+        "cannot be captured: the number of tokens that each of its experts computes depends on the latents, and a "
+        "graph has fixed sizes"
+    ),
+    "WanAnimate2Transformer3DModel": (
+        "cannot be captured: a first call fills a cache with its reference frames, and the other calls attend by "
+        "flex_attention with masks that its code keeps"
+    ),
+}
 
 _TEXT = re.compile(r"encoder_hidden_states|prompt|text|txt|caption|cap_feats|context|llm_features|^y$")
 _NOT_TEXT = re.compile(r"mask|ids|image|img|audio|pooled|rotary|freqs|control|timestep|residual|indices|index")
@@ -45,7 +58,7 @@ Stream = Literal["image", "text", "both", "conditioning"]
 
 def is_text(name: str, leaf: torch.Tensor) -> bool:
     """Return whether the input called `name` holds one vector for each token of a text."""
-    return (
+    return name == "input_ids" or (
         leaf.is_floating_point()
         and leaf.ndim >= 2
         and _TEXT.search(name) is not None
@@ -282,14 +295,16 @@ def row_of(name: str) -> dict[str, Any]:
         return {"error": f"no tiny configuration ({missing})"}
     with torch.no_grad():
         denoiser(*args, **kwargs)  # so that an error of the capture is not one of the configuration
-    call = Call.of(args, kwargs)
+    args, kwargs = Call.of(args, kwargs).arguments
+    arguments = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
+    call = call_of(denoiser, args, kwargs, arguments)
     args, kwargs = call.arguments
     arguments = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
     names = {id(leaf): argument for argument, leaf in named_leaves(arguments)}
     try:
         captured = capture(denoiser, denoiser.forward, call, (), required=False)
     except TGateError as error:
-        return {"error": str(error).partition("\n")[0].partition("  ")[0][:300]}
+        return {"error": REASONS.get(name) or str(error).partition("\n")[0].partition("  ")[0][:300]}
     tokens = Tokens(captured, call, names)
     streams = parameters(captured, tokens)
     return {

@@ -61,9 +61,6 @@ TESTED = IN_TEST_PIPELINES.keys() | IN_TEST_DENOISERS | IN_TEST_MORE | IN_TEST_J
 #: Denoisers whose cross-attentions are not cached.
 GUIDANCE_ONLY = JOINT_ATTENTION | UNCACHED_DENOISERS.keys()
 
-#: Denoisers that can be captured for the map, but not with the arguments that their pipelines pass.
-ONLY_DIRECTLY = {"GlmImageTransformer2DModel"}
-
 #: The cached attentions of each denoiser; the others have an `attn2` in every transformer block.
 CACHED: Mapping[str, str] = {
     "AudioLDM2UNet2DConditionModel": "each cross-attention to one of its two texts",
@@ -220,7 +217,7 @@ def joint_table() -> str:
     body = [
         (
             f"`{denoiser}`",
-            "frozen" if _is_frozen(denoiser, found.get(denoiser, NOT_MAPPED)) else "computed",
+            "frozen" if _is_frozen(found.get(denoiser, NOT_MAPPED)) else "computed",
             arrives,
             _names(n for n in names if n in TESTED),
             _names(n for n in names if n not in TESTED),
@@ -265,7 +262,7 @@ def status_of(name: str, row: Mapping[str, Any]) -> str:
     if families and name not in GUIDANCE_ONLY:
         return "gated"
     if families:
-        return "frozen" if _is_frozen(name, row) else "guidance only"
+        return "frozen" if _is_frozen(row) else "guidance only"
     if reason is not None:
         return reason.partition(". What works")[0]
     if roles & {"joint", "image to both"} or name in JOINT_ATTENTION:
@@ -273,10 +270,10 @@ def status_of(name: str, row: Mapping[str, Any]) -> str:
     return "not used by any pipeline"
 
 
-def _is_frozen(name: str, row: Mapping[str, Any]) -> bool:
+def _is_frozen(row: Mapping[str, Any]) -> bool:
     """Return whether the keys and values of the text in joint attention can be cached."""
     found = row.get("frozen text", 0)
-    return isinstance(found, int) and found > 0 and name not in ONLY_DIRECTLY
+    return isinstance(found, int) and found > 0
 
 
 def _arrivals(name: str) -> str:

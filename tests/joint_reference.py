@@ -8,7 +8,7 @@ tokens are given by hand.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ class TextReference:
         denoiser: the transformer.
         gate: the first step that reuses the text's keys and values.
         tokens: the number of all tokens of a joint attention. Attentions of other lengths are left alone.
-        text: the positions of the text's tokens among them.
+        text: the positions of the text's tokens among them, or of others that are frozen.
         guided: whether there is guidance, up to the gate.
         halved: names of the arguments that have rows, or entries of a list, for both halves; empty if each half is a
             separate call.
@@ -36,7 +36,7 @@ class TextReference:
     denoiser: torch.nn.Module
     gate: int
     tokens: int
-    text: slice
+    text: slice | Sequence[int]
     guided: bool = True
     halved: Collection[str] = ()
     kept: int = 1

@@ -26,7 +26,19 @@ from tests.figures import ROOT
 from tests.tiny_pipelines import run, stable_diffusion
 from tgate_compile import Schedule, TGate
 from tgate_compile._cli.app import app
-from tgate_compile.methods.method import BLOCKS, CROSS, DEEP, FF, GRAPH_NAMES, REAR, SELF, TEMPORAL, Kind, Phase
+from tgate_compile.methods.method import (
+    BLOCKS,
+    CROSS,
+    DEEP,
+    FF,
+    GRAPH_NAMES,
+    REAR,
+    REFERENCE,
+    SELF,
+    TEMPORAL,
+    Kind,
+    Phase,
+)
 
 PAGES = sorted(
     [
@@ -129,12 +141,11 @@ def test_the_letters_of_strips_are_those_of_the_code() -> None:
     page = (ROOT / "docs" / "reference" / "schedules.md").read_text(encoding="utf-8")
     words: dict[str, frozenset[Kind]] = {
         "cross": CROSS, "self": SELF, "temporal": TEMPORAL, "deep": DEEP,
-        "feed-forward": FF, "range of blocks": BLOCKS, "rear blocks": REAR,
+        "feed-forward": FF, "range of blocks": BLOCKS, "rear blocks": REAR, "references": REFERENCE,
     }  # fmt: skip
     letters = {}
     for reused, guided, not_guided in re.findall(r"^\| (.+?) \| `([A-Z])` \| `([a-z])` \|", page, re.MULTILINE):
-        kinds = list(words)[:4] if reused == "all four" else [word for word in words if word in reused]
-        reuse = frozenset[Kind]().union(*(words[word] for word in kinds))
+        reuse = frozenset[Kind]().union(*(kinds for word, kinds in words.items() if word in reused))
         assert (guided, not_guided) == (Phase(True, reuse=reuse).character, Phase(False, reuse=reuse).character)
         letters[guided] = reuse
     assert set(letters) == set(GRAPH_NAMES)

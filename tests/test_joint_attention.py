@@ -304,6 +304,7 @@ FURTHER = {
     "CogVideoXPipeline": (48, 6, True),
     "HunyuanVideoPipeline": (32, 6, False),
     "Lumina2Pipeline": (16, 6, True),
+    "GlmImagePipeline": (16, 6, True),
 }
 QUICK = ("ZImagePipeline", "ChromaPipeline")
 

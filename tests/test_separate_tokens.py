@@ -11,9 +11,11 @@ from torch.utils import _pytree as pytree
 from tests.comparing import assert_differ, assert_same
 from tests.joint_denoisers import DENOISERS, Tiny
 from tests.joint_reference import TextReference, frozen_text
+from tests.tiny_denoisers import first_call
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.compiled import inputs_for, tensors_of
+from tgate_compile.engine.tracing import call_of
 from tgate_compile.engine.weights import live_tensors
 from tgate_compile.methods.method import CROSS, Phase
 from tgate_compile.passes.graphs import Captured, Variant
@@ -64,3 +66,51 @@ def test_frozen_text(name: str) -> None:
     # With the caches of the same step, the pruned graph computes what the full one does.
     for output, expected in zip(run(denoiser, pruned, captured, tiny.call(2, 0), caches), first, strict=True):
         assert_same(output, expected)
+
+
+#: Denoisers whose code reads the lengths of texts from masks, with the number of the image's tokens, which are first.
+READING = {
+    "MochiTransformer3DModel": 32,
+    "HunyuanImageTransformer2DModel": 64,
+    "HunyuanVideo15Transformer3DModel": 48,
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
+@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning")
+@pytest.mark.parametrize("name", READING)
+@torch.no_grad()
+def test_lengths_read_from_masks(name: str) -> None:
+    """The graph is that of the mask's values, and the frozen text that of plain hooks."""
+    denoiser, _, kwargs = first_call(name)
+    kwargs["return_dict"] = False
+    mask = kwargs["encoder_attention_mask"] = kwargs["encoder_attention_mask"].clone()
+    mask[:, -2:] = 0
+    later = {**kwargs, "hidden_states": kwargs["hidden_states"] * 0.7, "timestep": kwargs["timestep"] * 0.8}
+    call = call_of(denoiser, (), kwargs, kwargs)
+    other = {**kwargs, "encoder_attention_mask": torch.ones_like(mask)}
+    assert call_of(denoiser, (), other, other).key != call.key
+    captured = capture(denoiser, denoiser.forward, call)
+    full, pruned = (specialize(captured, phase) for phase in (FULL, PRUNED))
+    lengths: list[int] = []
+
+    def attention(query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        lengths.append(key.shape[-2])
+        return own(query, key, *args, **options)
+
+    own = torch.nn.functional.scaled_dot_product_attention
+    torch.nn.functional.scaled_dot_product_attention = lambda query, key, *a, **o: attention(query, key, *a, **o)
+    try:
+        denoiser(**kwargs)
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = own
+    tokens = max(lengths)
+    reference = TextReference(denoiser, 1, tokens, slice(READING[name], tokens), guided=False)
+    with frozen_text(reference):
+        first, second = (reference.forward(**each)[0] for each in (kwargs, later))
+    outputs = run(denoiser, full, captured, kwargs)
+    assert_same(outputs[0], first)
+    caches = {(e.site.kind, e.site.name): value for e, value in zip(full.emitted, outputs[1:], strict=True)}
+    assert_same(run(denoiser, pruned, captured, later, caches)[0], second)
+    assert_differ(second, denoiser(**later)[0])

@@ -204,14 +204,18 @@ def _ltx_2() -> dict[str, Any]:
 
 
 def _omnigen() -> dict[str, Any]:
+    """Return inputs whose mask is the one that the pipeline makes: causal, with the image after the text."""
+    from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
+
     total = TOKENS + 1 + 16
+    mask, _ = OmniGenCollator().create_mask(torch.ones(1, TOKENS, dtype=torch.long), [16])
     return {
         "hidden_states": _random(1, 4, 8, 8),
         "timestep": torch.tensor([0.5]),
         "input_ids": torch.arange(1, TOKENS + 1)[None],
         "input_img_latents": [],
         "input_image_sizes": {},
-        "attention_mask": torch.ones(1, total, total),
+        "attention_mask": mask,
         "position_ids": torch.arange(total)[None],
     }
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tgate_compile.methods.deepcache import DeepCache as DeepCache
     from tgate_compile.methods.delta_dit import DeltaDiT as DeltaDiT
     from tgate_compile.methods.fora import Fora as Fora
+    from tgate_compile.methods.frozen_text import FrozenReferences as FrozenReferences
     from tgate_compile.methods.frozen_text import FrozenText as FrozenText
     from tgate_compile.methods.mag_cache import MagCache as MagCache
     from tgate_compile.methods.method import Method as Method
@@ -82,6 +83,7 @@ _HOMES = {
     "TGate": "methods.tgate",
     "DeepCache": "methods.deepcache",
     "AdaptiveGuidance": "methods.adaptive_guidance",
+    "FrozenReferences": "methods.frozen_text",
     "FrozenText": "methods.frozen_text",
     "PAB": "methods.pab",
     "Fora": "methods.fora",
@@ -137,6 +139,7 @@ __all__ = [
     "TGate",
     "DeepCache",
     "AdaptiveGuidance",
+    "FrozenReferences",
     "FrozenText",
     "PAB",
     "Fora",

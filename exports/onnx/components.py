@@ -19,7 +19,7 @@ from tgate_compile.bundle.component_recipes import ComponentsRequest, Recipe
 from tgate_compile.bundle.formats import Progress
 from tgate_compile.bundle.read_manifest import shape_at, solve
 from tgate_compile.bundle.weights import WeightsFile, dtype_name
-from tgate_compile.engine.capture import without_stack_traces
+from tgate_compile.engine.tracing import without_stack_traces
 from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
 from tgate_compile.exports.onnx.convert import program_to_onnx
 from tgate_compile.exports.onnx.open import check_onnx_file

@@ -19,8 +19,8 @@ from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import live_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Captured, Emission, Variant
-from tgate_compile.pipeline.generation import Plan
 from tgate_compile.pipeline.hook import GatedDenoiser
+from tgate_compile.pipeline.progress import Plan
 
 #: The inputs of a denoiser call, arguments and caches, by name in the bundle.
 Inputs = Mapping[str, torch.Tensor]

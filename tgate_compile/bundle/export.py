@@ -28,6 +28,7 @@ from tgate_compile.bundle.quantization import Scheme, read_quantization
 from tgate_compile.bundle.read_manifest import nearest_multiples
 from tgate_compile.engine.capture import SYMBOLS, FreeSize, downsampling
 from tgate_compile.engine.config import AUTO_PROMPTS, AnyPipeline
+from tgate_compile.engine.tracing import values_read
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import rounded_input, wrapped_weight
@@ -137,6 +138,17 @@ def export(
         raise UnsupportedModelError(
             "This schedule ends guidance when the predictions are similar (guidance_similarity), so the graphs that a "
             "call needs are only known while it runs. For a bundle, use a gate_step or a guidance_step instead."
+        )
+    if "reference" in hook.config.schedule.kinds:
+        raise UnsupportedModelError(
+            "This schedule freezes reference images (FrozenReferences), whose place among the tokens is known only "
+            "while the pipeline runs. Bundles do not support this: leave the method out."
+        )
+    if values_read(hook.denoiser):
+        raise UnsupportedModelError(
+            f"The graphs of {type(hook.denoiser).__name__} are valid only for inputs with the same values "
+            f"({', '.join(values_read(hook.denoiser))}), such as prompts of one length, so a bundle of them would be "
+            "of little use. Use the optimized pipeline, which captures a graph for each length."
         )
     check_can_write(format)
     rounded, quantized = rounded_input(hook.denoiser), wrapped_weight(hook.denoiser)

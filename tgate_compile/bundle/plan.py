@@ -41,8 +41,8 @@ from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.binding_times import EarlyVariant, split_by_binding
 from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.passes.graphs import Captured, Emission, Site, Variant, copy_graph, outputs_of, shape_of
-from tgate_compile.pipeline.generation import Plan
 from tgate_compile.pipeline.hook import GatedDenoiser
+from tgate_compile.pipeline.progress import Plan
 
 
 def argument_names(call: Call, forward: Callable[..., Any]) -> tuple[str, ...]:

@@ -44,8 +44,9 @@ from tgate_compile.bundle.weights import dtype_name, weights_digest
 from tgate_compile.engine.capture import LARGEST, SYMBOLS, FreeSize
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule_file import schedule_data
-from tgate_compile.pipeline.generation import Plan, strip_of
+from tgate_compile.pipeline.generation import strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
+from tgate_compile.pipeline.progress import Plan
 
 
 def check_target(folder: Path, *, overwrite: bool) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import cycle
-from typing import Any
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
@@ -19,6 +18,9 @@ from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile.passes.graphs import outputs_of
+
+#: How a graph depends on the values of an input: on all of them, or on whether all are zero.
+ByValue = Literal["values", "zero"]
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,38 @@ class Call:
     Attributes:
         leaves: the tensors and constants, in pytree order.
         spec: the pytree structure of (args, kwargs).
-        by_value: whether a graph depends on the values of integers and booleans among the tensors, such as masks.
+        by_value: the positions of the leaves whose values a graph depends on, such as masks, each with how it does.
+        image: the rows of the latents that are the image's, if the others are those of reference images that are
+            handled apart: their dimension, the first one, and the one after the last.
     """
 
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
-    by_value: bool = False
+    by_value: Mapping[int, ByValue] = field(default_factory=dict)
+    image: tuple[int, int, int] | None = None
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_value: bool = False) -> Call:
+    def of(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_value: Mapping[int, ByValue] = MappingProxyType({})
+    ) -> Call:
+        """Return the call with these arguments; `by_value` has the ids of those whose values a graph depends on."""
+        if "extract" not in kwargs.values():  # a call that fills a cache must get the object itself
+            kwargs = {name: _opened(value) for name, value in kwargs.items()}
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        return cls(tuple(leaf.detach() if torch.is_tensor(leaf) else leaf for leaf in leaves), spec, by_value)
+        positions = {
+            i: by_value[id(leaf)] for i, leaf in enumerate(leaves) if torch.is_tensor(leaf) and id(leaf) in by_value
+        }
+        return cls(tuple(leaf.detach() if torch.is_tensor(leaf) else leaf for leaf in leaves), spec, positions)
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's (args, kwargs)."""
+        args, kwargs = self.opened_arguments
+        return args, {name: closed(value) for name, value in kwargs.items()}
+
+    @property
+    def opened_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's (args, kwargs), with the contents of caches in place of these: a pytree."""
         args, kwargs = pytree.tree_unflatten(list(self.leaves), self.spec)
         return args, kwargs
 
@@ -53,72 +72,81 @@ class Call:
         Strides are left out: a VAE's latents are channels-last, the scheduler's are not, and one graph serves both.
         """
         return (
-            self.spec,
+            self.spec if self.image is None else (self.spec, self.image),
             tuple(
-                (leaf.shape, leaf.dtype, leaf.device, *self._values(leaf)) if torch.is_tensor(leaf) else _constant(leaf)
-                for leaf in self.leaves
+                (leaf.shape, leaf.dtype, leaf.device, *self._values(position))
+                if torch.is_tensor(leaf)
+                else _constant(leaf)
+                for position, leaf in enumerate(self.leaves)
             ),
         )
 
-    def _values(self, leaf: torch.Tensor) -> tuple[str, ...]:
-        return (repr(leaf.tolist()),) if self.by_value and not leaf.is_floating_point() else ()
+    def _values(self, position: int) -> tuple[str, ...]:
+        if position not in self.by_value:
+            return ()
+        leaf: torch.Tensor = self.leaves[position]
+        return (repr(bool(leaf.any())) if self.by_value[position] == "zero" else _digest(leaf),)
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
         """Return this call with each tensor replaced by `function(tensor)`."""
         leaves = tuple(function(leaf) if torch.is_tensor(leaf) else leaf for leaf in self.leaves)
-        return Call(leaves, self.spec, self.by_value)
+        return replace(self, leaves=leaves)
+
+
+class _Contents(dict[str, Any]):
+    """The attributes of an object that holds tensors: diffusers' caches of keys and values are no pytrees."""
+
+    def __init__(self, kind: type, attributes: Mapping[str, Any]) -> None:
+        super().__init__(attributes)
+        self.kind = kind
+
+
+pytree.register_pytree_node(
+    _Contents,
+    lambda contents: (list(contents.values()), (contents.kind, tuple(contents))),
+    lambda values, context: _Contents(context[0], dict(zip(context[1], values, strict=True))),
+    flatten_with_keys_fn=lambda contents: (
+        [(pytree.MappingKey(name), value) for name, value in contents.items()],
+        (contents.kind, tuple(contents)),
+    ),
+)
+
+
+def _opened(value: Any) -> Any:
+    """Return the contents of a cache of keys and values, unless a call fills it; any other value as it is."""
+    if isinstance(value, list):
+        return [_opened(item) for item in value]
+    kind = type(value)
+    if not (kind.__module__.startswith("diffusers.") and kind.__name__.endswith(("KVCache", "KVLayerCache"))):
+        return value
+    attributes = {name: _opened(item) for name, item in vars(value).items()}
+    return value if "write" in pytree.tree_leaves(attributes) else _Contents(kind, attributes)
+
+
+def is_opened(value: Any) -> bool:
+    """Return whether there is a `_Contents` in `value`."""
+    return isinstance(value, _Contents) or (isinstance(value, list) and any(map(is_opened, value)))
+
+
+def closed(value: Any) -> Any:
+    """Return the object with these contents (`_Contents`); any other value as it is."""
+    if isinstance(value, list):
+        return [closed(item) for item in value]
+    if not isinstance(value, _Contents):
+        return value
+    made: Any = object.__new__(value.kind)
+    vars(made).update({name: closed(item) for name, item in value.items()})
+    return made
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """Return a hash of the elements of `tensor`."""
+    return hashlib.blake2b(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _constant(leaf: object) -> Hashable:
     # True == 1 == 1.0, but the graphs captured for them differ.
     return (type(leaf), leaf if isinstance(leaf, Hashable) else repr(leaf))
-
-
-#: Denoisers that read numbers from masks, the lengths of the texts, to make sequences of that length.
-_READS_MASKS = frozenset({"Lumina2Transformer2DModel"})
-
-
-def reads_masks(denoiser: torch.nn.Module) -> bool:
-    """Return whether a graph of `denoiser` is valid only for masks with the same values."""
-    kind = type(denoiser)
-    return kind.__module__.partition(".")[0] == "diffusers" and kind.__name__ in _READS_MASKS
-
-
-@contextmanager
-def known_readings(denoiser: torch.nn.Module, forward: Callable[..., Any], call: Call) -> Iterator[None]:
-    """Let a denoiser that reads masks read the values of a run on the inputs of `call` while it is traced."""
-    if not reads_masks(denoiser):
-        yield
-        return
-    read = torch.Tensor.tolist
-    readings: list[Any] = []
-
-    def record(tensor: torch.Tensor) -> Any:
-        readings.append(read(tensor))
-        return readings[-1]
-
-    args, kwargs = call.arguments
-    with _reading_by(record), torch.no_grad():
-        forward(*args, **kwargs)
-    known = cycle(readings)  # torch.export may trace several times
-    with _reading_by(lambda tensor: next(known)):
-        yield
-
-
-@contextmanager
-def _reading_by(function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
-    """Replace the method `tolist` of all tensors, those of a trace included, inside the context."""
-    classes: tuple[Any, ...] = (torch.Tensor, FakeTensor, FunctionalTensor)
-    before = [(cls, vars(cls)["tolist"]) for cls in classes if "tolist" in vars(cls)]
-    for cls in classes:
-        cls.tolist = lambda tensor: function(tensor)
-    try:
-        yield
-    finally:
-        for cls in classes:
-            del cls.tolist
-        for cls, method in before:
-            cls.tolist = method
 
 
 #: Dimensions whose sizes may vary, by the position of the tensor among the call's leaves.
@@ -133,7 +161,8 @@ def fits(key: Any, other: Any, free: FreeDims, only: Collection[int] | None = No
     if key[0] != other[0]:
         return False
     for position, (left, right) in enumerate(zip(key[1], other[1], strict=True)):
-        if left == right or (only is not None and position not in only and _is_tensor(left) and _is_tensor(right)):
+        is_unused = only is not None and position not in only and _is_tensor(left) and _is_tensor(right)
+        if left == right or (is_unused and left[3:] == right[3:]):  # values are part of a graph that does not take them
             continue
         dims = _differing(left, right)
         if dims is None or not set(dims) <= set(free.get(position, ())):

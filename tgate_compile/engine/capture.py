@@ -7,8 +7,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -16,26 +15,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
-from torch.fx import config as fx_config
 
 from tgate_compile._errors import CaptureError, ConfigurationError, UnsupportedModelError
-from tgate_compile.engine.call import BatchDims, Call, forward_of, known_readings
+from tgate_compile.engine.call import BatchDims, Call
 from tgate_compile.engine.families import Family, has_joint_attention
 from tgate_compile.engine.halves import LATENTS_NAMES, binding_of, fits, is_time, latents_of, leaves_at, named_leaves
+from tgate_compile.engine.tracing import KnownValues, traced
 from tgate_compile.engine.traffic import exclusive
-from tgate_compile.methods.method import Blocks, Kind
+from tgate_compile.methods.method import REFERENCE, Blocks, Kind
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.find_blocks import find_feed_forward, find_ranges
 from tgate_compile.passes.find_sites import Inputs, count_roles, find_attention, find_deep_feature, is_inside
-from tgate_compile.passes.graphs import (
-    Binding,
-    Captured,
-    Site,
-    flat_program,
-    functional,
-    inline_disabled_autocast,
-    outputs_of,
-)
+from tgate_compile.passes.graphs import Binding, Captured, Site, flat_program, outputs_of
 from tgate_compile.passes.separate_tokens import Joint, find_joint_attention
 
 FreeSize = Literal["batch", "height", "width"]
@@ -79,7 +70,7 @@ def free_shapes(
     """
     if not free:
         return FreeShapes(call, None, {})
-    args, kwargs = call.arguments
+    args, kwargs = call.opened_arguments
     latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
     per_prompt = 2 if guided else 1
     batch = latents.shape[0]
@@ -139,6 +130,8 @@ MSG_EXPORT_FAILED = (
     "Could not capture {model} as a graph with torch.export ({error}). The model must run without Python control flow "
     "that depends on data. The usual cause is a custom attention processor, a hook or a patched forward."
 )
+#: The kinds of sites that are keys and values of tokens in joint attention.
+OF_TOKENS: frozenset[Kind] = frozenset({"cross", "reference"})
 _CHANGES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 MSG_NO_SITES = (
     "{model} has no cross-attention that can be cached: no attention in it takes its queries from the latents and "
@@ -202,24 +195,11 @@ def capture(
         ConfigurationError: a pattern of `only` matches nothing.
     """
     model = type(denoiser).__name__
-    args, kwargs = call.arguments
     began = time.perf_counter()
-    known = known_readings(denoiser, forward, call)
-    with forward_of(denoiser, forward), without_stack_traces(), torch.no_grad(), known:
-        try:
-            program = torch.export.export(
-                denoiser,
-                args,
-                kwargs,
-                strict=False,
-                dynamic_shapes=shapes,  # type: ignore[arg-type]  # accepted, but missing in the annotation
-            )
-        except Exception as error:  # torch.export raises whatever the model's code raises
-            raise CaptureError(
-                MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")
-            ) from error
-    inline_disabled_autocast(program.graph_module)
-    program = functional(program)
+    try:
+        program = traced(denoiser, forward, call, shapes)
+    except Exception as error:  # torch.export raises whatever the model's code raises
+        raise CaptureError(MSG_EXPORT_FAILED.format(model=model, error=f"{type(error).__name__}: {error}")) from error
     names = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
     if len(names) != len(call.leaves) or not all(
         isinstance(spec.arg, TensorArgument) and spec.kind is OutputKind.USER_OUTPUT
@@ -234,14 +214,25 @@ def capture(
     batch_dims = None if _is_from_diffusers(denoiser) else BatchDims(program, call, inputs.latents[0]).of
     attention = find_attention(program.graph_module, inputs, kinds, batch_dims)
     joint = None
-    if "cross" in kinds and "cross" not in optional:
-        has_cross = any(site.kind == "cross" for site in attention)
-        # Tokens that are joined to the latents' beside cross-attention may be no text: in Stable Audio, one has the
-        # timestep and the duration.
-        if not has_cross or has_joint_attention(type(denoiser)):
-            joint = find_joint_attention(program.graph_module, inputs, model, has_cross=has_cross)
-    if joint is not None:
-        others = set(kinds) - {"cross"} - set(dict(ranges) if batch_dims is None else ())
+    in_ranges = set(dict(ranges)) if batch_dims is None else set()
+    of_tokens = (OF_TOKENS & set(kinds)) - set(optional)
+    has_cross = any(site.kind == "cross" for site in attention)
+    # Tokens that are joined to the latents' beside cross-attention may be no text: in Stable Audio, one has the
+    # timestep and the duration.
+    may_be_constant = not of_tokens and has_joint_attention(type(denoiser)) and set(kinds) <= in_ranges
+    if may_be_constant or (of_tokens and (not has_cross or has_joint_attention(type(denoiser)))):
+        joint = find_joint_attention(
+            program.graph_module,
+            inputs,
+            model,
+            of_tokens or {"cross"},
+            has_cross=has_cross,
+            only_constant=not of_tokens,
+            image=call.image,
+            known=KnownValues(program, call),
+        )
+    if joint is not None and of_tokens:
+        others = set(kinds) - OF_TOKENS - in_ranges
         if others:
             raise UnsupportedModelError(MSG_JOINT_AND_MORE.format(model=model, kinds=", ".join(sorted(others))))
         attention = list(joint.sites)
@@ -257,12 +248,14 @@ def capture(
         sites = _selected(sites, only)
     if "deep" in kinds and deep_layer is not None:
         sites.append(find_deep_feature(program.graph_module, deep_layer))
-    if ranges:
+    separated_sites = [] if joint is None or not ranges else _ranges_without_text(joint, inputs, dict(ranges), model)
+    if joint is not None and joint.whole is joint.separated:
+        sites += separated_sites
+    elif ranges:
         sites += find_ranges(program.graph_module, inputs.latents, dict(ranges), model, batch_dims)
-    if required and kinds and not sites:
+    if required and set(kinds) - REFERENCE and not sites:
         raise UnsupportedModelError(MSG_NOTHING_FOUND.format(model=model))
     sites.sort(key=lambda site: get_args(Kind).index(site.kind))  # stable: each kind in graph order
-    separated_sites = [] if joint is None or not ranges else _ranges_without_text(joint, inputs, dict(ranges), model)
     if cache_dtype is not None:
         sites, separated_sites = (
             [dataclasses.replace(site, cache_dtype=cache_dtype) for site in each] for each in (sites, separated_sites)
@@ -280,8 +273,9 @@ def capture(
         captured,
         program=flat_program(program, joint.whole),
         separated=joint.separated,
+        origins=joint.origins if only is None else None,  # with a part of the sites, all tokens are still needed
+        constant=joint.constant,
         separated_sites=tuple(separated_sites),
-        live=joint.live if only is None else (),  # with a part of the sites, the text's tokens are still needed
     )
 
 
@@ -302,7 +296,7 @@ def _check_kinds(model: str, needed: Collection[Kind], sites: Sequence[Site]) ->
 
 def _roles_of(names: Sequence[str], inputs: Inputs, forward: Callable[..., Any], call: Call) -> dict[str, Binding]:
     """Return how often each input of the graph changes, which follows from the names of the call's arguments."""
-    args, kwargs = call.arguments
+    args, kwargs = call.opened_arguments
     arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
     bindings = {id(leaf): binding_of(name) for name, leaf in named_leaves(arguments) if torch.is_tensor(leaf)}
     latents = {node.name for node in inputs.latents}
@@ -401,7 +395,7 @@ def _inputs_of(program: ExportedProgram, forward: Callable[..., Any], call: Call
     Raises:
         UnsupportedModelError: the prediction does not have the shape of the supposed latents.
     """
-    args, kwargs = call.arguments
+    args, kwargs = call.opened_arguments
     arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
     latents = latents_of(arguments)
     names = {id(leaf): name for name, leaf in named_leaves(arguments)}
@@ -472,14 +466,3 @@ def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: In
 
 def _runs(program: ExportedProgram, name: str) -> bool:
     return any(is_inside(node, name) for node in program.graph.nodes)
-
-
-@contextmanager
-def without_stack_traces() -> Iterator[None]:
-    """Do not record which lines of Python led to each node: nothing reads it, and it takes a sixth of a capture."""
-    before = getattr(fx_config, "do_not_emit_stack_traces", False)  # torch 2.11 may not have it
-    fx_config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx_config.do_not_emit_stack_traces = before

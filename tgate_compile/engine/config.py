@@ -109,12 +109,14 @@ class Config:
                 f"backend_options must be a mapping of option names to values, but got {self.backend_options!r}."
             )
 
-    def splits(self, backend: str) -> bool:
+    def splits(self, backend: str, *, constant_text: bool = False) -> bool:
         """Return whether to split graphs that `backend` runs by binding time.
 
-        The parts before the step compute in the pipeline's dtype, so they are not split off by default if another
-        precision was chosen.
+        By default they are where it was measured to pay, and if the text's tokens are the same in all steps
+        (`constant_text`): then they are computed once. The parts before the step compute in the pipeline's dtype, so
+        they are not split off by default if another precision was chosen.
         """
         if self.binding_times is None:
-            return self.offload_prelude or (backend in SPLIT_BY_DEFAULT and self.precision == "auto")
+            pays = backend in SPLIT_BY_DEFAULT or constant_text
+            return self.offload_prelude or (pays and self.precision == "auto")
         return self.binding_times

@@ -35,7 +35,7 @@ from tgate_compile._machine import cpu_model
 from tgate_compile.engine.purity import has_foreign_code
 from tgate_compile.engine.read_code import TRUSTED
 from tgate_compile.engine.weights import Identity, live_tensors
-from tgate_compile.passes.graphs import Captured, Site, Variant, flat_program
+from tgate_compile.passes.graphs import Captured, Origins, Site, Variant, flat_program
 from tgate_compile.passes.stored_graphs import (
     NotReadableError,
     NotStorableError,
@@ -49,7 +49,7 @@ from tgate_compile.passes.stored_graphs import (
 logger = logging.getLogger(__name__)
 
 #: Part of every key: changed together with what the entries hold.
-_FORMAT = "2"
+_FORMAT = "3"
 #: The most bytes of constants that a graph may have on disk. Tables of positions take a few megabytes.
 _MOST_CONSTANTS = 64 * 2**20
 #: Packages that every graph depends on.
@@ -323,7 +323,8 @@ def _written_capture(captured: Captured) -> bytes:
     data = {
         "program": to_json(program),
         "separated": None if captured.separated is None else to_json(flat_program(program, captured.separated)),
-        "live": captured.live,
+        "origins": None if captured.origins is None else [*asdict(captured.origins).values()],
+        "constant": captured.constant,
         "out_spec": _dumped(captured.out_spec),
         "input_names": captured.input_names,
         "latents": captured.latents,
@@ -353,7 +354,7 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
         names = {spec[2]: spec[1][1] for spec in data["program"]["inputs"]}
         constants = {name: tensor.to(devices[names[name]]) for name, tensor in safetensors.torch.load(contents).items()}
         program = from_json(data["program"], {**live, **constants})
-        separated = data["separated"]
+        separated, origins = data["separated"], data["origins"]
         return Captured(
             program,
             tuple(data["input_names"]),
@@ -362,7 +363,8 @@ def _read_capture(contents: bytes, live: Mapping[str, torch.Tensor]) -> Captured
             _read_sites(data["sites"]),
             data["roles"],
             None if separated is None else from_json(separated, {**live, **constants}).graph_module,
-            tuple(data["live"]),
+            None if origins is None else _origins_of(*origins),
+            data["constant"],
             _read_sites(data["separated_sites"]),
         )
     except NotReadableError:
@@ -390,6 +392,11 @@ def _read_sites(written: Iterable[dict[str, Any]]) -> tuple[Site, ...]:
         )
         for site in written
     )
+
+
+def _origins_of(latents: list[str], times: list[str], conditions: list[str], image: list[int] | None) -> Origins:
+    rows = None if image is None else (image[0], image[1], image[2])
+    return Origins(tuple(latents), tuple(times), tuple(conditions), rows)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -126,7 +126,7 @@ def is_time(name: str) -> bool:
 
 #: Names of arguments that stay the same for a generation: text, sizes, guidance embeddings, reference images.
 _PROMPT = re.compile(
-    r"^(encoder_hidden_states|encoder_attention_mask|attention_mask|text|prompt|pooled|caption|cap_|txt|guidance"
+    r"^(encoder_hidden_states|encoder_attention_mask|attention_mask|position_ids|img_mask|input_ids|input_img|text|prompt|pooled|caption|cap_|txt|guidance"
     r"|image_embeds|image_meta|ip_adapter|image_rotary_emb|img_ids|class_labels|resolution|aspect_ratio|timestep_cond)"
     r"|^(added_)?time_ids$|^(context|ctx|cond|conditioning|labels?|style|fps|[cy])$"
 )

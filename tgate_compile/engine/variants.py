@@ -43,8 +43,7 @@ logger = logging.getLogger(__name__)
 #: Estimate of a graph's memory per node, in bytes: torch.fx's nodes with their metadata, and the backend's compiled
 #: form of them, without weights. It is the growth of a process's resident memory per node of captures and variants
 #: together, as a UNet like Stable Diffusion's was captured at further sizes: 4 kB in eager mode (7,400 nodes for each
-#: size), 14 kB with Inductor and 15 kB with ONNX Runtime (2,200 nodes; its copies of the weights are counted
-#: separately).
+#: size), 14 kB with Inductor, 15 kB with ONNX Runtime (2,200 nodes; its copies of weights are counted separately).
 BYTES_PER_NODE = 15_000
 #: The fraction of the machine's memory that all graphs of a denoiser may take, unless `graph_memory` is set.
 SHARE_OF_MEMORY = 0.25
@@ -110,6 +109,7 @@ class VariantStore:
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # a state may need another backend
         self._chooser = Chooser(config, type(denoiser).__name__)
         self._failed: dict[_Address, str] = {}  # calls that cannot be captured, with the reason
+        self.image_rows: dict[Hashable, tuple[int, int, int] | None] = {}  # `ReferenceRows`
         self._not_free: set[Hashable] = set()  # sizes that the denoiser's code fixes, by state
         self._generations = 0
         self._warned_full = False
@@ -138,9 +138,9 @@ class VariantStore:
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """The names of the sites that can be cached, cross-attentions first; empty before the first capture."""
-        held = next(iter(self._captures.values()), None)
-        return () if held is None else tuple(site.name for site in held.captured.sites)
+        """The names of the sites that can be cached, in the capture that has the most."""
+        found = max((held.captured.sites for held in self._captures.values()), key=len, default=())
+        return tuple(site.name for site in found)
 
     @property
     def variants(self) -> list[tuple[Variant, Captured]]:
@@ -430,7 +430,7 @@ class VariantStore:
         if (self._model, device) not in self._backends:
             self._backends[self._model, device] = self._chooser.backend(device, self._generations)
         backend, split = self._backends[self._model, device], None
-        if self._config.splits(backend.name):
+        if self._config.splits(backend.name, constant_text=held.captured.constant):
             with exclusive():
                 split = split_by_binding(variant, held.captured.roles)
             held.nbytes += BYTES_PER_NODE * sum(len(part.program.graph.nodes) for part in split.parts)
@@ -495,6 +495,6 @@ def _without_data(tensor: torch.Tensor) -> torch.Tensor:
 
 def _latents_of(call: Call, forward: Callable[..., Any]) -> int:
     """Return the position of the latents among the leaves of `call`."""
-    args, kwargs = call.arguments
+    args, kwargs = call.opened_arguments
     latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
     return next(position for position, leaf in enumerate(call.leaves) if leaf is latents)

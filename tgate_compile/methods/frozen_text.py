@@ -1,4 +1,4 @@
-"""Frozen text: the text's influence on the image stays constant from a step on, with or without guidance."""
+"""Frozen tokens: the influence of the text, or of reference images, stays constant from a step on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 from tgate_compile.methods.method import (
     CROSS,
     NONE,
+    REFERENCE,
     Kind,
     Method,
     Share,
@@ -62,5 +63,50 @@ class FrozenText(Method):
 
     def _is_frozen(self, step: int, timeline: Timeline) -> bool:
         if step < self.gate(timeline.num_steps) or step in timeline.in_full or step == timeline.guided_steps:
+            return False  # where guidance ends, both halves have been cached, and the next step needs one
+        return self.interval is None or step % self.interval != 0
+
+
+@dataclass(frozen=True)
+class FrozenReferences(Method):
+    """Frozen reference images, for edit models with joint attention (FLUX Kontext, Qwen-Image-Edit, FLUX.2).
+
+    The keys and values of the reference images' tokens are those of step `step - 1` from step `step` on, and these
+    tokens are no longer computed. They often are half of all tokens or more. Guidance stays, and each guidance half
+    keeps its own; where it ends, they are computed once more.
+
+    Attributes:
+        step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), in which they are computed.
+        interval: after that, they are computed again at every step whose number, from 0, is a multiple of this; None
+            means never.
+    """
+
+    key: ClassVar[str] = "references"
+    title: ClassVar[str] = "Frozen references"
+
+    step: int | float = option(
+        1, "The number or the fraction of steps after which reference images are frozen.", is_gate=True
+    )
+    interval: int | None = option(None, "Compute frozen reference images again at every n-th step.", least=1)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step", checked_gate_step(self.step, "FrozenReferences' step"))
+        if self.interval is not None:
+            object.__setattr__(self, "interval", checked_count(self.interval, "FrozenReferences' interval", least=1))
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return REFERENCE
+
+    def share(self, step: int, guided: bool, timeline: Timeline) -> Share:
+        if self._is_frozen(step, timeline):
+            return Share(reuse=REFERENCE)
+        return Share(emit=REFERENCE if self._is_frozen(step + 1, timeline) else NONE)
+
+    def hands_on(self, guided: bool, reuse: frozenset[Kind]) -> Share:
+        return Share(emit=REFERENCE - reuse)
+
+    def _is_frozen(self, step: int, timeline: Timeline) -> bool:
+        if step < steps_of(self.step, timeline.num_steps) or step == timeline.guided_steps:
             return False  # where guidance ends, both halves have been cached, and the next step needs one
         return self.interval is None or step % self.interval != 0

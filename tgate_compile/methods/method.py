@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 #: A kind of value that can be cached: the output of a cross-attention, of a self-attention, of a temporal attention
 #: (which counts as self-attention unless a method uses this kind), the deep feature of a UNet (DeepCache), the output
-#: of a feed-forward module, or the residual over a range of blocks: their output minus their input. Methods that skip
-#: two ranges use `rear` for the second one.
-Kind = Literal["cross", "self", "temporal", "deep", "ff", "blocks", "rear"]
+#: of a feed-forward module, the residual over a range of blocks (their output minus their input), or the keys and
+#: values of the tokens of reference images in joint attention. Methods that skip two ranges use `rear` for the second.
+Kind = Literal["cross", "self", "temporal", "deep", "ff", "blocks", "rear", "reference"]
 
 #: One of the two halves of classifier-free guidance.
 Half = Literal["uncond", "cond"]
@@ -32,6 +32,7 @@ DEEP: frozenset[Kind] = frozenset({"deep"})
 FF: frozenset[Kind] = frozenset({"ff"})
 BLOCKS: frozenset[Kind] = frozenset({"blocks"})
 REAR: frozenset[Kind] = frozenset({"rear"})
+REFERENCE: frozenset[Kind] = frozenset({"reference"})
 
 #: The kinds for which whole layers are skipped, so that the values inside of them do not exist at such a step.
 LAYERS: frozenset[Kind] = DEEP | BLOCKS | REAR
@@ -81,9 +82,11 @@ _WORDS: Mapping[Kind, str] = {
     "ff": "ff-reused",
     "blocks": "blocks-skipped",
     "rear": "rear-skipped",
+    "reference": "references-reused",
 }
 #: The letter of every set of kinds that a step may reuse, the common sets first. No method of this package needs the
-#: sets of `U` to `C` that contain `deep`; they are for methods to come.
+#: sets `W` and `Z`; they are for methods to come, and so are the letters `B` and `C`. References are tokens in joint
+#: attention, where of the other kinds there is only `cross` beside them.
 _LETTERS: Mapping[frozenset[Kind], str] = {
     NONE: "F",
     SELF: "S",
@@ -95,12 +98,8 @@ _LETTERS: Mapping[frozenset[Kind], str] = {
     CROSS | TEMPORAL: "U",
     SELF | TEMPORAL: "V",
     SELF | DEEP: "W",
-    TEMPORAL | DEEP: "X",
     CROSS | SELF | TEMPORAL: "Y",
     CROSS | SELF | DEEP: "Z",
-    CROSS | TEMPORAL | DEEP: "A",
-    SELF | TEMPORAL | DEEP: "B",
-    CROSS | SELF | TEMPORAL | DEEP: "C",
     FF: "E",
     SELF | FF: "G",
     CROSS | SELF | FF: "H",
@@ -111,6 +110,8 @@ _LETTERS: Mapping[frozenset[Kind], str] = {
     CROSS | REAR: "N",
     BLOCKS | REAR: "O",
     CROSS | BLOCKS | REAR: "J",
+    REFERENCE: "X",
+    CROSS | REFERENCE: "A",
 }
 _NAMES: Mapping[frozenset[Kind], str] = {
     kinds: ", ".join(word for kind, word in _WORDS.items() if kind in kinds) or "full" for kinds in _LETTERS

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import ConcurrentGenerationError, ConfigurationError, UnsupportedModelError
 from tgate_compile.engine.backends import check_backend
-from tgate_compile.engine.capture import MSG_NO_SITES, check_patterns, deep_layer, denies_cross_attention
+from tgate_compile.engine.capture import MSG_NO_SITES, OF_TOKENS, check_patterns, deep_layer, denies_cross_attention
 from tgate_compile.engine.choice import check_can_change_precision, check_computes_in, note_precision
 from tgate_compile.engine.config import Config
 from tgate_compile.engine.families import DENOISER_NAMES, has_joint_attention, refusal
@@ -57,8 +57,12 @@ MSG_OWN_GATE_STEP = (
     "pipeline that is not gated yet."
 )
 MSG_JOINT_IN_BLOCKS = (
-    "{pipeline} is a modular pipeline, and {model} has joint attention, whose text cannot be frozen there yet. What "
+    "{pipeline} is a modular pipeline, and {model} has joint attention, whose tokens cannot be frozen there yet. What "
     "works instead: an ordinary pipeline for the same model, or AdaptiveGuidance(step=...), which ends guidance."
+)
+MSG_NO_REFERENCES = (
+    "FrozenReferences keeps the keys and values of reference images in joint attention, which {model} does not have. "
+    "Leave it out."
 )
 MSG_NO_MEAN = (
     "anchor_weight={given} is not possible with {model}: in joint attention the keys and values of the text are "
@@ -258,7 +262,10 @@ def _check_supported(pipe: DiffusionPipeline, denoiser: torch.nn.Module, config:
     )
     if reason is not None:
         raise UnsupportedModelError(MSG_REFUSED.format(pipeline=pipeline, reason=reason))
-    if config.schedule.needs_cross and is_modular(pipe) and has_joint_attention(type(denoiser)):
+    if "reference" in config.schedule.kinds and not has_joint_attention(type(denoiser)):
+        raise UnsupportedModelError(MSG_NO_REFERENCES.format(model=type(denoiser).__name__))
+    of_tokens = OF_TOKENS & (config.schedule.kinds - config.schedule.optional_kinds)
+    if of_tokens and is_modular(pipe) and has_joint_attention(type(denoiser)):
         raise UnsupportedModelError(MSG_JOINT_IN_BLOCKS.format(pipeline=pipeline, model=type(denoiser).__name__))
     may_have_sites = has_joint_attention(type(denoiser)) or not denies_cross_attention(denoiser)
     if config.schedule.needs_cross and not may_have_sites:

@@ -47,10 +47,27 @@ class Caches:
         """Store `value`, computed at `step`; `half` is the half that it belongs to, if the layout is `separate`."""
         kind = key[0]
         if self._layouts.get(kind, layout) != layout:
-            self._values = {address: values for address, values in self._values.items() if address[1][0] != kind}
+            self.drop(kind)
         self._layouts[kind] = layout
         older = [pair for pair in self._values.get((half, key), []) if pair[0] != step]
         self._values[half, key] = [(step, value), *older[: self._forecasts.get(kind, 0)]]
+
+    def keep(
+        self,
+        emissions: Sequence[Emission],
+        values: Sequence[torch.Tensor],
+        phase: Phase,
+        half: Half | None,
+        step: int,
+        kinds: Collection[Kind],
+    ) -> None:
+        """Store the values of `kinds` that a graph has emitted in a `step` of `phase`, or in its call for one half."""
+        self.keep_only(kinds, {(emission.site.kind, emission.site.name) for emission in emissions})
+        for emission, value in zip(emissions, values, strict=True):
+            kind = emission.site.kind
+            wanted = phase.merge if emission.merged else phase.emit
+            if kind in kinds and kind in (wanted if half is None else phase.emit | phase.merge):
+                self.put((kind, emission.site.name), value, layout_of(phase, emission, half), half, step=step)
 
     def keep_only(self, kinds: Collection[Kind], keys: Collection[Key]) -> None:
         """Free the values of `kinds` except those of `keys`."""
@@ -105,6 +122,14 @@ class Caches:
                     [(step, value.chunk(2)[part]) for step, value in values] if layout == "both" else values
                 )
         self._layouts[kind] = "one"
+
+    def has(self, kind: Kind) -> bool:
+        """Return whether there are values of `kind`."""
+        return any(key[0] == kind for _, key in self._values)
+
+    def drop(self, kind: Kind) -> None:
+        """Free the values of `kind`."""
+        self._values = {address: values for address, values in self._values.items() if address[1][0] != kind}
 
     def values(self, half: Half | None, kinds: Collection[Kind], step: int) -> Mapping[Key, torch.Tensor]:
         """Return the values of `kinds` for a call of one `half` at `step`, forecast from those of earlier steps.

@@ -13,9 +13,10 @@ from tgate_compile.engine.trust import Served
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.passes.graphs import Variant
-from tgate_compile.pipeline.generation import Generation, Plan, strip_of
+from tgate_compile.pipeline.generation import Generation, strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
 from tgate_compile.pipeline.optimized import preview, required_state_of
+from tgate_compile.pipeline.progress import Plan
 
 
 @dataclass(frozen=True)

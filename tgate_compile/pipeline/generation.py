@@ -19,25 +19,33 @@ from tgate_compile._errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
-from tgate_compile.engine.call import Call, reads_masks
+from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import CachedValues, EarlyValues, Parking, Runnable, Store
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import (
     batch_of,
     doubled,
     latents_of,
-    named_leaves,
     one_half,
     rows_of,
     shared_rows,
     uncertain_rows,
 )
-from tgate_compile.methods.method import Half, Phase
+from tgate_compile.engine.tracing import call_of
+from tgate_compile.engine.variants import VariantStore
+from tgate_compile.methods.method import REFERENCE, Half, Phase
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.pipeline.caches import Caches, CacheSizes, layout_of
+from tgate_compile.pipeline.caches import Caches, CacheSizes
 from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
-from tgate_compile.pipeline.progress import TAKE_NUMBERS, Progress, StepCounter, dtype_of_number
-from tgate_compile.pipeline.two_halves import MSG_NO_PAIR, TwoHalves, check_pair, copied
+from tgate_compile.pipeline.progress import Plan, Progress, check_autocast, check_gradients, with_tensor_timestep
+from tgate_compile.pipeline.two_halves import (
+    MSG_NO_PAIR,
+    MSG_NO_STEP_SEEN,
+    ReferenceRows,
+    TwoHalves,
+    check_pair,
+    copied,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +53,6 @@ MSG_CONCURRENT = (
     "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
     "scheduler's state. Use a lock, or one pipeline per thread: they may share weights, but each needs its own "
     "denoiser, scheduler and tokenizers."
-)
-MSG_AUTOCAST = (
-    "torch.autocast is on, and would change dtypes inside a graph that was captured for fixed ones. Switch it off, and "
-    "convert the pipeline instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
 )
 MSG_TWO_CALLS = (
     "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline denoises its latents in "
@@ -63,25 +67,6 @@ MSG_ORDER_AND_ANCHOR = (
     "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
     "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
 )
-MSG_GRADIENTS = (
-    "{name!r} of the denoiser's call requires gradients (guidance by a loss, as in posterior sampling or CLIP "
-    "guidance), which the optimized graphs do not compute. Detach it if no gradient is needed. " + INSTEAD
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The plan of a generation, which has not run.
-
-    Attributes:
-        steps: each step with its phase.
-        graphs: for each step the phase whose graph serves it, and the denoiser call that the graph is captured for.
-        cache_bytes: the largest size in bytes of the caches kept between two timesteps.
-    """
-
-    steps: list[tuple[int, Phase]]
-    graphs: list[tuple[Phase, Call]]
-    cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -160,6 +145,9 @@ class Generation:
         self._guidance_over = False
         self._dropped: tuple[Runnable, list[torch.Tensor]] | None = None  # the result of a step without its guidance
         self._halves = TwoHalves(loop, family, scheduler)
+        rows = store.image_rows if "reference" in schedule.kinds and isinstance(store, VariantStore) else None
+        self._references = ReferenceRows(rows, type(store.denoiser).__name__)
+        self._previewed: Previewed | None = None
         self._shared: frozenset[int] | None = None  # positions of tensors that both halves share, once determined
         self._finished = False
         self.progress = Progress(steps_once=loop.knows_order)
@@ -194,13 +182,13 @@ class Generation:
         if threading.get_ident() != self._thread:
             raise ConcurrentGenerationError(MSG_CONCURRENT)
         if self._preview and not self._loop.paused and not self._is_too_early():
-            raise Previewed(args, kwargs, self._guided())
+            return self._preview_call(args, kwargs)
         if self._loop.paused or self._loop.plain or self._is_too_early():
             self.calls_apart += self._loop.paused > 0
             self.early.bring_back()
             return self._forward(*args, **kwargs)
         try:
-            self._check_gradients(args, kwargs)
+            check_gradients(self._signature.bind(*args, **kwargs).arguments)
             with torch.no_grad():
                 return self._denoise(args, kwargs)
         except (UnsupportedModelError, CaptureError) as error:
@@ -209,16 +197,20 @@ class Generation:
         self.early.clear()
         return self._forward(*args, **kwargs)
 
+    def _preview_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Raise `Previewed`, or run the first step in full if it is needed to find the tokens of reference images."""
+        self._previewed = self._previewed or Previewed(args, kwargs, self._guided())
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        call = call_of(self._store.denoiser, args, kwargs, arguments)
+        if self._references.knows(self._references.placed(call, batch_of(arguments))):
+            raise self._previewed
+        self._loop.current = self
+        with torch.no_grad():
+            return self._forward(*args, **kwargs)
+
     def _is_too_early(self) -> bool:
         """Return whether this call prepares the loop, such as one that fills a cache with a reference image."""
         return self._family.prepares and self._loop.observable and not self._loop.timesteps_set
-
-    def _check_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check that no input of the denoiser requires gradients."""
-        if torch.is_grad_enabled():
-            for name, leaf in named_leaves(self._signature.bind(*args, **kwargs).arguments):
-                if torch.is_tensor(leaf) and leaf.requires_grad:
-                    raise UnsupportedModelError(MSG_GRADIENTS.format(name=name))
 
     def _denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         guided = self._guided()
@@ -233,7 +225,11 @@ class Generation:
             if self._watch:
                 self.early.bring_back()
                 self._store.refresh(begins=False)
-        call = Call.of(*self._with_tensor_timestep(args, kwargs, arguments), by_value=reads_masks(self._store.denoiser))
+        given = args, kwargs
+        if getattr(self._forward, "__func__", None) is type(self._store.denoiser).forward:
+            given = with_tensor_timestep(type(self._store.denoiser), args, kwargs, arguments)
+        call = call_of(self._store.denoiser, *given, arguments)
+        call = self._references.placed(call, batch_of(arguments))
         if event == "new pass" and self._admit is not None:
             self._admit(self, call, guided and not self._halves.undecided)
         if event == "again" and self._family.further:
@@ -248,32 +244,15 @@ class Generation:
         if event == "again":
             raise UnsupportedModelError(MSG_TWO_CALLS.format(scheduler=type(self.scheduler()).__name__))
         guided = self._halves.served(latents, guided, first=not self.progress.done)
-        return self._in_one_call(
-            call, latents.shape, guided, listed=rows_of(arguments, latents_of(arguments)) is not None
-        )
-
-    def _with_tensor_timestep(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the call with its timestep as a tensor; a number would become a constant of the graph."""
-        given = arguments.get("timestep")
-        dtype = dtype_of_number(given)
-        kind = type(self._store.denoiser)
-        is_own = getattr(self._forward, "__func__", None) is kind.forward
-        if dtype is None or not is_own or not kind.__module__.startswith(TAKE_NUMBERS):
-            return args, kwargs
-        tensor = torch.tensor(given, dtype=dtype, device=latents_of(arguments).device)
-        if "timestep" in kwargs:
-            return args, {**kwargs, "timestep": tensor}
-        place = list(arguments).index("timestep")
-        return (*args[:place], tensor, *args[place + 1 :]), kwargs
+        listed = rows_of(arguments, latents_of(arguments)) is not None
+        return self._in_one_call(call, latents.shape, guided, listed=listed)
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], guided: bool) -> Plan:
         """Plan a generation that begins with this denoiser call: capture its variants without running them."""
         arguments = self._signature.bind(*args, **kwargs).arguments
         self.progress.event(self.scheduler(), arguments)
         self._begin(arguments, guided)
-        call = Call.of(args, kwargs, by_value=reads_masks(self._store.denoiser))
+        call = self._references.placed(call_of(self._store.denoiser, args, kwargs, arguments), batch_of(arguments))
         return self.plan_of(call, guided and not self._halves.undecided)
 
     def plan_of(self, call: Call, guided: bool) -> Plan:
@@ -320,6 +299,10 @@ class Generation:
             self._loop.run_plain(error)
 
     def _check_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        if self._references.learn(sample):
+            self._caches.drop("reference")
+        if self._previewed is not None:
+            raise self._previewed
         self._compare_halves(sample.shape)
         if self._separate(self._halves.reported_guided):
             return
@@ -334,23 +317,22 @@ class Generation:
         if not learnt.served:
             self._caches.merge_halves(self.schedule.anchor_weight)
 
-    def _begin(self, arguments: dict[str, Any], guided: bool) -> StepCounter:
+    def _begin(self, arguments: dict[str, Any], guided: bool) -> None:
         """Begin a pass at its first denoiser call: check the inputs, count the steps, and refresh the store."""
         latents = batch_of(arguments)
-        if torch.is_autocast_enabled(latents.device.type):
-            raise UnsupportedCallError(MSG_AUTOCAST)
+        check_autocast(latents)
         self._caches.clear()
         self.early.clear()
+        self._references.begin()
         self._first_call = self._dropped = None
         self._guidance_over = self._was_guided = False
-        counter = self.progress.begin(self._num_calls())
+        self.progress.begin(self._num_calls())
         self._halves = TwoHalves(self._loop, self._family, self.scheduler)
         if guided and not self._family.calls:
             self._halves.begin(latents)
         if self._before is not None:
             self._before.finish()  # so that the caches of both never exist at the same time
         self._store.refresh()
-        return counter
 
     def _separate(self, guided: bool) -> bool:
         return guided and bool(self._family.calls)
@@ -388,7 +370,7 @@ class Generation:
         if self._dropped is not None:
             compiled, outputs = self._dropped
             return compiled.unflatten([copied(output) for output in outputs])
-        compiled, (outputs, _) = self._run_graph(Phase(False), call, {})
+        compiled, (outputs, _) = self._run_graph(Phase(False), call, {}, Phase(False))
         return compiled.unflatten(outputs)
 
     def _in_two_calls(self, call: Call, arguments: dict[str, Any]) -> Any:
@@ -429,11 +411,25 @@ class Generation:
         if guided and not phase.guided and not self._was_guided:
             raise UnsupportedCallError(MSG_NEVER_GUIDED.format(step=step, schedule=self.schedule))
         self._was_guided |= guided
+        if "reference" in phase.reuse:
+            self._cache_references()
         for kind in phase.reuse:
+            if not self._caches.has(kind):
+                continue  # there are no sites of this kind
             # A callback that switches guidance off keeps the prompt's half, as diffusers' own callbacks do.
             keep = self.schedule.kept if guided else "cond"
             self._caches.fit(kind, guided=phase.guided, keep=keep, order=self._family.order)
         return step, phase
+
+    def _cache_references(self) -> None:
+        """Compute the keys and values of references now, if it was not known before which tokens they are."""
+        for half, (step, phase, call) in self._references.kept.items() if not self._caches.has("reference") else ():
+            if not self._references.knows(call):
+                raise UnsupportedModelError(MSG_NO_STEP_SEEN)
+            call = self._references.known(call)
+            if call.image is not None:
+                compiled, (_, emitted) = self._run_graph(self._graph(phase, half), call, {}, phase)
+                self._caches.keep(compiled.emitted, emitted, phase, half, step, REFERENCE)
 
     def _end_timestep(self) -> None:
         self.progress.done += 1
@@ -448,26 +444,32 @@ class Generation:
     def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
         """Run the variant of `phase` for one half, for both or without guidance (None), and store what it emits."""
         caches = self._caches.values(half, phase.reuse, step)
-        compiled, (outputs, emitted) = self._run_graph(self._graph(phase, half), call, caches)
-        kept = phase.emit | phase.merge
-        self._caches.keep_only(kept, {(emission.site.kind, emission.site.name) for emission in compiled.emitted})
-        for emission, value in zip(compiled.emitted, emitted, strict=True):
-            kind = emission.site.kind
-            if kind in (kept if half is not None else phase.merge if emission.merged else phase.emit):
-                self._caches.put((kind, emission.site.name), value, layout_of(phase, emission, half), half, step=step)
+        if "reference" in phase.emit:
+            self._references.kept[half] = step, phase, call
+        compiled, (outputs, emitted) = self._run_graph(self._graph(phase, half), call, caches, phase)
+        self._caches.keep(compiled.emitted, emitted, phase, half, step, phase.emit | phase.merge)
         self.steps.append((self.progress.steps_before + step, phase))
         self._loop.gated = self._loop.gated or bool(phase.reuse)
         return compiled, outputs
 
     def _run_graph(
-        self, graph: Phase, call: Call, caches: CachedValues
+        self, graph: Phase, call: Call, caches: CachedValues, phase: Phase
     ) -> tuple[Runnable, tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Run the graph of the phase `graph`, or the denoiser itself if it cannot be captured and need not be."""
+        """Run the graph of the phase `graph`, or the denoiser itself if it cannot be captured and need not be.
+
+        It need not be if the step's own `phase` neither caches nor reuses anything, or only references whose place is
+        not known yet.
+        """
+        is_known = self._references.knows(call)
+        needed = phase.emit | phase.merge | phase.reuse
+        if not is_known and not needed - REFERENCE:
+            compiled: Runnable = Uncaptured(self._forward)
+            return compiled, compiled.run(call, caches, self.early)
         self.early.prepare((graph, call.key))
         try:
-            compiled: Runnable = self._store.get(graph, call, caches, self._forward)
+            compiled = self._store.get(graph, call, caches, self._forward)
         except CaptureError as error:
-            if graph.emit or graph.merge or graph.reuse or self._store.folder is not None:
+            if needed or self._store.folder is not None:
                 raise
             self._loop.note_uncaptured(error)
             compiled = Uncaptured(self._forward)

@@ -29,10 +29,11 @@ from tgate_compile.pipeline.facts import (
     num_calls_of,
     reports_guidance,
 )
-from tgate_compile.pipeline.generation import Generation, Plan
+from tgate_compile.pipeline.generation import Generation
 from tgate_compile.pipeline.hook import MSG_NO_COPY, GatedDenoiser, Service, hook_of
 from tgate_compile.pipeline.loop import Loop, OnUnsupported, Previewed, StartOver, rewindable
 from tgate_compile.pipeline.modular import family_of_pipeline
+from tgate_compile.pipeline.progress import Plan
 from tgate_compile.pipeline.two_halves import observed
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedModelError
-from tgate_compile.engine.halves import timestep_of
+from tgate_compile._errors import INSTEAD, ConfigurationError, UnsupportedCallError, UnsupportedModelError
+from tgate_compile.engine.call import Call
+from tgate_compile.engine.halves import latents_of, named_leaves, timestep_of
+from tgate_compile.methods.method import Phase
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def _place(timestep: Any, timesteps: Any) -> int | None:
     return place if not rest and 0 <= place < len(timesteps) else None
 
 
-#: Denoisers that convert a number to a tensor, as `_with_tensor_timestep` does; others may use the number itself.
+#: Denoisers that convert a number to a tensor, as `with_tensor_timestep` does; others may use the number itself.
 TAKE_NUMBERS = "diffusers.models.unets."
 
 
@@ -283,3 +285,59 @@ def dtype_of_number(timestep: object) -> torch.dtype | None:
     if isinstance(timestep, float):
         return torch.float64
     return torch.int64 if isinstance(timestep, (int, np.integer)) and not isinstance(timestep, bool) else None
+
+
+def with_tensor_timestep(
+    denoiser: type, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the call of a `denoiser` with its timestep as a tensor; a number would become a constant of the graph."""
+    given = arguments.get("timestep")
+    dtype = dtype_of_number(given)
+    if dtype is None or not denoiser.__module__.startswith(TAKE_NUMBERS):
+        return args, kwargs
+    tensor = torch.tensor(given, dtype=dtype, device=latents_of(arguments).device)
+    if "timestep" in kwargs:
+        return args, {**kwargs, "timestep": tensor}
+    place = list(arguments).index("timestep")
+    return (*args[:place], tensor, *args[place + 1 :]), kwargs
+
+
+MSG_GRADIENTS = (
+    "{name!r} of the denoiser's call requires gradients (guidance by a loss, as in posterior sampling or CLIP "
+    "guidance), which the optimized graphs do not compute. Detach it if no gradient is needed. " + INSTEAD
+)
+
+
+def check_gradients(arguments: Mapping[str, Any]) -> None:
+    """Check that no input of a denoiser call requires gradients."""
+    if torch.is_grad_enabled():
+        for name, leaf in named_leaves(arguments):
+            if torch.is_tensor(leaf) and leaf.requires_grad:
+                raise UnsupportedModelError(MSG_GRADIENTS.format(name=name))
+
+
+MSG_AUTOCAST = (
+    "torch.autocast is on, and would change dtypes inside a graph that was captured for fixed ones. Switch it off, and "
+    "convert the pipeline instead: pipe.to(torch.bfloat16), or from_pretrained(..., torch_dtype=torch.bfloat16)."
+)
+
+
+def check_autocast(latents: torch.Tensor) -> None:
+    """Check that autocast is off on the device of `latents`."""
+    if torch.is_autocast_enabled(latents.device.type):
+        raise UnsupportedCallError(MSG_AUTOCAST)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a generation, which has not run.
+
+    Attributes:
+        steps: each step with its phase.
+        graphs: for each step the phase whose graph serves it, and the denoiser call that the graph is captured for.
+        cache_bytes: the largest size in bytes of the caches kept between two timesteps.
+    """
+
+    steps: list[tuple[int, Phase]]
+    graphs: list[tuple[Phase, Call]]
+    cache_bytes: int

@@ -1,18 +1,23 @@
-"""Watch what a pipeline's scheduler steps, and learn from it whether batches hold two guidance halves."""
+"""Watch what a pipeline's scheduler steps.
+
+It tells whether batches hold two guidance halves, and which tokens are those of reference images.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from tgate_compile._errors import INSTEAD, UnsupportedModelError
+from tgate_compile.engine.call import Call
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import (
     MSG_NOT_TWO_HALVES,
@@ -23,9 +28,11 @@ from tgate_compile.engine.halves import (
     similarity,
     timestep_of,
 )
-from tgate_compile.methods.method import Half
+from tgate_compile.methods.method import Half, Phase
 from tgate_compile.pipeline.caches import batch_ratio
 from tgate_compile.pipeline.loop import Loop
+
+logger = logging.getLogger(__name__)
 
 
 class SchedulerObserver(Protocol):
@@ -338,6 +345,92 @@ MSG_NO_PAIR = (
     "Guidance is on, and pipelines of this kind evaluate the guidance halves in separate calls, {first} then {second}, "
     "but the second call is for another timestep or has other shapes. " + INSTEAD
 )
+MSG_NO_REFERENCES = (
+    "The latents of %s have no tokens of reference images, so FrozenReferences freezes nothing. Either this call has "
+    "no reference image, or the denoiser does not take it as further tokens of the latents."
+)
+MSG_WHERE_ARE_REFERENCES = (
+    "The denoiser's latents have {tokens} tokens, and the scheduler steps {stepped}, but these are neither the first "
+    "nor the last ones, so the reference images cannot be told from the image. " + INSTEAD
+)
+MSG_NO_STEP_SEEN = (
+    "Which tokens belong to reference images is known once the scheduler's step() has been called, but it has not been "
+    "called before the first step that reuses them. " + INSTEAD
+)
+
+#: The rows of the latents that are the image's (`Call.image`); None if all of them are.
+Rows = tuple[int, int, int] | None
+
+
+class ReferenceRows:
+    """Learns which rows of the latents belong to reference images: those that the scheduler does not step.
+
+    Until the scheduler has stepped for the first time they are unknown, unless another generation with inputs of the
+    same shapes has learnt them.
+
+    Args:
+        known: the rows of the image by the key of a call, shared by the generations of a denoiser; None if references
+            are not handled apart.
+        model: the name of the denoiser in messages.
+    """
+
+    def __init__(self, known: dict[Hashable, Rows] | None, model: str) -> None:
+        self._known = known
+        self._model = model
+        self._seen: dict[Hashable, torch.Tensor] = {}  # the latents of the first step, by the key of its calls
+        self._is_sure = False
+        #: The calls whose references are to be cached, each with its step and phase, by the half.
+        self.kept: dict[Half | None, tuple[int, Phase, Call]] = {}
+
+    def begin(self) -> None:
+        """Forget what belongs to a pass over the timesteps."""
+        self._seen.clear()
+        self.kept.clear()
+        self._is_sure = False
+
+    def knows(self, call: Call) -> bool:
+        """Return whether the rows of `call` are known, or do not matter."""
+        return self._known is None or call.image is not None or self._is_sure or call.key in self._known
+
+    def placed(self, call: Call, latents: torch.Tensor) -> Call:
+        """Return `call`, whose latents are given, with the rows of the image if they are known."""
+        if self._known is None:
+            return call
+        if not self._is_sure:
+            self._seen[call.key] = latents
+        return replace(call, image=self._known.get(call.key))
+
+    def known(self, call: Call) -> Call:
+        """Return `call` with the rows of the image, which are known."""
+        assert self._known is not None
+        return replace(call, image=self._known.get(replace(call, image=None).key))
+
+    def learn(self, sample: torch.Tensor) -> bool:
+        """Learn from the first `sample` that the scheduler steps; return whether it corrects what was known.
+
+        Raises:
+            UnsupportedModelError: it does not show which rows are the image's.
+        """
+        if self._known is None or self._is_sure or not self._seen:
+            return False
+        before = {key: self._known[key] for key in self._seen if key in self._known}
+        found = {key: self._rows_of(latents, sample) for key, latents in self._seen.items()}
+        if all(rows is None for rows in found.values()) and found.keys() - before.keys():
+            logger.warning(MSG_NO_REFERENCES, self._model)
+        self._known.update(found)
+        self._seen.clear()
+        self._is_sure = True
+        return any(found[key] != rows for key, rows in before.items())
+
+    def _rows_of(self, latents: torch.Tensor, sample: torch.Tensor) -> Rows:
+        tokens, stepped = latents.shape[1], sample.shape[1]
+        if not latents.ndim == sample.ndim == 3 or latents.shape[2] != sample.shape[2] or tokens <= stepped:
+            return None
+        rows, own = latents[: len(sample)], sample.to(latents)
+        for start in (0, tokens - stepped):
+            if torch.equal(rows[:, start : start + stepped], own):
+                return 1, start, start + stepped
+        raise UnsupportedModelError(MSG_WHERE_ARE_REFERENCES.format(tokens=tokens, stepped=stepped))
 
 
 def check_pair(first: dict[str, Any], second: dict[str, Any], calls: Sequence[Half], *, values: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -206,7 +206,7 @@ def joined(calls: Sequence[Call], forms: Sequence[Form], images: int, memo: Memo
             counts = [form.images * form.halves for form in forms]
             parts = [part.reshape(-1).expand(count) for part, count in zip(parts, counts, strict=True)]
         leaves.append(_joined(parts, forms, images, dim, memo, (place, position), layout))
-    return Call(tuple(leaves), calls[0].spec, calls[0].by_value)
+    return replace(calls[0], leaves=tuple(leaves))
 
 
 def joined_caches(
@@ -295,7 +295,7 @@ def varied(call: Call, form: Form, number: int) -> Call:
         return leaf if rows is None or leaf.ndim < 2 else leaf.roll(number, -1)
 
     leaves = (moved(leaf, rows) for leaf, rows in zip(call.leaves, form.rows, strict=True))
-    return Call(tuple(leaves), call.spec, call.by_value)
+    return replace(call, leaves=tuple(leaves))
 
 
 def distance(
