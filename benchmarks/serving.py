@@ -1,6 +1,8 @@
 """Measure many requests at a time: the engine beside a lock around the pipeline, plain and optimized.
 
     python -m benchmarks.serving --out benchmarks/results/serving.json
+    python -m benchmarks.serving --model random:sd15 --sizes 256x256 --steps 6 8 10 --requests 8 --in-flight 4 \
+        --max-batch 4 --rounds 2 --rates --out benchmarks/results/serving_sd15.json
 
 Requests differ in size, steps and gate. Two loads are measured, with the same requests for each contender:
 
@@ -16,6 +18,7 @@ A contender is a function from a request to a future, so that a client of a serv
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -26,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +40,7 @@ import tgate_compile
 from tgate_compile._demo import demo_variant
 from tgate_compile.serve import Engine
 from tgate_compile.study.bench.measure import machine_of
+from tgate_compile.study.bench.methods import random_pipeline
 
 WORDS = ("a large red circle on a blue background", "a small green square", "a blue triangle", "two yellow circles")
 
@@ -50,13 +55,11 @@ class Request:
     height: int
     width: int
 
-    def call(self, variant: Any) -> dict[str, Any]:
+    def call(self, model: str) -> dict[str, Any]:
         """Return the arguments of the pipeline's call, without the gate."""
         return {
-            **variant.call,
-            "prompt": WORDS[self.number % len(WORDS)],
+            **call_of(model, WORDS[self.number % len(WORDS)], self.height),
             "num_inference_steps": self.steps,
-            "guidance_scale": variant.guidance,
             "height": self.height,
             "width": self.width,
             "generator": torch.Generator().manual_seed(self.number),
@@ -69,17 +72,36 @@ Submit = Callable[[Request], "Future[Any]"]
 Contender = Callable[[argparse.Namespace], AbstractContextManager[Submit]]
 
 
+def call_of(model: str, prompt: str, size: int) -> dict[str, Any]:
+    """Return the arguments that do not depend on the request; a random model takes embeddings instead of a prompt."""
+    if model.startswith("random:"):
+        return {**random_model(model, size)[1], "guidance_scale": 7.5}
+    variant = demo_variant(model)
+    return {**variant.call, "prompt": prompt, "guidance_scale": variant.guidance}
+
+
+@cache
+def random_model(model: str, size: int) -> tuple[Any, dict[str, Any]]:
+    return random_pipeline(model.removeprefix("random:"), torch.device("cpu"), torch.bfloat16, size=size)
+
+
 def load_pipeline(arguments: argparse.Namespace, *, optimized: bool) -> Any:
-    pipe = tgate_compile.load_demo_pipeline(arguments.model)
+    if arguments.model.startswith("random:"):
+        original = random_model(arguments.model, requests_of(arguments)[0].height)[0]
+        # The weights are shared, except those of the denoiser: each contender optimizes its own.
+        components = {**original.components, "unet": copy.deepcopy(original.unet)}
+        pipe = type(original)(**components, requires_safety_checker=False)
+    else:
+        pipe = tgate_compile.load_demo_pipeline(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     return tgate_compile.optimize(pipe, 0.4, backend=arguments.backend) if optimized else pipe
 
 
 def behind_a_lock(pipe: Any, arguments: argparse.Namespace, *, gated: bool) -> Iterator[Submit]:
-    variant, lock = demo_variant(arguments.model), threading.Lock()
+    lock = threading.Lock()
 
     def make(request: Request) -> Any:
-        call = request.call(variant) | ({"gate_step": request.gate} if gated else {})
+        call = request.call(arguments.model) | ({"gate_step": request.gate} if gated else {})
         with lock:
             return pipe(**call)
 
@@ -99,17 +121,17 @@ def optimized(arguments: argparse.Namespace) -> Iterator[Submit]:
 
 @contextmanager
 def engine(arguments: argparse.Namespace) -> Iterator[Submit]:
-    variant, pipe = demo_variant(arguments.model), load_pipeline(arguments, optimized=True)
+    pipe = load_pipeline(arguments, optimized=True)
     sizes = {(request.height, request.width) for request in requests_of(arguments)}
     few = {"num_inference_steps": 4, "gate_step": 2}
-    warm_up = [Request(0, 4, 0.5, *size).call(variant) | few for size in sorted(sizes)]
+    warm_up = [Request(0, 4, 0.5, *size).call(arguments.model) | few for size in sorted(sizes)]
     with Engine(
         pipe, warm_up=warm_up, max_batch=arguments.max_batch, max_running=arguments.max_running, max_waiting=100_000
     ) as serving:
 
         def submit(request: Request) -> Future[Any]:
             future: Future[Any] = Future()
-            ticket = serving.submit(request.call(variant) | {"gate_step": request.gate})
+            ticket = serving.submit(request.call(arguments.model) | {"gate_step": request.gate})
 
             def end(_: Any) -> None:
                 error = ticket.exception()
@@ -197,7 +219,7 @@ def memory_mb() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sd")
+    parser.add_argument("--model", default="sd", help="an embedded model, or random:sd15")
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], choices=[*CONTENDERS])
     parser.add_argument("--requests", type=int, default=64, help="requests in each round")
