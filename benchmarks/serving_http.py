@@ -4,7 +4,7 @@
 
 Four contenders serve the same random requests, in turns, each as its own processes on the same machine:
 
-- `plain` and `optimized`: a FastAPI application with a lock around a pipeline, which is plain or has `optimize` applied;
+- `plain` and `optimized`: a FastAPI application with a lock around a pipeline, without and with `optimize`;
 - `engine`: `tgate-compile serve`;
 - `two`: two of these with half of the threads each, to which the client sends its requests in turn.
 
@@ -152,7 +152,8 @@ class Client:
         prompt = WORDS[request.number % len(WORDS)]
         if not streams:
             answer = client.images.generate(prompt=prompt, size=size, extra_body=body)
-            assert answer.data and answer.data[0].b64_json
+            assert answer.data
+            assert answer.data[0].b64_json
             if not self._streams:
                 self.first.append(time.perf_counter() - began)
             return answer.data[0].b64_json

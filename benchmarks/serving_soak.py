@@ -192,8 +192,8 @@ class Soak:
         key, body = self.body(chance)
         last: Any = None
         with self.client.images.generate(**body, stream=True, partial_images=1) as events:
-            for last in events:
-                pass
+            for event in events:
+                last = event
         if last is None or last.type != "image_generation.completed":
             error = getattr(last, "error", None)
             if error is not None and "worker failed" in str(error):
