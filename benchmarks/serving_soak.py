@@ -85,7 +85,8 @@ def serve(port: int) -> None:
     tgate_compile.optimize(pipe, 2, backend="eager")
     few = {"num_inference_steps": 4, "gate_step": 2}
     warm_up = [call_of(MODEL, "x", 0) | few | {"width": width, "height": height} for width, height in SIZES]
-    served = ServedModel(name=MODEL, call=dict(tgate_compile.DEMO_VARIANTS[MODEL].call))
+    variant = tgate_compile.DEMO_VARIANTS[MODEL]
+    served = ServedModel(name=MODEL, guidance=variant.guidance, call=dict(variant.call))
     with Engine(pipe, warm_up=warm_up, max_batch=16, max_waiting=200, new_sizes="refuse") as engine:
         app = create_app(engine, model=served, limits=Limits(body=BODY))
         signal.signal(signal.SIGUSR1, lambda *_: threading.Thread(target=crash, args=(engine,)).start())
