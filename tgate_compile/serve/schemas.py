@@ -207,8 +207,8 @@ class ImageRequest(BaseModel):
         if self.output_compression is not None and self.format == "png":
             raise ApiError(
                 400,
-                "output_compression applies to jpeg and webp; png files are lossless. Set output_format to one of them, "
-                "or leave out output_compression.",
+                "output_compression applies to jpeg and webp; png files are lossless. Set output_format to one of "
+                "them, or leave out output_compression.",
                 param="output_compression",
             )
 
