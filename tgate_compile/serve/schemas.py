@@ -256,9 +256,7 @@ def invalid_request(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: {param!r}.", param=param, code="unknown_parameter")
     is_pattern = first["type"] == "string_pattern_mismatch"
-    reason = (
-        "wrong format" if is_pattern else re.sub("^(Input|String|Value error,) ", "", first["msg"]).rstrip(".")
-    )
+    reason = "wrong format" if is_pattern else re.sub("^(Input|String|Value error,) ", "", first["msg"]).rstrip(".")
     hint = f" {_HINTS[param]}" if param in _HINTS else ""
     return ApiError(400, f"Invalid {param!r}: {reason}.{hint}", param=param, code="invalid_value")
 
