@@ -1,7 +1,7 @@
 """The engine: it accepts requests, runs them side by side, and batches their denoiser calls.
 
-Each request runs the pipeline's own call in a thread of its own. One of these threads at a time runs the pipeline's
-code, since tokenizers, text encoders and decoders are not thread-safe. At a denoiser call the thread hands over the
+Each request runs the pipeline's own call in a separate thread. One of these threads at a time runs the pipeline's code,
+since tokenizers, text encoders and decoders are not thread-safe. At a denoiser call the thread hands over the
 call's inputs and waits for the results. A single worker collects the waiting calls, groups those that one graph can
 serve together, and runs the graph once for all of them.
 
@@ -42,7 +42,7 @@ from tgate_compile.serve.worker import Job, Served, Submission, Work, Worker
 
 logger = logging.getLogger(__name__)
 
-#: What to do with a request whose size has not been captured.
+#: The treatment of a request whose size has not been captured.
 NewSizes = Literal["capture", "plain", "refuse"]
 
 #: Seconds after which the worker wakes up even if nothing has happened.

@@ -74,7 +74,7 @@ def log_config(level: str = "info") -> dict[str, Any]:
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own, so that several servers can run in one process."""
+    """The metrics of one server, in a separate registry, so that several servers can run in one process."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()

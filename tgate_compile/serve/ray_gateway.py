@@ -45,7 +45,7 @@ LOST = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableEr
 
 
 def api_key_in(variable: str | None) -> str | None:
-    """Return the API key in an environment variable; None if there is no variable.
+    """Return the API key in an environment variable; None if `variable` is None.
 
     Raises:
         ConfigurationError: the variable is empty or not set.
