@@ -62,7 +62,7 @@ MSG_NO_RESIDUAL = (
 
 @dataclass(frozen=True)
 class _Stream:
-    """A value that leaves a range of blocks, and the one that enters it and is changed by the blocks."""
+    """A value that leaves a range of blocks, and the value that enters it and that the blocks add to."""
 
     end: Node
     begin: Node
@@ -97,8 +97,8 @@ def find_ranges(
 ) -> list[Site]:
     """Return the sites of the residuals over ranges of blocks, in graph order. The graph is not changed.
 
-    The value of a site is what leaves the range, and its base what enters it. A range of a model with a stream of
-    tokens for the text and one for the image has a site for each, if both are used after the range.
+    The value of a site leaves the range, and its base enters it. If text and image have separate streams of tokens, the
+    range has a site for each stream that is used after it.
 
     Raises:
         UnsupportedModelError: there are no such blocks, or a value that leaves them is not the continuation of one
@@ -132,8 +132,8 @@ def find_feed_forward(
 ) -> list[Site]:
     """Return the sites of the outputs of feed-forward modules, in graph order. The graph is not changed.
 
-    A feed-forward is a direct child of a transformer block that has no attention, multiplies what depends on the
-    latents by weights at least twice, and returns one value.
+    A feed-forward module is a direct child of a transformer block. It has no attention, multiplies values that depend
+    on the latents by weights at least twice, and returns one value.
     """
     whole = _Graph(graph_module, latents)
     blocks = {path for stack in _stacks(whole, joined=False) for path in stack}
@@ -162,7 +162,7 @@ def _sites(found: Sequence[tuple[Kind, str, Node, Node | None]], batch_dims: Bat
     sites: list[Site] = []
     for kind, path, value, base in found:
         if value not in dims:
-            continue  # it is the same for the whole batch
+            continue  # the value is the same for the whole batch
         name = unique_name(path, [site.name for site in sites])
         fake, batch = value.meta["val"], dims[value]
         shape = list(fake.shape)
@@ -176,7 +176,7 @@ def _stacks(whole: _Graph, *, joined: bool = True) -> list[list[str]]:
     """Return the paths of the blocks of each stack, in the order in which they run.
 
     With `joined`, stacks of the denoiser itself (as opposed to those in the levels of a UNet) that continue the same
-    streams of tokens are one, as in FLUX; and only the longest of these is returned, because the others prepare its
+    streams of tokens become one, as in FLUX, and only the longest of these is returned, because the others prepare its
     inputs.
     """
     lists: dict[str, dict[str, int]] = {}
@@ -218,9 +218,9 @@ def _name_of(blocks: Sequence[str]) -> str:
 
 
 def _streams(whole: _Graph, blocks: Sequence[str]) -> list[_Stream] | Node:
-    """Return the streams through the range of `blocks`, or a value that leaves it and continues none.
+    """Return the streams through the range of `blocks`, or a value that leaves it without continuing one that enters.
 
-    The range includes what is computed between the blocks. Values that do not depend on the latents may leave it.
+    The range includes the nodes between the blocks. Values that do not depend on the latents may leave it.
     """
     interior = _interior(whole, whole.inside(blocks))
     streams: dict[Node, _Stream] = {}
@@ -291,7 +291,7 @@ def _origin(node: Node, interior: set[Node], part: Span | None = None) -> Node |
 
 
 def _span_of(node: Node) -> Span | None:
-    """Return which part of its operand `node` is; None if it is no part."""
+    """Return the part of its operand that `node` takes; None if it does not take a part."""
     if node.target is aten.slice.Tensor:
         return span_of_slice(node)
     return span_of_result(node) if node.target is operator.getitem else None

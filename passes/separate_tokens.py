@@ -1,9 +1,9 @@
 """Separate the tokens of joint attention: compute those of the image apart from the others.
 
 In the captured graph, operators work on sequences of text and image tokens. This pass moves the concatenation of the
-two down, to the keys and values of each attention, where every token is needed. Token-wise operators act on either
-part, the queries are split, and slices that pick one part disappear. The result computes the same values. Once the
-text's keys and values are given, `remove_dead` then removes everything that only the text's tokens need.
+two down, to the keys and values of each attention, where every token is needed. Token-wise operators act on each part
+separately, the queries are split, and slices that select one part disappear. The result computes the same values. Once
+the text's keys and values are inputs, `remove_dead` removes everything that only the text's tokens need.
 
 These keys and values are sites of kind `cross`: they carry the text's influence on the image, as the outputs of
 cross-attention do in other models. The tokens of reference images can be separated in the same way, as sites of kind
@@ -87,8 +87,8 @@ def find_joint_attention(
 ) -> Joint | None:
     """Return the joint attention of a captured denoiser; None if it has none. `graph_module` is not changed.
 
-    A denoiser with cross-attention (`has_cross`) has joint attention only if the text's tokens see the image as well:
-    otherwise keys that do not change were appended to a self-attention, as in GLIGEN.
+    A denoiser with cross-attention (`has_cross`) has joint attention only if the text's tokens attend to the image as
+    well: otherwise, keys that do not change were appended to a self-attention, as in GLIGEN.
 
     Args:
         graph_module: the captured denoiser.
@@ -98,13 +98,13 @@ def find_joint_attention(
             images.
         has_cross: whether it has cross-attention.
         only_constant: whether to return None unless the keys and values are the same in all steps.
-        image: the rows of the latents that are the image's, if others are those of reference images (`Origins`).
+        image: the rows of the latents that belong to the image, if others belong to reference images (`Origins`).
         known: returns the values of masks, which may show that tokens do not attend to others.
 
     Raises:
         UnsupportedModelError: the tokens cannot be separated from the image's.
     """
-    # Earlier frames and images in inputs of their own are tokens of the image, too.
+    # Earlier frames and images in separate inputs are also tokens of the image.
     latents = [*inputs.latents, *(node for node in inputs.conditions if "latent" in node.name)]
     conditions = [node for node in inputs.conditions if node not in latents]
     names = (tuple(node.name for node in nodes) for nodes in (latents, inputs.times, conditions))
@@ -133,7 +133,7 @@ def find_joint_attention(
     if only_constant and not constant:
         return None
     if constant and _changing(whole.graph, sites, changing_inputs):
-        whole = separated  # where they are computed apart, so that they need not be computed in every step
+        whole = separated  # computes them separately, so that they need not be computed in every step
     pruned = copy_graph(separated)
     reuse(pruned, sites)
     remove_dead(pruned)
@@ -154,9 +154,9 @@ def _changing(graph: torch.fx.Graph, sites: Iterable[Site], inputs: Iterable[Nod
 
 
 def may_be_constant(graph: torch.fx.Graph, labels: Labels, streams: Collection[Stream], known: Known) -> bool:
-    """Return whether the tokens of `streams` may be the same in all steps: whether no attention shows them the image.
+    """Return whether the tokens of `streams` may be the same in all steps: whether none of them attends to the image.
 
-    It is a quick test on a graph whose tokens are not separated. An attention whose mask is known may hide the image.
+    This is a quick test on a graph whose tokens are not separated. An attention with a known mask may hide the image.
     """
     for node in graph.nodes:
         if node.target not in FUSED:
@@ -199,9 +199,9 @@ def without_likes(graph: torch.fx.Graph) -> None:
 
 
 def split_times(graph: torch.fx.Graph, times: Sequence[str], known: Known) -> None:
-    """Compute rows of a batch that has further rows for a fixed timestep apart from those of the present timestep.
+    """Separate the rows of a batch that belong to the present timestep from rows that belong to a fixed timestep.
 
-    Some models modulate the text by a timestep of zero, which is a row of the same batch.
+    Some models modulate the text with a timestep of zero, which is a row of the same batch.
     """
     labels = token_rows(graph, Origins(latents=tuple(times)))
     if any(isinstance(label, Tokens) and label.dim != 0 for label in labels.values()):
@@ -220,8 +220,8 @@ Sources = Mapping[str, tuple[str, Stream]]
 def mark_tokens(graph: torch.fx.Graph, labels: Labels, streams: Sequence[Stream]) -> tuple[list[Site], Sources]:
     """Return the sites of the keys and values of the tokens of `streams`, and the sources of their nodes.
 
-    The rows of these tokens in what the graph returns are sites as well. Where the rows are part of a larger value,
-    nodes that take them are added to `graph`. The result of the graph does not depend on them.
+    The rows of these tokens in the outputs of the graph are sites as well. Where the rows are part of a larger value,
+    nodes that take them are added to `graph`. The outputs of the graph do not depend on these nodes.
     """
     sites: list[Site] = []
     sources: dict[str, tuple[str, Stream]] = {}

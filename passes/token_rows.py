@@ -1,13 +1,13 @@
 """Find which tokens of each value belong to the image, to its references, or to the text.
 
-In joint attention, the tokens of text and image are in one sequence. Every value is described by the stream that its
-rows belong to. A row belongs to the image if it depends on the latents other than as a key or value of an attention.
-The text's tokens see the latents through attention alone, so their rows do not, in any block and whatever the order of
-the tokens. The tokens of reference images are rows of the latents that are known beforehand.
+In joint attention, the tokens of text and image are in one sequence. Every value is labelled with the streams that its
+rows belong to. A row belongs to the image if it depends on the latents other than through keys and values of an
+attention. The rows of the text's tokens depend on the latents only through keys and values, in every block and whatever
+the order of the tokens. The tokens of reference images are rows of the latents that are known in advance.
 
 An operator keeps the rows apart if it treats them independently of each other (a linear layer, a norm over features,
 an attention's queries). The result of any other operator on rows of several streams belongs as a whole to the last of
-them, which is always correct: it only means that these tokens cannot be separated.
+these streams. That is always correct: it only means that these tokens cannot be separated.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Tokens:
         return sum(size for size, of in self.parts if of is stream)
 
     def between(self, start: Size, stop: Size) -> tuple[Part, ...] | None:
-        """Return the parts of the rows from `start` to `stop`; None if free sizes leave that open."""
+        """Return the parts of the rows from `start` to `stop`; None if they depend on free sizes."""
         found: list[Part] = []
         offset: Size = 0
         for size, stream in self.parts:
@@ -306,7 +306,7 @@ def _along_pad_sequence(node: Node, labels: Labels) -> Label | None:
 
 
 def _along_pad(node: Node, labels: Labels) -> Label | None:
-    """Return the label of rows after which zeros are added; those of the image must not be the last ones."""
+    """Return the label of rows after which zeros are added; the last rows must not belong to the image."""
     label = labels[operand(node, 0)]
     pads = padding_of(node)
     if not isinstance(label, Tokens) or pads is None or pads[0] != label.dim or label.parts[-1][1] is not Stream.TEXT:
@@ -315,7 +315,7 @@ def _along_pad(node: Node, labels: Labels) -> Label | None:
 
 
 def padding_of(node: Node) -> tuple[int, int] | None:
-    """Return the only dimension that a padding adds rows to, and the number of them; None unless all come last."""
+    """Return the only dimension to which a padding adds rows, and their number; None unless all come last."""
     pads = node.args[1]
     assert isinstance(pads, (list, tuple))
     added = [(rank(node) - 1 - i // 2, i % 2, size) for i, size in enumerate(pads) if size]
@@ -391,8 +391,8 @@ def span_of_result(node: Node) -> Span | None:
 def tokens_left(graph: torch.fx.Graph, origins: Origins, streams: Collection[Stream]) -> list[Node]:
     """Return the attentions of `graph` that have queries of the tokens of `streams` alone, and depend on the latents.
 
-    In a graph that gets the keys and values of these tokens, there should be none: nothing else needs the tokens.
-    Attentions of the text that do not depend on the latents may pool it for the modulation.
+    A graph that takes the keys and values of these tokens as inputs should have no such attention: nothing else needs
+    the tokens. Attentions of the text that do not depend on the latents may pool it for the modulation.
     """
     labels = token_rows(graph, origins)
     of_latents = depends_on(graph, [node for node in graph.nodes if node.name in origins.latents])
@@ -431,8 +431,8 @@ class JointAttention:
 
     Attributes:
         node: the attention.
-        keys: the node of the keys, as far up as they are not larger.
-        values: the node of the values, likewise.
+        keys: the node of the keys, before copies that only make them larger.
+        values: the node of the values, in the same place.
     """
 
     node: Node

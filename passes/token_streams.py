@@ -43,7 +43,7 @@ CATS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
 _SLICES = {aten.slice.Tensor, aten.narrow.default}
 _PADS = {aten.constant_pad_nd.default, aten.pad.default}
 
-#: Returns the value of a node that depends on nothing but constants and inputs whose values are known; else None.
+#: Returns the value of a node that depends only on constants and on inputs with known values; otherwise None.
 Known = Callable[[Node], torch.Tensor | None]
 
 
@@ -111,7 +111,7 @@ class Builder:
         return self.call(aten.slice.Tensor, (node, dim, self.amount(start), end), {}, label)
 
     def _slice_of_written(self, node: Node, dim: int, start: Size, stop: Size, label: Label) -> Node | None:
-        """Return rows of a value that was made by assignments, as they are without those that do not concern them."""
+        """Return rows of a value that was built by assignments, without the assignments to other rows."""
         if node.target is aten.slice_scatter.default:
             span = span_of_slice(node, first=2)
             if span is None or span.dim != dim or not all(isinstance(each, int) for each in (start, stop, span.stop)):
@@ -138,7 +138,7 @@ class Builder:
         return self._choices[node]
 
     def _slice_of_chosen(self, node: Node, dim: int, start: Size, stop: Size, label: Label) -> Node | None:
-        """Return rows of a value without the operands that are not chosen for them; None if these are not known."""
+        """Return rows of a value, computed only from the operands chosen for them; None if the choice is not known."""
         shape = shape_of(node)
         total, ndim = shape[dim], rank(node)
         if not all(type(size) is int for size in (start, stop, *shape)):
@@ -246,7 +246,7 @@ class Separation(Builder):
                 node.replace_all_uses_with(picked)
 
     def _part(self, node: Node, label: Tokens, stream: Stream) -> Node | None:
-        """Return the part of the value of `node`; None for a split along the tokens, whose results are visited."""
+        """Return the part of the value of `node`; None for a split along the tokens, whose results have parts."""
         if node.target in SPLITS:
             if positive(argument(node, 2, "dim", 0), rank(node)) == label.dim:
                 return None
@@ -286,7 +286,7 @@ class Separation(Builder):
             return None
         before, within = tokens.between(0, span.start), tokens.between(span.start, span.stop)
         if before is None or within is None:
-            return None  # free sizes leave open which rows it takes
+            return None  # with free sizes, it is not known which rows it takes
         start = sum(size for size, of in before if of is label)
         count = sum(size for size, of in within if of is label)
         return self.slice(self.rows(source, label), tokens.dim, start, start + count, label)
@@ -404,7 +404,7 @@ class Separation(Builder):
         return self._cuts[key]
 
     def _attended(self, node: Node, query: Node, label: Tokens | None, stream: Label) -> Node:
-        """Return the attention `node` of other queries: the rows of `stream` in `label`."""
+        """Return the attention `node` for other queries: the rows of `stream` in `label`."""
         keys, values = operand(node, 1), operand(node, 2)
         mask: Any = argument(node, 3, "attn_mask")
         of_keys = self.labels[keys]
@@ -450,8 +450,8 @@ class Separation(Builder):
 def hidden_parts(mask: torch.Tensor | None, of_keys: Tokens, label: Tokens, stream: Stream) -> tuple[int, ...]:
     """Return the parts of the keys that `mask` hides from all queries of `stream` that matter.
 
-    Queries matter if their tokens are seen by the image's, directly or through others: padding may see everything, and
-    is seen by nothing.
+    Queries matter if the image's tokens attend to their tokens, directly or through others: padding may attend to
+    everything, but nothing attends to padding.
     """
     sizes = [size for size, _ in (*of_keys.parts, *label.parts)]
     if mask is None or stream is Stream.IMAGE or of_keys.parts != label.parts or not all(type(n) is int for n in sizes):

@@ -51,7 +51,7 @@ def test_methods_and_the_short_form_are_the_same(methods: Schedule, short: Sched
     ("make", "telling"),
     [
         (lambda: TGate(10) + TGate(5), "T-GATE is given twice"),
-        (lambda: TGate(10) + AdaptiveGuidance(step=5), "Guidance ends in one way"),
+        (lambda: TGate(10) + AdaptiveGuidance(step=5), "Guidance can end in only one way"),
         (lambda: DeepCache(3) + TGate(10, sp_interval=5), "DeepCache cannot be combined with cached self-attention"),
         (lambda: DeepCache(3) + PAB(4, 1), "DeepCache cannot be combined with PAB"),
         (lambda: TGate(10, fi_interval=2) + PAB(4, 2), "both cache the values of kind 'self'"),
@@ -222,7 +222,7 @@ class Forgetful(Method):
 
 
 def test_a_method_that_contradicts_itself_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"step 0 hands on self, which hands_on\(\)"):
+    with pytest.raises(ConfigurationError, match=r"step 0 emits self, which hands_on\(\)"):
         Schedule.of(Forgetful()).plan(3, guided=True)
 
 

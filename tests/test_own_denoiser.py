@@ -266,7 +266,7 @@ class Ambiguous(Denoiser):
     [
         (Joint, None, r"has joint attention, .*keep=\"cond\", anchor_weight=1.0"),
         (MixesRows, None, "make no row depend on another"),
-        (Scalar, lambda model, x, t, text: model(x, t, text)[0], "Value 1 of what forward.. returns"),
+        (Scalar, lambda model, x, t, text: model(x, t, text)[0], "Value 1 of the result of forward"),
         (
             Ambiguous,
             lambda model, x, t, text: model(torch.cat([x, x], 1)[:, :TEXT], t, x),

@@ -98,7 +98,7 @@ def test_a_short_file_by_hand_is_enough(tmp_path: Path) -> None:
         (file_of(anchor_weight=10**400), "anchor_weight"),
         ('{"format": "tgate_compile.schedule", "version": 1, "schedule": {"anchor_weight": 1e999}}', "anchor_weight"),
         (file_of(gate_step=None), "Nothing to do"),
-        (file_of(gate_step=10, guidance_step=5), "Guidance ends in one way"),
+        (file_of(gate_step=10, guidance_step=5), "Guidance can end in only one way"),
     ],
     ids=lambda value: str(value)[:60],
 )

@@ -172,7 +172,7 @@ def test_the_refusal_lists_the_attentions_found() -> None:
     for block in denoiser.blocks:
         block.attn2 = _Unrecognized(6).eval()
         del block.attn2.is_cross_attention
-    with pytest.raises(UnsupportedModelError, match=r"2 attentions, of which 2 take keys .* are taken to be 'samp"):
+    with pytest.raises(UnsupportedModelError, match=r"2 attentions, of which 2 take keys .* were assumed to be 'samp"):
         tiny_capture(denoiser)
 
 

@@ -50,7 +50,7 @@ run = CliRunner().invoke
         (["--warm-up-size", "64x60"], 2, "60 is not a multiple of 8"),
         (["--adapter", "style"], 2, "NAME=FILE"),
         (["--bundle", "nothing", "--port", "0"], 1, "is not a bundle"),
-        (["--host", "256.0.0.1", "--port", "0"], 1, "cannot listen at 256.0.0.1"),
+        (["--host", "256.0.0.1", "--port", "0"], 1, "cannot listen on 256.0.0.1"),
     ],
 )
 def test_what_is_wrong_is_said_first(arguments: list[str], code: int, said: str) -> None:

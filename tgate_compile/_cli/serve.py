@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MSG_BUNDLE_ALONE = "--bundle contains a model with all settings. Leave out {given}, or leave out --bundle."
-MSG_NOT_BOUND = "The server cannot listen at {host}, port {port}: {reason}. Choose another --host or --port."
+MSG_NOT_BOUND = "The server cannot listen on {host}, port {port}: {reason}. Choose another --host or --port."
 MSG_BOTH_SIDES = "--height and --width belong together: add the other one."
 
 SERVER, LIMITS = "Server", "Limits of requests"
 
-#: The environment variable of the API key, which others could see among a process's arguments.
+#: The environment variable with the API key. On the command line, other users could read the key.
 API_KEY_VARIABLE = "TGATE_COMPILE_API_KEY"
 
 
 class NewSizes(str, Enum):
-    """What to do with a request for images of a size that was not prepared."""
+    """The treatment of requests for image sizes that were not prepared."""
 
     capture = "capture"
     plain = "plain"
@@ -47,7 +47,7 @@ class NewSizes(str, Enum):
 
 
 class LogLevel(str, Enum):
-    """The least level of log lines."""
+    """The lowest level of log messages to write."""
 
     debug = "debug"
     info = "info"
@@ -84,7 +84,7 @@ class EngineOptions:
             "--warm-up-size",
             parser=parse_size,
             metavar="WxH",
-            help="A size of images to prepare before the server is ready; repeatable.",
+            help="Image size to prepare before the server is ready; repeatable.",
             show_default="the model's",
             rich_help_panel=SERVER,
         ),
@@ -94,7 +94,7 @@ class EngineOptions:
         typer.Option(
             "--new-sizes",
             metavar="NAME",
-            help="For other sizes: capture (the request waits for it), plain (without T-GATE) or refuse.",
+            help="Other image sizes: capture (the request waits), plain (run without T-GATE) or refuse.",
             rich_help_panel=SERVER,
         ),
     ] = NewSizes.capture
@@ -133,10 +133,10 @@ class EngineOptions:
 class LimitOptions:
     """Limits of requests. A command's argument that is annotated with this class becomes these options."""
 
-    max_images: Annotated[int, typer.Option(min=1, help="Images.", rich_help_panel=LIMITS)] = 8
-    max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.", rich_help_panel=LIMITS)] = 200
-    max_side: Annotated[int, typer.Option(min=8, help="Pixels of a side.", rich_help_panel=LIMITS)] = 2048
-    max_body: Annotated[int, typer.Option(min=100, help="Bytes of the body.", rich_help_panel=LIMITS)] = 65536
+    max_images: Annotated[int, typer.Option(min=1, help="Maximum number of images.", rich_help_panel=LIMITS)] = 8
+    max_steps: Annotated[int, typer.Option(min=1, help="Maximum number of steps.", rich_help_panel=LIMITS)] = 200
+    max_side: Annotated[int, typer.Option(min=8, help="Maximum width and height.", rich_help_panel=LIMITS)] = 2048
+    max_body: Annotated[int, typer.Option(min=100, help="Maximum body in bytes.", rich_help_panel=LIMITS)] = 65536
 
 
 def serve(
@@ -168,16 +168,16 @@ def serve(
     backend: options.BackendForOne = None,
     precision: options.PrecisionOption = options.OWN,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 for other machines.", rich_help_panel=SERVER)
+        str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.", rich_help_panel=SERVER)
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to serve at; 0 uses any free one.", rich_help_panel=SERVER)
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.", rich_help_panel=SERVER)
     ] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar=API_KEY_VARIABLE,
-            help=f"Key that requests must send; better in the environment, as {API_KEY_VARIABLE}.",
+            help=f"API key that requests must send. Prefer the environment variable {API_KEY_VARIABLE}.",
             show_default="none",
             rich_help_panel=SERVER,
         ),
@@ -185,13 +185,13 @@ def serve(
     engine: EngineOptions,
     limits: LimitOptions,
     drain: Annotated[
-        int, typer.Option(min=0, help="Seconds for requests to finish when stopped.", rich_help_panel=SERVER)
+        int, typer.Option(min=0, help="Seconds that requests get to finish at shutdown.", rich_help_panel=SERVER)
     ] = 30,
     log_level: Annotated[
         LogLevel, typer.Option("--log-level", metavar="NAME", help="debug, info, warning or error.")
     ] = LogLevel.info,
 ) -> None:
-    """Serve a model or a bundle over HTTP with OpenAI's images API. Many requests are served at a time."""
+    """Serve a model or a bundle over HTTP with OpenAI's images API, batching the requests of many clients."""
     check_installed("fastapi", "uvicorn", "prometheus_client", extra="serve", what="serve")
     of_model = {"model": model, **_changed(loading), "adapter": adapter, **_changed(image), **schedule.given}
     of_model |= {"schedule": schedule.file, "backend": backend, "cache_memory": engine.memory}
@@ -226,7 +226,7 @@ def serve(
 
 
 def engine_for_bundle(bundle: Path, name: str | None, engine: EngineOptions) -> tuple[Engine, ServedModel, int]:
-    """Return an engine for a bundle, its model, and what the sides of its images are multiples of."""
+    """Return an engine for a bundle, its model, and the number that image sides must be multiples of."""
     check_installed("pydantic", "onnxruntime", "tokenizers", extra="runtime", what="serve --bundle")
     from tgate_compile.bundle.read_manifest import read_manifest
     from tgate_compile.serve import Engine
@@ -257,7 +257,7 @@ def engine_for_model(
     precision: options.Precision,
     with_loras: bool = True,
 ) -> tuple[Engine, ServedModel, int]:
-    """Return an engine for a model that was loaded, the model, and what the sides of its images are multiples of.
+    """Return an engine for a loaded model, the model, and the number that image sides must be multiples of.
 
     Without `with_loras`, no graphs are prepared for its LoRA adapters.
     """
@@ -269,7 +269,7 @@ def engine_for_model(
     from tgate_compile.serve.jobs import ServedModel
 
     settings, chosen = chosen_for(loaded, loading, image, schedule, shown=True)
-    # The embedded models make an image in less time than another runtime needs to compile them.
+    # The embedded models generate an image in less time than another runtime needs to compile them.
     default: BackendName = "eager" if loaded.is_embedded else "auto"
     tgate_compile.optimize(loaded.pipe, schedule=chosen, backend=backend or default, precision=precision.value)
     pipe: Any = loaded.pipe
@@ -299,13 +299,13 @@ def _warm_up(served: ServedModel, engine: EngineOptions, loras: Sequence[str] = 
 
 
 def _name_of(source: str) -> str:
-    """Return a name for clients, which need not know the path of a folder."""
+    """Return a name for clients. It does not reveal the path of a folder."""
     embedded = options.embedded_name(None if source == "embedded" else source)
     return embedded or (Path(source).resolve().name if Path(source).exists() else source)
 
 
 def load_adapters(loaded: Loaded, adapters: list[tuple[str, str]]) -> None:
-    """Load LoRA weights under their names, none of which is active unless a request chooses it."""
+    """Load LoRA weights under their names. None is active unless a request chooses it."""
     if not adapters:
         return
     from tgate_compile._cli.loading import load_lora
@@ -334,7 +334,7 @@ def _changed(given: options.Loading | options.Image) -> dict[str, Any]:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Return a socket with the address, which does not listen yet, so that clients are refused until all is ready."""
+    """Return a bound socket that does not listen yet, so that clients are refused until the server is ready."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with ExitStack() as undo:

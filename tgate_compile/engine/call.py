@@ -30,9 +30,10 @@ class Call:
     Attributes:
         leaves: the tensors and constants, in pytree order.
         spec: the pytree structure of (args, kwargs).
-        by_value: the positions of the leaves whose values a graph depends on, such as masks, each with how it does.
-        image: the rows of the latents that are the image's, if the others are those of reference images that are
-            handled apart: their dimension, the first one, and the one after the last.
+        by_value: the positions of the leaves whose values a graph depends on, such as masks, each with the kind of
+            dependence.
+        image: the rows of the latents that belong to the image, if the others belong to reference images that are
+            treated separately: their dimension, the first row, and the row after the last.
     """
 
     leaves: tuple[Any, ...]
@@ -61,7 +62,7 @@ class Call:
 
     @property
     def opened_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's (args, kwargs), with the contents of caches in place of these: a pytree."""
+        """The call's (args, kwargs), a pytree in which caches have been replaced with their contents."""
         args, kwargs = pytree.tree_unflatten(list(self.leaves), self.spec)
         return args, kwargs
 
@@ -94,7 +95,7 @@ class Call:
 
 
 class _Contents(dict[str, Any]):
-    """The attributes of an object that holds tensors: diffusers' caches of keys and values are no pytrees."""
+    """The attributes of an object that holds tensors. diffusers' caches of keys and values are not pytrees."""
 
     def __init__(self, kind: type, attributes: Mapping[str, Any]) -> None:
         super().__init__(attributes)
@@ -113,7 +114,7 @@ pytree.register_pytree_node(
 
 
 def _opened(value: Any) -> Any:
-    """Return the contents of a cache of keys and values, unless a call fills it; any other value as it is."""
+    """Return the contents of a cache of keys and values, unless a call fills it; any other value unchanged."""
     if isinstance(value, list):
         return [_opened(item) for item in value]
     kind = type(value)
@@ -129,7 +130,7 @@ def is_opened(value: Any) -> bool:
 
 
 def closed(value: Any) -> Any:
-    """Return the object with these contents (`_Contents`); any other value as it is."""
+    """Return the object with these contents (`_Contents`); any other value unchanged."""
     if isinstance(value, list):
         return [closed(item) for item in value]
     if not isinstance(value, _Contents):
@@ -189,7 +190,7 @@ def _is_tensor(part: Any) -> bool:
 
 
 def _differing(left: Any, right: Any) -> tuple[int, ...] | None:
-    """Return the dimensions in which two tensors differ; None if they differ otherwise, or are not tensors."""
+    """Return the dimensions in which two tensors differ; None if they differ in another way, or are not tensors."""
     if not (_is_tensor(left) and _is_tensor(right)) or left[1:] != right[1:] or len(left[0]) != len(right[0]):
         return None
     return tuple(dim for dim, (a, b) in enumerate(zip(left[0], right[0], strict=True)) if a != b)
@@ -233,7 +234,7 @@ class BatchDims:
         dims = {node: _dim_of_change(before[node], after[node]) for node in watched}
         for i, node in enumerate(outputs):
             if dims[node] != 0:
-                output = "What forward() returns" if len(outputs) == 1 else f"Value {i} of what forward() returns"
+                output = "The result of forward()" if len(outputs) == 1 else f"Value {i} of the result of forward()"
                 raise UnsupportedModelError(
                     f"{output} does not have the batch in its first dimension, with each row depending only on the "
                     "same row of the inputs, so the guidance halves cannot be separated. Put the batch first, make "
@@ -279,7 +280,7 @@ class _Recorder(torch.fx.Interpreter):
 
 
 def _dim_of_change(before: torch.Tensor, after: torch.Tensor) -> int | None:
-    """Return the dimension whose second half contains all changes; None if there is none or nothing has changed."""
+    """Return the dimension whose second half contains all changes; None if no dimension does or nothing has changed."""
     changed = (before != after) & ~(before.isnan() & after.isnan())
     for dim, size in enumerate(changed.shape):
         if size % 2 == 0:

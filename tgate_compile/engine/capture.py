@@ -152,7 +152,7 @@ MSG_MISSING: Mapping[Kind, str] = {
 MSG_NOTHING_FOUND = "{model} has no attention and no feed-forward module whose output could be cached."
 MSG_WHAT_WAS_FOUND = (
     "Its graph has {count} attentions, of which {own} take keys and values that depend on the latents, and {others} "
-    "have queries that do not, or keys and values that depend on no input. The latents are taken to be {latents}. "
+    "have queries that do not, or keys and values that depend on no input. The latents were assumed to be {latents}. "
     "docs/guides/own-denoiser.md describes which forms of attention are recognized."
 )
 
@@ -217,8 +217,8 @@ def capture(
     in_ranges = set(dict(ranges)) if batch_dims is None else set()
     of_tokens = (OF_TOKENS & set(kinds)) - set(optional)
     has_cross = any(site.kind == "cross" for site in attention)
-    # Tokens that are joined to the latents' beside cross-attention may be no text: in Stable Audio, one has the
-    # timestep and the duration.
+    # In a model with cross-attention, tokens in a sequence with those of the latents need not be text: in Stable Audio,
+    # one of them holds the timestep and the duration.
     may_be_constant = not of_tokens and has_joint_attention(type(denoiser)) and set(kinds) <= in_ranges
     if may_be_constant or (of_tokens and (not has_cross or has_joint_attention(type(denoiser)))):
         joint = find_joint_attention(
@@ -273,14 +273,14 @@ def capture(
         captured,
         program=flat_program(program, joint.whole),
         separated=joint.separated,
-        origins=joint.origins if only is None else None,  # with a part of the sites, all tokens are still needed
+        origins=joint.origins if only is None else None,  # if not all sites are cached, all tokens are still needed
         constant=joint.constant,
         separated_sites=tuple(separated_sites),
     )
 
 
 def _ranges_without_text(joint: Joint, inputs: Inputs, ranges: Mapping[Kind, Blocks], model: str) -> list[Site]:
-    """Return the residuals of blocks in the graph without the text, with other names than those of both streams."""
+    """Return the residuals of blocks in the graph without the text. Their names differ from those of both streams."""
     nodes = {node.name: node for node in joint.pruned.graph.nodes}
     found = find_ranges(joint.pruned, [nodes[node.name] for node in inputs.latents], ranges, model)
     return [dataclasses.replace(site, name=f"{site.name}.image") for site in found]
@@ -329,11 +329,11 @@ def cross_attention_modules(denoiser: torch.nn.Module) -> list[str]:
 
 
 def denies_cross_attention(denoiser: torch.nn.Module) -> bool:
-    """Return whether `denoiser` certainly has no cross-attention, which is known without a graph.
+    """Return whether it is certain, without a graph, that `denoiser` has no cross-attention.
 
     That is the case if it has attentions like diffusers', and each of them sets `is_cross_attention` to False or
     computes joint attention. An attention without that attribute may be a cross-attention, and a denoiser without such
-    modules may have attentions of another form: these can be found in the graph only.
+    modules may have attentions of another form, which can be found only in the graph.
     """
     attentions = [module for module in denoiser.modules() if hasattr(module, "to_k")]
     if any(vars(module).get("self_attn") is False for module in denoiser.modules()):

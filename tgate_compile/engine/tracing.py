@@ -1,8 +1,8 @@
 """Trace a denoiser with torch.export, even if its code reads values from its inputs.
 
-Some denoisers read, for example, the lengths of texts from their masks. Such code cannot be traced: it makes tensors
-whose sizes depend on values. So the values that it reads in a run on real inputs are recorded, and handed to it while
-it is traced. The graph is then valid only for inputs with the same values, which are part of the key of a call
+Some denoisers read, for example, the lengths of texts from their masks. Such code cannot be traced, because the sizes
+of its tensors depend on values. Therefore the values that it reads in a run on real inputs are recorded, and returned
+to it during tracing. The graph is then valid only for inputs with the same values, which are part of the key of a call
 (`Call.key`).
 """
 
@@ -29,8 +29,8 @@ from tgate_compile.engine.halves import named_leaves
 from tgate_compile.passes.find_sites import depends_on, value_inputs
 from tgate_compile.passes.graphs import functional, inline_disabled_autocast
 
-#: The denoisers of diffusers whose graphs depend on values, with the names of the arguments that have them, and whether
-#: it matters only if all of these are zero.
+#: The denoisers of diffusers whose graphs depend on the values of arguments, and for each of these arguments, whether a
+#: graph depends on all values or only on whether all are zero.
 _READ: Mapping[str, Mapping[str, ByValue]] = {
     "HunyuanImageTransformer2DModel": {"encoder_attention_mask": "values", "encoder_attention_mask_2": "values"},
     "HunyuanVideo15Transformer3DModel": {
@@ -46,8 +46,8 @@ _READ: Mapping[str, Mapping[str, ByValue]] = {
 }
 
 MSG_OTHER_READINGS = (
-    "its code reads values of other inputs than the known ones, or reads other values when it is traced than when it "
-    "runs"
+    "its code reads values from inputs that are not known to be read, or reads other values during tracing than in a "
+    "normal run"
 )
 
 
@@ -97,7 +97,7 @@ def without_stack_traces() -> Iterator[None]:
 
 
 def _with_closed(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return `forward` for arguments with the contents of caches in place of these."""
+    """Return `forward` for arguments in which caches have been replaced with their contents."""
     if not any(map(is_opened, kwargs.values())):
         return forward
 
@@ -109,7 +109,7 @@ def _with_closed(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Call
 
 
 def _with_known_readings(denoiser: torch.nn.Module, forward: Callable[..., Any], call: Call) -> Callable[..., Any]:
-    """Return `forward` for tracing: what it reads from tensors is what it reads in a run on the inputs of `call`."""
+    """Return `forward` for tracing: it reads the same values from tensors as in a run on the inputs of `call`."""
     if not values_read(denoiser):
         return forward
     readings = _recorded(forward, call)
@@ -138,7 +138,7 @@ def _with_known_readings(denoiser: torch.nn.Module, forward: Callable[..., Any],
 
 @contextmanager
 def _lists_read_by(reader: _Reader) -> Iterator[None]:
-    """Let `reader` answer the method `tolist` of the tensors of a trace, some of which do not ask a function mode."""
+    """Let `reader` answer `tolist()` of tensors during tracing, because some of them bypass function modes."""
     before = [(cls, vars(cls)["tolist"]) for cls in (FakeTensor, FunctionalTensor) if "tolist" in vars(cls)]
     for cls, method in before:
         cls.tolist = lambda tensor, read=method: reader.read("tolist", lambda: read(tensor))  # type: ignore[method-assign]
@@ -158,7 +158,7 @@ def _recorded(forward: Callable[..., Any], call: Call) -> list[tuple[str, Any]]:
 
 
 class _Reader(TorchFunctionMode):
-    """Records what code reads from tensors, or answers from `known`.
+    """Records the values that code reads from tensors, or returns those in `known`.
 
     Operators whose results have sizes that depend on values are replaced with others whose sizes are fixed.
 
@@ -183,7 +183,7 @@ class _Reader(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def read(self, name: str, value: Callable[[], Any]) -> Any:
-        """Return what is read by the operator `name`: `value()`, or the known one."""
+        """Return the value that the operator `name` reads: `value()`, or the known value."""
         if self._known is None:
             reading = name, value()
         elif len(self.readings) < len(self._known) and self._known[len(self.readings)][0] == name:
@@ -272,7 +272,7 @@ def _joined(pieces: Iterable[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-#: Operators whose results have sizes that depend on values, with what computes the same for known values.
+#: Operators whose results have sizes that depend on values, with functions that compute the same for known values.
 _FIXED: Mapping[str, Callable[..., Any]] = {
     "__getitem__": _get_masked,
     "__setitem__": _set_masked,

@@ -127,7 +127,7 @@ _TWO_DENOISERS = (
 
 _ONNX = (
     "its models are ONNX graphs already, and only PyTorch modules can be captured. What works instead: the same "
-    "checkpoint in its PyTorch pipeline, exported with tgate_compile.export(..., target='onnx')"
+    "checkpoint in its PyTorch pipeline, optimized and exported with tgate_compile.export(pipe, folder, format='onnx')"
 )
 
 

@@ -13,7 +13,7 @@ from tgate_compile.methods.method import NONE, Kind, Method, Share, Timeline, ch
 class AdaptiveGuidance(Method):
     """Adaptive Guidance (arXiv 2312.12487, section 5): guidance ends at a step, or when the predictions are similar.
 
-    With a fixed step it is the fair baseline for T-GATE, whose gate ends guidance as well.
+    With a fixed step it is the proper baseline for T-GATE, whose gate ends guidance as well.
 
     Attributes:
         step: the number of guided steps, or the fraction of the steps that is guided.

@@ -25,9 +25,9 @@ from tgate_compile.methods.method import (
 class BlockCache(Skipping):
     """The static form of first-block caching (ParaAttention) and of DBCache (cache-dit, with its mask of steps).
 
-    The first `front` and the last `back` blocks of the transformer are computed at every step, those between them at
-    some steps only. At the others, the change that the blocks between made to their input is added to the present
-    input. Which steps these are is fixed beforehand: by an interval, or by a mask.
+    The first `front` and the last `back` blocks of the transformer are computed at every step. The blocks between them
+    are computed only at the steps that an interval or a mask selects in advance. At the other steps, their last
+    residual (output minus input) is added to their present input.
 
     In a UNet, this applies to each stack of transformer blocks by itself: use `front=0`.
 
@@ -37,8 +37,8 @@ class BlockCache(Skipping):
         back: the number of blocks at the end that are computed at every step.
         warm_up: the number of steps at the beginning that are all computed.
         mask: instead of `interval` and `warm_up`: one digit per step, `1` to compute all blocks and `0` to skip those
-            in the middle, such as `"1110101"`. Further steps are computed.
-        forecast: the order of the forecast: 0 reuses the last change, 1 and 2 extrapolate it (TaylorSeer).
+            in the middle, such as `"1110101"`. Steps beyond its end are computed.
+        forecast: the order of the forecast: 0 reuses the last residual, 1 and 2 extrapolate it (TaylorSeer).
     """
 
     key: ClassVar[str] = "blockcache"

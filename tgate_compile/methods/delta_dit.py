@@ -26,16 +26,16 @@ from tgate_compile.methods.method import (
 class DeltaDiT(Skipping):
     """Delta-DiT (arXiv 2406.01125, section 3.3).
 
-    A diffusion transformer draws outlines first, with its front blocks, and details later, with its rear blocks. So in
-    the early steps the rear blocks are computed at every `interval`-th step only, and in the late steps the front
-    blocks. In between, the change that these blocks made to their input is added to the present input. Both counts
-    start at a step that computes everything.
+    A diffusion transformer draws outlines first, with its front blocks, and details later, with its rear blocks.
+    Therefore the rear blocks are computed at every `interval`-th step only in the early steps, and the front blocks in
+    the late steps. In between, the last residual of these blocks (output minus input) is added to their present input.
+    Both counts start at a step that computes everything.
 
     Attributes:
         interval: the number of steps from one computation of the skipped blocks to the next.
         blocks: the number of blocks that are skipped, at the front and at the rear.
         boundary: the fraction of the steps after which the front blocks are skipped instead of the rear ones.
-        forecast: the order of the forecast: 0 reuses the last change, 1 and 2 extrapolate it (TaylorSeer).
+        forecast: the order of the forecast: 0 reuses the last residual, 1 and 2 extrapolate it (TaylorSeer).
     """
 
     key: ClassVar[str] = "deltadit"

@@ -30,15 +30,15 @@ class Fora(Skipping):
     between; norms, gates and the timestep's modulation are computed at every step. The count restarts where the
     denoiser changes (at a gate, and where guidance ends).
 
-    With a `forecast`, the outputs are extrapolated instead (TaylorSeer, arXiv 2503.06923, whose rule this is; it also
-    computes the first steps: `Fora(5, warm_up=3, forecast=2)`).
+    With a `forecast`, the outputs are extrapolated instead, as in TaylorSeer (arXiv 2503.06923), which also computes
+    the first steps: `Fora(5, warm_up=3, forecast=2)`.
 
     Attributes:
         interval: the number of steps from one computation to the next.
         warm_up: the number of steps at the beginning that are all computed.
         mask: instead of `interval` and `warm_up`: one digit per step, `1` to compute and `0` to skip, such as
-            `"1110101"`. Further steps are computed.
-        forecast: the order of the forecast: 0 reuses the last value, 1 continues the last change, 2 also its change.
+            `"1110101"`. Steps beyond its end are computed.
+        forecast: the order of the forecast: 0 reuses the last outputs, 1 and 2 extrapolate them (TaylorSeer).
     """
 
     key: ClassVar[str] = "fora"

@@ -22,10 +22,10 @@ from tgate_compile.methods.method import (
 
 @dataclass(frozen=True)
 class FrozenText(Method):
-    """Frozen text, without an effect on guidance: each guidance half keeps its own text.
+    """Frozen text. Guidance is not affected: each guidance half keeps its own text.
 
-    In joint attention, the text's keys and values are those of step `step - 1` from step `step` on, and the text's
-    tokens are no longer computed. Where the text is attended to by cross-attention, its outputs are kept.
+    From step `step` on, joint attention uses the text's keys and values of step `step - 1`, and the text's tokens are
+    no longer computed. In models with cross-attention, the outputs of the cross-attentions are reused instead.
 
     `TGate` does the same and ends guidance at that step as well; `AdaptiveGuidance` only ends guidance.
 
@@ -71,9 +71,9 @@ class FrozenText(Method):
 class FrozenReferences(Method):
     """Frozen reference images, for edit models with joint attention (FLUX Kontext, Qwen-Image-Edit, FLUX.2).
 
-    The keys and values of the reference images' tokens are those of step `step - 1` from step `step` on, and these
-    tokens are no longer computed. They often are half of all tokens or more. Guidance stays, and each guidance half
-    keeps its own; where it ends, they are computed once more.
+    From step `step` on, the keys and values of the reference images' tokens are those of step `step - 1`, and these
+    tokens, often half of all or more, are no longer computed. Guidance continues, and each guidance half keeps its own
+    keys and values; where guidance ends, they are computed once more.
 
     Attributes:
         step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), in which they are computed.

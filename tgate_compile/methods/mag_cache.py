@@ -25,20 +25,20 @@ from tgate_compile.methods.method import (
 class MagCache(Skipping):
     """MagCache (arXiv 2506.09045, section 3.2, algorithm 1).
 
-    The change that all blocks together make to their input is reused as long as its magnitude is known to stay about
-    the same. How the magnitude changes from step to step hardly depends on the prompt, so the ratios are measured once
-    for a model, and the steps to skip follow from them beforehand: the product of the ratios since the last computed
-    step differs from 1, and the sum of these differences may not exceed `threshold`.
+    The residual over all blocks (output minus input) is reused as long as its magnitude is known to stay about the
+    same. The ratios of the magnitudes of successive steps hardly depend on the prompt, so they are measured once for a
+    model, and determine in advance which steps to skip. Each step multiplies the ratios since the last computed step,
+    and adds the product's difference from 1 to a sum, which may not exceed `threshold`.
 
     Attributes:
-        ratios: for each step, the mean magnitude of the change relative to that of the step before; the first is 1.
+        ratios: for each step, the mean magnitude of the residual relative to that of the step before; the first is 1.
             With another number of steps, the nearest step's ratio is used. diffusers' `MagCacheConfig(calibrate=True)`
             prints these ratios.
         threshold: the largest sum of differences at which blocks are still skipped.
         most_skipped: the largest number of steps to skip in a row.
         retention: the fraction of the steps, at the beginning, that are all computed.
         front: the number of blocks at the front that are computed at every step; the paper skips all blocks.
-        forecast: the order of the forecast: 0 reuses the last change, 1 and 2 extrapolate it (TaylorSeer).
+        forecast: the order of the forecast: 0 reuses the last residual, 1 and 2 extrapolate it (TaylorSeer).
     """
 
     key: ClassVar[str] = "magcache"
@@ -55,8 +55,8 @@ class MagCache(Skipping):
         check_skipping(self, most_skipped=1, front=0)
         if not isinstance(self.ratios, (list, tuple)) or not self.ratios:
             raise ConfigurationError(
-                "MagCache needs the ratios of the model, a number for each step, which are measured once: "
-                f"diffusers' MagCacheConfig(calibrate=True) prints them. Got {self.ratios!r}."
+                f"MagCache needs the ratios of the model, a number for each step, but got {self.ratios!r}. Measure "
+                "them once: diffusers' MagCacheConfig(calibrate=True) prints them."
             )
         object.__setattr__(self, "ratios", tuple(checked_number(ratio, "each of the ratios") for ratio in self.ratios))
         for name in ("threshold", "retention"):

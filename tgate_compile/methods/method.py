@@ -84,9 +84,9 @@ _WORDS: Mapping[Kind, str] = {
     "rear": "rear-skipped",
     "reference": "references-reused",
 }
-#: The letter of every set of kinds that a step may reuse, the common sets first. No method of this package needs the
-#: sets `W` and `Z`; they are for methods to come, and so are the letters `B` and `C`. References are tokens in joint
-#: attention, where of the other kinds there is only `cross` beside them.
+#: The letter of every set of kinds that a step may reuse, the common sets first. The sets `W` and `Z`, which no method
+#: of this package needs, and the letters `B` and `C` are reserved for new methods. References are tokens in joint
+#: attention, which has only one other kind, `cross`.
 _LETTERS: Mapping[frozenset[Kind], str] = {
     NONE: "F",
     SELF: "S",
@@ -168,7 +168,7 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A caching method. To add one, put a file with a subclass into this folder; no other file needs a change.
+    """A caching method. To add one, add a file with a subclass to this folder; no other file has to change.
 
     A method is a frozen dataclass. Each of its fields becomes an option of the command line, `--KEY-FIELD`, with the
     help text from `option(default, help)`, and a value in schedule files.
@@ -239,8 +239,8 @@ class Method:
 class Skipping(Method):
     """A method that computes its kinds at some steps only, and reuses or forecasts their values at the others.
 
-    A subclass defines `kinds`, `skipped` and a field `forecast`; which values are kept for later steps follows from
-    these.
+    A subclass defines `kinds`, `skipped` and a field `forecast`. These determine the values that are kept for later
+    steps.
     """
 
     #: The order of the forecast; 0 reuses the last value unchanged.
@@ -295,8 +295,8 @@ def check_mask(mask: object) -> None:
 def is_computed(step: int, timeline: Timeline, interval: int, warm_up: int = 1, mask: str = "") -> bool:
     """Return whether a method that computes its values at every `interval`-th step computes them at `step`.
 
-    The first `warm_up` steps are all computed. The count starts at the last of them, and anew where the denoiser
-    changes. A `mask` says it for each step instead; steps beyond it are computed.
+    The first `warm_up` steps are all computed. Steps are counted from the last of them, or from the last step at which
+    the denoiser changed, if that is later. A `mask` decides for each step instead; steps beyond its end are computed.
     """
     if mask:
         return mask[step : step + 1] != "0"
@@ -305,7 +305,7 @@ def is_computed(step: int, timeline: Timeline, interval: int, warm_up: int = 1, 
     return since <= 0 or since % interval == 0
 
 
-#: The highest order of a forecast. Higher orders multiply the differences of values that differ little.
+#: The highest order of a forecast. Higher orders amplify small differences between the values.
 MAX_FORECAST = 2
 
 
@@ -313,8 +313,8 @@ def forecast_weights(steps: Sequence[int], step: int) -> tuple[float, ...]:
     """Return the weights with which the values of `steps`, newest first, are added up to a forecast for `step`.
 
     It is the Taylor expansion around the newest value, with differences of the values in place of derivatives
-    (TaylorSeer, arXiv 2503.06923, section 3.2): `n` values give a forecast of order `n - 1`, so one value is reused as
-    it is. The weights add up to 1.
+    (TaylorSeer, arXiv 2503.06923, section 3.2): `n` values give a forecast of order `n - 1`, so a single value is
+    reused unchanged. The weights add up to 1.
     """
     # The differences of order j at the value i, as weights of the values.
     differences = [[float(i == j) for j in range(len(steps))] for i in range(len(steps))]

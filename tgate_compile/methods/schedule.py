@@ -33,8 +33,8 @@ MSG_DEEP_AND_SELF = (
     "fi_interval={fi}. Leave the two intervals at 1."
 )
 MSG_SEVERAL_ENDS = (
-    "Guidance ends in one way: at gate_step, after guidance_step, or at guidance_similarity. "
-    "Give one of them, not {given}."
+    "Guidance can end in only one way: at gate_step, after guidance_step, or at guidance_similarity. "
+    "Set one of them, but got {given}."
 )
 MSG_TEXT_OF_UNCOND = (
     'text_interval={interval} computes the prompt\'s influence again after the gate, which keep="uncond" would replace '
@@ -61,8 +61,8 @@ class Schedule:
         deepcache_branch: `branch` of `DeepCache`.
         guidance_step: `step` of `AdaptiveGuidance`; None means that guidance ends at the gate, if there is one.
         guidance_similarity: `similarity` of `AdaptiveGuidance`; None means that guidance does not depend on it.
-        keep: the half that is kept once guidance has ended. None means the papers' choice: uncond with a gate, cond
-            without one; and cond with a `text_interval`, which computes what only that half gets from the prompt.
+        keep: the half that continues once guidance has ended. None means the papers' choice: uncond with a gate, cond
+            without one; and cond with a `text_interval`, because only that half depends on the prompt.
         anchor_weight: `anchor_weight` of `TGate`.
         text_interval: `text_interval` of `TGate`.
         others: further methods, such as `PAB`.
@@ -182,7 +182,7 @@ class Schedule:
 
     @property
     def sought(self) -> tuple[frozenset[Kind], frozenset[Kind], tuple[tuple[Kind, Blocks], ...]]:
-        """What has to be found in a model: `kinds`, `optional_kinds` and `ranges`."""
+        """Everything that has to be found in a model: `kinds`, `optional_kinds` and `ranges`."""
         return self.kinds, self.optional_kinds, self.ranges
 
     @property
@@ -192,7 +192,7 @@ class Schedule:
 
     @property
     def kept(self) -> Half:
-        """The half that is kept once guidance has ended."""
+        """The half that continues once guidance has ended."""
         return self.keep or ("uncond" if self.gate_step is not None and self.text_interval is None else "cond")
 
     def gate(self, num_steps: int) -> int:
@@ -256,8 +256,8 @@ def _check_together(methods: Iterable[Method]) -> None:
             for other in methods:
                 if other is not method and kind in other.kinds and not _caches_once(other):
                     raise ConfigurationError(
-                        f"{method.title} with a forecast cannot be combined with {other.title}, which computes what "
-                        "the image gets from the text again at intervals. Leave out one of them, or the interval."
+                        f"{method.title} with a forecast cannot be combined with {other.title}, which computes the "
+                        "text's influence again at intervals. Leave out one of them, or the interval."
                     )
 
 
@@ -290,12 +290,12 @@ def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]
     for step, phase in enumerate(plan):
         if phase.reuse not in REUSED:
             kinds = ", ".join(sorted(phase.reuse))
-            raise ConfigurationError(f"{schedule}: step {step} reuses {kinds} together, for which there is no graph.")
+            raise ConfigurationError(f"{schedule}: step {step} reuses {kinds} together, which no graph supports.")
         served = schedule.graph_phase(phase)
         lacking = sorted((phase.emit - served.emit) | (phase.merge - served.merge))
         if lacking:
             raise ConfigurationError(
-                f"{schedule}: step {step} hands on {', '.join(lacking)}, which hands_on() of its methods leaves out."
+                f"{schedule}: step {step} emits {', '.join(lacking)}, which hands_on() of its methods does not return."
             )
     check_plan(plan)
     return plan

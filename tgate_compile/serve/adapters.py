@@ -76,7 +76,7 @@ class _State:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self._active = list(layer.active_adapters)
-        self._as_given = layer._active_adapter  # a string or a list, which graphs tell apart
+        self._as_given = layer._active_adapter  # a string or a list, which are different keys of graphs
         self._enabled = not layer.disable_adapters
         self._scaling = dict(layer.scaling)
         self._gradients = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]

@@ -1,8 +1,8 @@
-"""Put the denoiser calls of several requests together as one, and take its results apart.
+"""Join the denoiser calls of several requests into one, and split its results.
 
-A call has the rows of its images in halves if it is guided, [uncond...; cond...]; so has the joined call, with the rows
-of all requests in each half. Inputs without rows are shared, and must be equal in all requests. A batch may be padded
-with copies of the first image.
+A guided call has its rows in two halves, [uncond...; cond...]. The joined call has the rows of all requests in each
+half. Inputs without rows are shared, and must be equal in all requests. A batch may be padded with copies of the first
+image.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Rows = int | Literal["time"] | None
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a denoiser call, as far as others can be joined to it.
+    """The form of a denoiser call, which determines whether it can be joined with others.
 
     Attributes:
         images: the number of images.
         halves: the number of rows for each image, 2 under guidance.
         rows: where each leaf has its rows.
-        key: what must be equal in calls that are joined: everything except the number of images, and values.
+        key: equal for calls that can be joined; it contains everything except the number of images and the values.
     """
 
     images: int
@@ -52,9 +52,9 @@ class Form:
 def form_of(call: Call, signature: inspect.Signature, family: Family, *, guided: bool) -> Form | None:
     """Return the form of a call of a denoiser with this `signature`; None if it cannot be joined with others.
 
-    The rows of an input are in the dimension where it has as many elements as the latents have rows, which is the first
-    unless `family` states another one. This may be wrong for an input whose size is the same by chance, which shows
-    when the first joined call is compared with single ones.
+    An input has rows if its first dimension, or the one that `family` names, is as large as the number of rows of the
+    latents. This may be wrong for an input that has the same size by chance; the comparison of the first joined call
+    with single calls then fails.
     """
     args, kwargs = call.arguments
     arguments = signature.bind(*args, **kwargs).arguments
@@ -108,7 +108,7 @@ class Step:
         form: how it can be joined with others; None if it cannot.
         lora: the weights of the adapters.
         is_last: whether it is the last call of the loop.
-        key: as `Work` has it.
+        key: see `Work`.
     """
 
     name: str
@@ -132,13 +132,13 @@ class Step:
 
     @property
     def place(self) -> tuple[str, Phase, Hashable]:
-        """What distinguishes its graphs, except for the number of images and the adapters."""
+        """Identifies its graphs, apart from the number of images and the adapters."""
         return self.name, self.phase, self.call.key if self.form is None else self.form.key
 
 
 @dataclass(frozen=True)
 class Results:
-    """The results of one request's denoiser call, in place of the graph that computed them.
+    """The results of one request's denoiser call, with the interface of the graph that computed them.
 
     Attributes:
         outputs: the denoiser's flat outputs.
@@ -171,7 +171,7 @@ class Results:
 
 
 class Memo:
-    """Keeps the last joined tensors of each place, since prompts and caches stay the same from step to step."""
+    """Keeps the last joined tensors of each place, because prompts and caches stay the same from step to step."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, tuple[list[Seen], Hashable, torch.Tensor]] = {}
@@ -179,7 +179,7 @@ class Memo:
     def get(
         self, place: Hashable, parts: Sequence[torch.Tensor], layout: Hashable, join: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        """Return the result of `join`, or that of the last time if it was for the same `parts` and `layout`."""
+        """Return the result of `join`, or the previous result if `parts` and `layout` are the same."""
         made = self._made.get(place)
         if made is not None and made[1] == layout and all(map(Seen.is_same, made[0], parts)):
             return made[2]
@@ -259,7 +259,7 @@ def share_of(value: torch.Tensor, start: int, count: int, images: int, halves: i
 
 
 def shared_equal(call: Call, other: Call, rows: Sequence[Rows]) -> bool:
-    """Return whether two calls of one form have equal inputs where these have no rows."""
+    """Return whether the inputs without rows are equal in two calls of the same form."""
     return all(
         left is right or torch.equal(left, right)
         for left, right, where in zip(call.leaves, other.leaves, rows, strict=True)
@@ -282,9 +282,9 @@ def _has_equal_rows(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def varied(call: Call, form: Form, number: int) -> Call:
-    """Return `call` with other values in its rows, to find out in a trial whether rows are independent.
+    """Return `call` with other values in its rows, to test whether rows are independent of each other.
 
-    Values are only moved, along the last dimension, so that a mask remains a mask, and the sizes of values are kept.
+    Values are only moved along the last dimension, so that masks remain masks and magnitudes stay the same.
     """
     if not number:
         return call
@@ -305,7 +305,7 @@ def distance(
     for result, target in zip(results, expected, strict=True):
         if not target.is_floating_point():
             if not torch.equal(result, target):
-                return "other integers"
+                return "different integers"
             continue
         dtypes = {target.dtype, computed_in or target.dtype} & TOLERANCES.keys()
         relative, allowed = relative_difference(result, target), TOLERANCES[coarsest(dtypes)]

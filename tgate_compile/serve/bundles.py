@@ -1,4 +1,4 @@
-"""Serve a bundle without PyTorch: the calls of its graphs take turns, one request's step at a time."""
+"""Serve a bundle without PyTorch. Requests take turns at each step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tgate_compile.serve.worker import Job, Work
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
-#: The arguments of a call of the bundle's pipeline that a request may have.
+#: The arguments of `BundlePipeline.__call__` that a request may have.
 ARGUMENTS = (
     "prompt",
     "negative_prompt",
@@ -61,7 +61,7 @@ class ServedBundle:
         check_names(call, ARGUMENTS, "call: a bundle's pipeline")
         if lora is not None:
             raise ConfigurationError(
-                "A bundle has fixed weights, so lora is not possible. Export one with the adapter fused, or serve the "
+                "A bundle has fixed weights and does not support lora. Export it with the adapter fused, or serve the "
                 "pipeline itself."
             )
 

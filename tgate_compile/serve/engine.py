@@ -1,11 +1,11 @@
 """The engine: it accepts requests, runs them side by side, and batches their denoiser calls.
 
-Each request runs the pipeline's own call in a thread of its own. One of these threads at a time runs the pipeline's
-code, since tokenizers, text encoders and decoders are not thread-safe. At a denoiser call the thread hands over the
+Each request runs the pipeline's own call in a separate thread. One of these threads at a time runs the pipeline's code,
+since tokenizers, text encoders and decoders are not thread-safe. At a denoiser call the thread hands over the
 call's inputs and waits for the results. A single worker collects the waiting calls, groups those that one graph can
 serve together, and runs the graph once for all of them.
 
-This module knows nothing of tensors. What can be grouped, and how a group is run, is up to a `Served` model.
+This module does not handle tensors. A `Served` model decides which calls can be grouped, and runs the groups.
 """
 
 from __future__ import annotations
@@ -42,40 +42,41 @@ from tgate_compile.serve.worker import Job, Served, Submission, Work, Worker
 
 logger = logging.getLogger(__name__)
 
-#: What to do with a request whose size has not been captured.
+#: The treatment of a request whose size has not been captured.
 NewSizes = Literal["capture", "plain", "refuse"]
 
-#: The seconds after which the worker looks around when nothing has happened.
+#: Seconds after which the worker wakes up even if nothing has happened.
 A_WHILE = 60.0
-#: The seconds that `close` waits for requests that were told to end.
+#: Seconds that `close` waits for requests to end after it has interrupted them.
 PATIENCE = 60.0
 
 # Ranks of threads that wait to run the pipeline's code.
 _STEPPING, _LEAVING, _BEGINNING = range(3)
 
 MSG_CRASHED = (
-    "The engine's worker failed while the request {request} was in progress ({cause}). The worker has been started "
-    "again; send the request again."
+    "The engine's worker failed while the request {request} was in progress ({cause}). The worker has been restarted; "
+    "send the request again."
 )
 MSG_CLOSED = "The engine is closed."
 MSG_TOO_LARGE = (
     "The caches of the request {request} take {needed:.1f} MB, but the engine's limit for all requests together is "
-    "{limit:.1f} MB (memory=...). Request a smaller or fewer images, or allow more memory."
+    "{limit:.1f} MB (memory=...). Request smaller or fewer images, or allow more memory."
 )
 
 
 class Engine:
     """Serves many requests at a time with one pipeline.
 
-    Use it as a context manager, or call `close`. While it is open, the pipeline itself cannot be called.
+    Use it as a context manager, or call `close`. The end of the context ends requests that are still in progress. While
+    the engine is open, the pipeline itself cannot be called.
 
     Args:
         pipe: an optimized pipeline (`tgate_compile.optimize`).
         warm_up: arguments of the pipeline's call, one mapping for each kind of request to expect. For each of them,
             the graphs that the call needs are compiled, run and checked for all batch sizes before the engine is
-            ready, so that no such request waits for a compilation later. The calls are made, so give them few steps,
-            but with all phases: `{"prompt": "a fox", "num_inference_steps": 4, "gate_step": 2}`. An entry `lora` is
-            used like that of `submit`.
+            ready, so that no such request waits for a compilation later. The calls are executed, so give them few
+            steps, but let them reach all phases: `{"prompt": "a fox", "num_inference_steps": 4, "gate_step": 2}`. An
+            entry `lora` has the meaning of that argument of `submit`.
         max_batch: the largest number of images in a batch. Batches have 1, 2, 4, ... images, up to this number.
         max_waiting: the number of requests that may wait to begin; `submit` raises `EngineBusyError` beyond it.
         max_running: the number of requests that may be in progress; the default is twice `max_batch`.
@@ -83,7 +84,7 @@ class Engine:
         timeout: the number of seconds that a request may take, waiting included; None sets no limit.
         new_sizes: what to do with a request whose size (or number of images, or guidance) has not been captured:
             `"capture"` captures it while the request waits, `"plain"` runs the request with the plain pipeline, and
-            `"refuse"` lets it fail with an `UnsupportedCallError`.
+            `"refuse"` fails the request with an `UnsupportedCallError`.
 
     Raises:
         ConfigurationError: an argument is wrong, or the pipeline is not optimized, or cannot be served.
@@ -218,9 +219,9 @@ class Engine:
             call: the arguments of the pipeline's call. Generators, if any, must not be shared between requests.
             lora: the weights of loaded LoRA adapters by name; None leaves those that were active when the engine
                 started, and an empty mapping uses none.
-            timeout: the number of seconds that this request may take; None takes that of the engine.
-            on_step: called in the request's thread before each step is completed. The request fails if it raises.
-                Keep it short: the other requests' code waits meanwhile.
+            timeout: the number of seconds that this request may take; None means the engine's own.
+            on_step: called in the request's thread before each step is completed. The request fails if it raises. It
+                must return quickly, because other requests wait for it.
             request_id: an id for statistics and logs; the default is a number.
 
         Raises:
@@ -267,7 +268,7 @@ class Engine:
         return self._end(request, CancelledError(f"The request {request.id} was cancelled."))
 
     def _end(self, request: Request, reason: Exception) -> bool:
-        """Let a request end before its next step; return False if it has ended."""
+        """End a request before its next step; return False if it has already ended."""
         with self._lock:
             if request in self._queue:
                 self._queue.remove(request)
@@ -281,7 +282,7 @@ class Engine:
         return True
 
     def _interrupt(self, request: Request, reason: Exception) -> None:
-        """Let a running request end, at once if its thread is waiting. The lock must be held."""
+        """End a running request, at once if its thread is waiting. The lock must be held."""
         request.end = request.end or reason
         self._worker.withdraw(request, request.end)
         self._memory.withdraw(request)
@@ -323,7 +324,7 @@ class Engine:
                 result = self._served.run(request, self)
         except Ended as ended:
             error = ended.reason
-        except BaseException as raised:  # whatever it is, the ticket's owner must learn of it
+        except BaseException as raised:  # the ticket passes every error on to its owner
             error = raised
         with self._lock:
             del self._running[id(request)]
@@ -341,14 +342,14 @@ class Engine:
         else:
             request.ticket.fail(error)
 
-    # What a served model asks for in a request's thread.
+    # Called by a served model, in a request's thread.
 
     def compute(self, work: Work, request: Request | None = None) -> Any:
-        """Let the worker run `work`, and return its result. A request's thread gives up the host lock meanwhile.
+        """Let the worker run `work`, and return its result. A request's thread releases the host lock meanwhile.
 
         Raises:
             Ended: the request has to end.
-            Exception: what running it raises.
+            Exception: `work` has failed with it.
         """
         if request is not None:
             request.check()
@@ -371,11 +372,11 @@ class Engine:
         return submission.result
 
     def reserve(self, request: Request, nbytes: int) -> None:
-        """Return once the caches of `request`, of this size, fit into the memory beside those of the others.
+        """Wait until the caches of `request`, of this size, fit into the memory, and reserve it.
 
         Raises:
             Ended: the request has to end.
-            UnsupportedCallError: they never will.
+            UnsupportedCallError: the caches are larger than the limit.
         """
         if self._memory.limit is not None and nbytes > self._memory.limit:
             raise UnsupportedCallError(
@@ -394,13 +395,10 @@ class Engine:
         with paused(), self._host.given_up(rank):
             yield
 
-    # What the worker asks for, with the lock held.
+    # Called by the worker, with the lock held.
 
     def _end_late(self) -> float | None:
-        """End requests whose time is over, and return when the next one's is; None if there is no request.
-
-        Without a limit it is far in the future.
-        """
+        """End requests that have timed out, and return when to check again; None if there is no request."""
         for request in [each for each in self._queue if each.is_late()]:
             self._queue.remove(request)
             error = request.too_late()
@@ -420,7 +418,7 @@ class Engine:
         return time.monotonic() + A_WHILE if self._queue or self._running else None
 
     def _lose(self, lost: Sequence[Submission], error: BaseException) -> None:
-        """End the requests whose work is lost, and those between two steps: the worker has failed."""
+        """End the requests whose work was lost when the worker failed, and those between two steps."""
 
         def crashed(request: str) -> EngineCrashedError:
             return EngineCrashedError(MSG_CRASHED.format(request=request, cause=first_line(error, named=True)))
@@ -458,12 +456,12 @@ class Engine:
             )
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Stop accepting requests, end those that there are, and release the pipeline. May be called again.
+        """Stop accepting requests, finish or end the present ones, and release the pipeline. May be called repeatedly.
 
         Args:
             drain: whether to let waiting and running requests finish first; otherwise they end before their next step
                 with an `EngineClosedError`.
-            timeout: the number of seconds after which requests that are not done are ended all the same.
+            timeout: the number of seconds after which unfinished requests are ended anyway.
         """
         with self._lock:
             self._closing = True

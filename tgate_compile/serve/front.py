@@ -1,4 +1,4 @@
-"""What happens to every HTTP request before and after its endpoint: id, API key, limit on the body, errors, log."""
+"""Middleware for every HTTP request: its id, the API key, the limit on the body, errors, metrics and the log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-#: The status in log and metrics for a client that went away before its answer, as in nginx. It is never sent.
+#: The status in log and metrics if the client closes its connection before the response, as in nginx. It is never sent.
 CLIENT_GONE = 499
 
 #: The key of a request's record in its scope.
@@ -33,7 +33,7 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection. There is nobody to answer."""
+    """The client closed its connection, so no response can be sent."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Record:
     Attributes:
         request_id: the client's `X-Request-Id`, or a new one.
         began: when the request arrived, on the clock of `time.perf_counter`.
-        status: the HTTP status; None before the answer.
+        status: the HTTP status; None before the response.
         fields: further fields of the log line.
     """
 
@@ -94,7 +94,7 @@ class Front:
             record.status = CLIENT_GONE
         except Exception as error:
             if record.status is not None:
-                raise  # the server closes the connection, so that the client does not take a part for the whole
+                raise  # the server closes the connection, so that the client notices that the response is incomplete
             await self._failed(error)(scope, receive, answer)
         finally:
             self._note(scope, record)
@@ -137,17 +137,17 @@ class Front:
 
 
 def internal_error() -> ApiError:
-    """Return the answer to a request that failed for a reason that is not the client's to know."""
+    """Return the response to a request that failed for a reason that clients must not see."""
     return ApiError(
         500,
-        f"The server could not answer the request. Its log has the reason under the request id {REQUEST_ID.get()}.",
+        f"The request failed on the server. The server's log has the reason under the request id {REQUEST_ID.get()}.",
         kind="server_error",
         code="internal_error",
     )
 
 
 async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes:
-    """Return the body of a request, of which never more than the limit is kept.
+    """Return the body of a request. It is not read beyond the limit.
 
     Raises:
         ApiError: the body is too large, or takes too long.
@@ -186,7 +186,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of `work`, which is cancelled if the client closes the connection. The body must be read.
+    """Return the result of `work`, and cancel it if the client closes the connection. The body must have been read.
 
     Raises:
         ClientGoneError: the client closed the connection.
@@ -201,7 +201,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
     finally:
         for task in (working, watching):
             task.cancel()
-            # Its result has been used, or nobody waits for it.
+            # Its result has been used, or is not needed.
             with suppress(asyncio.CancelledError, Exception):
                 await task
 

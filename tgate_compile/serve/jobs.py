@@ -1,4 +1,4 @@
-"""The images of one HTTP request: calls of the engine, and its answer as JSON or as server-sent events."""
+"""The images of one HTTP request: calls of the engine, and the response as JSON or as server-sent events."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds in which a stream that cannot begin is an ordinary error.
+#: Seconds after which a stream begins even without an event. An error before that is an ordinary response.
 FIRST_PATIENCE = 1.0
-#: Seconds after which a silent stream sends a comment, before proxies take the connection for dead.
+#: Seconds after which a silent stream sends a comment, so that proxies do not close the connection.
 KEEP_ALIVE = 15.0
 _LONGEST_RETRY = 30
 
@@ -48,10 +48,10 @@ class ServedModel:
     """The model that an engine serves, as clients see it.
 
     Attributes:
-        name: its name in requests and answers.
-        steps: denoising steps of a request that does not choose them; None: the pipeline's default.
-        guidance: guidance scale, likewise.
-        size: (width, height), likewise.
+        name: its name in requests and responses.
+        steps: denoising steps of requests that do not set them; None means the pipeline's default.
+        guidance: guidance scale of requests that do not set it; None means the pipeline's default.
+        size: (width, height) of requests that do not set it; None means the pipeline's default.
         call: further arguments of every call of the pipeline.
         loras: the names of the LoRA adapters that requests may choose.
         is_bundle: whether the engine serves a bundle, whose call takes a seed instead of a generator.
@@ -120,13 +120,13 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except ApiError as error:
             if not is_begun:
-                raise  # the answer is then an ordinary error
+                raise  # it is then an ordinary response
             await send({"type": "http.response.body", "body": _event("error", error.body()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class Job:
-    """The images of one HTTP request: a ticket of the engine for each, so that they are batched with all others."""
+    """The images of one HTTP request, each with a ticket of the engine, so that they are batched with all others."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Job:
         self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
     def submit(self, calls: Sequence[Mapping[str, Any]], ids: Iterator[str]) -> None:
-        """Hand the calls to the engine."""
+        """Submit the calls to the engine."""
         lora = self._body.adapters
         for index, (call, request_id) in enumerate(zip(calls, ids, strict=True)):
             on_step = self._previews(index) if self._body.partial_images else None
@@ -163,7 +163,7 @@ class Job:
             ticket.cancel()
 
     async def answer(self) -> dict[str, Any]:
-        """Return the body of the answer, once all images are done."""
+        """Return the body of the response once all images are done."""
         for _ in self._tickets:
             index, _latents = await self._queue.get()
             self._image(index)  # raises the error of the first one that fails
@@ -280,11 +280,11 @@ def _event(name: str, data: Mapping[str, Any]) -> bytes:
 
 
 def as_api_error(error: Exception, typical_seconds: float) -> ApiError:
-    """Return the answer to a request that the engine has refused, or that has failed in it."""
+    """Return the response to a request that the engine has refused, or that has failed there."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineBusyError):
-        # By then about half of the requests in front are done.
+        # By then about half of the earlier requests are done.
         retry_after = min(max(1, math.ceil(typical_seconds / 2)), _LONGEST_RETRY)
         return ApiError(429, str(error), kind="rate_limit_error", code="rate_limit_exceeded", retry_after=retry_after)
     if isinstance(error, (EngineClosedError, EngineCrashedError, CancelledError)):

@@ -26,12 +26,12 @@ from tgate_compile.serve.requests import EngineStats
 #: The id of the request that the current task serves; log lines carry it.
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-#: Seconds, from a tiny model's image to a large one's on a CPU.
+#: Bounds of the histograms in seconds, from an image of a tiny model to one of a large model on a CPU.
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-#: What a bundle computes outside of the steps.
+#: The label of everything that a bundle computes outside its steps.
 _OTHER = "none"
-#: How much the last image counts in the time that images typically take.
+#: The weight of the last image in the moving average of the time that images take.
 _SHARE_OF_LAST = 0.1
 
 
@@ -74,20 +74,20 @@ def log_config(level: str = "info") -> dict[str, Any]:
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own, so that several servers can run in one process."""
+    """The metrics of one server, in a separate registry, so that several servers can run in one process."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineMetrics(engine))
         self._requests = Counter(
             "tgate_http_requests",
-            "HTTP requests that were answered; 499 means that the client went away first.",
+            "HTTP requests; the status 499 means that the client closed its connection first.",
             ("path", "status"),
             registry=self.registry,
         )
         self._request_seconds = Histogram(
             "tgate_http_request_seconds",
-            "Seconds from a request to the end of its answer.",
+            "Seconds from a request to the end of its response.",
             ("path",),
             buckets=_SECONDS,
             registry=self.registry,
@@ -132,14 +132,14 @@ class _EngineMetrics(Collector):
         self._engine = engine
 
     def describe(self) -> Iterator[Metric]:
-        """Return nothing: the registry need not ask the engine when it is made."""
+        """Return nothing, so that registering this collector does not read the engine's state."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
         stats = self._engine.stats()
         yield GaugeMetricFamily("tgate_ready", "1 if the engine accepts requests.", float(self._engine.ready))
-        yield GaugeMetricFamily("tgate_waiting", "Images that wait to begin.", float(stats.waiting))
+        yield GaugeMetricFamily("tgate_waiting", "Images that are waiting.", float(stats.waiting))
         running = GaugeMetricFamily(
             "tgate_running", "Images in progress, by the letter of their phase.", labels=["phase"]
         )
@@ -150,7 +150,7 @@ class _EngineMetrics(Collector):
             "tgate_cache_bytes", "Memory reserved for the caches of images in progress.", float(stats.cache_bytes)
         )
         yield CounterMetricFamily("tgate_captures", "Graphs that were captured or compiled.", float(stats.captures))
-        yield CounterMetricFamily("tgate_engine_completed", "Images that were made.", float(stats.completed))
+        yield CounterMetricFamily("tgate_engine_completed", "Images that were completed.", float(stats.completed))
         yield CounterMetricFamily("tgate_engine_cancelled", "Images that were cancelled.", float(stats.cancelled))
         errors = CounterMetricFamily(
             "tgate_engine_errors", "Images that failed, by the error's class.", labels=["error"]

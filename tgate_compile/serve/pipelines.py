@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 MSG_MODULAR = "A {pipeline} is a modular pipeline, which an Engine cannot serve yet. Use an ordinary pipeline."
 MSG_REFERENCES = "This {pipeline} was optimized with FrozenReferences, which an Engine cannot serve yet. Leave it out."
 MSG_OFFLOADED = (
-    "The {name} of this {pipeline} is offloaded, so its weights move at every call, but requests run at the same time. "
-    "Remove the offloading (pipe.remove_all_hooks(), then pipe.to(device))."
+    "The {name} of this {pipeline} is offloaded: its weights move at every call, but an Engine runs several requests "
+    "at a time. Remove the offloading (pipe.remove_all_hooks(), then pipe.to(device))."
 )
 MSG_PARKED = (
     "This {pipeline} was optimized with offload_prelude=True, which moves weights between the prompts of one request. "
@@ -50,14 +50,14 @@ MSG_NEW_SIZE = (
     "one to Engine(pipe, warm_up=[...])."
 )
 MSG_NO_LATENTS = (
-    "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such "
-    "latents."
+    "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: the pipeline has no VAE that decodes "
+    "such latents to images."
 )
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What distinguishes the compiled graphs that requests need.
+    """Identifies a compiled graph that requests need.
 
     Attributes:
         name: the denoiser.
@@ -84,7 +84,7 @@ class ServedPipeline:
 
     Raises:
         ConfigurationError: the pipeline is not optimized, or cannot be served.
-        ConcurrentGenerationError: it is in the middle of a call, or is served already.
+        ConcurrentGenerationError: it is in the middle of a call, or is already being served.
     """
 
     def __init__(self, pipe: Any, *, max_batch: int, new_sizes: NewSizes) -> None:
@@ -193,7 +193,7 @@ class ServedPipeline:
         return work
 
     def admit(self, service: Service, generation: Generation, call: Call, guided: bool) -> None:
-        """Return once a generation may begin its pass: it is of a known size, or may be captured, and has memory."""
+        """Check that the size of a generation is known or may be captured, and wait until its caches have memory."""
         request, name = service.request, service.name
         request.steps = generation.num_steps
         first = self.step(name, Phase(guided), call, {}, service.lora)
@@ -333,7 +333,7 @@ class ServedPipeline:
         return Results(outputs, values, compiled.emitted, compiled.unflatten)
 
     def _joins(self, work: Step) -> bool:
-        """Return whether the denoiser computes the same if it gets a timestep for each row, found by trying it once."""
+        """Return whether the denoiser computes the same with a timestep for each row, which is tried once."""
         assert work.form is not None
         address = work.name, work.form.key
         if address not in self._forms:
@@ -427,7 +427,7 @@ class Service:
         return forward
 
     def admit(self, generation: Generation, call: Call, guided: bool) -> None:
-        """Return once the generation may begin its pass."""
+        """Wait until the generation may begin its pass."""
         self._generation = generation
         self._served.admit(self, generation, call, guided)
 

@@ -2,9 +2,9 @@
 
     serve run tgate_compile.serve.ray:build model=embedded:sd gate_step=10 replicas=2
 
-A gateway accepts the HTTP requests and forwards each to a replica, which answers it as a server of its own would. If
-the replica dies meanwhile, the gateway sends the request to another one, once. It fixes the seed before the first try,
-so the second one makes the same images; what a client has already received of a stream is not sent again.
+A gateway accepts the HTTP requests and forwards each to a replica, which answers it like a single server. If the
+replica dies, the gateway sends the request to another one, once. It fixes the seed before the first try, so the second
+try makes the same images; events of a stream that the client has already received are not sent again.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from tgate_compile.serve.server import SEED, create_app
 if TYPE_CHECKING:
     from tgate_compile.serve.jobs import ServedModel
 
-#: The number of LoRAs, with their weights, for which Serve remembers the replicas that have prepared them.
+#: The number of combinations of LoRAs and weights that a replica keeps prepared, as far as Serve keeps track.
 ADAPTERS_PER_REPLICA = 16
 
 
 def _number(given: object) -> object:
-    """Return the number that a text contains: `serve run` hands over all arguments as texts."""
+    """Return the number in a string, because `serve run` passes all arguments as strings."""
     if not isinstance(given, str):
         return given
     return int(given) if given.isdecimal() else float(given)
 
 
 class Autoscaling(BaseModel):
-    """How many replicas there are, depending on the number of requests.
+    """Settings for a number of replicas that follows the number of requests.
 
     Attributes:
         min_replicas: the smallest number.
@@ -80,8 +80,8 @@ class Arguments(BaseModel):
         bundle: the folder of a bundle, instead of `model`. Each node must have it, or share it.
         name: the model's name for clients; the default is made from `model` or `bundle`.
         gate_step: steps to run in full: a number, or a fraction of the steps. The default depends on the model.
-        steps: denoising steps of a request that does not choose them; the default depends on the model.
-        guidance: guidance scale, likewise.
+        steps: denoising steps of requests that do not set them; the default depends on the model.
+        guidance: guidance scale of requests that do not set it; the default depends on the model.
         device: the device; `auto` is the best one of the replica.
         dtype: the number format of the weights.
         scheduler: the short name of a scheduler, such as `dpm++`; the default is the model's own.
@@ -91,7 +91,7 @@ class Arguments(BaseModel):
         warm_up: sizes of images (`512x512`) to prepare before a replica is ready; the default is the model's own.
         new_sizes: what to do with a request of another size, as for `Engine`.
         max_batch: images per batch.
-        max_waiting: requests that may wait in a gateway for a replica; further ones are answered with 429.
+        max_waiting: requests that may wait in a gateway for a replica; further ones get 429.
         max_ongoing_requests: requests in a replica at a time; the default is twice `max_batch`.
         memory: gigabytes for the caches of all images in progress in a replica.
         timeout: seconds for an image, from its arrival in a replica.
@@ -99,8 +99,8 @@ class Arguments(BaseModel):
         max_steps: denoising steps of a request.
         max_side: pixels of a side.
         max_body: bytes of a request's body.
-        api_key_variable: the environment variable that contains the API key, for the gateway and the replicas; without
-            it, anybody may make images.
+        api_key_variable: the environment variable that contains the API key, for gateways and replicas; without it,
+            anybody may generate images.
         replicas: the number of replicas, if it is fixed.
         autoscaling: the number of replicas, if it follows the load.
         gateways: the number of gateways. They need neither a model nor PyTorch.
@@ -198,7 +198,7 @@ def build(args: Mapping[str, Any] | Arguments) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         **stopping,
     )
-    # Each gets only what it needs, so that a change replaces no more than it concerns.
+    # Each gets only the arguments that it needs, because a changed argument replaces every deployment that has it.
     of_serve = {"replicas", "autoscaling", "gateways", "max_waiting", "num_cpus", "num_gpus"}
     return gateway.bind(
         replicas.bind(given.model_dump(exclude=of_serve, exclude_defaults=True)),
@@ -221,7 +221,7 @@ class Replica:
     """An engine, and the server's application, which answers requests that a gateway has accepted."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        logging.config.dictConfig(log_config("warning"))  # the gateway notes the requests
+        logging.config.dictConfig(log_config("warning"))  # the gateway logs the requests
         given = Arguments.model_validate(arguments)
         key = api_key_in(given.api_key_variable)
         self._engine, self._model, multiple = _started(given)
@@ -237,7 +237,7 @@ class Replica:
         self._app = create_app(self._engine, model=self._model, api_key=key, limits=limits, drain=None)
 
     async def answer(self, request: Forwarded) -> AsyncIterator[Message]:
-        """Yield the messages of the answer, as an ASGI application sends them. Closing it cancels the request."""
+        """Yield the ASGI messages of the response. Closing the iterator cancels the request."""
         adapters = serve.get_multiplexed_model_id()
         if adapters:
             await self.prepare(adapters)
@@ -268,7 +268,7 @@ class Replica:
         """Compile the graphs for LoRAs, given as JSON. Serve prefers this replica for further requests with them."""
         request, lora = ImageRequest(prompt=""), json.loads(adapters)
         calls = [{**self._model.call_for(request, size, seed=0), "lora": lora} for size in self._sizes]
-        # As before the first request. Requests go on meanwhile, in the turns of the engine's worker.
+        # As in the warm-up at the start. Other requests continue, because the engine's worker alternates.
         await asyncio.to_thread(self._engine._served.warm_up, self._engine, calls)
         return adapters
 
@@ -290,7 +290,7 @@ class Replica:
 
 def _started(given: Arguments) -> tuple[Engine, ServedModel, int]:
     """Return an engine, its model, and the number that the sides of its images must be multiples of."""
-    # The command line has the defaults of the models. These imports take seconds, and a gateway does without them.
+    # The command line knows the defaults of the models. These imports take seconds, and a gateway does not need them.
     from tgate_compile._cli import options
     from tgate_compile._cli.serve import EngineOptions, NewSizes, engine_for_bundle, engine_for_model, load_adapters
     from tgate_compile._cli.settings import ScheduleOptions

@@ -33,19 +33,19 @@ logger = logging.getLogger(__name__)
 
 #: The paths that any replica can answer; the gateway answers the others for all replicas together.
 FORWARDED = ("/v1/images/generations", "/v1/models", "/openapi.json")
-#: The seconds that a replica may take to report its state.
+#: Seconds that a replica may take to report its state.
 PATIENCE = 5.0
 
-MSG_LOST = "The replicas that were to answer the request were lost. Send it again."
+MSG_LOST = "Two replicas in turn were lost while they processed the request. Send it again."
 MSG_BUSY = "Too many requests are waiting. Send the request again later."
-MSG_NONE = "There are no replicas to answer the request. Send it again later."
+MSG_NONE = "No replicas are running. Send the request again later."
 
 #: Errors of a call whose replica has died or cannot be reached.
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError)
 
 
 def api_key_in(variable: str | None) -> str | None:
-    """Return the API key in an environment variable; None if there is no variable.
+    """Return the API key in an environment variable; None if `variable` is None.
 
     Raises:
         ConfigurationError: the variable is empty or not set.
@@ -94,7 +94,7 @@ class Forwarded:
 
 
 class Fleet:
-    """The engines of all replicas, which answers like one engine when asked for its state."""
+    """The engines of all replicas, with the interface of a single engine for its state."""
 
     def __init__(self, replicas: Any) -> None:
         self._replicas = replicas
@@ -111,7 +111,7 @@ class Fleet:
             logger.warning("the replicas do not report their state: %s", first_line(error, named=True))
         states = {state.replica: state for state in found if isinstance(state, State)}
         self._here = frozenset(states)
-        self._states |= states  # those that are gone stay, because totals must not decrease
+        self._states |= states  # replicas that are gone remain, because totals must not decrease
 
     @property
     def ready(self) -> bool:
@@ -153,7 +153,7 @@ class Gateway:
         self._fleet = Fleet(replicas)
         self._app = create_app(
             cast(Engine, self._fleet),  # only its state is asked for
-            model="",  # replicas answer what concerns the model
+            model="",  # requests that concern the model are forwarded
             api_key=api_key_in(api_key_variable),
             limits=Limits(body=max_body),
             drain=None,
@@ -165,7 +165,7 @@ class Gateway:
         )
 
     async def __call__(self, request: Request) -> Response:
-        """Return the answer to an HTTP request, which is made while it is sent."""
+        """Return the response to an HTTP request, which is produced while it is sent."""
         return _AsgiApp(self._run)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,14 +175,14 @@ class Gateway:
         echoed = dict(scope["headers"]).get(b"x-request-id")
 
         async def send_with_one_id(message: Message) -> None:
-            if message["type"] == "http.response.start":  # Serve repeats the id that a request has had before
+            if message["type"] == "http.response.start":  # Serve's proxy adds this id itself
                 message["headers"] = [pair for pair in message["headers"] if pair != (b"x-request-id", echoed)]
             await send(message)
 
         await self._app(_forwarded_scope(scope, path), receive, send_with_one_id)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a replica answer, unless the client goes away."""
+        """Let a replica answer, unless the client closes the connection."""
         path, record = scope["path"], scope[RECORD]
         scope["route"] = SimpleNamespace(path=path)  # for the metrics
         body = await Request(scope, receive).body()
@@ -199,7 +199,7 @@ class Gateway:
         await unless_gone(receive, self._answer(calls, forwarded, _Answer(send, record, self._metrics)))
 
     async def _answer(self, calls: Any, forwarded: Forwarded, answer: _Answer) -> None:
-        """Pass on the answer of a replica, or of another one if the first is lost."""
+        """Forward the response of a replica, or of another one if the first is lost."""
         try:
             await self._attempt(calls, forwarded, answer, is_last=False)
         except _LostError as error:
@@ -249,11 +249,11 @@ class Gateway:
 
 
 class _LostError(Exception):
-    """The replica that was to answer a request is lost, or has ended it."""
+    """The replica that was processing a request is lost, or has ended the request."""
 
 
 class _Answer:
-    """What a client gets of the answer to its request, which may come from two replicas."""
+    """The response to a client, whose parts may come from two replicas."""
 
     def __init__(self, send: Send, record: Record, metrics: Metrics) -> None:
         self.record = record
@@ -264,7 +264,7 @@ class _Answer:
         self._sent: set[tuple[object, ...]] = set()
 
     def is_unavailable(self, message: Message) -> bool:
-        """Return whether a message of a replica says that the request may be sent to another one."""
+        """Return whether a message of a replica means that the request may be sent to another one."""
         body: bytes = message.get("body", b"")
         is_error = self._start.get("status") == 503 or body.startswith(b"event: error\n")
         return is_error and b'"code":"unavailable"' in body
@@ -272,11 +272,11 @@ class _Answer:
     async def pass_on(self, message: Message) -> None:
         """Send a message of a replica, unless the client has received the same from another one."""
         if message["type"] == "http.response.start":
-            self._start = message  # nothing is sent before it is clear that there is an answer
+            self._start = message  # sent with the first part of the body, because this replica may still fail
             return
         body: bytes = message.get("body", b"")
         if self._is_begun and self._start["status"] != 200 and body:
-            body = b"event: error\ndata: " + body + b"\n\n"  # the second replica refuses to go on with a stream
+            body = b"event: error\ndata: " + body + b"\n\n"  # the second replica refuses to continue a stream
         kind = _kind_of_event(body)
         if kind:
             if kind in self._sent:
@@ -287,7 +287,7 @@ class _Answer:
         await self._send({**message, "body": body})
 
     async def fail(self, error: ApiError) -> None:
-        """End the answer with an error."""
+        """End the response with an error."""
         if not self._is_begun:
             raise error
         body = json.dumps(error.body(), separators=(",", ":")).encode()
@@ -299,7 +299,7 @@ class _Answer:
             await self._send(self._start)
 
     def _note(self, body: bytes) -> None:
-        """Note the images in a part of the answer, in the log's record and in the metrics."""
+        """Record the images in a part of the response, for the log and the metrics."""
         if b'"b64_json":"' not in body or self._start["status"] != 200:
             return
         if "first_image_seconds" not in self.record.fields:
@@ -311,7 +311,7 @@ class _Answer:
 
 
 def _kind_of_event(body: bytes) -> tuple[object, ...]:
-    """Return what distinguishes a server-sent event from the others of its stream; empty if it is not such an event."""
+    """Return the identity of a server-sent event within its stream; empty if `body` is not such an event."""
     name, _, data = body.partition(b"\ndata: ")
     if not name.startswith(b"event: image_generation."):
         return ()
@@ -326,7 +326,7 @@ def _forwarded_scope(scope: Scope, path: str) -> dict[str, Any]:
 
 
 class _AsgiApp(Response):
-    """An ASGI application, which Serve takes for a response and Starlette for an endpoint."""
+    """An ASGI application that is a response for Serve and an endpoint for Starlette."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Requests to an engine: their tickets, their progress, the errors that end them, and the lock that they take turns by.
+"""Requests to an engine: tickets, progress, the errors that end requests, and the locks that their threads share.
 
 Nothing here needs PyTorch.
 """
@@ -66,7 +66,7 @@ class Running:
         request_id: the id of the request.
         step: the number of the present step, from 0.
         steps: the number of steps; 0 before the first denoiser call.
-        phase: the letter of the present step's phase; empty before the first denoiser call.
+        phase: the letter of the step's phase; empty before the first denoiser call.
     """
 
     request_id: str
@@ -82,7 +82,7 @@ class EngineStats:
     Attributes:
         waiting: the number of requests that have not begun.
         running: the requests in progress.
-        batches: for each graph, by the letter of its phase: how many batches it has run, by the number of images.
+        batches: for each graph, by the letter of its phase, the number of batches of each size in images.
         seconds: the time spent in each graph, by the letter of its phase.
         captures: the number of graphs that have been compiled, those of the warm-up included.
         cache_bytes: the memory reserved for the caches of the requests in progress, in bytes.
@@ -103,7 +103,7 @@ class EngineStats:
 
 
 class Ticket:
-    """The result of a request that is not there yet, like a `concurrent.futures.Future`."""
+    """The pending result of a request, like a `concurrent.futures.Future`."""
 
     def __init__(self, request_id: str, cancel: Callable[[], bool]) -> None:
         self.request_id = request_id
@@ -114,7 +114,7 @@ class Ticket:
         """Return what the pipeline's call returned.
 
         Args:
-            timeout: the number of seconds to wait; None waits as long as it takes. The request goes on afterwards.
+            timeout: the number of seconds to wait; None sets no limit. The request continues after a timeout.
 
         Raises:
             TimeoutError: the request is not done after `timeout`.
@@ -122,12 +122,12 @@ class Ticket:
             EngineTimeoutError: the request was not done within its own time.
             EngineClosedError: the engine was closed before the request was done.
             EngineCrashedError: the engine's worker failed while the request was in progress.
-            Exception: what the pipeline's call raised.
+            Exception: the pipeline's call raised it.
         """
         return self._future.result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what `result` would raise because the request has failed; None if it was successful."""
+        """Return the exception that `result` would raise because the request has failed; None if it succeeded."""
         return self._future.exception(timeout)
 
     def cancel(self) -> bool:
@@ -165,7 +165,7 @@ class Ticket:
 
 
 class Ended(BaseException):
-    """Raised in a request's thread to leave the pipeline's call, because the request has been ended from outside.
+    """Raised in a request's thread to leave the pipeline's call after the request has been ended from outside.
 
     It derives from BaseException so that no `except Exception` in a pipeline stops it.
     """
@@ -184,7 +184,7 @@ class Gate:
         self._is_open = False
 
     def open(self) -> None:
-        """Let the thread go on."""
+        """Let the thread continue."""
         if not self._is_open:
             self._is_open = True
             self._lock.release()
@@ -195,22 +195,22 @@ class Gate:
 
 
 class Request:
-    """A request, with what the engine knows of its progress.
+    """A request and its progress.
 
     Attributes:
         ticket: its ticket.
         call: the arguments of the pipeline's call.
         lora: the weights of its adapters; None for those of the pipeline.
         on_step: called before each step is completed.
-        deadline: the time at which it must be done, as `time.monotonic` counts.
-        end: why it has to end before it is done; None if it need not.
+        deadline: the time by which it must be done, on the clock of `time.monotonic`; None if there is none.
+        end: the reason for which it has to end early; None if there is none.
         step: the number of the present step.
         steps: the number of steps; 0 if it is not known yet.
         phase: the letter of the present step's phase.
         reserved: the memory reserved for its caches, in bytes.
-        stepping: its last work, if it is between two steps and is about to make its next call; else None.
+        stepping: its last work, if it is between two steps and about to make its next call; otherwise None.
         submission: the work that its thread waits for.
-        records: the works of a warm-up, by what distinguishes their graphs; None if it is none.
+        records: in a warm-up, its works by the keys of their graphs; otherwise None.
     """
 
     def __init__(
@@ -247,15 +247,15 @@ class Request:
             raise Ended(self.end)
 
     def is_late(self) -> bool:
-        """Return whether its time is over."""
+        """Return whether its deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def too_late(self) -> EngineTimeoutError:
-        """Return the error for a request whose time is over."""
+        """Return the error for a request whose deadline has passed."""
         done = f"step {self.step + 1} of {self.steps}" if self.steps else "waiting to begin"
         return EngineTimeoutError(
-            f"The request {self.id} was not done after {self.timeout:g} s; it was at: {done}. Allow more time, or send "
-            "fewer requests at a time."
+            f"The request {self.id} was not done after {self.timeout:g} s ({done}). Allow more time, or send fewer "
+            "requests at a time."
         )
 
     def report(self, latents: Callable[[], Any]) -> None:
@@ -265,7 +265,7 @@ class Request:
 
 
 class CacheMemory:
-    """The memory for the caches of all requests. It is given out in the order in which it was asked for.
+    """The memory for the caches of all requests, which is reserved in the order in which requests ask for it.
 
     Args:
         limit: the number of bytes; None sets no limit.
@@ -278,7 +278,7 @@ class CacheMemory:
 
     def ask(self, request: Request, nbytes: int) -> Gate | None:
         """Reserve memory, or return a gate that is opened when it has been reserved."""
-        # A request that holds memory already never waits for more: two could wait for each other.
+        # A request that already holds memory never waits for more: two could wait for each other.
         if request.reserved or nbytes == 0 or (not self._waiting and self._fits(nbytes)):
             self._give(request, max(request.reserved, nbytes))
             return None
@@ -292,7 +292,7 @@ class CacheMemory:
         self._share()
 
     def withdraw(self, request: Request) -> None:
-        """Let a request that waits for memory go on without it, to end."""
+        """Stop a request from waiting for memory, because it has to end."""
         for waiting in [each for each in self._waiting if each[0] is request]:
             self._waiting.remove(waiting)
             waiting[2].open()
@@ -313,7 +313,7 @@ class CacheMemory:
 
 
 class HostLock:
-    """A lock that is handed to the waiting thread with the lowest rank, and among equal ones to the first."""
+    """A lock that goes to the waiting thread with the lowest rank, and among equal ranks to the first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -323,7 +323,7 @@ class HostLock:
         self._numbers = itertools.count()
 
     def acquire(self, rank: int = 0) -> None:
-        """Wait for the lock; a thread that has it may take it again."""
+        """Acquire the lock; the thread that holds it may acquire it again."""
         me = threading.get_ident()
         with self._lock:
             if self._owner in (None, me):
@@ -335,7 +335,7 @@ class HostLock:
         gate.wait()  # `release` has made this thread the owner
 
     def release(self) -> None:
-        """Give the lock away, once for each time that it was taken."""
+        """Release the lock, once for each time that it was acquired."""
         with self._lock:
             assert self._owner == threading.get_ident(), "released by a thread that does not have it"
             self._depth -= 1
@@ -358,7 +358,7 @@ class HostLock:
 
     @contextmanager
     def given_up(self, rank: int = 0) -> Iterator[None]:
-        """Let others have the lock, which this thread has, inside the context, and wait for it at the end."""
+        """Release the lock, which this thread must hold, inside the context, and acquire it again at the end."""
         with self._lock:
             depth, self._depth = self._depth, 1
         self.release()

@@ -52,15 +52,15 @@ class Limits:
 
 
 class ApiError(TGateError):
-    """A request that is answered with an error.
+    """An error that is sent as the response to a request.
 
     Attributes:
         status: the HTTP status.
-        message: what was wrong and what to do.
+        message: what is wrong and what to do.
         kind: the error's type in OpenAI's format.
         param: the request's parameter that caused it.
         code: a short name for programs.
-        retry_after: seconds after which to try again.
+        retry_after: the seconds after which to try again; None sends no such header.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ApiError(TGateError):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Json:
-        """Return the answer to the client."""
+        """Return the response to the client."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -108,8 +108,8 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, protected_namespaces=())
 
-    prompt: Annotated[str, Field(description="What the images show.")]
-    model: Annotated[str | None, Field(description="The model's name, which `GET /v1/models` lists.")] = None
+    prompt: Annotated[str, Field(description="A text that describes the images.")]
+    model: Annotated[str | None, Field(description="The model's name, as `GET /v1/models` returns it.")] = None
     n: Annotated[int | None, Field(description="The number of images.")] = None
     size: Annotated[
         Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None,
@@ -129,7 +129,7 @@ class ImageRequest(BaseModel):
     moderation: Annotated[None, Field(description="Not supported: the server does not moderate.")] = None
     user: Annotated[str | None, Field(max_length=512, description="Accepted and ignored.")] = None
     safety_identifier: Annotated[str | None, Field(max_length=512, description="Accepted and ignored.")] = None
-    stream: Annotated[bool | None, Field(description="Send server-sent events while the images are made.")] = None
+    stream: Annotated[bool | None, Field(description="Send server-sent events while images are generated.")] = None
     partial_images: Annotated[
         Annotated[int, Field(ge=0, le=MOST_PARTIAL_IMAGES)] | None,
         Field(description="With `stream`: the number of previews of each image."),
@@ -184,13 +184,14 @@ class ImageRequest(BaseModel):
         """Return the width and height, or None for the model's own.
 
         Raises:
-            ApiError: they are too large, or the model cannot make them.
+            ApiError: they are too large, or the model cannot generate images of this size.
         """
         if self.size is None or self.size == "auto":
             return None
         width, height = map(int, self.size.split("x"))
         if max(width, height) > limits.side:
-            raise ApiError(400, f"size is at most {limits.side}x{limits.side}, but got {self.size}.", param="size")
+            largest = f"{limits.side}x{limits.side}"
+            raise ApiError(400, f"size must be at most {largest}, but got {self.size}.", param="size")
         if width % limits.multiple or height % limits.multiple:
             raise ApiError(
                 400,
@@ -206,7 +207,8 @@ class ImageRequest(BaseModel):
         if self.output_compression is not None and self.format == "png":
             raise ApiError(
                 400,
-                "output_compression is for jpeg and webp; png files are lossless. Set output_format, or leave it out.",
+                "output_compression applies to jpeg and webp; png files are lossless. Set output_format to one of "
+                "them, or leave out output_compression.",
                 param="output_compression",
             )
 
@@ -228,11 +230,11 @@ def request_model(limits: Limits) -> type[ImageRequest]:
     return create_model("ImageRequest", __base__=ImageRequest, **definitions)
 
 
-#: What to do about a wrong value, by parameter.
+#: Hints for correcting a wrong value, by parameter.
 _HINTS: Mapping[str, str] = {
-    "response_format": "The server keeps no files that a URL could lead to: images are in the response, as b64_json.",
-    "quality": "Choose the quality by steps.",
-    "background": "The model makes opaque images only.",
+    "response_format": "The server keeps no files that a URL could point to: images are in the response, as b64_json.",
+    "quality": "Set the number of steps instead.",
+    "background": "The model generates opaque images only.",
     "style": "Describe the style in the prompt.",
     "moderation": "The server does not moderate prompts or images: leave it out.",
     "size": 'Give the width and height in pixels, such as "512x512", or "auto".',
@@ -240,7 +242,7 @@ _HINTS: Mapping[str, str] = {
 
 
 def invalid_request(errors: Sequence[Any]) -> ApiError:
-    """Return the answer to a request that is not valid, from pydantic's errors; the values are not repeated."""
+    """Return the response to an invalid request, from pydantic's errors, without the values."""
     first = errors[0]
     where = [str(part) for part in first["loc"] if part != "body"]
     # The parts after the name are the members of a union.
@@ -254,9 +256,7 @@ def invalid_request(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: {param!r}.", param=param, code="unknown_parameter")
     is_pattern = first["type"] == "string_pattern_mismatch"
-    reason = (
-        "the form is wrong" if is_pattern else re.sub("^(Input|String|Value error,) ", "", first["msg"]).rstrip(".")
-    )
+    reason = "wrong format" if is_pattern else re.sub("^(Input|String|Value error,) ", "", first["msg"]).rstrip(".")
     hint = f" {_HINTS[param]}" if param in _HINTS else ""
     return ApiError(400, f"Invalid {param!r}: {reason}.{hint}", param=param, code="invalid_value")
 
@@ -271,13 +271,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 class ImageData(BaseModel):
-    """An image. With its seed the request can be repeated."""
+    """An image, and the seed that reproduces it."""
 
     b64_json: str
     seed: int
@@ -294,7 +294,7 @@ class ImagesResponse(BaseModel):
 
 
 class ModelDefaults(BaseModel):
-    """The values that a request gets for parameters that it leaves out; None: the pipeline's own."""
+    """The defaults of the parameters; None means the pipeline's own default."""
 
     steps: int | None = None
     guidance: float | None = None
@@ -314,20 +314,20 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The models of the server, of which there is one."""
+    """The list of models, which has one entry."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Health(BaseModel):
-    """Whether the server lives or is ready."""
+    """The result of a health check."""
 
     status: Literal["ok", "not ready"]
 
 
 class RunningRequest(BaseModel):
-    """An image that is being made: its present step of `steps`, the letter of its phase, and the name of the graph."""
+    """An image in progress: its present step of `steps`, the letter of the step's phase, and the name of the graph."""
 
     request_id: str
     step: int
@@ -337,7 +337,7 @@ class RunningRequest(BaseModel):
 
 
 class Status(BaseModel):
-    """What the engine is doing."""
+    """The state of the engine."""
 
     ready: bool
     waiting: int

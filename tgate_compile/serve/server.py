@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 #: Paths that need no API key, because they reveal nothing about requests.
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics", "/openapi.json"})
 
-#: Seeds that the server chooses are at most this.
+#: The largest seed that the server chooses.
 LARGEST_RANDOM_SEED = 2**31 - 1
 #: The key, in a request's scope, of the seed that its first image gets if the request does not choose one.
 SEED = "tgate_compile.seed"
@@ -66,17 +66,18 @@ def create_app(
     """Return the server's ASGI application, for uvicorn and the like.
 
     Args:
-        engine: makes the images.
+        engine: generates the images.
         model: the model, or its name.
-        api_key: requests must send it as `Authorization: Bearer KEY`; None: anybody may make images.
+        api_key: the key that requests must send as `Authorization: Bearer KEY`; None lets anybody generate images.
         limits: the largest request that is accepted.
-        drain: at shutdown the engine is closed, and requests get this many seconds to finish; None: it stays open.
+        drain: the seconds that requests get to finish when the server shuts down and closes the engine; None leaves
+            the engine open.
 
     Raises:
         ConfigurationError: the API key is empty.
     """
     if api_key is not None and not api_key.strip():
-        raise ConfigurationError("The API key is empty. Give a key, or None for a server that is open to anybody.")
+        raise ConfigurationError("The API key is empty. Pass a key, or None to let anybody use the server.")
     limits = limits or Limits()
     metrics = Metrics(engine)
     served = _Server(engine, ServedModel(name=model) if isinstance(model, str) else model, limits, metrics)
@@ -90,10 +91,10 @@ def create_app(
 
     app = FastAPI(
         title="tgate-compile",
-        description="Text-to-image generation by OpenAI's images API.",
+        description="Text-to-image generation with OpenAI's images API.",
         version=__version__,
         lifespan=lifespan,
-        # Their pages load scripts from elsewhere.
+        # These pages load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
     )
@@ -130,7 +131,7 @@ class _Server:
             "/v1/images/generations",
             generate,
             methods=["POST"],
-            summary="Make images",
+            summary="Generate images",
             operation_id="createImage",
             responses={
                 200: {"model": ImagesResponse, "content": {"text/event-stream": {}}, "description": "The images."},
@@ -140,9 +141,9 @@ class _Server:
         )
         for path, endpoint, summary, answer, errors in (
             ("/v1/models", self.models, "List the model", ModelList, ()),
-            ("/status", self.status, "What the engine is doing", Status, ()),
-            ("/healthz", self.healthz, "Whether the process lives", Health, ()),
-            ("/readyz", self.readyz, "Whether requests are accepted", Health, (503,)),
+            ("/status", self.status, "State of the engine", Status, ()),
+            ("/healthz", self.healthz, "Check that the process responds", Health, ()),
+            ("/readyz", self.readyz, "Check that requests are accepted", Health, (503,)),
         ):
             responses = {200: {"model": answer}, **_errors(*errors, model=Health if path == "/readyz" else None)}
             app.add_api_route(path, endpoint, summary=summary, responses=responses, response_class=Json)
@@ -150,11 +151,11 @@ class _Server:
         app.add_api_route("/", self.page, include_in_schema=False, response_class=Response)
 
     async def generate(self, request: Request, body: ImageRequest) -> Response:
-        """Make images of the prompt; with `stream`, send them and their previews as server-sent events."""
+        """Generate images from the prompt; with `stream`, send them and their previews as server-sent events."""
         if body.model is not None and body.model != self._model.name:
             raise ApiError(
                 404,
-                f"The model {body.model[:100]!r} does not exist. This server has {self._model.name!r}.",
+                f"The model {body.model[:100]!r} does not exist. This server serves {self._model.name!r}.",
                 param="model",
                 code="model_not_found",
             )
@@ -194,7 +195,7 @@ class _Server:
         return Json(ModelList(data=[card]).model_dump())
 
     async def status(self) -> Response:
-        """Return what the engine is doing: the images in progress, each with its step and phase."""
+        """Return the state of the engine: the images in progress, each with its step and phase, and totals."""
         stats = self._engine.stats()
         running = [
             {**vars(each), "graph": GRAPH_NAMES.get(each.phase.upper(), "") if each.phase else ""}
@@ -204,7 +205,7 @@ class _Server:
         return Json({"ready": self._engine.ready, "waiting": stats.waiting, "running": running, **totals})
 
     async def healthz(self) -> Response:
-        """Return 200 as long as the process answers."""
+        """Return 200 as long as the process responds."""
         return Json({"status": "ok"})
 
     async def readyz(self) -> Response:
@@ -250,8 +251,8 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     messages = {
         400: "The body is not valid JSON.",
-        404: "There is nothing at this path. /openapi.json describes what there is.",
-        405: "This path does not support the method. /openapi.json describes what there is.",
+        404: "This path does not exist. /openapi.json lists the paths.",
+        405: "This path does not support the method. /openapi.json lists the methods of each path.",
     }
     response = ApiError(error.status_code, messages.get(error.status_code, str(error.detail))).response()
     response.headers.update(error.headers or {})

@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 #: The longest time that a batch waits for requests that are between two steps, in seconds.
 LONGEST_WAIT = 0.05
-#: The part of a batch that may be padding as long as nothing has been measured.
+#: The largest share of padding in a batch before times have been measured.
 MOST_PADDING = 0.25
 
 
 class RunApart(Exception):  # noqa: N818 (it is not an error)
-    """Raised when works are run together that cannot be.
+    """Raised for works that cannot be run together.
 
     Attributes:
-        groups: the positions of those that can.
+        groups: the positions of the works that can be run together.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]]) -> None:
@@ -42,7 +42,7 @@ class Work(Protocol):
 
     Attributes:
         key: works with equal keys can be run together; None if it runs alone.
-        images: the number of images that it counts for in a batch.
+        images: the number of images that it adds to a batch.
         letter: the letter of the phase of its graph; empty if it is something else.
         is_last: whether it is the last call of the request's loop, as far as is known.
     """
@@ -129,7 +129,7 @@ class Served(Protocol):
 
 
 class Worker:
-    """Runs what is submitted in a thread: the works that have waited longest, and those that can be run with them.
+    """Runs submitted works in a thread: the one that has waited longest, and those that can be run with it.
 
     All methods are called with `lock` held, except `join`.
 
@@ -138,7 +138,7 @@ class Worker:
         lock: protects the state of the engine.
         max_batch: the largest number of images in a batch.
         stepping: returns the last works of the requests that are between two steps.
-        watch: called whenever the worker waits; ends what is late, and returns when it has to be called again.
+        watch: called whenever the worker waits; ends late requests, and returns when it has to be called again.
         lose: called with the submissions that are lost, and the reason, when the worker has failed.
 
     Attributes:
@@ -175,13 +175,13 @@ class Worker:
         self._start()
 
     def put(self, submission: Submission) -> None:
-        """Submit a work. Its gate is opened when it has been run, or is lost."""
+        """Submit a work. Its gate is opened once it has been run or is lost."""
         self._submissions.append(submission)
         if len(self._submissions) == 1 or not self._joining():
             self._changed.notify()
 
     def withdraw(self, request: Request, reason: Exception) -> None:
-        """Let `request` go on, to end, if it waits for a submission that is not being run yet."""
+        """Stop `request` from waiting for a submission that is not being run yet, because it has to end."""
         submission = request.submission
         if submission in self._submissions:
             self._submissions.remove(submission)
@@ -189,7 +189,7 @@ class Worker:
             submission.gate.open()
 
     def wake(self) -> None:
-        """Let the worker look at what has changed."""
+        """Wake the worker, because the state has changed."""
         self._changed.notify()
 
     def stop(self) -> None:
@@ -198,7 +198,7 @@ class Worker:
         self._changed.notify()
 
     def forget(self) -> None:
-        """Begin to count again."""
+        """Reset the totals."""
         self.batches.clear()
         self.seconds.clear()
 
@@ -218,7 +218,7 @@ class Worker:
                 self._run(group)
                 self._in_hand = ()
         except BaseException as error:
-            logger.critical("The engine's worker has failed and is started again.", exc_info=error)
+            logger.critical("The engine's worker has failed and is restarted.", exc_info=error)
             with self._lock:
                 self.alive = False
                 lost = [*self._in_hand, *self._submissions]
@@ -229,10 +229,10 @@ class Worker:
             self._start()
 
     def _next(self) -> list[Submission]:
-        """Wait for submissions, and return a group to run; it is empty if the worker is to stop.
+        """Wait for submissions, and return a group to run; it is empty if the worker has to stop.
 
-        The group is that of the submission that has waited longest, so each is served in its turn. If requests that
-        are between two steps are about to join it, it waits for them, but not longer than that saves.
+        The group is that of the submission that has waited longest, so that each gets its turn. If requests that are
+        between two steps are about to join the group, the worker waits for them, but no longer than this saves.
         """
         with self._lock:
             free_since = time.monotonic()
@@ -262,7 +262,7 @@ class Worker:
         return sum(work.images for work in self._stepping() if work.key == key)
 
     def _patience(self) -> float:
-        """Return how long the oldest submission may wait for others, in seconds: what running together saves."""
+        """Return how long the oldest submission may wait for others, in seconds: the time that joining them saves."""
         joining = self._joining()
         if not joining:
             return 0.0
@@ -283,7 +283,7 @@ class Worker:
         return [each for each in self._submissions if each.work.key == key]
 
     def _choose(self) -> list[Submission]:
-        """Return the group of the oldest submission, as many as it is best to run at a time."""
+        """Return as many submissions of the oldest one's group as are best run at a time."""
         group = _first(self._alike(), self._max_batch)
         total, sizes = _total(group), batch_sizes(self._max_batch)
         if len(group) == 1 or total in sizes:
@@ -299,7 +299,7 @@ class Worker:
         return group if pads else _first(group, lower)
 
     def _run(self, group: Sequence[Submission]) -> None:
-        """Run a group, and let its requests go on. If that fails, each is tried alone."""
+        """Run a group, and let its requests continue. If that fails, run each of them alone."""
         works = [submission.work for submission in group]
         began = time.perf_counter()
         try:
