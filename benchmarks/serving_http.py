@@ -91,7 +91,7 @@ class Server:
         if name == "engine":
             command = [sys.executable, "-m", "tgate_compile", "serve", "--model", arguments.model, "--gate-step", "0.4"]
             command += ["--backend", arguments.backend, "--max-batch", str(arguments.max_batch), "--port", str(port)]
-            command += ["--max-waiting", "100000", "--log-level", "error"]
+            command += ["--max-waiting", "100000", "--log-level", "error", "--threads", str(threads)]
             for size in arguments.sizes:
                 command += ["--warm-up-size", size]
         else:

@@ -29,7 +29,14 @@ from tgate_compile import optimize
 from tgate_compile._cache import FOLDER_VARIABLE
 from tgate_compile._cli.app import app
 from tgate_compile._cli.options import FAMILIES, Image, Loading, Precision, embedded_name
-from tgate_compile._cli.serve import API_KEY_VARIABLE, EngineOptions, _adapters, engine_for_model, load_adapters
+from tgate_compile._cli.serve import (
+    API_KEY_VARIABLE,
+    EngineOptions,
+    _adapters,
+    _limit_threads,
+    engine_for_model,
+    load_adapters,
+)
 from tgate_compile._cli.settings import ScheduleOptions
 from tgate_compile._errors import UnsupportedCallError
 from tgate_compile.serve import Engine
@@ -39,6 +46,20 @@ from tgate_compile.serve.server import OPEN_PATHS, create_app
 EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
 
 run = CliRunner().invoke
+
+
+def test_the_number_of_threads_is_limited_in_all_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        _limit_threads(None)
+        assert torch.get_num_threads() == before
+        _limit_threads(1)
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *found] == [1, 1]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,15 @@ class EngineOptions:
             rich_help_panel=SERVER,
         ),
     ] = NewSizes.capture
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads for the denoiser.",
+            show_default="all cores; 1 for an embedded model",
+            rich_help_panel=SERVER,
+        ),
+    ] = None
     max_batch: Annotated[int, typer.Option(min=1, help="Images per batch.", rich_help_panel=SERVER)] = 8
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Images that may wait; further requests get 429.", rich_help_panel=SERVER)
@@ -211,6 +220,7 @@ def serve(
 
                 check_peft()
             loaded = loading.load(model)
+            _limit_threads(engine.threads or (1 if loaded.is_embedded else None))
             load_adapters(loaded, adapter or [])
             started, served, multiple = engine_for_model(
                 loaded, name, loading, image, schedule, engine, backend=backend_name, precision=precision
@@ -223,6 +233,16 @@ def serve(
         with started:
             app = create_app(started, model=served, api_key=api_key, limits=limited, drain=float(drain))
             _run(app, listener, served.name, drain=drain, log_level=log_level)
+
+
+def _limit_threads(threads: int | None) -> None:
+    """Let PyTorch, and the runtimes that follow it, compute with this many threads; None: the default."""
+    if threads is not None:
+        import torch
+
+        # The operators of small models are so short that threads spend their time waiting for each other, and for those
+        # that run the pipelines' code.
+        torch.set_num_threads(threads)
 
 
 def engine_for_bundle(bundle: Path, name: str | None, engine: EngineOptions) -> tuple[Engine, ServedModel, int]:
@@ -241,7 +261,8 @@ def engine_for_bundle(bundle: Path, name: str | None, engine: EngineOptions) -> 
         is_bundle=True,
     )
     with ERR.status("Opening the bundle"):
-        started = Engine.from_bundle(bundle, warm_up=_warm_up(served, engine), **engine.arguments())
+        options = {} if engine.threads is None else {"threads": engine.threads}
+        started = Engine.from_bundle(bundle, warm_up=_warm_up(served, engine), **engine.arguments(), **options)
     return started, served, 8
 
 
