@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 import typer
 import yaml
 from starlette.testclient import TestClient
