@@ -79,6 +79,7 @@ def serve(port: int) -> None:
     from tgate_compile.serve.schemas import Limits
     from tgate_compile.serve.server import create_app
 
+    torch.set_num_threads(1)
     logging.getLogger("tgate_compile").setLevel(logging.ERROR)
     pipe: Any = tgate_compile.load_demo_pipeline(MODEL)
     pipe.set_progress_bar_config(disable=True)
@@ -269,6 +270,8 @@ def main() -> None:
     if arguments.server:
         serve(arguments.server)
         return
+    # The operators of such a small model are too short for several threads; `tgate-compile serve` takes one as well.
+    torch.set_num_threads(1)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen([sys.executable, "-m", "benchmarks.serving_soak", "--server", str(port)])
