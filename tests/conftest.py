@@ -11,7 +11,7 @@ from tests import once
 
 #: The markers of tests that are skipped unless the option of the same name is given, with the reason.
 OPTIONAL = {
-    "heavy": "takes from twenty seconds to minutes; `pytest --heavy` runs it, CI does not",
+    "heavy": "takes long, or repeats what a quick test shows; `pytest --heavy` runs it, CI does not",
     "sweep": "one of many like it, which together take many minutes; `pytest --sweep` runs it, CI does not",
 }
 
