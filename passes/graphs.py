@@ -20,6 +20,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from tgate_compile.methods.method import Kind, Phase
@@ -80,14 +81,15 @@ def is_mutable(node: Node) -> bool:
 def copy_graph(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """Return `graph_module` with a copy of its graph that can be changed; submodules and fake tensors are shared.
 
-    The output of the graph must be a flat tuple, and so is the output of the copy.
+    The output of the graph must be a flat tuple, and so is the output of the copy. Its Python code is generated when it
+    first runs: most copies never do, since a pass changes them or a program is made of them.
     """
     graph = torch.fx.Graph()
     output = graph.graph_copy(graph_module.graph, val_map={})
     graph.output(tuple(output))  # type: ignore[arg-type]
     for node in graph.nodes:
         node.meta = copy.copy(node.meta)  # so that changes by a pass do not affect the original's node
-    return torch.fx.GraphModule(graph_module, graph)
+    return _LazyGraphModule(graph_module, graph)
 
 
 def flat_program(source: ExportedProgram, graph_module: torch.fx.GraphModule) -> ExportedProgram:
@@ -291,9 +293,9 @@ def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
     torch.export turns `with torch.amp.autocast("cuda", enabled=False)` into a call of a graph of its own.
     """
     graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2]:
-            continue
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_autocast)
+    regions = [node for node in nodes if not node.args[2]]
+    for node in regions:
         region, *given = node.args[4:]
         body = getattr(graph_module, region.target).graph
         values = dict(zip((inner for inner in body.nodes if inner.op == "placeholder"), given, strict=True))
@@ -308,4 +310,5 @@ def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
         graph.erase_node(node)
         if not region.users:
             graph.erase_node(region)
-    graph_module.recompile()
+    if regions:
+        graph_module.recompile()
