@@ -1,4 +1,4 @@
-"""In-place operators are replaced in the graph where that is certain to be right; otherwise the program is traced again."""
+"""In-place operators are replaced in the graph if that is certain to be right; otherwise it is traced again."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def _of_parts_that_are_read(x: torch.Tensor) -> torch.Tensor:
         (_returned, False),
         (_parts, False),
         (_view_before, True),
-        (_maybe_the_operand, True),
         (_another_dtype, True),
         (_of_parts_that_are_read, True),
     ],
@@ -95,13 +94,14 @@ def test_the_results_are_those_of_the_module(
     result = functional(program)
     assert bool(traced) == again
     assert not any(map(is_mutable, result.graph.nodes))
-    assert all("val" in node.meta for node in result.graph.nodes if node.op == "call_function")
+    assert again or all("val" in node.meta for node in result.graph.nodes if node.op == "call_function")
     result.graph.lint()
     for given in (sample, sample - 2):
         assert torch.equal(result.module()(given), module(given))
     assert functional(result) is result
 
 
-def test_inputs_that_change_are_left_to_torch() -> None:
-    program = torch.export.export(_Module(lambda x: x.add_(1) * 2), (torch.ones(2, 3),), strict=False)
-    assert not graphs._write_to_own_tensors(program.graph, [node for node in program.graph.nodes if is_mutable(node)])
+@pytest.mark.parametrize("function", [lambda x: x.add_(1) * 2, _maybe_the_operand], ids=["input", "dropout"])
+def test_what_is_not_certain_is_left_to_torch(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    graph = torch.export.export(_Module(function), (torch.ones(2, 3),), strict=False).graph
+    assert not graphs._write_to_own_tensors(graph, [node for node in graph.nodes if is_mutable(node)])
