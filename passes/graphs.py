@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.export import ExportedProgram
@@ -20,6 +20,8 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from tgate_compile.methods.method import Kind, Phase
@@ -80,14 +82,15 @@ def is_mutable(node: Node) -> bool:
 def copy_graph(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """Return `graph_module` with a copy of its graph that can be changed; submodules and fake tensors are shared.
 
-    The output of the graph must be a flat tuple, and so is the output of the copy.
+    The output of the graph must be a flat tuple, and so is the output of the copy. Its Python code is generated when it
+    first runs: most copies never do, since a pass changes them or a program is made of them.
     """
     graph = torch.fx.Graph()
     output = graph.graph_copy(graph_module.graph, val_map={})
     graph.output(tuple(output))  # type: ignore[arg-type]
     for node in graph.nodes:
         node.meta = copy.copy(node.meta)  # so that changes by a pass do not affect the original's node
-    return torch.fx.GraphModule(graph_module, graph)
+    return _LazyGraphModule(graph_module, graph)
 
 
 def flat_program(source: ExportedProgram, graph_module: torch.fx.GraphModule) -> ExportedProgram:
@@ -276,13 +279,142 @@ class Variant:
         return tuple(str(spec.target) for spec in specs if spec.kind is not InputKind.USER_INPUT)
 
 
+#: Operators that are made of others and have a result of their own, never one of their operands or a view of it.
+_OWN_RESULT = frozenset(
+    {
+        torch.ops.aten.conv1d.default,
+        torch.ops.aten.conv2d.default,
+        torch.ops.aten.conv3d.default,
+        torch.ops.aten.group_norm.default,
+        torch.ops.aten.layer_norm.default,
+        torch.ops.aten.linear.default,
+        torch.ops.aten.matmul.default,
+        torch.ops.aten.rms_norm.default,
+        torch.ops.aten.scaled_dot_product_attention.default,
+        torch.ops.aten.softmax.int,
+    }
+)
+
+
 def functional(program: ExportedProgram) -> ExportedProgram:
     """Return `program` without in-place operators, which may have no users and would be removed as dead code."""
-    if not any(is_mutable(node) for node in program.graph.nodes):
+    in_place = [node for node in program.graph.nodes if is_mutable(node)]
+    if not in_place:
         return program
-    # An empty table decomposes nothing else, so that the results stay bit-identical.
+    if _write_to_own_tensors(program.graph, in_place):
+        for node in in_place:
+            _work_out_of_place(node)
+        program.graph_module.recompile()
+        return program
+    # This traces the program again, which takes several times as long as the capture. An empty table decomposes nothing
+    # else, so that the results stay bit-identical.
     result: ExportedProgram = program.run_decompositions({})
     return result
+
+
+#: Views of a part of a tensor, each with the operator that returns the tensor with another value of that part.
+_SCATTERING: Mapping[object, torch._ops.OpOverload] = {
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+}
+
+
+def _write_to_own_tensors(graph: torch.fx.Graph, in_place: Sequence[Node]) -> bool:
+    """Return whether each of the operators `in_place` writes to a result of the graph that has no other views yet."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    written: dict[Node, Node] = {}  # the node that made the tensor, for each operator that writes to all of it
+    parts: set[Node] = set()  # views that are only written to
+    for node in in_place:
+        views, whole = _written_by(node)
+        parts.update(views)
+        tensor = written.get(whole, whole)
+        names = [tensor, *(other for other, target in written.items() if target is tensor)]
+        readers = {user for name in names for user in name.users if places[user] < places[node]}
+        if not (
+            _has_own_result(tensor)
+            and not (views and node.users)
+            and all(user in written or user in parts or _has_own_result(user) for user in readers)
+            and _functional_target(node) is not None
+        ):
+            return False
+        if not views:
+            written[node] = tensor
+    return True
+
+
+def _written_by(node: Node) -> tuple[list[Node], Node]:
+    """Return the views that `node` writes through, the last one first, and the tensor that they are views of."""
+    views, whole = [], operand(node, 0)
+    while whole.target in _SCATTERING and len(whole.users) == 1:
+        views.append(whole)
+        whole = operand(whole, 0)
+    return views, whole
+
+
+def _has_own_result(node: Node) -> bool:
+    """Return whether the value of `node` certainly shares no memory with other values."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    if any(result.alias_info is not None for result in target._schema.returns):
+        return False
+    # Operators with kernels of their own have to declare views; those that are made of others do not.
+    return target in _OWN_RESULT or not target.has_kernel_for_dispatch_key(
+        torch._C.DispatchKey.CompositeImplicitAutograd
+    )
+
+
+def _functional_target(node: Node) -> torch._ops.OpOverload | None:
+    """Return the operator that computes what the in-place `node` writes; None if there is none with equal results."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in target._schema.arguments]
+    packet, _, name = str(target).removeprefix("aten.").partition(".")
+    if writes.count(True) != 1 or not writes[0] or not packet.endswith("_") or target.namespace != "aten":
+        return None
+    found = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), name, None)
+    if not isinstance(found, torch._ops.OpOverload):
+        return None
+    value, before = _value_of(node, found), operand(node, 0).meta["val"]
+    same = isinstance(value, torch.Tensor) and (value.dtype, value.shape) == (before.dtype, before.shape)
+    return found if same else None  # the result of an operator may be of another type than what it is written to
+
+
+def _value_of(node: Node, target: torch._ops.OpOverload) -> object:
+    """Return the value of `target` on fake tensors, with the arguments of `node`."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    with operand(node, 0).meta["val"].fake_mode:
+        return target(*args, **kwargs)
+
+
+def _work_out_of_place(node: Node) -> None:
+    """Replace the in-place operator `node`, and let all that follows it read the new tensor instead of the old one."""
+    target, (views, whole), later = _functional_target(node), _written_by(node), set(_after(node))
+    assert target is not None
+    new = _inserted(node, target, node.args, node.kwargs)
+    for view in views:
+        new = _inserted(node, _SCATTERING[view.target], (view.args[0], new, *view.args[1:]), view.kwargs)
+    whole.replace_all_uses_with(new, delete_user_cb=lambda user: user in later)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    if not views:
+        new.name = node.name  # the program's signature has the names of its outputs
+
+
+def _inserted(before: Node, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> Node:
+    """Insert a call of `target` before a node, as a part of the same module."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs)
+    node.meta = {**before.meta, "val": _value_of(node, target)}
+    return node
+
+
+def _after(node: Node) -> Iterator[Node]:
+    nodes = iter(node.graph.nodes)
+    for each in nodes:
+        if each is node:
+            break
+    yield from nodes
 
 
 def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
@@ -291,9 +423,9 @@ def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
     torch.export turns `with torch.amp.autocast("cuda", enabled=False)` into a call of a graph of its own.
     """
     graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2]:
-            continue
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_autocast)
+    regions = [node for node in nodes if not node.args[2]]
+    for node in regions:
         region, *given = node.args[4:]
         body = getattr(graph_module, region.target).graph
         values = dict(zip((inner for inner in body.nodes if inner.op == "placeholder"), given, strict=True))
@@ -308,4 +440,5 @@ def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
         graph.erase_node(node)
         if not region.users:
             graph.erase_node(region)
-    graph_module.recompile()
+    if regions:
+        graph_module.recompile()

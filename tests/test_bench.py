@@ -122,6 +122,7 @@ def test_efficiency_is_speedup_over_saved_operations() -> None:
     json.dumps(benchmark.as_dict(), allow_nan=False)
 
 
+@pytest.mark.heavy
 def test_a_baseline_for_each_backend() -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     task = Task({"prompt": "red cat", "guidance_scale": 5.0, "num_inference_steps": 2}, 2, 1, 1)

@@ -331,8 +331,11 @@ def noting(found: list[set[str]], denoiser: torch.nn.Module) -> dict[str, Any]:
 @pytest.mark.usefixtures("withheld")
 @pytest.mark.parametrize(
     ("make", "name", "call"),
-    [(sdxl, "unet", {}), (pixart, "transformer", pixart_prompt()), (small, "unet", {"gate_step": STEPS})],
-    ids=["sdxl", "pixart", "ungated"],
+    [
+        pytest.param(sdxl, "unet", {}, id="sdxl", marks=pytest.mark.heavy),
+        pytest.param(pixart, "transformer", pixart_prompt(), id="pixart"),
+        pytest.param(small, "unet", {"gate_step": STEPS}, id="ungated"),
+    ],
 )
 def test_weights_are_away_during_the_loop_and_come_back(
     make: Callable[[], Any], name: str, call: dict[str, Any]

@@ -83,9 +83,9 @@ def test_sites_must_be_attentions_that_can_be_cached(sd: SimpleNamespace) -> Non
     [
         (torch.float32, 0.0, 1.0),
         (torch.float16, 5e-3, 0.5),
-        (torch.bfloat16, 2e-2, 0.5),
+        pytest.param(torch.bfloat16, 2e-2, 0.5, marks=pytest.mark.heavy),
         (torch.float8_e4m3fn, 0.1, 0.25),
-        (torch.float8_e5m2, 0.2, 0.25),
+        pytest.param(torch.float8_e5m2, 0.2, 0.25, marks=pytest.mark.heavy),
     ],
 )
 def test_caches_in_another_dtype(sd: SimpleNamespace, dtype: torch.dtype, bound: float, share: float) -> None:
@@ -135,7 +135,7 @@ CALLS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_is_described_before_it_runs(name: str) -> None:
-    pipe = stable_diffusion()
+    pipe = stable_diffusion(layout="small")
     tgate_compile.optimize(pipe, backend="eager", **CALLS[name])
     beforehand = tgate_compile.describe(pipe, prompt=PROMPT, num_inference_steps=6, output_type="latent")
     assert beforehand.last_steps == ()

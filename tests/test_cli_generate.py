@@ -83,9 +83,12 @@ def test_without_tgate_it_is_the_plain_pipelines(model: str, tmp_path: Path) -> 
             "gate step 4, sp interval 2, warm up 0",
         ),
         (["--guidance-step", "2"], "FFffff", "guidance step 2"),
-        (["--deepcache-interval", "3"], "FDDFDD", "deepcache interval 3"),
+        pytest.param(["--deepcache-interval", "3"], "FDDFDD", "deepcache interval 3", marks=pytest.mark.heavy),
         (["--deepcache-interval", "3", "--gate-step", "3"], "FDFprr", "gate step 3, deepcache interval 3"),
-        (["--anchor-weight", "1", "--gate-step", "2"], "FFpppp", "gate step 2, anchor weight 1.0"),
+        pytest.param(
+            *(["--anchor-weight", "1", "--gate-step", "2"], "FFpppp", "gate step 2, anchor weight 1.0"),
+            marks=pytest.mark.heavy,
+        ),
     ],
 )
 def test_any_schedule(model: str, tmp_path: Path, arguments: list[str], strip: str, schedule: str) -> None:

@@ -35,6 +35,7 @@ def test_the_papers_rows_as_a_table() -> None:
         assert shown in result.stdout
 
 
+@pytest.mark.heavy
 def test_any_schedule_with_its_baselines() -> None:
     options = ["--gate-step", "10", "--sp-interval", "3", "--warm-up", "2", "--steps", "20"]
     result = run(app, ["report", "--architecture", "sd15", *options, "--json"])
@@ -67,6 +68,7 @@ def test_a_gate_beyond_the_end_is_noted() -> None:
     assert len({row["ours_macs_t"] for row in json.loads(result.stdout)}) == 1
 
 
+@pytest.mark.heavy
 def test_parameters_by_binding_time() -> None:
     result = run(app, ["report", "--binding-times", "--model", "sd15", "--json"])
     assert result.exit_code == 0, result.output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import torch
 
 import tgate_compile
 from tests.exported import GATE, STEPS, plain
+from tests.packages import need
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile.bundle.manifest import Manifest
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.coreml.save import PACKAGE, check_graph, feature_name
 
-# Without importing it, which takes seconds in each process.
-if importlib.util.find_spec("coremltools") is None:
-    pytest.skip("coremltools has no packages for some machines", allow_module_level=True)
+need("coremltools")  # it has no packages for some machines
 
 CALL = {"prompt": "", "num_inference_steps": STEPS}
 

@@ -60,8 +60,13 @@ def _skip_channels(unet: Any, layer: str) -> int:
 BRANCHES = {0: "up_blocks.1.resnets.1", 1: "up_blocks.1.resnets.0", 3: "up_blocks.0.resnets.1"}
 
 
-@pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("interval", [2, 3])
+@pytest.mark.parametrize(
+    ("branch", "interval"),
+    [
+        *((0, 2), (1, 3), (3, 2)),
+        *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((0, 3), (1, 2), (3, 3))),
+    ],
+)
 def test_sdxl(branch: int, interval: int) -> None:
     pipe = sdxl()
     plain = run(pipe, PROMPTS, steps=STEPS)

@@ -137,6 +137,12 @@ def test_it_follows_captions(name: str, plain: torch.Tensor) -> None:
     check_follows_captions(name, plain)
 
 
+# The smallest, and the one with joint attention.
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("lcm", "sd3") else pytest.param(name, marks=pytest.mark.heavy) for name in OTHERS],
+    indirect=True,
+)
 def test_gated_it_still_follows_them(name: str, pipeline: Any, plain: torch.Tensor) -> None:
     steps = DEMO_VARIANTS[name].steps
     gate = round(0.4 * steps)

@@ -28,7 +28,19 @@ class Pair:
     before: dict[str, set[str]]
 
 
-@pytest.fixture(scope="module", params=CASES)
+#: The same denoisers as in another case, with other inputs.
+VARIATIONS = (
+    "AnimateDiffSDXLPipeline",
+    "WanImageToVideoPipeline",
+    "SkyReelsV2Pipeline",
+    "Cosmos2TextToImagePipeline",
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.heavy) if name in VARIATIONS else name for name in CASES],
+)
 def pair(request: pytest.FixtureRequest) -> Pair:
     if request.param == "KolorsPipeline":
         pytest.importorskip("sentencepiece", reason="diffusers imports Kolors' tokenizer with it")

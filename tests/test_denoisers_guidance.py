@@ -37,7 +37,9 @@ def test_the_prompts_half_is_kept(name: str) -> None:
 
 
 # Without caches the text of the remaining half still matters, so it must be the right half.
-@pytest.mark.parametrize("name", ["AnimateDiffPipeline", "LuminaPipeline", "WanPipeline"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("AnimateDiffPipeline", marks=pytest.mark.heavy), "LuminaPipeline", "WanPipeline"]
+)
 def test_guidance_that_stops(name: str) -> None:
     case, pipe = CASES[name], build(name)
     call = case.call(2)

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from tests import tiny_pipelines
 from tests.denoiser_cases import CASES
@@ -99,6 +98,8 @@ def test_images_are_those_of_the_pipeline_with_all_that_made_them(evaluated: tup
 
 
 def test_likeness_is_that_of_the_images(evaluated: tuple[Any, Evaluation]) -> None:
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     pipe, evaluation = evaluated
     assert [row.label for row in evaluation.rows] == ["plain", "early", "never gated", "fewer"]
     for label in ("plain", "never gated"):

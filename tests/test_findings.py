@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from tests.packages import need
 from tgate_compile import Schedule
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "findings.json"
 PAGE = ROOT / "docs" / "evidence" / "findings.md"
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("torchmetrics")
+need("matplotlib", "torchmetrics")
 
 # diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [

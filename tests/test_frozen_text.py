@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.packages import need
 from tgate_compile import AdaptiveGuidance, DeepCache, load_demo_pipeline
 
 ROOT = Path(__file__).parents[1]
 
-pytest.importorskip("torchmetrics")
+need("torchmetrics")
 
 # diffusers 0.42 converts a tensor to an array in a way that is deprecated in numpy 2.
 pytestmark = [

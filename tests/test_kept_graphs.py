@@ -117,7 +117,13 @@ STATES: dict[str, tuple[Callable[[Any], Any], list[Callable[[Any], Any]], list[i
 }
 
 
-@pytest.mark.parametrize("name", STATES)
+#: Scales of adapters, and FreeU, change what a LoRA changes: attributes of modules.
+QUICK = ("LoRAs", "LoRAs loaded in turn")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.heavy) for name in STATES]
+)
 def test_states_of_the_denoiser_in_turn(name: str) -> None:
     prepare, changes, expected, call = STATES[name]
     pipe, plain = optimized(prepare(least())), prepare(least())
@@ -410,7 +416,7 @@ def test_a_call_that_looks_at_the_denoiser_keeps_its_graphs() -> None:
 
 def test_states_that_have_no_graphs_left_are_forgotten() -> None:
     pipe = optimized(with_loras(least()), graph_memory=1)
-    for step in range(4):
+    for step in range(3):
         lora("a", 0.1 * (step + 1))(pipe)
         latents(pipe)
     store = store_of(pipe)
@@ -433,7 +439,7 @@ def unload_and_load(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("onnxruntime", marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("change", [replace_weights, unload_and_load])
+@pytest.mark.parametrize("change", [pytest.param(replace_weights, marks=pytest.mark.heavy), unload_and_load])
 def test_no_old_tensor_stays(change: Callable[[Any], None], backend: str) -> None:
     pytest.importorskip({"eager": "torch"}.get(backend, backend))
     pipe, plain = optimized(least(), backend=backend), least()

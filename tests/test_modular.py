@@ -165,7 +165,10 @@ def sdxl() -> Any:
 # Supported guiders and loops.
 
 
-@pytest.mark.parametrize("name", CASES)
+# LTX is also checked below, with each guider.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.heavy) if name == "LTX" else name for name in CASES]
+)
 def test_gated_as_by_hooks_and_ungated_to_the_bit(name: str) -> None:
     case = CASES[name]
     pipe, call = case.build(), case.call(2)
@@ -254,7 +257,9 @@ def test_steps_of_other_schedulers(scheduler: Any, strip: str) -> None:
     ("call", "steps"),
     [({"strength": 0.7}, 7), ({"strength": 0.7, "denoising_end": 0.5}, 2), ({"denoising_end": 0.6}, 6)],
 )
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize(
+    "scheduler", [EulerDiscreteScheduler, pytest.param(HeunDiscreteScheduler, marks=pytest.mark.heavy)]
+)
 def test_steps_of_a_part_of_the_timesteps(call: dict[str, Any], steps: int, scheduler: Any) -> None:
     pipe = modular_sdxl(scheduler(**VELOCITY))
     if "strength" in call:
@@ -555,7 +560,7 @@ def test_tools_for_ordinary_pipelines_are_refused(sdxl: Any, tmp_path: Path) -> 
 
 
 # `enable_auto_cpu_offload` itself needs a device that reports its free memory.
-@pytest.mark.parametrize("first", ["hook", "optimize"])
+@pytest.mark.parametrize("first", ["hook", pytest.param("optimize", marks=pytest.mark.heavy)])
 def test_the_offload_hook_of_a_components_manager(first: str) -> None:
     pipe, call = modular_wan(), modular_wan_call()
     plain = run(pipe, **call)

@@ -59,6 +59,7 @@ def run_kandinsky_3(pipe: Any, **call: Any) -> Tensor:
     )[0]
 
 
+@pytest.mark.heavy
 def test_kandinsky_3() -> None:
     """All of its attentions are declared as cross-attentions: also self-attention of the latents, and the pooling of
     the text into the time embedding, which is still computed after the gate."""

@@ -111,7 +111,17 @@ def played(model: nn.Module, gate: int, *, guided: bool = True) -> Iterator[None
         handle.remove()
 
 
-@pytest.fixture(scope="module", params=CASES)
+#: Two of the four combinations of these options have each value of both.
+REPEATED = (
+    "MultiheadAttention, batch_first=True, need_weights=False",
+    "MultiheadAttention, batch_first=False, need_weights=True",
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.heavy) if name in REPEATED else name for name in CASES],
+)
 def case(request: pytest.FixtureRequest) -> tuple[Case, OwnPipeline, OwnPipeline]:
     case = CASES[request.param]
     return case, built(case), tgate_compile.optimize(built(case), GATE, backend="eager")

@@ -60,7 +60,7 @@ def inpainting(**call: Any) -> dict[str, Any]:
 
 
 def with_ip_adapter() -> Any:
-    pipe = stable_diffusion(layout="small")
+    pipe = stable_diffusion(layout="least")
     load_ip_adapter(pipe)
     return pipe
 
@@ -111,20 +111,27 @@ def test_lcm_with_guidance_off(gate: int) -> None:
     check(pipe, {"steps": 4, "guidance_scale": 1.0, "prompt": PROMPTS}, gate=gate, guided=False)
 
 
-@pytest.mark.parametrize("name", ["EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"])
+@pytest.mark.parametrize(
+    "name", ["EDMDPMSolverMultistepScheduler", pytest.param("EDMEulerScheduler", marks=pytest.mark.heavy)]
+)
 def test_playground(name: str) -> None:
     check(sdxl(scheduler=getattr(diffusers, name)()), {"guidance_scale": 3.0}, interleaved=True)
 
 
 def test_img2img() -> None:
-    check(stable_diffusion("StableDiffusionImg2ImgPipeline"), {"image": image(), "strength": 0.9}, gate=2)
+    check(
+        stable_diffusion("StableDiffusionImg2ImgPipeline", layout="small"), {"image": image(), "strength": 0.9}, gate=2
+    )
 
 
 @pytest.mark.parametrize("channels", [4, 9])
 def test_inpaint(channels: int) -> None:
-    check(stable_diffusion("StableDiffusionInpaintPipeline", in_channels=channels), inpainting(), gate=2)
+    check(
+        stable_diffusion("StableDiffusionInpaintPipeline", layout="small", in_channels=channels), inpainting(), gate=2
+    )
 
 
+@pytest.mark.heavy
 def test_sdxl_img2img() -> None:
     pipe = sdxl("StableDiffusionXLImg2ImgPipeline")
     call = {"prompt": PROMPTS, "image": image(2), "strength": 0.9, "negative_original_size": (256, 128)}
@@ -448,7 +455,7 @@ def test_official_callback_that_stops_the_ip_adapter() -> None:
 
 
 def with_lora() -> Any:
-    pipe = stable_diffusion(layout="small")
+    pipe = stable_diffusion(layout="least")
     add_lora(pipe.unet)
     return pipe
 
@@ -456,7 +463,7 @@ def with_lora() -> Any:
 def test_lora_added_before_optimize() -> None:
     pipe = with_lora()
     check(pipe, {})
-    assert_differ(run(pipe, gate_step=1000), run(stable_diffusion(layout="small")))
+    assert_differ(run(pipe, gate_step=1000), run(stable_diffusion(layout="least")))
 
 
 def test_lora_scale_in_the_call() -> None:
@@ -471,7 +478,7 @@ def test_lora_scale_in_the_call() -> None:
 def test_lora_loaded_from_a_file(tmp_path: Any) -> None:
     from peft import get_peft_model_state_dict
 
-    pipe = stable_diffusion(layout="small")
+    pipe = stable_diffusion(layout="least")
     source = with_lora()
     source.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(source.unet))
     pipe.load_lora_weights(tmp_path)
@@ -484,7 +491,7 @@ def test_lora_loaded_and_unloaded_after_optimize(tmp_path: Any) -> None:
 
     source = with_lora()
     source.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(source.unet))
-    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 3, backend="eager")
+    pipe = tgate_compile.optimize(stable_diffusion(layout="least"), 3, backend="eager")
     before = run(pipe)
     pipe.load_lora_weights(tmp_path)
     assert_same(run(pipe), expected_of(source, {}))

@@ -34,9 +34,16 @@ def drawn(pipe: Any, precision: str = "auto", backend: str = "eager", **call: An
     return result
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("build", "call"), [(small, {}), (sdxl, {}), (pixart, pixart_prompt())], ids=["sd", "sdxl", "pixart"]
+    ("build", "call", "precision"),
+    [
+        pytest.param(small, {}, "bfloat16", id="sd, bfloat16"),
+        pytest.param(small, {}, "float16", id="sd, float16"),
+        pytest.param(sdxl, {}, "bfloat16", id="sdxl, bfloat16", marks=pytest.mark.heavy),
+        pytest.param(sdxl, {}, "float16", id="sdxl, float16", marks=pytest.mark.heavy),
+        pytest.param(pixart, pixart_prompt(), "bfloat16", id="pixart, bfloat16"),
+        pytest.param(pixart, pixart_prompt(), "float16", id="pixart, float16", marks=pytest.mark.heavy),
+    ],
 )
 def test_close_to_float32(build: Any, call: dict[str, Any], precision: str) -> None:
     pipe = build()
@@ -183,7 +190,7 @@ def test_weights_are_laid_out_for_inductor_on_a_gpu_in_their_own_dtype() -> None
     assert torch.equal(first, kept)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.heavy)])
 def test_in_openvino(precision: str) -> None:
     pytest.importorskip("openvino")
     pipe = small()

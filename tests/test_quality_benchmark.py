@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import tgate_compile
+from tests.packages import need
 from tgate_compile.study.evaluation.measure import drawings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = ["--captions", "4", "--steps", "10", "--only", "tgate 5"]
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("torchmetrics")
+need("matplotlib", "torchmetrics")
 
 
 @pytest.fixture(scope="module")

@@ -127,14 +127,19 @@ def test_calibration_has_the_calls_batch(tmp_path: Path) -> None:
     assert latents.shape[0] == 2
 
 
-def test_the_pruned_graph_alone(tmp_path: Path) -> None:
-    pipe = plain()
-    tgate_compile.optimize(pipe, GATE, backend="eager")
+def test_the_full_graph_alone_is_refused(tmp_path: Path) -> None:
+    pipe = tgate_compile.optimize(plain(), GATE, backend="eager")
     call = {"prompt": "", "num_inference_steps": STEPS}
-    quantize = {"scheme": "int8", "graphs": "pruned", "skip": ["*"]}
     with pytest.raises(ConfigurationError, match="graphs of quantize must be"):
-        tgate_compile.export(pipe, tmp_path / "b", call=call, quantize=quantize | {"graphs": "full"})
-    folder = tgate_compile.export(pipe, tmp_path / "b", call=call, dynamic=False, quantize=quantize | {"skip": []})
+        tgate_compile.export(pipe, tmp_path / "b", call=call, quantize={"scheme": "int8", "graphs": "full"})
+
+
+@pytest.mark.heavy
+def test_the_pruned_graph_alone(tmp_path: Path) -> None:
+    pipe = tgate_compile.optimize(plain(), GATE, backend="eager")
+    call = {"prompt": "", "num_inference_steps": STEPS}
+    quantize = {"scheme": "int8", "graphs": "pruned"}
+    folder = tgate_compile.export(pipe, tmp_path / "b", call=call, dynamic=False, quantize=quantize)
     manifest = manifest_of(folder)
     assert manifest.quantization is not None
     assert manifest.quantization.graphs == ["pruned-table", "pruned"]

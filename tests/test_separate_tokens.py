@@ -39,7 +39,13 @@ def run(denoiser: Any, variant: Variant, captured: Captured, kwargs: Any, caches
     return list(variant.program.graph_module(*weights, *inputs_for(variant, captured, call, caches or {})))
 
 
-@pytest.mark.parametrize("name", DENOISERS)
+#: One denoiser for each arrangement of streams. The others, which take longer to capture, are heavy.
+QUICK = ("sd3", "flux", "flux2", "qwen_image")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.heavy) for name in DENOISERS]
+)
 @torch.no_grad()
 def test_frozen_text(name: str) -> None:
     tiny = DENOISERS[name]

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
+from tests.packages import need
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.figures import _BY_LETTER, _LOOKS, strip_picture
 
-pytest.importorskip("matplotlib")
+need("matplotlib")
 
 
 def colours(path: Path) -> dict[tuple[int, ...], int]:

@@ -51,7 +51,7 @@ def without_onnx(time: torch.Tensor) -> torch.Tensor:
 
 
 def pipeline(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    pipe = stable_diffusion(layout="small")
+    pipe = stable_diffusion(layout="least")
     pipe.unet.time_proj = _Times(pipe.unet.time_proj, function)
     return pipe
 
@@ -68,7 +68,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("tgate_compile.engine.trust")]
 
 
-@pytest.mark.parametrize("function", [hashed, in_64_bits])
+@pytest.mark.parametrize("function", [hashed, pytest.param(in_64_bits, marks=pytest.mark.heavy)])
 def test_a_named_backend_that_is_wrong(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     pytest.importorskip("openvino")
     pipe = pipeline(function)

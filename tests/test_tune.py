@@ -334,9 +334,10 @@ def test_a_step_may_have_several_calls(scheduler: Any) -> None:
     [
         ("WanPipeline", "FFFppp", 6, 5),  # a separate call for each half
         ("WanPipeline, two transformers", "FFFp|FF", 4, 4),  # each counts its steps separately
-        ("StableVideoDiffusionPipeline", "FFFppp", 6, 5),  # only one half can be kept
-        ("LTXPipeline", "FFFppp", 6, 5),  # its attentions do not declare their kind
-        ("CosmosTextToWorldPipeline", "FFFppp", 6, 5),
+        # Only one half can be kept; attentions that do not declare their kind.
+        pytest.param("StableVideoDiffusionPipeline", "FFFppp", 6, 5, marks=pytest.mark.heavy),
+        pytest.param("LTXPipeline", "FFFppp", 6, 5, marks=pytest.mark.heavy),
+        pytest.param("CosmosTextToWorldPipeline", "FFFppp", 6, 5, marks=pytest.mark.heavy),
     ],
 )
 def test_other_denoisers(name: str, strip: str, steps: int, changes: int, tmp_path: Path) -> None:

@@ -12,23 +12,25 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import numpy as np
-import openai
 import pytest
-import ray
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from ray import serve
-from ray.serve.schema import ServeDeploySchema
 
+from tests.packages import need
 from tests.programs import program
 from tests.serve.serving import pixels
 from tgate_compile import ConfigurationError
-from tgate_compile.serve.ray import Arguments, build
-from tgate_compile.serve.ray_gateway import State
+
+if TYPE_CHECKING:
+    from tgate_compile.serve.ray import Arguments
+    from tgate_compile.serve.ray_gateway import State
+
+# Imported by the functions that use them, as are our modules that need Ray: each takes a second.
+need("ray", "openai")
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
 PROMPT = "a large red circle on a blue background"
@@ -52,11 +54,15 @@ PATIENCE = 240.0
     ],
 )
 def test_what_is_wrong_with_the_arguments_is_said(given: Mapping[str, Any], said: str) -> None:
+    from tgate_compile.serve.ray import build
+
     with pytest.raises(ConfigurationError, match=said):
         build(given)
 
 
 def test_arguments_may_be_texts_as_on_the_command_line() -> None:
+    from tgate_compile.serve.ray import Arguments
+
     given = Arguments.model_validate({"model": "sd", "gate_step": "10", "replicas": "2", "num_cpus": "0.5"})
     assert (given.gate_step, given.replicas, given.num_cpus) == (10, 2, 0.5)
     assert Arguments.model_validate({"model": "sd", "gate_step": "0.4"}).gate_step == 0.4
@@ -67,6 +73,8 @@ def test_the_example_for_serve_deploy_fits_the_application() -> None:
 
 
 def test_the_example_for_kuberay_fits_the_application() -> None:
+    import ray
+
     manifest = yaml.safe_load((EXAMPLES / "kuberay.yaml").read_text())
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
     given = check_config(manifest["spec"]["serveConfigV2"])
@@ -87,6 +95,10 @@ def test_the_example_for_kuberay_fits_the_application() -> None:
 
 def check_config(text: str) -> Arguments:
     """Check a configuration file, and return the arguments of its application."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from tgate_compile.serve.ray import Arguments, build
+
     config = ServeDeploySchema.model_validate(yaml.safe_load(text))
     (application,) = config.applications
     assert application.import_path == "tgate_compile.serve.ray:build"
@@ -95,8 +107,11 @@ def check_config(text: str) -> Arguments:
 
 
 @contextmanager
-def cluster(**more: str) -> Iterator[None]:
-    """Run a cluster of this machine alone, with more environment variables."""
+def cluster(port: int, **more: str) -> Iterator[None]:
+    """Run a cluster of this machine alone, which listens on `port`, with more environment variables."""
+    import ray
+    from ray import serve
+
     folder = tempfile.mkdtemp(prefix="ray-")  # short, because the paths of its sockets must be
     variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", **more}
     with pytest.MonkeyPatch.context() as patch:
@@ -111,6 +126,7 @@ def cluster(**more: str) -> Iterator[None]:
             _temp_dir=folder,
         )
         try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield
         finally:
             serve.shutdown()
@@ -118,10 +134,21 @@ def cluster(**more: str) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def deploy(given: Mapping[str, Any]) -> None:
+    """Start the application with these arguments, or update it."""
+    from ray import serve
+
+    from tgate_compile.serve.ray import build
+
+    serve.run(build(given), name="app", route_prefix="/")
+
+
 class Client:
     """A client of an application, which looks at its replicas, too."""
 
     def __init__(self, url: str) -> None:
+        import openai
+
         self.http = httpx2.Client(base_url=url, timeout=PATIENCE)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
 
@@ -161,6 +188,10 @@ class Client:
 
 def states() -> list[State]:
     """Return the states of the replicas."""
+    from ray import serve
+
+    from tgate_compile.serve.ray_gateway import State
+
     found = serve.get_deployment_handle("images", "app").broadcast("state").results(return_exceptions=True)
     return [state for state in found if isinstance(state, State)]
 
@@ -186,9 +217,8 @@ def test_replicas_share_the_load_die_and_are_replaced(kind: str, free_port: int)
     updated: dict[str, Any] = {"name": "second"} | ({} if kind == "bundle" else {"gate_step": 0.9})
     given |= {"name": "first", "replicas": 2, "num_cpus": 0.5, "max_batch": 4, "max_steps": 1000, "drain": 120.0}
     steps = 200 if kind == "bundle" else 40
-    with cluster():
-        serve.start(http_options={"host": "127.0.0.1", "port": free_port})
-        serve.run(build(given), name="app", route_prefix="/")
+    with cluster(free_port):
+        deploy(given)
         with Client(f"http://127.0.0.1:{free_port}") as client:
             check_the_api(client)
             with ThreadPoolExecutor(16) as pool:
@@ -259,7 +289,7 @@ def check_that_an_update_loses_nothing(
 
     asking = [pool.submit(keep_asking, number) for number in range(4)]
     try:
-        serve.run(build(given), name="app", route_prefix="/")
+        deploy(given)
         eventually(lambda: client.name() == "second" and len(states()) == 2)
     finally:
         is_updated.set()
@@ -275,11 +305,12 @@ def check_that_an_update_loses_nothing(
 
 @pytest.mark.sweep
 def test_requests_with_a_lora_go_where_it_is_prepared(tmp_path: Path, free_port: int) -> None:
+    import openai
+
     adapters = {name: lora_weights(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))}
     given = {"model": "embedded:sd", "gate_step": 2, "steps": 4, "max_batch": 2, "replicas": 2, "num_cpus": 0.5}
-    with cluster():
-        serve.start(http_options={"host": "127.0.0.1", "port": free_port})
-        serve.run(build({**given, "adapters": adapters, "new_sizes": "refuse"}), name="app", route_prefix="/")
+    with cluster(free_port):
+        deploy({**given, "adapters": adapters, "new_sizes": "refuse"})
         with Client(f"http://127.0.0.1:{free_port}") as client:
             assert client.http.get("/v1/models").json()["data"][0]["loras"] == ["first", "second"]
             plain = client.image(0, 4)
@@ -313,9 +344,8 @@ def test_replicas_are_added_under_load_and_removed_later(free_port: int) -> None
     scaling = {"max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1, "downscale_delay_s": 1}
     given = {"bundle": str(program()), "autoscaling": scaling, "num_cpus": 0.5, "max_batch": 4, "max_steps": 1000}
     is_enough = threading.Event()
-    with cluster():
-        serve.start(http_options={"host": "127.0.0.1", "port": free_port})
-        serve.run(build(given), name="app", route_prefix="/")
+    with cluster(free_port):
+        deploy(given)
         with Client(f"http://127.0.0.1:{free_port}") as client:
             expected = client.image(0, 200)
 
@@ -339,9 +369,8 @@ def test_replicas_are_added_under_load_and_removed_later(free_port: int) -> None
 @pytest.mark.heavy
 def test_a_full_queue_and_a_key(free_port: int) -> None:
     given = {"bundle": str(program()), "num_cpus": 0.5, "max_ongoing_requests": 1, "max_waiting": 1, "max_steps": 1000}
-    with cluster(TEST_KEY="secret"):
-        serve.start(http_options={"host": "127.0.0.1", "port": free_port})
-        serve.run(build({**given, "api_key_variable": "TEST_KEY"}), name="app", route_prefix="/")
+    with cluster(free_port, TEST_KEY="secret"):
+        deploy({**given, "api_key_variable": "TEST_KEY"})
         body = {"prompt": PROMPT, "steps": 300}
         with httpx2.Client(base_url=f"http://127.0.0.1:{free_port}", timeout=PATIENCE) as http:
             assert http.post("/v1/images/generations", json=body).status_code == 401

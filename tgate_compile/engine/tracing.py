@@ -21,6 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.fx import config as fx_config
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
@@ -73,7 +74,8 @@ def traced(
     args, kwargs = call.opened_arguments
     with torch.no_grad():
         known = _with_closed(_with_known_readings(denoiser, forward, call), kwargs)
-    with forward_of(denoiser, known), without_stack_traces(), torch.no_grad():
+    # torch.export changes the graph several times, and would generate its Python code anew each time.
+    with forward_of(denoiser, known), without_stack_traces(), _use_lazy_graph_module(True), torch.no_grad():
         program = torch.export.export(
             denoiser,
             args,
