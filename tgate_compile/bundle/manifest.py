@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -275,12 +273,22 @@ class Family(_Strict):
     shared: list[list[Name]] = Field(description="Arguments that both halves share.")
 
 
+#: By kind, the weights of the last values, newest first.
+Weights = dict[Kind, Annotated[list[float], Field(min_length=2)]]
+_WEIGHTS: Any = Field(
+    default_factory=dict,
+    description="For each kind of reused value that is forecast: the weights with which the values of the last steps "
+    "that kept one are added up, newest first. The newest value of any other kind is reused as it is.",
+)
+
+
 class PlannedPhase(_Strict):
     """The phase of a step, with its letter and its graph."""
 
     letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="The letter in strips; a capital under guidance.")]
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
+    weights: Weights = _WEIGHTS
 
 
 Rows = list[Annotated[str, Field(pattern="^[0-9a-zA-Z]*$")]]
@@ -290,14 +298,16 @@ class Plans(_Strict):
     """The schedule step by step, so that a runtime need not implement its rules.
 
     A row is the plan of a generation. Its digits (0-9, a-z, A-Z) give the position of each step's phase in `phases`.
+    With a `width` of 2, each step has two digits, the first of which counts 62.
     """
 
     phases: list[PlannedPhase]
+    width: Literal[1, 2] = Field(default=1, description="The number of digits of a step.")
     guided: Rows = Field(description="Entry i is the plan for i + 1 steps that start with guidance.")
     unguided: Rows = Field(description="The same without guidance.")
     gates: list[Count | None] = Field(description="Entry i is the first step after the gate, for i + 1 steps.")
     gated_guided: Rows | None = Field(
-        description="Entry i is the plan with the gate at i + 1; its first n digits are the plan for n steps. Null if "
+        description="Entry i is the plan with the gate at i + 1; its first n steps are the plan for n steps. Null if "
         "the gate cannot be moved."
     )
     gated_unguided: Rows | None = Field(description="The same without guidance.")
@@ -331,6 +341,7 @@ class Step(_Strict):
     step: Count
     graph: Name
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
+    weights: Weights = _WEIGHTS
 
 
 class Example(_Strict):
@@ -490,10 +501,3 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     tolist = getattr(value, "tolist", None)  # numpy's arrays and numbers
     return _plain(tolist()) if tolist is not None else str(value)
-
-
-def return_freed_memory() -> None:
-    """Return freed memory to the system, which glibc would otherwise keep while the next large graph is opened."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
