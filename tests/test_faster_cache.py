@@ -37,17 +37,17 @@ from tgate_compile import (
 STEPS = 8
 #: Computes steps 0, 1, 3 and 6; the low frequencies have their weight until step 5, the high ones from step 4 on.
 METHOD = FasterCache(3, begin=0.25, low_weight=1.2, low_end=0.75, high_weight=0.9, high_begin=0.5)
-STRIP = "FFCFCCFC"
+STRIP = "FFcFccFc"
 
 
 @pytest.mark.parametrize(
     ("schedule", "strip"),
     [
         (Schedule.of(METHOD), STRIP),
-        (Schedule.of(FasterCache()), "FFFCCFCC"),
-        (FasterCache(2, begin=0.0) + TGate(5), "FCFCFppp"),
-        (FasterCache(2, begin=0.0) + TGate(4), "FCFFpppp"),  # the step before the gate computes both halves
-        (FasterCache(4, begin=0.0) + AdaptiveGuidance(6), "FCCCFCff"),
+        (Schedule.of(FasterCache()), "FFFccFcc"),
+        (FasterCache(2, begin=0.0) + TGate(5), "FcFcFppp"),
+        (FasterCache(2, begin=0.0) + TGate(4), "FcFFpppp"),  # the step before the gate computes both halves
+        (FasterCache(4, begin=0.0) + AdaptiveGuidance(6), "FcccFcff"),
     ],
     ids=str,
 )
@@ -166,14 +166,14 @@ def test_with_a_gate_it_is_as_in_diffusers_up_to_the_gate() -> None:
     schedule = METHOD + TGate(7)
     tgate_compile.optimize(ours, schedule, backend="eager")
     images = latents_of(ours, pixart_call(2))
-    assert tgate_compile.describe(ours).strip == "FFCFCCFp"
+    assert tgate_compile.describe(ours).strip == "FFcFccFp"
     with as_in_diffusers(theirs.transformer, until=7, tensor_format="BCHW"), hook_reference(theirs, 7):
         assert_same(images, latents_of(theirs, pixart_call(2)))
 
 
 @contextmanager
 def estimated_with_hooks(denoiser: torch.nn.Module, computed: str) -> Iterator[None]:
-    """Estimate the second of each two calls with diffusers' split into frequencies, where `computed` has a `C`.
+    """Estimate the second of each two calls with diffusers' split into frequencies, where `computed` has a `c`.
 
     diffusers' FasterCache assumes that both halves are in one batch; in a pipeline with two calls, it takes one half of
     a batch of one, and fails.

@@ -71,7 +71,7 @@ class Phase:
 
     @property
     def character(self) -> str:
-        """The character of the phase in a strip: upper case under guidance, else lower case."""
+        """The character of the phase in a strip: upper case for a batch of both guidance halves, else lower case."""
         if self.estimated:
             return ESTIMATED
         letter = _LETTERS[self.reuse]
@@ -118,8 +118,9 @@ _LETTERS: Mapping[frozenset[Kind], str] = {
     REFERENCE: "X",
     CROSS | REFERENCE: "A",
 }
-#: The letter of a step that computes the cond half in full, and estimates the prediction for the other half.
-ESTIMATED = "C"
+#: The character of a step that computes the cond half in full, and estimates the prediction for the other half. It is
+#: in lower case, like those of all steps with half the batch.
+ESTIMATED = "c"
 _NAMES: Mapping[frozenset[Kind], str] = {
     kinds: ", ".join(word for kind, word in _WORDS.items() if kind in kinds) or "full" for kinds in _LETTERS
 }
@@ -130,7 +131,7 @@ REUSED: tuple[frozenset[Kind], ...] = tuple(_LETTERS)
 #: The names of graphs by the upper-case letters of a strip.
 GRAPH_NAMES: Mapping[str, str] = {
     **{letter: _NAMES[kinds] for kinds, letter in _LETTERS.items()},
-    ESTIMATED: _NAMES[NONE],
+    ESTIMATED.upper(): _NAMES[NONE],
 }
 
 
