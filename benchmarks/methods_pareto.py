@@ -67,8 +67,10 @@ from tgate_compile import (
 )
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
+from tgate_compile.pipeline.attach import attached, denoiser_names
 from tgate_compile.study.evaluation.features import Statistics, frechet_distance
 from tgate_compile.study.evaluation.measure import right
+from tgate_compile.study.tuning.measure import Bench, silent
 
 FEWER = (0.8, 0.6, 0.5, 0.4, 0.3)
 
@@ -336,33 +338,26 @@ def against_fewer_steps(rows: dict[str, Any]) -> None:
         row["against_fewer_steps"] = round(row["drift"] / baseline, 4) if baseline > 0 else None
 
 
-def searched(runs: Runs, make: Callable[[str], Method], budget: float, seed: int) -> str:
-    """Return a mask of steps whose operations are at most `budget` of the plain pipeline's, found step by step."""
-    plain = Contender("plain", "plain")
-    reference, _ = runs.latents(plain, seed)
-    full = runs.macs(plain)
-    pipe = runs.plain_pipe()
-    demo = DEMO_VARIANTS[runs.name]
-    call = {**demo.call, "num_inference_steps": runs.steps, "guidance_scale": demo.guidance}
-    mask = "1" * runs.steps
-    cost = 1.0
-    while cost > budget:
-        tried = []
-        for step in range(1, runs.steps):
-            if mask[step] == "0":
-                continue
-            one = mask[:step] + "0" + mask[step + 1 :]
-            contender = Contender(one, "search", Schedule.of(make(one)))
-            tgate_compile.optimize(pipe, contender.schedule, backend="eager")
-            noise = [torch.Generator().manual_seed(seed * 1_000_000 + i) for i in range(len(runs.captions))]
-            latents = pipe(runs.captions, generator=noise, output_type="latent", **call).images
-            runs._pipes[one] = pipe
-            tried.append((statistics.fmean(drifts(latents, reference)), one, runs.macs(contender) / full))
-            del runs._pipes[one]
-            tgate_compile.restore(pipe)
-        drift, mask, cost = min(tried)
-        print(f"{runs.name}: {mask} drift {drift:.4f} operations {cost:.3f}", flush=True)
-    return mask
+def searched(name: str, steps: int, make: Callable[[str], Method], budget: float) -> Schedule:
+    """Return the schedule of a mask of steps with at most `budget` of the plain operations, found step by step."""
+    pipe, demo = tgate_compile.load_demo_pipeline(name), DEMO_VARIANTS[name]
+    call = {**demo.call, "num_inference_steps": steps, "guidance_scale": demo.guidance}
+    calls = [{**call, "prompt": caption} for caption in captions_of(4, 8)]
+    names = denoiser_names(pipe)
+    bench = Bench(pipe, {each: getattr(pipe, each) for each in names}, calls, (5,), lambda: None)
+    mask, cost = "1" * steps, 1.0
+    with silent(pipe):
+        plain = bench.run_plain(changes_too=False)
+        with attached(pipe, Schedule.of(make("10")), names, backend="eager"):
+            while cost > budget:
+                tried = []
+                for step in (step for step in range(1, steps) if mask[step] == "1"):
+                    one = mask[:step] + "0" + mask[step + 1 :]
+                    measured = bench.run_gated(Schedule.of(make(one)), plain)
+                    tried.append((statistics.fmean(measured.drifts), one, measured.macs / bench.macs_of(plain)))
+                drift, mask, cost = min(tried)
+                print(f"{name}: {mask} drift {drift:.4f} operations {cost:.3f}", flush=True)
+    return Schedule.of(make(mask))
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -424,14 +419,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ratios = found.ratios
         chosen = [c for c in contenders(name, steps, blocks, ratios) if any(fnmatch(c.name, p) for p in given.only)]
         if given.search:
-            others = Runs(name, captions_of(4, 8), steps, "eager")
             makers: dict[str, Callable[[str], Method]] = {"FORA": lambda mask: Fora(mask=mask)}
             makers["FORA, forecast"] = lambda mask: Fora(mask=mask, forecast=1)
             if blocks:
                 makers["block cache"] = lambda mask: BlockCache(mask=mask, front=0)
                 makers["block cache, forecast"] = lambda mask: BlockCache(mask=mask, front=0, forecast=1)
             for group, make in makers.items():
-                schedule = Schedule.of(make(searched(others, make, given.budget, 5)))
+                schedule = searched(name, steps, make, given.budget)
                 chosen.append(Contender(str(schedule), f"{group}, searched", schedule))
         chosen = [Contender("plain", "plain"), *(c for c in chosen if c.name != "plain")]
         rows = results["models"][name] = measure(runs, chosen, given.seeds)

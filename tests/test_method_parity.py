@@ -11,14 +11,16 @@ import torch
 from diffusers import MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.hooks import apply_mag_cache, apply_pyramid_attention_broadcast, apply_taylorseer_cache
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from diffusers.hooks.taylorseer_cache import TaylorSeerState
 
 import tgate_compile
 from tests.comparing import assert_differ, assert_same
-from tests.test_faster_cache import STEPS, latents_of
+from tests.test_faster_cache import STEPS, latents_of, pixart_call
 from tests.test_static_methods import RATIOS, mask_of_taylorseer
 from tests.tiny_joint import JOINT
+from tests.tiny_pipelines import pixart
 from tests.tiny_video import ltx, ltx_call
-from tgate_compile import PAB, AdaptiveGuidance, Fora, MagCache, Method, Schedule
+from tgate_compile import PAB, AdaptiveGuidance, Fora, MagCache, Method, Schedule, TGate
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,52 @@ def test_pab_in_a_video_model() -> None:
     apply_pyramid_attention_broadcast(theirs.transformer, config)
     assert_same(images, latents_of(theirs, case.call()))
     assert_differ(images, plain)
+
+
+def test_a_gate_ends_forecasts() -> None:
+    """What a gate freezes is reused as it is, and what is computed after it is not forecast from values before it.
+
+    Without guidance, the shapes of cached values do not change at a gate, so they do not show this.
+    """
+    strip = "fhhffphh"
+    states: dict[str, TaylorSeerState] = {}
+    frozen: dict[str, torch.Tensor] = {}
+    step = -1
+
+    def count(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal step
+        step += 1
+        if step == 5:
+            states.clear()
+
+    def reuse(name: str) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            is_cross = name.endswith("attn2")
+            if is_cross and step >= 5:
+                return frozen[name]
+            state = states.setdefault(name, TaylorSeerState(torch.float32, 1))
+            state.current_step = step
+            if strip[step] == "h":
+                return state.predict()[0]
+            state.update((output,))
+            frozen[name] = output
+            return output
+
+        return hook
+
+    ours, theirs, call = pixart(), pixart(), {**pixart_call(), "guidance_scale": 1.0}
+    theirs.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    for name, module in theirs.transformer.named_modules():
+        if name.split(".")[-1] in ("attn1", "attn2", "ff"):
+            module.register_forward_hook(reuse(name))
+    schedule = Fora(3, forecast=1) + TGate(5)
+    tgate_compile.optimize(ours, schedule, backend="eager")
+    foreseen = tgate_compile.describe(ours, **call, num_inference_steps=STEPS, output_type="latent")
+    images = latents_of(ours, call)
+    assert_same(images, latents_of(theirs, call))
+    described = tgate_compile.describe(ours)
+    assert (described.strip, described.cache_bytes) == (strip, foreseen.cache_bytes)
+    assert all(not weights for weights in schedule.forecast_weights(STEPS, guided=False)[5:])
 
 
 # FORA in joint attention, together with the end of guidance.

@@ -23,6 +23,7 @@ struct Manifest: Decodable {
     struct Family: Decodable { let order: [String] }
     struct Method: Decodable { let keep: String, forecasts: [String: Int]? }
 
+    let schema_version: Int
     let graphs: [String: Graph], example: Example, family: Family, method: Method
 }
 
@@ -41,6 +42,7 @@ final class Denoiser {
     init(bundle: URL, compiledPackage: URL) throws {
         let json = try Data(contentsOf: bundle.appendingPathComponent("manifest.json"))
         manifest = try JSONDecoder().decode(Manifest.self, from: json)
+        precondition(manifest.schema_version <= 3)
         // A bundle that was exported with binding_times=True has preludes and tables, which this example does not run.
         precondition(manifest.graphs.values.allSatisfy { ($0.stage ?? "step") == "step" })
         package = compiledPackage

@@ -346,9 +346,8 @@ def _forecast_weights(schedule: Schedule, num_steps: int, guided: bool) -> tuple
     held: dict[Kind, tuple[bool, list[int]]] = {}
     weights: list[Mapping[Kind, tuple[float, ...]]] = []
     for step, phase in enumerate(schedule.plan(num_steps, guided=guided)):
-        if step == gate and "cross" in held:
-            both, steps = held["cross"]
-            held["cross"] = both, steps[:1]  # what a gate freezes stays as it is
+        if step == gate:  # the denoiser is another one from here on; what a gate freezes stays as it is
+            held = {kind: (both, steps[:1]) for kind, (both, steps) in held.items() if kind == "cross"}
         of_step = {kind: forecast_weights(held[kind][1], step) for kind in sorted(phase.reuse & orders.keys())}
         weights.append({kind: each for kind, each in of_step.items() if len(each) > 1})
         for kind in (phase.emit | phase.merge) & orders.keys():

@@ -125,10 +125,16 @@ class Caches:
                 )
         self._layouts[kind] = "one"
 
-    def freeze(self, kind: Kind) -> None:
-        """Keep only the newest values of `kind`, which are then reused as they are and not forecast."""
+    def restart(self) -> None:
+        """Forget the values that forecasts are made from, at a gate: the denoiser is another one from then on.
+
+        Of cross-attention, the newest values stay, which the gate freezes: they are reused as they are.
+        """
+        for kind in self._forecasts:
+            if kind != "cross":
+                self.drop(kind)
         for address, values in self._values.items():
-            if address[1][0] == kind:
+            if address[1][0] in self._forecasts:
                 del values[1:]
 
     def has(self, kind: Kind) -> bool:
@@ -162,20 +168,28 @@ class CacheSizes:
     """The sizes of the caches of a generation that has not run.
 
     Args:
-        forecasts: as for `Caches`.
+        schedule: the schedule.
+        num_steps: the number of steps, for each of which `put` is called in order.
 
     Attributes:
         most: the largest size of all values together so far, in bytes.
     """
 
-    def __init__(self, forecasts: Mapping[Kind, int]) -> None:
-        self._forecasts = forecasts
+    def __init__(self, schedule: Schedule, num_steps: int) -> None:
+        self._forecasts = schedule.forecasts
+        self._gate = schedule.gate(num_steps)
+        self._step = -1
         # For each kind: whether its values have both halves and which sites they have, and the sizes, newest first.
         self._held: dict[Kind, tuple[tuple[bool, set[str]], list[int]]] = {}
         self.most = 0
 
     def put(self, phase: Phase, emitted: Sequence[Emission], half: Half | None) -> None:
-        """Add what a step of `phase` keeps; `half` is the half that its first call evaluates, if it makes two."""
+        """Add what the next step, of `phase`, keeps; `half` is the half of its first call, if it makes two."""
+        self._step += 1
+        if self._step == self._gate:
+            for kind in self._forecasts.keys() & self._held.keys():
+                form, sizes = self._held[kind]
+                self._held[kind] = form, sizes[:1] if kind == "cross" else []
         for kind in phase.emit | phase.merge:
             of_kind = [emission for emission in emitted if emission.site.kind == kind]
             size = sum(e.nbytes for e in of_kind if half or e.merged == (kind in phase.merge))

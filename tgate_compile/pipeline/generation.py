@@ -253,7 +253,7 @@ class Generation:
         """Plan the pass that has begun with `call`: capture its variants without running them."""
         args, kwargs = call.arguments
         batch = batch_of(self._signature.bind(*args, **kwargs).arguments).shape[0]
-        sizes = CacheSizes(self.schedule.forecasts)
+        sizes = CacheSizes(self.schedule, self.num_steps)
         graphs = []
         steps = []
         for step, (phase, half, drops) in enumerate(self._steps_ahead(guided)):
@@ -414,7 +414,7 @@ class Generation:
         if phase.estimated and not self._estimates.ready:
             phase = Phase(True)  # guidance has begun later than the generation
         if step == self.schedule.gate(len(plan)):
-            self._caches.freeze("cross")
+            self._caches.restart()
         if "reference" in phase.reuse:
             self._cache_references()
         for kind in phase.reuse:
