@@ -225,8 +225,8 @@ SCHEDULES = [
     Schedule(None, guidance_step=5),
     Schedule(None, guidance_step=0.5, deepcache_interval=2),
     PAB(2, 3, 5, begin=0.1, end=1.0) + Schedule(None, guidance_step=31),  # more phases than lower-case digits
-    Fora(4, forecast=1) + Schedule(6),
-    Fora(7, warm_up=3, forecast=2) + Schedule(0.4),  # more phases than digits
+    Schedule.of(Fora(4, forecast=1)),
+    Fora(12, warm_up=3, forecast=2) + Schedule(None, guidance_step=0.5),  # more phases than digits
 ]
 
 

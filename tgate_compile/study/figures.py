@@ -154,7 +154,7 @@ def _draw(strips: Mapping[str, str]) -> Figure:
     shown = range(0, steps, every)
     axes.set_xticks([step + 0.5 for step in shown], [str(step) for step in shown], color=SOFT, fontsize=8)
     axes.tick_params(length=0)
-    axes.set_xlabel("step; half the height: half the batch", color=SOFT, fontsize=8)
+    axes.set_xlabel("step; half the height: no guidance, half the batch", color=SOFT, fontsize=8)
     for spine in axes.spines.values():
         spine.set_visible(False)
     _draw_legend(figure, legend, legend_columns)
