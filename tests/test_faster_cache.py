@@ -34,6 +34,9 @@ from tgate_compile import (
     save_schedule,
 )
 
+# diffusers' own, when it splits predictions into frequencies.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
+
 STEPS = 8
 #: Computes steps 0, 1, 3 and 6; the low frequencies have their weight until step 5, the high ones from step 4 on.
 METHOD = FasterCache(3, begin=0.25, low_weight=1.2, low_end=0.75, high_weight=0.9, high_begin=0.5)

@@ -273,12 +273,10 @@ class Family(_Strict):
     shared: list[list[Name]] = Field(description="Arguments that both halves share.")
 
 
-#: By kind, the weights of the last values, newest first.
-Weights = dict[Kind, Annotated[list[float], Field(min_length=2)]]
 _WEIGHTS: Any = Field(
     default_factory=dict,
-    description="For each kind of reused value that is forecast: the weights with which the values of the last steps "
-    "that kept one are added up, newest first. The newest value of any other kind is reused as it is.",
+    description="For each kind that is forecast, the weights with which its last values are added up, newest first. Of "
+    "other kinds, the newest value is reused as it is.",
 )
 
 
@@ -288,7 +286,7 @@ class PlannedPhase(_Strict):
     letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="The letter in strips; a capital under guidance.")]
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
-    weights: Weights = _WEIGHTS
+    weights: dict[Kind, list[float]] = _WEIGHTS
 
 
 Rows = list[Annotated[str, Field(pattern="^[0-9a-zA-Z]*$")]]
@@ -341,7 +339,7 @@ class Step(_Strict):
     step: Count
     graph: Name
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
-    weights: Weights = _WEIGHTS
+    weights: dict[Kind, list[float]] = _WEIGHTS
 
 
 class Example(_Strict):
