@@ -296,11 +296,10 @@ class Plans(_Strict):
     """The schedule step by step, so that a runtime need not implement its rules.
 
     A row is the plan of a generation. Its digits (0-9, a-z, A-Z) give the position of each step's phase in `phases`.
-    With a `width` of 2, each step has two digits, the first of which counts 62.
     """
 
     phases: list[PlannedPhase]
-    width: Literal[1, 2] = Field(default=1, description="The number of digits of a step.")
+    width: Literal[1, 2] = Field(default=1, description="The digits of a step; of two, the first counts 62.")
     guided: Rows = Field(description="Entry i is the plan for i + 1 steps that start with guidance.")
     unguided: Rows = Field(description="The same without guidance.")
     gates: list[Count | None] = Field(description="Entry i is the first step after the gate, for i + 1 steps.")
