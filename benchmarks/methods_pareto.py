@@ -7,11 +7,11 @@ All contenders draw the same held-out captions from the same noise, in turns: ea
 every contender makes all images once. The first round is repeated beforehand, untimed, to capture and compile graphs.
 
 Beside the methods there are plain generations in fewer steps, and diffusers' own hooks for the same methods. Operations
-are multiply-accumulates of the denoiser in linear and convolution layers, relative to the plain pipeline; for diffusers'
-hooks they are those of the same method here. `drift` is ||x - plain x|| / ||plain x|| of an image's final latents;
-`accuracy` is the fraction of images that show everything in their captions according to the attribute reader. `against
-fewer steps` is the drift divided by that of fewer steps at the same operations, interpolated: below 1, a method is worth
-its operations.
+are multiply-accumulates of the denoiser in linear and convolution layers, relative to the plain pipeline; for a hook of
+diffusers they are those of the same method here. `drift` is ||x - plain x|| / ||plain x|| of an image's final latents;
+`accuracy` is the fraction of images that show everything in their captions according to the attribute reader;
+`against_fewer_steps` is the drift divided by that of fewer steps at the same operations, interpolated: below 1, a method
+is worth its operations.
 
 With `--search`, the script also looks for a mask of steps for the block cache and for FORA that needs at most a fraction
 of the operations (`--budget`): starting from all steps, it skips one more step at a time, the one that costs the least
@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,7 @@ def against_fewer_steps(rows: dict[str, Any]) -> None:
     fewer = sorted((r["operations"], r["drift"]) for r in rows.values() if r["group"] in ("fewer steps", "plain"))
     for row in rows.values():
         cost = row.get("operations", math.nan)
-        between = [(a, b) for a, b in zip(fewer, fewer[1:], strict=False) if a[0] <= cost <= b[0]]
+        between = [(a, b) for a, b in pairwise(fewer) if a[0] <= cost <= b[0]]
         if not between or row["group"] in ("fewer steps", "plain"):
             continue
         (low, more), (high, less) = between[0]

@@ -90,6 +90,7 @@ def test_the_ratios_are_those_of_diffusers(
     assert_differ(images, plain)
 
 
+@pytest.mark.heavy
 def test_a_calibrated_method_in_a_file(tmp_path: Path) -> None:
     pipe = pixart()
     seen: list[tuple[int, int, str]] = []

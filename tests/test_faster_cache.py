@@ -63,7 +63,7 @@ def test_strips(schedule: Schedule, strip: str) -> None:
     "other", [PAB(4, 2), DeepCache(3), BlockCache(2), FrozenText(4), TGate(5, sp_interval=2), TGate(5, text_interval=2)]
 )
 def test_methods_that_cache_both_halves_are_refused(other: Any) -> None:
-    with pytest.raises(ConfigurationError, match="FasterCache cannot be combined with .* those of both halves"):
+    with pytest.raises(ConfigurationError, match=r"FasterCache cannot be combined with .* those of both halves"):
         FasterCache(3) + other
 
 
@@ -145,9 +145,7 @@ SWEEP = pytest.mark.sweep
     ],
     ids=["pixart", "sd3", "cogvideox"],
 )
-def test_it_is_as_in_diffusers(
-    build: Callable[[], Any], call: Callable[[], Any], options: dict[str, Any]
-) -> None:
+def test_it_is_as_in_diffusers(build: Callable[[], Any], call: Callable[[], Any], options: dict[str, Any]) -> None:
     ours, theirs = build(), build()
     plain = latents_of(ours, call())
     tgate_compile.optimize(ours, METHOD, backend="eager")
@@ -164,6 +162,7 @@ def test_it_is_as_in_diffusers(
     assert 0.45 < half.macs / whole.macs < 0.55
 
 
+@pytest.mark.heavy
 def test_with_a_gate_it_is_as_in_diffusers_up_to_the_gate() -> None:
     ours, theirs = pixart(), pixart()
     schedule = METHOD + TGate(7)
@@ -230,6 +229,7 @@ def test_a_pipeline_with_two_calls() -> None:
         latents_of(theirs, wan_call())
 
 
+@pytest.mark.heavy
 def test_tokens_have_no_spatial_frequencies() -> None:
     pipe = tgate_compile.optimize(ltx(), FasterCache(3), backend="eager")
     with pytest.raises(UnsupportedModelError, match="LTXVideoTransformer3DModel returns"):

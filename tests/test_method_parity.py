@@ -57,7 +57,7 @@ WIDE = [pytest.param(name, marks=SWEEP) for name in CASES]
 
 
 @pytest.mark.parametrize("order", [0, pytest.param(1, marks=SWEEP)])
-@pytest.mark.parametrize("name", ["cogvideox", *WIDE[2:], WIDE[0]])
+@pytest.mark.parametrize("name", WIDE)
 def test_fora_and_taylorseer(name: str, order: int) -> None:
     """The class of the modules decides what diffusers caches, and `Fora` finds the same ones in the graph."""
     case, mask = CASES[name], mask_of_taylorseer(3, 3)
@@ -88,6 +88,7 @@ def test_mag_cache(name: str) -> None:
     assert_differ(images, plain)
 
 
+@SWEEP
 def test_pab_in_a_video_model() -> None:
     """diffusers' hook counts steps itself, so every step is within its window here, and in ours."""
     case, method = CASES["ltx"], PAB(4, 2, begin=0.0, end=1.0)

@@ -256,7 +256,8 @@ def test_schedules_as_here(schedule: Schedule) -> None:
     return cases.map(({ steps, guided, gateStep }) => {
       const plan = planOf({ plans }, steps, guided, gateStep);
       const gate = gateStep === undefined ? gateOf({ plans }, steps) : null;
-      return { phases: plan.map(({ phase }) => phase), weights: plan.map(({ weights }) => weights), strip: stripOf(plan), gate };
+      const of = (key) => plan.map((planned) => planned[key]);
+      return { phases: of("phase"), weights: of("weights"), strip: stripOf(plan), gate };
     });
     """
     assert run_in_node(script, {"plans": plans.model_dump(), "cases": cases}) == expected

@@ -7,6 +7,7 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.bundle.manifest import Manifest, PlannedPhase, Plans, phase_of, phase_spec
@@ -41,7 +42,7 @@ def plans_of(schedule: Schedule, graphs: Mapping[Phase, str]) -> Plans | None:
     gated = {guided: _moved(schedule, guided) for guided in (True, False)}
     moved = {guided: None if plans is None else [row(plan) for plan in plans] for guided, plans in gated.items()}
     # Forecasts have weights of their own for each distance of the steps, so one digit may not be enough.
-    width = 1 if len(places) <= len(_DIGITS) else 2
+    width: Literal[1, 2] = 1 if len(places) <= len(_DIGITS) else 2
     if len(places) > len(_DIGITS) ** width:
         return None
 

@@ -1,4 +1,4 @@
-"""Measure schedules: how far their images drift from the plain pipeline's, and how much they cost. Calibrate MagCache."""
+"""Measure schedules: their images' drift from the plain pipeline's, and their cost. Calibrate MagCache."""
 
 from __future__ import annotations
 

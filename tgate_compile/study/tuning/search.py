@@ -273,9 +273,7 @@ class _Search:
             return
         group = [schedule_of(method) for method in MagCache(ratios).thresholds()]
         self._plan(len(group))
-        with attached(
-            self._pipe, group[0], tuple(self._denoisers), backend=self._backend, precision=self._precision
-        ):
+        with attached(self._pipe, group[0], tuple(self._denoisers), backend=self._backend, precision=self._precision):
             for schedule in group:
                 self._measure(MagCache.title, schedule, plain)
 
