@@ -10,11 +10,11 @@ Beside the methods there are plain generations in fewer steps, and diffusers' ow
 are multiply-accumulates of the denoiser in linear and convolution layers, relative to the plain pipeline; for a hook of
 diffusers they are those of the same method here. `drift` is ||x - plain x|| / ||plain x|| of an image's final latents;
 `accuracy` is the fraction of images that show everything in their captions according to the attribute reader;
-`against_fewer_steps` is the drift divided by that of fewer steps at the same operations, interpolated: below 1, a method
-is worth its operations.
+`against_fewer_steps` is the drift divided by that of fewer steps at the same operations, interpolated: below 1, a
+method is worth its operations.
 
-With `--search`, the script also looks for a mask of steps for the block cache and for FORA that needs at most a fraction
-of the operations (`--budget`): starting from all steps, it skips one more step at a time, the one that costs the least
+With `--search`, the script also looks for a mask of steps for the block cache and for FORA that needs at most a
+fraction of the operations (`--budget`): starting from all steps, it skips one more step at a time, the one that costs the least
 drift. The masks are found with other captions than they are measured with.
 """
 
