@@ -14,8 +14,8 @@ diffusers they are those of the same method here. `drift` is ||x - plain x|| / |
 method is worth its operations.
 
 With `--search`, the script also looks for a mask of steps for the block cache and for FORA that needs at most a
-fraction of the operations (`--budget`): starting from all steps, it skips one more step at a time, the one that costs the least
-drift. The masks are found with other captions than they are measured with.
+fraction of the operations (`--budget`): starting from all steps, it skips one more step at a time, the one that costs
+the least drift. The masks are found with other captions than they are measured with.
 """
 
 from __future__ import annotations
