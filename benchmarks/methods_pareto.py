@@ -213,7 +213,6 @@ class Runs:
                 pipe.transformer_calls = 0
                 pipe.transformer.register_forward_pre_hook(lambda *_: _count(pipe))
                 contender.hook(pipe)
-                _set_cache_context(pipe.transformer, CacheContext("inference"))
             self._pipes[contender.name] = pipe
         return self._pipes[contender.name]
 
@@ -224,6 +223,7 @@ class Runs:
             pipe.transformer_calls = 0
             # diffusers' state outlives a call, and not every pipeline resets it.
             pipe.transformer._diffusers_hook.reset_stateful_hooks(recurse=True)
+            _set_cache_context(pipe.transformer, CacheContext("inference"))  # which not every pipeline does
         demo = DEMO_VARIANTS[self.name]
         noise = [torch.Generator().manual_seed(seed * 1_000_000 + i) for i in range(len(self.captions))]
         call = {**demo.call, "num_inference_steps": contender.steps or self.steps, "guidance_scale": demo.guidance}
