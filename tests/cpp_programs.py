@@ -6,6 +6,7 @@ import runpy
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from tests.exported import COMPILED_GATE, COMPILED_STEPS, least
 from tests.tiny_pipelines import PROMPT, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+#: The graphs of the bundles of `exported.compiled`, step by step.
+GATED = ("full", "full", "pruned", "pruned")
 
 
 def built(example: str, build: Path, options: Sequence[str], environment: Mapping[str, str] | None = None) -> Path:
@@ -33,14 +36,16 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
-def assert_same_latents(program: Path, bundle: Path, folder: Path) -> None:
-    """Check that the program ends with the same latents as the pipeline's own call."""
+def assert_same_latents(
+    program: Path, bundle: Path, folder: Path, schedule: Any = COMPILED_GATE, graphs: Sequence[str] = GATED
+) -> None:
+    """Check that the program runs these graphs, and ends with the same latents as the pipeline's own call."""
     inputs, out = write_inputs(folder / "inputs"), folder / "out.npy"
     command = [str(program), str(bundle), str(inputs), "5", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["step 0: full", "step 1: full", "step 2: pruned", "step 3: pruned"]
+    assert done.stdout.splitlines() == [f"step {number}: {graph}" for number, graph in enumerate(graphs)]
 
-    pipe = tgate_compile.optimize(least(), COMPILED_GATE, backend="eager")
+    pipe = tgate_compile.optimize(least(), schedule, backend="eager")
     latents = torch.from_numpy(np.load(inputs / "latents.npy"))
     expected = run(pipe, steps=COMPILED_STEPS, guidance_scale=5.0, latents=latents)
     assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4

@@ -50,6 +50,17 @@ def test_any_schedule_with_its_baselines() -> None:
     assert "guidance step 10 alone" in " ".join(table.stdout.split())
 
 
+@pytest.mark.heavy
+def test_a_method_that_skips_blocks() -> None:
+    options = ["--blockcache-interval", "2", "--steps", "4"]
+    result = run(app, ["report", "--architecture", "pixart_alpha", *options, "--json"])
+    assert result.exit_code == 0, result.output
+    asked, plain = json.loads(result.stdout)
+    assert (asked["method"], asked["ours_strip"], plain["method"]) == ("blockcache", "FKFK", "none")
+    # One of 28 blocks remains in every other step, beside the embeddings.
+    assert 0.5 < asked["ours_macs_t"] / plain["ours_macs_t"] < 0.54
+
+
 def test_without_guidance_there_is_none_to_drop() -> None:
     result = run(
         app, ["report", "--architecture", "sd15", "--gate-step", "0.5", "--guidance", "1", "--steps", "4", "--json"]

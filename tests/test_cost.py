@@ -5,6 +5,7 @@ One test per model checks everything that needs its captures: they take seconds,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from math import prod
@@ -15,6 +16,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from tgate_compile import AdaptiveGuidance, BlockCache, DeltaDiT, FasterCache, Fora, MagCache, Method
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
 from tgate_compile.methods.method import Phase
 from tgate_compile.methods.schedule import Schedule
@@ -244,6 +246,72 @@ def test_every_step_is_counted_by_its_own_graph(schedule: Schedule, strip: str) 
     by_letter = dict(zip(strip, steps, strict=True))
     assert len(set(by_letter.values())) == len(by_letter), "two kinds of step cost the same"
     assert max(steps) == by_letter["F"]
+
+
+#: A transformer of six equal blocks, of which the methods below skip some or all.
+BLOCKS_OF_TINY = 6
+#: The projection of the text and the modulation by the timestep, for one row. Only the blocks read them.
+ONLY_FOR_BLOCKS = 7 * (16 * 32 + 32 * 32) + 32 * 6 * 32
+TINY_TRANSFORMER = Model(
+    Architecture(
+        "PixArtTransformer2DModel",
+        {
+            "sample_size": 8,
+            "num_layers": BLOCKS_OF_TINY,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "caption_channels": 16,
+            "use_additional_conditions": False,
+        },
+        {
+            "hidden_states": ("batch", 4, "height", "width"),
+            "encoder_hidden_states": ("batch", 7, 16),
+            "timestep": ("batch",),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            "encoder_attention_mask": ("batch", 7),
+        },
+        64,
+    ),
+    steps=8,
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "strip", "skipped"),
+    [
+        pytest.param(BlockCache(2, front=0), "FKFKFKFK", BLOCKS_OF_TINY, marks=pytest.mark.sweep),
+        (BlockCache(2, front=1, back=2), "FKFKFKFK", BLOCKS_OF_TINY - 3),
+        (MagCache((1.0,)), "FFKKKFKK", BLOCKS_OF_TINY),
+        pytest.param(DeltaDiT(2, blocks=2), "FMFMFKFK", 2, marks=pytest.mark.sweep),
+        pytest.param(BlockCache(2, front=0) + AdaptiveGuidance(4), "FKFKfkfk", BLOCKS_OF_TINY, marks=pytest.mark.sweep),
+        (FasterCache(2, begin=0.0), "FcFcFcFc", 0),
+    ],
+    ids=str,
+)
+def test_skipped_blocks_cost_nothing(method: Method | Schedule, strip: str, skipped: int) -> None:
+    """All blocks cost the same, so the costs follow from that of one block, the difference of two tiny models."""
+    schedule = method if isinstance(method, Schedule) else Schedule.of(method)
+    config = {**TINY_TRANSFORMER.architecture.config, "num_layers": BLOCKS_OF_TINY - 1}
+    shorter = dataclasses.replace(
+        TINY_TRANSFORMER, architecture=dataclasses.replace(TINY_TRANSFORMER.architecture, config=config)
+    )
+    full = image_cost(TINY_TRANSFORMER, None, steps=1).macs
+    block = full - image_cost(shorter, None, steps=1).macs
+    cost = image_cost(TINY_TRANSFORMER, schedule)
+    assert cost.strip == strip
+    saved = skipped * block + (2 * ONLY_FOR_BLOCKS if skipped == BLOCKS_OF_TINY else 0)
+    rows = {letter: full - saved * (letter in "KkMm") for letter in strip}
+    assert cost.macs == sum(rows[letter] if letter.isupper() else rows[letter] // 2 for letter in strip)
+    assert cost.parameters == image_cost(TINY_TRANSFORMER, None).parameters
+
+
+def test_forecasts_cost_no_more_operations_and_fora_leaves_little() -> None:
+    cost = image_cost(TINY_TRANSFORMER, Schedule.of(Fora(2)))
+    assert cost.strip == "FHFHFHFH"
+    assert cost.macs == image_cost(TINY_TRANSFORMER, Schedule.of(Fora(2, forecast=2))).macs
+    # Half of the steps have no attentions and no feed-forwards; what is left of the model is small.
+    assert 0.5 < cost.macs / image_cost(TINY_TRANSFORMER, None).macs < 0.6
 
 
 def test_parameters_in_the_papers_convention_and_in_the_graph() -> None:

@@ -77,7 +77,7 @@ def test_every_set_of_reused_kinds_has_a_distinct_letter_and_name() -> None:
 def test_the_methods_of_the_package_are_found() -> None:
     assert set(methods()) == {
         "tgate", "deepcache", "guidance", "pab", "frozentext", "references", "fora", "blockcache", "deltadit",
-        "magcache",
+        "magcache", "fastercache",
     }  # fmt: skip
 
 

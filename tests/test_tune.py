@@ -382,7 +382,8 @@ def test_joint_attention_has_text_to_freeze_and_self_attention_to_cache() -> Non
     shapes = {"prompt_embeds": (1, 5, 32), "pooled_prompt_embeds": (1, 32)}
     call = {half + name: torch.randn(s, generator=made) for name, s in shapes.items() for half in ("", "negative_")}
     tuning = tune(pipe, call={**call, "height": 64, "width": 64}, num_inference_steps=5, tolerance=1e6)
-    assert {row.family for row in tuning.table} == {"T-GATE", "guidance drop", "PAB", "FORA", "fewer steps"}
+    families = {"T-GATE", "guidance drop", "PAB", "FORA", "MagCache", "fewer steps"}
+    assert {row.family for row in tuning.table} == families
     gated = min((row for row in tuning.table if row.family == "T-GATE"), key=lambda row: row.cost)
     assert gated.strip == "Fpppp"
     assert gated.cost < 0.6  # guidance drop alone

@@ -29,8 +29,11 @@ from tgate_compile._web.site import runtime_files
 from tgate_compile.bundle.manifest import phase_spec, plain_config
 from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.methods.fora import Fora
+from tgate_compile.methods.method import forecast_weights
 from tgate_compile.methods.pab import PAB
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.pipeline.caches import Caches
 from tgate_compile.runtime import BundlePipeline
 
 SHAPE = (1, 4, 4, 4)
@@ -222,6 +225,8 @@ SCHEDULES = [
     Schedule(None, guidance_step=5),
     Schedule(None, guidance_step=0.5, deepcache_interval=2),
     PAB(2, 3, 5, begin=0.1, end=1.0) + Schedule(None, guidance_step=31),  # more phases than lower-case digits
+    Schedule.of(Fora(4, forecast=1)),
+    Fora(12, warm_up=3, forecast=2) + Schedule(None, guidance_step=0.5),  # more phases than digits
 ]
 
 
@@ -238,18 +243,81 @@ def test_schedules_as_here(schedule: Schedule) -> None:
                 plan = moved.plan(steps, guided=guided)
                 cases.append({"steps": steps, "guided": guided, **({} if gate is None else {"gateStep": gate})})
                 phases = [phase_spec(phase).model_dump() for phase in plan]
+                weights = [
+                    {kind: list(of_kind) for kind, of_kind in of_step.items()}
+                    for of_step in moved.forecast_weights(steps, guided=guided)
+                ]
                 gate_of = None if gate is not None else min(schedule.gate(steps), steps)
-                expected.append({"phases": phases, "strip": moved.strip(steps, guided=guided), "gate": gate_of})
+                strip = moved.strip(steps, guided=guided)
+                expected.append({"phases": phases, "weights": weights, "strip": strip, "gate": gate_of})
     script = """
     const { gateOf, planOf, stripOf } = await import("./schedule.js");
     const { plans, cases } = given;
     return cases.map(({ steps, guided, gateStep }) => {
       const plan = planOf({ plans }, steps, guided, gateStep);
       const gate = gateStep === undefined ? gateOf({ plans }, steps) : null;
-      return { phases: plan.map(({ phase }) => phase), strip: stripOf(plan), gate };
+      const of = (key) => plan.map((planned) => planned[key]);
+      return { phases: of("phase"), weights: of("weights"), strip: stripOf(plan), gate };
     });
     """
     assert run_in_node(script, {"plans": plans.model_dump(), "cases": cases}) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_forecasts_as_in_the_pipeline(dtype: str) -> None:
+    """The page's denoiser keeps as many values as a forecast needs, however often a step runs, and adds them up."""
+    rng = np.random.default_rng(0)
+    orders, steps = {"ff": 2}, [0, 1, 3]
+    values = rng.standard_normal((len(steps), 5)).astype(dtype)
+    caches = Caches(orders)
+    for step, value in zip(steps, values, strict=True):
+        caches.put(("ff", "block"), torch.from_numpy(value), "one", step=step)
+    (expected,) = caches.values(None, ["ff"], 5).values()
+    spec = {"kind": "ff", "site": "block", "name": "cache", "dtype": dtype}
+    emitting = {"phase": {"guided": False, "emit": ["ff"], "merge": [], "reuse": []}, "graph": "full"}
+    reusing = {"phase": {"guided": False, "emit": [], "merge": [], "reuse": ["ff"]}, "graph": "reused"}
+    weights = {"ff": list(forecast_weights(steps[::-1], 5))}
+    of_graph = {"inputs": [], "outputs": [{"name": "out"}], "cache_inputs": [], "cache_outputs": []}
+    given = {
+        "plan": [emitting, emitting, reusing, emitting, reusing, reusing | {"weights": weights}],
+        "manifest": {
+            "family": {"order": ["uncond", "cond"]},
+            "method": {"forecasts": orders, "keep": "cond"},
+            "graphs": {
+                "full": of_graph | {"file": "full", "cache_outputs": [spec | {"merged": False}]},
+                "reused": of_graph | {"file": "reused", "cache_inputs": [spec]},
+            },
+        },
+        "values": {str(step): value.astype(float).tolist() for step, value in zip(steps, values, strict=True)},
+        "dtype": dtype,
+    }
+    script = """
+    const { Denoiser } = await import("./denoiser.js");
+    const { tensor } = await import("./session.js");
+    const { floats } = await import("./text.js");
+    let live = 0, step, seen;
+    class Tensor {
+      constructor(type, data, dims) { Object.assign(this, { type, data, dims }); live++; }
+      dispose() { live--; }
+    }
+    const runtime = { ort: { Tensor } };
+    const run = async (feeds, names) => {
+      seen = feeds.cache && Array.from(floats(feeds.cache));
+      const made = (name) => tensor(runtime, { dtype: given.dtype }, given.values[name === "cache" ? step : 0], [1, 5]);
+      return Object.fromEntries(names.map((name) => [name, made(name)]));
+    };
+    const denoiser = new Denoiser(given.manifest, runtime, { get: () => ({ run }) }, given.plan, { cond: {} });
+    for (step = 0; step < given.plan.length; step++)
+      for (let time = 0; time < 3; time++) // a step runs several times while its graph warms up
+        await denoiser.run(step, new Float32Array(5), [1, 5], 0, 1);
+    const runs = 3 * given.plan.length + 3; // their outputs, and the forecasts of the last step
+    const held = live - runs;
+    denoiser.release();
+    return { seen, held, left: live - runs };
+    """
+    made = run_in_node(script, given)
+    assert (made["held"], made["left"]) == (3, 0)
+    np.testing.assert_allclose(made["seen"], expected.float().numpy(), rtol=2e-3 if dtype == "float16" else 1e-5)
 
 
 def manifest() -> dict[str, Any]:
@@ -261,7 +329,7 @@ def manifest() -> dict[str, Any]:
     ("where", "value", "message"),
     [
         (["format"], "other", "not a bundle of tgate_compile"),
-        (["schema_version"], 3, "schema version 3, but this page reads versions up to 2"),
+        (["schema_version"], 4, "schema version 4, but this page reads versions up to 3"),
         (["schema_version"], None, "schema version null"),
         (["graph_format"], "aoti", 'format "aoti", but browsers run only "onnx"'),
         (["components"], None, "--components all"),

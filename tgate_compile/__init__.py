@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tgate_compile.methods.block_cache import BlockCache as BlockCache
     from tgate_compile.methods.deepcache import DeepCache as DeepCache
     from tgate_compile.methods.delta_dit import DeltaDiT as DeltaDiT
+    from tgate_compile.methods.faster_cache import FasterCache as FasterCache
     from tgate_compile.methods.fora import Fora as Fora
     from tgate_compile.methods.frozen_text import FrozenReferences as FrozenReferences
     from tgate_compile.methods.frozen_text import FrozenText as FrozenText
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from tgate_compile.study.evaluation.result import Evaluation as Evaluation
     from tgate_compile.study.evaluation.result import EvaluationRow as EvaluationRow
     from tgate_compile.study.figures import strip_picture as strip_picture
+    from tgate_compile.study.tuning.measure import calibrate_mag_cache as calibrate_mag_cache
     from tgate_compile.study.tuning.result import Tuning as Tuning
     from tgate_compile.study.tuning.result import TuningRow as TuningRow
     from tgate_compile.study.tuning.search import tune as tune
@@ -86,6 +88,7 @@ _HOMES = {
     "FrozenReferences": "methods.frozen_text",
     "FrozenText": "methods.frozen_text",
     "PAB": "methods.pab",
+    "FasterCache": "methods.faster_cache",
     "Fora": "methods.fora",
     "DeltaDiT": "methods.delta_dit",
     "BlockCache": "methods.block_cache",
@@ -109,6 +112,7 @@ _HOMES = {
     "Tuning": "study.tuning.result",
     "TuningRow": "study.tuning.result",
     "tune": "study.tuning.search",
+    "calibrate_mag_cache": "study.tuning.measure",
 }
 
 _SUBPACKAGES = ("exports", "methods", "passes", "runtime")
@@ -142,6 +146,7 @@ __all__ = [
     "FrozenReferences",
     "FrozenText",
     "PAB",
+    "FasterCache",
     "Fora",
     "DeltaDiT",
     "BlockCache",
@@ -155,6 +160,7 @@ __all__ = [
     "tune",
     "Tuning",
     "TuningRow",
+    "calibrate_mag_cache",
     "analyze",
     "Analysis",
     "evaluate",

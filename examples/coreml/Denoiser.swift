@@ -18,11 +18,12 @@ struct Manifest: Decodable {
         let file: String, entry: String, stage: String?
         let inputs: [Spec], cache_inputs: [CacheInput], outputs: [Spec], cache_outputs: [CacheOutput]
     }
-    struct Step: Decodable { let graph: String, phase: Phase }
+    struct Step: Decodable { let graph: String, phase: Phase, weights: [String: [Float]]? }
     struct Example: Decodable { let guided: Bool, steps: [Step] }
     struct Family: Decodable { let order: [String] }
     struct Method: Decodable { let keep: String, forecasts: [String: Int]? }
 
+    let schema_version: Int
     let graphs: [String: Graph], example: Example, family: Family, method: Method
 }
 
@@ -35,14 +36,15 @@ final class Denoiser {
     let manifest: Manifest
     private let package: URL  // compiled
     private var loaded: (name: String, model: MLModel)?
-    private var caches: [String: (value: MLMultiArray, hasHalves: Bool)] = [:]
+    /// The last values of each site, newest first; more than one if they are forecast.
+    private var caches: [String: [(value: MLMultiArray, hasHalves: Bool)]] = [:]
 
     init(bundle: URL, compiledPackage: URL) throws {
         let json = try Data(contentsOf: bundle.appendingPathComponent("manifest.json"))
         manifest = try JSONDecoder().decode(Manifest.self, from: json)
+        precondition(manifest.schema_version <= 3)
         // A bundle that was exported with binding_times=True has preludes and tables, which this example does not run.
         precondition(manifest.graphs.values.allSatisfy { ($0.stage ?? "step") == "step" })
-        precondition((manifest.method.forecasts ?? [:]).isEmpty)  // it reuses cached values as they are
         package = compiledPackage
     }
 
@@ -59,15 +61,19 @@ final class Denoiser {
             features[featureName(spec.name)] = halved && value.shape.count > 1 ? try half(value) : value
         }
         for spec in graph.cache_inputs {
-            let cache = caches[spec.kind + " " + spec.site]!
-            features[featureName(spec.name)] = halved && cache.hasHalves ? try half(cache.value) : cache.value
+            let weights = step.weights?[spec.kind] ?? [1]
+            let values = try caches[spec.kind + " " + spec.site]!.prefix(weights.count).map {
+                halved && $0.hasHalves ? try half($0.value) : $0.value
+            }
+            features[featureName(spec.name)] = weights.count == 1 ? values[0] : weighted(weights, values)
         }
         let given = try MLDictionaryFeatureProvider(dictionary: features)
         let results = try model(step.graph, graph).prediction(from: given)
         for spec in graph.cache_outputs {
             guard (spec.merged ? step.phase.merge : step.phase.emit).contains(spec.kind) else { continue }
             let value = results.featureValue(for: featureName(spec.name))!.multiArrayValue!
-            caches[spec.kind + " " + spec.site] = (value, step.phase.guided && !spec.merged)
+            let kept = [(value, step.phase.guided && !spec.merged)] + (caches[spec.kind + " " + spec.site] ?? [])
+            caches[spec.kind + " " + spec.site] = Array(kept.prefix((manifest.method.forecasts?[spec.kind] ?? 0) + 1))
         }
         return results.featureValue(for: featureName(graph.outputs[0].name))!.multiArrayValue!
     }
@@ -82,6 +88,13 @@ final class Denoiser {
         let model = try MLModel(contentsOf: package, configuration: configuration)
         loaded = (name, model)
         return model
+    }
+
+    /// Returns the sum of `values` with these weights, in single precision.
+    private func weighted(_ weights: [Float], _ values: [MLMultiArray]) -> MLMultiArray {
+        let scalars = values.map { MLShapedArray<Float>($0).scalars }
+        let sums = scalars[0].indices.map { i in zip(weights, scalars).reduce(Float(0)) { $0 + $1.0 * $1.1[i] } }
+        return MLMultiArray(MLShapedArray<Float>(scalars: sums, shape: values[0].shape.map(\.intValue)))
     }
 
     /// Returns the rows of the half that continues. The halves follow one another, in the order of the family.

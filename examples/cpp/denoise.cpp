@@ -86,6 +86,11 @@ class Aoti {
   static Tensor half(const Tensor& tensor, int position) { return tensor.chunk(2)[position].contiguous(); }
   static Tensor twice(const Tensor& tensor) { return at::cat({tensor, tensor}); }
   static Tensor sum(double a, const Tensor& x, double b, const Tensor& y) { return a * x + b * y; }
+  static Tensor weighted(const std::vector<double>& weights, const std::vector<Tensor>& values) {
+    Tensor total = weights[0] * values[0].to(at::kFloat);
+    for (size_t i = 1; i < weights.size(); ++i) total += weights[i] * values[i].to(at::kFloat);
+    return total.to(values[0].scalar_type());
+  }
 
  private:
   AOTIModelPackageLoader& opened(const std::string& name) {

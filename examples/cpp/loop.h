@@ -1,5 +1,5 @@
-// A denoising loop with the graphs of a bundle, for any runtime: first the full graph, then the pruned graph, each after
-// its prelude and its table if it has them.
+// A denoising loop with the graphs of a bundle, for any runtime: in each step the graph that the manifest's example names,
+// after its prelude and its table if it has them.
 // docs/bundle.md explains the contents of a bundle. The scheduler is DDIM without noise.
 //
 //     denoise BUNDLE INPUTS GUIDANCE_SCALE OUT.npy
@@ -18,6 +18,7 @@
 //     static Tensor half(const Tensor& tensor, int position);  // of the first dimension
 //     static Tensor twice(const Tensor& tensor);               // in the first dimension
 //     static Tensor sum(double a, const Tensor& x, double b, const Tensor& y);  // a * x + b * y
+//     static Tensor weighted(const std::vector<double>& weights, const std::vector<Tensor>& values);  // in float at least
 #pragma once
 
 #include <cmath>
@@ -42,7 +43,7 @@ class Denoiser {
   // `timesteps` are those of the steps to come, for which the rows of tables are computed together.
   Denoiser(const std::string& bundle, const Json& manifest, std::vector<float> timesteps)
       : manifest_(manifest), runtime_(bundle, manifest_), timesteps_(std::move(timesteps)) {
-    if (manifest_["method"].members().count("forecasts")) throw std::runtime_error("not in this example: forecasts");
+    if (manifest_["schema_version"].integer() > 3) throw std::runtime_error("not in this example: a newer schema version");
     const Json& family = manifest_["family"];
     for (const char* key : {"calls", "interleaved", "repeated", "shared"})
       if (!family[key].items().empty()) throw std::runtime_error(std::string("not in this example: family.") + key);
@@ -67,16 +68,24 @@ class Denoiser {
     std::vector<Tensor> inputs = own_inputs(graph, number, latents, timestep, arguments);
     for (const Json& spec : listed(graph, "early_inputs")) inputs.push_back(early_value(spec["name"].text(), timestep));
     for (const Json& spec : graph["cache_inputs"].items()) {
-      const Cache& cache = caches_.at({spec["kind"].text(), spec["site"].text()});
-      inputs.push_back(halved && cache.has_halves ? Runtime::half(cache.value, kept_half_) : cache.value);
+      const std::vector<double> weights = weights_of(step, spec["kind"].text());
+      std::vector<Tensor> values;
+      for (const Cache& cache : caches_.at({spec["kind"].text(), spec["site"].text()}))
+        if (values.size() < weights.size())
+          values.push_back(halved && cache.has_halves ? Runtime::half(cache.value, kept_half_) : cache.value);
+      if (values.size() < weights.size()) throw std::runtime_error("a forecast needs more values than were kept");
+      inputs.push_back(values.size() == 1 ? values[0] : Runtime::weighted(weights, values));
     }
 
     std::vector<Tensor> outputs = runtime_.run(name, std::move(inputs));
     size_t position = graph["outputs"].items().size();
     for (const Json& spec : graph["cache_outputs"].items()) {
       const bool merged = spec["merged"].is_true();
-      if (names(step["phase"][merged ? "merge" : "emit"]).count(spec["kind"].text()))
-        caches_[{spec["kind"].text(), spec["site"].text()}] = {outputs[position], guided && !merged};
+      if (names(step["phase"][merged ? "merge" : "emit"]).count(spec["kind"].text())) {
+        std::vector<Cache>& kept = caches_[{spec["kind"].text(), spec["site"].text()}];
+        kept.insert(kept.begin(), {outputs[position], guided && !merged});
+        if (kept.size() > order_of(spec["kind"].text()) + 1) kept.pop_back();
+      }
       ++position;
     }
     if (!guided) return outputs[0];  // it is the prediction of both halves
@@ -94,6 +103,22 @@ class Denoiser {
     std::set<std::string> found;
     for (const Json& name : list.items()) found.insert(name.text());
     return found;
+  }
+
+  // Returns the weights with which the last values of a kind are added up in a step, newest first: one, if the last value is
+  // reused as it is.
+  static std::vector<double> weights_of(const Json& step, const std::string& kind) {
+    std::vector<double> weights;
+    if (step.members().count("weights") && step["weights"].members().count(kind))
+      for (const Json& weight : step["weights"][kind].items()) weights.push_back(weight.number());
+    return weights.empty() ? std::vector<double>{1} : weights;
+  }
+
+  // Returns the order of the forecast for the values of a kind; 0 if they are reused as they are.
+  size_t order_of(const std::string& kind) const {
+    const Json& method = manifest_["method"];
+    if (!method.members().count("forecasts") || !method["forecasts"].members().count(kind)) return 0;
+    return static_cast<size_t>(method["forecasts"][kind].integer());
   }
 
   // Returns the list `key` of a graph, which is missing in bundles of schema version 1.
@@ -170,7 +195,8 @@ class Denoiser {
   std::string early_name_;  // the graph that the next two belong to
   std::map<std::string, Tensor> early_;  // the values of its prelude
   std::map<float, std::map<std::string, Tensor>> rows_;  // the values of its table, by timestep
-  std::map<std::pair<std::string, std::string>, Cache> caches_;  // by kind and site
+  // By kind and site: the last values, newest first; more than one if they are forecast.
+  std::map<std::pair<std::string, std::string>, std::vector<Cache>> caches_;
   int kept_half_ = 0, cond_half_ = 1;
   bool guided_ = false;
 };

@@ -55,6 +55,15 @@ class ExecuTorch {
     for (size_t i = 0; i < x.data.size(); ++i) x.data[i] = static_cast<float>(a * x.data[i] + b * y.data[i]);
     return x;
   }
+  static Tensor weighted(const std::vector<double>& weights, const std::vector<Tensor>& values) {
+    Tensor total = values[0];
+    for (size_t i = 0; i < total.data.size(); ++i) {
+      double sum = 0;
+      for (size_t j = 0; j < weights.size(); ++j) sum += weights[j] * values[j].data[i];
+      total.data[i] = static_cast<float>(sum);
+    }
+    return total;
+  }
 
  private:
   Json specs_;

@@ -285,7 +285,9 @@ def strip(
     OUT.print(coloured(letters), soft_wrap=True)
     meanings = {phase.character: phase for phase in plan}
     for letter, count in Counter(letters).items():
-        words = f"{meanings[letter].name}, {'guided' if letter.isupper() else 'no guidance: half the batch'}"
+        phase = meanings[letter]
+        without = "the other half estimated" if phase.estimated else "no guidance"
+        words = f"{phase.name}, {'guided' if phase.guided else without + ': half the batch'}"
         OUT.print(Text.assemble("  ", coloured(letter), f"  {count:3} x {words}"), soft_wrap=True)
     if plot is not None:
         OUT.print(f"written {plot}", soft_wrap=True)

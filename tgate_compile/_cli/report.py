@@ -192,6 +192,7 @@ def _method(schedule: Schedule) -> str:
     parts = ["deepcache"] if schedule.deepcache_interval > 1 else []
     parts += ["tgate"] if schedule.gate_step is not None else []
     parts += ["adaptive_guidance"] if schedule.guidance_step is not None else []
+    parts += [method.key for method in schedule.others]
     return "+".join(parts)
 
 

@@ -48,12 +48,20 @@ def tune(
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    magcache: Annotated[
+        bool,
+        typer.Option(
+            "--magcache", help="Measure only the ratios that MagCache needs, and write MagCache with them to --out."
+        ),
+    ] = False,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Find the cheapest schedule whose images stay close to the plain pipeline's, on a few prompts."""
     embedded = None if embedded_name(model) is None else _EMBEDDED_PROMPTS
     texts = prompt_options.chosen_prompts(prompt, prompts, count, embedded=embedded)
+    if plot is not None and magcache:
+        raise typer.BadParameter("--magcache measures no schedules, so there is nothing for --plot to draw.")
     if plot is not None:
         check_figure(plot)
     check_targets([path for path in (out, plot) if path is not None], force=force)
@@ -61,17 +69,20 @@ def tune(
     settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)
     print_chosen(loaded, loading, image, settings)
     call: dict[str, Any] = {**loaded.call, "guidance_scale": settings.guidance, **image.size}
+    common: dict[str, Any] = {"num_inference_steps": settings.steps, "seeds": seeds or (0,), "call": call}
     with make_progress(shown=not json) as progress:
         task = progress.add_task("plain", total=None)
-        tuning = tgate_compile.tune(
-            loaded.pipe,
-            texts,
-            tolerance=tolerance,
-            num_inference_steps=settings.steps,
-            seeds=seeds or (0,),
-            call=call,
-            progress=lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
-        )
+
+        def update(done: int, total: int, what: str) -> None:
+            progress.update(task, completed=done, total=total, description=what)
+
+        if magcache:
+            method = tgate_compile.calibrate_mag_cache(loaded.pipe, texts, **common, progress=update)
+        else:
+            tuning = tgate_compile.tune(loaded.pipe, texts, tolerance=tolerance, **common, progress=update)
+    if magcache:
+        _report_ratios(loaded.source, method, settings.steps, out, json=json)
+        return
     if out is not None:
         tuning.save(out)
     if plot is not None:
@@ -83,6 +94,22 @@ def tune(
     _print_table(tuning)
     for path in written.values():
         OUT.print(f"written {path}", soft_wrap=True)
+
+
+def _report_ratios(source: str, method: tgate_compile.MagCache, steps: int, out: Path | None, *, json: bool) -> None:
+    """Write and print MagCache with the ratios that were measured."""
+    schedule = tgate_compile.Schedule.of(method)
+    strip = schedule.strip(steps)
+    if out is not None:
+        tgate_compile.save_schedule(schedule, out, {"model": source, "num_inference_steps": steps})
+    if json:
+        written = {} if out is None else {"out": str(out)}
+        print_json({"model": source, "ratios": list(method.ratios), "strip": strip, "written": written})
+        return
+    OUT.print(Text.assemble((str(schedule), "bold"), "  ", coloured(strip)), soft_wrap=True)
+    OUT.print("ratios: " + ", ".join(f"{ratio:.4f}" for ratio in method.ratios), soft_wrap=True)
+    if out is not None:
+        OUT.print(f"written {out}", soft_wrap=True)
 
 
 def _print_table(tuning: Tuning) -> None:

@@ -139,6 +139,11 @@ def export(
             "This schedule ends guidance when the predictions are similar (guidance_similarity), so the graphs that a "
             "call needs are only known while it runs. For a bundle, use a gate_step or a guidance_step instead."
         )
+    if hook.config.schedule.estimating is not None:
+        raise UnsupportedModelError(
+            f"This schedule estimates predictions ({hook.config.schedule.estimating.title}), which is computed between "
+            "the graphs, and the runtimes of bundles do not do that. Leave the method out."
+        )
     if "reference" in hook.config.schedule.kinds:
         raise UnsupportedModelError(
             "This schedule freezes reference images (FrozenReferences), whose place among the tokens is known only "

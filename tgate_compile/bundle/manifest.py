@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -275,12 +273,20 @@ class Family(_Strict):
     shared: list[list[Name]] = Field(description="Arguments that both halves share.")
 
 
+_WEIGHTS: Any = Field(
+    default_factory=dict,
+    description="For each kind that is forecast, the weights with which its last values are added up, newest first. Of "
+    "other kinds, the newest value is reused as it is.",
+)
+
+
 class PlannedPhase(_Strict):
     """The phase of a step, with its letter and its graph."""
 
     letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="The letter in strips; a capital under guidance.")]
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
+    weights: dict[Kind, list[float]] = _WEIGHTS
 
 
 Rows = list[Annotated[str, Field(pattern="^[0-9a-zA-Z]*$")]]
@@ -293,11 +299,12 @@ class Plans(_Strict):
     """
 
     phases: list[PlannedPhase]
+    width: Literal[1, 2] = Field(default=1, description="The digits of a step; of two, the first counts 62.")
     guided: Rows = Field(description="Entry i is the plan for i + 1 steps that start with guidance.")
     unguided: Rows = Field(description="The same without guidance.")
     gates: list[Count | None] = Field(description="Entry i is the first step after the gate, for i + 1 steps.")
     gated_guided: Rows | None = Field(
-        description="Entry i is the plan with the gate at i + 1; its first n digits are the plan for n steps. Null if "
+        description="Entry i is the plan with the gate at i + 1; its first n steps are the plan for n steps. Null if "
         "the gate cannot be moved."
     )
     gated_unguided: Rows | None = Field(description="The same without guidance.")
@@ -331,6 +338,7 @@ class Step(_Strict):
     step: Count
     graph: Name
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
+    weights: dict[Kind, list[float]] = _WEIGHTS
 
 
 class Example(_Strict):
@@ -490,10 +498,3 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     tolist = getattr(value, "tolist", None)  # numpy's arrays and numbers
     return _plain(tolist()) if tolist is not None else str(value)
-
-
-def return_freed_memory() -> None:
-    """Return freed memory to the system, which glibc would otherwise keep while the next large graph is opened."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.bundle.manifest import Manifest, PlannedPhase, Plans, phase_of, phase_spec
-from tgate_compile.methods.method import Phase, checked_gate_step
+from tgate_compile.methods.method import Kind, Phase, checked_gate_step
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import read_schedule
 
@@ -30,29 +31,60 @@ def plans_of(schedule: Schedule, graphs: Mapping[Phase, str]) -> Plans | None:
     """
     if schedule.guidance_similarity is not None:
         return None
-    phases: dict[Phase, int] = {}
+    places: dict[_Planned, int] = {}
 
-    def row(plan: Sequence[Phase]) -> str:
-        return "".join(_DIGITS[phases.setdefault(phase, len(phases))] for phase in plan)
+    def row(plan: Iterable[_Planned]) -> list[int]:
+        return [places.setdefault(planned, len(places)) for planned in plan]
 
-    full = {guided: row([Phase(guided)]) for guided in (True, False)}
+    (full_guided,), (full_unguided,) = (row([(Phase(guided), ())]) for guided in (True, False))
     steps = range(1, MAX_STEPS + 1)
-    own = {guided: [row(schedule.plan(count, guided=guided)) for count in steps] for guided in (True, False)}
-    moved = {guided: _moved(schedule, guided) for guided in (True, False)}
-    gated = {guided: None if plans is None else [row(plan) for plan in plans] for guided, plans in moved.items()}
+    own = {guided: [row(_planned(schedule, count, guided)) for count in steps] for guided in (True, False)}
+    gated = {guided: _moved(schedule, guided) for guided in (True, False)}
+    moved = {guided: None if plans is None else [row(plan) for plan in plans] for guided, plans in gated.items()}
+    # Forecasts have weights of their own for each distance of the steps, so one digit may not be enough.
+    width: Literal[1, 2] = 1 if len(places) <= len(_DIGITS) else 2
+    if len(places) > len(_DIGITS) ** width:
+        return None
+
+    def written(rows: Iterable[list[int]]) -> list[str]:
+        return ["".join(_digits(place, width) for place in each) for each in rows]
+
+    guided, unguided = moved[True], moved[False]
     return Plans(
-        phases=[
-            PlannedPhase(letter=phase.character, graph=graphs.get(schedule.graph_phase(phase)), phase=phase_spec(phase))
-            for phase in phases
-        ],
-        guided=own[True],
-        unguided=own[False],
+        phases=[_planned_phase(schedule, graphs, planned) for planned in places],
+        width=width,
+        guided=written(own[True]),
+        unguided=written(own[False]),
         gates=[None if schedule.gate_step is None else min(schedule.gate(count), count) for count in steps],
-        gated_guided=gated[True],
-        gated_unguided=gated[False],
-        full_guided=_DIGITS.index(full[True]),
-        full_unguided=_DIGITS.index(full[False]),
+        gated_guided=None if guided is None else written(guided),
+        gated_unguided=None if unguided is None else written(unguided),
+        full_guided=full_guided,
+        full_unguided=full_unguided,
     )
+
+
+#: The phase of a step, and the weights of forecast kinds.
+_Planned = tuple[Phase, tuple[tuple[Kind, tuple[float, ...]], ...]]
+
+
+def _planned(schedule: Schedule, num_steps: int, guided: bool) -> list[_Planned]:
+    weights = schedule.forecast_weights(num_steps, guided=guided)
+    plan = schedule.plan(num_steps, guided=guided)
+    return [(phase, tuple(of_step.items())) for phase, of_step in zip(plan, weights, strict=True)]
+
+
+def _planned_phase(schedule: Schedule, graphs: Mapping[Phase, str], planned: _Planned) -> PlannedPhase:
+    phase, weights = planned
+    return PlannedPhase(
+        letter=phase.character,
+        graph=graphs.get(schedule.graph_phase(phase)),
+        phase=phase_spec(phase),
+        weights={kind: list(of_kind) for kind, of_kind in weights},
+    )
+
+
+def _digits(place: int, width: int) -> str:
+    return "".join(_DIGITS[place // len(_DIGITS) ** power % len(_DIGITS)] for power in reversed(range(width)))
 
 
 def plan_from(plans: Plans, num_steps: int, *, guided: bool, gate_step: int | None = None) -> list[PlannedPhase]:
@@ -69,8 +101,11 @@ def plan_from(plans: Plans, num_steps: int, *, guided: bool, gate_step: int | No
         rows = plans.gated_guided if guided else plans.gated_unguided
         if rows is None:
             raise ConfigurationError("The gate of this bundle's schedule cannot be moved.")
-        row = rows[gate_step - 1][:num_steps]
-    return [plans.phases[_DIGITS.index(digit)] for digit in row]
+        row = rows[gate_step - 1][: num_steps * plans.width]
+    digits = [_DIGITS.index(digit) for digit in row]
+    if plans.width == 2:
+        digits = [high * len(_DIGITS) + low for high, low in zip(digits[::2], digits[1::2], strict=True)]
+    return [plans.phases[place] for place in digits]
 
 
 def plan_for(
@@ -93,13 +128,10 @@ def plan_for(
     schedule = read_schedule(manifest.method.schedule)
     schedule = schedule if gate_step is None else replace(schedule, gate_step=gate_step)
     graphs = {phase_of(graph.phase): name for name, graph in manifest.graphs.items() if graph.stage == "step"}
-    return [
-        PlannedPhase(letter=phase.character, graph=graphs.get(schedule.graph_phase(phase)), phase=phase_spec(phase))
-        for phase in schedule.plan(num_steps, guided=guided)
-    ]
+    return [_planned_phase(schedule, graphs, planned) for planned in _planned(schedule, num_steps, guided)]
 
 
-def _moved(schedule: Schedule, guided: bool) -> list[tuple[Phase, ...]] | None:
+def _moved(schedule: Schedule, guided: bool) -> list[list[_Planned]] | None:
     """Return the plan for each gate step; None unless the plan for fewer steps is always a prefix of a longer one."""
     if schedule.gate_step is None:
         return None
@@ -108,7 +140,7 @@ def _moved(schedule: Schedule, guided: bool) -> list[tuple[Phase, ...]] | None:
     for gate in (1, 10, 40):  # if a rule depends on the number of steps, it does so at every gate step
         if any(moved[gate].plan(n, guided=guided) != plans[gate][:n] for n in range(1, MAX_STEPS)):
             return None
-    return plans
+    return [_planned(one, MAX_STEPS, guided) for one in moved]
 
 
 logger = logging.getLogger(__name__)

@@ -178,7 +178,7 @@ def write_bundle(
             sizes=_sizes(next(iter(graphs.values())), written.values()),
             graphs=described,
             wiring=wiring_of(described),
-            example=_example(plan, names),
+            example=_example(hook, plan, names),
             weights=m.WEIGHTS_FILE if (temporary / m.WEIGHTS_FILE).exists() else None,
             components=others,
             versions=m.Versions(
@@ -193,7 +193,10 @@ def write_bundle(
 
 #: The keys that earlier schema versions do not have.
 _SINCE_2: Mapping[str, Any] = {"denoiser": {"bindings"}, "graphs": {"__all__": {"stage", "early_inputs"}}}
-_SINCE_3: Mapping[str, Any] = {"method": {"forecasts"}}
+_SINCE_3: Mapping[str, Any] = {
+    "method": {"forecasts": True, "plans": {"width": True, "phases": {"__all__": {"weights"}}}},
+    "example": {"steps": {"__all__": {"weights"}}},
+}
 
 
 def as_json(manifest: m.Manifest) -> str:
@@ -350,12 +353,19 @@ def _method(hook: GatedDenoiser, names: Mapping[Phase, str]) -> m.Method:
     )
 
 
-def _example(plan: Plan, names: Mapping[Phase, str]) -> m.Example:
+def _example(hook: GatedDenoiser, plan: Plan, names: Mapping[Phase, str]) -> m.Example:
+    guided = plan.steps[0][1].guided
+    weights = hook.config.schedule.forecast_weights(len(plan.steps), guided=guided)
     return m.Example(
-        guided=plan.steps[0][1].guided,
+        guided=guided,
         strip=strip_of(plan.steps),
         steps=[
-            m.Step(step=step, graph=names[graph], phase=phase_spec(phase))
+            m.Step(
+                step=step,
+                graph=names[graph],
+                phase=phase_spec(phase),
+                weights={kind: list(of_kind) for kind, of_kind in weights[step].items()},
+            )
             for (step, phase), (graph, _) in zip(plan.steps, plan.graphs, strict=True)
         ],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
@@ -32,8 +32,8 @@ class MagCache(Skipping):
 
     Attributes:
         ratios: for each step, the mean magnitude of the residual relative to that of the step before; the first is 1.
-            With another number of steps, the nearest step's ratio is used. diffusers' `MagCacheConfig(calibrate=True)`
-            prints these ratios.
+            With another number of steps, the nearest step's ratio is used. `tgate_compile.calibrate_mag_cache` measures
+            them, as diffusers' `MagCacheConfig(calibrate=True)` does.
         threshold: the largest sum of differences at which blocks are still skipped.
         most_skipped: the largest number of steps to skip in a row.
         retention: the fraction of the steps, at the beginning, that are all computed.
@@ -55,8 +55,8 @@ class MagCache(Skipping):
         check_skipping(self, most_skipped=1, front=0)
         if not isinstance(self.ratios, (list, tuple)) or not self.ratios:
             raise ConfigurationError(
-                f"MagCache needs the ratios of the model, a number for each step, but got {self.ratios!r}. Measure "
-                "them once: diffusers' MagCacheConfig(calibrate=True) prints them."
+                "MagCache needs the ratios of the model, a number for each step, which are measured once: "
+                f"tgate_compile.calibrate_mag_cache(pipe, prompts) returns MagCache with them. Got {self.ratios!r}."
             )
         object.__setattr__(self, "ratios", tuple(checked_number(ratio, "each of the ratios") for ratio in self.ratios))
         for name in ("threshold", "retention"):
@@ -74,6 +74,17 @@ class MagCache(Skipping):
     @property
     def ranges(self) -> Mapping[Kind, Blocks]:
         return {"blocks": Blocks(self.front)}
+
+    def thresholds(self) -> tuple[MagCache, ...]:
+        """Return the method with the thresholds that `tune` tries: the default, and two that skip more steps."""
+        return tuple(replace(self, threshold=threshold) for threshold in (0.06, 0.12, 0.24))
+
+    def __str__(self) -> str:
+        fields = [f"threshold {self.threshold:g}", f"ratios of {len(self.ratios)} steps"]
+        others = {"most skipped": (self.most_skipped, 3), "retention": (self.retention, 0.2), "front": (self.front, 0)}
+        others["forecast"] = self.forecast, 0
+        fields += [f"{name} {value:g}" for name, (value, default) in others.items() if value != default]
+        return f"{self.title} ({', '.join(fields)})"
 
     def skipped(self, step: int, timeline: Timeline) -> frozenset[Kind]:
         return BLOCKS if step in _skipped_steps(self, timeline) else NONE

@@ -54,12 +54,15 @@ class Phase:
         merge: the kinds of sites whose values are kept for later steps as the mean of the two halves, batch B
             (arXiv 2404.02747, section 3.2); only under guidance.
         reuse: the kinds of sites whose values are taken from an earlier step instead of being computed.
+        estimated: whether guidance continues although the denoiser gets the cond half only: the prediction for the
+            other half is estimated from earlier ones (FasterCache).
     """
 
     guided: bool
     emit: frozenset[Kind] = NONE
     merge: frozenset[Kind] = NONE
     reuse: frozenset[Kind] = NONE
+    estimated: bool = False
 
     @property
     def name(self) -> str:
@@ -68,7 +71,9 @@ class Phase:
 
     @property
     def character(self) -> str:
-        """The character of the phase in a strip: upper case under guidance, else lower case."""
+        """The character of the phase in a strip: upper case for a batch of both guidance halves, else lower case."""
+        if self.estimated:
+            return ESTIMATED
         letter = _LETTERS[self.reuse]
         return letter if self.guided else letter.lower()
 
@@ -85,7 +90,7 @@ _WORDS: Mapping[Kind, str] = {
     "reference": "references-reused",
 }
 #: The letter of every set of kinds that a step may reuse, the common sets first. The sets `W` and `Z`, which no method
-#: of this package needs, and the letters `B` and `C` are reserved for new methods. References are tokens in joint
+#: of this package needs, and the letter `B` are reserved for new methods. References are tokens in joint
 #: attention, which has only one other kind, `cross`.
 _LETTERS: Mapping[frozenset[Kind], str] = {
     NONE: "F",
@@ -113,6 +118,9 @@ _LETTERS: Mapping[frozenset[Kind], str] = {
     REFERENCE: "X",
     CROSS | REFERENCE: "A",
 }
+#: The character of a step that computes the cond half in full, and estimates the prediction for the other half. It is
+#: in lower case, like those of all steps with half the batch.
+ESTIMATED = "c"
 _NAMES: Mapping[frozenset[Kind], str] = {
     kinds: ", ".join(word for kind, word in _WORDS.items() if kind in kinds) or "full" for kinds in _LETTERS
 }
@@ -121,7 +129,10 @@ _NAMES: Mapping[frozenset[Kind], str] = {
 REUSED: tuple[frozenset[Kind], ...] = tuple(_LETTERS)
 
 #: The names of graphs by the upper-case letters of a strip.
-GRAPH_NAMES: Mapping[str, str] = {letter: _NAMES[kinds] for kinds, letter in _LETTERS.items()}
+GRAPH_NAMES: Mapping[str, str] = {
+    **{letter: _NAMES[kinds] for kinds, letter in _LETTERS.items()},
+    ESTIMATED.upper(): _NAMES[NONE],
+}
 
 
 @dataclass(frozen=True)
@@ -181,6 +192,8 @@ class Method:
     #: Whether a model may lack some of the kinds. The outputs of a joint attention, which is cross- and self-attention
     #: in one, then have the kind `self`.
     tolerant: ClassVar[bool] = False
+    #: Whether the method estimates the unconditional prediction at some steps; see `estimates`.
+    estimating: ClassVar[bool] = False
 
     @property
     def kinds(self) -> frozenset[Kind]:
@@ -216,6 +229,16 @@ class Method:
         One graph serves all steps that take the same inputs, so it emits all of these values at every step.
         """
         raise NotImplementedError
+
+    def estimates(self, step: int, timeline: Timeline) -> bool:
+        """Return whether `step`, which is guided, computes the cond half only and estimates the other prediction."""
+        del step, timeline
+        return False
+
+    def frequency_weights(self, step: int, num_steps: int) -> tuple[float, float]:
+        """Return by what the low and the high frequencies of the estimated difference are multiplied at `step`."""
+        del step, num_steps
+        return 1.0, 1.0
 
     @classmethod
     def candidates(cls) -> Iterable[Method]:

@@ -22,6 +22,7 @@ from tgate_compile.methods.method import (
     Phase,
     Share,
     Timeline,
+    forecast_weights,
 )
 from tgate_compile.methods.tgate import TGate, refuse_options_without_gate
 
@@ -191,6 +192,18 @@ class Schedule:
         return {kind: order for method in self.methods for kind, order in method.forecasts.items()}
 
     @property
+    def estimating(self) -> Method | None:
+        """The method that estimates the unconditional prediction at some steps, if there is one."""
+        return next((method for method in self.methods if method.estimating), None)
+
+    def forecast_weights(self, num_steps: int, *, guided: bool) -> tuple[Mapping[Kind, tuple[float, ...]], ...]:
+        """Return for each step how the last values of a kind are added up, newest first, where they are forecast.
+
+        Kinds whose newest value is reused as it is are left out.
+        """
+        return _forecast_weights(self, num_steps, guided)
+
+    @property
     def kept(self) -> Half:
         """The half that continues once guidance has ended."""
         return self.keep or ("uncond" if self.gate_step is not None and self.text_interval is None else "cond")
@@ -249,6 +262,9 @@ def _check_together(methods: Iterable[Method]) -> None:
                 raise ConfigurationError(f"{both} cannot be combined: both cache the values of kind {kind!r}.")
             claimed[kind] = method
     for method in methods:
+        if method.estimating:
+            for other in methods:
+                _check_beside_estimates(method, other)
         if method.kinds & LAYERS:
             for other in methods:
                 _check_beside_skipped_layers(method, other)
@@ -276,6 +292,16 @@ def _check_beside_skipped_layers(method: Method, other: Method) -> None:
     )
 
 
+def _check_beside_estimates(method: Method, other: Method) -> None:
+    """Check that `other` caches nothing at steps where `method` leaves out one half of guidance, as T-GATE does."""
+    if other is method or not other.kinds or (other.kinds == CROSS and _caches_once(other)):
+        return
+    raise ConfigurationError(
+        f"{method.title} cannot be combined with {other.title}: some steps of {method.title} compute one half of "
+        f"guidance only, and the values that {other.title} caches are those of both halves."
+    )
+
+
 def _caches_once(method: Method) -> bool:
     return isinstance(method, TGate) and method.text_interval is None
 
@@ -286,7 +312,7 @@ def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]
     end = min((method.guided_steps(num_steps) for method in schedule.methods), default=num_steps)
     in_full = frozenset(gate - 1 for gate in gates)
     timeline = Timeline(num_steps, (0, end, *gates), in_full, end if guided else 0)
-    plan = tuple(_phase(schedule.methods, step, guided and step < end, timeline) for step in range(num_steps))
+    plan = tuple(_phase(schedule, step, guided and step < end, timeline) for step in range(num_steps))
     for step, phase in enumerate(plan):
         if phase.reuse not in REUSED:
             kinds = ", ".join(sorted(phase.reuse))
@@ -301,14 +327,34 @@ def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]
     return plan
 
 
-def _phase(methods: Iterable[Method], step: int, guided: bool, timeline: Timeline) -> Phase:
-    emit, merge, reuse = _united([method.share(step, guided, timeline) for method in methods])
+def _phase(schedule: Schedule, step: int, guided: bool, timeline: Timeline) -> Phase:
+    if guided and schedule.estimating is not None and schedule.estimating.estimates(step, timeline):
+        return Phase(False, estimated=True)  # no other method caches anything there; see `_check_beside_estimates`
+    emit, merge, reuse = _united([method.share(step, guided, timeline) for method in schedule.methods])
     return Phase(guided, emit=emit - merge - reuse, merge=merge, reuse=reuse)
 
 
 def _united(shares: Iterable[Share]) -> tuple[frozenset[Kind], frozenset[Kind], frozenset[Kind]]:
     whole = reduce(lambda a, b: Share(a.emit | b.emit, a.merge | b.merge, a.reuse | b.reuse), shares, Share())
     return whole.emit, whole.merge, whole.reuse
+
+
+@cache
+def _forecast_weights(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Mapping[Kind, tuple[float, ...]], ...]:
+    orders, gate = schedule.forecasts, schedule.gate(num_steps)
+    # For each kind: whether its values have both halves, and the steps that computed them, newest first.
+    held: dict[Kind, tuple[bool, list[int]]] = {}
+    weights: list[Mapping[Kind, tuple[float, ...]]] = []
+    for step, phase in enumerate(schedule.plan(num_steps, guided=guided)):
+        if step == gate:  # the denoiser is another one from here on; what a gate freezes stays as it is
+            held = {kind: (both, steps[:1]) for kind, (both, steps) in held.items() if kind == "cross"}
+        of_step = {kind: forecast_weights(held[kind][1], step) for kind in sorted(phase.reuse & orders.keys())}
+        weights.append({kind: each for kind, each in of_step.items() if len(each) > 1})
+        for kind in (phase.emit | phase.merge) & orders.keys():
+            both = phase.guided and kind not in phase.merge
+            older = held[kind][1] if kind in held and held[kind][0] == both else []
+            held[kind] = both, [step, *older[: orders[kind]]]
+    return tuple(weights)
 
 
 def check_plan(plan: Iterable[Phase]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from tgate_compile._errors import INSTEAD, UnsupportedModelError
 from tgate_compile.methods.method import Half, Kind, Phase, forecast_weights
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.graphs import Emission
 
 Key = tuple[Kind, str]
@@ -90,7 +91,8 @@ class Caches:
 
     def merge(self, key: Key, anchor: float) -> None:
         """Replace the halves' values with the weighted mean, accumulated in at least fp32."""
-        uncond, cond = (self._values.pop((half, key)) for half in _HALVES)
+        # Only the newest values: what is merged stays as it is from then on, even if it has been forecast before.
+        uncond, cond = (self._values.pop((half, key))[:1] for half in _HALVES)
         self._layouts[key[0]] = "one"
         if anchor in (0.0, 1.0):  # the halves may have texts of different lengths
             self._values[None, key] = cond if anchor else uncond
@@ -123,6 +125,18 @@ class Caches:
                 )
         self._layouts[kind] = "one"
 
+    def restart(self) -> None:
+        """Forget the values that forecasts are made from, at a gate: the denoiser is another one from then on.
+
+        Of cross-attention, the newest values stay, which the gate freezes: they are reused as they are.
+        """
+        for kind in self._forecasts:
+            if kind != "cross":
+                self.drop(kind)
+        for address, values in self._values.items():
+            if address[1][0] in self._forecasts:
+                del values[1:]
+
     def has(self, kind: Kind) -> bool:
         """Return whether there are values of `kind`."""
         return any(key[0] == kind for _, key in self._values)
@@ -154,20 +168,28 @@ class CacheSizes:
     """The sizes of the caches of a generation that has not run.
 
     Args:
-        forecasts: as for `Caches`.
+        schedule: the schedule.
+        num_steps: the number of steps, for each of which `put` is called in order.
 
     Attributes:
         most: the largest size of all values together so far, in bytes.
     """
 
-    def __init__(self, forecasts: Mapping[Kind, int]) -> None:
-        self._forecasts = forecasts
+    def __init__(self, schedule: Schedule, num_steps: int) -> None:
+        self._forecasts = schedule.forecasts
+        self._gate = schedule.gate(num_steps)
+        self._step = -1
         # For each kind: whether its values have both halves and which sites they have, and the sizes, newest first.
         self._held: dict[Kind, tuple[tuple[bool, set[str]], list[int]]] = {}
         self.most = 0
 
     def put(self, phase: Phase, emitted: Sequence[Emission], half: Half | None) -> None:
-        """Add what a step of `phase` keeps; `half` is the half that its first call evaluates, if it makes two."""
+        """Add what the next step, of `phase`, keeps; `half` is the half of its first call, if it makes two."""
+        self._step += 1
+        if self._step == self._gate:
+            for kind in self._forecasts.keys() & self._held.keys():
+                form, sizes = self._held[kind]
+                self._held[kind] = form, sizes[:1] if kind == "cross" else []
         for kind in phase.emit | phase.merge:
             of_kind = [emission for emission in emitted if emission.site.kind == kind]
             size = sum(e.nbytes for e in of_kind if half or e.merged == (kind in phase.merge))
@@ -209,3 +231,100 @@ def batch_ratio(batch: torch.Size, sample: torch.Size) -> float:
     if ratio not in (1, 2) and len(batch) != len(sample):  # the scheduler steps the frames of a video separately
         return batch.numel() / max(sample.numel(), 1)
     return ratio
+
+
+MSG_NO_FREQUENCIES = (
+    "FasterCache estimates predictions by their spatial frequencies, so they must be images [batch, channels, height, "
+    "width] or videos with height and width last, but {model} returns {given}. Leave FasterCache out."
+)
+MSG_COND_FIRST = (
+    "FasterCache computes the prompt's half only, but this pipeline calls the denoiser for the other half first, so "
+    "that half cannot be estimated. Leave FasterCache out."
+)
+
+
+class Estimates:
+    """Estimates the unconditional prediction from the cond half's at steps that compute only the latter (FasterCache).
+
+    The difference between the halves' last predictions is kept in fp32, split into low and high spatial frequencies.
+
+    Args:
+        schedule: the schedule; without an estimating method, nothing is kept.
+        calls: the order of the halves if each has its own denoiser call.
+        model: the name of the denoiser in messages.
+    """
+
+    def __init__(self, schedule: Schedule, calls: Sequence[Half], model: str) -> None:
+        self._method = schedule.estimating
+        self._calls = calls
+        self._model = model
+        self._parts: tuple[torch.Tensor, torch.Tensor] | None = None  # low and high frequencies: second half - first
+        self._weights = (1.0, 1.0)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the predictions of both halves are known."""
+        return self._parts is not None
+
+    def clear(self) -> None:
+        """Forget the predictions."""
+        self._parts = None
+
+    def keep_both(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Keep what the denoiser has returned for a batch of both halves; raises what `keep` raises."""
+        if self._method is not None:
+            self.keep(*zip(*(torch.tensor_split(output, 2) for output in outputs), strict=True))
+
+    def keep(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
+        """Keep what the denoiser has returned for the two halves, in the order of a batch of both.
+
+        Raises:
+            UnsupportedModelError: the predictions cannot be split by frequency, or the half that is left out at
+                estimated steps is the first to be called.
+        """
+        if self._method is None:
+            return
+        if self._calls and self._calls[0] != "cond":
+            raise UnsupportedModelError(MSG_COND_FIRST)
+        if len(first) != 1 or first[0].ndim not in (4, 5):
+            given = " and ".join(str(list(output.shape)) for output in first)
+            raise UnsupportedModelError(MSG_NO_FREQUENCIES.format(model=self._model, given=given))
+        difference = second[0].float() - first[0].float()
+        low = _low_frequencies(difference)
+        self._parts = low, difference - low
+        self._weights = (1.0, 1.0)
+
+    def uncond(
+        self, cond: Sequence[torch.Tensor], step: int, num_steps: int, order: tuple[Half, Half]
+    ) -> list[torch.Tensor]:
+        """Return an estimate of the unconditional prediction at `step`, whose prediction for the prompt is `cond`.
+
+        `order` is the order of the halves in a batch of both.
+        """
+        assert self._method is not None
+        assert self._parts is not None
+        weights = self._method.frequency_weights(step, num_steps)
+        low, high = self._weights = (self._weights[0] * weights[0], self._weights[1] * weights[1])
+        difference = low * self._parts[0] + high * self._parts[1]
+        sign = 1.0 if order[0] == "cond" else -1.0
+        return [(cond[0].float() + sign * difference).to(cond[0].dtype)]
+
+    def both(
+        self, cond: Sequence[torch.Tensor], step: int, num_steps: int, order: tuple[Half, Half]
+    ) -> list[torch.Tensor]:
+        """Return the predictions for both halves at `step` as one batch; the arguments are those of `uncond`."""
+        uncond = self.uncond(cond, step, num_steps, order)
+        halves: Mapping[Half, Sequence[torch.Tensor]] = {"uncond": uncond, "cond": cond}
+        return [torch.cat(pair) for pair in zip(*(halves[half] for half in order), strict=True)]
+
+
+def _low_frequencies(value: torch.Tensor) -> torch.Tensor:
+    """Return the part of `value`, [..., height, width], with spatial frequencies up to a fifth of the shorter side."""
+    height, width = value.shape[-2:]
+    # The distances from frequency zero, which is in the middle after the shift.
+    rows = torch.arange(height, device=value.device)[:, None] - height // 2
+    columns = torch.arange(width, device=value.device) - width // 2
+    is_low = rows**2 + columns**2 <= (min(height, width) // 5) ** 2
+    shifted = torch.fft.fftshift(torch.fft.fft2(value), dim=(-2, -1))
+    low: torch.Tensor = torch.fft.ifft2(torch.fft.ifftshift(shifted * is_low, dim=(-2, -1))).real
+    return low

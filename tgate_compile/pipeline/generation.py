@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from tgate_compile._errors import (
-    INSTEAD,
     CaptureError,
     ConcurrentGenerationError,
     UnsupportedCallError,
@@ -35,12 +34,14 @@ from tgate_compile.engine.tracing import call_of
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.methods.method import REFERENCE, Half, Phase
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.pipeline.caches import Caches, CacheSizes
+from tgate_compile.pipeline.caches import Caches, CacheSizes, Estimates
 from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
 from tgate_compile.pipeline.progress import Plan, Progress, check_autocast, check_gradients, with_tensor_timestep
 from tgate_compile.pipeline.two_halves import (
     MSG_NO_PAIR,
     MSG_NO_STEP_SEEN,
+    MSG_ORDER_AND_ANCHOR,
+    MSG_TWO_CALLS,
     ReferenceRows,
     TwoHalves,
     check_pair,
@@ -54,18 +55,9 @@ MSG_CONCURRENT = (
     "scheduler's state. Use a lock, or one pipeline per thread: they may share weights, but each needs its own "
     "denoiser, scheduler and tokenizers."
 )
-MSG_TWO_CALLS = (
-    "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline denoises its latents in "
-    "tiles, or evaluates its guidance halves in separate calls of unknown order, or its guidance needs more than two "
-    "predictions. " + INSTEAD
-)
 MSG_NEVER_GUIDED = (
     "Guidance begins at step {step}, but the schedule ({schedule}) has already ended it, so it would never act. Make "
     "guidance begin earlier or end later."
-)
-MSG_ORDER_AND_ANCHOR = (
-    "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
-    "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
 )
 
 
@@ -139,6 +131,7 @@ class Generation:
         self._thread = threading.get_ident()
         self._signature = inspect.signature(forward)
         self._caches = Caches(schedule.forecasts)
+        self._estimates = Estimates(schedule, family.calls, type(store.denoiser).__name__)
         self.early = EarlyValues(lambda: getattr(scheduler(), "timesteps", None), parking)
         self._first_call: _FirstCall | None = None
         self._was_guided = False
@@ -171,6 +164,7 @@ class Generation:
             return
         self._finished = True
         self._caches.clear()
+        self._estimates.clear()
         self.early.clear()
         self._halves.free()
         self._first_call = self._dropped = None
@@ -259,12 +253,12 @@ class Generation:
         """Plan the pass that has begun with `call`: capture its variants without running them."""
         args, kwargs = call.arguments
         batch = batch_of(self._signature.bind(*args, **kwargs).arguments).shape[0]
-        sizes = CacheSizes(self.schedule.forecasts)
+        sizes = CacheSizes(self.schedule, self.num_steps)
         graphs = []
         steps = []
         for step, (phase, half, drops) in enumerate(self._steps_ahead(guided)):
             steps.append((step, phase))
-            graphs.append((self._graph(phase, half), self._kept(call, batch) if drops else call))
+            graphs.append((self._graph(phase, half), self._kept(call, batch, phase) if drops else call))
             sizes.put(phase, self._store.emitted(*graphs[-1], self._forward), half)
         return Plan(steps, graphs, sizes.most)
 
@@ -322,6 +316,7 @@ class Generation:
         latents = batch_of(arguments)
         check_autocast(latents)
         self._caches.clear()
+        self._estimates.clear()
         self.early.clear()
         self._references.begin()
         self._first_call = self._dropped = None
@@ -344,16 +339,19 @@ class Generation:
         """
         step, phase = self._next_step(guided)
         if guided and not phase.guided:
-            call = self._kept(call, latents[0])
+            call = self._kept(call, latents[0], phase)
         compiled, outputs = self._run(step, phase, call, None)
         self._loop.gated = self._loop.gated or (guided and not phase.guided)
         prediction = torch.stack(outputs) if listed else outputs[0]
         self._halves.ran(prediction, merged=bool(phase.merge))
-        ends = guided and not phase.guided
+        ends = guided and not phase.guided and not phase.estimated
         self._dropped = (compiled, outputs) if ends and self._family.further else None
         if phase.guided:
             uncond, cond = prediction.chunk(2)
             self._halves.predicted(uncond, cond, latents)
+            self._estimates.keep_both(outputs)
+        elif phase.estimated:
+            outputs = self._estimates.both(outputs, step, self.num_steps, self._family.order)
         elif guided and not listed:
             # uncond + scale * (cond - uncond) is then the prediction itself for every scale, and guidance rescale is
             # the identity, so the pipeline's own arithmetic needs no change.
@@ -383,10 +381,11 @@ class Generation:
             step, phase = self._next_step(True)
             compiled, outputs = self._run(step, phase, call, first if phase.guided else None)
             self._loop.gated = self._loop.gated or not phase.guided
-            # A copy, since the pipeline may combine the two in place.
-            halves = (
-                {first: outputs} if phase.guided else {first: outputs, second: [copied(output) for output in outputs]}
-            )
+            halves = {first: outputs}
+            if phase.estimated:
+                halves[second] = self._estimates.uncond(outputs, step, self.num_steps, self._family.order)
+            elif not phase.guided:  # a copy, since the pipeline may combine the two in place
+                halves[second] = [copied(output) for output in outputs]
             self._first_call = _FirstCall(step, phase, arguments, compiled, halves)
             return compiled.unflatten(halves[first])
         made, self._first_call = self._first_call, None
@@ -398,6 +397,7 @@ class Generation:
                 if emission.site.kind in made.phase.merge:
                     self._caches.merge((emission.site.kind, emission.site.name), self.schedule.anchor_weight)
             self._halves.predicted(halves["uncond"][0], halves["cond"][0], latents_of(arguments).shape)
+            self._estimates.keep(*(halves[half] for half in self._family.order))
         self._end_timestep()
         return made.compiled.unflatten(halves[second])
 
@@ -411,6 +411,10 @@ class Generation:
         if guided and not phase.guided and not self._was_guided:
             raise UnsupportedCallError(MSG_NEVER_GUIDED.format(step=step, schedule=self.schedule))
         self._was_guided |= guided
+        if phase.estimated and not self._estimates.ready:
+            phase = Phase(True)  # guidance has begun later than the generation
+        if step == self.schedule.gate(len(plan)):
+            self._caches.restart()
         if "reference" in phase.reuse:
             self._cache_references()
         for kind in phase.reuse:
@@ -482,8 +486,8 @@ class Generation:
         if likeness is not None and threshold is not None:
             self._guidance_over = likeness >= threshold
 
-    def _kept(self, call: Call, batch: int) -> Call:
-        kept = self.schedule.kept
+    def _kept(self, call: Call, batch: int, phase: Phase) -> Call:
+        kept = "cond" if phase.estimated else self.schedule.kept
         uncertain = uncertain_rows(call, batch)
         if uncertain and self._shared is None:
             self.early.bring_back()

@@ -341,6 +341,15 @@ class TwoHalves:
         )
 
 
+MSG_TWO_CALLS = (
+    "The denoiser was called twice for one timestep before {scheduler} stepped: this pipeline denoises its latents in "
+    "tiles, or evaluates its guidance halves in separate calls of unknown order, or its guidance needs more than two "
+    "predictions. " + INSTEAD
+)
+MSG_ORDER_AND_ANCHOR = (
+    "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
+    "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
+)
 MSG_NO_PAIR = (
     "Guidance is on, and pipelines of this kind evaluate the guidance halves in separate calls, {first} then {second}, "
     "but the second call is for another timestep or has other shapes. " + INSTEAD

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tgate_compile._errors import BundleError
+from tgate_compile._machine import return_freed_memory
 from tgate_compile.bundle.manifest import (
     CacheInput,
     CacheOutput,
@@ -19,10 +20,9 @@ from tgate_compile.bundle.manifest import (
     Source,
     TensorSpec,
     phase_of,
-    return_freed_memory,
 )
 from tgate_compile.bundle.read_manifest import early_graphs, inputs_of, outputs_of, solve, wrong_pixels
-from tgate_compile.methods.method import Half, Kind, forecast_weights
+from tgate_compile.methods.method import Half, Kind
 from tgate_compile.runtime._noise import Array
 from tgate_compile.runtime._session import Session, Settings, detached, ort_value
 
@@ -194,18 +194,18 @@ class Denoiser:
         self._caches[spec.kind, spec.site] = [(step, value), *older[:order]]
 
     def _forecast(self, spec: CacheInput, step: int) -> OrtValue:
-        """Return the cached value for `step`, forecast from those of earlier steps as `Caches` does."""
+        """Return the cached value for `step`, forecast from those of earlier steps if the plan says so."""
         values = self._caches[spec.kind, spec.site]
-        if len(values) == 1:
+        weights = self._plan[step].weights.get(spec.kind)
+        if weights is None:
             return values[0][1]
         if spec.dtype not in ("float32", "float16"):
             raise BundleError(
                 f"The bundle {self._folder} forecasts values of {spec.dtype}, which numpy cannot compute with. Export "
                 "it with float32 or float16 caches, or without a forecast."
             )
-        weights = forecast_weights([computed for computed, _ in values], step)
         total = np.zeros((), np.float32)
-        for weight, (_, value) in zip(weights, values, strict=True):
+        for weight, (_, value) in zip(weights, values[: len(weights)], strict=True):
             total = total + np.float32(weight) * value.numpy().astype(np.float32)
         limit = np.finfo(spec.dtype).max
         return ort_value(np.clip(total, -limit, limit), spec)

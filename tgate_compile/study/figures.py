@@ -99,7 +99,7 @@ _LOOKS: Mapping[frozenset[Kind], tuple[str, str]] = {
 }
 #: All other combinations of reused values share this colour and differ in their letters.
 _OTHER_LOOK = ("#999999", INK)
-_PHASES = [Phase(guided, reuse=reuse) for reuse in REUSED for guided in (True, False)]
+_PHASES = [Phase(guided, reuse=reuse) for reuse in REUSED for guided in (True, False)] + [Phase(False, estimated=True)]
 _BY_LETTER = {phase.character: phase for phase in _PHASES}
 
 _CELL = 0.27  # inches
@@ -172,6 +172,12 @@ def _draw_cell(axes: Axes, step: int, row: int, phase: Phase) -> None:
     axes.text(step + 0.5, top + height / 2, phase.character, color=ink, fontsize=7, ha="center", va="center_baseline")
 
 
+def _guidance_of(phase: Phase) -> str:
+    if phase.estimated:
+        return ", uncond estimated"
+    return "" if phase.guided else ", no guidance"
+
+
 def _draw_legend(figure: Figure, phases: list[Phase], columns: int) -> None:
     from matplotlib.patches import Patch
 
@@ -179,7 +185,7 @@ def _draw_legend(figure: Figure, phases: list[Phase], columns: int) -> None:
         Patch(
             facecolor=_LOOKS.get(phase.reuse, _OTHER_LOOK)[0],
             edgecolor=LINE,
-            label=f"{phase.character}  {phase.name}{'' if phase.guided else ', no guidance'}",
+            label=f"{phase.character}  {phase.name}{_guidance_of(phase)}",
         )
         for phase in phases
     ]

@@ -1,7 +1,7 @@
 /** Run the denoiser of a bundle: choose the graph of each step, and pass the caches on. Like `runtime/_denoiser.py`. */
 
 import { BundleError } from "./errors.js";
-import { earlyGraphs } from "./manifest.js";
+import { earlyGraphs, orderOf } from "./manifest.js";
 import { tensor } from "./session.js";
 import { floats } from "./text.js";
 
@@ -13,7 +13,7 @@ export class Denoiser {
   #conditions;
   #guided;
   #graphs;
-  #caches = new Map();
+  #caches = new Map(); // the last values of each site, `{step, value}`, newest first
   #made = new Map();
   #early = new Map(); // by graph: the values of its prelude ("prelude"), and the rows of its table by timestep
 
@@ -56,11 +56,15 @@ export class Denoiser {
     for (const spec of graph.inputs) feeds[spec.name] = this.#argument(spec, latents, shape, timestep, phase.guided);
     const early = this.#early.get(name), values = { ...early?.get("prelude"), ...early?.get(timestep) };
     for (const spec of graph.early_inputs ?? []) feeds[spec.name] = values[spec.name];
-    for (const spec of graph.cache_inputs) feeds[spec.name] = this.#caches.get(`${spec.kind} ${spec.site}`);
+    const weights = this.plan[step].weights ?? {};
+    for (const spec of graph.cache_inputs) {
+      const held = this.#caches.get(`${spec.kind} ${spec.site}`), of = weights[spec.kind];
+      feeds[spec.name] = of === undefined ? held[0].value : forecast(this.#runtime, spec, held.map(({ value }) => value), of);
+    }
     const kept = graph.cache_outputs.filter((spec) => phase[spec.merged ? "merge" : "emit"].includes(spec.kind));
     const [output] = graph.outputs;
     const results = await this.#sessions.get(graph.file).run(feeds, [output.name, ...kept.map((spec) => spec.name)]);
-    for (const spec of kept) this.#keep(`${spec.kind} ${spec.site}`, results[spec.name]);
+    for (const spec of kept) this.#keep(spec, step, results[spec.name]);
     const prediction = floats(results[output.name]), size = latents.length;
     if (!phase.guided) return prediction.subarray(0, size); // further channels are a learned variance
     const half = prediction.length / 2, [first] = this.#manifest.family.order;
@@ -100,7 +104,7 @@ export class Denoiser {
 
   /** Release the caches and the values of preludes and tables, which may be on the GPU. */
   release() {
-    for (const value of this.#caches.values()) value.dispose();
+    for (const held of this.#caches.values()) for (const { value } of held) value.dispose();
     this.#caches.clear();
     for (const name of [...this.#early.keys()]) this.#releaseEarly(name);
   }
@@ -115,9 +119,12 @@ export class Denoiser {
     this.#early.delete(name);
   }
 
-  #keep(key, value) {
-    this.#caches.get(key)?.dispose();
-    this.#caches.set(key, value);
+  #keep(spec, step, value) {
+    const key = `${spec.kind} ${spec.site}`, held = this.#caches.get(key) ?? [];
+    if (held[0]?.step === step) held.shift().value.dispose(); // the step runs several times while a graph warms up
+    held.unshift({ step, value });
+    for (const old of held.splice(orderOf(this.#manifest, spec.kind) + 1)) old.value.dispose();
+    this.#caches.set(key, held);
   }
 
   #argument(spec, latents, shape, timestep, guided) {
@@ -153,6 +160,16 @@ export function graphsOf(manifest, plan) {
     }
     return [graph, manifest.graphs[graph]];
   });
+}
+
+/** Return the values of a site added up with `weights`, newest first, in single precision. */
+export function forecast(runtime, spec, held, weights) {
+  const values = weights.map((_, i) => floats(held[i])), limit = spec.dtype === "float16" ? 65504 : 3.4028234663852886e38;
+  const total = Float32Array.from(values[0], (_, at) => {
+    const sum = weights.reduce((sum, weight, i) => Math.fround(sum + Math.fround(Math.fround(weight) * values[i][at])), 0);
+    return Math.min(Math.max(sum, -limit), limit);
+  });
+  return tensor(runtime, spec, total, held[0].dims);
 }
 
 function repeated(values, count) {

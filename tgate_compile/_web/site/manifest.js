@@ -3,7 +3,7 @@
 import { BundleError } from "./errors.js";
 import { makeScheduler } from "./schedulers.js";
 
-export const SCHEMA_VERSION = 2;
+export const SCHEMA_VERSION = 3;
 /** The size of an element in bytes, by the manifest's names of the dtypes that this page supports. */
 export const BYTES = { float32: 4, float16: 2, int64: 8, int32: 4, bool: 1 };
 const SOURCES = ["latents", "timestep", "hidden_states", "attention_mask", "pooled", "sizes", "resolution", "aspect_ratio"];
@@ -70,6 +70,11 @@ export function earlyGraphs(graphs, name) {
   return [...all].sort((one, other) => graphs[one].stage.localeCompare(graphs[other].stage)); // prelude, table
 }
 
+/** Return the order of the forecast for the cached values of `kind`; 0 if they are reused as they are. */
+export function orderOf({ method }, kind) {
+  return method.forecasts?.[kind] ?? 0;
+}
+
 /** Return the size in bytes of the cached values for one image; 0 if nothing is cached. */
 export function cacheBytes(manifest) {
   const sizes = Object.fromEntries(Object.entries(manifest.sizes).map(([name, size]) => [name, size.example]));
@@ -77,7 +82,8 @@ export function cacheBytes(manifest) {
   for (const graph of Object.values(manifest.graphs)) {
     for (const { kind, site, dtype, shape } of graph.cache_inputs) {
       const bytes = BYTES[dtype] * shapeAt(shape, sizes).reduce((product, size) => product * size, 1);
-      held.set(`${kind} ${site}`, Math.max(bytes, held.get(`${kind} ${site}`) ?? 0));
+      const kept = bytes * (orderOf(manifest, kind) + 1);
+      held.set(`${kind} ${site}`, Math.max(kept, held.get(`${kind} ${site}`) ?? 0));
     }
   }
   return [...held.values()].reduce((sum, bytes) => sum + bytes, 0);

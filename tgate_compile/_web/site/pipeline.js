@@ -10,7 +10,7 @@
 import { Files } from "./files.js";
 import { Generation } from "./generation.js";
 import { heapBytes } from "./heap.js";
-import { readManifest } from "./manifest.js";
+import { readManifest, orderOf } from "./manifest.js";
 import { loadRuntime } from "./runtime.js";
 import { Sessions } from "./session.js";
 import { Prompts } from "./text.js";
@@ -23,7 +23,7 @@ export class BundlePipeline {
 
   /** Use `open`. */
   constructor(manifest, runtime, files, sequential) {
-    const sessions = new Sessions(runtime, files), prompts = new Prompts(manifest.components, files, sessions, runtime);
+    const sessions = new Sessions(runtime, files, (kind) => orderOf(manifest, kind) > 0), prompts = new Prompts(manifest.components, files, sessions, runtime);
     this.#parts = { manifest, runtime, sessions, prompts, sequential };
   }
 

@@ -21,7 +21,8 @@ export function gateOf({ plans }, steps) {
 }
 
 /**
- * Return what each of `steps` steps does: `{letter, graph, phase}`. `guided` is whether guidance is on at first, and
+ * Return what each of `steps` steps does: `{letter, graph, phase, weights}`, where `weights` has the weights of the last
+ * values, newest first, of each kind of value that is forecast. `guided` is whether guidance is on at first, and
  * `gateStep`, unless it is undefined, moves the gate. Throws BundleError if the manifest has no such plan.
  */
 export function planOf({ plans }, steps, guided, gateStep) {
@@ -30,7 +31,7 @@ export function planOf({ plans }, steps, guided, gateStep) {
   const rows = guided ? plans.gated_guided : plans.gated_unguided;
   if (rows === null) throw new BundleError("The gate of the bundle's schedule cannot be moved.");
   if (!(Number.isInteger(gateStep) && gateStep >= 1)) throw new BundleError(`gateStep must be a positive integer, but got ${gateStep}.`);
-  return phasesOf(plans, rows[Math.min(gateStep, rows.length) - 1].slice(0, steps));
+  return phasesOf(plans, rows[Math.min(gateStep, rows.length) - 1].slice(0, steps * (plans.width ?? 1)));
 }
 
 /** Return the plan of the plain pipeline, which computes everything in every step. */
@@ -45,7 +46,8 @@ export function stripOf(plan) {
 }
 
 function phasesOf(plans, row) {
-  return [...row].map((digit) => plans.phases[DIGITS.indexOf(digit)]);
+  const width = plans.width ?? 1, digits = Array.from({ length: row.length / width }, (_, i) => [...row.slice(i * width, (i + 1) * width)]);
+  return digits.map((of) => plans.phases[of.reduce((place, digit) => place * DIGITS.length + DIGITS.indexOf(digit), 0)]);
 }
 
 function checkedSteps(plans, steps) {

@@ -32,11 +32,14 @@ class Session {
 export class Sessions {
   #runtime;
   #files;
+  #isForecast;
   #open = new Map();
 
-  constructor(runtime, files) {
+  /** `isForecast` returns whether cached values of a kind are forecast, which happens outside of the graphs. */
+  constructor(runtime, files, isForecast = () => false) {
     this.#runtime = runtime;
     this.#files = files;
+    this.#isForecast = isForecast;
   }
 
   /** Open those of `graphs`, as described in the manifest, that are not open yet, and return the time taken in seconds. */
@@ -66,14 +69,15 @@ export class Sessions {
   async #opened(graph, weights, data) {
     const { ort, provider } = this.#runtime;
     const isEarly = graph.stage === "prelude" || graph.stage === "table";
-    const kept = (isEarly ? graph.outputs : (graph.cache_outputs ?? [])).map((spec) => [spec.name, "gpu-buffer"]);
+    const reused = (graph.cache_outputs ?? []).filter((spec) => !this.#isForecast(spec.kind));
+    const kept = (isEarly ? graph.outputs : reused).map((spec) => [spec.name, "gpu-buffer"]);
     let inner;
     try {
       inner = await ort.InferenceSession.create(await this.#files.bytes(graph.file), {
         executionProviders: [provider],
         logSeverityLevel: 3, // the warnings are about the placement of operators
         externalData: [{ path: weights.split("/").pop(), data }],
-        // Caches, and the values of preludes and tables, stay on the GPU from step to step.
+        // Caches, unless they are forecast, and the values of preludes and tables stay on the GPU from step to step.
         preferredOutputLocation: provider === "webgpu" && kept.length ? Object.fromEntries(kept) : undefined,
       });
     } catch (error) {

@@ -1,8 +1,9 @@
-"""Measure schedules: how far their images drift from the plain pipeline's, and how much they cost."""
+"""Measure schedules: their images' drift from the plain pipeline's, and their cost. Calibrate MagCache."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import time
 from collections import defaultdict
@@ -14,16 +15,21 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from tgate_compile._errors import ConfigurationError
+from tgate_compile._errors import ConfigurationError, UnsupportedModelError, check_pipeline_first
+from tgate_compile.engine.config import AnyPipeline
 from tgate_compile.engine.families import family_of
-from tgate_compile.methods.method import Phase
+from tgate_compile.methods.mag_cache import MagCache
+from tgate_compile.methods.method import Blocks, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.count_macs import count_macs
-from tgate_compile.pipeline.attach import with_possible_half
+from tgate_compile.pipeline.attach import attached, denoiser_names, with_possible_half
+from tgate_compile.pipeline.facts import guidance_of
 from tgate_compile.pipeline.generation import strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
+from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import required_state_of
-from tgate_compile.study.tuning.recorder import Convergence, Recorder
+from tgate_compile.study.tuning.recorder import Convergence, Magnitudes, Recorder
+from tgate_compile.study.tuning.request import Runs
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,13 @@ class Bench:
         hooks = required_state_of(self._pipe).hooks
         return sum(rows * GraphCosts.of(hooks[name]).per_row["full"] for name, rows in plain.rows.items())
 
+    def magnitude_ratios(self) -> tuple[float, ...]:
+        """Return the ratios of MagCache, measured in the first generation of the plain pipeline."""
+        (denoiser,) = self._denoisers.values()
+        ratios = magnitude_ratios(self._pipe, denoiser, *self._runs[0])
+        self._on_run()
+        return ratios
+
     def _run(self, call: Mapping[str, Any], seed: int) -> tuple[torch.Tensor, float]:
         """Run one generation; return its final latents, [images, ...], in float32 on the CPU, and its seconds."""
         began = time.perf_counter()
@@ -236,3 +249,95 @@ def silent(pipe: DiffusionPipeline) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = before
+
+
+MSG_NOT_CALIBRATED = (
+    "The ratios of {model} cannot be measured: the change that its blocks make is zero or not finite at a step, or its "
+    "shape changes from step to step. The ratios are {ratios}."
+)
+
+
+def magnitude_ratios(
+    pipe: DiffusionPipeline, denoiser: torch.nn.Module, call: Mapping[str, Any], seed: int, *, front: int = 0
+) -> tuple[float, ...]:
+    """Return the ratios of MagCache for `denoiser`, measured in one generation of the plain pipeline.
+
+    Raises:
+        UnsupportedModelError: its graph has no stack of blocks whose residual can be cached, or the ratios are not
+            finite.
+    """
+    bound = inspect.signature(type(pipe).__call__).bind_partial(pipe, **call)
+    bound.apply_defaults()
+    magnitudes = Magnitudes(pipe, guidance_of(pipe, bound.arguments), denoiser, Blocks(front))
+    with magnitudes.recording():
+        final_latents(pipe, call, seed)
+    ratios = magnitudes.ratios
+    if not all(map(math.isfinite, ratios)):
+        raise UnsupportedModelError(MSG_NOT_CALIBRATED.format(model=type(denoiser).__name__, ratios=list(ratios)))
+    return ratios
+
+
+#: Called after each generation with the number done, the total, and a description of what was run.
+Calibrating = Callable[[int, int, str], None]
+
+
+def calibrate_mag_cache(
+    pipe: AnyPipeline,
+    prompts: Sequence[str] | None = None,
+    *,
+    num_inference_steps: int = 25,
+    seeds: Sequence[int] = (0,),
+    call: Mapping[str, Any] | None = None,
+    denoiser: str | None = None,
+    front: int = 0,
+    progress: Calibrating | None = None,
+) -> MagCache:
+    """Measure the ratios that MagCache needs, and return the method with them.
+
+    How the magnitude of the blocks' change develops from step to step hardly depends on the prompt, so one prompt is
+    enough. With several prompts or seeds, the ratios are averaged. They belong to the model, the scheduler and the
+    guidance scale; a call with another number of steps uses the ratios of the nearest steps. To keep them, write the
+    schedule to a file:
+
+        method = tgate_compile.calibrate_mag_cache(pipe, ["a red fox in snow"], num_inference_steps=28)
+        tgate_compile.save_schedule(tgate_compile.Schedule.of(method), "magcache.json")
+        tgate_compile.optimize(pipe, dataclasses.replace(method, threshold=0.1))
+
+    Args:
+        pipe: a plain pipeline, not an optimized one. It is plain again afterwards, even after an error.
+        prompts: prompts; None if `call` contains prompt embeddings.
+        num_inference_steps: as for the pipeline's call.
+        seeds: seeds of the noise for each prompt.
+        call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
+        denoiser: as for `optimize`. Needed if the pipeline has two denoisers, which are calibrated one by one.
+        front: the number of blocks at the front that every step will compute, as in `MagCache`.
+        progress: called after each generation with the number of generations done, the total, and a description.
+
+    Returns:
+        MagCache with these ratios, and the defaults for everything else.
+
+    Raises:
+        ConfigurationError: an argument is invalid.
+        UnsupportedModelError: the denoiser has no stack of blocks whose residual can be cached.
+    """
+    check_pipeline_first("calibrate_mag_cache", pipe, prompts)
+    check_ordinary(pipe, "calibrate_mag_cache()")
+    runs = Runs(prompts, num_inference_steps, seeds, {} if call is None else call, "calibrate_mag_cache")
+    names = denoiser_names(pipe, denoiser)
+    if len(names) > 1:
+        raise ConfigurationError(
+            f"This {type(pipe).__name__} has several denoisers ({', '.join(names)}), each with ratios of its own. "
+            f'Calibrate one at a time, with denoiser="{names[0]}".'
+        )
+    method = MagCache((1.0,), front=front)
+    with attached(pipe, Schedule.of(method), names, backend="eager"):
+        pass  # report errors before any work is done
+    calls = [(each, seed) for each in runs.calls(pipe) for seed in runs.seeds]
+    measured = []
+    with silent(pipe):
+        for number, (each, seed) in enumerate(calls, 1):
+            measured.append(magnitude_ratios(pipe, getattr(pipe, names[0]), each, seed, front=method.front))
+            if progress is not None:
+                progress(number, len(calls), "calibration of MagCache")
+    means = [math.fsum(of_step) / len(measured) for of_step in zip(*measured, strict=True)]
+    return dataclasses.replace(method, ratios=tuple(means))

@@ -1,11 +1,11 @@
-"""Record the denoiser calls of a generation, and how its attention outputs change from step to step."""
+"""Record the denoiser calls of a generation, and how its attention outputs and residuals change from step to step."""
 
 from __future__ import annotations
 
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.families import family_of, has_joint_attention
 from tgate_compile.engine.halves import latents_of
-from tgate_compile.methods.method import CROSS, Half, Kind, Phase
+from tgate_compile.methods.method import BLOCKS, CROSS, Blocks, Half, Kind, Phase
 from tgate_compile.passes.graphs import Captured, Variant
 from tgate_compile.passes.specialize import specialize
 from tgate_compile.pipeline.progress import StepCounter
@@ -213,18 +213,90 @@ class Recorder:
         self._last[site, half] = (self._step, now)
 
 
-class _Graphs:
-    """Compute the attention outputs of a denoiser without diffusers' attention modules by running its graph as well."""
+class Magnitudes:
+    """Record how the magnitude of the change that a denoiser's blocks make to their input develops over the steps.
 
-    def __init__(self, denoiser: torch.nn.Module, kinds: Collection[Kind]) -> None:
+    As in MagCache's calibration (arXiv 2506.09045, section 3.1), and in diffusers' `MagCacheConfig(calibrate=True)`:
+    for each token, the norm of the change is divided by its norm one step before, and the mean is taken over all
+    tokens, both guidance halves included. The denoiser's graph runs beside the denoiser, so a recorded generation takes
+    about twice as long.
+
+    Args:
+        pipe: the pipeline.
+        guided: called at each denoiser call; returns whether guidance is on.
+        denoiser: the denoiser.
+        blocks: the range of blocks.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, guided: Callable[[], bool], denoiser: torch.nn.Module, blocks: Blocks
+    ) -> None:
+        self._calls = DenoiserCalls(pipe, guided)
+        self._denoiser = denoiser
+        self._graphs = _Graphs(denoiser, BLOCKS, [("blocks", blocks)])
+        self._last: dict[tuple[str, tuple[Half, ...]], tuple[int, torch.Tensor]] = {}
+        self._ratios: dict[int, list[tuple[torch.Tensor, int]]] = defaultdict(list)  # a sum, and the number of tokens
+        self._steps: set[int] = set()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record one call of the pipeline inside the context."""
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._graphs.capturing:
+                return  # the export calls the denoiser, and therefore this hook
+            step, halves = self._calls.next()
+            self._steps.add(step)
+            for _, site, value in self._graphs.values(Call.of(args, kwargs)):
+                self._record(site, halves, step, value)
+
+        with removed(self._denoiser.register_forward_pre_hook(hook, with_kwargs=True)):
+            yield
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The mean ratio at each step; the first is 1."""
+        means = []
+        for step in sorted(self._steps)[1:]:
+            recorded = self._ratios[step]
+            total = sum(tokens for _, tokens in recorded)
+            means.append(sum(part.item() for part, _ in recorded) / total if total else float("nan"))
+        return (1.0, *means)
+
+    def _record(self, site: str, halves: tuple[Half, ...], step: int, value: torch.Tensor) -> None:
+        last, before = self._last.get((site, halves), (-1, None))
+        if last == step:
+            return  # one call is enough for a step with several
+        norms = torch.linalg.vector_norm(value.float(), dim=-1)
+        if before is not None and before.shape == norms.shape:
+            # The same small number as in diffusers, so that the ratios are the same.
+            self._ratios[step].append(((norms / (before + 1e-8)).sum(), norms.numel()))
+        self._last[site, halves] = (step, norms)
+
+
+class _Graphs:
+    """Compute values inside of a denoiser that no module returns by running its graph as well.
+
+    They are the outputs of attentions that are not diffusers' modules, and residuals over `ranges` of blocks.
+    """
+
+    def __init__(
+        self, denoiser: torch.nn.Module, kinds: Collection[Kind], ranges: Sequence[tuple[Kind, Blocks]] = ()
+    ) -> None:
         self._denoiser = denoiser
         self._kinds = frozenset(kinds)
+        self._ranges = tuple(ranges)
         self._ready: dict[Hashable, tuple[Captured, Variant]] = {}
         self._capturing = False
 
+    @property
+    def capturing(self) -> bool:
+        """Whether the graph is being captured, for which the denoiser is called."""
+        return self._capturing
+
     @torch.no_grad()
     def values(self, call: Call) -> Iterator[tuple[Kind, str, torch.Tensor]]:
-        """Yield the kind, name and output of each attention for the inputs of `call`."""
+        """Yield the kind, name and value of each site for the inputs of `call`."""
         if self._capturing:
             return  # the export calls the denoiser, and therefore the hook that started the export
         captured, variant = self._ready.get(call.key) or self._capture(call)
@@ -240,7 +312,14 @@ class _Graphs:
     def _capture(self, call: Call) -> tuple[Captured, Variant]:
         self._capturing = True
         try:
-            captured = capture(self._denoiser, self._denoiser.forward, call, self._kinds, required=False)
+            captured = capture(
+                self._denoiser,
+                self._denoiser.forward,
+                call,
+                self._kinds,
+                ranges=self._ranges,
+                required=bool(self._ranges),
+            )
         finally:
             self._capturing = False
         self._ready[call.key] = captured, specialize(captured, Phase(guided=False, emit=self._kinds))

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tgate_compile.methods.method import ESTIMATED
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import save_schedule, schedule_data
 from tgate_compile.study.figures import INK, LINE, SOFT, aligned, new_figure, save_figure
@@ -58,7 +59,8 @@ def _draw_convergence(axes: Axes, tuning: Tuning) -> None:
     axes.fill_between(steps, low, high, color=_COLOURS[0], alpha=0.15, linewidth=0)
     axes.set_xlim(0, tuning.num_steps)
     axes.set_ylim(bottom=0)
-    end = next((step for step, letter in enumerate(tuning.chosen.strip) if letter.islower()), None)
+    strip = tuning.chosen.strip
+    end = next((step for step, letter in enumerate(strip) if letter.islower() and letter != ESTIMATED), None)
     if end:
         axes.axvline(end, color=_COLOURS[5], linewidth=1.2, linestyle="--")
         words = "cached" if tuning.schedule.gate_step is not None else "no guidance"

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from tgate_compile._errors import (
     BackendName,
+    CaptureError,
     ConfigurationError,
     Precision,
     UnsupportedModelError,
@@ -22,6 +23,7 @@ from tgate_compile._errors import (
 from tgate_compile.engine.capture import denies_cross_attention
 from tgate_compile.engine.config import AnyPipeline
 from tgate_compile.engine.families import has_joint_attention
+from tgate_compile.methods.mag_cache import MagCache
 from tgate_compile.methods.method import Method, methods
 from tgate_compile.methods.schedule import Schedule, schedule_of
 from tgate_compile.pipeline.attach import attached, denoiser_names
@@ -86,11 +88,12 @@ def fewer_steps(num_steps: int) -> Sequence[int]:
 def effect_of(schedule: Schedule, num_steps: int) -> Hashable:
     """Return a key that is equal for schedules that give the same images.
 
-    Reused values are always those computed last, so it is enough to know which steps reuse what.
+    Reused values are those computed last, or a forecast from them, so it is enough to know which steps reuse what.
     """
-    steps = tuple((phase.guided, phase.reuse) for phase in schedule.plan(num_steps, guided=True))
+    steps = tuple((phase.guided, phase.estimated, phase.reuse) for phase in schedule.plan(num_steps, guided=True))
     weights = (schedule.anchor_weight, schedule.deepcache_branch)
-    return (steps, schedule.guidance_similarity, schedule.kept, weights)
+    values = (schedule.ranges, tuple(sorted(schedule.forecasts.items())), schedule.estimating)
+    return (steps, schedule.guidance_similarity, schedule.kept, weights, values)
 
 
 logger = logging.getLogger(__name__)
@@ -206,10 +209,12 @@ class _Search:
         self._plan((1 if no_cross else 2 if is_joint else 4) * len(grid))
         if is_joint:
             self._measure_joint(grid, plain)
+            self._measure_mag_cache(plain)
             return
         if no_cross:
             self._measure_along((GUIDANCE_DROP,), grid, plain)
             self._measure_methods(plain)
+            self._measure_mag_cache(plain)
             return
         try:
             self._measure_along((TGATE, GUIDANCE_DROP, TGATE_V2), grid, plain)
@@ -221,6 +226,7 @@ class _Search:
             self._measure_along((TGATE, GUIDANCE_DROP), grid, plain)
         self._measure_along((TGATE_COND,), grid, plain)
         self._measure_methods(plain)
+        self._measure_mag_cache(plain)
 
     def _measure_joint(self, grid: Sequence[int], plain: Plain) -> None:
         """Measure schedules for joint attention, where only the text's keys and values can be cached."""
@@ -248,6 +254,28 @@ class _Search:
                 except UnsupportedModelError as error:
                     logger.info("skipping %s: %s", carrier, error)
                     self._plan(-len(group))
+
+    def _measure_mag_cache(self, plain: Plain) -> None:
+        """Measure MagCache with ratios from a further generation of the plain pipeline.
+
+        Its rule is about one stack of blocks, so UNets are left out.
+        """
+        denoisers = tuple(self._denoisers.values())
+        if len(denoisers) > 1 or hasattr(denoisers[0], "up_blocks"):
+            return
+        self._planned += 1
+        self._doing = "calibration of MagCache"
+        try:
+            ratios = self._bench.magnitude_ratios()
+        except (UnsupportedModelError, CaptureError) as error:
+            logger.info("skipping MagCache: %s", error)
+            self._planned -= 1
+            return
+        group = [schedule_of(method) for method in MagCache(ratios).thresholds()]
+        self._plan(len(group))
+        with attached(self._pipe, group[0], tuple(self._denoisers), backend=self._backend, precision=self._precision):
+            for schedule in group:
+                self._measure(MagCache.title, schedule, plain)
 
     def _measure_along(self, sweeps: Sequence[Sweep], grid: Sequence[int], plain: Plain) -> None:
         """Measure the grid of each sweep, then refine it around the tolerance while that can lower the cost.
@@ -420,7 +448,8 @@ def tune(
         candidates: schedules to choose from. By default: T-GATE v1, caching either the mean of both guidance halves or
             the prompt's half alone (`anchor_weight=1`); T-GATE v2 (`sp_interval=5`); as a baseline, guidance dropped
             with nothing cached. Each is tried at a few gates, and then at gates around the tolerance. The candidates
-            that other methods propose are tried as well.
+            that other methods propose are tried as well, and for transformers also MagCache, with ratios that are
+            measured in a further generation of the first prompt.
         seeds: seeds of the noise for each prompt.
         call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         denoiser: as for `optimize`.
