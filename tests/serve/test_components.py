@@ -1,0 +1,136 @@
+"""Text encoders and VAEs: calls of requests that wait at the same time are run together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tgate_compile
+from tests.comparing import assert_same
+from tests.serve.requesting import HANGS, call_of, images, seeded, tiny
+from tests.tiny_pipelines import sdxl, stable_diffusion
+from tgate_compile.serve import Engine, Ticket
+from tgate_compile.serve.components import Components
+from tgate_compile.serve.worker import Job
+
+pytestmark = pytest.mark.usefixtures("no_deadlock")
+
+TOGETHER = 3
+
+
+def waiting(engine: Engine, calls: Sequence[dict[str, Any]]) -> list[Ticket]:
+    """Submit calls while the worker is busy, so that all of them wait for their text encodings."""
+    go_on = threading.Event()
+    blocking = threading.Thread(target=engine.compute, args=(Job(lambda: go_on.wait(HANGS)),))
+    blocking.start()
+    tickets = [engine.submit({**call, "generator": seeded(call)}) for call in calls]
+    while len(engine._worker._submissions) < len(calls):
+        assert blocking.is_alive()
+    go_on.set()
+    blocking.join(HANGS)
+    return tickets
+
+
+def counted(module: torch.nn.Module) -> list[int]:
+    """Return a list that gets the number of rows of each call of a layer."""
+    rows: list[int] = []
+    module.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    return rows
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, pytest.param(sdxl, marks=pytest.mark.heavy)])
+def test_texts_and_images_of_several_requests(make: Any) -> None:
+    pipe = make(layout="least") if make is stable_diffusion else make()
+    encodings, decodings = counted(pipe.text_encoder.text_model.final_layer_norm), counted(pipe.vae.decoder.conv_out)
+    tgate_compile.optimize(pipe, 2, backend="eager")
+    calls = [call_of(number, output_type="np", num_inference_steps=3) for number in range(TOGETHER)]
+    expected = [pipe(**{**call, "generator": seeded(call)}).images for call in calls]
+    assert len(encodings) == 2 * TOGETHER
+    assert len(decodings) == TOGETHER
+    with Engine(pipe, max_batch=TOGETHER) as engine:
+        for turn in range(2):
+            encodings.clear()
+            decodings.clear()
+            for ticket, target in zip(waiting(engine, calls), expected, strict=True):
+                np.testing.assert_allclose(images(ticket), target, atol=1e-5)
+            if turn:  # the first time, batches were compared with single runs
+                assert max(encodings) == TOGETHER
+                assert len(encodings) < 2 * TOGETHER
+                assert len(decodings) < TOGETHER
+        components = engine.stats().components
+        assert max(components["text_encoder"]) == TOGETHER
+        assert components["vae"]
+        assert not engine.stats().one_at_a_time
+    assert "forward" not in vars(pipe.text_encoder)
+    assert "forward" not in vars(pipe.vae.decoder)
+
+
+def test_equal_bits_alone() -> None:
+    pipe = tiny()
+    expected = pipe(**{**call_of(output_type="np")}).images
+    with Engine(pipe, max_batch=1) as engine:
+        assert np.array_equal(images(engine.submit(call_of(output_type="np"))), expected)
+
+
+def test_rows_that_depend_on_each_other(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = stable_diffusion(layout="least")
+    pipe.text_encoder.text_model.final_layer_norm.register_forward_hook(
+        lambda module, args, output: output + output.mean(0, keepdim=True)
+    )
+    tgate_compile.optimize(pipe, 2, backend="eager")
+    calls = [call_of(number) for number in range(TOGETHER)]
+    expected = [pipe(**{**call, "generator": seeded(call)}).images for call in calls]
+    with Engine(pipe, max_batch=TOGETHER) as engine, caplog.at_level(logging.WARNING, "tgate_compile.serve"):
+        for _ in range(2):
+            for ticket, target in zip(waiting(engine, calls), expected, strict=True):
+                assert_same(images(ticket), target)
+        (reason,) = engine.stats().one_at_a_time
+    assert "relative difference" in reason
+    (record,) = caplog.records
+    assert "in the text_encoder of this pipeline" in record.getMessage()
+
+
+def test_components_that_the_pipeline_changes_are_left_out() -> None:
+    pipe = stable_diffusion(layout="least")
+    given = Components(pipe, ("unet",))
+    assert given.names == ("vae", "text_encoder")
+    given.close()
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.half()
+    given = Components(pipe, ("unet",))
+    assert given.names == ("text_encoder",)
+    given.close()
+
+
+def test_what_a_thread_has_set() -> None:
+    pipe = stable_diffusion(layout="least")
+    given = Components(pipe, ("unet",))
+    seen: list[Any] = []
+
+    def submit(work: Any) -> Any:
+        seen.append(work)
+        ((result,), problem) = given.run([work])
+        assert problem is None
+        return result
+
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with given.submitting(submit):
+        result = pipe.text_encoder(ids)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            rounded = pipe.text_encoder(ids)
+    assert result.last_hidden_state.requires_grad
+    assert seen[0].key is None
+    assert seen[1].key is not None
+    assert rounded.last_hidden_state.dtype == torch.bfloat16 or not torch.equal(
+        rounded.last_hidden_state, result.last_hidden_state
+    )
+    assert len(seen) == 2
+    pipe.text_encoder(ids)  # outside of a request
+    assert len(seen) == 2
+    given.close()
