@@ -13,6 +13,7 @@ from tests.comparing import assert_same
 from tests.own_loops import looping
 from tests.serve.requesting import HANGS, at_once, batched, call_of, tiny
 from tests.test_on_unsupported import BeyondTheTimesteps, GuidedLate
+from tests.tiny_modular import modular_sdxl, modular_sdxl_call, modular_wan, modular_wan_call
 from tests.tiny_video import wan, wan_call
 from tgate_compile.serve import Engine, Progress, Ticket
 
@@ -101,3 +102,31 @@ def test_the_oldest_request_begins_first() -> None:
         for ticket in tickets:
             ticket.result(HANGS)
     assert begun == [str(n) for n in range(6)]
+
+
+def test_modular_pipelines() -> None:
+    pipe = tgate_compile.optimize(modular_wan(), 2, backend="eager")
+    calls = [{**modular_wan_call(), "num_inference_steps": steps, "output": "latents"} for steps in (4, 6)]
+    calls[1]["latents"] = calls[1]["latents"].roll(1, -1)
+    expected = [pipe(**call) for call in calls]
+    with Engine(pipe, max_batch=2) as engine:
+        # The guider of each request counts its own steps.
+        tickets = [engine.submit(call) for call in calls]
+        for ticket, target in zip(tickets, expected, strict=True):
+            assert_same(ticket.result(HANGS), target)
+        assert max(batched(engine).values()) == 2
+    assert torch.equal(pipe(**calls[0]), expected[0])
+
+
+@pytest.mark.heavy
+def test_modular_pipelines_from_prompts() -> None:
+    pipe = tgate_compile.optimize(modular_sdxl(), 2, backend="eager")
+    calls = [
+        {**modular_sdxl_call(), "prompt": prompt, "num_inference_steps": 4, "output": "latents"}
+        for prompt in ("red cat", "blue dog")
+    ]
+    expected = [pipe(**call, generator=torch.Generator().manual_seed(0)) for call in calls]
+    with Engine(pipe, max_batch=2) as engine:
+        tickets = [engine.submit({**call, "generator": torch.Generator().manual_seed(0)}) for call in calls]
+        for ticket, target in zip(tickets, expected, strict=True):
+            assert_same(ticket.result(HANGS), target)

@@ -24,7 +24,7 @@ from tgate_compile.engine.trust import TOLERANCES, relative_difference
 from tgate_compile.pipeline.modular import is_modular
 from tgate_compile.serve.worker import RunApart
 
-MSG_MODULAR = "A {pipeline} is a modular pipeline, which an Engine cannot serve yet. Use an ordinary pipeline."
+MSG_OTHER = "An Engine serves pipelines of diffusers, but got a {pipeline}."
 MSG_REFERENCES = "This {pipeline} was optimized with FrozenReferences, which an Engine cannot serve yet. Leave it out."
 MSG_OFFLOADED = (
     "The {name} of this {pipeline} is offloaded, so its weights move at every call, but requests run at the same time. "
@@ -51,8 +51,8 @@ Weights = frozenset[tuple[str, float]] | None
 def check_pipeline(pipe: Any, hooks: Mapping[str, Any]) -> None:
     """Raise ConfigurationError if an engine cannot serve the optimized pipeline `pipe`."""
     name_of_class = type(pipe).__name__
-    if is_modular(pipe) or not isinstance(pipe, DiffusionPipeline):
-        raise ConfigurationError(MSG_MODULAR.format(pipeline=name_of_class))
+    if not is_modular(pipe) and not isinstance(pipe, DiffusionPipeline):
+        raise ConfigurationError(MSG_OTHER.format(pipeline=name_of_class))
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module) and any(hasattr(each, "_hf_hook") for each in module.modules()):
             raise ConfigurationError(MSG_OFFLOADED.format(name=name, pipeline=name_of_class))
