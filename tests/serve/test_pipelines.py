@@ -13,6 +13,7 @@ from tests.comparing import assert_same
 from tests.own_loops import looping
 from tests.serve.requesting import HANGS, at_once, batched, call_of, tiny
 from tests.test_on_unsupported import BeyondTheTimesteps, GuidedLate
+from tests.tiny_joint import JOINT
 from tests.tiny_modular import modular_sdxl, modular_sdxl_call, modular_wan, modular_wan_call
 from tests.tiny_video import wan, wan_call
 from tgate_compile.serve import Engine, Progress, Ticket
@@ -130,3 +131,24 @@ def test_modular_pipelines_from_prompts() -> None:
         tickets = [engine.submit({**call, "generator": torch.Generator().manual_seed(0)}) for call in calls]
         for ticket, target in zip(tickets, expected, strict=True):
             assert_same(ticket.result(HANGS), target)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline"])
+def test_true_guidance(name: str) -> None:
+    """Qwen-Image's negative prompt has fewer tokens than its prompt, so the halves' calls have different shapes."""
+    case = JOINT[name]
+    pipe = tgate_compile.optimize(case.build(), 2, backend="eager")
+    calls = []
+    for number in range(2):
+        given = case.call(1)
+        embeds = {key: each.roll(number, -1) for key, each in given.items() if key.endswith("embeds")}
+        calls.append({**given, **embeds, "num_inference_steps": 4 + number, "output_type": "latent"})
+    generators = [torch.Generator().manual_seed(number) for number in range(4)]
+    expected = [pipe(**call, generator=each).images for call, each in zip(calls, generators, strict=False)]
+    generators = [torch.Generator().manual_seed(number) for number in range(4)]
+    with Engine(pipe, max_batch=2) as engine:
+        given = [{**call, "generator": each} for call, each in zip(calls, generators, strict=False)]
+        for ticket, target in zip(at_once(engine, given), expected, strict=True):
+            assert_same(ticket.result(HANGS).images, target)
+        assert max(batched(engine).values()) == 2
