@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,28 @@ def at_once(engine: Engine, calls: Sequence[Mapping[str, Any]]) -> list[Ticket]:
 
     vars(engine._worker)["put"] = hold
     return [engine.submit({**call, "generator": seeded(call)}) for call in calls]
+
+
+@contextmanager
+def in_groups(engine: Engine, count: int) -> Iterator[None]:
+    """Hand calls of a component over to the worker only when there are `count` of them, inside the context."""
+    put, waiting = engine._worker.put, defaultdict[str, list[Submission]](list)
+
+    def hold(submission: Submission) -> None:
+        if not submission.work.component:
+            put(submission)
+            return
+        group = waiting[submission.work.component]
+        group.append(submission)
+        if len(group) == count:
+            for each in group:
+                put(each)
+            group.clear()
+
+    vars(engine._worker)["put"] = hold
+    yield
+    vars(engine._worker).pop("put")
+
 
 
 def batched(engine: Engine) -> dict[str, int]:

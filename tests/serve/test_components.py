@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,28 +12,26 @@ import torch
 
 import tgate_compile
 from tests.comparing import assert_same
-from tests.serve.requesting import HANGS, call_of, images, seeded, tiny
+from tests.serve.requesting import call_of, images, in_groups, seeded, tiny
 from tests.tiny_pipelines import sdxl, stable_diffusion
-from tgate_compile.serve import Engine, Ticket
+from tgate_compile.serve import Engine
 from tgate_compile.serve.components import Components
-from tgate_compile.serve.worker import Job
 
 pytestmark = pytest.mark.usefixtures("no_deadlock")
 
 TOGETHER = 3
 
 
-def waiting(engine: Engine, calls: Sequence[dict[str, Any]]) -> list[Ticket]:
-    """Submit calls while the worker is busy, so that all of them wait for their text encodings."""
-    go_on = threading.Event()
-    blocking = threading.Thread(target=engine.compute, args=(Job(lambda: go_on.wait(HANGS)),))
-    blocking.start()
-    tickets = [engine.submit({**call, "generator": seeded(call)}) for call in calls]
-    while len(engine._worker._submissions) < len(calls):
-        assert blocking.is_alive()
-    go_on.set()
-    blocking.join(HANGS)
-    return tickets
+def answers(engine: Engine, calls: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return the images of calls whose texts are encoded together, and whose images are decoded together."""
+    with in_groups(engine, len(calls)):
+        tickets = [engine.submit({**call, "generator": seeded(call)}) for call in calls]
+        return [images(ticket) for ticket in tickets]
+
+
+def last_norm(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the last layer of a text encoder."""
+    return [each for each in module.modules() if isinstance(each, torch.nn.LayerNorm)][-1]
 
 
 def counted(module: torch.nn.Module) -> list[int]:
@@ -47,7 +44,7 @@ def counted(module: torch.nn.Module) -> list[int]:
 @pytest.mark.parametrize("make", [stable_diffusion, pytest.param(sdxl, marks=pytest.mark.heavy)])
 def test_texts_and_images_of_several_requests(make: Any) -> None:
     pipe = make(layout="least") if make is stable_diffusion else make()
-    encodings, decodings = counted(pipe.text_encoder.text_model.final_layer_norm), counted(pipe.vae.decoder.conv_out)
+    encodings, decodings = counted(last_norm(pipe.text_encoder)), counted(pipe.vae.decoder.conv_out)
     tgate_compile.optimize(pipe, 2, backend="eager")
     calls = [call_of(number, output_type="np", num_inference_steps=3) for number in range(TOGETHER)]
     expected = [pipe(**{**call, "generator": seeded(call)}).images for call in calls]
@@ -57,15 +54,14 @@ def test_texts_and_images_of_several_requests(make: Any) -> None:
         for turn in range(2):
             encodings.clear()
             decodings.clear()
-            for ticket, target in zip(waiting(engine, calls), expected, strict=True):
-                np.testing.assert_allclose(images(ticket), target, atol=1e-5)
+            for result, target in zip(answers(engine, calls), expected, strict=True):
+                np.testing.assert_allclose(result, target, atol=1e-5)
             if turn:  # the first time, batches were compared with single runs
-                assert max(encodings) == TOGETHER
-                assert len(encodings) < 2 * TOGETHER
-                assert len(decodings) < TOGETHER
+                assert encodings == [TOGETHER] * 2  # the prompts, and the negative prompts
+                assert decodings == [TOGETHER]
         components = engine.stats().components
-        assert max(components["text_encoder"]) == TOGETHER
-        assert components["vae"]
+        assert components["text_encoder"] == {TOGETHER: 4}
+        assert components["vae"] == {TOGETHER: 2}
         assert not engine.stats().one_at_a_time
     assert "forward" not in vars(pipe.text_encoder)
     assert "forward" not in vars(pipe.vae.decoder)
@@ -80,7 +76,7 @@ def test_equal_bits_alone() -> None:
 
 def test_rows_that_depend_on_each_other(caplog: pytest.LogCaptureFixture) -> None:
     pipe = stable_diffusion(layout="least")
-    pipe.text_encoder.text_model.final_layer_norm.register_forward_hook(
+    last_norm(pipe.text_encoder).register_forward_hook(
         lambda module, args, output: output + output.mean(0, keepdim=True)
     )
     tgate_compile.optimize(pipe, 2, backend="eager")
@@ -88,8 +84,8 @@ def test_rows_that_depend_on_each_other(caplog: pytest.LogCaptureFixture) -> Non
     expected = [pipe(**{**call, "generator": seeded(call)}).images for call in calls]
     with Engine(pipe, max_batch=TOGETHER) as engine, caplog.at_level(logging.WARNING, "tgate_compile.serve"):
         for _ in range(2):
-            for ticket, target in zip(waiting(engine, calls), expected, strict=True):
-                assert_same(images(ticket), target)
+            for result, target in zip(answers(engine, calls), expected, strict=True):
+                assert_same(result, target)
         (reason,) = engine.stats().one_at_a_time
     assert "relative difference" in reason
     (record,) = caplog.records
