@@ -41,6 +41,13 @@ def counted(module: torch.nn.Module) -> list[int]:
     return rows
 
 
+def add_text_lora(module: torch.nn.Module) -> None:
+    """Add LoRA layers to a text encoder."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), module)
+
+
 @pytest.mark.parametrize("make", [stable_diffusion, pytest.param(sdxl, marks=pytest.mark.heavy)])
 def test_texts_and_images_of_several_requests(make: Any) -> None:
     pipe = make(layout="least") if make is stable_diffusion else make()
@@ -102,6 +109,8 @@ def test_components_that_the_pipeline_changes_are_left_out() -> None:
     given = Components(pipe, ("unet",))
     assert given.names == ("text_encoder",)
     given.close()
+    add_text_lora(pipe.text_encoder)
+    assert Components(pipe, ("unet",)).names == ()
 
 
 def test_what_a_thread_has_set() -> None:

@@ -120,6 +120,8 @@ class Step:
     is_last: bool
     key: Hashable = None
 
+    component = ""
+
     @property
     def images(self) -> int:
         """The number of images."""

@@ -121,7 +121,7 @@ class Components:
     """
 
     def __init__(self, pipe: Any, denoisers: Collection[str]) -> None:
-        self._modules = {name: module for name, module in _submitted(pipe) if name not in denoisers}
+        self._modules = dict(_submitted(pipe, denoisers))
         self._forwards = {name: module.forward for name, module in self._modules.items()}
         self._before = {
             name: vars(module)["forward"] for name, module in self._modules.items() if "forward" in vars(module)
@@ -238,21 +238,22 @@ class Components:
         return results
 
 
-def _submitted(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+def _submitted(pipe: Any, denoisers: Collection[str]) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield the modules whose calls are submitted, with the names of their components.
 
     Between the beginning and the end of such a call, other requests run the pipeline's code. So components that this
-    code changes for a call are left out: text encoders with LoRA layers, which it scales, and VAEs that it casts to
-    float32.
+    code changes for a call are left out: VAEs that it casts to float32, and all text encoders if one has LoRA layers,
+    whose adapters are those of the request that runs.
     """
-    for name, component in pipe.components.items():
-        if not isinstance(component, torch.nn.Module):
-            continue
-        library, kind = type(component).__module__.partition(".")[0], type(component).__name__
-        if name.startswith("text_encoder") and library == "transformers" and not _layers(component):
-            yield name, component
+    modules = {name: each for name, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
+    others = {name: module for name, module in modules.items() if name not in denoisers}
+    adapted = any(map(_layers, others.values()))
+    for name, module in others.items():
+        library, kind = type(module).__module__.partition(".")[0], type(module).__name__
+        if name.startswith("text_encoder") and library == "transformers" and not adapted:
+            yield name, module
         elif name == "vae" and library == "diffusers" and kind in _DECODERS:
-            vae: Any = component
+            vae: Any = module
             if not (vae.config.get("force_upcast") and vae.dtype == torch.float16):
                 yield name, vae.decoder
 
