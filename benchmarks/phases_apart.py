@@ -83,7 +83,9 @@ class Planner(BundlePipeline):
         assert isinstance(handover, Handover)
         return handover
 
-    def _denoised(self, denoiser: Denoiser, noise: Array, noise_scheduler: Scheduler, scale: float, callback: Any) -> Any:
+    def _denoised(
+        self, denoiser: Denoiser, noise: Array, noise_scheduler: Scheduler, scale: float, callback: Any
+    ) -> Any:
         warm_up = noise_scheduler.warm_up
         current = noise * np.float32(noise_scheduler.initial_sigma)
         for call, timestep in enumerate(noise_scheduler.timesteps):
@@ -167,7 +169,7 @@ def _plan(folder: Path, calls: Connection, handed: Connection, held: Connection)
 def _finish(folder: Path, handed: Connection, results: Connection) -> None:
     pipeline = Finisher(folder, threads=1)
     while data := handed.recv_bytes():
-        results.send((len(data), pipeline.finish(pickle.loads(data))))  # noqa: S301 (from our own process)
+        results.send((len(data), pipeline.finish(pickle.loads(data))))
     results.send(_held(pipeline))
 
 
@@ -259,9 +261,7 @@ def on_paper(name: str, gates: Sequence[int]) -> list[dict[str, Any]]:
         }
         for replicas in REPLICAS:
             # Images per time, relative to as many replicas that hold everything and share the work evenly.
-            best = max(
-                min(planners / before, (replicas - planners) / after) for planners in range(1, replicas)
-            )
+            best = max(min(planners / before, (replicas - planners) / after) for planners in range(1, replicas))
             row[f"speed_{replicas}"] = best * (before + after) / replicas
         rows.append(row)
     return rows

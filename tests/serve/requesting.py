@@ -89,7 +89,6 @@ def in_groups(engine: Engine, count: int) -> Iterator[None]:
     vars(engine._worker).pop("put")
 
 
-
 def batched(engine: Engine) -> dict[str, int]:
     """Return the size of the largest batch by the letter of the phase."""
     return {letter: max(sizes) for letter, sizes in engine.stats().batches.items()}

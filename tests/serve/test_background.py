@@ -87,6 +87,7 @@ def test_others_go_on_during_a_capture(empty_cache: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "tgate-captures"]
 
 
+@pytest.mark.heavy
 def test_requests_run_plain_during_a_capture(empty_cache: Path) -> None:
     pipe, plain = tiny(), stable_diffusion(layout="least")
     expected = alone(tiny(), call_of(2, **NEW))
@@ -153,6 +154,7 @@ def test_what_cannot_be_captured_in_the_background(monkeypatch: pytest.MonkeyPat
         Engine(tiny(), new_sizes="background-plain")
 
 
+@pytest.mark.heavy
 def test_a_capture_that_fails_is_made_in_place(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,7 +76,7 @@ def test_texts_and_images_of_several_requests(make: Any) -> None:
 
 def test_equal_bits_alone() -> None:
     pipe = tiny()
-    expected = pipe(**{**call_of(output_type="np")}).images
+    expected = pipe(**call_of(output_type="np")).images
     with Engine(pipe, max_batch=1) as engine:
         assert np.array_equal(images(engine.submit(call_of(output_type="np"))), expected)
 
@@ -115,6 +115,7 @@ def test_components_that_the_pipeline_changes_are_left_out() -> None:
 
 def test_what_a_thread_has_set() -> None:
     pipe = stable_diffusion(layout="least")
+    pipe.text_encoder.requires_grad_(True)
     given = Components(pipe, ("unet",))
     seen: list[Any] = []
 

@@ -222,7 +222,7 @@ def test_requests_that_take_too_long() -> None:
     with Engine(tiny(), max_batch=2, max_running=1, timeout=HANGS) as engine:
         with held(engine), pytest.raises(EngineTimeoutError, match="waiting to begin"):
             engine.submit(call_of(1), timeout=0.05).result(HANGS)
-        late = engine.submit(call_of(), timeout=0.3, on_step=lambda progress: time.sleep(0.4))
+        late = engine.submit(call_of(), timeout=1.0, on_step=lambda progress: time.sleep(1.1))
         with pytest.raises(EngineTimeoutError, match=r"step \d of 4"):
             late.result(HANGS)
         assert engine.stats().errors == {"EngineTimeoutError": 2}

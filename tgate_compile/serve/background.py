@@ -41,7 +41,8 @@ def unavailable(denoisers: Iterable[torch.nn.Module]) -> str | None:
         return f"the disk cache, through which graphs are handed over, is switched off ({FOLDER_VARIABLE})"
     for denoiser in denoisers:
         name = type(denoiser).__name__
-        if any(tensor.device.type != "cpu" for tensor in denoiser.parameters()) or torch.cuda.is_initialized():
+        uses_cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        if uses_cuda or any(tensor.device.type != "cpu" for tensor in denoiser.parameters()):
             return f"{name} is not on the CPU, and a forked process cannot use a GPU"
         if has_foreign_code(denoiser):
             return f"the graphs of {name} are not kept on disk, because it has code from outside the known libraries"

@@ -161,7 +161,7 @@ class Components:
         self._apart.add(work.place)
 
     def run(self, works: Sequence[ComponentCall]) -> tuple[list[Any], str | None]:
-        """Return the result of each of some works with equal keys, and how those of a batch differ; None if they do not.
+        """Return the results of works with equal keys, and how those of a batch differ; None if they do not.
 
         Raises:
             RunApart: they cannot be run together.

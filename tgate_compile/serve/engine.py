@@ -187,9 +187,8 @@ class Engine:
     def prepare(self, calls: Iterable[Mapping[str, Any]]) -> None:
         """Compile, run and check the graphs that calls like `calls` need, for all batch sizes.
 
-        Returns when that is done: no such request waits for a compilation later. The argument `warm_up` does the same
-        before the engine is ready. Requests go on meanwhile; they are paused by captures unless these are made in the
-        background (`new_sizes`).
+        No such request waits for a compilation later. The argument `warm_up` does the same before the engine is ready.
+        Requests go on meanwhile, but captures pause them unless they are made in the background (`new_sizes`).
 
         Args:
             calls: arguments of the pipeline's call, as for `warm_up`.
@@ -249,8 +248,8 @@ class Engine:
             free = self._limits.running - len(self._running)
             if records is None and len(self._queue) >= self._limits.max_waiting + free:
                 raise EngineBusyError(
-                    f"{len(self._queue)} requests are waiting (max_waiting={self._limits.max_waiting}). Send the request "
-                    "again later."
+                    f"{len(self._queue)} requests are waiting (max_waiting={self._limits.max_waiting}). Send the "
+                    "request again later."
                 )
             self._queue.append(request)
             if len(self._queue) > self._idle and len(self._threads) < self._limits.running:

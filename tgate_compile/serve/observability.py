@@ -150,7 +150,9 @@ class _EngineMetrics(Collector):
             "tgate_cache_bytes", "Memory reserved for the caches of images in progress.", float(stats.cache_bytes)
         )
         yield GaugeMetricFamily(
-            "tgate_one_at_a_time", "Reasons why requests are not batched in some graphs.", float(len(stats.one_at_a_time))
+            "tgate_one_at_a_time",
+            "Reasons why requests are not batched in some graphs.",
+            float(len(stats.one_at_a_time)),
         )
         yield CounterMetricFamily("tgate_captures", "Graphs that were captured or compiled.", float(stats.captures))
         yield CounterMetricFamily("tgate_engine_completed", "Images that were made.", float(stats.completed))

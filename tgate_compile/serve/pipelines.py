@@ -49,8 +49,8 @@ MSG_NEW_SIZE = (
     "one to Engine(pipe, warm_up=[...])."
 )
 MSG_NOT_YET = (
-    "The graphs for the denoiser's inputs of this request ({sizes}) are being captured in the background, and the engine "
-    'was started with new_sizes="background-plain".'
+    "The graphs for the denoiser's inputs of this request ({sizes}) are being captured in the background, and the "
+    'engine was started with new_sizes="background-plain".'
 )
 MSG_NO_BACKGROUND = (
     'new_sizes="{policy}" captures graphs in a child process, which is not possible here: {reason}. Choose '
@@ -423,7 +423,9 @@ class ServedPipeline:
             records: dict[Hashable, Work] = {}
             engine.accept(call, lora, records=records).ticket.result()
             works = [work for work in records.values() if isinstance(work, Step) and work.form is not None]
-            tries = [(work, images) for work in works for images in batch_sizes(self._max_batch) if images >= work.images]
+            tries = [
+                (work, images) for work in works for images in batch_sizes(self._max_batch) if images >= work.images
+            ]
             if self._captures is not None and engine.ready:
                 for task in self._captures.ask({_address(*each): self._capture_of(*each) for each in tries}):
                     task.wait()

@@ -109,37 +109,61 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, protected_namespaces=())
 
     prompt: Annotated[str, Field(description="A description of the images.")]
-    model: Annotated[str | None, Field(description="The name of the model, as `GET /v1/models` returns it. There is one, which is the default.")] = None
+    model: Annotated[
+        str | None,
+        Field(description="The name of the model, as `GET /v1/models` returns it. There is one, which is the default."),
+    ] = None
     n: Annotated[int | None, Field(description="The number of images to make; the default is 1.")] = None
     size: Annotated[
         Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None,
-        Field(description="The width and height in pixels, such as `512x512`. The default, `auto`, is the model's own size."),
+        Field(
+            description="The width and height in pixels, such as `512x512`. The default, `auto`, is the model's own."
+        ),
     ] = None
-    response_format: Annotated[Literal["b64_json"] | None, Field(description="The form of the images in the response. Only base64 is supported.")] = None
-    output_format: Annotated[Literal["png", "jpeg", "webp"] | None, Field(description="The file format of the images; the default is `png`.")] = (
-        None
-    )
+    response_format: Annotated[
+        Literal["b64_json"] | None,
+        Field(description="The form of the images in the response. Only base64 is supported."),
+    ] = None
+    output_format: Annotated[
+        Literal["png", "jpeg", "webp"] | None, Field(description="The file format of the images; the default is `png`.")
+    ] = None
     output_compression: Annotated[
         Annotated[int, Field(ge=0, le=100)] | None,
         Field(description="The quality of `jpeg` and `webp` files, from 0 to 100; the default is 100, the best."),
     ] = None
-    quality: Annotated[Literal["auto", "standard"] | None, Field(description="Accepted and ignored. Set `steps` to choose the quality.")] = None
-    background: Annotated[Literal["auto", "opaque"] | None, Field(description="Accepted and ignored: the model makes opaque images.")] = None
+    quality: Annotated[
+        Literal["auto", "standard"] | None,
+        Field(description="Accepted and ignored. Set `steps` to choose the quality."),
+    ] = None
+    background: Annotated[
+        Literal["auto", "opaque"] | None, Field(description="Accepted and ignored: the model makes opaque images.")
+    ] = None
     style: Annotated[None, Field(description="Not supported. Describe the style in the prompt.")] = None
-    moderation: Annotated[None, Field(description="Not supported. The server does not moderate prompts or images.")] = None
+    moderation: Annotated[None, Field(description="Not supported. The server does not moderate prompts or images.")] = (
+        None
+    )
     user: Annotated[str | None, Field(max_length=512, description="Accepted and ignored.")] = None
     safety_identifier: Annotated[str | None, Field(max_length=512, description="Accepted and ignored.")] = None
-    stream: Annotated[bool | None, Field(description="Whether to send the images, and previews of them, as server-sent events.")] = None
+    stream: Annotated[
+        bool | None, Field(description="Whether to send the images, and previews of them, as server-sent events.")
+    ] = None
     partial_images: Annotated[
         Annotated[int, Field(ge=0, le=MOST_PARTIAL_IMAGES)] | None,
         Field(description="The number of previews of each image. It needs `stream`."),
     ] = None
-    negative_prompt: Annotated[str | None, Field(description="A description of what the images should not show.")] = None
+    negative_prompt: Annotated[str | None, Field(description="A description of what the images should not show.")] = (
+        None
+    )
     seed: Annotated[
         Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None,
-        Field(description="The seed of the first image; each further image has the next one. By default it is random. The response contains the seed of each image."),
+        Field(
+            description="The seed of the first image; each further image has the next one. By default it is random. "
+            "The response contains the seed of each image."
+        ),
     ] = None
-    steps: Annotated[int | None, Field(description="The number of denoising steps; the default is the server's.")] = None
+    steps: Annotated[int | None, Field(description="The number of denoising steps; the default is the server's.")] = (
+        None
+    )
     guidance: Annotated[
         Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None,
         Field(description="The guidance scale; the default is the server's. Values up to 1 switch guidance off."),
@@ -158,11 +182,17 @@ class ImageRequest(BaseModel):
             ),
         ]
         | None,
-        Field(description="The number of steps to run in full before T-GATE reuses their results, or a fraction of all steps; the default is the server's."),
+        Field(
+            description="The number of steps to run in full before T-GATE reuses results, or a fraction of all steps; "
+            "the default is the server's."
+        ),
     ] = None
     lora: Annotated[
         _LoraName | dict[_LoraName, Annotated[float, Field(allow_inf_nan=False)]] | None,
-        Field(description="The name of a LoRA that the server has loaded, or an object with the weights of several. By default none is active."),
+        Field(
+            description="The name of a LoRA that the server has loaded, or an object with the weights of several. "
+            "By default none is active."
+        ),
     ] = None
 
     @property

@@ -177,7 +177,9 @@ class Worker:
         self._lose = lose
         self._submissions: list[Submission] = []
         self._in_hand: Sequence[Submission] = ()  # what is being run
-        self._times: dict[tuple[Hashable, int], float] = {}  # seconds per run, by key and number of images
+        # Seconds per run, by key and number of images. The first run is not measured: it includes the compilation of
+        # the graph, and its comparison with single runs.
+        self._times: dict[tuple[Hashable, int], float | None] = {}
         self._is_resting = True
         self._stopped = False
         self.alive = False
@@ -348,8 +350,11 @@ class Worker:
                 self.components[work.component][images] += 1
             if work.key is not None:
                 at = work.key, size_of(images, self._max_batch)
-                before = self._times.get(at, seconds)  # the first time includes the graph's compilation
-                self._times[at] = seconds if seconds < before / 2 else 0.7 * before + 0.3 * min(seconds, 2 * before)
+                if at not in self._times:
+                    self._times[at] = None
+                else:
+                    before = self._times[at] or seconds
+                    self._times[at] = seconds if seconds < before / 2 else 0.7 * before + 0.3 * min(seconds, 2 * before)
             for submission in group:
                 if submission.request is not None and submission.error is None and work.key is not None:
                     submission.request.stepping = None if submission.work.is_last else submission.work
