@@ -33,7 +33,7 @@ def frames(result: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("boundary", [None, 0.9])
+@pytest.mark.parametrize("boundary", [pytest.param(None, marks=pytest.mark.heavy), 0.9])
 def test_a_call_for_each_half_and_two_denoisers(boundary: float | None) -> None:
     pipe = wan(boundary_ratio=boundary)
     names = ("transformer",) if boundary is None else ("transformer", "transformer_2")
@@ -42,7 +42,7 @@ def test_a_call_for_each_half_and_two_denoisers(boundary: float | None) -> None:
     calls = [video_call(0), video_call(1, num_inference_steps=5), video_call(2, guidance_scale=3.0)]
     expected = [frames(pipe(**{**call, "generator": torch.Generator().manual_seed(n)})) for n, call in enumerate(calls)]
     assert sum(hook.last.steps != [] for hook in pipe._tgate_compile.hooks.values()) == len(names)
-    with Engine(pipe, max_batch=2, warm_up=[video_call(0)], new_sizes="refuse") as engine:
+    with Engine(pipe, max_batch=2, warm_up=[calls[1]], new_sizes="refuse") as engine:
         captures = engine.stats().captures
         for ticket, target in zip(at_once(engine, calls), expected, strict=True):
             assert_same(frames(ticket.result(HANGS)), target)
@@ -61,7 +61,7 @@ def test_requests_that_start_over(pipeline: type[Any], options: dict[str, Any]) 
     with Engine(pipe, max_batch=2) as engine:
         tickets = [engine.submit({}) for _ in range(3)]
         for ticket in tickets:
-            assert torch.equal(ticket.result(HANGS), expected)
+            assert_same(ticket.result(HANGS), expected)  # its first steps may have been batched
         assert engine.stats().completed == 3
         assert not engine.stats().errors
     assert torch.equal(pipe(), expected)
