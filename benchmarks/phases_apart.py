@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
 #: The models of the table on paper, each with the gate steps.
-PAPER: Mapping[str, Sequence[int]] = {"sdxl": (5, 10, 15), "sd35_medium": (8, 16, 24), "sd35_large": (6, 11, 17)}
+PAPER: Mapping[str, Sequence[int]] = {"sdxl": (5, 10, 15), "sd35_medium": (8, 16, 24)}
 #: Numbers of replicas.
 REPLICAS = (2, 3, 4, 8, 16)
 #: Bytes per element of latents, caches and weights.
@@ -226,7 +226,7 @@ def on_paper(name: str, gates: Sequence[int]) -> list[dict[str, Any]]:
 
     from tgate_compile.methods.method import CROSS, Phase
     from tgate_compile.study.architectures import ALL_MODELS, Geometry
-    from tgate_compile.study.cost import _captured, binding_times, graph_cost
+    from tgate_compile.study.cost import _captured, graph_cost
 
     model = ALL_MODELS[name]
     size, steps = model.architecture.size, model.steps
@@ -241,7 +241,6 @@ def on_paper(name: str, gates: Sequence[int]) -> list[dict[str, Any]]:
         graph_cost(model.architecture, Geometry(rows, size, size), phase, None)
         for rows, phase in ((model.rows, Phase(True, merge=CROSS)), (1, Phase(False, reuse=CROSS)))
     )
-    times = binding_times(model)
     rows = []
     for gate in gates:
         before, after = gate * full.macs.total, (steps - gate) * pruned.macs.total
@@ -251,10 +250,8 @@ def on_paper(name: str, gates: Sequence[int]) -> list[dict[str, Any]]:
             "gate": gate,
             "handed_mb": elements * HALF / 1e6,
             **{f"handed_ms_at_{speed}": elements * HALF / rate * 1e3 for speed, rate in NETWORKS.items()},
-            "parameters_b": times.parameters / 1e9,
+            "parameters_b": sum(full.parameters.values()) / 1e9,
             "finisher_parameters_b": sum(pruned.parameters.values()) / 1e9,
-            "step_parameters_b": times.step / 1e9,
-            "finisher_step_parameters_b": times.pruned_step / 1e9,
             "full_step_tmacs": full.macs.total / 1e12,
             "pruned_step_tmacs": pruned.macs.total / 1e12,
             "share_before_gate": before / (before + after),
@@ -277,9 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a JSON file to write the figures to")
     given = parser.parse_args(arguments)
     if given.paper:
-        figures: Any = [row for name in given.models for row in on_paper(name, PAPER[name])]
-        for row in figures:
-            print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+        figures: Any = []
+        for name in given.models:
+            figures += on_paper(name, PAPER[name])
+            print(*(json.dumps(row) for row in figures[-len(PAPER[name]) :]), sep="\n", flush=True)
     elif given.bundle is not None:
         figures = prototype(given.bundle, given.images)
     else:
