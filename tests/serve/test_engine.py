@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import faulthandler
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,9 +16,9 @@ from diffusers import UNet2DConditionModel
 
 import tgate_compile
 from tests.comparing import assert_differ, assert_same
+from tests.serve.requesting import GATE, HANGS, STEPS, alone, at_once, batched, call_of, held, images, tiny
 from tests.tiny_pipelines import LATENT_SIZE, add_lora, pixart, pixart_prompt, sdxl, stable_diffusion
 from tests.tiny_transformers import embedded_prompts, stable_diffusion_3
-from tgate_compile.engine import traffic
 from tgate_compile.serve import (
     Engine,
     EngineBusyError,
@@ -32,84 +30,7 @@ from tgate_compile.serve import (
 )
 from tgate_compile.serve.worker import Job
 
-#: Seconds after which a request counts as hanging.
-HANGS = 60
-GATE = 2
-STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def _no_deadlock() -> Iterator[None]:
-    faulthandler.dump_traceback_later(3 * HANGS, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    assert traffic._owner is None
-    assert not traffic._running
-
-
-def tiny(**options: Any) -> Any:
-    """Return an optimized Stable Diffusion with the smallest UNet."""
-    return tgate_compile.optimize(
-        stable_diffusion(layout="least"), **{"gate_step": GATE, "backend": "eager", **options}
-    )
-
-
-def call_of(number: int = 0, **call: Any) -> dict[str, Any]:
-    """Return the arguments of a call with its own prompt and seed."""
-    words = ["red cat", "blue dog", "green bird", "a", "old tree"]
-    given = {"prompt": words[number % len(words)], "num_inference_steps": STEPS, "output_type": "latent"}
-    return {**given, **call, "generator": torch.Generator().manual_seed(number)}
-
-
-def alone(pipe: Any, call: Mapping[str, Any]) -> torch.Tensor:
-    """Return the latents that `pipe` makes for a call when it makes no other."""
-    result: torch.Tensor = pipe(**{**call, "generator": seeded(call)}).images
-    return result
-
-
-def seeded(call: Mapping[str, Any]) -> torch.Generator:
-    return torch.Generator().manual_seed(call["generator"].initial_seed())
-
-
-def images(ticket: Ticket) -> Any:
-    return ticket.result(HANGS).images
-
-
-def at_once(engine: Engine, calls: Sequence[Mapping[str, Any]]) -> list[Ticket]:
-    """Submit calls, and let their first steps begin together."""
-    go_on = threading.Event()
-    blocking = threading.Thread(target=engine.compute, args=(Job(lambda: go_on.wait(HANGS)),))
-    blocking.start()
-    tickets = [engine.submit({**call, "generator": seeded(call)}) for call in calls]
-    until = time.monotonic() + HANGS
-    while len(engine._worker._submissions) < len(calls) and time.monotonic() < until:
-        time.sleep(0.001)
-    go_on.set()
-    blocking.join(HANGS)
-    return tickets
-
-
-def batched(engine: Engine) -> dict[str, int]:
-    """Return the size of the largest batch by the letter of the phase."""
-    return {letter: max(sizes) for letter, sizes in engine.stats().batches.items()}
-
-
-@contextmanager
-def held(engine: Engine, call: Mapping[str, Any] | None = None) -> Iterator[Ticket]:
-    """Keep a request between two steps inside the context."""
-    inside, go_on = threading.Event(), threading.Event()
-
-    def wait(progress: Progress) -> None:
-        inside.set()
-        # The engine's other threads go on, as they do while a pipeline decodes.
-        assert go_on.wait(HANGS)
-
-    ticket = engine.submit(call_of() if call is None else call, on_step=wait, request_id="held")
-    assert inside.wait(HANGS)
-    try:
-        yield ticket
-    finally:
-        go_on.set()
+pytestmark = pytest.mark.usefixtures("no_deadlock")
 
 
 # Results.
@@ -301,7 +222,7 @@ def test_requests_that_take_too_long() -> None:
     with Engine(tiny(), max_batch=2, max_running=1, timeout=HANGS) as engine:
         with held(engine), pytest.raises(EngineTimeoutError, match="waiting to begin"):
             engine.submit(call_of(1), timeout=0.05).result(HANGS)
-        late = engine.submit(call_of(), timeout=0.3, on_step=lambda progress: time.sleep(0.4))
+        late = engine.submit(call_of(), timeout=1.0, on_step=lambda progress: time.sleep(1.1))
         with pytest.raises(EngineTimeoutError, match=r"step \d of 4"):
             late.result(HANGS)
         assert engine.stats().errors == {"EngineTimeoutError": 2}

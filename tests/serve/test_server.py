@@ -21,7 +21,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from tests.browsing import chromium
+from tests.browsing import chromium, show_at
 from tests.serve.serving import eventually, picture, pixels, serving
 from tests.tiny_pipelines import SIZE, stable_diffusion
 from tgate_compile import ConfigurationError, UnsupportedCallError, optimize
@@ -531,3 +531,27 @@ def test_the_page_makes_an_image(url: str) -> None:
         images = browser.find_elements("css selector", "#images img")
         assert [image.get_property("naturalWidth") for image in images] == [SIZE] * 2
         assert browser.get_log("browser") == []
+
+
+def test_the_page_shows_errors_and_stops(url: str) -> None:
+    with chromium() as browser:
+        show_at(browser, 390, 800)
+        browser.get(url)
+        eventually(lambda: browser.find_element("id", "model").text == "tiny")
+        browser.find_element("id", "prompt").send_keys("red cat")
+        browser.execute_script("document.getElementById('size').value = '9992x9992'")
+        browser.find_element("id", "go").click()
+        eventually(lambda: "size" in browser.find_element("id", "error").text)
+        assert browser.find_element("id", "go").text == "Generate"
+        browser.execute_script(
+            f"document.getElementById('size').value = ''; document.getElementById('steps').value = {ENDLESS}"
+        )
+        browser.find_element("id", "go").click()
+        eventually(lambda: browser.find_elements("css selector", "#running tr.mine .strip i[data-letter]"))
+        assert not browser.find_element("id", "error").is_displayed()
+        browser.find_element("id", "go").click()
+        eventually(lambda: browser.find_element("id", "status").text == "Stopped")
+        eventually(lambda: not browser.find_elements("css selector", "#running tr.mine"))
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        (refused,) = browser.get_log("browser")
+        assert "400" in refused["message"]

@@ -38,10 +38,12 @@ SERVER, LIMITS = "Server", "Limits of requests"
 API_KEY_VARIABLE = "TGATE_COMPILE_API_KEY"
 
 
-class NewSizes(str, Enum):
-    """The treatment of requests for image sizes that were not prepared."""
+class Policy(str, Enum):
+    """What to do with a request for images of a size that was not prepared."""
 
     capture = "capture"
+    background = "background"
+    background_plain = "background-plain"
     plain = "plain"
     refuse = "refuse"
 
@@ -90,14 +92,15 @@ class EngineOptions:
         ),
     ] = None
     new_sizes: Annotated[
-        NewSizes,
+        Policy,
         typer.Option(
             "--new-sizes",
             metavar="NAME",
-            help="Other image sizes: capture (the request waits), plain (run without T-GATE) or refuse.",
+            help="For other sizes: capture (all requests wait), background (requests of this size wait), "
+            "background-plain (they run without T-GATE meanwhile), plain (without T-GATE) or refuse.",
             rich_help_panel=SERVER,
         ),
-    ] = NewSizes.capture
+    ] = Policy.capture
     threads: Annotated[
         int | None,
         typer.Option(

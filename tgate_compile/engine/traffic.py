@@ -11,6 +11,7 @@ Only calls of optimized pipelines and denoisers take part. Modules that a thread
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -129,3 +130,17 @@ def _resume(thread: int, depth: int) -> None:
     if depth:
         _running[thread] = depth
     _changed.notify_all()
+
+
+def _forget() -> None:
+    """Forget the threads of the parent process: a forked child does not have them."""
+    global _changed, _owner, _depth
+    _changed = threading.Condition()  # one of them may have held the lock
+    _running.clear()
+    _waiting.clear()
+    _stuck.clear()
+    _owner, _depth = None, 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -251,31 +251,36 @@ class Generation:
 
     def plan_of(self, call: Call, guided: bool) -> Plan:
         """Plan the pass that has begun with `call`: capture its variants without running them."""
-        args, kwargs = call.arguments
-        batch = batch_of(self._signature.bind(*args, **kwargs).arguments).shape[0]
         sizes = CacheSizes(self.schedule, self.num_steps)
-        graphs = []
-        steps = []
-        for step, (phase, half, drops) in enumerate(self._steps_ahead(guided)):
+        steps, graphs = [], []
+        for step, (phase, half, graph, inputs) in enumerate(self._planned(call, guided)):
             steps.append((step, phase))
-            graphs.append((self._graph(phase, half), self._kept(call, batch, phase) if drops else call))
-            sizes.put(phase, self._store.emitted(*graphs[-1], self._forward), half)
+            graphs.append((graph, inputs))
+            sizes.put(phase, self._store.emitted(graph, inputs, self._forward), half)
         return Plan(steps, graphs, sizes.most)
 
-    def graphs_ahead(self, guided: bool) -> set[Phase]:
-        """Return the phases whose graphs the pass that has begun needs."""
-        return {self._graph(phase, half) for phase, half, _ in self._steps_ahead(guided)}
+    def calls_ahead(self, call: Call, guided: bool) -> dict[Phase, Call]:
+        """Return the inputs of each graph that the pass that has begun with `call` needs, by the graph's phase."""
+        return {graph: inputs for _, _, graph, inputs in self._planned(call, guided)}
 
-    def _steps_ahead(self, guided: bool) -> Iterator[tuple[Phase, Half | None, bool]]:
-        """Yield each step's phase, the half that its first call evaluates, and whether it drops the other half."""
+    def _planned(self, call: Call, guided: bool) -> Iterator[tuple[Phase, Half | None, Phase, Call]]:
+        """Yield each step's phase, the half that its first call evaluates, and the phase and inputs of its graph."""
         assert self.progress.counter is not None
+        args, kwargs = call.arguments
+        batch = batch_of(self._signature.bind(*args, **kwargs).arguments).shape[0]
         counter = self.progress.counter
+        kept: dict[bool, Call] = {}  # estimated steps may keep another half
         for step in range(counter.num_steps):
             if self._guided_at is not None:
                 guided = self._guided_at(counter.warmup_calls + step * counter.calls_per_step)
             phase, separate = self.schedule.plan(counter.num_steps, guided=guided)[step], self._separate(guided)
             half = self._family.calls[0] if separate and phase.guided else None
-            yield phase, half, guided and not phase.guided and not separate
+            inputs = call
+            if guided and not phase.guided and not separate:
+                if phase.estimated not in kept:
+                    kept[phase.estimated] = self._kept(call, batch, phase)
+                inputs = kept[phase.estimated]
+            yield phase, half, self._graph(phase, half), inputs
 
     def allow_plain(self) -> None:
         """Let this loop run without gating where it cannot be gated, whatever the pipeline's `on_unsupported`."""

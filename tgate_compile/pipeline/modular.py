@@ -117,6 +117,11 @@ def check_guider(guider: BaseGuidance, pipeline: str) -> None:
         )
 
 
+def copied_guiders(pipe: object) -> dict[str, BaseGuidance]:
+    """Return copies of the guiders of `pipe`, by attribute: they keep the step and the predictions of a call."""
+    return {name: copy.deepcopy(value) for name, value in vars(pipe).items() if isinstance(value, BaseGuidance)}
+
+
 def guider_name(pipe: Any, denoiser: str) -> str:
     """Return the name of the guider of `denoiser`; Wan 2.2 has one for each of its two denoisers."""
     _, underscore, number = denoiser.partition("_")

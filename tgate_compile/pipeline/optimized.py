@@ -32,7 +32,7 @@ from tgate_compile.pipeline.facts import (
 from tgate_compile.pipeline.generation import Generation
 from tgate_compile.pipeline.hook import MSG_NO_COPY, GatedDenoiser, Service, hook_of
 from tgate_compile.pipeline.loop import Loop, OnUnsupported, Previewed, StartOver, rewindable
-from tgate_compile.pipeline.modular import family_of_pipeline
+from tgate_compile.pipeline.modular import copied_guiders, family_of_pipeline
 from tgate_compile.pipeline.progress import Plan
 from tgate_compile.pipeline.two_halves import observed
 
@@ -140,13 +140,14 @@ class Optimized:
     def view(self, pipe: DiffusionPipeline, services: Mapping[str, Service]) -> DiffusionPipeline:
         """Return a pipeline with the components of the optimized `pipe` for one request among many.
 
-        It has its own scheduler and its own state; its denoisers are served by `services`, by name.
+        It has its own scheduler, guiders and state; its denoisers are served by `services`, by name.
         """
         own = copy.copy(self)
         own.hooks = {name: hook.served_by(services[name]) for name, hook in self.hooks.items()}
         view: DiffusionPipeline = object.__new__(type(pipe))
         # Not by setattr, which diffusers overrides to change the configuration as well.
-        vars(view).update({**vars(pipe), _ATTRIBUTE: own, "scheduler": copy.deepcopy(pipe.scheduler)})
+        changing = {"scheduler": copy.deepcopy(pipe.scheduler), **copied_guiders(pipe)}
+        vars(view).update({**vars(pipe), _ATTRIBUTE: own, **changing})
         return view
 
     def attach(self, pipe: DiffusionPipeline) -> None:

@@ -21,7 +21,7 @@ from tgate_compile.engine.halves import is_time, latents_of, leaves_at, named_le
 from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Emission
-from tgate_compile.serve.adapters import Weights
+from tgate_compile.serve.components import Weights
 
 #: Where a leaf of a call has the rows of its images: the dimension; "time" for a timestep, which is expanded to one
 #: element for each row; None for leaves without rows.
@@ -119,6 +119,8 @@ class Step:
     lora: Weights
     is_last: bool
     key: Hashable = None
+
+    component = ""
 
     @property
     def images(self) -> int:

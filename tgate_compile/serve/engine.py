@@ -21,47 +21,44 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from tgate_compile._errors import ConfigurationError, UnsupportedCallError, first_line
+from tgate_compile._errors import first_line
 from tgate_compile.engine.traffic import paused, running
 from tgate_compile.serve.requests import (
+    MSG_CLOSED,
+    MSG_CRASHED,
     CacheMemory,
     Ended,
     EngineBusyError,
     EngineClosedError,
     EngineCrashedError,
+    EngineLimits,
     EngineStats,
     HostLock,
+    NewSizes,
     Progress,
     Request,
     Running,
     Ticket,
+    check_timeout,
 )
 from tgate_compile.serve.worker import Job, Served, Submission, Work, Worker
 
+if TYPE_CHECKING:
+    from tgate_compile.serve.background import Task
+
 logger = logging.getLogger(__name__)
 
-#: The treatment of a request whose size has not been captured.
-NewSizes = Literal["capture", "plain", "refuse"]
-
-#: Seconds after which the worker wakes up even if nothing has happened.
+#: The seconds after which a request that waits for a capture looks whether it has to end.
+A_MOMENT = 0.1
+#: The seconds after which the worker looks around when nothing has happened.
 A_WHILE = 60.0
 #: Seconds that `close` waits for requests to end after it has interrupted them.
 PATIENCE = 60.0
 
 # Ranks of threads that wait to run the pipeline's code.
 _STEPPING, _LEAVING, _BEGINNING = range(3)
-
-MSG_CRASHED = (
-    "The engine's worker failed while the request {request} was in progress ({cause}). The worker has been restarted; "
-    "send the request again."
-)
-MSG_CLOSED = "The engine is closed."
-MSG_TOO_LARGE = (
-    "The caches of the request {request} take {needed:.1f} MB, but the engine's limit for all requests together is "
-    "{limit:.1f} MB (memory=...). Request smaller or fewer images, or allow more memory."
-)
 
 
 class Engine:
@@ -83,8 +80,10 @@ class Engine:
         memory: the number of bytes that the caches of all requests in progress may take; None sets no limit.
         timeout: the number of seconds that a request may take, waiting included; None sets no limit.
         new_sizes: what to do with a request whose size (or number of images, or guidance) has not been captured:
-            `"capture"` captures it while the request waits, `"plain"` runs the request with the plain pipeline, and
-            `"refuse"` fails the request with an `UnsupportedCallError`.
+            `"capture"` captures it at once, while all requests wait; `"background"` captures it in a child process,
+            while only requests of this size wait; `"background-plain"` does so too, but runs requests of this size
+            with the plain pipeline meanwhile; `"plain"` always does that; `"refuse"` lets the request fail with an
+            `UnsupportedCallError`. Child processes need Linux, a model on the CPU, and the disk cache.
 
     Raises:
         ConfigurationError: an argument is wrong, or the pipeline is not optimized, or cannot be served.
@@ -105,9 +104,7 @@ class Engine:
     ) -> None:
         from tgate_compile.serve.pipelines import ServedPipeline  # imports PyTorch, which bundles do without
 
-        if new_sizes not in get_args(NewSizes):
-            raise ConfigurationError(f'new_sizes must be "capture", "plain" or "refuse", but got {new_sizes!r}.')
-        self._configure(max_batch, max_waiting, max_running, memory, timeout)
+        self._limits = EngineLimits(max_batch, max_waiting, max_running, memory, timeout)
         self._start(ServedPipeline(pipe, max_batch=max_batch, new_sizes=new_sizes), list(warm_up))
 
     @classmethod
@@ -143,28 +140,13 @@ class Engine:
         from tgate_compile.serve.bundles import ServedBundle
 
         engine = cls.__new__(cls)
-        engine._configure(max_batch, max_waiting, max_running, None, timeout)
+        engine._limits = EngineLimits(max_batch, max_waiting, max_running, None, timeout)
         engine._start(ServedBundle(folder, **options), list(warm_up))
         return engine
 
-    def _configure(
-        self, max_batch: int, max_waiting: int, max_running: int | None, memory: int | None, timeout: float | None
-    ) -> None:
-        limits = {"max_batch": max_batch, "max_running": max_running, "memory": memory}
-        for name, limit in limits.items():
-            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-                raise ConfigurationError(f"{name} must be a positive whole number, but got {limit!r}.")
-        if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 0:
-            raise ConfigurationError(f"max_waiting must be a whole number, at least 0, but got {max_waiting!r}.")
-        _check_timeout(timeout)
-        self._max_batch = max_batch
-        self._max_waiting = max_waiting
-        self._max_running = 2 * max_batch if max_running is None else max_running
-        self._memory = CacheMemory(memory)
-        self._timeout = timeout
-
     def _start(self, served: Served, warm_up: Sequence[Mapping[str, Any]]) -> None:
         self._served = served
+        self._memory = CacheMemory(self._limits.memory)
         self._host = HostLock()
         self._lock = threading.Lock()
         self._for_threads = threading.Condition(self._lock)
@@ -181,19 +163,18 @@ class Engine:
         self._worker = Worker(
             served,
             self._lock,
-            max_batch=self._max_batch,
+            max_batch=self._limits.max_batch,
             stepping=lambda: [each.stepping for each in self._running.values() if each.stepping is not None],
             watch=self._end_late,
             lose=self._lose,
         )
         atexit.register(self.close, False)
         try:
-            self._served.warm_up(self, warm_up)
+            self.prepare(warm_up)
         except BaseException:
             self.close(drain=False)
             raise
         with self._lock:
-            self._completed = 0
             self._worker.forget()
             self._warm = True
 
@@ -203,6 +184,21 @@ class Engine:
     def ready(self) -> bool:
         """Whether the engine accepts requests: it is warmed up, not closing, and its worker runs."""
         return self._warm and self._worker.alive and not self._closing
+
+    def prepare(self, calls: Iterable[Mapping[str, Any]]) -> None:
+        """Compile, run and check the graphs that calls like `calls` need, for all batch sizes.
+
+        No such request waits for a compilation later. The argument `warm_up` does the same before the engine is ready.
+        Requests go on meanwhile, but captures pause them unless they are made in the background (`new_sizes`).
+
+        Args:
+            calls: arguments of the pipeline's call, as for `warm_up`.
+
+        Raises:
+            ConfigurationError: a call has arguments that the pipeline does not know, or an adapter is not loaded.
+            EngineClosedError: the engine is closed or closing.
+        """
+        self._served.warm_up(self, list(calls))
 
     def submit(
         self,
@@ -229,9 +225,9 @@ class Engine:
             EngineClosedError: the engine is closed or closing.
             ConfigurationError: the call has arguments that the pipeline does not know, or an adapter is not loaded.
         """
-        _check_timeout(timeout)
+        check_timeout(timeout)
         self._served.check(call, lora)
-        return self.accept(call, lora, self._timeout if timeout is None else timeout, on_step, request_id).ticket
+        return self.accept(call, lora, self._limits.timeout if timeout is None else timeout, on_step, request_id).ticket
 
     def accept(
         self,
@@ -250,14 +246,14 @@ class Engine:
         with self._lock:
             if self._closing:
                 raise EngineClosedError(MSG_CLOSED)
-            free = self._max_running - len(self._running)
-            if len(self._queue) >= self._max_waiting + free:
+            free = self._limits.running - len(self._running)
+            if records is None and len(self._queue) >= self._limits.max_waiting + free:
                 raise EngineBusyError(
-                    f"{len(self._queue)} requests are waiting (max_waiting={self._max_waiting}). Send the request "
-                    "again later."
+                    f"{len(self._queue)} requests are waiting (max_waiting={self._limits.max_waiting}). Send the "
+                    "request again later."
                 )
             self._queue.append(request)
-            if len(self._queue) > self._idle and len(self._threads) < self._max_running:
+            if len(self._queue) > self._idle and len(self._threads) < self._limits.running:
                 self._start_thread()
             self._for_threads.notify()
             if request.deadline is not None:
@@ -287,8 +283,10 @@ class Engine:
         self._worker.withdraw(request, request.end)
         self._memory.withdraw(request)
 
-    def _count(self, error: BaseException) -> None:
-        if isinstance(error, CancelledError):
+    def _count(self, error: BaseException | None) -> None:
+        if error is None:
+            self._completed += 1
+        elif isinstance(error, CancelledError):
             self._cancelled += 1
         else:
             self._errors[type(error).__name__] += 1
@@ -331,9 +329,7 @@ class Engine:
             request.stepping = None
             request.submission = None
             self._memory.free(request)
-            if error is None:
-                self._completed += 1
-            else:
+            if request.records is None:
                 self._count(error)
             self._worker.wake()
             self._for_close.notify_all()
@@ -378,16 +374,24 @@ class Engine:
             Ended: the request has to end.
             UnsupportedCallError: the caches are larger than the limit.
         """
-        if self._memory.limit is not None and nbytes > self._memory.limit:
-            raise UnsupportedCallError(
-                MSG_TOO_LARGE.format(request=request.id, needed=nbytes / 1e6, limit=self._memory.limit / 1e6)
-            )
         with self._lock:
             gate = self._memory.ask(request, nbytes)
         if gate is not None:
             with self._aside(_STEPPING):
                 gate.wait()
             request.check()
+
+    def wait(self, request: Request, tasks: Iterable[Task]) -> None:
+        """Return once `tasks` are done. A request's thread gives up the host lock meanwhile.
+
+        Raises:
+            Ended: the request has to end.
+        """
+        with self._aside(_STEPPING):
+            for task in tasks:
+                while request.end is None and not task.wait(A_MOMENT):
+                    pass
+        request.check()
 
     @contextmanager
     def _aside(self, rank: int) -> Iterator[None]:
@@ -453,6 +457,8 @@ class Engine:
                 errors=Counter(self._errors),
                 completed=self._completed,
                 cancelled=self._cancelled,
+                components={name: Counter(sizes) for name, sizes in self._worker.components.items()},
+                one_at_a_time=tuple(dict.fromkeys(self._served.apart.values())),
             )
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
@@ -490,8 +496,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close(drain=False)
-
-
-def _check_timeout(timeout: object) -> None:
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0):
-        raise ConfigurationError(f"timeout must be a positive number of seconds, but got {timeout!r}.")

@@ -149,6 +149,11 @@ class _EngineMetrics(Collector):
         yield GaugeMetricFamily(
             "tgate_cache_bytes", "Memory reserved for the caches of images in progress.", float(stats.cache_bytes)
         )
+        yield GaugeMetricFamily(
+            "tgate_one_at_a_time",
+            "Reasons why requests are not batched in some graphs.",
+            float(len(stats.one_at_a_time)),
+        )
         yield CounterMetricFamily("tgate_captures", "Graphs that were captured or compiled.", float(stats.captures))
         yield CounterMetricFamily("tgate_engine_completed", "Images that were completed.", float(stats.completed))
         yield CounterMetricFamily("tgate_engine_cancelled", "Images that were cancelled.", float(stats.cancelled))
@@ -162,13 +167,23 @@ class _EngineMetrics(Collector):
 
 
 def _batches(stats: EngineStats) -> Iterator[Metric]:
-    """Yield how large the batches of each graph were, and how long they took."""
+    """Yield how large the batches of each graph and component were, and how long those of graphs took."""
     sizes = HistogramMetricFamily("tgate_batch_images", "Images per batch, by the phase's letter.", labels=["phase"])
     seconds = SummaryMetricFamily("tgate_step_seconds", "Seconds per batch, by the phase's letter.", labels=["phase"])
     for phase, batches in stats.batches.items():
-        buckets = [(f"{bound:.1f}", sum(n for size, n in batches.items() if size <= bound)) for bound in _BATCH_SIZES]
-        total = batches.total()
-        sizes.add_metric([phase or _OTHER], [*buckets, ("+Inf", total)], sum(size * n for size, n in batches.items()))
-        seconds.add_metric([phase or _OTHER], total, stats.seconds.get(phase, 0.0))
+        sizes.add_metric([phase or _OTHER], *_histogram(batches))
+        seconds.add_metric([phase or _OTHER], batches.total(), stats.seconds.get(phase, 0.0))
     yield sizes
     yield seconds
+    rows = HistogramMetricFamily(
+        "tgate_component_batch_rows", "Prompts or images per batch of a text encoder or VAE.", labels=["component"]
+    )
+    for component, batches in stats.components.items():
+        rows.add_metric([component], *_histogram(batches))
+    yield rows
+
+
+def _histogram(batches: Counts[int]) -> tuple[list[tuple[str, int]], int]:
+    """Return the buckets of a histogram of the sizes of batches, and the sum of the sizes."""
+    buckets = [(f"{bound:.1f}", sum(n for size, n in batches.items() if size <= bound)) for bound in _BATCH_SIZES]
+    return [*buckets, ("+Inf", batches.total())], sum(size * n for size, n in batches.items())

@@ -8,50 +8,53 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from diffusers import DiffusionPipeline
 from torch.utils import _pytree as pytree
 
 from tgate_compile._errors import ConfigurationError, UnsupportedCallError, brief, check_call, check_names, first_line
 from tgate_compile.engine.call import Call
-from tgate_compile.engine.compiled import CachedValues, EarlyValues, Runnable, Store
+from tgate_compile.engine.compiled import CachedValues, EarlyValues, Store
 from tgate_compile.engine.trust import Served as TrustedRunner
 from tgate_compile.methods.method import Phase
-from tgate_compile.passes.graphs import Captured, Emission, Variant
+from tgate_compile.passes.graphs import Emission
 from tgate_compile.pipeline.generation import Generation
-from tgate_compile.pipeline.modular import is_modular
 from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.pipeline.two_halves import observed
 from tgate_compile.serve import batching
-from tgate_compile.serve.adapters import Adapters, Weights, weights_of
+from tgate_compile.serve.background import Captures, unavailable
 from tgate_compile.serve.batching import Memo, Results, Step
-from tgate_compile.serve.engine import Engine, NewSizes
-from tgate_compile.serve.requests import Request
+from tgate_compile.serve.components import (
+    Adapters,
+    ComponentCall,
+    Components,
+    Weights,
+    check_pipeline,
+    decoded,
+    weights_of,
+)
+from tgate_compile.serve.engine import Engine
+from tgate_compile.serve.requests import IN_BACKGROUND, NewSizes, Request
+from tgate_compile.serve.service import Service, Steps
 from tgate_compile.serve.worker import Job, RunApart, Work, batch_sizes, size_of
 
 logger = logging.getLogger(__name__)
 
-MSG_MODULAR = "A {pipeline} is a modular pipeline, which an Engine cannot serve yet. Use an ordinary pipeline."
-MSG_REFERENCES = "This {pipeline} was optimized with FrozenReferences, which an Engine cannot serve yet. Leave it out."
-MSG_OFFLOADED = (
-    "The {name} of this {pipeline} is offloaded: its weights move at every call, but an Engine runs several requests "
-    "at a time. Remove the offloading (pipe.remove_all_hooks(), then pipe.to(device))."
-)
-MSG_PARKED = (
-    "This {pipeline} was optimized with offload_prelude=True, which moves weights between the prompts of one request. "
-    "An Engine serves several at a time. Call restore(pipe), then optimize(pipe, ...) without it."
-)
 MSG_NEW_SIZE = (
     "No graphs have been compiled for the denoiser's inputs of this request ({sizes}; phases {phases}), and the engine "
     'was started with new_sizes="{policy}". Request a size that the engine was warmed up for, or add a call like this '
     "one to Engine(pipe, warm_up=[...])."
 )
-MSG_NO_LATENTS = (
-    "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: the pipeline has no VAE that decodes "
-    "such latents to images."
+MSG_NOT_YET = (
+    "The graphs for the denoiser's inputs of this request ({sizes}) are being captured in the background, and the "
+    'engine was started with new_sizes="background-plain".'
+)
+MSG_NO_BACKGROUND = (
+    'new_sizes="{policy}" captures graphs in a child process, which is not possible here: {reason}. Choose '
+    'new_sizes="capture", which pauses all requests during a capture, "plain" or "refuse".'
 )
 
 
@@ -88,11 +91,20 @@ class ServedPipeline:
     """
 
     def __init__(self, pipe: Any, *, max_batch: int, new_sizes: NewSizes) -> None:
+        if new_sizes not in get_args(NewSizes):
+            known = ", ".join(f'"{name}"' for name in get_args(NewSizes))
+            raise ConfigurationError(f"new_sizes must be one of {known}, but got {new_sizes!r}.")
         self._pipe = pipe
         self._state = required_state_of(pipe)
-        _check(pipe, self._state.hooks)
+        check_pipeline(pipe, self._state.hooks)
         self._max_batch = max_batch
         self._new_sizes = new_sizes
+        self._captures: Captures | None = None
+        if new_sizes in IN_BACKGROUND:
+            reason = unavailable(gated.denoiser for gated in self._state.hooks.values())
+            if reason is not None:
+                raise ConfigurationError(MSG_NO_BACKGROUND.format(policy=new_sizes, reason=reason))
+            self._captures = Captures()
         self._stores: Mapping[str, Store] = {name: gated.store for name, gated in self._state.hooks.items()}
         self._forwards = {name: gated.own_forward for name, gated in self._state.hooks.items()}
         self._signatures = {name: inspect.signature(forward) for name, forward in self._forwards.items()}
@@ -118,6 +130,7 @@ class ServedPipeline:
             for hook in begun:
                 hook.end_serving()
             raise
+        self._components = Components(pipe, tuple(self._stores))
 
     @property
     def captures(self) -> int:
@@ -126,7 +139,7 @@ class ServedPipeline:
 
     @property
     def apart(self) -> Mapping[Hashable, str]:
-        """The graphs that run one request at a time, each with the reason."""
+        """The graphs and components that run one request at a time, each with the reason."""
         return self._apart
 
     def check(self, call: Mapping[str, Any], lora: Mapping[str, float] | None) -> None:
@@ -137,7 +150,10 @@ class ServedPipeline:
 
     def close(self) -> None:
         """Release the pipeline, with the adapters that it had."""
+        if self._captures is not None:
+            self._captures.close()
         self.rest()
+        self._components.close()
         self._adapters.restore()
         for gated in self._state.hooks.values():
             gated.hook.end_serving()
@@ -149,22 +165,7 @@ class ServedPipeline:
 
     def decode(self, latents: Any) -> list[Any]:
         """Return PIL images of `latents`."""
-        vae: Any = getattr(self._pipe, "vae", None)
-        processor: Any = getattr(self._pipe, "image_processor", None)
-        channels = None if vae is None else vae.config.get("latent_channels")
-        factor = None if vae is None else vae.config.get("scaling_factor")
-        if processor is None or factor is None or latents.ndim != 4 or latents.shape[1] != channels:
-            raise UnsupportedCallError(
-                MSG_NO_LATENTS.format(shape=list(latents.shape), pipeline=self._state.pipeline_class.__name__)
-            )
-        mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-        if mean is not None and std is not None:
-            mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in (mean, std))
-            latents = latents * std + mean * factor
-        with torch.no_grad():
-            pixels = vae.decode((latents / factor + (vae.config.get("shift_factor") or 0)).to(vae.dtype)).sample
-        images: list[Any] = processor.postprocess(pixels.detach(), output_type="pil")
-        return images
+        return decoded(self._pipe, self._state.pipeline_class.__name__, latents)
 
     # In a request's thread.
 
@@ -176,9 +177,10 @@ class ServedPipeline:
         shown = getattr(self._pipe, "_progress_bar_config", {})
         vars(view)["_progress_bar_config"] = {**shown, "disable": True}  # they would be printed over each other
         self._adapters.use_for_text(lora)
-        if request.on_step is None:
-            return view(**request.call)
-        with observed(view.scheduler, _Steps(request)):
+        with ExitStack() as stack:
+            stack.enter_context(self._components.submitting(functools.partial(engine.compute, request=request)))
+            if request.on_step is not None:
+                stack.enter_context(observed(view.scheduler, Steps(request)))
             return view(**request.call)
 
     def step(
@@ -197,20 +199,11 @@ class ServedPipeline:
         request, name = service.request, service.name
         request.steps = generation.num_steps
         first = self.step(name, Phase(guided), call, {}, service.lora)
-        phases = generation.graphs_ahead(guided)
+        calls = generation.calls_ahead(call, guided)
         images = size_of(first.images, self._max_batch)
-        kinds = {_Kind(name, phase, first.place[2], images, service.lora) for phase in phases}
-        if self._new_sizes != "capture" and request.records is None and not kinds <= self._known:
-            error = UnsupportedCallError(
-                MSG_NEW_SIZE.format(
-                    sizes=batching.sizes_in_words(call),
-                    phases=", ".join(sorted(phase.character for phase in phases)),
-                    policy=self._new_sizes,
-                )
-            )
-            if self._new_sizes == "plain":
-                generation.allow_plain()
-            raise error
+        kinds = {_Kind(name, phase, first.place[2], images, service.lora) for phase in calls}
+        if not kinds <= self._known:
+            self._get_ready(service, generation, calls, images)
         address = name, first.place[2], images, service.lora, generation.schedule, generation.num_steps, guided
         if address not in self._cache_bytes:
             self._cache_bytes[address] = generation.plan_of(call, guided).cache_bytes
@@ -218,15 +211,57 @@ class ServedPipeline:
         service.engine.reserve(request, self._cache_bytes[address] * (2 if self._max_batch > 1 else 1))
         self._known |= kinds
 
+    def _get_ready(self, service: Service, generation: Generation, calls: Mapping[Phase, Call], images: int) -> None:
+        """Return once the graphs for `calls` may be captured, or have been; raise UnsupportedCallError otherwise."""
+        request, sizes = service.request, batching.sizes_in_words(next(iter(calls.values())))
+        if self._new_sizes in ("plain", "refuse") and request.records is None:
+            phases = ", ".join(sorted(phase.character for phase in calls))
+            if self._new_sizes == "plain":
+                generation.allow_plain()
+            raise UnsupportedCallError(MSG_NEW_SIZE.format(sizes=sizes, phases=phases, policy=self._new_sizes))
+        if self._captures is None or not service.engine.ready:
+            return  # during a warm-up nobody is kept waiting
+        works = [self.step(service.name, phase, each, {}, service.lora) for phase, each in calls.items()]
+        service.engine.compute(Job(functools.partial(self._try_to_join, works)), request)
+        pairs = [(work, number) for work in works for number in dict.fromkeys((work.images, images))]
+        tasks = self._captures.ask({_address(*pair): self._capture_of(*pair) for pair in pairs})
+        if tasks and self._new_sizes == "background-plain" and request.records is None:
+            generation.allow_plain()
+            raise UnsupportedCallError(MSG_NOT_YET.format(sizes=sizes))
+        service.engine.wait(request, tasks)
+
+    def _capture_of(self, work: Step, images: int) -> Callable[[], None]:
+        """Return a function that captures the graph for works like this one, in batches of a number of `images`."""
+
+        def capture() -> None:
+            with torch.no_grad():
+                self._prepare(work)
+                call = self._joined_call(work, images)
+                self._stores[work.name].emitted(work.phase, call, self._forwards[work.name])
+
+        return capture
+
+    def _try_to_join(self, works: Sequence[Step]) -> None:
+        """Find out, before their graphs are captured, whether works can be joined with others. Called by the worker."""
+        with torch.no_grad():
+            for work in works:
+                self._prepare(work)
+                if work.form is not None:
+                    self._joins(work)
+
+    def _joined_call(self, work: Step, images: int) -> Call:
+        """Return the call of `work` as a batch with a number of `images` has it, or as it is if it runs alone."""
+        if work.form is None or not self._joins(work):
+            return work.call
+        return batching.joined([work.call], [work.form], images, Memo(), None)
+
     def emissions(self, name: str, phase: Phase, call: Call, lora: Weights) -> tuple[Emission, ...]:
         """Return what the graph of `phase` emits for a call. Called by the worker."""
         work = self.step(name, phase, call, {}, lora)
         with torch.no_grad():
             self._prepare(work)
-            if work.form is not None and self._joins(work):
-                images = size_of(work.images, self._max_batch)
-                call = batching.joined([call], [work.form], images, Memo(), None)
-            found = self._stores[name].emitted(phase, call, self._forwards[name])
+            joined = self._joined_call(work, size_of(work.images, self._max_batch))
+            found = self._stores[name].emitted(phase, joined, self._forwards[name])
         self._emitted[work.place, work.images, lora] = found
         return found
 
@@ -242,6 +277,11 @@ class ServedPipeline:
         first = works[0]
         if isinstance(first, Job):
             return [first.function()]
+        if isinstance(first, ComponentCall):
+            results, problem = self._components.run([work for work in works if isinstance(work, ComponentCall)])
+            if problem is not None:
+                self.keep_apart(first, f"the results of a batch differ from those of its requests alone by {problem}")
+            return results
         steps = [work for work in works if isinstance(work, Step)]
         with torch.no_grad():
             self._prepare(steps[0])
@@ -254,7 +294,11 @@ class ServedPipeline:
             return self._forwards[name](*args, **kwargs)
 
     def keep_apart(self, work: Work, reason: str) -> None:
-        """Run requests one at a time with the graphs for calls like `work`."""
+        """Run requests one at a time with the graphs, or the component, for calls like `work`."""
+        if isinstance(work, ComponentCall) and work.place not in self._apart:
+            self._apart[work.place] = reason
+            self._components.keep_apart(work)
+            logger.warning("Requests are run one at a time in the %s of this pipeline: %s.", work.component, reason)
         if isinstance(work, Step) and work.place not in self._apart:
             self._apart[work.place] = reason
             logger.warning(
@@ -271,16 +315,19 @@ class ServedPipeline:
             self._stores[work.name].refresh()
             self._stale.discard(work.name)
 
-    def _run_steps(self, works: Sequence[Step]) -> list[Results]:
+    def _run_steps(self, works: Sequence[Step], *, in_place: bool = False) -> list[Results]:
+        """Run works with equal keys. A batch whose graph is captured only now runs only `in_place`."""
         first, *others = works
         if first.form is None or first.place in self._apart or not self._joins(first):
             if others:
                 raise RunApart([[position] for position in range(len(works))])
             return [self._alone(first)]
+        images = size_of(sum(work.images for work in works), self._max_batch)
+        if others and not in_place and not self._is_captured(first, images):
+            raise RunApart([[position] for position in range(len(works))])
         alike = [batching.shared_equal(first.call, each.call, first.form.rows) for each in works]
         if not all(alike):
             raise RunApart([[at for at, same in enumerate(alike) if same is wanted] for wanted in (True, False)])
-        images = size_of(sum(work.images for work in works), self._max_batch)
         compared = self._compared[first.place, images]
         if len(works) == 1:
             # Padding must not matter, which the comparison of a batch of this size has shown.
@@ -295,6 +342,12 @@ class ServedPipeline:
                 return singles
             compared.add(differing)
         return results
+
+    def _is_captured(self, work: Step, images: int) -> bool:
+        """Return whether a batch of `images` may run; if not, its graph is being captured in the background."""
+        return self._captures is None or not self._captures.ask(
+            {_address(work, images): self._capture_of(work, images)}
+        )
 
     def _difference(self, results: Sequence[Results], singles: Sequence[Results]) -> str | None:
         """Return how the results of a batch differ from those of single runs beyond rounding; None if they do not."""
@@ -369,18 +422,21 @@ class ServedPipeline:
             self.check(call, lora)
             records: dict[Hashable, Work] = {}
             engine.accept(call, lora, records=records).ticket.result()
-            for work in records.values():
-                if isinstance(work, Step) and work.form is not None:
-                    for images in batch_sizes(self._max_batch):
-                        engine.compute(Job(functools.partial(self._try, work, images)))
+            works = [work for work in records.values() if isinstance(work, Step) and work.form is not None]
+            tries = [
+                (work, images) for work in works for images in batch_sizes(self._max_batch) if images >= work.images
+            ]
+            if self._captures is not None and engine.ready:
+                for task in self._captures.ask({_address(*each): self._capture_of(*each) for each in tries}):
+                    task.wait()
+            for work, images in tries:
+                engine.compute(Job(functools.partial(self._try, work, images)))
         for known in list(self._known):
             self._known |= {replace(known, images=images) for images in batch_sizes(self._max_batch)}
 
     def _try(self, work: Step, images: int) -> None:
         """Run a batch of `images` like those of `work`, each with other values."""
         assert work.form is not None
-        if work.images > images:
-            return
         works = [
             replace(
                 work,
@@ -391,109 +447,11 @@ class ServedPipeline:
         ]
         with torch.no_grad():
             self._prepare(work)
-            self._run_steps(works)
+            self._run_steps(works, in_place=True)
+        if self._captures is not None:
+            self._captures.note(_address(work, images))
 
 
-class Service:
-    """Serves the calls of one denoiser in one request; it takes the place of the denoiser's store and forward."""
-
-    folder: str | None
-
-    def __init__(self, served: ServedPipeline, name: str, request: Request, engine: Engine, lora: Weights) -> None:
-        self.request = request
-        self.name = name
-        self.engine = engine
-        self.lora = lora
-        self._served = served
-        self._real: Store = served._stores[name]
-        self._generation: Generation | None = None
-        self.denoiser = self._real.denoiser
-        self.folder = self._real.folder
-        self.store: Store = self
-        self.forward = self._forward_of(served._forwards[name])
-
-    def _forward_of(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function like `own` that lets the worker run it."""
-
-        @functools.wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            plain = functools.partial(
-                self._served.plain, self.name, self.lora, args, kwargs, gradients=torch.is_grad_enabled()
-            )
-            return self.engine.compute(Job(plain), self.request)
-
-        # A generation recognizes the forward of the denoiser's class by this.
-        forward.__func__ = getattr(own, "__func__", None)  # type: ignore[attr-defined]
-        return forward
-
-    def admit(self, generation: Generation, call: Call, guided: bool) -> None:
-        """Wait until the generation may begin its pass."""
-        self._generation = generation
-        self._served.admit(self, generation, call, guided)
-
-    # As a store.
-
-    @property
-    def site_names(self) -> tuple[str, ...]:
-        """The names of the sites that can be cached, if already known."""
-        return self._real.site_names
-
-    @property
-    def variants(self) -> list[tuple[Variant, Captured]]:
-        """The variants captured in this process, each with the capture that it was derived from."""
-        return self._real.variants
-
-    def refresh(self, *, begins: bool = True) -> None:
-        """Let the denoiser be checked for changes before the next batch."""
-        self._served._stale.add(self.name)
-
-    def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:
-        """Return what the graph of `phase` emits for inputs like those of `call`, without compiling it."""
-        known = self._served.known_emissions(self.name, phase, call, self.lora)
-        if known is not None:
-            return known
-        job = Job(functools.partial(self._served.emissions, self.name, phase, call, self.lora))
-        found: tuple[Emission, ...] = self.engine.compute(job, self.request)
-        return found
-
-    def get(self, phase: Phase, call: Call, caches: CachedValues, forward: Callable[..., Any]) -> Runnable:
-        """Return the results of the graph of `phase` for `call`, computed together with other requests' calls."""
-        assert self._generation is not None
-        progress = self._generation.progress
-        assert progress.counter is not None
-        is_last = progress.done + 1 >= progress.counter.num_calls
-        work = self._served.step(self.name, phase, call, dict(caches), self.lora, is_last=is_last)
-        request = self.request
-        request.step, request.phase = progress.counter.step(progress.done), phase.character
-        if request.records is not None:
-            request.records.setdefault((work.place, self.lora), work)
-        rows: Results = self.engine.compute(work, request)
-        return rows
-
-
-class _Steps:
-    """Observes the scheduler of a request, to report its steps."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-
-    def on_set_timesteps(self) -> None:
-        """Do nothing."""
-
-    def on_step(self, prediction: torch.Tensor, sample: torch.Tensor) -> None:
-        """Report the step that the request is about to complete."""
-        self._request.report(lambda: sample.detach().clone())
-
-
-def _check(pipe: Any, hooks: Mapping[str, Any]) -> None:
-    """Raise ConfigurationError if an engine cannot serve the optimized pipeline `pipe`."""
-    name_of_class = type(pipe).__name__
-    if is_modular(pipe) or not isinstance(pipe, DiffusionPipeline):
-        raise ConfigurationError(MSG_MODULAR.format(pipeline=name_of_class))
-    for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module) and any(hasattr(each, "_hf_hook") for each in module.modules()):
-            raise ConfigurationError(MSG_OFFLOADED.format(name=name, pipeline=name_of_class))
-    if any(gated.config.offload_prelude for gated in hooks.values()):
-        raise ConfigurationError(MSG_PARKED.format(pipeline=name_of_class))
-    if any("reference" in gated.config.schedule.kinds for gated in hooks.values()):
-        raise ConfigurationError(MSG_REFERENCES.format(pipeline=name_of_class))
+def _address(work: Step, images: int) -> Hashable:
+    """Return what distinguishes the captures that works need in batches of a number of `images`."""
+    return work.place, images, work.lora

@@ -27,7 +27,7 @@ from tgate_compile.methods.method import checked_gate_step
 from tgate_compile.serve.engine import Engine
 from tgate_compile.serve.observability import log_config
 from tgate_compile.serve.ray_gateway import Forwarded, Gateway, State, api_key_in
-from tgate_compile.serve.requests import EngineClosedError
+from tgate_compile.serve.requests import EngineClosedError, NewSizes
 from tgate_compile.serve.schemas import ImageRequest, Limits
 from tgate_compile.serve.server import SEED, create_app
 
@@ -124,7 +124,7 @@ class Arguments(BaseModel):
     precision: Precision = "auto"
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
     warm_up: tuple[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")], ...] = ()
-    new_sizes: Literal["capture", "plain", "refuse"] = "capture"
+    new_sizes: NewSizes = "capture"
     max_batch: Annotated[int, Field(ge=1)] = 8
     max_waiting: Annotated[int, Field(ge=1)] = 64
     max_ongoing_requests: Annotated[int, Field(ge=1)] | None = None
@@ -268,8 +268,7 @@ class Replica:
         """Compile the graphs for LoRAs, given as JSON. Serve prefers this replica for further requests with them."""
         request, lora = ImageRequest(prompt=""), json.loads(adapters)
         calls = [{**self._model.call_for(request, size, seed=0), "lora": lora} for size in self._sizes]
-        # As in the warm-up at the start. Other requests continue, because the engine's worker alternates.
-        await asyncio.to_thread(self._engine._served.warm_up, self._engine, calls)
+        await asyncio.to_thread(self._engine.prepare, calls)
         return adapters
 
     def state(self) -> State:
@@ -292,12 +291,12 @@ def _started(given: Arguments) -> tuple[Engine, ServedModel, int]:
     """Return an engine, its model, and the number that the sides of its images must be multiples of."""
     # The command line knows the defaults of the models. These imports take seconds, and a gateway does not need them.
     from tgate_compile._cli import options
-    from tgate_compile._cli.serve import EngineOptions, NewSizes, engine_for_bundle, engine_for_model, load_adapters
+    from tgate_compile._cli.serve import EngineOptions, Policy, engine_for_bundle, engine_for_model, load_adapters
     from tgate_compile._cli.settings import ScheduleOptions
 
     engine = EngineOptions(
         warm_up_size=given.sizes or None,
-        new_sizes=NewSizes(given.new_sizes),
+        new_sizes=Policy(given.new_sizes),
         max_batch=given.max_batch,
         max_waiting=given.ongoing * given.max_images,  # Serve limits the requests
         memory=given.memory,

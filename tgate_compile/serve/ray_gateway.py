@@ -124,12 +124,15 @@ class Fleet:
         here = [self._states[name].stats for name in sorted(self._here)]
         batches: dict[str, Counter[int]] = defaultdict(Counter)
         seconds: dict[str, float] = defaultdict(float)
+        components: dict[str, Counter[int]] = defaultdict(Counter)
         errors: Counter[str] = Counter()
         for stats in everyone:
             errors += stats.errors
             for letter, sizes in stats.batches.items():
                 batches[letter] += sizes
                 seconds[letter] += stats.seconds.get(letter, 0.0)
+            for name, sizes in stats.components.items():
+                components[name] += sizes
         return EngineStats(
             waiting=sum(stats.waiting for stats in here),
             running=[running for stats in here for running in stats.running],
@@ -140,6 +143,8 @@ class Fleet:
             errors=errors,
             completed=sum(stats.completed for stats in everyone),
             cancelled=sum(stats.cancelled for stats in everyone),
+            components=components,
+            one_at_a_time=tuple(dict.fromkeys(reason for stats in here for reason in stats.one_at_a_time)),
         )
 
 

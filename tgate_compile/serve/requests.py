@@ -14,12 +14,27 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from tgate_compile._errors import TGateError
+from tgate_compile._errors import ConfigurationError, TGateError, UnsupportedCallError
 
 if TYPE_CHECKING:
     from tgate_compile.serve.worker import Submission, Work
+
+#: What to do with a request whose size has not been captured.
+NewSizes = Literal["capture", "background", "background-plain", "plain", "refuse"]
+#: Those that capture it in a child process.
+IN_BACKGROUND: frozenset[NewSizes] = frozenset({"background", "background-plain"})
+
+MSG_CLOSED = "The engine is closed."
+MSG_CRASHED = (
+    "The engine's worker failed while the request {request} was in progress ({cause}). The worker has been started "
+    "again; send the request again."
+)
+MSG_TOO_LARGE = (
+    "The caches of the request {request} take {needed:.1f} MB, but the engine's limit for all requests together is "
+    "{limit:.1f} MB (memory=...). Request smaller or fewer images, or allow more memory."
+)
 
 
 class EngineBusyError(TGateError, RuntimeError):
@@ -36,6 +51,45 @@ class EngineTimeoutError(TGateError, TimeoutError):
 
 class EngineCrashedError(TGateError, RuntimeError):
     """The engine's worker failed while the request was in progress. The request may be sent again."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """The limits of an engine, as its arguments of these names describe them.
+
+    Raises:
+        ConfigurationError: one of them is wrong.
+    """
+
+    max_batch: int
+    max_waiting: int
+    max_running: int | None
+    memory: int | None
+    timeout: float | None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_running", "memory"):
+            limit = getattr(self, name)
+            if (name == "max_batch" or limit is not None) and (not _is_whole(limit) or limit < 1):
+                raise ConfigurationError(f"{name} must be a positive whole number, but got {limit!r}.")
+        if not _is_whole(self.max_waiting) or self.max_waiting < 0:
+            raise ConfigurationError(f"max_waiting must be a whole number, at least 0, but got {self.max_waiting!r}.")
+        check_timeout(self.timeout)
+
+    @property
+    def running(self) -> int:
+        """The number of requests that may be in progress."""
+        return 2 * self.max_batch if self.max_running is None else self.max_running
+
+
+def check_timeout(timeout: object) -> None:
+    """Raise ConfigurationError if `timeout` is neither None nor a number of seconds."""
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0):
+        raise ConfigurationError(f"timeout must be a positive number of seconds, but got {timeout!r}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -89,6 +143,8 @@ class EngineStats:
         errors: the number of requests that have failed, by the name of the exception's class.
         completed: the number of requests that have returned a result.
         cancelled: the number of requests that have been cancelled.
+        components: for each text encoder, and for the VAE: how many batches it has run, by the number of rows.
+        one_at_a_time: the reasons why requests run one at a time in some graphs, or in all; empty if they do in none.
     """
 
     waiting: int
@@ -100,6 +156,8 @@ class EngineStats:
     errors: Counter[str]
     completed: int
     cancelled: int
+    components: Mapping[str, Counter[int]] = field(default_factory=dict)
+    one_at_a_time: Sequence[str] = ()
 
 
 class Ticket:
@@ -277,8 +335,16 @@ class CacheMemory:
         self._waiting: deque[tuple[Request, int, Gate]] = deque()
 
     def ask(self, request: Request, nbytes: int) -> Gate | None:
-        """Reserve memory, or return a gate that is opened when it has been reserved."""
-        # A request that already holds memory never waits for more: two could wait for each other.
+        """Reserve memory, or return a gate that is opened when it has been reserved.
+
+        Raises:
+            UnsupportedCallError: there will never be so much.
+        """
+        if self.limit is not None and nbytes > self.limit:
+            raise UnsupportedCallError(
+                MSG_TOO_LARGE.format(request=request.id, needed=nbytes / 1e6, limit=self.limit / 1e6)
+            )
+        # A request that holds memory already never waits for more: two could wait for each other.
         if request.reserved or nbytes == 0 or (not self._waiting and self._fits(nbytes)):
             self._give(request, max(request.reserved, nbytes))
             return None

@@ -108,41 +108,65 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, protected_namespaces=())
 
-    prompt: Annotated[str, Field(description="A text that describes the images.")]
-    model: Annotated[str | None, Field(description="The model's name, as `GET /v1/models` returns it.")] = None
-    n: Annotated[int | None, Field(description="The number of images.")] = None
+    prompt: Annotated[str, Field(description="A description of the images.")]
+    model: Annotated[
+        str | None,
+        Field(description="The name of the model, as `GET /v1/models` returns it. There is one, which is the default."),
+    ] = None
+    n: Annotated[int | None, Field(description="The number of images to make; the default is 1.")] = None
     size: Annotated[
         Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None,
-        Field(description="Width x height in pixels, such as `512x512`; `auto` is the model's own size."),
+        Field(
+            description="The width and height in pixels, such as `512x512`. The default, `auto`, is the model's own."
+        ),
     ] = None
-    response_format: Annotated[Literal["b64_json"] | None, Field(description="Images are returned as base64.")] = None
-    output_format: Annotated[Literal["png", "jpeg", "webp"] | None, Field(description="The images' file format.")] = (
-        None
-    )
+    response_format: Annotated[
+        Literal["b64_json"] | None,
+        Field(description="The form of the images in the response. Only base64 is supported."),
+    ] = None
+    output_format: Annotated[
+        Literal["png", "jpeg", "webp"] | None, Field(description="The file format of the images; the default is `png`.")
+    ] = None
     output_compression: Annotated[
         Annotated[int, Field(ge=0, le=100)] | None,
-        Field(description="The quality of `jpeg` and `webp` files; 100, the default, is the best."),
+        Field(description="The quality of `jpeg` and `webp` files, from 0 to 100; the default is 100, the best."),
     ] = None
-    quality: Annotated[Literal["auto", "standard"] | None, Field(description="Use `steps` instead.")] = None
-    background: Annotated[Literal["auto", "opaque"] | None, Field(description="Images are opaque.")] = None
-    style: Annotated[None, Field(description="Not supported: describe the style in the prompt.")] = None
-    moderation: Annotated[None, Field(description="Not supported: the server does not moderate.")] = None
+    quality: Annotated[
+        Literal["auto", "standard"] | None,
+        Field(description="Accepted and ignored. Set `steps` to choose the quality."),
+    ] = None
+    background: Annotated[
+        Literal["auto", "opaque"] | None, Field(description="Accepted and ignored: the model makes opaque images.")
+    ] = None
+    style: Annotated[None, Field(description="Not supported. Describe the style in the prompt.")] = None
+    moderation: Annotated[None, Field(description="Not supported. The server does not moderate prompts or images.")] = (
+        None
+    )
     user: Annotated[str | None, Field(max_length=512, description="Accepted and ignored.")] = None
     safety_identifier: Annotated[str | None, Field(max_length=512, description="Accepted and ignored.")] = None
-    stream: Annotated[bool | None, Field(description="Send server-sent events while images are generated.")] = None
+    stream: Annotated[
+        bool | None, Field(description="Whether to send the images, and previews of them, as server-sent events.")
+    ] = None
     partial_images: Annotated[
         Annotated[int, Field(ge=0, le=MOST_PARTIAL_IMAGES)] | None,
-        Field(description="With `stream`: the number of previews of each image."),
+        Field(description="The number of previews of each image. It needs `stream`."),
     ] = None
-    negative_prompt: Annotated[str | None, Field(description="What the images should not show.")] = None
+    negative_prompt: Annotated[str | None, Field(description="A description of what the images should not show.")] = (
+        None
+    )
     seed: Annotated[
         Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None,
-        Field(description="The seed of the first image; the others use the next ones. The default is random."),
+        Field(
+            description="The seed of the first image; each further image has the next one. By default it is random. "
+            "The response contains the seed of each image."
+        ),
     ] = None
-    steps: Annotated[int | None, Field(description="Denoising steps.")] = None
+    steps: Annotated[int | None, Field(description="The number of denoising steps; the default is the server's.")] = (
+        None
+    )
     guidance: Annotated[
         Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None,
-        Field(description="The guidance scale; up to 1 means no guidance."),
+        Field(description="The guidance scale; the default is the server's. Values up to 1 switch guidance off."),
     ] = None
     gate_step: Annotated[
         Annotated[
@@ -158,11 +182,17 @@ class ImageRequest(BaseModel):
             ),
         ]
         | None,
-        Field(description="Steps to run in full: a number, or a fraction of the steps."),
+        Field(
+            description="The number of steps to run in full before T-GATE reuses results, or a fraction of all steps; "
+            "the default is the server's."
+        ),
     ] = None
     lora: Annotated[
         _LoraName | dict[_LoraName, Annotated[float, Field(allow_inf_nan=False)]] | None,
-        Field(description="The name of a LoRA that the server has loaded, or the weights of several by name."),
+        Field(
+            description="The name of a LoRA that the server has loaded, or an object with the weights of several. "
+            "By default none is active."
+        ),
     ] = None
 
     @property
@@ -264,84 +294,84 @@ def invalid_request(errors: Sequence[Any]) -> ApiError:
 class ErrorDetail(BaseModel):
     """An error in OpenAI's format."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    message: Annotated[str, Field(description="What is wrong, and what to do.")]
+    type: Annotated[str, Field(description="The kind of error, such as `invalid_request_error`.")]
+    param: Annotated[str | None, Field(description="The parameter that caused it, if it was one.")]
+    code: Annotated[str | None, Field(description="A short name for programs, if there is one.")]
 
 
 class ErrorResponse(BaseModel):
-    """The body of every error response."""
+    """The body of a response with an error."""
 
     error: ErrorDetail
 
 
 class ImageData(BaseModel):
-    """An image, and the seed that reproduces it."""
+    """An image."""
 
-    b64_json: str
-    seed: int
+    b64_json: Annotated[str, Field(description="The file, in base64.")]
+    seed: Annotated[int, Field(description="The seed. A request with this seed makes the image again.")]
 
 
 class ImagesResponse(BaseModel):
     """The images of a request."""
 
-    created: int
-    data: list[ImageData]
-    background: Literal["opaque"]
-    output_format: Literal["png", "jpeg", "webp"]
-    size: str
+    created: Annotated[int, Field(description="When the images were made, in seconds since 1970 (UTC).")]
+    data: Annotated[list[ImageData], Field(description="The images, in the order of their seeds.")]
+    background: Annotated[Literal["opaque"], Field(description="Always `opaque`.")]
+    output_format: Annotated[Literal["png", "jpeg", "webp"], Field(description="The file format of the images.")]
+    size: Annotated[str, Field(description="The width and height in pixels, such as `512x512`.")]
 
 
 class ModelDefaults(BaseModel):
-    """The defaults of the parameters; None means the pipeline's own default."""
+    """The values of parameters that a request leaves out. Null stands for the pipeline's own value."""
 
-    steps: int | None = None
-    guidance: float | None = None
-    size: str | None = None
+    steps: Annotated[int | None, Field(description="The number of denoising steps.")] = None
+    guidance: Annotated[float | None, Field(description="The guidance scale.")] = None
+    size: Annotated[str | None, Field(description="The width and height in pixels.")] = None
 
 
 class ModelCard(BaseModel):
-    """The model of the server."""
+    """The model that the server serves."""
 
-    id: str
+    id: Annotated[str, Field(description="The name of the model.")]
     object: Literal["model"] = "model"
-    created: int
+    created: Annotated[int, Field(description="When the server was started, in seconds since 1970 (UTC).")]
     owned_by: str = "tgate_compile"
     defaults: ModelDefaults
-    limits: dict[str, float]
-    loras: list[str]
+    limits: Annotated[dict[str, float], Field(description="The largest request that the server accepts.")]
+    loras: Annotated[list[str], Field(description="The names of the LoRAs that a request may choose.")]
 
 
 class ModelList(BaseModel):
-    """The list of models, which has one entry."""
+    """A list with the server's only model."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Health(BaseModel):
-    """The result of a health check."""
+    """The health of the server."""
 
     status: Literal["ok", "not ready"]
 
 
 class RunningRequest(BaseModel):
-    """An image in progress: its present step of `steps`, the letter of the step's phase, and the name of the graph."""
+    """An image that is being made."""
 
-    request_id: str
-    step: int
-    steps: int
-    phase: str
-    graph: str
+    request_id: Annotated[str, Field(description="The id of the request, with the number of the image.")]
+    step: Annotated[int, Field(description="The number of the present step, from 0.")]
+    steps: Annotated[int, Field(description="The number of steps; 0 before the first one.")]
+    phase: Annotated[str, Field(description="The letter of the step's phase; empty before the first step.")]
+    graph: Annotated[str, Field(description="The name of the graph that runs the step.")]
 
 
 class Status(BaseModel):
-    """The state of the engine."""
+    """The state of the engine, and totals since the start of the server."""
 
-    ready: bool
-    waiting: int
-    running: list[RunningRequest]
-    completed: int
-    cancelled: int
-    errors: int
+    ready: Annotated[bool, Field(description="Whether requests are accepted.")]
+    waiting: Annotated[int, Field(description="The number of images that wait to begin.")]
+    running: Annotated[list[RunningRequest], Field(description="The images that are being made.")]
+    completed: Annotated[int, Field(description="The number of images that were made.")]
+    cancelled: Annotated[int, Field(description="The number of images that were cancelled.")]
+    errors: Annotated[int, Field(description="The number of images that could not be made.")]

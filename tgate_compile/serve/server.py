@@ -108,6 +108,19 @@ def create_app(
     return app
 
 
+#: What the statuses of errors mean, for the schema.
+_MEANINGS = {
+    400: "A parameter is wrong, or the model cannot make such an image.",
+    404: "There is no such model.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    429: "Too many images are waiting. Try again after the time in the header `Retry-After`.",
+    500: "The image could not be made. The server's log has the reason.",
+    503: "Requests are not accepted now, or the engine failed during this one. Send it again.",
+    504: "The image was not done within the server's limit of time.",
+}
+
+
 class _Server:
     """The endpoints."""
 
@@ -140,18 +153,18 @@ class _Server:
             response_class=Json,
         )
         for path, endpoint, summary, answer, errors in (
-            ("/v1/models", self.models, "List the model", ModelList, ()),
-            ("/status", self.status, "State of the engine", Status, ()),
-            ("/healthz", self.healthz, "Check that the process responds", Health, ()),
-            ("/readyz", self.readyz, "Check that requests are accepted", Health, (503,)),
+            ("/v1/models", self.models, "Return the model", ModelList, ()),
+            ("/status", self.status, "Return the state of the engine", Status, ()),
+            ("/healthz", self.healthz, "Check whether the process responds", Health, ()),
+            ("/readyz", self.readyz, "Check whether requests are accepted", Health, (503,)),
         ):
             responses = {200: {"model": answer}, **_errors(*errors, model=Health if path == "/readyz" else None)}
             app.add_api_route(path, endpoint, summary=summary, responses=responses, response_class=Json)
-        app.add_api_route("/metrics", self.metrics, summary="Metrics for Prometheus", response_class=_Text)
+        app.add_api_route("/metrics", self.metrics, summary="Return metrics for Prometheus", response_class=_Text)
         app.add_api_route("/", self.page, include_in_schema=False, response_class=Response)
 
     async def generate(self, request: Request, body: ImageRequest) -> Response:
-        """Generate images from the prompt; with `stream`, send them and their previews as server-sent events."""
+        """Make images from a prompt. With `stream`, they and their previews are sent as server-sent events."""
         if body.model is not None and body.model != self._model.name:
             raise ApiError(
                 404,
@@ -182,7 +195,7 @@ class _Server:
         return job
 
     async def models(self) -> Response:
-        """List the model, with its defaults, limits and LoRAs."""
+        """Return the model, with its defaults, its limits and the LoRAs that requests may choose."""
         size = None if self._model.size is None else "{}x{}".format(*self._model.size)
         defaults = ModelDefaults(steps=self._model.steps, guidance=self._model.guidance, size=size)
         card = ModelCard(
@@ -195,7 +208,7 @@ class _Server:
         return Json(ModelList(data=[card]).model_dump())
 
     async def status(self) -> Response:
-        """Return the state of the engine: the images in progress, each with its step and phase, and totals."""
+        """Return the images in progress, each with its step and phase, and totals."""
         stats = self._engine.stats()
         running = [
             {**vars(each), "graph": GRAPH_NAMES.get(each.phase.upper(), "") if each.phase else ""}
@@ -205,11 +218,11 @@ class _Server:
         return Json({"ready": self._engine.ready, "waiting": stats.waiting, "running": running, **totals})
 
     async def healthz(self) -> Response:
-        """Return 200 as long as the process responds."""
+        """Return the status 200 as long as the process responds."""
         return Json({"status": "ok"})
 
     async def readyz(self) -> Response:
-        """Return 200 if the engine accepts requests, otherwise 503."""
+        """Return the status 200 if requests are accepted, and 503 otherwise."""
         return Json({"status": "ok"}) if self._engine.ready else Json({"status": "not ready"}, 503)
 
     async def metrics(self) -> Response:
@@ -260,7 +273,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
 
 
 def _errors(*statuses: int, model: Any = None) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": model or ErrorResponse} for status in statuses}
+    return {status: {"model": model or ErrorResponse, "description": _MEANINGS[status]} for status in statuses}
 
 
 def _describe_errors(app: FastAPI, *, secured: bool) -> None:

@@ -44,6 +44,7 @@ class Work(Protocol):
         key: works with equal keys can be run together; None if it runs alone.
         images: the number of images that it adds to a batch.
         letter: the letter of the phase of its graph; empty if it is something else.
+        component: the name of the text encoder or VAE that is called; empty if it is something else.
         is_last: whether it is the last call of the request's loop, as far as is known.
     """
 
@@ -57,6 +58,9 @@ class Work(Protocol):
     def letter(self) -> str: ...
 
     @property
+    def component(self) -> str: ...
+
+    @property
     def is_last(self) -> bool: ...
 
 
@@ -68,6 +72,7 @@ class Job:
     key: Hashable = None
     images: int = 1
     letter: str = ""
+    component: str = ""
     is_last: bool = False
 
 
@@ -89,6 +94,11 @@ class Served(Protocol):
     @property
     def captures(self) -> int:
         """The number of graphs that have been compiled."""
+        ...
+
+    @property
+    def apart(self) -> Mapping[Hashable, str]:
+        """What runs one request at a time, each with the reason."""
         ...
 
     def check(self, call: Mapping[str, Any], lora: Mapping[str, float] | None) -> None:
@@ -145,6 +155,7 @@ class Worker:
         alive: whether the thread runs.
         batches: the number of batches by letter of the phase, and by the number of images.
         seconds: the time spent in graphs, by the letter of the phase.
+        components: the number of batches by the name of the text encoder or VAE, and by the number of rows.
     """
 
     def __init__(
@@ -166,12 +177,15 @@ class Worker:
         self._lose = lose
         self._submissions: list[Submission] = []
         self._in_hand: Sequence[Submission] = ()  # what is being run
-        self._times: dict[tuple[Hashable, int], float] = {}  # seconds per run, by key and number of images
+        # Seconds per run, by key and number of images. The first run is not measured: it includes the compilation of
+        # the graph, and its comparison with single runs.
+        self._times: dict[tuple[Hashable, int], float | None] = {}
         self._is_resting = True
         self._stopped = False
         self.alive = False
         self.batches: dict[str, Counter[int]] = defaultdict(Counter)
         self.seconds: dict[str, float] = defaultdict(float)
+        self.components: dict[str, Counter[int]] = defaultdict(Counter)
         self._start()
 
     def put(self, submission: Submission) -> None:
@@ -201,6 +215,7 @@ class Worker:
         """Reset the totals."""
         self.batches.clear()
         self.seconds.clear()
+        self.components.clear()
 
     def join(self) -> None:
         """Wait for the thread to end, after `stop`."""
@@ -331,10 +346,15 @@ class Worker:
             if work.letter:
                 self.batches[work.letter][images] += 1
                 self.seconds[work.letter] += seconds
+            if work.component:
+                self.components[work.component][images] += 1
             if work.key is not None:
                 at = work.key, size_of(images, self._max_batch)
-                before = self._times.get(at, seconds)  # the first time includes the graph's compilation
-                self._times[at] = seconds if seconds < before / 2 else 0.7 * before + 0.3 * min(seconds, 2 * before)
+                if at not in self._times:
+                    self._times[at] = None
+                else:
+                    before = self._times[at] or seconds
+                    self._times[at] = seconds if seconds < before / 2 else 0.7 * before + 0.3 * min(seconds, 2 * before)
             for submission in group:
                 if submission.request is not None and submission.error is None and work.key is not None:
                     submission.request.stepping = None if submission.work.is_last else submission.work
