@@ -161,7 +161,7 @@ def write_bundle(
             )
         manifest = m.Manifest(
             format="tgate_compile.bundle",
-            schema_version=3 if hook.config.schedule.forecasts else 2 if is_split(described) else 1,
+            schema_version=_version(hook, described, denoiser),
             pipeline=m.Pipeline(
                 class_name=type(pipe).__name__,
                 diffusers=diffusers.__version__,
@@ -191,15 +191,24 @@ def write_bundle(
         (temporary / m.MANIFEST_FILE).write_text(as_json(manifest), encoding="utf-8")
 
 
-#: The keys that earlier schema versions do not have.
-_SINCE_2: Mapping[str, Any] = {"denoiser": {"bindings"}, "graphs": {"__all__": {"stage", "early_inputs"}}}
-_SINCE_3: Mapping[str, Any] = {"method": {"forecasts"}}
+def _version(hook: GatedDenoiser, graphs: Mapping[str, m.Graph], denoiser: m.Denoiser) -> int:
+    """Return the lowest schema version that has what the bundle needs."""
+    if denoiser.image_rows is not None:
+        return 4
+    return 3 if hook.config.schedule.forecasts else 2 if is_split(graphs) else 1
 
 
 def as_json(manifest: m.Manifest) -> str:
     """Return the text of a manifest file, with the keys of its schema version only."""
     version = manifest.schema_version
-    left_out: Any = {**(_SINCE_2 if version < 2 else {}), **(_SINCE_3 if version < 3 else {})}
+    left_out: dict[str, Any] = {}
+    if version < 4:
+        left_out["denoiser"] = {"image_rows"}
+    if version < 3:
+        left_out["method"] = {"forecasts"}
+    if version < 2:
+        left_out["denoiser"] = {"image_rows", "bindings"}
+        left_out["graphs"] = {"__all__": {"stage", "early_inputs"}}
     return manifest.model_dump_json(indent=1, exclude=left_out) + "\n"
 
 
@@ -318,6 +327,7 @@ def _denoiser(component: str, hook: GatedDenoiser, planned: PlannedGraph, progre
         latents=planned.latents,
         bindings={name: binding_in_bundle(name) for name in arguments},
         constants=constants,  # type: ignore[arg-type]
+        image_rows=planned.image,
         returns=returns,
     )
 

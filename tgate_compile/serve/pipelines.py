@@ -35,7 +35,6 @@ from tgate_compile.serve.worker import Job, RunApart, Work, batch_sizes, size_of
 logger = logging.getLogger(__name__)
 
 MSG_MODULAR = "A {pipeline} is a modular pipeline, which an Engine cannot serve yet. Use an ordinary pipeline."
-MSG_REFERENCES = "This {pipeline} was optimized with FrozenReferences, which an Engine cannot serve yet. Leave it out."
 MSG_OFFLOADED = (
     "The {name} of this {pipeline} is offloaded, so its weights move at every call, but requests run at the same time. "
     "Remove the offloading (pipe.remove_all_hooks(), then pipe.to(device))."
@@ -408,6 +407,7 @@ class Service:
         self._real: Store = served._stores[name]
         self._generation: Generation | None = None
         self.denoiser = self._real.denoiser
+        self.image_rows = self._real.image_rows
         self.folder = self._real.folder
         self.store: Store = self
         self.forward = self._forward_of(served._forwards[name])
@@ -495,5 +495,3 @@ def _check(pipe: Any, hooks: Mapping[str, Any]) -> None:
             raise ConfigurationError(MSG_OFFLOADED.format(name=name, pipeline=name_of_class))
     if any(gated.config.offload_prelude for gated in hooks.values()):
         raise ConfigurationError(MSG_PARKED.format(pipeline=name_of_class))
-    if any("reference" in gated.config.schedule.kinds for gated in hooks.values()):
-        raise ConfigurationError(MSG_REFERENCES.format(pipeline=name_of_class))
