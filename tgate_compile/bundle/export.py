@@ -74,10 +74,9 @@ def export(
         call: arguments of the pipeline's call, which determine the shapes that are not dynamic. The steps of this call
             are the example in the manifest. The default is an empty prompt and the pipeline's own defaults.
         dynamic: the sizes that each call may choose, out of `"batch"` (prompts and images at a time), `"height"`,
-            `"width"` and `"text"` (the number of tokens of a prompt, which varies in Qwen-Image). True means as many of
-            the first three as the denoiser permits: all, only the batch (for transformers that compute tables from the
-            size), or none. False means none, and so does True for the formats whose graphs have fixed sizes,
-            `executorch` and `coreml`.
+            `"width"` and `"text"` (the number of tokens of a prompt). True means as many of the first three as the
+            denoiser permits: all, only the batch (for transformers that compute tables from the size), or none. False
+            means none, and so does True for the formats whose graphs have fixed sizes, `executorch` and `coreml`.
         format_options: options of the format, described in `docs/guides/exporting.md`; `onnx` has none, `aoti` has
             `target`.
         components: `"all"` also writes the text encoders, the tokenizers and the VAE decoder, so that
