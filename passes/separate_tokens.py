@@ -12,7 +12,8 @@ cross-attention do in other models. The tokens of reference images can be separa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import heapq
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +23,22 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from tgate_compile._errors import UnsupportedModelError
 from tgate_compile.methods.method import CROSS, Kind
 from tgate_compile.passes.attention_core import FUSED
-from tgate_compile.passes.find_sites import Inputs, depends_on, innermost_call, unique_name, without_processor
-from tgate_compile.passes.follow_rows import tensors_of
+from tgate_compile.passes.find_sites import (
+    Inputs,
+    depends_on,
+    innermost_call,
+    unique_name,
+    value_inputs,
+    without_processor,
+)
+from tgate_compile.passes.follow_rows import SPLITS, placed, positive, rank, same_size, size_of, tensors_of
 from tgate_compile.passes.graphs import Origins, Site, add_call, argument, copy_graph, operand, outputs_of
 from tgate_compile.passes.specialize import KINDS_OF_STREAMS, remove_dead, reuse
 from tgate_compile.passes.token_rows import (
     Labels,
     Stream,
     Tokens,
+    is_size,
     joint_attentions,
     label_of_operand,
     mixing_nodes,
@@ -45,6 +54,10 @@ MSG_NOT_SEPARATE = (
     "The text's tokens of {model} cannot be separated from the image's, so their keys and values cannot be cached: the "
     "two are combined outside of attention, or by an attention of an unknown form ({where}). What works instead: "
     "AdaptiveGuidance(step=...), which drops guidance after some steps, or fewer steps."
+)
+MSG_NO_HIDDEN = (
+    "The text's hidden states in {model} were not found: the keys or values of {where} are not computed from a single "
+    'sequence of the text. Cache its keys and values instead: FrozenText(..., text="keys").'
 )
 MSG_READS_LENGTHS = (
     "The number of the text's tokens in {model} depends on the values of a mask, so a graph with fixed sizes cannot "
@@ -82,6 +95,7 @@ def find_joint_attention(
     *,
     has_cross: bool,
     only_constant: bool = False,
+    hidden: bool = False,
     image: tuple[int, int, int] | None = None,
     known: Known = lambda node: None,
 ) -> Joint | None:
@@ -98,11 +112,12 @@ def find_joint_attention(
             images.
         has_cross: whether it has cross-attention.
         only_constant: whether to return None unless the keys and values are the same in all steps.
+        hidden: whether the text's sites are its hidden states before each attention, instead of its keys and values.
         image: the rows of the latents that belong to the image, if others belong to reference images (`Origins`).
         known: returns the values of masks, which may show that tokens do not attend to others.
 
     Raises:
-        UnsupportedModelError: the tokens cannot be separated from the image's.
+        UnsupportedModelError: the tokens cannot be separated from the image's, or their hidden states were not found.
     """
     # Earlier frames and images in separate inputs are also tokens of the image.
     latents = [*inputs.latents, *(node for node in inputs.conditions if "latent" in node.name)]
@@ -118,7 +133,11 @@ def find_joint_attention(
     whole = copy_graph(graph_module)
     labels = token_rows(whole.graph, origins)
     mixing = mixing_nodes(whole.graph, labels)
-    sites, sources = mark_tokens(whole.graph, labels, streams)
+    states: Mapping[Node, Sequence[Node]] = {}
+    if hidden:
+        roots = [node.name for node in (*latents, *conditions) if _is_sequence(node)]
+        states = hidden_states(whole.graph, labels, roots, model)
+    sites, sources = mark_tokens(whole.graph, labels, streams, states)
     whole.recompile()
     try:
         separated = separate_tokens(whole, origins, sources, known)
@@ -217,26 +236,32 @@ def split_times(graph: torch.fx.Graph, times: Sequence[str], known: Known) -> No
 Sources = Mapping[str, tuple[str, Stream]]
 
 
-def mark_tokens(graph: torch.fx.Graph, labels: Labels, streams: Sequence[Stream]) -> tuple[list[Site], Sources]:
+def mark_tokens(
+    graph: torch.fx.Graph, labels: Labels, streams: Sequence[Stream], hidden: Mapping[Node, Sequence[Node]]
+) -> tuple[list[Site], Sources]:
     """Return the sites of the keys and values of the tokens of `streams`, and the sources of their nodes.
 
-    The rows of these tokens in the outputs of the graph are sites as well. Where the rows are part of a larger value,
-    nodes that take them are added to `graph`. The outputs of the graph do not depend on these nodes.
+    Where `hidden` has hidden states for an attention, these are the text's sites instead of its keys and values. The
+    rows of these tokens in the outputs of the graph are sites as well. Where the rows are part of a larger value, nodes
+    that take them are added to `graph`. The outputs of the graph do not depend on these nodes.
     """
     sites: list[Site] = []
     sources: dict[str, tuple[str, Stream]] = {}
     names: list[str] = []
-    rows: list[tuple[str, Node]] = []
+    rows: list[tuple[str, Node, Sequence[Stream]]] = []
     for attention in joint_attentions(graph, labels, streams):
         path = unique_name(without_processor(innermost_call(attention.node)[1]), names)
         names.append(path)
-        rows += [(f"{path}.key", attention.keys), (f"{path}.value", attention.values)]
+        states = hidden.get(attention.node, ())
+        rows += [(f"{path}.hidden{i or ''}", node, (Stream.TEXT,)) for i, node in enumerate(states)]
+        others = [stream for stream in streams if not states or stream is not Stream.TEXT]
+        rows += [(f"{path}.key", attention.keys, others), (f"{path}.value", attention.values, others)]
     for i, node in enumerate(outputs_of(graph)):
         if isinstance(labels[node], Tokens):
-            rows.append((f"output.{i}", node))
-    for name, node in rows:
+            rows.append((f"output.{i}", node, streams))
+    for name, node, sought in rows:
         label = labels[node]
-        for stream in streams:
+        for stream in sought:
             if stream not in streams_of(label):
                 continue
             taken = _rows_of(graph, node, labels, stream)
@@ -246,6 +271,110 @@ def mark_tokens(graph: torch.fx.Graph, labels: Labels, streams: Sequence[Stream]
             fake, kind = taken.meta["val"], KINDS_OF_STREAMS[stream]
             sites.append(Site(kind, name, taken.name, tuple(fake.shape), fake.dtype, fake.dtype, of_text=True))
     return sites, sources
+
+
+def _is_sequence(node: Node) -> bool:
+    """Return whether an input may have a row of features for each token."""
+    value = node.meta.get("val")
+    return torch.is_tensor(value) and value.is_floating_point() and value.ndim >= 3
+
+
+_SLICES = {aten.slice.Tensor, aten.narrow.default}
+#: Operators that project each row of their first operand, if the second one holds weights.
+_PROJECTIONS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default}
+_SUMS = {aten.add.Tensor, aten.add_.Tensor}
+#: Operators whose results are hidden states if no block comes before.
+_BEGINNINGS = {*FUSED, *_PROJECTIONS, aten.pad_sequence.default}
+
+
+def hidden_states(
+    graph: torch.fx.Graph, labels: Labels, roots: Collection[str], model: str
+) -> dict[Node, tuple[Node, ...]]:
+    """Return the values between blocks that the text's keys and values are computed from, for each joint attention.
+
+    From a hidden state, a block computes keys and values by normalization, modulation with the timestep and linear
+    layers. It is the nearest value, before a linear layer, that all rows of the keys depend on and that is a sum of two
+    sequences (the input of a block and what the block adds to it), or where there is no block before, a concatenation
+    of tokens, the result of another linear layer, or an input. Keys and values usually have the same hidden state.
+
+    Args:
+        graph: the graph of a denoiser.
+        labels: the labels of its values.
+        roots: the names of the inputs with sequences, of latents or of a text.
+        model: the denoiser's name in messages.
+
+    Raises:
+        UnsupportedModelError: the keys or values of an attention are not computed from one value.
+    """
+    content = depends_on(graph, [node for node in graph.nodes if node.name in roots])
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    found: dict[Node, tuple[Node, ...]] = {}
+    for attention in joint_attentions(graph, labels, [Stream.TEXT]):
+        states = [_state_before(operand(attention.node, i), labels, content, order) for i in (1, 2)]
+        if any(state is None or Stream.TEXT not in streams_of(labels[state]) for state in states):
+            raise UnsupportedModelError(
+                MSG_NO_HIDDEN.format(model=model, where=innermost_call(attention.node)[1] or attention.node.name)
+            )
+        found[attention.node] = tuple(dict.fromkeys(state for state in states if state is not None))
+    return found
+
+
+def _state_before(start: Node, labels: Labels, content: Collection[Node], order: Mapping[Node, int]) -> Node | None:
+    """Return the hidden state that the keys or values `start` are computed from; None if there is not exactly one."""
+    dims = {start: rank(start) - 2}
+    queue = [(-order[start], start)]
+    is_projected = False
+    while queue:
+        node = heapq.heappop(queue)[1]
+        sources = dict(_rows_before(node, dims[node], labels, content))
+        is_sum = node.target in _SUMS and len(sources) > 1
+        is_end = node.op == "placeholder" or node.target in _BEGINNINGS or _joins_tokens(node, dims[node])
+        if is_projected and not queue and (is_sum or is_end):
+            return node  # all paths lead through it, as there is none beside it
+        if not sources:
+            return None
+        is_projected = is_projected or node.target in _PROJECTIONS
+        for source, dim in sources.items():
+            if source not in dims:
+                dims[source] = dim
+                heapq.heappush(queue, (-order[source], source))
+    return None
+
+
+def _rows_before(node: Node, dim: int, labels: Labels, content: Collection[Node]) -> Iterator[tuple[Node, int]]:
+    """Yield the operands of `node` that have the rows of the text's tokens along `dim`, with their dimension of these.
+
+    Other operands, such as weights, modulation and tables of positions, are left out.
+    """
+    if _joins_tokens(node, dim):
+        tensors = tensors_of(node)
+        for each in tensors:
+            if each in content and Stream.TEXT in streams_of(label_of_operand(each, tensors, labels)):
+                yield each, dim
+        return
+    for source in value_inputs(node):
+        if source not in content or is_size(source):
+            continue
+        if node.target in SPLITS or node.target in _SLICES:
+            yield source, dim  # all of the rows, or some of them
+            continue
+        for at in range(rank(source)):
+            same = placed(node, source, at) == dim
+            if same and same_size(size_of(_shape(source)[at]), size_of(_shape(node)[dim])):
+                yield source, at
+                break
+
+
+def _joins_tokens(node: Node, dim: int) -> bool:
+    """Return whether `node` is a concatenation along `dim`."""
+    return node.target in CATS and positive(argument(node, 1, "dim", 0), rank(node)) == dim
+
+
+def _shape(node: Node) -> torch.Size:
+    """Return the shape of the value of `node`, or of the first if it has several."""
+    value = node.meta["val"]
+    shape: torch.Size = (value[0] if isinstance(value, (list, tuple)) else value).shape
+    return shape
 
 
 def _rows_of(graph: torch.fx.Graph, node: Node, labels: Labels, stream: Stream) -> Node:

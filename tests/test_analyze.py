@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -16,6 +17,8 @@ from diffusers import HeunDiscreteScheduler
 
 from tests import tiny_pipelines
 from tests.denoiser_cases import CASES
+from tests.joint_denoisers import DENOISERS
+from tests.test_joint_attention import sd3, sd3_call
 from tgate_compile import Analysis, ConfigurationError, UnsupportedModelError, analyze, load_demo_pipeline, optimize
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.families import family_of
@@ -239,6 +242,39 @@ def test_embedded_prompts() -> None:
     analysis = analyze(tiny_pipelines.pixart(), call=call, num_inference_steps=STEPS, switch_steps=(0, STEPS))
     assert analysis.prompts == ()
     assert len(analysis.kinds["cross"].sites) == 2
+    assert analysis.trajectories is not None
+    assert analysis.trajectories.text_first.mean[0] > 1e-3
+
+
+def test_keys_and_values_of_joint_attention() -> None:
+    """In joint attention, it is the text's keys and values that may converge; the graph has them, and no module."""
+    pipe = sd3(DENOISERS["sd3"].build())
+    pipe.set_progress_bar_config(disable=True)
+    keys: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            if type(output) is torch.Tensor:  # not while the denoiser is captured
+                keys[name].append(output)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in pipe.transformer.named_modules()
+        if name.endswith("attn.norm_added_k")
+    ]
+    analysis = analyze(pipe, call=sd3_call(1), num_inference_steps=STEPS, switch_steps=(0, STEPS))
+    for handle in handles:
+        handle.remove()
+    cross = analysis.kinds["cross"]
+    assert list(analysis.kinds) == ["cross"]
+    attentions = [f"transformer.transformer_blocks.{i}.attn" for i in range(3)]
+    assert sorted(cross.sites) == sorted(f"{name}.{part}" for name in attentions for part in ("key", "value"))
+    for name in attentions:
+        own = keys[f"{name.removeprefix('transformer.')}.norm_added_k"][:STEPS]
+        expected = [(after - before).norm().item() for before, after in itertools.pairwise(own)]
+        assert list(cross.sites[f"{name}.key"].difference.mean) == pytest.approx(expected, rel=1e-4)
     assert analysis.trajectories is not None
     assert analysis.trajectories.text_first.mean[0] > 1e-3
 

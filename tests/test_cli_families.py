@@ -14,8 +14,9 @@ from diffusers import (
 )
 
 from tests import tiny_pipelines
+from tests.tiny_joint import JOINT
 from tgate_compile._cli.loading import MSG_DEVICE, Loaded, _may_replace, choose_device, choose_dtype, set_scheduler
-from tgate_compile._cli.options import FAMILIES, SCHEDULERS, Dtype, recognise
+from tgate_compile._cli.options import FAMILIES, SCHEDULERS, Dtype, gpu_dtype, recognise
 from tgate_compile._cli.settings import settings_for
 from tgate_compile._errors import ConfigurationError
 
@@ -29,6 +30,12 @@ def lcm(pipe: Any) -> Any:
 
 def embedded_guidance() -> Any:
     return tiny_pipelines.stable_diffusion(time_cond_proj_dim=16)
+
+
+def schnell() -> Any:
+    pipe = JOINT["FluxPipeline"].build()
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    return pipe
 
 
 def playground() -> Any:
@@ -48,11 +55,28 @@ def playground() -> Any:
         (lambda: lcm(tiny_pipelines.pixart()), "PixArt LCM", 4, 0.0, 1),
         (embedded_guidance, "LCM, guidance embedded", 4, 8.0, 1),
         (tiny_pipelines.controlnet, "unknown", 25, 5.0, 10),
+        (JOINT["StableDiffusion3Pipeline"].build, "StableDiffusion3", 28, 7.0, 11),
+        (JOINT["FluxPipeline"].build, "Flux", 28, 3.5, 11),  # the guidance scale is an input
+        (schnell, "FLUX.1 schnell", 4, 0.0, 1),
+        (JOINT["QwenImagePipeline"].build, "QwenImage", 50, 4.0, 20),
+        (JOINT["ZImagePipeline"].build, "ZImage", 50, 5.0, 20),
     ],
 )
 def test_families_are_recognised(build: Any, name: str, steps: int, guidance: float, gate: int) -> None:
     family = recognise(build())
     assert (family.name, family.steps, family.guidance, family.gate_step) == (name, steps, guidance, gate)
+
+
+def test_arguments_of_models_with_joint_attention() -> None:
+    qwen = recognise(JOINT["QwenImagePipeline"].build())
+    assert (qwen.scale, dict(qwen.call)) == ("true_cfg_scale", {"negative_prompt": " "})
+    loaded = Loaded(None, qwen, "", CPU, "fp32")  # type: ignore[arg-type]
+    assert {**loaded.call, **loaded.guided(3.0)} == {"negative_prompt": " ", "true_cfg_scale": 3.0}
+    flux = recognise(JOINT["FluxPipeline"].build())
+    assert (flux.scale, flux.call) == ("guidance_scale", ())
+    for name in ("StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline", "Flux2KleinPipeline"):
+        assert gpu_dtype(name) == "bf16"  # fp16 overflows in some of them
+    assert gpu_dtype("StableDiffusionPipeline") == gpu_dtype("NoSuchPipeline") == "fp16"
 
 
 def test_every_row_can_be_reached_and_the_last_takes_all() -> None:

@@ -122,6 +122,15 @@ def test_other_models_have_no_constant_text() -> None:
     assert not captured_of("FluxTransformer2DModel")[2].constant
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
+@torch.no_grad()
+def test_the_denoiser_itself_runs_after_a_capture() -> None:
+    """Nucleus-Image keeps its tables of positions from call to call, but must not keep those of a trace."""
+    denoiser, call, captured = captured_of("NucleusMoEImageTransformer2DModel")
+    (expected,) = outputs_of(denoiser, captured, specialize(captured, Phase(False)), call, {})
+    assert_same(denoiser(**call.arguments[1])[0], expected)
+
+
 def test_computed_once_on_every_backend() -> None:
     config = Config(Schedule(10))
     assert config.splits("eager")

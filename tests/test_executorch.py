@@ -18,6 +18,8 @@ from tests.comparing import difference
 from tests.exported import COMPILED_GATE as GATE
 from tests.exported import COMPILED_STEPS as STEPS
 from tests.exported import exported_compiled, least, least_pixart
+from tests.test_joint_guidance import run as denoised
+from tests.tiny_joint import JOINT
 from tests.tiny_pipelines import pixart_prompt, run
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
@@ -98,6 +100,21 @@ def test_a_transformer(tmp_path: Path) -> None:
     tgate_compile.restore(pipe)
     tgate_compile.load(pipe, folder)
     assert difference(run(pipe, steps=STEPS, **pixart_prompt()), expected) < CLOSE
+
+
+def test_joint_attention(tmp_path: Path) -> None:
+    """The caches are the text's keys and values, and the graph after the gate is without its tokens."""
+    joint = JOINT["StableDiffusion3Pipeline"]
+    pipe, call = joint.build(), joint.call(1) | {"num_inference_steps": STEPS}
+    tgate_compile.optimize(pipe, GATE, backend="eager")
+    expected = denoised(pipe, **call)
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", "executorch", call={**call, "output_type": "latent"})
+    graphs = read_bundle(folder).manifest.graphs
+    assert {spec.name.rpartition(".")[2] for spec in graphs["pruned"].cache_inputs} == {"key", "value"}
+    assert "encoder_hidden_states" not in [spec.name for spec in graphs["pruned"].inputs]
+    tgate_compile.restore(pipe)
+    tgate_compile.load(pipe, folder)
+    assert difference(denoised(pipe, **call), expected) < CLOSE
 
 
 def test_the_contents_of_a_bundle(bundle: Path) -> None:

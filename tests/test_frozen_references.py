@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,25 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 
 import tgate_compile
-from tests.comparing import assert_differ, assert_same
+from tests.comparing import assert_differ, assert_same, difference
 from tests.joint_reference import TextReference, frozen_text
 from tests.test_joint_guidance import run
 from tests.tiny_joint import JOINT, SIDE
 from tests.tiny_pipelines import stable_diffusion
 from tests.tiny_transformers import TOKENS
-from tgate_compile import FrozenReferences, FrozenText, TGate, UnsupportedModelError
+from tgate_compile import (
+    BundleError,
+    ConfigurationError,
+    FrozenReferences,
+    FrozenText,
+    TGate,
+    UnsupportedModelError,
+)
+from tgate_compile.bundle.read import read_bundle
+from tgate_compile.engine.call import Call
+from tgate_compile.pipeline import two_halves
 from tgate_compile.pipeline.optimized import required_state_of
+from tgate_compile.serve import Engine
 
 STEPS = 3
 IMAGE = 16  # tokens of the image, which come first, and of its reference
@@ -171,9 +183,57 @@ def test_without_a_reference_image(frozen: Any, caplog: pytest.LogCaptureFixture
     assert caplog.records[0].levelno == logging.WARNING
 
 
-def test_refusals(tmp_path: Any) -> None:
+def test_requests_to_an_engine(frozen: Any) -> None:
+    """The first request finds the tokens of its reference, while the others wait for nothing."""
+    calls = [KONTEXT.call() | {"num_inference_steps": steps, "output_type": "latent"} for steps in (STEPS, STEPS + 1)]
+    expected = [run(frozen, **call) for call in calls]
+    required_state_of(frozen).hook.store.image_rows.clear()
+    with Engine(frozen, max_batch=2) as engine:
+        tickets = [engine.submit({**call, "generator": torch.Generator().manual_seed(0)}) for call in calls]
+        for ticket, target in zip(tickets, expected, strict=True):
+            assert_same(ticket.result(60).images, target)
+        assert not engine.stats().errors
+
+
+@pytest.mark.heavy
+def test_in_a_bundle(tmp_path: Path) -> None:
+    pipe = optimized(KONTEXT, FrozenReferences(1))
+    call = KONTEXT.call()
+    expected = run(pipe, **call)
+    example = {**call, "num_inference_steps": STEPS, "output_type": "latent"}
+    without = {name: value for name, value in example.items() if name != "image"}
+    with pytest.raises(ConfigurationError, match="has none"):
+        tgate_compile.export(pipe, tmp_path / "bundle", call=without, dynamic=False)
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", call=example, dynamic=False)
+    tgate_compile.restore(pipe)
+    tgate_compile.load(pipe, folder)
+    assert difference(run(pipe, **call), expected) < 1e-4
+    assert tgate_compile.describe(pipe).strip == "FXX"
+    manifest = read_bundle(folder).manifest
+    assert (manifest.schema_version, manifest.denoiser.image_rows) == (4, (1, 0, IMAGE))
+    assert set(manifest.graphs) >= {"full-unguided", "references-reused-unguided"}
+    with pytest.raises(BundleError, match="supports hidden_states"):
+        run(pipe, **{name: value for name, value in call.items() if name != "image"})
+    # As many tokens, of which fewer belong to the image.
+    store: Any = required_state_of(pipe).hook.store
+    store.image_rows._rows = (1, 0, IMAGE - 4)
+    with pytest.raises(BundleError, match="this call has other reference images"):
+        run(pipe, **call)
+
+
+def test_few_of_what_was_learnt_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_halves, "MOST_KNOWN", 2)
+    known: dict[Any, Any] = {}
+    for tokens in (20, 24, 28):
+        rows = two_halves.ReferenceRows(known, "a denoiser")
+        latents = torch.arange(4.0 * tokens).reshape(1, tokens, 4)
+        call = Call.of((latents,), {})
+        rows.placed(call, latents)
+        assert not rows.learn(latents[:, :IMAGE])
+        assert known[call.key] == (1, 0, IMAGE)
+    assert len(known) == 2
+
+
+def test_refusals() -> None:
     with pytest.raises(UnsupportedModelError, match="joint attention, which UNet2DConditionModel does not have"):
         tgate_compile.optimize(stable_diffusion(), FrozenReferences(1), backend="eager")
-    pipe = optimized(KONTEXT, FrozenReferences(1))
-    with pytest.raises(UnsupportedModelError, match="Bundles do not support this"):
-        tgate_compile.export(pipe, tmp_path / "bundle", call=KONTEXT.call())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.joint_reference import TextReference, frozen_text
 from tests.test_joint_guidance import run as denoised
 from tests.tiny_joint import JOINT
 from tgate_compile import PAB, AdaptiveGuidance, FrozenText, UnsupportedModelError
+from tgate_compile.bundle.read import read_bundle
 from tgate_compile.pipeline.hook import hook_of
 
 STEPS = 6
@@ -212,6 +214,20 @@ def test_frozen_text_keeps_guidance(case: Case) -> None:
     assert tgate_compile.describe(pipe).strip == ("FFPFPP" if case.guided else "ffpfpp")
 
 
+@pytest.mark.parametrize("case", [SD3, FLUX], ids=["sd3", "flux"])
+def test_frozen_hidden_states(case: Case) -> None:
+    """The text's keys and values still follow the timestep; its hidden states take half the memory."""
+    call = case.call(1)
+    pipe, keys = optimized(case, FrozenText(2, text="hidden")), optimized(case, FrozenText(2))
+    assert_differ(run(pipe, **call), run(keys, **call))
+    hidden, both = tgate_compile.describe(pipe), tgate_compile.describe(keys)
+    assert hidden.strip == both.strip == ("FFPPPP" if case.guided else "ffpppp")
+    assert {name.rpartition(".")[2] for name in hidden.sites} == {"hidden"}
+    assert 2 * hidden.cache_bytes == both.cache_bytes
+    pruned, smaller = (next(v for v in each.variants if v.name == "pruned") for each in (hidden, both))
+    assert smaller.parameters < pruned.parameters < next(v for v in hidden.variants if v.name == "full").parameters
+
+
 def test_frozen_text_and_guidance_that_ends_later() -> None:
     """Where guidance ends, the text is computed once more: what was kept before belongs to both halves."""
     pipe = optimized(SD3, FrozenText(2) + AdaptiveGuidance(step=4))
@@ -265,6 +281,21 @@ def stored(pipe: Any) -> int:
     generation = hook_of(pipe.transformer)._active
     values = generation._caches.values(None, {"cross"}, 0).values()
     return sum({value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in values}.values())
+
+
+@pytest.mark.heavy
+def test_a_bundle_for_texts_of_any_length(tmp_path: Path) -> None:
+    """The graph after the gate takes no text, but keys and values of any length."""
+    pipe, calls = optimized(FLUX, GATE), [FLUX.call(1), {**FLUX.call(1), "prompt_embeds": text_of(1, 9, DIM, seed=77)}]
+    expected = [run(pipe, **call) for call in calls]
+    example = {**calls[0], "num_inference_steps": STEPS, "output_type": "latent"}
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", call=example, dynamic=["text"])
+    sizes = read_bundle(folder).manifest.sizes
+    assert {name: size.example for name, size in sizes.items()} == {"t": TEXT}
+    tgate_compile.restore(pipe)
+    tgate_compile.load(pipe, folder)
+    for call, target in zip(calls, expected, strict=True):
+        assert difference(run(pipe, **call), target) < 1e-4
 
 
 def test_some_blocks_only() -> None:

@@ -18,7 +18,7 @@ import tgate_compile
 from tests.comparing import assert_differ, assert_same, difference
 from tests.tiny_pipelines import pixart, pixart_prompt, run, stable_diffusion
 from tests.tiny_video import latte, latte_call
-from tgate_compile import PAB, AdaptiveGuidance, ConfigurationError, DeepCache, Schedule, TGate
+from tgate_compile import PAB, AdaptiveGuidance, ConfigurationError, DeepCache, FrozenText, Schedule, TGate
 from tgate_compile.bundle.plan_rows import MAX_STEPS, plan_from, plans_of
 from tgate_compile.methods.method import GRAPH_NAMES, REUSED, Kind, Method, Phase, Share, Timeline, methods
 from tgate_compile.methods.schedule_file import load_schedule, read_schedule, save_schedule, schedule_data
@@ -61,6 +61,7 @@ def test_methods_and_the_short_form_are_the_same(methods: Schedule, short: Sched
         (lambda: PAB(0, 1), "at least 1"),
         (lambda: PAB(begin=0.5, end=0.5), "begin < end"),
         (lambda: Schedule(None), "Nothing to do"),
+        (lambda: FrozenText(10, text="values"), 'must be "keys" or "hidden", but got \'values\''),
     ],
 )
 def test_impossible_combinations(make: Callable[[], Any], telling: str) -> None:

@@ -126,8 +126,14 @@ def test_other_pipelines(name: str) -> None:
         assert psnr(np.reshape(images, expected.shape), expected) > CLOSE, call
 
 
-def test_flow_matching_with_two_pooled_texts_and_shifted_latents() -> None:
-    schedule = {"gate_step": None, "guidance_step": GATE}
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"gate_step": None, "guidance_step": GATE},
+        pytest.param({"gate_step": GATE}, marks=pytest.mark.heavy),  # the text's keys and values are caches
+    ],
+)
+def test_flow_matching_with_two_pooled_texts_and_shifted_latents(schedule: dict[str, Any]) -> None:
     pipe = BundlePipeline(program("sd3", **schedule), threads=1)
     for prompt, call in ((PROMPT, {"negative_prompt": "cat"}), (PROMPTS, {"num_inference_steps": 9})):
         latents = noise(1 if prompt is PROMPT else 2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.utils import _pytree as pytree
 
 from tests.comparing import assert_differ, assert_same
@@ -25,11 +28,11 @@ FULL = Phase(False, emit=CROSS)
 PRUNED = Phase(False, reuse=CROSS)
 
 
-def captured_of(tiny: Tiny, denoiser: torch.nn.Module, batch: int = 2) -> Captured:
+def captured_of(tiny: Tiny, denoiser: torch.nn.Module, batch: int = 2, *, hidden: bool = False) -> Captured:
     arguments = {**tiny.call(batch, 0), "return_dict": False}
     denoiser(**arguments)  # Z-Image makes its rotary tables at the first call
     call = Call.of((), arguments)
-    return capture(denoiser, denoiser.forward, call)
+    return capture(denoiser, denoiser.forward, call, hidden=hidden)
 
 
 @torch.no_grad()
@@ -72,6 +75,71 @@ def test_frozen_text(name: str) -> None:
     # With the caches of the same step, the pruned graph computes what the full one does.
     for output, expected in zip(run(denoiser, pruned, captured, tiny.call(2, 0), caches), first, strict=True):
         assert_same(output, expected)
+
+
+#: Denoisers whose blocks take the text's hidden states as an argument.
+WITH_STATES = ("sd3", "flux")
+
+
+@contextmanager
+def frozen_states(denoiser: torch.nn.Module, states: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let each block have the text's hidden state in `states`, which is added there if it is missing."""
+
+    def hook(path: str) -> Any:
+        def replace(module: Any, args: Any, kwargs: Any) -> Any:
+            return args, {**kwargs, "encoder_hidden_states": states.setdefault(path, kwargs["encoder_hidden_states"])}
+
+        return replace
+
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    blocks = {f"{stack}.{i}": block for stack in stacks for i, block in enumerate(getattr(denoiser, stack, ()))}
+    handles = [block.register_forward_pre_hook(hook(path), with_kwargs=True) for path, block in blocks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in WITH_STATES else pytest.param(name, marks=pytest.mark.heavy) for name in DENOISERS]
+)
+@torch.no_grad()
+def test_frozen_hidden_states(name: str) -> None:
+    """The text's keys and values follow the timestep, but not the image."""
+    tiny = DENOISERS[name]
+    denoiser = tiny.build()
+    captured = captured_of(tiny, denoiser, hidden=True)
+    assert {site.name.rpartition(".")[2] for site in captured.sites} == {"hidden"}
+    assert len(captured.sites) <= tiny.joint
+    full, pruned = (specialize(captured, phase) for phase in (FULL, PRUNED))
+    count = captured.out_spec.num_leaves
+    outputs = run(denoiser, full, captured, tiny.call(2, 0))
+    caches = {(e.site.kind, e.site.name): value for e, value in zip(full.emitted, outputs[count:], strict=True)}
+    # With the caches of the same step, the pruned graph computes what the full one does.
+    for output, expected in zip(run(denoiser, pruned, captured, tiny.call(2, 0), caches), outputs[:count], strict=True):
+        assert_same(output, expected)
+    later = run(denoiser, pruned, captured, tiny.call(2, 1), caches)
+    plain = pytree.tree_leaves(denoiser(**tiny.call(2, 1), return_dict=False))
+    assert_differ(later[0], plain[0])
+    if name in WITH_STATES:
+        states: dict[str, torch.Tensor] = {}
+        with frozen_states(denoiser, states):
+            denoiser(**tiny.call(2, 0))
+            (expected,) = denoiser(**tiny.call(2, 1), return_dict=False)
+        assert_same(later[0], expected)
+
+
+@torch.no_grad()
+def test_hidden_states_of_layers_with_adapters() -> None:
+    """Keys that are sums of two linear layers are computed from one hidden state all the same."""
+    tiny = DENOISERS["sd3"]
+    denoiser: Any = tiny.build()
+    targets = ["add_k_proj", "add_v_proj", "to_k"]
+    denoiser.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    captured = captured_of(tiny, denoiser, hidden=True)
+    assert {site.name.rpartition(".")[2] for site in captured.sites} == {"hidden"}
+    assert len(captured.sites) == tiny.joint
 
 
 #: Denoisers whose code reads the lengths of texts from masks, with the number of the image's tokens, which are first.

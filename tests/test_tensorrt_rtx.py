@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import tgate_compile
 from tests.exported import GATE, STEPS, exported, plain
+from tests.tiny_joint import JOINT
 from tgate_compile import BackendError, BundleError, ConfigurationError
 from tgate_compile._cli.app import app
 from tgate_compile.bundle.manifest import Manifest
@@ -93,6 +94,19 @@ def test_engines_of_fixed_sizes(optimized: Any, tmp_path: Path) -> None:
         assert manifest.files[graph.file].size > graph.facts.parameters * torch.bfloat16.itemsize
     sample = manifest.graphs["full"].inputs[0]
     assert (sample.dtype, sample.shape) == ("bfloat16", [2, 4, 8, 8])
+
+
+@pytest.mark.heavy
+def test_engines_of_joint_attention(tmp_path: Path) -> None:
+    """The caches are the text's keys and values, and the engine after the gate is without its tokens."""
+    joint = JOINT["StableDiffusion3Pipeline"]
+    pipe = tgate_compile.optimize(joint.build(), GATE, backend="eager")
+    call = {**joint.call(1), "num_inference_steps": STEPS, "output_type": "latent"}
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", "tensorrt-rtx", call=call, dynamic=False)
+    graphs = manifest_of(folder).graphs
+    assert {spec.name.rpartition(".")[2] for spec in graphs["pruned"].cache_inputs} == {"key", "value"}
+    assert "encoder_hidden_states" not in [spec.name for spec in graphs["pruned"].inputs]
+    assert (folder / graphs["pruned"].file).stat().st_size < (folder / graphs["full"].file).stat().st_size
 
 
 @pytest.mark.heavy

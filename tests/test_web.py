@@ -265,6 +265,7 @@ def test_other_servers_have_one_thread(tiny: Path, browser: Any) -> None:
         ("sdxl", {}),
         ("sd", {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}),
         ("sd3", {"gate_step": None, "guidance_step": 4}),
+        ("sd3", {"gate_step": 4}),
     ],
 )
 def test_other_pipelines_and_schedules(

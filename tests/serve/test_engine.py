@@ -391,9 +391,3 @@ def test_adapters_for_each_request() -> None:
     assert_same(alone(pipe, call_of()), expected[0])
     for left, right in itertools.pairwise(expected):
         assert_differ(left, right)
-
-
-def test_frozen_references_are_refused() -> None:
-    pipe = tgate_compile.optimize(stable_diffusion_3(), tgate_compile.FrozenReferences(1), backend="eager")
-    with pytest.raises(tgate_compile.ConfigurationError, match="FrozenReferences, which an Engine cannot serve yet"):
-        Engine(pipe)

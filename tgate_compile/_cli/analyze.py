@@ -80,7 +80,7 @@ def analyze(
     loaded = loading.load(model)
     settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)
     print_chosen(loaded, loading, image, settings)
-    call: dict[str, Any] = {**loaded.call, "guidance_scale": settings.guidance, **image.size}
+    call: dict[str, Any] = {**loaded.call, **loaded.guided(settings.guidance), **image.size}
     with make_progress(shown=not json) as progress:
         task = progress.add_task("text in all steps", total=None)
         analysis = tgate_compile.analyze(

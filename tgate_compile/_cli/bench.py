@@ -211,7 +211,7 @@ def _load(
         call = {**loaded.call, "prompt": prompt, **image.size}
     settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=gate_step)
     print_chosen(loaded, loading, image, settings, Schedule(settings.gate_step) if gate_step is None else None)
-    call |= {"guidance_scale": settings.guidance, "num_inference_steps": settings.steps}
+    call |= {**loaded.guided(settings.guidance), "num_inference_steps": settings.steps}
     return loaded.pipe, call, settings.steps, settings.gate
 
 

@@ -154,7 +154,7 @@ def _compare_one(
         seeds=seeds_for(texts, seed),
         steps=settings.steps,
         gate=settings.gate,
-        call={**loaded.call, "guidance_scale": settings.guidance, **image.size},
+        call={**loaded.call, **loaded.guided(settings.guidance), **image.size},
         backend=backend,
     )
     return compare_model(name, loaded.pipe, task, judged=embedded_name(name) is not None, progress=progress)

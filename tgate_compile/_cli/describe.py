@@ -49,8 +49,8 @@ def describe(
     loaded = loading.load(model)
     settings, chosen = chosen_for(loaded, loading, image, schedule, shown=not json)
     pipe = tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
-    call: dict[str, Any] = {"prompt": "", "guidance_scale": settings.guidance, "output_type": "latent", **loaded.call}
-    call |= image.size
+    call: dict[str, Any] = {"prompt": "", "output_type": "latent", **loaded.call, **image.size}
+    call |= loaded.guided(settings.guidance)
     with ERR.status("Capturing the graphs"):
         from tgate_compile._cli.console import planned_calls, work_of
 

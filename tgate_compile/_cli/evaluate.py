@@ -129,7 +129,7 @@ def evaluate(
     settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)
     if first:
         print_chosen(loaded, loading, image, settings)
-    call: dict[str, Any] = {**loaded.call, "guidance_scale": settings.guidance, **image.size}
+    call: dict[str, Any] = {**loaded.call, **loaded.guided(settings.guidance), **image.size}
     if negative_prompt is not None:
         call["negative_prompt"] = negative_prompt
     with make_progress(shown=first and not json) as progress:

@@ -116,7 +116,7 @@ def export(
         quantization = {"calibration_prompts": demo_prompts(CALIBRATION_PROMPTS), **quantization}
     tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
     call: dict[str, Any] = {"prompt": "", **loaded.call, **image.size}
-    call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
+    call |= {"num_inference_steps": settings.steps, **loaded.guided(settings.guidance)}
     if num_images > 1:
         call["num_images_per_prompt"] = num_images
     folder = tgate_compile.export(

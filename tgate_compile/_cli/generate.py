@@ -125,10 +125,8 @@ def _run(
     with make_progress(shown=shown) as progress, steps_shown(loaded.pipe, progress, "Denoising"):
         began = time.perf_counter()
         images = loaded.pipe(
-            **loaded.call,
-            **call,
+            **{**loaded.call, **call, **loaded.guided(settings.guidance)},
             num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
             num_images_per_prompt=len(seeds),
             generator=generators,
         ).images

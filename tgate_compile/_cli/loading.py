@@ -259,7 +259,11 @@ class Loaded:
     @property
     def call(self) -> Mapping[str, Any]:
         """Arguments that every call of the pipeline needs."""
-        return {} if self.embedded is None else self.embedded.call
+        return dict(self.family.call) if self.embedded is None else self.embedded.call
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        """Return the argument of the pipeline's call for a guidance scale."""
+        return {self.family.scale: scale}
 
 
 def load(
@@ -307,7 +311,10 @@ def load(
         set_scheduler(pipe, scheduler)
     family = EMBEDDED if embedded == DEFAULT_EMBEDDED else recognise(pipe)
     if variant is not None and family is not EMBEDDED:
-        family = replace(family, name=f"embedded {embedded}", steps=variant.steps, guidance=variant.guidance)
+        gate = round(variant.steps * family.gate_step / family.steps)
+        family = replace(
+            family, name=f"embedded {embedded}", steps=variant.steps, guidance=variant.guidance, gate_step=max(1, gate)
+        )
     if scheduler is None and family.scheduler is not None and _may_replace(pipe.scheduler, family):
         logger.info("%s: %s instead of %s", family.name, family.scheduler, type(pipe.scheduler).__name__)
         set_scheduler(pipe, family.scheduler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -292,6 +293,8 @@ class Family:
         scheduler: replaces a scheduler in `replaced`; None keeps the checkpoint's own.
         replaced: schedulers that checkpoints of the family have only because of their age or by convention.
         gpu_dtype: the number format on a GPU.
+        scale: the argument of the pipeline's call that is the guidance scale.
+        call: further arguments of every call.
     """
 
     name: str
@@ -304,11 +307,14 @@ class Family:
     scheduler: str | None = None
     replaced: frozenset[str] = frozenset()
     gpu_dtype: str = "fp16"
+    scale: str = "guidance_scale"
+    call: tuple[tuple[str, Any], ...] = ()
 
 
 _SD = frozenset({"StableDiffusionPipeline"})
 _SDXL = frozenset({"StableDiffusionXLPipeline"})
 _PIXART = frozenset({"PixArtAlphaPipeline", "PixArtSigmaPipeline"})
+_FLUX = frozenset({"FluxPipeline"})
 _LCM = frozenset({"LCMScheduler"})
 _EDM = frozenset({"EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"})
 _ANY_OTHER = frozenset(
@@ -321,8 +327,10 @@ _SLOWER = frozenset({"DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"}
 #: The embedded pipeline has a separate row, with the settings at which it was measured.
 EMBEDDED = Family("embedded", 25, 5.0, 10)
 
-#: The first row that matches is used. Gates: tables 1 and 3 of arXiv 2404.02747, and the authors' README.
+#: The first row that matches is used. Gates: tables 1 and 3 of arXiv 2404.02747, and the authors' README. Models with
+#: joint attention have a row only if their settings are not the defaults of their pipeline's call (`_own_defaults`).
 FAMILIES: tuple[Family, ...] = (
+    Family("FLUX.1 schnell", 4, 0.0, 1, pipelines=_FLUX, guidance_embedded=False, gpu_dtype="bf16"),
     # The guidance scale goes into the denoiser; 8 is the scale that the LCM authors distilled for.
     Family("LCM, guidance embedded", 4, 8.0, 1, guidance_embedded=True, scheduler="lcm", replaced=_ANY_OTHER),
     Family("PixArt LCM", 4, 0.0, 1, pipelines=_PIXART, schedulers=_LCM, gpu_dtype="bf16"),
@@ -353,21 +361,61 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 def recognise(pipe: Any) -> Family:
     """Return the family of a loaded pipeline."""
+    from tgate_compile.engine.families import has_joint_attention  # PyTorch takes seconds
+
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    embedded = getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None
+    is_joint = has_joint_attention(type(denoiser))
+    config = getattr(denoiser, "config", None)
+    embedded = bool(getattr(config, "time_cond_proj_dim", None) or getattr(config, "guidance_embeds", None))
     for family in FAMILIES:
+        if is_joint and family.pipelines is None:
+            continue  # these have the paper's settings, which are those of models with cross-attention
         if (
             (family.pipelines is None or type(pipe).__name__ in family.pipelines)
             and (family.schedulers is None or type(pipe.scheduler).__name__ in family.schedulers)
             and (family.guidance_embedded is None or family.guidance_embedded == embedded)
         ):
             return family
-    raise AssertionError("the last row matches everything")
+    assert is_joint, "the last row matches everything else"
+    return _own_defaults(type(pipe))
+
+
+#: The share of the steps before the gate, for models with joint attention: about that of the paper's models.
+_JOINT_GATE = 0.4
+
+
+def _own_defaults(pipeline: type) -> Family:
+    """Return a family with the steps and the guidance scale that are the defaults of a pipeline's call.
+
+    Where `true_cfg_scale` is on by default (Qwen-Image), it is the guidance scale, and needs a negative prompt.
+    """
+    given = {name: parameter.default for name, parameter in inspect.signature(pipeline.__call__).parameters.items()}
+    numbers = {name: default for name, default in given.items() if isinstance(default, (int, float))}
+    steps = int(numbers.get("num_inference_steps", FAMILIES[-1].steps))
+    is_true = numbers.get("true_cfg_scale", 0) > 1
+    scale = "true_cfg_scale" if is_true else "guidance_scale"
+    guidance = float(numbers.get(scale, FAMILIES[-1].guidance))
+    call = (("negative_prompt", " "),) if is_true else ()
+    name, gate = pipeline.__name__.removesuffix("Pipeline"), max(1, round(_JOINT_GATE * steps))
+    return Family(name, steps, guidance, gate, gpu_dtype="bf16", scale=scale, call=call)
 
 
 def gpu_dtype(pipeline_class: str) -> str:
     """Return the number format for a pipeline class on a GPU, which must be known before anything is loaded."""
-    return next((f.gpu_dtype for f in FAMILIES if f.pipelines and pipeline_class in f.pipelines), "fp16")
+    known = next((f.gpu_dtype for f in FAMILIES if f.pipelines and pipeline_class in f.pipelines), None)
+    return known or ("bf16" if _has_joint_attention(pipeline_class) else "fp16")
+
+
+def _has_joint_attention(pipeline_class: str) -> bool:
+    """Return whether the pipeline of diffusers with this name has a denoiser with joint attention."""
+    import diffusers
+
+    from tgate_compile.engine.unsupported import JOINT_ATTENTION
+
+    kind = getattr(diffusers, pipeline_class, None)
+    parameter = inspect.signature(kind).parameters.get("transformer") if isinstance(kind, type) else None
+    annotation = getattr(parameter, "annotation", "")
+    return str(getattr(annotation, "__name__", annotation)) in JOINT_ATTENTION
 
 
 MSG_NO_PROMPTS = (

@@ -83,7 +83,7 @@ def schedule_for(
             loaded.pipe,
             prompts,
             num_inference_steps=settings.steps,
-            call={**loaded.call, "guidance_scale": settings.guidance, **size},
+            call={**loaded.call, **loaded.guided(settings.guidance), **size},
             progress=lambda done, total, what: progress.update(
                 bar, completed=done, total=total, description=f"Measuring schedules: {what}"
             ),

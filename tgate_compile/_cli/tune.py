@@ -68,7 +68,7 @@ def tune(
     loaded = loading.load(model)
     settings = settings_for(loaded, steps=image.steps, guidance=image.guidance, gate_step=None, tgate=False)
     print_chosen(loaded, loading, image, settings)
-    call: dict[str, Any] = {**loaded.call, "guidance_scale": settings.guidance, **image.size}
+    call: dict[str, Any] = {**loaded.call, **loaded.guided(settings.guidance), **image.size}
     common: dict[str, Any] = {"num_inference_steps": settings.steps, "seeds": seeds or (0,), "call": call}
     with make_progress(shown=not json) as progress:
         task = progress.add_task("plain", total=None)

@@ -122,7 +122,7 @@ def _export(
     settings, chosen = chosen_for(loaded, loading, image, schedule, shown=shown)
     tgate_compile.optimize(loaded.pipe, schedule=chosen, backend="eager")
     call = {"prompt": "", **loaded.call, **image.size}
-    call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
+    call |= {"num_inference_steps": settings.steps, **loaded.guided(settings.guidance)}
     tgate_compile.export(loaded.pipe, folder, call=call, dynamic=False, components="all", progress=show)
     return demo_prompts(6) if loaded.is_embedded else []
 

@@ -106,6 +106,7 @@ class _Recorder:
 
     def __init__(self, store: VariantStore, runs: Mapping[Phase, Mapping[int, int]]) -> None:
         self.denoiser = store.denoiser
+        self.image_rows = store.image_rows
         self.folder = store.folder
         self.count: Counter[Phase] = Counter()
         self.calls: dict[Phase, list[Recorded]] = defaultdict(list)

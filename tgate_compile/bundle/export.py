@@ -36,6 +36,11 @@ from tgate_compile.pipeline.optimized import preview, required_state_of
 
 logger = logging.getLogger(__name__)
 
+MSG_NO_REFERENCE = (
+    "The schedule freezes reference images (FrozenReferences), but the call that the bundle is made for has none. Pass "
+    "the arguments of a call of this {pipeline} with a reference image, such as call={{'image': image, 'prompt': ''}}."
+)
+
 #: The choices of `components`: the denoiser's graphs only, or everything needed to turn a prompt into an image.
 COMPONENTS = ("denoiser", "all")
 
@@ -68,10 +73,10 @@ def export(
             edge devices.
         call: arguments of the pipeline's call, which determine the shapes that are not dynamic. The steps of this call
             are the example in the manifest. The default is an empty prompt and the pipeline's own defaults.
-        dynamic: the sizes that each call may choose, out of `"batch"` (prompts and images at a time), `"height"` and
-            `"width"`. True means as many as the denoiser permits: all three, only the batch (for transformers that
-            compute tables from the size), or none. False means none, and so does True for the formats whose graphs have
-            fixed sizes, `executorch` and `coreml`.
+        dynamic: the sizes that each call may choose, out of `"batch"` (prompts and images at a time), `"height"`,
+            `"width"` and `"text"` (the number of tokens of a prompt). True means as many of the first three as the
+            denoiser permits: all, only the batch (for transformers that compute tables from the size), or none. False
+            means none, and so does True for the formats whose graphs have fixed sizes, `executorch` and `coreml`.
         format_options: options of the format, described in `docs/guides/exporting.md`; `onnx` has none, `aoti` has
             `target`.
         components: `"all"` also writes the text encoders, the tokenizers and the VAE decoder, so that
@@ -144,16 +149,12 @@ def export(
             f"This schedule estimates predictions ({hook.config.schedule.estimating.title}), which is computed between "
             "the graphs, and the runtimes of bundles do not do that. Leave the method out."
         )
-    if "reference" in hook.config.schedule.kinds:
-        raise UnsupportedModelError(
-            "This schedule freezes reference images (FrozenReferences), whose place among the tokens is known only "
-            "while the pipeline runs. Bundles do not support this: leave the method out."
-        )
     if values_read(hook.denoiser):
         raise UnsupportedModelError(
             f"The graphs of {type(hook.denoiser).__name__} are valid only for inputs with the same values "
-            f"({', '.join(values_read(hook.denoiser))}), such as prompts of one length, so a bundle of them would be "
-            "of little use. Use the optimized pipeline, which captures a graph for each length."
+            f"({', '.join(values_read(hook.denoiser))}), such as prompts of one length, and a generation with guidance "
+            "has a prompt and a negative prompt of different lengths. Use the optimized pipeline, which captures a "
+            "graph for each length."
         )
     check_can_write(format)
     rounded, quantized = rounded_input(hook.denoiser), wrapped_weight(hook.denoiser)
@@ -199,6 +200,8 @@ def export(
     with exclusive(), _stages(progress) as report:
         report("Capturing the graphs")
         plan = preview(pipe, call)[component]
+        if "reference" in hook.config.schedule.kinds and all(call.image is None for _, call in plan.graphs):
+            raise ConfigurationError(MSG_NO_REFERENCE.format(pipeline=pipeline))
         write_bundle(
             pipe,
             component,
@@ -257,8 +260,8 @@ def _free(dynamic: object, format: str) -> Collection[FreeSize] | None:
         return ()
     if isinstance(dynamic, str) or not isinstance(dynamic, Collection) or not set(dynamic) <= set(SYMBOLS):
         raise ConfigurationError(
-            'dynamic must be True (whatever the denoiser permits), False, or a list of names out of "batch", '
-            f'"height" and "width", but got {dynamic!r}.'
+            'dynamic must be True (whatever the denoiser permits), False, or a list of names out of "batch", "height", '
+            f'"width" and "text", but got {dynamic!r}.'
         )
     if fixed and dynamic:
         raise ConfigurationError(

@@ -12,9 +12,9 @@ from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import Scheme
 from tgate_compile.methods.method import Half, Kind, Phase
 
-#: Version 2 has graphs that are split by binding time, version 3 forecasts. Bundles are written in the lowest version
-#: that has what they need.
-SCHEMA_VERSION = 3
+#: Version 2 has graphs that are split by binding time, version 3 forecasts, version 4 reference images. Bundles are
+#: written in the lowest version that has what they need.
+SCHEMA_VERSION = 4
 
 MANIFEST_FILE = "manifest.json"
 GRAPHS_FOLDER = "graphs"
@@ -98,9 +98,7 @@ class PhaseSpec(_Strict):
     guided: bool = Field(description="Whether the batch has both guidance halves.")
     reuse: list[Kind] = Field(description="The kinds of cached values that are inputs.")
     emit: list[Kind] = Field(description="The kinds of cached values that are outputs, unmerged.")
-    merge: list[Kind] = Field(
-        description="The kinds of cached values that are outputs, merged over the guidance halves."
-    )
+    merge: list[Kind] = Field(description="The kinds of cached values that are outputs, merged over both halves.")
 
 
 class Deviation(_Strict):
@@ -157,9 +155,7 @@ class Graph(_Strict):
     """A graph of the denoiser. ONNX files take their weights from the bundle's weights file."""
 
     file: Name
-    entry: Name | None = Field(
-        description="The name of the graph in a file with several; null if the file has only one."
-    )
+    entry: Name | None = Field(description="The graph's name in a file with several; null if the file has only one.")
     phase: PhaseSpec
     stage: Stage = Field(
         default="step",
@@ -255,6 +251,10 @@ class Denoiser(_Strict):
         "latents. Empty if no graph is split by binding time.",
     )
     constants: dict[Name, Constant] = Field(description="The other arguments, whose values are fixed in the graphs.")
+    image_rows: tuple[Count, Count, Count] | None = Field(
+        default=None,
+        description="The dimension, start and stop of the image's rows in the latents; null if it has all.",
+    )
     returns: Returns
 
 
@@ -450,7 +450,7 @@ class Manifest(_Strict):
     quantization: Quantization | None = Field(
         default=None, description="Null if everything is in the denoiser's own dtype."
     )
-    sizes: dict[Name, FreeSize] = Field(description="The names in shapes: b prompts, latents of height h and width w.")
+    sizes: dict[Name, FreeSize] = Field(description="The names in shapes: b prompts, latents of h by w, t text tokens.")
     graphs: dict[Name, Graph] = Field(min_length=1)
     wiring: list[Wire]
     example: Example

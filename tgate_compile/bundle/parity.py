@@ -107,6 +107,14 @@ def _choices(example: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) 
     ]
 
 
+def _resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a tensor of another shape with the same values, repeated or cut off."""
+    for dim, size in enumerate(shape):
+        if tensor.shape[dim] != size:
+            tensor = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
+    return tensor
+
+
 def _random_inputs(planned: PlannedGraph, sizes: Mapping[str, int]) -> list[torch.Tensor]:
     """Return normally distributed latents, text embeddings and caches; timesteps and masks are those of the call.
 
@@ -119,7 +127,7 @@ def _random_inputs(planned: PlannedGraph, sizes: Mapping[str, int]) -> list[torc
         dtype = node.meta["val"].dtype
         shape = shape_at([size_of(size, symbols) for size in shape_of(node)], sizes)
         if isinstance(given, torch.Tensor) and not (given.is_floating_point() and given.ndim > 1):
-            return given.cpu()[:1].expand(shape).contiguous() if shape != tuple(given.shape) else given.cpu()
+            return _resized(given.cpu(), shape)
         return torch.randn(shape, generator=generator).to(dtype)
 
     values: dict[str, torch.Tensor] = {}

@@ -34,7 +34,7 @@ from tgate_compile.bundle.manifest import (
 from tgate_compile.bundle.read_manifest import Size, names_in, shape_at, solvable_names
 from tgate_compile.bundle.weights import dtype_name
 from tgate_compile.engine.call import Call
-from tgate_compile.engine.capture import SYMBOLS, FreeSize, free_shapes
+from tgate_compile.engine.capture import SYMBOLS, TEXT_ARGUMENT, FreeSize, free_shapes
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.engine.weights import live_tensors
 from tgate_compile.methods.method import Kind, Phase
@@ -74,6 +74,7 @@ class PlannedGraph:
         names: the names of the arguments in the bundle, by those of the graph's inputs.
         weights: the weights of the variant, in its order; the denoiser's own tensors, not copies.
         units: see `FreeShapes`; empty if no size is free.
+        image: see `Call`.
         stage: whether it is the prelude or the table of a variant, or the step: the rest, or all of it.
         early: the prelude and the table that return some of its inputs.
     """
@@ -85,6 +86,7 @@ class PlannedGraph:
     names: Mapping[str, str]
     weights: tuple[torch.Tensor, ...]
     units: Mapping[str, int]
+    image: tuple[int, int, int] | None = None
     stage: Stage = "step"
     early: tuple[PlannedGraph, ...] = ()
 
@@ -182,7 +184,7 @@ def _with_float_timestep(call: Call, names: Sequence[str]) -> Call:
         leaf.float() if name in TIMESTEPS and torch.is_tensor(leaf) and not leaf.is_floating_point() else leaf
         for name, leaf in zip(names, call.leaves, strict=True)
     ]
-    return Call(tuple(leaves), call.spec)
+    return replace(call, leaves=tuple(leaves))
 
 
 def graph_name(phase: Phase) -> str:
@@ -219,6 +221,7 @@ def _planned(
         dict(zip(captured.input_names, names, strict=True)),
         _weights_of(variant, live),
         units,
+        call.image,
     )
 
 
@@ -269,8 +272,8 @@ def _emission_name(emission: Emission, whole: set[tuple[Kind, str]]) -> str:
     return cache_name(site) + (".merged" if emission.merged and (site.kind, site.name) in whole else "")
 
 
-#: The dimension of the latents that each free size belongs to.
-LATENTS_DIMENSION: Mapping[str, int] = {SYMBOLS["batch"]: 0, SYMBOLS["height"]: -2, SYMBOLS["width"]: -1}
+#: The dimension that each free size is: of the text, or else of the latents.
+_DIMENSION: Mapping[str, int] = {SYMBOLS["batch"]: 0, SYMBOLS["height"]: -2, SYMBOLS["width"]: -1, SYMBOLS["text"]: 1}
 
 
 def describe_graph(planned: PlannedGraph, file: str, entry: str | None, nodes: int) -> Graph:
@@ -321,15 +324,19 @@ def inputs_of(planned: PlannedGraph) -> list[torch.fx.Node]:
 
 def symbols_of(planned: PlannedGraph) -> dict[sympy.Symbol, str]:
     """Return the manifest's names for the free sizes of the graph, by torch's symbols in the latents' shape."""
-    nodes = planned.captured.program.graph.nodes
-    shape = shape_of(next(node for node in nodes if node.name == planned.captured.latents))
+    nodes = {planned.names.get(node.name): node for node in planned.captured.program.graph.nodes}
     symbols: dict[sympy.Symbol, str] = {}
     for name in planned.units:
-        size = shape[LATENTS_DIMENSION[name]]
+        size = shape_of(nodes[_argument_of(planned, name)])[_DIMENSION[name]]
         assert isinstance(size, torch.SymInt), f"{name} was left free, and is {size}"
         (symbol,) = size.node.expr.free_symbols
         symbols[symbol] = name
     return symbols
+
+
+def _argument_of(planned: PlannedGraph, name: str) -> str:
+    """Return the argument whose shape has the free size `name`."""
+    return TEXT_ARGUMENT if name == SYMBOLS["text"] else planned.latents
 
 
 def size_of(size: int | torch.SymInt, symbols: Mapping[sympy.Symbol, str]) -> Size:
@@ -375,16 +382,21 @@ def choose_sizes(
 
 def example_sizes(planned: PlannedGraph) -> dict[str, int]:
     """Return the values of the free sizes in the example call of `planned`."""
-    latents = planned.arguments[planned.latents]
-    assert isinstance(latents, torch.Tensor)
-    return {name: latents.shape[LATENTS_DIMENSION[name]] // unit for name, unit in planned.units.items()}
+    found = {}
+    for name, unit in planned.units.items():
+        value = planned.arguments[_argument_of(planned, name)]
+        assert isinstance(value, torch.Tensor)
+        found[name] = value.shape[_DIMENSION[name]] // unit
+    return found
 
 
 def other_sizes(example: Mapping[str, int]) -> dict[str, int]:
-    """Return sizes that differ from `example`: a larger batch, and half the height to limit the cost."""
+    """Return sizes that differ from `example`: a larger batch, a longer text, and half the height to limit the cost."""
     other = dict(example)
     if SYMBOLS["batch"] in other:
         other[SYMBOLS["batch"]] += 1
+    if SYMBOLS["text"] in other:
+        other[SYMBOLS["text"]] += 1
     if SYMBOLS["height"] in other:
         other[SYMBOLS["height"]] = other[SYMBOLS["height"]] // 2 or 2
     return other

@@ -22,10 +22,17 @@ from tgate_compile.engine.compiled import EarlyValues
 from tgate_compile.engine.weights import Watch, live_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Binding, Captured, Emission, Site, Variant
+from tgate_compile.pipeline.two_halves import Rows
 
 MSG_CHANGED = (
     "The weights or modules of the denoiser have changed since the bundle {folder} was loaded, but the bundle has the "
     "old ones{what}. Call tgate_compile.restore(pipe), then optimize(pipe, ...) for the changed model."
+)
+
+
+MSG_OTHER_REFERENCES = (
+    "The bundle {folder} was made for calls {rows}, but this call has other reference images, or none. Call the "
+    "pipeline with a reference image of the size that the bundle was exported with, or export a bundle for this one."
 )
 
 
@@ -117,6 +124,34 @@ class BundledGraph:
         return self.put(outputs)
 
 
+class _FixedRows(dict[Hashable, Rows]):
+    """The rows of the image in a bundle's graphs, for every call, in place of what `ReferenceRows` learns."""
+
+    def __init__(self, rows: Rows, folder: str) -> None:
+        super().__init__()
+        self._rows = rows
+        self._folder = folder
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __getitem__(self, key: Hashable) -> Rows:
+        return self._rows
+
+    def get(self, key: Hashable, default: Any = None) -> Rows:
+        """Return the rows."""
+        return self._rows
+
+    def update(self, found: Mapping[Hashable, Rows]) -> None:  # type: ignore[override]
+        """Raise BundleError if the rows `found` in a call are others."""
+        if any(rows != self._rows for rows in found.values()):
+            raise BundleError(MSG_OTHER_REFERENCES.format(folder=self._folder, rows=_in_words(self._rows)))
+
+
+def _in_words(rows: Rows) -> str:
+    return "without a reference image" if rows is None else f"whose image has the tokens {rows[1]} to {rows[2] - 1}"
+
+
 class BundleStore:
     """The graphs of `bundle` for `denoiser`, each opened by `functions` when it is first needed.
 
@@ -144,6 +179,10 @@ class BundleStore:
         self._opened: dict[tuple[Hashable, Phase], BundledGraph] = {}
         manifest = bundle.manifest
         self._functions = functions
+        rows = manifest.denoiser.image_rows
+        self.image_rows: dict[Hashable, Rows] = _FixedRows(
+            None if rows is None else (rows[0], rows[1], rows[2]), self.folder
+        )
         self._put = unflatten_as(manifest.denoiser.returns, denoiser, manifest.pipeline.diffusers)
         self._watch = Watch(denoiser)
         self._modules = self._watch.fingerprint

@@ -161,7 +161,7 @@ def write_bundle(
             )
         manifest = m.Manifest(
             format="tgate_compile.bundle",
-            schema_version=3 if hook.config.schedule.forecasts else 2 if is_split(described) else 1,
+            schema_version=_version(hook, described, denoiser),
             pipeline=m.Pipeline(
                 class_name=type(pipe).__name__,
                 diffusers=diffusers.__version__,
@@ -197,12 +197,26 @@ _SINCE_3: Mapping[str, Any] = {
     "method": {"forecasts": True, "plans": {"width": True, "phases": {"__all__": {"weights"}}}},
     "example": {"steps": {"__all__": {"weights"}}},
 }
+_SINCE_4: Mapping[str, Any] = {"denoiser": {"image_rows"}}
+
+
+def _version(hook: GatedDenoiser, graphs: Mapping[str, m.Graph], denoiser: m.Denoiser) -> int:
+    """Return the lowest schema version that has what the bundle needs."""
+    if denoiser.image_rows is not None:
+        return 4
+    return 3 if hook.config.schedule.forecasts else 2 if is_split(graphs) else 1
 
 
 def as_json(manifest: m.Manifest) -> str:
     """Return the text of a manifest file, with the keys of its schema version only."""
-    version = manifest.schema_version
-    left_out: Any = {**(_SINCE_2 if version < 2 else {}), **(_SINCE_3 if version < 3 else {})}
+    left_out: dict[str, Any] = {}
+    for version, keys in ((2, _SINCE_2), (3, _SINCE_3), (4, _SINCE_4)):
+        if manifest.schema_version < version:
+            left_out = {
+                **left_out,
+                **keys,
+                "denoiser": {*left_out.get("denoiser", ()), *keys.get("denoiser", ())},
+            }
     return manifest.model_dump_json(indent=1, exclude=left_out) + "\n"
 
 
@@ -321,6 +335,7 @@ def _denoiser(component: str, hook: GatedDenoiser, planned: PlannedGraph, progre
         latents=planned.latents,
         bindings={name: binding_in_bundle(name) for name in arguments},
         constants=constants,  # type: ignore[arg-type]
+        image_rows=planned.image,
         returns=returns,
     )
 

@@ -29,12 +29,14 @@ from tgate_compile.passes.find_sites import Inputs, count_roles, find_attention,
 from tgate_compile.passes.graphs import Binding, Captured, Site, flat_program, outputs_of
 from tgate_compile.passes.separate_tokens import Joint, find_joint_attention
 
-FreeSize = Literal["batch", "height", "width"]
+FreeSize = Literal["batch", "height", "width", "text"]
 
-#: The symbol of each free size in shapes: `[2*b, 4, 8*h, 8*w]`.
-SYMBOLS: Mapping[FreeSize, str] = {"batch": "b", "height": "h", "width": "w"}
+#: The symbol of each free size in shapes: `[2*b, 4, 8*h, 8*w]`, and `[2*b, t, 768]` for a text of any length.
+SYMBOLS: Mapping[FreeSize, str] = {"batch": "b", "height": "h", "width": "w", "text": "t"}
+#: The argument whose second dimension is the length of the text.
+TEXT_ARGUMENT = "encoder_hidden_states"
 #: The upsampling layers of diffusers branch at a batch of 64, which 31 prompts under guidance do not reach.
-LARGEST: Mapping[FreeSize, int] = {"batch": 31, "height": 1024, "width": 1024}
+LARGEST: Mapping[FreeSize, int] = {"batch": 31, "height": 1024, "width": 1024, "text": 1024}
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,18 @@ def free_shapes(
 
     A tensor has the batch in its first dimension if that has the size of the latents' batch, unless both halves share
     the tensor. A tensor with as many dimensions as the latents has their height and width, or a whole fraction of them
-    (a ControlNet's residuals).
+    (a ControlNet's residuals). A tensor of the text has its length in its second dimension, or in its first if it has
+    no batch.
+
+    Raises:
+        CaptureError: the length of the text is to be left free, but the denoiser takes no text of a known form.
     """
     if not free:
         return FreeShapes(call, None, {})
     args, kwargs = call.opened_arguments
-    latents = latents_of(inspect.signature(forward).bind(*args, **kwargs).arguments)
+    arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+    latents = latents_of(arguments)
+    of_text = _text_dims(denoiser, arguments) if "text" in free else {}
     per_prompt = 2 if guided else 1
     batch = latents.shape[0]
     repeated, shared = (
@@ -87,7 +95,7 @@ def free_shapes(
         if not torch.is_tensor(leaf):
             leaves.append(leaf)
             continue
-        spec: dict[int, Any] = {}
+        spec: dict[int, Any] = {of_text[id(leaf)]: dims["text"]} if id(leaf) in of_text else {}
         has_batch = leaf.ndim > 0 and leaf.shape[0] == batch and id(leaf) not in shared
         if "batch" in free and (has_batch or id(leaf) in repeated):
             spec[0] = _times(leaf.shape[0] // batch * per_prompt, dims["batch"])
@@ -105,8 +113,26 @@ def free_shapes(
     for tensor, spec in specs:
         if spec:
             shapes[tensor] = spec
-    units = {"batch": per_prompt, "height": step, "width": step}
-    return FreeShapes(Call(tuple(leaves), call.spec), shapes, {SYMBOLS[name]: units[name] for name in dims})
+    units = {"batch": per_prompt, "height": step, "width": step, "text": 1}
+    free_call = dataclasses.replace(call, leaves=tuple(leaves))
+    return FreeShapes(free_call, shapes, {SYMBOLS[name]: units[name] for name in dims})
+
+
+def _text_dims(denoiser: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[int, int]:
+    """Return the dimension of the text's tokens in each tensor that has it, by the id of the tensor."""
+    states = arguments.get(TEXT_ARGUMENT)
+    if not torch.is_tensor(states) or states.ndim != 3:
+        raise CaptureError(
+            f"The length of the text cannot be left free: {type(denoiser).__name__} is not called with a tensor of "
+            f'three dimensions called {TEXT_ARGUMENT}. Leave "text" out of dynamic.'
+        )
+    found = {id(states): 1}
+    for name, leaf in named_leaves(arguments):
+        if torch.is_tensor(leaf) and leaf.ndim >= 2 and binding_of(name) == "prompt" and "pooled" not in name:
+            dim = next((dim for dim in (1, 0) if leaf.shape[dim] == states.shape[1]), None)
+            if dim is not None:
+                found.setdefault(id(leaf), dim)
+    return found
 
 
 def downsampling(denoiser: torch.nn.Module) -> int:
@@ -167,6 +193,7 @@ def capture(
     *,
     ranges: Sequence[tuple[Kind, Blocks]] = (),
     optional: Collection[Kind] = frozenset(),
+    hidden: bool = False,
     only: Sequence[str] | None = None,
     cache_dtype: torch.dtype | None = None,
     shapes: ShapesCollection | None = None,
@@ -183,6 +210,8 @@ def capture(
         ranges: for the kinds `blocks` and `rear`, the range of blocks of each.
         optional: those of `kinds` that the denoiser may lack. If cross-attention is one of them, a joint attention
             counts as self-attention.
+        hidden: whether the text's sites, in joint attention, are its hidden states before each attention instead of its
+            keys and values.
         only: shell-style patterns of the names of the attentions to cache; None means all.
         cache_dtype: the dtype of the caches; None means the sites' own.
         shapes: the sizes of the call's tensors that are left free; None means that all are fixed.
@@ -228,6 +257,7 @@ def capture(
             of_tokens or {"cross"},
             has_cross=has_cross,
             only_constant=not of_tokens,
+            hidden=hidden,
             image=call.image,
             known=KnownValues(program, call),
         )

@@ -1,8 +1,7 @@
 """Compiled variants, which a generation runs, the values it keeps, and the interface of the stores that provide them.
 
-A variant that is split by binding time (`passes/binding_times.py`) runs in up to three parts. The prelude and the table
-run their ATen operators one by one, whatever the backend, on the same shapes as in the unsplit graph. The generation
-keeps their values in its `EarlyValues`, which decides when they have to be computed again.
+A variant that is split by binding time (`passes/binding_times.py`) runs in up to three parts. Its prelude and its table
+run ATen operators one by one, on the shapes of the unsplit graph; `EarlyValues` keeps their values as long as possible.
 """
 
 from __future__ import annotations
@@ -51,9 +50,10 @@ class Runnable(Protocol):
 
 
 class Store(Protocol):
-    """Provides a generation with graphs."""
+    """Provides a generation with graphs; `image_rows` is what `ReferenceRows` has learnt."""
 
     denoiser: torch.nn.Module
+    image_rows: dict[Hashable, tuple[int, int, int] | None]
 
     @property
     def folder(self) -> str | None:

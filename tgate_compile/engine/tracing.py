@@ -75,14 +75,18 @@ def traced(
     with torch.no_grad():
         known = _with_closed(_with_known_readings(denoiser, forward, call), kwargs)
     # torch.export changes the graph several times, and would generate its Python code anew each time.
-    with forward_of(denoiser, known), without_stack_traces(), _use_lazy_graph_module(True), torch.no_grad():
-        program = torch.export.export(
-            denoiser,
-            args,
-            kwargs,
-            strict=False,
-            dynamic_shapes=shapes,  # type: ignore[arg-type]  # accepted, but missing in the annotation
-        )
+    lazily = _use_lazy_graph_module(True)
+    try:
+        with forward_of(denoiser, known), without_stack_traces(), lazily, torch.no_grad():
+            program = torch.export.export(
+                denoiser,
+                args,
+                kwargs,
+                strict=False,
+                dynamic_shapes=shapes,  # type: ignore[arg-type]  # accepted, but missing in the annotation
+            )
+    finally:
+        _clear_function_caches(denoiser)
     inline_disabled_autocast(program.graph_module)
     return functional(program)
 
@@ -96,6 +100,15 @@ def without_stack_traces() -> Iterator[None]:
         yield
     finally:
         fx_config.do_not_emit_stack_traces = before
+
+
+def _clear_function_caches(denoiser: torch.nn.Module) -> None:
+    """Clear the caches of methods with `functools.lru_cache`, which keep the tensors of a trace for later calls."""
+    for kind in {base for module in denoiser.modules() for base in type(module).__mro__}:
+        for method in vars(kind).values():
+            clear = getattr(method, "cache_clear", None)
+            if callable(clear):
+                clear()
 
 
 def _with_closed(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:

@@ -377,8 +377,8 @@ class VariantStore:
         schedule = self._config.schedule
         layer = deep_layer(self.denoiser, schedule.deepcache_branch) if "deep" in schedule.kinds else None
         only, dtype = self._config.sites, self._config.cached_in
-        kinds, optional, ranges = schedule.sought
-        make = partial(capture, self.denoiser, forward, call, kinds, layer, ranges=ranges, optional=optional)
+        sought = {name: value for name, value in schedule.sought._asdict().items() if name != "kinds"}
+        make = partial(capture, self.denoiser, forward, call, schedule.kinds, layer, **sought)
         make = partial(make, only=only, cache_dtype=dtype, shapes=shapes)
         if shapes is not None or self._watch is None:
             return make()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.method import (
     CROSS,
     NONE,
@@ -33,6 +34,9 @@ class FrozenText(Method):
         step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), in which the text is computed.
         interval: after that, the text is computed again at every step whose number, from 0, is a multiple of this;
             None means never.
+        text: what is kept of the text in joint attention: its keys and values ("keys"), or the hidden states that they
+            are computed from ("hidden"). With "hidden", the modulation by the timestep and the projections to keys and
+            values are still computed in every step.
     """
 
     key: ClassVar[str] = "frozentext"
@@ -40,11 +44,18 @@ class FrozenText(Method):
 
     step: int | float = option(10, "The number or the fraction of steps after which the text is frozen.", is_gate=True)
     interval: int | None = option(None, "Compute the frozen text again at every n-th step.", least=1)
+    text: str = option("keys", 'What is kept of the text in joint attention, "keys" (and values) or "hidden" states.')
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", checked_gate_step(self.step, "FrozenText's step"))
         if self.interval is not None:
             object.__setattr__(self, "interval", checked_count(self.interval, "FrozenText's interval", least=1))
+        if self.text not in ("keys", "hidden"):
+            raise ConfigurationError(f'FrozenText\'s text must be "keys" or "hidden", but got {self.text!r}.')
+
+    @property
+    def hidden_text(self) -> bool:
+        return self.text == "hidden"
 
     @property
     def kinds(self) -> frozenset[Kind]:

@@ -210,6 +210,11 @@ class Method:
         """The order of the forecast for each kind whose reused values are forecast; see `forecast_weights`."""
         return {}
 
+    @property
+    def hidden_text(self) -> bool:
+        """Whether the text's hidden states are cached, in joint attention, instead of its keys and values."""
+        return False
+
     def guided_steps(self, num_steps: int) -> int:
         """Return the number of steps after which the method ends guidance; `num_steps` if it does not."""
         return num_steps

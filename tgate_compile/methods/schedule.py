@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, reduce
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance
@@ -42,6 +42,15 @@ MSG_TEXT_OF_UNCOND = (
     "with that of the negative prompt. Leave one of them out."
 )
 MSG_NOTHING = "Nothing to do: set a gate_step, a deepcache_interval above 1, a guidance_step or a guidance_similarity."
+
+
+class Sought(NamedTuple):
+    """What a schedule needs to find in a model: the arguments of `capture` that have these names."""
+
+    kinds: frozenset[Kind]
+    optional: frozenset[Kind]
+    ranges: tuple[tuple[Kind, Blocks], ...]
+    hidden: bool
 
 
 @dataclass(frozen=True)
@@ -182,9 +191,10 @@ class Schedule:
         return tuple(sorted((pair for method in self.methods for pair in method.ranges.items()), key=lambda p: p[0]))
 
     @property
-    def sought(self) -> tuple[frozenset[Kind], frozenset[Kind], tuple[tuple[Kind, Blocks], ...]]:
-        """Everything that has to be found in a model: `kinds`, `optional_kinds` and `ranges`."""
-        return self.kinds, self.optional_kinds, self.ranges
+    def sought(self) -> Sought:
+        """Everything that has to be found in a model."""
+        hidden = any(method.hidden_text for method in self.methods)
+        return Sought(self.kinds, self.optional_kinds, self.ranges, hidden)
 
     @property
     def forecasts(self) -> Mapping[Kind, int]:

@@ -31,7 +31,6 @@ from tgate_compile.engine.halves import (
     uncertain_rows,
 )
 from tgate_compile.engine.tracing import call_of
-from tgate_compile.engine.variants import VariantStore
 from tgate_compile.methods.method import REFERENCE, Half, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, CacheSizes, Estimates
@@ -138,7 +137,7 @@ class Generation:
         self._guidance_over = False
         self._dropped: tuple[Runnable, list[torch.Tensor]] | None = None  # the result of a step without its guidance
         self._halves = TwoHalves(loop, family, scheduler)
-        rows = store.image_rows if "reference" in schedule.kinds and isinstance(store, VariantStore) else None
+        rows = store.image_rows if "reference" in schedule.kinds else None
         self._references = ReferenceRows(rows, type(store.denoiser).__name__)
         self._previewed: Previewed | None = None
         self._shared: frozenset[int] | None = None  # positions of tensors that both halves share, once determined

@@ -367,6 +367,8 @@ MSG_NO_STEP_SEEN = (
     "called before the first step that reuses them. " + INSTEAD
 )
 
+#: The number of shapes of calls whose rows are kept.
+MOST_KNOWN = 256
 #: The rows of the latents that are the image's (`Call.image`); None if all of them are.
 Rows = tuple[int, int, int] | None
 
@@ -427,6 +429,8 @@ class ReferenceRows:
         if all(rows is None for rows in found.values()) and found.keys() - before.keys():
             logger.warning(MSG_NO_REFERENCES, self._model)
         self._known.update(found)
+        for key in list(self._known)[:-MOST_KNOWN]:
+            del self._known[key]  # a further call of this shape learns it again
         self._seen.clear()
         self._is_sure = True
         return any(found[key] != rows for key, rows in before.items())

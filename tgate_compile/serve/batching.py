@@ -82,7 +82,7 @@ def form_of(call: Call, signature: inspect.Signature, family: Family, *, guided:
 
     found = tuple(map(rows, call.leaves))
     parts = tuple(_part(leaf, where, count) for leaf, where in zip(call.leaves, found, strict=True))
-    return Form(count // halves, halves, found, (call.spec, halves, parts))
+    return Form(count // halves, halves, found, (call.spec, call.image, halves, parts))
 
 
 def _part(leaf: Any, rows: Rows, count: int) -> Hashable:

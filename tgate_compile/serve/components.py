@@ -25,7 +25,6 @@ from tgate_compile.pipeline.modular import is_modular
 from tgate_compile.serve.worker import RunApart
 
 MSG_OTHER = "An Engine serves pipelines of diffusers, but got a {pipeline}."
-MSG_REFERENCES = "This {pipeline} was optimized with FrozenReferences, which an Engine cannot serve yet. Leave it out."
 MSG_OFFLOADED = (
     "The {name} of this {pipeline} is offloaded, so its weights move at every call, but requests run at the same time. "
     "Remove the offloading (pipe.remove_all_hooks(), then pipe.to(device))."
@@ -58,8 +57,6 @@ def check_pipeline(pipe: Any, hooks: Mapping[str, Any]) -> None:
             raise ConfigurationError(MSG_OFFLOADED.format(name=name, pipeline=name_of_class))
     if any(gated.config.offload_prelude for gated in hooks.values()):
         raise ConfigurationError(MSG_PARKED.format(pipeline=name_of_class))
-    if any("reference" in gated.config.schedule.kinds for gated in hooks.values()):
-        raise ConfigurationError(MSG_REFERENCES.format(pipeline=name_of_class))
 
 
 def decoded(pipe: Any, pipeline: str, latents: Any) -> list[Any]:

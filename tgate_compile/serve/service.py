@@ -37,6 +37,7 @@ class Service:
         self._real: Store = served._stores[name]
         self._generation: Generation | None = None
         self.denoiser = self._real.denoiser
+        self.image_rows = self._real.image_rows
         self.folder = self._real.folder
         self.store: Store = self
         self.forward = self._forward_of(served._forwards[name])

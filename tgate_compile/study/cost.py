@@ -12,8 +12,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
-from tgate_compile.methods.method import BLOCKS, CROSS, FF, REAR, SELF, Blocks, Kind, Phase
-from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.method import BLOCKS, CROSS, FF, REAR, SELF, Phase
+from tgate_compile.methods.schedule import Schedule, Sought
 from tgate_compile.study.architectures import PIXELS_PER_LATENT, Architecture, Geometry, Model, Shape
 
 if TYPE_CHECKING:
@@ -30,10 +30,6 @@ MSG_JOINT_ALONE = (
     "{model} has joint attention, where only the text's keys and values can be cached: leave sp_interval and "
     "fi_interval at 1, and do not use DeepCache."
 )
-
-
-#: The kinds of sites to find in a model, those of them that it may lack, and ranges of blocks.
-Wanted = tuple[frozenset[Kind], frozenset[Kind], tuple[tuple[Kind, Blocks], ...]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +49,11 @@ class GraphCost:
 
 @cache
 def graph_cost(
-    architecture: Architecture, geometry: Geometry, phase: Phase, branch: int | None, wanted: Wanted | None = None
+    architecture: Architecture, geometry: Geometry, phase: Phase, branch: int | None, sought: Sought | None = None
 ) -> GraphCost:
     """Return the cost of the graph of `phase`, with DeepCache's `branch` (None: without DeepCache).
 
-    `wanted` says which sites to find; None means the attentions.
+    `sought` says which sites to find; None means the attentions.
 
     Raises:
         UnsupportedModelError: `branch` is given, but the denoiser is not a UNet.
@@ -71,7 +67,7 @@ def graph_cost(
 
     # Report a wrong branch before the capture, which takes a while.
     layer = None if branch is None else deep_layer(_denoiser(architecture), branch)
-    captured = _captured(architecture, geometry, wanted)
+    captured = _captured(architecture, geometry, sought)
     if layer is not None:
         deep = find_deep_feature(captured.program.graph_module, layer)
         captured = dataclasses.replace(captured, sites=(*captured.sites, deep))
@@ -94,7 +90,7 @@ def _denoiser(architecture: Architecture) -> torch.nn.Module:
 
 
 @lru_cache(maxsize=4)  # SDXL's captures have thousands of nodes each
-def _captured(architecture: Architecture, geometry: Geometry, wanted: Wanted | None = None) -> Captured:
+def _captured(architecture: Architecture, geometry: Geometry, sought: Sought | None = None) -> Captured:
     import torch
 
     from tgate_compile.engine.call import Call
@@ -121,15 +117,14 @@ def _captured(architecture: Architecture, geometry: Geometry, wanted: Wanted | N
         }
         constants = architecture.constants(geometry) if callable(architecture.constants) else architecture.constants
         call = Call.of((), {**inputs, **constants, "return_dict": False})
-        if wanted is not None:
-            kinds, optional, ranges = wanted
-            return capture(denoiser, denoiser.forward, call, kinds, ranges=ranges, optional=optional)
+        if sought is not None:
+            return capture(denoiser, denoiser.forward, call, **sought._asdict())
         return capture(denoiser, denoiser.forward, call, CROSS if architecture.is_joint else CROSS | SELF)
 
 
-def _wanted(schedule: Schedule | None) -> Wanted | None:
+def _sought(schedule: Schedule | None) -> Sought | None:
     """Return what to find for a schedule that needs more than attentions, which all others find in one capture."""
-    if schedule is None or not schedule.kinds & (FF | BLOCKS | REAR):
+    if schedule is None or not (schedule.kinds & (FF | BLOCKS | REAR) or schedule.sought.hidden):
         return None
     return schedule.sought
 
@@ -179,8 +174,8 @@ def image_cost(
     """
     if text_tokens is not None and not model.architecture.is_joint:
         raise ConfigurationError(MSG_TEXT_TOKENS.format(model=model.architecture.denoiser_class))
-    wanted = _wanted(schedule)
-    if wanted is None and schedule is not None and model.architecture.is_joint and schedule.kinds - CROSS:
+    sought = _sought(schedule)
+    if sought is None and schedule is not None and model.architecture.is_joint and schedule.kinds - CROSS:
         raise UnsupportedModelError(MSG_JOINT_ALONE.format(model=model.architecture.denoiser_class))
     steps = model.steps if steps is None else steps
     guided = model.guided if guided is None else guided
@@ -190,7 +185,7 @@ def image_cost(
         geometry = Geometry(2 * batch if phase.guided else batch, height, width, text_tokens or 0)
         branch = schedule.deepcache_branch if schedule is not None and "deep" in schedule.kinds else None
         return graph_cost(
-            model.architecture, geometry, phase if schedule is None else schedule.graph_phase(phase), branch, wanted
+            model.architecture, geometry, phase if schedule is None else schedule.graph_phase(phase), branch, sought
         )
 
     plan = (Phase(guided),) * steps if schedule is None else schedule.plan(steps, guided=guided)

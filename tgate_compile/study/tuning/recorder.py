@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.families import family_of, has_joint_attention
-from tgate_compile.engine.halves import latents_of
+from tgate_compile.engine.halves import batch_of
+from tgate_compile.engine.tracing import call_of
 from tgate_compile.methods.method import BLOCKS, CROSS, Blocks, Half, Kind, Phase
 from tgate_compile.passes.graphs import Captured, Variant
 from tgate_compile.passes.specialize import specialize
@@ -172,11 +173,11 @@ class Recorder:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._step, self._halves = self._calls.next()
             self.steps[name].add(self._step)
-            latents = latents_of(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-            self.rows[name] += latents.shape[0]
+            arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            self.rows[name] += batch_of(arguments).shape[0]
             if graphs is not None:
                 began = time.perf_counter()
-                for kind, site, value in graphs.values(Call.of(args, kwargs)):
+                for kind, site, value in graphs.values(call_of(module, args, kwargs, arguments)):
                     self._record_halves(f"{name}.{site}", kind, value)
                 self.seconds += time.perf_counter() - began
 
