@@ -39,8 +39,9 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         )
         for result, (missed, distance) in zip(results, columns.T, strict=True):
             _panels(missed, distance, result)
-        handles, labels = columns[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        drawn = [axes.get_legend_handles_labels() for axes in columns[0]]
+        titles = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
+        figure.legend(list(titles.values()), list(titles), loc="outside lower center", ncols=2, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=80)
         plt.close(figure)
