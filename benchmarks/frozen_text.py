@@ -3,6 +3,8 @@ r"""Measure what ending guidance and freezing the text does to the images of the
     python benchmarks/frozen_text.py --out docs/results/frozen_text.json
     python benchmarks/frozen_text.py --out docs/results/frozen_text_early.json \
         --checkpoint build/demo/unet_sd3/minute010.pt
+    python benchmarks/frozen_text.py --out docs/results/frozen_text_unguided.json --guidance 1
+    python benchmarks/frozen_text_plot.py docs/results/frozen_text.json --out docs/results/frozen_text.png
 
 Each method of `METHODS` runs with each of `GATES`, and the plain pipeline in the numbers of steps that cost as much.
 The images are made by `tgate_compile.evaluate`, which stores each one in `--images`, so the same command resumes an
@@ -12,6 +14,7 @@ features to drawn scenes of the same captions. The results contain mean and stan
 
 The shipped model gets nearly every caption right, so little can be lost. `--checkpoint` measures the same model earlier
 in its training (`python -m training unet --family sd3` keeps a checkpoint every ten minutes), where losses show.
+`--guidance 1` runs without guidance, as distilled models do, and leaves out the methods that end it.
 
 Methods that this version does not support for the model are left out, and the results say why.
 """
@@ -34,6 +37,7 @@ from tgate_compile import AdaptiveGuidance, FrozenText, TGate, UnsupportedModelE
 from tgate_compile._demo import demo_variant
 from tgate_compile._demo.captions import held_out_captions
 from tgate_compile.methods.method import Method
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.bench.measure import machine_of
 from tgate_compile.study.evaluation.images import Contender, Folder, contenders_of, write_json
 
@@ -41,15 +45,19 @@ logger = logging.getLogger(__name__)
 
 MODEL, STEPS, BATCH = "sd3", 25, 32
 CAPTION_SEED = 2029
+#: Of as many numbers of steps, every second one is measured.
+MANY = 6
 GATES = (3, 5, 8, 10, 14)
 
 #: The methods to compare, by a description of the steps from the gate on. A row may also be a combination, such as
 #: `AdaptiveGuidance(gate) + ...`.
-METHODS: Mapping[str, Callable[[int], Method]] = {
+METHODS: Mapping[str, Callable[[int], Method | Schedule]] = {
     "guidance ends": AdaptiveGuidance,
     "text frozen": FrozenText,
     "text frozen, again every 5th": lambda gate: FrozenText(gate, 5),
+    "hidden states frozen": lambda gate: FrozenText(gate, text="hidden"),
     "guidance ends, text frozen": TGate,
+    "guidance ends, hidden states frozen": lambda gate: AdaptiveGuidance(gate) + FrozenText(gate, text="hidden"),
     "guidance ends, text frozen, again every 5th": lambda gate: TGate(gate, text_interval=5),
 }
 
@@ -63,12 +71,21 @@ class Task:
         singles: number of captions with one object.
         pairs: number of captions with two.
         seeds: seeds of the noise.
+        guidance: the guidance scale; None takes the model's own.
+        fewer_steps: whether to measure the plain pipeline in fewer steps as well.
     """
 
     gates: Sequence[int]
     singles: int
     pairs: int
     seeds: Sequence[int]
+    guidance: float | None = None
+    fewer_steps: bool = True
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale."""
+        return demo_variant(MODEL).guidance if self.guidance is None else self.guidance
 
     @property
     def captions(self) -> list[str]:
@@ -104,7 +121,7 @@ class Measurement:
         self.rows: dict[str, dict[str, Any]] = {}
         self.unsupported: dict[str, str] = {}
 
-    def run(self, methods: Mapping[str, Callable[[int], Method]]) -> None:
+    def run(self, methods: Mapping[str, Callable[[int], Method | Schedule]]) -> None:
         """Measure every method at every gate, then the plain pipeline with as many operations."""
         for name, method in methods.items():
             given = {f"{name} at {gate}": method(gate) for gate in self._task.gates}
@@ -115,12 +132,12 @@ class Measurement:
                 self.unsupported[name] = str(error)
         costs = [row["cost"] for row in self.rows.values()]
         fewer = sorted({round(STEPS * cost) for cost in costs} - {STEPS}, reverse=True)
+        fewer = [] if not self._task.fewer_steps else fewer if len(fewer) < MANY else fewer[::2]
         self._measure({f"{steps} steps": steps for steps in fewer})
 
-    def _measure(self, given: Mapping[str, Method | int]) -> None:
+    def _measure(self, given: Mapping[str, Method | Schedule | int]) -> None:
         if not given:
             return
-        variant = demo_variant(MODEL)
         evaluation = tgate_compile.evaluate(
             self._pipe,
             given,
@@ -128,7 +145,7 @@ class Measurement:
             self._folder,
             seeds=self._task.seeds,
             num_inference_steps=STEPS,
-            call={"guidance_scale": variant.guidance, **variant.call},
+            call={**demo_variant(MODEL).call, "guidance_scale": self._task.scale},
             batch_size=BATCH,
             progress=self._show,
         )
@@ -183,18 +200,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=(0, 1, 2, 3, 4), help="seeds of the noise, at least two"
     )
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="the methods (default: all)")
+    parser.add_argument("--threads", type=int, help="PyTorch's threads")
+    parser.add_argument("--no-fewer-steps", action="store_true", help="leave out the plain pipeline in fewer steps")
     options = parser.parse_args(arguments)
-    task = Task(options.gates, options.singles, options.pairs, options.seeds)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    fewer = not options.no_fewer_steps
+    task = Task(options.gates, options.singles, options.pairs, options.seeds, options.guidance, fewer)
     checkpoint = None if options.checkpoint is None else torch.load(options.checkpoint, weights_only=True)
     name = "shipped" if checkpoint is None else f"step{checkpoint['step']}"
+    name += "" if options.guidance is None else f"-guidance{options.guidance:g}"
     measurement = Measurement(pipeline(checkpoint), task, options.images / name)
-    measurement.run(METHODS)
+    chosen = [name for name in METHODS if task.scale > 1 or not name.startswith("guidance ends")]
+    measurement.run({name: METHODS[name] for name in chosen if options.methods is None or name in options.methods})
     result = {
         "command": "python benchmarks/frozen_text.py",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine_of(torch.device("cpu")),
         "model": MODEL,
-        "guidance": demo_variant(MODEL).guidance,
+        "guidance": task.scale,
         "training": None if checkpoint is None else training_of(checkpoint),
         "singles": task.singles,
         "pairs": task.pairs,
