@@ -44,18 +44,18 @@ def both(pipe: Any, call: dict[str, Any], **options: Any) -> tuple[torch.Tensor,
 
 
 CASES: dict[str, Any] = {
-    "sd": (lambda: stable_diffusion(layout="least"), {"prompt": PROMPTS}, {"gate_step": 3}),
+    "sd": (lambda: stable_diffusion(layout="small"), {"prompt": PROMPTS}, {"gate_step": 3}),
     "sdxl": (sdxl, {}, {"gate_step": 3, "keep": "cond"}),
     "pixart": (pixart, pixart_prompt(), {"gate_step": 2}),
     "lcm": (latent_consistency, {"steps": 4, "guidance_scale": 6.0}, {"gate_step": 1}),
     "v2": (
-        lambda: stable_diffusion(layout="least"),
+        lambda: stable_diffusion(layout="small"),
         {"steps": 9},
         {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0},
     ),
-    "deepcache": (lambda: stable_diffusion(layout="least"), {}, {"gate_step": 3, "deepcache_interval": 2}),
+    "deepcache": (lambda: stable_diffusion(layout="small"), {}, {"gate_step": 3, "deepcache_interval": 2}),
     "fp8 caches": (
-        lambda: stable_diffusion(layout="least"),
+        lambda: stable_diffusion(layout="small"),
         {},
         {"gate_step": 2, "cache_dtype": torch.float8_e4m3fn},
     ),
@@ -78,7 +78,7 @@ def test_the_same_images(name: str) -> None:
 
 def test_changed_weights_are_seen() -> None:
     """Even through `.data`, as in peft, which bypasses torch's version counters; without another conversion."""
-    pipe = stable_diffusion(layout="least")
+    pipe = stable_diffusion(layout="small")
     add_lora(pipe.unet)
     result, _ = both(pipe, {}, gate_step=3)
     compiled = pipe._tgate_compile.hook.store.compilations
@@ -95,7 +95,7 @@ def test_changed_weights_are_seen() -> None:
 
 @pytest.mark.heavy
 def test_half_precision() -> None:
-    pipe = stable_diffusion(layout="least").to(torch.float16)
+    pipe = stable_diffusion(layout="small").to(torch.float16)
     result, eager = both(pipe, {}, gate_step=3)
     assert result.dtype == torch.float16
     assert difference(result.float(), eager.float()) < 2e-2
@@ -104,7 +104,7 @@ def test_half_precision() -> None:
 @pytest.mark.heavy
 def test_options() -> None:
     options = {"providers": ["CPUExecutionProvider"], "threads": 1, "prepacking": False}
-    pipe = stable_diffusion(layout="least")
+    pipe = stable_diffusion(layout="small")
     expected, _ = both(pipe, {}, gate_step=3)
     tgate_compile.restore(pipe)
     tgate_compile.optimize(pipe, 3, backend="onnxruntime", backend_options=options)
@@ -122,14 +122,14 @@ def test_options() -> None:
     ],
 )
 def test_wrong_options(options: dict[str, Any], parts: tuple[str, ...]) -> None:
-    pipe = stable_diffusion(layout="least")
+    pipe = stable_diffusion(layout="small")
     refused(pipe, ConfigurationError, *parts, backend="onnxruntime", backend_options=options)
 
 
 def test_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
-    message = refused(stable_diffusion(layout="least"), ConfigurationError, "onnxruntime", backend="onnxruntime")
+    message = refused(stable_diffusion(layout="small"), ConfigurationError, "onnxruntime", backend="onnxruntime")
     assert "pip install 'tgate_compile[onnx]'" in message
 
 
@@ -147,7 +147,7 @@ def test_the_models_are_valid_and_hold_no_weight_twice() -> None:
     import onnx
     import onnx_ir
 
-    pipe = stable_diffusion(layout="least")
+    pipe = stable_diffusion(layout="small")
     tgate_compile.optimize(pipe, 3, backend="eager")
     run(pipe)
     for variant, _ in pipe._tgate_compile.hook.store.variants:
@@ -177,7 +177,7 @@ def test_providers_for_gpus_use_the_gpu_of_the_pipeline_in_full_precision() -> N
 
 def test_an_open_session_does_not_need_the_memory_that_it_was_opened_with() -> None:
     """So the copies that a session for a GPU is opened with, all weights in the CPU's memory, are not kept."""
-    pipe = tgate_compile.optimize(stable_diffusion(layout="least"), 2, backend="onnxruntime")
+    pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="onnxruntime")
     run(pipe)
     compiled = pipe._tgate_compile.hook.store.compiled[0]
     session = compiled.runner._runner

@@ -59,12 +59,12 @@ CASES: dict[str, Any] = {
     "lcm": (latent_consistency, {"steps": 4, "guidance_scale": 6.0}, {"gate_step": 1}),
     "wan": (wan, wan_call(), {"gate_step": 3}),
     "v2": (
-        lambda: stable_diffusion(layout="least"),
+        lambda: stable_diffusion(layout="small"),
         {"steps": 9},
         {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0},
     ),
     "deepcache, fp8 caches": (
-        lambda: stable_diffusion(layout="least"),
+        lambda: stable_diffusion(layout="small"),
         {},
         {"gate_step": 3, "deepcache_interval": 2, "cache_dtype": torch.float8_e4m3fn},
     ),
@@ -87,7 +87,7 @@ def test_the_same_images(name: str) -> None:
 
 def test_changed_weights_are_seen() -> None:
     """Even through `.data`, as in peft, which bypasses torch's version counters; without another conversion."""
-    pipe = stable_diffusion(layout="least")
+    pipe = stable_diffusion(layout="small")
     add_lora(pipe.unet)
     result, eager = both(pipe, {"prompt": PROMPTS}, gate_step=3)
     assert difference(result, eager) < CLOSE
@@ -107,14 +107,14 @@ def test_changed_weights_are_seen() -> None:
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
 def test_half_precision(dtype: torch.dtype, most: float) -> None:
     """OpenVINO computes in float32, and supports bfloat16 on a CPU, unlike ONNX Runtime."""
-    result, eager = both(stable_diffusion(layout="least").to(dtype), {}, gate_step=3)
+    result, eager = both(stable_diffusion(layout="small").to(dtype), {}, gate_step=3)
     assert result.dtype == dtype
     assert difference(result.float(), eager.float()) < most
 
 
 def test_options(tmp_path: Path) -> None:
     options = {"device": "CPU", "threads": 1, "cache": str(tmp_path)}
-    pipe = stable_diffusion(layout="least")
+    pipe = stable_diffusion(layout="small")
     tgate_compile.optimize(pipe, 3, backend="eager")
     eager = run(pipe)
     tgate_compile.restore(pipe)
@@ -136,14 +136,14 @@ def test_options(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options(options: dict[str, Any], parts: tuple[str, ...]) -> None:
-    pipe = stable_diffusion(layout="least")
+    pipe = stable_diffusion(layout="small")
     refused(pipe, ConfigurationError, *parts, backend="openvino", backend_options=options)
 
 
 def test_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else real(name))
-    message = refused(stable_diffusion(layout="least"), ConfigurationError, "openvino", backend="openvino")
+    message = refused(stable_diffusion(layout="small"), ConfigurationError, "openvino", backend="openvino")
     assert "pip install 'tgate_compile[openvino]'" in message
 
 

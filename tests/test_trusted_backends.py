@@ -51,7 +51,7 @@ def without_onnx(time: torch.Tensor) -> torch.Tensor:
 
 
 def pipeline(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    pipe = stable_diffusion(layout="least")
+    pipe = stable_diffusion(layout="small")
     pipe.unet.time_proj = _Times(pipe.unet.time_proj, function)
     return pipe
 
