@@ -6,8 +6,10 @@ are no such files, the libraries' own defaults apply.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -129,3 +131,10 @@ def _text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return None
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system, which glibc would otherwise keep while the next large graph is opened."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
-import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+)
 
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import Scheme
-from tgate_compile.methods.method import Half, Kind, Phase
+from tgate_compile.methods.decisions import Rule
+from tgate_compile.methods.method import Half, Kind, Part, Phase
 
-#: Version 2 has graphs that are split by binding time, version 3 forecasts. Bundles are written in the lowest version
-#: that has what they need.
-SCHEMA_VERSION = 3
+#: Version 2 has graphs that are split by binding time, version 3 forecasts, version 4 steps that are decided at run time.
+#: Bundles are written in the lowest version that has what they need.
+SCHEMA_VERSION = 4
 
 MANIFEST_FILE = "manifest.json"
 GRAPHS_FOLDER = "graphs"
@@ -65,6 +72,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class _Sparse(_Strict):
+    """A part of a manifest whose optional keys, which version 4 added, are left out if they say nothing."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = {name for name, field in type(self).model_fields.items() if not field.is_required()}
+        values = serialized(self).items()
+        return {name: value for name, value in values if name not in optional or (value and value != "whole")}
+
+
 class TensorSpec(_Strict):
     """An input or output tensor of a graph."""
 
@@ -94,7 +111,7 @@ class CacheInput(TensorSpec):
     site: Name
 
 
-class PhaseSpec(_Strict):
+class PhaseSpec(_Sparse):
     """The kinds of values that a graph reuses and emits."""
 
     guided: bool = Field(description="Whether the batch has both guidance halves.")
@@ -103,6 +120,8 @@ class PhaseSpec(_Strict):
     merge: list[Kind] = Field(
         description="The kinds of cached values that are outputs, merged over the guidance halves."
     )
+    decided: tuple[Kind, ...] = Field(default=(), description="The kinds that are reused or computed, as is decided.")
+    part: Part = Field(default="whole", description="The part of a step that is decided at run time.")
 
 
 class Deviation(_Strict):
@@ -275,12 +294,14 @@ class Family(_Strict):
     shared: list[list[Name]] = Field(description="Arguments that both halves share.")
 
 
-class PlannedPhase(_Strict):
+class PlannedPhase(_Sparse):
     """The phase of a step, with its letter and its graph."""
 
     letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="The letter in strips; a capital under guidance.")]
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
+    tail: Name | None = Field(default=None, description="If `graph` is a head: what runs after it if blocks are computed.")
+    finish: Name | None = Field(default=None, description="If `graph` is a head: what runs after it if they are skipped.")
 
 
 Rows = list[Annotated[str, Field(pattern="^[0-9a-zA-Z]*$")]]
@@ -323,6 +344,7 @@ class Method(_Strict):
         default_factory=dict,
         description="The order of the forecast for each kind of cached value that is not reused as it is.",
     )
+    rule: Rule | None = Field(default=None, description="How steps are decided by their measures; null if none are.")
 
 
 class Step(_Strict):
@@ -466,34 +488,12 @@ def json_schema() -> dict[str, Any]:
 
 def phase_spec(phase: Phase) -> PhaseSpec:
     """Return `phase` as plain data."""
-    return PhaseSpec(guided=phase.guided, reuse=sorted(phase.reuse), emit=sorted(phase.emit), merge=sorted(phase.merge))
+    kinds = {name: sorted(getattr(phase, name)) for name in ("reuse", "emit", "merge")}
+    return PhaseSpec(guided=phase.guided, **kinds, decided=tuple(sorted(phase.decided)), part=phase.part)
 
 
 def phase_of(spec: PhaseSpec) -> Phase:
     """Return the phase that `spec` describes."""
-    return Phase(spec.guided, emit=frozenset(spec.emit), merge=frozenset(spec.merge), reuse=frozenset(spec.reuse))
+    kinds = {name: frozenset[Kind](getattr(spec, name)) for name in ("reuse", "emit", "merge", "decided")}
+    return Phase(spec.guided, **kinds, part=spec.part)
 
-
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `config` as plain data, without diffusers' private entries, such as the model's path on this machine."""
-    return {str(name): _plain(value) for name, value in config.items() if not str(name).startswith("_")}
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)  # JSON has no infinity: "inf", "-inf", "nan"
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    tolist = getattr(value, "tolist", None)  # numpy's arrays and numbers
-    return _plain(tolist()) if tolist is not None else str(value)
-
-
-def return_freed_memory() -> None:
-    """Return freed memory to the system, which glibc would otherwise keep while the next large graph is opened."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -41,10 +41,7 @@ def plans_of(schedule: Schedule, graphs: Mapping[Phase, str]) -> Plans | None:
     moved = {guided: _moved(schedule, guided) for guided in (True, False)}
     gated = {guided: None if plans is None else [row(plan) for plan in plans] for guided, plans in moved.items()}
     return Plans(
-        phases=[
-            PlannedPhase(letter=phase.character, graph=graphs.get(schedule.graph_phase(phase)), phase=phase_spec(phase))
-            for phase in phases
-        ],
+        phases=[_planned(schedule, phase, graphs) for phase in phases],
         guided=own[True],
         unguided=own[False],
         gates=[None if schedule.gate_step is None else min(schedule.gate(count), count) for count in steps],
@@ -93,10 +90,15 @@ def plan_for(
     schedule = read_schedule(manifest.method.schedule)
     schedule = schedule if gate_step is None else replace(schedule, gate_step=gate_step)
     graphs = {phase_of(graph.phase): name for name, graph in manifest.graphs.items() if graph.stage == "step"}
-    return [
-        PlannedPhase(letter=phase.character, graph=graphs.get(schedule.graph_phase(phase)), phase=phase_spec(phase))
-        for phase in schedule.plan(num_steps, guided=guided)
-    ]
+    return [_planned(schedule, phase, graphs) for phase in schedule.plan(num_steps, guided=guided)]
+
+
+def _planned(schedule: Schedule, phase: Phase, graphs: Mapping[Phase, str]) -> PlannedPhase:
+    spec = phase_spec(phase)
+    if not phase.decided:
+        return PlannedPhase(letter=phase.character, graph=graphs.get(schedule.graph_phase(phase)), phase=spec)
+    head, tail, finish = (graphs.get(phase.of_part(part)) for part in ("head", "tail", "finish"))
+    return PlannedPhase(letter=phase.character, graph=head, phase=spec, tail=tail, finish=finish)
 
 
 def _moved(schedule: Schedule, guided: bool) -> list[tuple[Phase, ...]] | None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from tgate_compile._errors import BundleError
+from tgate_compile._machine import return_freed_memory
 from tgate_compile.bundle.denoiser_state import state_of_denoiser, what_differs
 from tgate_compile.bundle.formats import GraphFormat, Refittable, Session
-from tgate_compile.bundle.manifest import CacheOutput, Graph, TensorSpec, phase_of, return_freed_memory
+from tgate_compile.bundle.manifest import CacheOutput, Graph, TensorSpec, phase_of
 from tgate_compile.bundle.plan import argument_names, unflatten_as
 from tgate_compile.bundle.read import Bundle
 from tgate_compile.bundle.read_manifest import early_graphs, shape_at, solve, wrong_pixels

@@ -9,9 +9,11 @@ from typing import Any, get_args
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance
+from tgate_compile.methods.decisions import Rule
 from tgate_compile.methods.deepcache import DeepCache
 from tgate_compile.methods.method import (
     CROSS,
+    DECIDED,
     DEEP,
     LAYERS,
     REUSED,
@@ -177,7 +179,7 @@ class Schedule:
 
     @property
     def ranges(self) -> tuple[tuple[Kind, Blocks], ...]:
-        """The range of blocks for each of the kinds `blocks` and `rear` that occurs, in alphabetical order."""
+        """The ranges of blocks by kind (`blocks`, `rear`, `measured`), in alphabetical order."""
         return tuple(sorted((pair for method in self.methods for pair in method.ranges.items()), key=lambda p: p[0]))
 
     @property
@@ -189,6 +191,11 @@ class Schedule:
     def forecasts(self) -> Mapping[Kind, int]:
         """The order of the forecast for each kind whose reused values are forecast."""
         return {kind: order for method in self.methods for kind, order in method.forecasts.items()}
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule by which steps are decided at run time; None if all are known beforehand."""
+        return next((method.rule for method in self.methods if method.rule is not None), None)
 
     @property
     def kept(self) -> Half:
@@ -209,6 +216,8 @@ class Schedule:
 
         One graph then serves all of them, for any number of steps; the runtime keeps only what `phase` emits.
         """
+        if phase.part != "whole":
+            return phase
         shares = [method.hands_on(phase.guided, phase.reuse) for method in self.methods]
         emit, merge, _ = _united(shares)
         return Phase(phase.guided, emit=emit - phase.reuse, merge=merge - phase.reuse, reuse=phase.reuse)
@@ -288,8 +297,9 @@ def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]
     timeline = Timeline(num_steps, (0, end, *gates), in_full, end if guided else 0)
     plan = tuple(_phase(schedule.methods, step, guided and step < end, timeline) for step in range(num_steps))
     for step, phase in enumerate(plan):
-        if phase.reuse not in REUSED:
-            kinds = ", ".join(sorted(phase.reuse))
+        known = (phase.reuse, phase.decided) in DECIDED if phase.decided else phase.reuse in REUSED
+        if not known or (phase.decided and phase.emit | phase.merge):
+            kinds = ", ".join(sorted(phase.reuse | phase.decided))
             raise ConfigurationError(f"{schedule}: step {step} reuses {kinds} together, for which there is no graph.")
         served = schedule.graph_phase(phase)
         lacking = sorted((phase.emit - served.emit) | (phase.merge - served.merge))
@@ -302,8 +312,10 @@ def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]
 
 
 def _phase(methods: Iterable[Method], step: int, guided: bool, timeline: Timeline) -> Phase:
-    emit, merge, reuse = _united([method.share(step, guided, timeline) for method in methods])
-    return Phase(guided, emit=emit - merge - reuse, merge=merge, reuse=reuse)
+    shares = [method.share(step, guided, timeline) for method in methods]
+    emit, merge, reuse = _united(shares)
+    decided = frozenset[Kind]().union(*(share.decided for share in shares))
+    return Phase(guided, emit=emit - merge - reuse, merge=merge, reuse=reuse, decided=decided - reuse)
 
 
 def _united(shares: Iterable[Share]) -> tuple[frozenset[Kind], frozenset[Kind], frozenset[Kind]]:
@@ -319,7 +331,7 @@ def check_plan(plan: Iterable[Phase]) -> None:
     """
     cached: dict[Kind, bool] = {}  # for each cached kind, whether its values have both halves
     for step, phase in enumerate(plan):
-        for kind in phase.reuse:
+        for kind in phase.needed:
             if cached.get(kind) is not phase.guided:
                 raise ConfigurationError(f"Step {step} reuses the {kind} cache, which no earlier step has filled.")
         cached.update(dict.fromkeys(phase.emit, phase.guided))

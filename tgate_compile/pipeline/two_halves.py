@@ -341,6 +341,14 @@ class TwoHalves:
         )
 
 
+MSG_NEVER_GUIDED = (
+    "Guidance begins at step {step}, but the schedule ({schedule}) has already ended it, so it would never act. Make "
+    "guidance begin earlier or end later."
+)
+MSG_ORDER_AND_ANCHOR = (
+    "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
+    "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."
+)
 MSG_NO_PAIR = (
     "Guidance is on, and pipelines of this kind evaluate the guidance halves in separate calls, {first} then {second}, "
     "but the second call is for another timestep or has other shapes. " + INSTEAD

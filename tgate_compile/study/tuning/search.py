@@ -88,9 +88,10 @@ def effect_of(schedule: Schedule, num_steps: int) -> Hashable:
 
     Reused values are always those computed last, so it is enough to know which steps reuse what.
     """
-    steps = tuple((phase.guided, phase.reuse) for phase in schedule.plan(num_steps, guided=True))
+    steps = tuple((phase.guided, phase.reuse, phase.decided) for phase in schedule.plan(num_steps, guided=True))
     weights = (schedule.anchor_weight, schedule.deepcache_branch)
-    return (steps, schedule.guidance_similarity, schedule.kept, weights)
+    decisions = (schedule.rule, schedule.ranges, tuple(schedule.forecasts.items())) if schedule.rule else None
+    return (steps, schedule.guidance_similarity, schedule.kept, weights, decisions)
 
 
 logger = logging.getLogger(__name__)
