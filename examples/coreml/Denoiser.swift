@@ -21,7 +21,8 @@ struct Manifest: Decodable {
     struct Step: Decodable { let graph: String, phase: Phase }
     struct Example: Decodable { let guided: Bool, steps: [Step] }
     struct Family: Decodable { let order: [String] }
-    struct Method: Decodable { let keep: String, forecasts: [String: Int]? }
+    struct Rule: Decodable { let threshold: Double }
+    struct Method: Decodable { let keep: String, forecasts: [String: Int]?, rule: Rule? }
 
     let graphs: [String: Graph], example: Example, family: Family, method: Method
 }
@@ -43,6 +44,7 @@ final class Denoiser {
         // A bundle that was exported with binding_times=True has preludes and tables, which this example does not run.
         precondition(manifest.graphs.values.allSatisfy { ($0.stage ?? "step") == "step" })
         precondition((manifest.method.forecasts ?? [:]).isEmpty)  // it reuses cached values as they are
+        precondition(manifest.method.rule == nil)  // each step runs one graph
         package = compiledPackage
     }
 

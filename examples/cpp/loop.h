@@ -43,6 +43,7 @@ class Denoiser {
   Denoiser(const std::string& bundle, const Json& manifest, std::vector<float> timesteps)
       : manifest_(manifest), runtime_(bundle, manifest_), timesteps_(std::move(timesteps)) {
     if (manifest_["method"].members().count("forecasts")) throw std::runtime_error("not in this example: forecasts");
+    if (manifest_["method"].members().count("rule")) throw std::runtime_error("not in this example: method.rule");
     const Json& family = manifest_["family"];
     for (const char* key : {"calls", "interleaved", "repeated", "shared"})
       if (!family[key].items().empty()) throw std::runtime_error(std::string("not in this example: family.") + key);
