@@ -59,8 +59,8 @@ MSG_NO_RESIDUAL = (
     "inputs with the same shape, so that no residual of it can be cached. Choose another range of blocks."
 )
 MSG_SEVERAL_STACKS = (
-    "{model} has {count} stacks of transformer blocks, and a decision at run time needs exactly one, whose first blocks "
-    "are computed before it. What works instead: BlockCache, which skips blocks at fixed steps."
+    "{model} has {count} stacks of transformer blocks, and a decision at run time needs exactly one, whose first "
+    "blocks are computed before it. What works instead: BlockCache, which skips blocks at fixed steps."
 )
 MSG_NO_MEASURE = (
     "In {model}, the {value} of {block} cannot be measured: {reason}. What works instead: FirstBlockCache, which "
@@ -120,9 +120,9 @@ def find_ranges(
     if not stacks:
         raise UnsupportedModelError(MSG_NO_BLOCKS.format(model=model))
     found: list[tuple[Kind, str, Node, Node | None]] = []
+    if "measured" in ranges and len(stacks) != 1:
+        raise UnsupportedModelError(MSG_SEVERAL_STACKS.format(model=model, count=len(stacks)))
     for kind, chosen in ranges.items():
-        if kind == "measured" and len(stacks) != 1:
-            raise UnsupportedModelError(MSG_SEVERAL_STACKS.format(model=model, count=len(stacks)))
         skipped = [blocks for stack in stacks if (blocks := stack[chosen.start : chosen.stop])]
         if not skipped:
             counts = " and ".join(str(len(stack)) for stack in stacks)

@@ -138,12 +138,12 @@ def joint(name: str) -> tuple[Callable[[], Any], Callable[[], dict[str, Any]]]:
 
 #: Pipelines with their calls, and a threshold at which some steps are skipped and others are not.
 PIPELINES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], float]] = {
-    "pixart": (pixart, pixart_call, 0.05),
-    "sd3": (*joint("StableDiffusion3Pipeline"), 0.05),
-    "flux": (*joint("FluxPipeline"), 0.05),
-    "qwen-image": (*joint("QwenImagePipeline"), 0.05),
-    "wan": (wan, wan_call, 0.05),
-    "ltx": (ltx, ltx_call, 0.05),
+    "pixart": (pixart, pixart_call, 0.15),
+    "sd3": (*joint("StableDiffusion3Pipeline"), 0.2),
+    "flux": (*joint("FluxPipeline"), 0.45),
+    "qwen-image": (*joint("QwenImagePipeline"), 0.5),
+    "wan": (wan, wan_call, 0.034),
+    "ltx": (ltx, ltx_call, 0.035),
 }
 
 
@@ -164,20 +164,27 @@ def recorded() -> Iterator[list[bool]]:
         FBCHeadBlockHook._should_compute_remaining_blocks = original
 
 
+def apply_theirs(transformer: Any, threshold: float) -> None:
+    config = FirstBlockCacheConfig(threshold=threshold)
+    if hasattr(transformer, "enable_cache"):
+        transformer.enable_cache(config)
+    else:
+        apply_first_block_cache(transformer, config)
+        _set_cache_context(transformer, CacheContext("inference"))  # which the pipelines of PixArt and SD3 do not
+
+
 def computed_calls(pipe: Any) -> list[bool]:
     """Return for each denoiser call of the last generation whether its blocks were computed."""
     return ["blocks-skipped" not in name for _, name in tgate_compile.describe(pipe).last_steps]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[SWEEP] if name in ("sd3", "ltx") else []) for name in PIPELINES]
-)
+@pytest.mark.parametrize("name", ["pixart", "flux", pytest.param("qwen-image", marks=SWEEP), "wan", "ltx"])
 def test_first_block_cache_is_as_in_diffusers(name: str) -> None:
+    """diffusers' hook fails with SD3, whose last block returns no text."""
     build, call, threshold = PIPELINES[name]
     theirs = build()
     plain = latents_of(theirs, call())
-    apply_first_block_cache(theirs.transformer, FirstBlockCacheConfig(threshold=threshold))
-    _set_cache_context(theirs.transformer, CacheContext("inference"))  # which the pipelines of PixArt and SD3 do not
+    apply_theirs(theirs.transformer, threshold)
     with recorded() as decided:
         expected = latents_of(theirs, call())
     ours = tgate_compile.optimize(build(), FirstBlockCache(threshold), backend="eager")
@@ -204,8 +211,7 @@ def test_nothing_is_left_after_an_exception() -> None:
         pipe.scheduler.step = step
 
     theirs = pixart()
-    apply_first_block_cache(theirs.transformer, FirstBlockCacheConfig(threshold=threshold))
-    _set_cache_context(theirs.transformer, CacheContext("inference"))
+    apply_theirs(theirs.transformer, threshold)
     interrupt(theirs)
     with recorded() as decided:
         latents_of(theirs, call)
@@ -393,7 +399,9 @@ def test_teacache_of_the_time_embedding() -> None:
         lambda module, args, output: embedded.append(output)
     )
     latents_of(theirs, wan_call())
-    changes = [float((a - b).abs().mean() / b.abs().mean()) for b, a in zip(embedded[::2], embedded[2::2], strict=False)]
+    changes = [
+        float((a - b).abs().mean() / b.abs().mean()) for b, a in zip(embedded[::2], embedded[2::2], strict=False)
+    ]
     decider = Decider(Rule(0.5, accumulates=True))
     expected = [True, *(not decider.skips(change) for change in changes[:-1]), True]
     assert made[::2] == expected
@@ -448,7 +456,9 @@ def test_inductor_compiles_each_graph_once() -> None:
     assert store.compilations == 4
 
 
-@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.heavy), pytest.param("openvino", marks=SWEEP)])
+@pytest.mark.parametrize(
+    "format", [pytest.param("onnx", marks=pytest.mark.heavy), pytest.param("openvino", marks=SWEEP)]
+)
 def test_bundles(format: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     if format == "openvino":

@@ -143,9 +143,9 @@ def export(
         )
     if hook.config.schedule.rule is not None and format not in DECIDING_FORMATS:
         raise UnsupportedModelError(
-            f'Steps of this schedule are decided while they run ({hook.config.schedule}), which bundles of '
-            f'format="{format}" do not support. Formats that do: {", ".join(DECIDING_FORMATS)}. A schedule that is known '
-            "beforehand, such as BlockCache(mask=...), can be exported to every format."
+            f"Steps of this schedule are decided while they run ({hook.config.schedule}), which bundles of "
+            f'format="{format}" do not support. Formats that do: {", ".join(DECIDING_FORMATS)}. A schedule that is '
+            "known beforehand, such as BlockCache(mask=...), can be exported to every format."
         )
     if "reference" in hook.config.schedule.kinds:
         raise UnsupportedModelError(

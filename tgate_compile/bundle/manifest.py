@@ -21,7 +21,7 @@ from tgate_compile.bundle.quantization import Scheme
 from tgate_compile.methods.decisions import Rule
 from tgate_compile.methods.method import Half, Kind, Part, Phase
 
-#: Version 2 has graphs that are split by binding time, version 3 forecasts, version 4 steps that are decided at run time.
+#: Version 2 has graphs that are split by binding time, version 3 forecasts, version 4 steps decided at run time.
 #: Bundles are written in the lowest version that has what they need.
 SCHEMA_VERSION = 4
 
@@ -300,8 +300,12 @@ class PlannedPhase(_Sparse):
     letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="The letter in strips; a capital under guidance.")]
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
-    tail: Name | None = Field(default=None, description="If `graph` is a head: what runs after it if blocks are computed.")
-    finish: Name | None = Field(default=None, description="If `graph` is a head: what runs after it if they are skipped.")
+    tail: Name | None = Field(
+        default=None, description="If `graph` is a head: what runs after it if blocks are computed."
+    )
+    finish: Name | None = Field(
+        default=None, description="If `graph` is a head: what runs after it if they are skipped."
+    )
 
 
 Rows = list[Annotated[str, Field(pattern="^[0-9a-zA-Z]*$")]]
@@ -496,4 +500,3 @@ def phase_of(spec: PhaseSpec) -> Phase:
     """Return the phase that `spec` describes."""
     kinds = {name: frozenset[Kind](getattr(spec, name)) for name in ("reuse", "emit", "merge", "decided")}
     return Phase(spec.guided, **kinds, part=spec.part)
-

@@ -283,7 +283,9 @@ def capture(
 def _ranges_without_text(joint: Joint, inputs: Inputs, ranges: Mapping[Kind, Blocks], model: str) -> list[Site]:
     """Return the residuals of blocks in the graph without the text, with other names than those of both streams."""
     nodes = {node.name: node for node in joint.pruned.graph.nodes}
-    latents, times = ([nodes[node.name] for node in each if node.name in nodes] for each in (inputs.latents, inputs.times))
+    latents, times = (
+        [nodes[node.name] for node in each if node.name in nodes] for each in (inputs.latents, inputs.times)
+    )
     found = find_ranges(joint.pruned, latents, ranges, model, times=times)
     return [dataclasses.replace(site, name=f"{site.name}.image") for site in found]
 

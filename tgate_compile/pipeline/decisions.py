@@ -22,8 +22,8 @@ RunGraph = Callable[[Phase, CachedValues], tuple[Runnable, tuple[list[torch.Tens
 class Decisions:
     """The decisions of one pass over the timesteps.
 
-    If a pipeline evaluates the guidance halves in two denoiser calls, each half is decided apart. Otherwise there is one
-    decision for the whole batch.
+    If a pipeline evaluates the guidance halves in two denoiser calls, each half is decided apart. Otherwise there is
+    one decision for the whole batch.
 
     Args:
         rule: the rule by which steps are decided; None if all are known beforehand.

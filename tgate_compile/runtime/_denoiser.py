@@ -69,6 +69,7 @@ class Graphs:
         for name in dict.fromkeys(name for planned in plan for name in self.names(planned)):
             for each in () if self._sequential else (*early_graphs(self._manifest.graphs, name), name):
                 self.session(each)
+
     def name(self, planned: PlannedPhase) -> str:
         """Return the name of the graph that serves a step, or raise BundleError if there is none."""
         if planned.graph is None:
@@ -201,7 +202,9 @@ class Denoiser:
         self._caches = {key: values for key, values in self._caches.items() if key[0] != "state"}
         return prediction
 
-    def _run(self, served: str, step: int, call: _Call, phase: Phase) -> tuple[Array, list[tuple[CacheOutput, OrtValue]]]:
+    def _run(
+        self, served: str, step: int, call: _Call, phase: Phase
+    ) -> tuple[Array, list[tuple[CacheOutput, OrtValue]]]:
         """Run a graph, and return its first output and the values that `phase` keeps."""
         graph = self._manifest.graphs[served]
         inputs = {spec.name: self._argument(spec, call) for spec in graph.inputs}

@@ -25,12 +25,10 @@ from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.graphs import Emission
 from tgate_compile.serve.adapters import Weights
 
-MSG_REFERENCES = (
-    "This pipeline was optimized with FrozenReferences, which an Engine cannot serve yet. Leave it out."
-)
+MSG_REFERENCES = "This pipeline was optimized with FrozenReferences, which an Engine cannot serve yet. Leave it out."
 MSG_DECIDED = (
     "This pipeline was optimized with steps that are decided while they run ({schedule}), which an Engine cannot serve "
-    "yet: it would decide for all requests of a batch together. Use a method whose steps are known beforehand (BlockCache, "
+    "yet: it would decide for a whole batch. Use a method whose steps are known beforehand (BlockCache, "
     "MagCache), or serve a bundle (Engine.from_bundle), which decides for each request."
 )
 
