@@ -165,7 +165,7 @@ def _value_of(whole: _Graph, block: str, value: ValueOfBlocks, times: Sequence[N
     of_times = depends_on(whole.graph, times)
     if value == "time embedding":
         made = {node for node in whole.graph.nodes if _is_time_embedding(node)}
-        ends = [node for node in whole.graph.nodes if node in made and any(user not in made for user in node.users)]
+        ends: list[Node] = [node for node in whole.graph.nodes if node in made and not made.issuperset(node.users)]
         if len(ends) != 1 or ends[0] not in of_times or ends[0] in whole.of_latents:
             raise refused(f"there are {len(ends)} values of modules called TimestepEmbedding, expected one")
         return ends[0]

@@ -461,17 +461,17 @@ def _shown(value: Json) -> str:
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return `config` as plain data, without diffusers' private entries, such as the model's path on this machine."""
-    return {str(name): _plain(value) for name, value in config.items() if not str(name).startswith("_")}
+    return {str(name): _plain_value(value) for name, value in config.items() if not str(name).startswith("_")}
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)  # JSON has no infinity: "inf", "-inf", "nan"
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [_plain_value(item) for item in value]
     tolist = getattr(value, "tolist", None)  # numpy's arrays and numbers
-    return _plain(tolist()) if tolist is not None else str(value)
+    return _plain_value(tolist()) if tolist is not None else str(value)

@@ -117,7 +117,8 @@ class PlannedGraph:
         first = "measure" if self.variant.phase.part == "head" else "out_sample"
         own = [first, *(f"out_{i}" for i in range(1, count))]
         whole = {(emission.site.kind, emission.site.name) for emission in self.variant.emitted if not emission.merged}
-        return (*own, *(_emission_name(emission, whole) for emission in self.variant.emitted))
+        taken = {(site.kind, site.name) for site in self.variant.reused}
+        return (*own, *(_emission_name(emission, whole, taken) for emission in self.variant.emitted))
 
     @property
     def latents(self) -> str:
@@ -271,10 +272,14 @@ def _not_representable(part: PlannedGraph) -> str | None:
     return None
 
 
-def _emission_name(emission: Emission, whole: set[tuple[Kind, str]]) -> str:
-    """Return the name of an output, which marks a merged value if the graph also emits the whole value."""
-    site = emission.site
-    return cache_name(site) + (".merged" if emission.merged and (site.kind, site.name) in whole else "")
+def _emission_name(emission: Emission, whole: set[tuple[Kind, str]], taken: set[tuple[Kind, str]]) -> str:
+    """Return the name of an output.
+
+    It marks a merged value if the graph also emits the whole value, and a new one if the graph takes an earlier one.
+    """
+    key = emission.site.kind, emission.site.name
+    mark = ".merged" if emission.merged and key in whole else ".new" if key in taken else ""
+    return cache_name(emission.site) + mark
 
 
 #: The dimension of the latents that each free size belongs to.

@@ -207,7 +207,7 @@ _SINCE_3_AND_4: Mapping[int, Any] = {3: {"method": {"forecasts", "rule"}}, 4: {"
 def as_json(manifest: m.Manifest) -> str:
     """Return the text of a manifest file, with the keys of its schema version only."""
     version = manifest.schema_version
-    of_method = next((keys for since, keys in _SINCE_3_AND_4.items() if version < since), {})
+    of_method: Any = next((keys for since, keys in _SINCE_3_AND_4.items() if version < since), {})
     left_out: Any = {**(_SINCE_2 if version < 2 else {}), **of_method}
     return manifest.model_dump_json(indent=1, exclude=left_out) + "\n"
 

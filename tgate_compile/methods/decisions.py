@@ -91,8 +91,8 @@ def _polynomial(coefficients: tuple[float, ...], at: float) -> float:
 class Deciding(Method):
     """A method that decides at run time whether the middle blocks of a transformer are computed or skipped.
 
-    A subclass defines `rule`, `ranges` with the kinds `blocks` and `measured`, `must_compute`, and the fields `threshold`
-    and `forecast`.
+    A subclass defines `rule`, `ranges` with the kinds `blocks` and `measured`, `must_compute`, and the fields
+    `threshold` and `forecast`.
     """
 
     #: The measure at which the decision changes.

@@ -62,7 +62,7 @@ class Decisions:
         skipped = decider.skips(change)
         settled, computed = phase.settled(skipped=skipped), phase.settled(skipped=False)
         logger.debug("step %d: the measure is %.6g, blocks are %s", step, change, "skipped" if skipped else "computed")
-        state = {
+        state: CachedValues = {
             (emission.site.kind, emission.site.name): value
             for emission, value in zip(head.emitted, emitted, strict=True)
             if emission.site.kind == "state"
