@@ -300,12 +300,8 @@ class PlannedPhase(_Sparse):
     letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="The letter in strips; a capital under guidance.")]
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
-    tail: Name | None = Field(
-        default=None, description="If `graph` is a head: what runs after it if blocks are computed."
-    )
-    finish: Name | None = Field(
-        default=None, description="If `graph` is a head: what runs after it if they are skipped."
-    )
+    tail: Name | None = Field(default=None, description="What runs after a head if blocks are computed.")
+    finish: Name | None = Field(default=None, description="What runs after a head if blocks are skipped.")
 
 
 Rows = list[Annotated[str, Field(pattern="^[0-9a-zA-Z]*$")]]
