@@ -178,7 +178,9 @@ def computed_calls(pipe: Any) -> list[bool]:
     return ["blocks-skipped" not in name for _, name in tgate_compile.describe(pipe).last_steps]
 
 
-@pytest.mark.parametrize("name", ["pixart", "flux", pytest.param("qwen-image", marks=SWEEP), "wan", "ltx"])
+@pytest.mark.parametrize(
+    "name", ["pixart", "wan", *(pytest.param(name, marks=SWEEP) for name in ("flux", "qwen-image", "ltx"))]
+)
 def test_first_block_cache_is_as_in_diffusers(name: str) -> None:
     """diffusers' hook fails with SD3, whose last block returns no text."""
     build, call, threshold = PIPELINES[name]
@@ -194,6 +196,8 @@ def test_first_block_cache_is_as_in_diffusers(name: str) -> None:
     assert_same(images, expected)
     assert_differ(images, plain)
     assert torch.equal(latents_of(ours, call()), images)  # nothing is left of the first call
+    # Two calls have compiled each graph once: the whole step, the head, the tail and the finish.
+    assert ours._tgate_compile.hook.store.compilations == 4
 
 
 def test_nothing_is_left_after_an_exception() -> None:
@@ -223,7 +227,7 @@ def test_nothing_is_left_after_an_exception() -> None:
     assert computed_calls(ours)[0]
 
 
-@pytest.mark.parametrize("name", ["pixart", "sd3"])
+@pytest.mark.parametrize("name", [pytest.param("pixart", marks=pytest.mark.heavy), pytest.param("sd3", marks=SWEEP)])
 def test_composed_with_a_gate(name: str) -> None:
     """If blocks are always skipped, or never, the images are those of steps that are known beforehand."""
     build, call, _ = PIPELINES[name]
@@ -239,6 +243,7 @@ def test_composed_with_a_gate(name: str) -> None:
         assert described.cache_bytes == foreseen.cache_bytes
 
 
+@pytest.mark.sweep
 def test_guidance_that_ends_by_similarity() -> None:
     """Values of both halves are reduced to those of the kept one."""
     schedule = FirstBlockCache(ALWAYS) + AdaptiveGuidance(similarity=0.001)
@@ -249,7 +254,7 @@ def test_guidance_that_ends_by_similarity() -> None:
     assert tgate_compile.describe(ours).strip[1:].islower()
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=SWEEP)])
 def test_forecasts(order: int) -> None:
     """The steps that a decision computes are the support of the forecast, as with a mask."""
     threshold = PIPELINES["pixart"][2]
@@ -315,7 +320,7 @@ def long_wan() -> Any:
 @pytest.mark.parametrize(
     "method",
     [
-        DBCache(0.1, front=2, back=1, warm_up=2),
+        pytest.param(DBCache(0.1, front=2, back=1, warm_up=2), marks=SWEEP),
         pytest.param(DBCache(0.1, front=1, back=0, warm_up=1, most_in_row=1), marks=SWEEP),
     ],
     ids=str,
@@ -386,6 +391,7 @@ def test_teacache_is_as_with_hooks() -> None:
     assert {True, False} <= set(made[1:-1])
 
 
+@pytest.mark.sweep
 def test_teacache_of_the_time_embedding() -> None:
     """The measure depends on the timesteps alone, so all prompts have the same decisions."""
     method = TeaCache(0.5, coefficients=(1.0, 0.0), measured="time embedding")
@@ -442,7 +448,7 @@ def test_formats_that_cannot_decide(tmp_path: Path) -> None:
 # Backends and bundles.
 
 
-@pytest.mark.heavy
+@pytest.mark.sweep
 def test_inductor_compiles_each_graph_once() -> None:
     method = FirstBlockCache(PIPELINES["pixart"][2])
     eager = tgate_compile.optimize(pixart(), method, backend="eager")
