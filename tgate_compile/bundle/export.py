@@ -36,6 +36,8 @@ from tgate_compile.pipeline.optimized import preview, required_state_of
 
 logger = logging.getLogger(__name__)
 
+#: The formats that support steps that are decided at run time.
+DECIDING_FORMATS = ("onnx", "openvino")
 #: The choices of `components`: the denoiser's graphs only, or everything needed to turn a prompt into an image.
 COMPONENTS = ("denoiser", "all")
 
@@ -144,6 +146,12 @@ def export(
             f"This schedule estimates predictions ({hook.config.schedule.estimating.title}), which is computed between "
             "the graphs, and the runtimes of bundles do not do that. Leave the method out."
         )
+    if hook.config.schedule.rule is not None and format not in DECIDING_FORMATS:
+        raise UnsupportedModelError(
+            f"Steps of this schedule are decided while they run ({hook.config.schedule}), which bundles of "
+            f'format="{format}" do not support. Formats that do: {", ".join(DECIDING_FORMATS)}. A schedule that is '
+            "known beforehand, such as BlockCache(mask=...), can be exported to every format."
+        )
     if "reference" in hook.config.schedule.kinds:
         raise UnsupportedModelError(
             "This schedule freezes reference images (FrozenReferences), whose place among the tokens is known only "
@@ -173,6 +181,11 @@ def export(
             'format, such as "onnx".'
         )
     quantization = read_quantization(quantize, format, FORMATS[format].schemes)
+    if hook.config.schedule.rule is not None and quantization is not None and quantization.calibrated:
+        raise UnsupportedModelError(
+            "Steps of this schedule are decided while they run, so the inputs of its graphs cannot be recorded for a "
+            f'calibration. Use a scheme without one, such as quantize="int8", instead of {quantization.scheme!r}.'
+        )
     options = dict(format_options or {})
     format_called(format).check_options(options)
     # Imported here because pydantic is an optional dependency.

@@ -35,7 +35,6 @@ from tgate_compile.serve.worker import Job, RunApart, Work, batch_sizes, size_of
 logger = logging.getLogger(__name__)
 
 MSG_MODULAR = "A {pipeline} is a modular pipeline, which an Engine cannot serve yet. Use an ordinary pipeline."
-MSG_REFERENCES = "This {pipeline} was optimized with FrozenReferences, which an Engine cannot serve yet. Leave it out."
 MSG_OFFLOADED = (
     "The {name} of this {pipeline} is offloaded: its weights move at every call, but an Engine runs several requests "
     "at a time. Remove the offloading (pipe.remove_all_hooks(), then pipe.to(device))."
@@ -495,5 +494,4 @@ def _check(pipe: Any, hooks: Mapping[str, Any]) -> None:
             raise ConfigurationError(MSG_OFFLOADED.format(name=name, pipeline=name_of_class))
     if any(gated.config.offload_prelude for gated in hooks.values()):
         raise ConfigurationError(MSG_PARKED.format(pipeline=name_of_class))
-    if any("reference" in gated.config.schedule.kinds for gated in hooks.values()):
-        raise ConfigurationError(MSG_REFERENCES.format(pipeline=name_of_class))
+    batching.check_schedules([gated.config.schedule for gated in hooks.values()])
