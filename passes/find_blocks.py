@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from tgate_compile._errors import UnsupportedModelError
-from tgate_compile.methods.method import Blocks, Kind
+from tgate_compile.methods.method import Blocks, Kind, ValueOfBlocks
 from tgate_compile.passes.attention_core import LAYOUT, attention_cores
 from tgate_compile.passes.find_sites import PROJECTING, depends_on, unique_name, value_inputs
 from tgate_compile.passes.follow_rows import SPLITS, Size, positive, rank, same_size, size_of, tensors_of
@@ -58,6 +58,14 @@ MSG_NO_RESIDUAL = (
     "The blocks {first} to {last} of {model} cannot be skipped: their output {value} does not continue one of their "
     "inputs with the same shape, so that no residual of it can be cached. Choose another range of blocks."
 )
+MSG_SEVERAL_STACKS = (
+    "{model} has {count} stacks of transformer blocks, and a decision at run time needs exactly one, whose first "
+    "blocks are computed before it. What works instead: BlockCache, which skips blocks at fixed steps."
+)
+MSG_NO_MEASURE = (
+    "In {model}, the {value} of {block} cannot be measured: {reason}. What works instead: FirstBlockCache, which "
+    "measures the residual of the first block."
+)
 
 
 @dataclass(frozen=True)
@@ -94,21 +102,25 @@ def find_ranges(
     ranges: Mapping[Kind, Blocks],
     model: str,
     batch_dims: BatchDimsOf | None = None,
+    times: Sequence[Node] = (),
 ) -> list[Site]:
     """Return the sites of the residuals over ranges of blocks, in graph order. The graph is not changed.
 
     The value of a site leaves the range, and its base enters it. If text and image have separate streams of tokens, the
-    range has a site for each stream that is used after it.
+    range has a site for each stream that is used after it. For the kind `measured` there is one site: the image's
+    residual, or another value of the range. `times` are the inputs that hold the timestep.
 
     Raises:
         UnsupportedModelError: there are no such blocks, or a value that leaves them is not the continuation of one
-            that enters them.
+            that enters them, or the value to be measured is not found.
     """
     whole = _Graph(graph_module, latents)
     stacks = _stacks(whole)
     if not stacks:
         raise UnsupportedModelError(MSG_NO_BLOCKS.format(model=model))
-    found: list[tuple[Kind, str, _Stream]] = []
+    found: list[tuple[Kind, str, Node, Node | None]] = []
+    if "measured" in ranges and len(stacks) != 1:
+        raise UnsupportedModelError(MSG_SEVERAL_STACKS.format(model=model, count=len(stacks)))
     for kind, chosen in ranges.items():
         skipped = [blocks for stack in stacks if (blocks := stack[chosen.start : chosen.stop])]
         if not skipped:
@@ -116,15 +128,59 @@ def find_ranges(
             stop = "" if chosen.stop is None else chosen.stop
             raise UnsupportedModelError(MSG_EMPTY.format(start=chosen.start, stop=stop, model=model, counts=counts))
         for blocks in skipped:
+            if chosen.value != "residual":
+                node = _value_of(whole, blocks[0], chosen.value, times, model)
+                found.append((kind, blocks[0], node, None))
+                continue
             streams = _streams(whole, blocks)
             if isinstance(streams, Node):
                 raise UnsupportedModelError(
                     MSG_NO_RESIDUAL.format(first=blocks[0], last=blocks[-1], model=model, value=streams.name)
                 )
-            found += [(kind, _name_of(blocks), stream) for stream in streams]
-    sites = _sites([(kind, name, stream.end, stream.begin) for kind, name, stream in found], batch_dims)
+            if kind == "measured":  # the text does not depend on the latents before the first block
+                streams = [stream for stream in streams if stream.begin in whole.of_latents][:1]
+            found += [(kind, _name_of(blocks), stream.end, stream.begin) for stream in streams]
+    sites = _sites(found, batch_dims)
+    for kind in ranges:
+        if kind == "measured" and not any(site.kind == kind for site in sites):
+            reason = "no value of it depends on the latents and has one row for each of them"
+            block = stacks[0][0]
+            raise UnsupportedModelError(
+                MSG_NO_MEASURE.format(model=model, value=ranges[kind].value, block=block, reason=reason)
+            )
     logger.debug("found %d residuals of blocks", len(sites))
     return sites
+
+
+def _value_of(whole: _Graph, block: str, value: ValueOfBlocks, times: Sequence[Node], model: str) -> Node:
+    """Return a value that TeaCache measures: the input of the first attention in `block`, or the time embedding.
+
+    The input is what the queries are projected from, after normalization and modulation with the timestep.
+    """
+
+    def refused(reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(MSG_NO_MEASURE.format(model=model, value=value, block=block, reason=reason))
+
+    of_times = depends_on(whole.graph, times)
+    if value == "time embedding":
+        made = {node for node in whole.graph.nodes if _is_time_embedding(node)}
+        ends: list[Node] = [node for node in whole.graph.nodes if node in made and not made.issuperset(node.users)]
+        if len(ends) != 1 or ends[0] not in of_times or ends[0] in whole.of_latents:
+            raise refused(f"there are {len(ends)} values of modules called TimestepEmbedding, expected one")
+        return ends[0]
+    own = whole.inside([block])
+    projected = [operand(node, 0) for node in whole.graph.nodes if node in own and node.target in PROJECTING]
+    source = next((node for node in projected if node in whole.of_latents), None)
+    if source is None or source not in own:
+        raise refused("the block projects no value of its own that depends on the latents")
+    if source not in of_times:
+        raise refused("what its attention takes does not depend on the timestep")
+    return source
+
+
+def _is_time_embedding(node: Node) -> bool:
+    modules = [(path, str(kind).rstrip("'>")) for _, (path, kind) in _stack(node)]
+    return any(kind.endswith("TimestepEmbedding") and "time" in path for path, kind in modules)
 
 
 def find_feed_forward(

@@ -225,6 +225,13 @@ class Captured:
     constant: bool = False
     separated_sites: tuple[Site, ...] = ()
 
+    def outputs_of(self, phase: Phase) -> int:
+        """Return the number of outputs of the graph of `phase` that come before the cached values.
+
+        They are those of the denoiser, or for the head of a step that is decided at run time, the measure.
+        """
+        return 1 if phase.part == "head" else self.out_spec.num_leaves
+
 
 @dataclass(frozen=True)
 class Emission:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch.export.graph_signature import InputKind
@@ -13,6 +14,7 @@ from torch.fx import Node
 from tgate_compile._errors import VerificationError
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.attention_core import attention_cores
+from tgate_compile.passes.find_sites import depends_on
 from tgate_compile.passes.graphs import (
     Captured,
     Emission,
@@ -79,11 +81,19 @@ def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:
 def _without_base(graph: torch.fx.Graph, value: Node, site: Site) -> Node:
     """Return a contiguous copy of a text's keys or values, or of a residual, which can be views of those of all tokens.
 
-    A cache would keep these alive, and compiled graphs expect contiguous caches.
+    A cache would keep these alive, and compiled graphs expect contiguous caches. A measured value may be returned a
+    second time, for the next part of the step.
     """
-    if not site.of_text and site.base is None:
+    copied = site.of_text or site.base is not None or site.kind in ("measured", "state")
+    if not copied or _is_contiguous(value, site):
         return value
     return add_call(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
+
+
+def _is_contiguous(value: Node, site: Site) -> bool:
+    """Return whether a value that passes to the next part of the step, and is no view, is certainly contiguous."""
+    fake = value.meta["val"]
+    return site.kind == "state" and all(isinstance(size, int) for size in fake.shape) and fake.is_contiguous()
 
 
 def _cast(graph: torch.fx.Graph, value: Node, emission: Emission) -> Node:
@@ -126,7 +136,7 @@ def reuse(graph_module: torch.fx.GraphModule, sites: Iterable[Site]) -> PassResu
         same = site.batch == 0 and site.cache_dtype == site.dtype
         with fake.fake_mode:
             cached.meta["val"] = fake if same else fake.movedim(site.batch, 0).to(site.cache_dtype)
-            if site.of_text or site.base is not None:
+            if site.of_text or site.base is not None or site.kind == "state":
                 cached.meta["val"] = cached.meta["val"].clone(memory_format=torch.contiguous_format)
         last_input = replacement = cached
         with graph.inserting_before(value):
@@ -197,7 +207,8 @@ def verify(variant: Variant, captured: Captured) -> None:
     """
     graph = variant.program.graph
     outputs = outputs_of(graph)
-    expected = captured.out_spec.num_leaves + len(variant.emitted)
+    returned = captured.outputs_of(variant.phase)
+    expected = returned + len(variant.emitted)
     _require(len(outputs) == expected, f"it has {len(outputs)} outputs, expected {expected}")
     _require(len(set(outputs)) == len(outputs), "one value is two of its outputs")
     _require(all(node.op != "placeholder" for node in outputs), "one of its outputs is an input")
@@ -205,7 +216,7 @@ def verify(variant: Variant, captured: Captured) -> None:
         _require(node.op == "output" or "val" in node.meta, f"{node.name} has no meta['val']")
         _require(not is_mutable(node), f"{node.name} works in place, and could be lost as dead code")
 
-    for emission, node in zip(variant.emitted, outputs[captured.out_spec.num_leaves :], strict=True):
+    for emission, node in zip(variant.emitted, outputs[returned:], strict=True):
         site = emission.site
         shape = (site.shape[0] // 2, *site.shape[1:]) if emission.merged else site.shape
         _require(tuple(node.meta["val"].shape) == shape, f"{site.name} is emitted as {node.meta['val'].shape}")
@@ -229,13 +240,15 @@ def verify(variant: Variant, captured: Captured) -> None:
 
 def _needed(variant: Variant, captured: Captured) -> set[str]:
     """Return the names of the captured graph's nodes that are needed if the reused sites are inputs."""
-    given = {site.node: site.base for site in sites_of(captured, variant.phase) if site.kind in variant.phase.reuse}
-    graph = graph_of(captured, variant.phase).graph
+    phase = variant.phase
+    given = {site.node: site.base for site in sites_of(captured, phase) if site.kind in phase.taken}
+    given |= {site.node: None for site in variant.reused if site.kind == "state"}
+    graph = graph_of(captured, phase).graph
     nodes = {node.name: node for node in graph.nodes}
     kept = [
         name for emission in variant.emitted for name in (emission.site.node, emission.site.base) if name is not None
     ]
-    queue = [*outputs_of(graph), *(nodes[name] for name in kept)]
+    queue = [*(() if phase.part == "head" else outputs_of(graph)), *(nodes[name] for name in kept)]
     needed = set(queue)
     for node in queue:  # grows during the loop
         base = given.get(node.name)
@@ -279,6 +292,94 @@ def _is_separated(captured: Captured, phase: Phase) -> bool:
     return captured.separated is not None and reuses_text
 
 
+def _state(captured: Captured, phase: Phase) -> tuple[Site, ...]:
+    """Return the values that the head of a step that is decided at run time passes to the tail and the finish.
+
+    The head computes the measured value and what enters the blocks that may be skipped. Of what it computes, the other
+    parts take values that depend on the latents; they repeat the rest, and views, which need no work.
+    """
+    graph = graph_of(captured, phase).graph
+    nodes = {node.name: node for node in graph.nodes}
+    sites = sites_of(captured, phase)
+    taken = {nodes[site.node] for site in sites if site.kind in phase.reuse}
+    skipped = {
+        nodes[site.node]: nodes[site.base] for site in sites if site.kind in phase.decided and site.base is not None
+    }
+    goals = [*skipped.values(), *(nodes[site.node] for site in sites if site.kind == "measured")]
+    in_head, _ = _reached(goals, dict.fromkeys(taken), frozenset())
+    roles = captured.roles
+    of_latents = [name for name in captured.input_names if roles.get(name, "latents") == "latents"]
+    inputs = [nodes[name] for name in of_latents if name in nodes]
+    changing = depends_on(graph, [*inputs, *taken]) - {*inputs, *taken}
+    passed = frozenset(node for node in in_head & changing if not _is_light(node))
+    outputs = outputs_of(graph)
+    _, by_tail = _reached([*outputs, *skipped, *skipped.values()], dict.fromkeys(taken), passed)
+    _, by_finish = _reached(outputs, {**dict.fromkeys(taken), **skipped}, passed)
+    crossing = by_tail | by_finish
+    return tuple(_state_site(node) for node in graph.nodes if node in crossing)
+
+
+def _state_site(node: Node) -> Site:
+    value = node.meta["val"]
+    return Site("state", f"head.{node.name}", node.name, tuple(value.shape), value.dtype, value.dtype)
+
+
+def _reached(
+    goals: Iterable[Node], given: Mapping[Node, Node | None], passed: Collection[Node]
+) -> tuple[set[Node], set[Node]]:
+    """Return the nodes that `goals` depend on, and those of `passed` at which the search ended.
+
+    Each of `given` depends on the one node that it is mapped to, or on nothing.
+    """
+    queue = list(dict.fromkeys(goals))
+    found, ends = set(queue), set[Node]()
+    for node in queue:  # grows during the loop
+        if node in passed:
+            ends.add(node)
+            continue
+        base = given.get(node)
+        sources = node.all_input_nodes if node not in given else [] if base is None else [base]
+        new = [source for source in sources if source not in found]
+        found.update(new)
+        queue += new
+    return found, ends
+
+
+def _is_light(node: Node) -> bool:
+    """Return whether `node` is an input, a size, a view or an operator that does nothing."""
+    if node.target is operator.getitem:
+        return _is_light(operand(node, 0))
+    is_value = isinstance(node.meta["val"], (torch.Tensor, list, tuple))
+    if node.op != "call_function" or not is_value or _is_identity(node):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def _return_measure(graph_module: torch.fx.GraphModule, site: Site, replaced: int) -> None:
+    """Return the relative change of the measured value instead of the first `replaced` outputs, with shape [1].
+
+    It is `mean(abs(value - before)) / mean(abs(before))` in at least fp32, where `before` is a new input.
+    """
+    graph = graph_module.graph
+    emitted = outputs_of(graph)[replaced:]
+    value = emitted[0]  # heads keep no other values for later steps
+    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last_input):
+        before = graph.placeholder(cache_input_name(site))
+    with value.meta["val"].fake_mode:
+        before.meta["val"] = value.meta["val"].clone(memory_format=torch.contiguous_format)
+    dtype = torch.promote_types(site.dtype, torch.float32)
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        now, then = _in_dtype(graph, value, dtype), _in_dtype(graph, before, dtype)
+        change = add_call(graph, aten.abs.default, add_call(graph, aten.sub.Tensor, now, then))
+        size = add_call(graph, aten.abs.default, then)
+        means = [add_call(graph, aten.mean.default, each) for each in (change, size)]
+        measure = add_call(graph, aten.reshape.default, add_call(graph, aten.div.Tensor, *means), [1])
+    output.args = ((measure, *emitted),)
+
+
 def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant:
     """Return the variant of `captured` that serves `phase`. `captured` is not changed.
 
@@ -294,11 +395,18 @@ def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant
         *(Emission(site) for site in sites if site.kind in phase.emit),
         *(Emission(site, anchor) for site in sites if site.kind in phase.merge),
     )
-    reused = tuple(site for site in sites if site.kind in phase.reuse)
+    reused = tuple(site for site in sites if site.kind in phase.taken)
+    measured = tuple(site for site in sites if site.kind == "measured" and phase.part == "head")
+    if measured:
+        emitted = (*emitted, *map(Emission, _state(captured, phase)))
+    elif phase.part != "whole":
+        reused = (*_state(captured, phase), *reused)
 
     results: dict[str, PassResult] = {}
     if emitted:
         results["emit"] = emit(graph_module, emitted)
+    if measured:
+        _return_measure(graph_module, measured[0], captured.out_spec.num_leaves)
     if reused:
         results["reuse"] = reuse(graph_module, reused)
     results["remove_identities"] = remove_identities(graph_module)
@@ -309,7 +417,7 @@ def specialize(captured: Captured, phase: Phase, anchor: float = 0.5) -> Variant
 
     program = flat_program(captured.program, graph_module)
     taken = program.graph_signature.user_inputs
-    caches = {cache_input_name(site): site for site in reused}
+    caches = {cache_input_name(site): site for site in (*measured, *reused)}
     variant = Variant(
         phase,
         program,

@@ -285,7 +285,7 @@ TINY_TRANSFORMER = Model(
         (MagCache((1.0,)), "FFKKKFKK", BLOCKS_OF_TINY),
         pytest.param(DeltaDiT(2, blocks=2), "FMFMFKFK", 2, marks=pytest.mark.sweep),
         pytest.param(BlockCache(2, front=0) + AdaptiveGuidance(4), "FKFKfkfk", BLOCKS_OF_TINY, marks=pytest.mark.sweep),
-        (FasterCache(2, begin=0.0), "FcFcFcFc", 0),
+        (FasterCache(2, begin=0.0), "FwFwFwFw", 0),
     ],
     ids=str,
 )

@@ -30,6 +30,7 @@ from tgate_compile.methods.method import (
     BLOCKS,
     CROSS,
     DEEP,
+    ESTIMATED,
     FF,
     GRAPH_NAMES,
     REAR,
@@ -145,10 +146,14 @@ def test_the_letters_of_strips_are_those_of_the_code() -> None:
     }  # fmt: skip
     letters = {}
     for reused, guided, not_guided in re.findall(r"^\| (.+?) \| `([A-Z])` \| `([a-z])` \|", page, re.MULTILINE):
-        reuse = frozenset[Kind]().union(*(kinds for word, kinds in words.items() if word in reused))
-        assert (guided, not_guided) == (Phase(True, reuse=reuse).character, Phase(False, reuse=reuse).character)
+        named = reused.partition(", or ")[0] if "decided" in reused else reused
+        reuse = frozenset[Kind]().union(*(kinds for word, kinds in words.items() if word in named))
+        decided = BLOCKS if "decided" in reused else frozenset[Kind]()
+        phases = [Phase(on, reuse=reuse, decided=decided) for on in (True, False)]
+        assert [guided, not_guided] == [phase.character for phase in phases]
         letters[guided] = reuse
-    assert set(letters) == set(GRAPH_NAMES)
+    assert f"| | `{ESTIMATED}` | FasterCache |" in page
+    assert {*letters, ESTIMATED.upper()} == set(GRAPH_NAMES)
 
 
 def test_the_method_of_the_guide_works(tmp_path: Path) -> None:

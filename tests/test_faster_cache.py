@@ -40,23 +40,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 STEPS = 8
 #: Computes steps 0, 1, 3 and 6; the low frequencies have their weight until step 5, the high ones from step 4 on.
 METHOD = FasterCache(3, begin=0.25, low_weight=1.2, low_end=0.75, high_weight=0.9, high_begin=0.5)
-STRIP = "FFcFccFc"
+STRIP = "FFwFwwFw"
 
 
 @pytest.mark.parametrize(
     ("schedule", "strip"),
     [
         (Schedule.of(METHOD), STRIP),
-        (Schedule.of(FasterCache()), "FFFccFcc"),
-        (FasterCache(2, begin=0.0) + TGate(5), "FcFcFppp"),
-        (FasterCache(2, begin=0.0) + TGate(4), "FcFFpppp"),  # the step before the gate computes both halves
-        (FasterCache(4, begin=0.0) + AdaptiveGuidance(6), "FcccFcff"),
+        (Schedule.of(FasterCache()), "FFFwwFww"),
+        (FasterCache(2, begin=0.0) + TGate(5), "FwFwFppp"),
+        (FasterCache(2, begin=0.0) + TGate(4), "FwFFpppp"),  # the step before the gate computes both halves
+        (FasterCache(4, begin=0.0) + AdaptiveGuidance(6), "FwwwFwff"),
     ],
     ids=str,
 )
 def test_strips(schedule: Schedule, strip: str) -> None:
     assert schedule.strip(STEPS) == strip
-    assert schedule.strip(STEPS, guided=False) == strip.lower().replace("c", "f")
+    assert schedule.strip(STEPS, guided=False) == strip.lower().replace("w", "f")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_with_a_gate_it_is_as_in_diffusers_up_to_the_gate() -> None:
     schedule = METHOD + TGate(7)
     tgate_compile.optimize(ours, schedule, backend="eager")
     images = latents_of(ours, pixart_call(2))
-    assert tgate_compile.describe(ours).strip == "FFcFccFp"
+    assert tgate_compile.describe(ours).strip == "FFwFwwFp"
     with as_in_diffusers(theirs.transformer, until=7, tensor_format="BCHW"), hook_reference(theirs, 7):
         assert_same(images, latents_of(theirs, pixart_call(2)))
 

@@ -20,7 +20,7 @@ from tests.tiny_pipelines import pixart, pixart_prompt, run, stable_diffusion
 from tests.tiny_video import latte, latte_call
 from tgate_compile import PAB, AdaptiveGuidance, ConfigurationError, DeepCache, FrozenText, Schedule, TGate
 from tgate_compile.bundle.plan_rows import MAX_STEPS, plan_from, plans_of
-from tgate_compile.methods.method import GRAPH_NAMES, REUSED, Kind, Method, Phase, Share, Timeline, methods
+from tgate_compile.methods.method import DECIDED, GRAPH_NAMES, REUSED, Kind, Method, Phase, Share, Timeline, methods
 from tgate_compile.methods.schedule_file import load_schedule, read_schedule, save_schedule, schedule_data
 
 STEPS = 10
@@ -71,14 +71,14 @@ def test_impossible_combinations(make: Callable[[], Any], telling: str) -> None:
 
 def test_every_set_of_reused_kinds_has_a_distinct_letter_and_name() -> None:
     letters = Counter(Phase(guided, reuse=reuse).character for reuse in REUSED for guided in (True, False))
-    assert len(letters) == 2 * len(REUSED) == 2 * 24
-    assert len(set(GRAPH_NAMES.values())) == len(REUSED)
+    assert len(letters) == 2 * len(REUSED) == 2 * 23
+    assert len(set(GRAPH_NAMES.values())) == len(GRAPH_NAMES) == len(REUSED) + len(DECIDED)
 
 
 def test_the_methods_of_the_package_are_found() -> None:
     assert set(methods()) == {
         "tgate", "deepcache", "guidance", "pab", "frozentext", "references", "fora", "blockcache", "deltadit",
-        "magcache", "fastercache",
+        "magcache", "fastercache", "firstblock", "dbcache", "teacache",
     }  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tgate_compile import ConfigurationError
+from tgate_compile.bundle.denoiser_state import plain_config
 from tgate_compile.bundle.manifest import Scheduler as Spec
-from tgate_compile.bundle.manifest import plain_config
 from tgate_compile.runtime._pipeline import Scheduler, make_scheduler
 
 STEPS = (1, 2, 7, 14, 15, 25)

@@ -26,7 +26,8 @@ from tgate_compile import load_demo_pipeline
 from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._web.site import runtime_files
-from tgate_compile.bundle.manifest import phase_spec, plain_config
+from tgate_compile.bundle.denoiser_state import plain_config
+from tgate_compile.bundle.manifest import phase_spec
 from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.read_manifest import shape_at
 from tgate_compile.methods.fora import Fora

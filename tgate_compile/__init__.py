@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from tgate_compile.engine.purity import pure as pure
     from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
     from tgate_compile.methods.block_cache import BlockCache as BlockCache
+    from tgate_compile.methods.db_cache import DBCache as DBCache
     from tgate_compile.methods.deepcache import DeepCache as DeepCache
     from tgate_compile.methods.delta_dit import DeltaDiT as DeltaDiT
     from tgate_compile.methods.faster_cache import FasterCache as FasterCache
+    from tgate_compile.methods.first_block_cache import FirstBlockCache as FirstBlockCache
     from tgate_compile.methods.fora import Fora as Fora
     from tgate_compile.methods.frozen_text import FrozenReferences as FrozenReferences
     from tgate_compile.methods.frozen_text import FrozenText as FrozenText
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from tgate_compile.methods.schedule import Schedule as Schedule
     from tgate_compile.methods.schedule_file import load_schedule as load_schedule
     from tgate_compile.methods.schedule_file import save_schedule as save_schedule
+    from tgate_compile.methods.tea_cache import TeaCache as TeaCache
     from tgate_compile.methods.tgate import TGate as TGate
     from tgate_compile.pipeline.describe import Description as Description
     from tgate_compile.pipeline.describe import VariantDescription as VariantDescription
@@ -93,6 +96,9 @@ _HOMES = {
     "DeltaDiT": "methods.delta_dit",
     "BlockCache": "methods.block_cache",
     "MagCache": "methods.mag_cache",
+    "FirstBlockCache": "methods.first_block_cache",
+    "DBCache": "methods.db_cache",
+    "TeaCache": "methods.tea_cache",
     "Method": "methods.method",
     "Phase": "methods.method",
     "Schedule": "methods.schedule",
@@ -151,6 +157,9 @@ __all__ = [
     "DeltaDiT",
     "BlockCache",
     "MagCache",
+    "FirstBlockCache",
+    "DBCache",
+    "TeaCache",
     "Method",
     "Schedule",
     "Phase",

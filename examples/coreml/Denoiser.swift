@@ -21,7 +21,8 @@ struct Manifest: Decodable {
     struct Step: Decodable { let graph: String, phase: Phase, weights: [String: [Float]]? }
     struct Example: Decodable { let guided: Bool, steps: [Step] }
     struct Family: Decodable { let order: [String] }
-    struct Method: Decodable { let keep: String, forecasts: [String: Int]? }
+    struct Rule: Decodable { let threshold: Double }
+    struct Method: Decodable { let keep: String, forecasts: [String: Int]?, rule: Rule? }
 
     let schema_version: Int
     let graphs: [String: Graph], example: Example, family: Family, method: Method
@@ -45,6 +46,7 @@ final class Denoiser {
         precondition(manifest.schema_version <= 3)
         // A bundle that was exported with binding_times=True has preludes and tables, which this example does not run.
         precondition(manifest.graphs.values.allSatisfy { ($0.stage ?? "step") == "step" })
+        precondition(manifest.method.rule == nil)  // each step runs one graph
         package = compiledPackage
     }
 

@@ -43,6 +43,7 @@ class Denoiser {
   // `timesteps` are those of the steps to come, for which the rows of tables are computed together.
   Denoiser(const std::string& bundle, const Json& manifest, std::vector<float> timesteps)
       : manifest_(manifest), runtime_(bundle, manifest_), timesteps_(std::move(timesteps)) {
+    if (manifest_["method"].members().count("rule")) throw std::runtime_error("not in this example: method.rule");
     if (manifest_["schema_version"].integer() > 3) throw std::runtime_error("not in this example: a newer schema version");
     const Json& family = manifest_["family"];
     for (const char* key : {"calls", "interleaved", "repeated", "shared"})

@@ -125,9 +125,21 @@ def work_of(description: Description, calls: str) -> Work:
     )
 
 
+#: The graphs that serve a step which is decided while it runs, by its letter. Undecided steps may compute everything.
+_PARTS = {
+    "K": ("head", "finish"),
+    "L": ("pruned, head", "pruned, finish"),
+    "B": ("head", "tail"),
+    "C": ("pruned, head", "pruned, tail"),
+}
+
+
 def _macs(graphs: dict[str, dict[int, int]], letter: str) -> int:
-    """Return the multiply-accumulates of a step's graph; steps with guidance have the larger batch."""
-    by_batch = graphs[GRAPH_NAMES[letter.upper()]]
+    """Return the multiply-accumulates of a step's graphs; steps with guidance have the larger batch."""
+    by_batch = graphs.get(GRAPH_NAMES[letter.upper()])
+    if by_batch is None:
+        first, second = (graphs[part] for part in _PARTS[letter.upper()])
+        by_batch = {batch: macs + second[batch] for batch, macs in first.items()}
     return by_batch[max(by_batch) if letter.isupper() else min(by_batch)]
 
 

@@ -32,6 +32,10 @@ MSG_PAPER_ALONE = "--paper shows the paper's tables unchanged. Leave out {given}
 MSG_BINDING_ALONE = "--binding-times splits the graph of one full step. Leave out {given}."
 MSG_TWO_MODELS = "--architecture and --model mean the same here. Leave out one of them."
 MSG_TWO_SIZES = "--size sets the height and the width. Leave out {given}."
+NOTE_DECIDED = (
+    "Steps that are decided while they run may skip blocks: from what it costs if all of them do, to what it costs if "
+    "none does. How many do depends on the prompt and the threshold."
+)
 MSG_NEVER_GATED = "Gate step {gate} is at or beyond the last of {steps} steps, so nothing is gated."
 
 
@@ -200,11 +204,26 @@ def _ours(cost: ImageCost, schedule: Schedule | None) -> dict[str, Any]:
     return {
         "ours_macs_t": cost.macs / 1e12,
         "ours_macs_with_attention_t": cost.macs_with_attention / 1e12,
+        **({} if schedule is None or schedule.rule is None else _least(cost)),
         "ours_params_m": cost.parameters / 1e6,
         "ours_params_at_end_m": cost.parameters_at_end / 1e6,
         "ours_schedule": "none" if schedule is None else str(schedule),
         "ours_strip": cost.strip,
     }
+
+
+def _least(cost: ImageCost) -> dict[str, Any]:
+    """Return the cost if the blocks are skipped in all steps that are decided while they run."""
+    return {
+        "ours_least_macs_t": cost.least_macs / 1e12,
+        "ours_least_macs_with_attention_t": cost.least_macs_with_attention / 1e12,
+    }
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    """Return a figure, or a range for a schedule whose steps are decided while they run."""
+    least = row.get(f"ours_least_{key}")
+    return f"{row[f'ours_{key}']:.3f}" if least is None else f"{least:.3f} to {row[f'ours_{key}']:.3f}"
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]], *, paper: bool) -> None:
@@ -221,10 +240,12 @@ def _print_table(rows: Sequence[Mapping[str, Any]], *, paper: bool) -> None:
         name = row["ours_schedule"] if row["method"] != "guidance_drop" else f"{row['ours_schedule']} alone"
         cells = [row["model"], name + marks]
         cells += [f"{row['macs_t']:.3f}"] if paper else []
-        cells += [f"{row['ours_macs_t']:.3f}"]
+        cells += [_cell(row, "macs_t")]
         cells += [f"{row['deviation']:+.3%}"] if paper else []
-        cells += [f"{row[f'ours_{key}']:.3f}" for key in ("macs_with_attention_t", "params_m")]
+        cells += [_cell(row, key) for key in ("macs_with_attention_t", "params_m")]
         table.add_row(*cells)
     OUT.print(table)
+    if any("ours_least_macs_t" in row for row in rows):
+        OUT.print(NOTE_DECIDED, soft_wrap=True)
     for number, note in enumerate(notes, start=1):
         OUT.print(f"[{number}] {note}", markup=False)

@@ -93,7 +93,7 @@ def _recorded_runs(hook: GatedDenoiser, plan: Plan, order: int, most: int) -> di
     """
     calls = max(1, len(hook.config.family.calls))
     runs: dict[Phase, list[int]] = defaultdict(list)
-    for (step, phase), (graph, _) in zip(plan.steps, plan.graphs, strict=True):
+    for (step, phase), ((graph, _), *_) in zip(plan.steps, plan.graphs, strict=True):
         runs[graph] += [step] * order * (calls if phase.guided else 1)
     return {
         graph: {int(at): steps[int(at)] for at in torch.linspace(0, len(steps) - 1, min(most, len(steps))).round()}

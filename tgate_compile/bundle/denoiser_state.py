@@ -23,7 +23,6 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 
 from tgate_compile.bundle import manifest as m
-from tgate_compile.bundle.manifest import plain_config
 
 Baseline = Literal["config", "none"]
 #: Plain data, which JSON can represent.
@@ -458,3 +457,21 @@ def _shown(value: Json) -> str:
         return _shown(value[0])
     text = value if isinstance(value, str) else "off" if _is_nothing(value) else "on" if value is True else repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` as plain data, without diffusers' private entries, such as the model's path on this machine."""
+    return {str(name): _plain_value(value) for name, value in config.items() if not str(name).startswith("_")}
+
+
+def _plain_value(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)  # JSON has no infinity: "inf", "-inf", "nan"
+    if isinstance(value, Mapping):
+        return {str(key): _plain_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain_value(item) for item in value]
+    tolist = getattr(value, "tolist", None)  # numpy's arrays and numbers
+    return _plain_value(tolist()) if tolist is not None else str(value)

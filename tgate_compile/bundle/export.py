@@ -41,6 +41,8 @@ MSG_NO_REFERENCE = (
     "the arguments of a call of this {pipeline} with a reference image, such as call={{'image': image, 'prompt': ''}}."
 )
 
+#: The formats that support steps that are decided at run time.
+DECIDING_FORMATS = ("onnx", "openvino")
 #: The choices of `components`: the denoiser's graphs only, or everything needed to turn a prompt into an image.
 COMPONENTS = ("denoiser", "all")
 
@@ -149,6 +151,12 @@ def export(
             f"This schedule estimates predictions ({hook.config.schedule.estimating.title}), which is computed between "
             "the graphs, and the runtimes of bundles do not do that. Leave the method out."
         )
+    if hook.config.schedule.rule is not None and format not in DECIDING_FORMATS:
+        raise UnsupportedModelError(
+            f"Steps of this schedule are decided while they run ({hook.config.schedule}), which bundles of "
+            f'format="{format}" do not support. Formats that do: {", ".join(DECIDING_FORMATS)}. A schedule that is '
+            "known beforehand, such as BlockCache(mask=...), can be exported to every format."
+        )
     if values_read(hook.denoiser):
         raise UnsupportedModelError(
             f"The graphs of {type(hook.denoiser).__name__} are valid only for inputs with the same values "
@@ -174,6 +182,11 @@ def export(
             'format, such as "onnx".'
         )
     quantization = read_quantization(quantize, format, FORMATS[format].schemes)
+    if hook.config.schedule.rule is not None and quantization is not None and quantization.calibrated:
+        raise UnsupportedModelError(
+            "Steps of this schedule are decided while they run, so the inputs of its graphs cannot be recorded for a "
+            f'calibration. Use a scheme without one, such as quantize="int8", instead of {quantization.scheme!r}.'
+        )
     options = dict(format_options or {})
     format_called(format).check_options(options)
     # Imported here because pydantic is an optional dependency.
@@ -200,7 +213,9 @@ def export(
     with exclusive(), _stages(progress) as report:
         report("Capturing the graphs")
         plan = preview(pipe, call)[component]
-        if "reference" in hook.config.schedule.kinds and all(call.image is None for _, call in plan.graphs):
+        if "reference" in hook.config.schedule.kinds and all(
+            call.image is None for of_step in plan.graphs for _, call in of_step
+        ):
             raise ConfigurationError(MSG_NO_REFERENCE.format(pipeline=pipeline))
         write_bundle(
             pipe,

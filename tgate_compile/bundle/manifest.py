@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+)
 
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.quantization import Scheme
-from tgate_compile.methods.method import Half, Kind, Phase
+from tgate_compile.methods.decisions import Rule
+from tgate_compile.methods.method import Half, Kind, Part, Phase
 
-#: Version 2 has graphs that are split by binding time, version 3 forecasts, version 4 reference images. Bundles are
-#: written in the lowest version that has what they need.
+#: Version 2 has graphs that are split by binding time, version 3 forecasts, version 4 frozen reference images and steps
+#: that are decided at run time. Bundles are written in the lowest version that has what they need.
 SCHEMA_VERSION = 4
 
 MANIFEST_FILE = "manifest.json"
@@ -25,18 +34,9 @@ COMPONENTS_WEIGHTS_FILE = "components/weights.bin"
 
 #: The names of torch's dtypes, without `torch.`.
 Dtype = Literal[
-    "float32",
-    "float16",
-    "bfloat16",
-    "float64",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "bool",
-    "uint8",
-    "int8",
-    "int32",
-    "int64",
-]
+    "float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2",
+    "bool", "uint8", "int8", "int32", "int64",
+]  # fmt: skip
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -61,6 +61,16 @@ GraphFormat = Annotated[str, AfterValidator(_known_format), WithJsonSchema({"enu
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Sparse(_Strict):
+    """A part of a manifest whose optional keys, which versions 3 and 4 added, are left out if they say nothing."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = {name for name, field in type(self).model_fields.items() if not field.is_required()}
+        values = serialized(self).items()
+        return {name: value for name, value in values if name not in optional or (value and value != "whole")}
 
 
 class TensorSpec(_Strict):
@@ -92,13 +102,15 @@ class CacheInput(TensorSpec):
     site: Name
 
 
-class PhaseSpec(_Strict):
+class PhaseSpec(_Sparse):
     """The kinds of values that a graph reuses and emits."""
 
     guided: bool = Field(description="Whether the batch has both guidance halves.")
     reuse: list[Kind] = Field(description="The kinds of cached values that are inputs.")
     emit: list[Kind] = Field(description="The kinds of cached values that are outputs, unmerged.")
     merge: list[Kind] = Field(description="The kinds of cached values that are outputs, merged over both halves.")
+    decided: tuple[Kind, ...] = Field(default=(), description="The kinds that are reused or computed, as is decided.")
+    part: Part = Field(default="whole", description="The part of a step that is decided at run time.")
 
 
 class Deviation(_Strict):
@@ -276,17 +288,20 @@ class Family(_Strict):
 _WEIGHTS: Any = Field(
     default_factory=dict,
     description="For each kind that is forecast, the weights with which its last values are added up, newest first. Of "
-    "other kinds, the newest value is reused as it is.",
+    "other kinds, the newest value is reused as it is. The weights of kinds that are decided at run time are not here: "
+    "they depend on the steps that were computed.",
 )
 
 
-class PlannedPhase(_Strict):
+class PlannedPhase(_Sparse):
     """The phase of a step, with its letter and its graph."""
 
     letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="The letter in strips; a capital under guidance.")]
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
     weights: dict[Kind, list[float]] = _WEIGHTS
+    tail: Name | None = Field(default=None, description="What runs after a head if blocks are computed.")
+    finish: Name | None = Field(default=None, description="What runs after a head if blocks are skipped.")
 
 
 Rows = list[Annotated[str, Field(pattern="^[0-9a-zA-Z]*$")]]
@@ -330,6 +345,7 @@ class Method(_Strict):
         default_factory=dict,
         description="The order of the forecast for each kind of cached value that is not reused as it is.",
     )
+    rule: Rule | None = Field(default=None, description="How steps are decided by their measures; null if none are.")
 
 
 class Step(_Strict):
@@ -474,27 +490,11 @@ def json_schema() -> dict[str, Any]:
 
 def phase_spec(phase: Phase) -> PhaseSpec:
     """Return `phase` as plain data."""
-    return PhaseSpec(guided=phase.guided, reuse=sorted(phase.reuse), emit=sorted(phase.emit), merge=sorted(phase.merge))
+    kinds = {name: sorted(getattr(phase, name)) for name in ("reuse", "emit", "merge")}
+    return PhaseSpec(guided=phase.guided, **kinds, decided=tuple(sorted(phase.decided)), part=phase.part)
 
 
 def phase_of(spec: PhaseSpec) -> Phase:
     """Return the phase that `spec` describes."""
-    return Phase(spec.guided, emit=frozenset(spec.emit), merge=frozenset(spec.merge), reuse=frozenset(spec.reuse))
-
-
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `config` as plain data, without diffusers' private entries, such as the model's path on this machine."""
-    return {str(name): _plain(value) for name, value in config.items() if not str(name).startswith("_")}
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)  # JSON has no infinity: "inf", "-inf", "nan"
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    tolist = getattr(value, "tolist", None)  # numpy's arrays and numbers
-    return _plain(tolist()) if tolist is not None else str(value)
+    emit, merge, reuse, decided = (frozenset(kinds) for kinds in (spec.emit, spec.merge, spec.reuse, spec.decided))
+    return Phase(spec.guided, emit=emit, merge=merge, reuse=reuse, decided=decided, part=spec.part)

@@ -48,7 +48,7 @@ def measure_parity(
     Raises:
         BundleError: the outputs differ by more than rounding, or the runtime cannot run the file.
     """
-    own_device = planned.example_inputs[0].device
+    own_device = planned.device
     eager = planned.variant.program.graph_module
     measured: list[Deviation] = []
     dtypes: set[torch.dtype] = set()

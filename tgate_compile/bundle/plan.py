@@ -115,10 +115,12 @@ class PlannedGraph:
         """The names of all outputs, caches last."""
         if isinstance(self.variant, EarlyVariant):
             return self.variant.outputs
-        count = self.captured.out_spec.num_leaves
-        own = ["out_sample", *(f"out_{i}" for i in range(1, count))]
+        count = self.captured.outputs_of(self.variant.phase)
+        first = "measure" if self.variant.phase.part == "head" else "out_sample"
+        own = [first, *(f"out_{i}" for i in range(1, count))]
         whole = {(emission.site.kind, emission.site.name) for emission in self.variant.emitted if not emission.merged}
-        return (*own, *(_emission_name(emission, whole) for emission in self.variant.emitted))
+        taken = {(site.kind, site.name) for site in self.variant.reused}
+        return (*own, *(_emission_name(emission, whole, taken) for emission in self.variant.emitted))
 
     @property
     def latents(self) -> str:
@@ -131,14 +133,20 @@ class PlannedGraph:
         values = [self.arguments[name] for name in self.own_names]
         return [value for value in values if isinstance(value, torch.Tensor)]
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the example call. A part of a step may take none of its tensors."""
+        latents = self.arguments[self.latents]
+        assert isinstance(latents, torch.Tensor)
+        return latents.device
+
     def early_values(self, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return what `early` computes from `known`, the arguments of a call by name; on the device of the weights."""
-        device = self.example_inputs[0].device
         values: dict[str, torch.Tensor] = {}
         for part in self.early:
             dtypes = [node.meta["val"].dtype for node in inputs_of(part)]
             given = [
-                {**known, **values}[name].to(device, dtype)
+                {**known, **values}[name].to(self.device, dtype)
                 for name, dtype in zip(part.input_names, dtypes, strict=True)
             ]
             with torch.no_grad():
@@ -159,8 +167,9 @@ def planned_graphs(
     """
     assert isinstance(hook.store, VariantStore)
     live = live_tensors(hook.denoiser)
-    calls: dict[Hashable, Call] = {call.key: call for _, call in plan.graphs}
-    phases = dict.fromkeys((phase, call.key) for phase, call in plan.graphs)
+    every = [graph for of_step in plan.graphs for graph in of_step]
+    calls: dict[Hashable, Call] = {call.key: call for _, call in every}
+    phases = dict.fromkeys((phase, call.key) for phase, call in every)
     graphs = {}
     for key, call in calls.items():
         served = [phase for phase, call_key in phases if call_key == key and phase not in graphs]
@@ -266,10 +275,14 @@ def _not_representable(part: PlannedGraph) -> str | None:
     return None
 
 
-def _emission_name(emission: Emission, whole: set[tuple[Kind, str]]) -> str:
-    """Return the name of an output, which marks a merged value if the graph also emits the whole value."""
-    site = emission.site
-    return cache_name(site) + (".merged" if emission.merged and (site.kind, site.name) in whole else "")
+def _emission_name(emission: Emission, whole: set[tuple[Kind, str]], taken: set[tuple[Kind, str]]) -> str:
+    """Return the name of an output.
+
+    It marks a merged value if the graph also emits the whole value, and a new one if the graph takes an earlier one.
+    """
+    key = emission.site.kind, emission.site.name
+    mark = ".merged" if emission.merged and key in whole else ".new" if key in taken else ""
+    return cache_name(emission.site) + mark
 
 
 #: The dimension that each free size is: of the text, or else of the latents.

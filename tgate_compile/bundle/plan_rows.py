@@ -11,7 +11,7 @@ from typing import Literal
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.bundle.manifest import Manifest, PlannedPhase, Plans, phase_of, phase_spec
-from tgate_compile.methods.method import Kind, Phase, checked_gate_step
+from tgate_compile.methods.method import Kind, Part, Phase, checked_gate_step
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import read_schedule
 
@@ -63,6 +63,9 @@ def plans_of(schedule: Schedule, graphs: Mapping[Phase, str]) -> Plans | None:
     )
 
 
+#: The graphs of a step that is decided at run time: the key of each in `PlannedPhase`, and the part that it computes.
+_PARTS: Mapping[str, Part] = {"graph": "head", "tail": "tail", "finish": "finish"}
+
 #: The phase of a step, and the weights of forecast kinds.
 _Planned = tuple[Phase, tuple[tuple[Kind, tuple[float, ...]], ...]]
 
@@ -75,11 +78,14 @@ def _planned(schedule: Schedule, num_steps: int, guided: bool) -> list[_Planned]
 
 def _planned_phase(schedule: Schedule, graphs: Mapping[Phase, str], planned: _Planned) -> PlannedPhase:
     phase, weights = planned
+    parts: dict[str, str | None] = {"graph": graphs.get(schedule.graph_phase(phase))}
+    if phase.decided:
+        parts = {key: graphs.get(phase.of_part(part)) for key, part in _PARTS.items()}
     return PlannedPhase(
         letter=phase.character,
-        graph=graphs.get(schedule.graph_phase(phase)),
         phase=phase_spec(phase),
         weights={kind: list(of_kind) for kind, of_kind in weights},
+        **parts,
     )
 
 

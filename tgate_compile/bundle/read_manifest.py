@@ -278,9 +278,11 @@ def _manifest(root: Path) -> Manifest:
         raise BundleError(MSG_INVALID.format(path=path, where="weights", problem=f"expected {WEIGHTS_FILE!r}"))
     steps = [graph for graph in manifest.graphs.values() if graph.stage == "step"]
     returns = manifest.denoiser.returns
-    if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in steps):
+    whole = [graph for graph in steps if graph.phase.part != "head"]
+    if returns.class_name and any(len(graph.outputs) != len(returns.fields) for graph in whole):
         problem = "there must be one field per output"
         raise BundleError(MSG_INVALID.format(path=path, where="denoiser.returns", problem=problem))
+    _check_decisions(manifest, path)
     quantized = [] if manifest.quantization is None else manifest.quantization.graphs
     if not set(quantized) <= set(manifest.graphs):
         problem = f"unknown graphs in {quantized}"[:200]
@@ -290,6 +292,23 @@ def _manifest(root: Path) -> Manifest:
     _check_components(manifest, path)
     check_wiring(manifest, path)
     return manifest
+
+
+def _check_decisions(manifest: Manifest, path: Path) -> None:
+    """Check that heads return a measure, and that steps that are decided at run time have a rule and all graphs."""
+    graphs, plans = manifest.graphs, manifest.method.plans
+    problems = [
+        f"{name[:200]!r} is a head, but does not return one measure with shape [1]" for name, graph in graphs.items()
+        if graph.phase.part == "head" and graph.stage == "step" and [spec.shape for spec in graph.outputs] != [[1]]
+    ]  # fmt: skip
+    decided = [each for each in (plans.phases if plans is not None else ()) if each.phase.decided]
+    if decided and manifest.method.rule is None:
+        problems.append("steps are decided at run time, but there is no rule")
+    parts = [(each.graph, each.tail, each.finish) for each in decided]
+    if any(name is not None and (name not in graphs or None in names) for names in parts for name in names):
+        problems.append("a step that is decided at run time lacks a head, a tail or a finish")
+    if problems:
+        raise BundleError(MSG_INVALID.format(path=path, where="method or graphs", problem=problems[0]))
 
 
 #: The stages in the order in which they run.

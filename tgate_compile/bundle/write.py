@@ -19,7 +19,7 @@ from tgate_compile._errors import BundleError, UnsupportedModelError
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.calibration import Quantizing, calibrate
 from tgate_compile.bundle.component_recipes import ComponentsRequest, binding_in_bundle, check_arguments
-from tgate_compile.bundle.denoiser_state import as_recorded, state_of_denoiser
+from tgate_compile.bundle.denoiser_state import as_recorded, plain_config, state_of_denoiser
 from tgate_compile.bundle.formats import (
     GraphFormat,
     Progress,
@@ -28,7 +28,7 @@ from tgate_compile.bundle.formats import (
     components_functions,
     format_called,
 )
-from tgate_compile.bundle.manifest import MANIFEST_FILE, is_split, phase_spec, plain_config
+from tgate_compile.bundle.manifest import MANIFEST_FILE, is_split, phase_spec
 from tgate_compile.bundle.parity import measure_parity
 from tgate_compile.bundle.plan import (
     PlannedGraph,
@@ -43,8 +43,9 @@ from tgate_compile.bundle.read_manifest import file_of, wiring_of
 from tgate_compile.bundle.weights import dtype_name, weights_digest
 from tgate_compile.engine.capture import LARGEST, SYMBOLS, FreeSize
 from tgate_compile.methods.method import Phase
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import schedule_data
-from tgate_compile.pipeline.generation import strip_of
+from tgate_compile.pipeline.decisions import strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
 from tgate_compile.pipeline.progress import Plan
 
@@ -161,7 +162,7 @@ def write_bundle(
             )
         manifest = m.Manifest(
             format="tgate_compile.bundle",
-            schema_version=_version(hook, described, denoiser),
+            schema_version=schema_version_of(hook.config.schedule, described, denoiser),
             pipeline=m.Pipeline(
                 class_name=type(pipe).__name__,
                 diffusers=diffusers.__version__,
@@ -191,32 +192,30 @@ def write_bundle(
         (temporary / m.MANIFEST_FILE).write_text(as_json(manifest), encoding="utf-8")
 
 
-#: The keys that earlier schema versions do not have.
-_SINCE_2: Mapping[str, Any] = {"denoiser": {"bindings"}, "graphs": {"__all__": {"stage", "early_inputs"}}}
-_SINCE_3: Mapping[str, Any] = {
-    "method": {"forecasts": True, "plans": {"width": True, "phases": {"__all__": {"weights"}}}},
-    "example": {"steps": {"__all__": {"weights"}}},
-}
-_SINCE_4: Mapping[str, Any] = {"denoiser": {"image_rows"}}
-
-
-def _version(hook: GatedDenoiser, graphs: Mapping[str, m.Graph], denoiser: m.Denoiser) -> int:
-    """Return the lowest schema version that has what the bundle needs."""
-    if denoiser.image_rows is not None:
+def schema_version_of(schedule: Schedule, graphs: Mapping[str, m.Graph], denoiser: m.Denoiser) -> int:
+    """Return the lowest schema version that has what a bundle of these graphs needs."""
+    if schedule.rule is not None or denoiser.image_rows is not None:
         return 4
-    return 3 if hook.config.schedule.forecasts else 2 if is_split(graphs) else 1
+    return 3 if schedule.forecasts else 2 if is_split(graphs) else 1
+
+
+#: By schema version, the keys that earlier versions do not have.
+_SINCE: Mapping[int, Mapping[str, Any]] = {
+    2: {"denoiser": {"bindings": True}, "graphs": {"__all__": {"stage", "early_inputs"}}},
+    3: {
+        "method": {"forecasts": True, "plans": {"width": True, "phases": {"__all__": {"weights"}}}},
+        "example": {"steps": {"__all__": {"weights"}}},
+    },
+    4: {"denoiser": {"image_rows": True}, "method": {"rule": True}},
+}
 
 
 def as_json(manifest: m.Manifest) -> str:
     """Return the text of a manifest file, with the keys of its schema version only."""
     left_out: dict[str, Any] = {}
-    for version, keys in ((2, _SINCE_2), (3, _SINCE_3), (4, _SINCE_4)):
-        if manifest.schema_version < version:
-            left_out = {
-                **left_out,
-                **keys,
-                "denoiser": {*left_out.get("denoiser", ()), *keys.get("denoiser", ())},
-            }
+    for since, keys in _SINCE.items():
+        for part, names in keys.items() if manifest.schema_version < since else ():
+            left_out[part] = {**left_out.get(part, {}), **names}
     return manifest.model_dump_json(indent=1, exclude=left_out) + "\n"
 
 
@@ -365,6 +364,7 @@ def _method(hook: GatedDenoiser, names: Mapping[Phase, str]) -> m.Method:
         cache_dtype=None if config.cache_dtype is None else dtype_name(config.cache_dtype),  # type: ignore[arg-type]
         plans=plans_of(config.schedule, names),
         forecasts=dict(config.schedule.forecasts),
+        rule=config.schedule.rule,
     )
 
 
@@ -381,7 +381,7 @@ def _example(hook: GatedDenoiser, plan: Plan, names: Mapping[Phase, str]) -> m.E
                 phase=phase_spec(phase),
                 weights={kind: list(of_kind) for kind, of_kind in weights[step].items()},
             )
-            for (step, phase), (graph, _) in zip(plan.steps, plan.graphs, strict=True)
+            for (step, phase), ((graph, _), *_) in zip(plan.steps, plan.graphs, strict=True)
         ],
     )
 

@@ -207,7 +207,7 @@ def capture(
         call: the inputs, [2B, ...] under guidance.
         kinds: the kinds of sites to find.
         deep_layer: for the kind `deep`, the path of the up layer at which the shallow part begins.
-        ranges: for the kinds `blocks` and `rear`, the range of blocks of each.
+        ranges: for the kinds `blocks`, `rear` and `measured`, the range of blocks of each.
         optional: those of `kinds` that the denoiser may lack. If cross-attention is one of them, a joint attention
             counts as self-attention.
         hidden: whether the text's sites, in joint attention, are its hidden states before each attention instead of its
@@ -282,13 +282,14 @@ def capture(
     if joint is not None and joint.whole is joint.separated:
         sites += separated_sites
     elif ranges:
-        sites += find_ranges(program.graph_module, inputs.latents, dict(ranges), model, batch_dims)
+        sites += find_ranges(program.graph_module, inputs.latents, dict(ranges), model, batch_dims, inputs.times)
     if required and set(kinds) - REFERENCE and not sites:
         raise UnsupportedModelError(MSG_NOTHING_FOUND.format(model=model))
     sites.sort(key=lambda site: get_args(Kind).index(site.kind))  # stable: each kind in graph order
     if cache_dtype is not None:
         sites, separated_sites = (
-            [dataclasses.replace(site, cache_dtype=cache_dtype) for site in each] for each in (sites, separated_sites)
+            [site if site.kind == "measured" else dataclasses.replace(site, cache_dtype=cache_dtype) for site in each]
+            for each in (sites, separated_sites)
         )
     logger.info(
         "captured %s: %d nodes, %d sites, in %.1f s",
@@ -312,7 +313,10 @@ def capture(
 def _ranges_without_text(joint: Joint, inputs: Inputs, ranges: Mapping[Kind, Blocks], model: str) -> list[Site]:
     """Return the residuals of blocks in the graph without the text. Their names differ from those of both streams."""
     nodes = {node.name: node for node in joint.pruned.graph.nodes}
-    found = find_ranges(joint.pruned, [nodes[node.name] for node in inputs.latents], ranges, model)
+    latents, times = (
+        [nodes[node.name] for node in each if node.name in nodes] for each in (inputs.latents, inputs.times)
+    )
+    found = find_ranges(joint.pruned, latents, ranges, model, times=times)
     return [dataclasses.replace(site, name=f"{site.name}.image") for site in found]
 
 

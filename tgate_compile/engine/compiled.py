@@ -147,7 +147,7 @@ class CompiledVariant:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the denoiser's flat outputs for `call`, and the values of `emitted`; `early` keeps other values."""
         outputs = list(self.runner(self.step_weights, self.inputs(call, caches, early)))
-        count = self.captured.out_spec.num_leaves
+        count = self.captured.outputs_of(self.variant.phase)
         return outputs[:count], outputs[count:]
 
     def inputs(self, call: Call, caches: CachedValues, early: EarlyValues) -> list[torch.Tensor]:

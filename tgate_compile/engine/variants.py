@@ -105,7 +105,7 @@ class VariantStore:
         self._captures: OrderedDict[_Address, _Held] = OrderedDict()
         self._variants: dict[tuple[_Address, Phase], Variant] = {}
         self._compiled: dict[tuple[_Address, Phase], CompiledVariant] = {}
-        self._found: dict[tuple[_Address, Phase], _Address] = {}  # the captures that serve calls
+        self._found: dict[tuple[_Address, Phase], _Address] = {}  # the captures that serve calls, one for all parts
         self._backends: dict[tuple[int, torch.device], ChosenBackend] = {}  # a state may need another backend
         self._chooser = Chooser(config, type(denoiser).__name__)
         self._failed: dict[_Address, str] = {}  # calls that cannot be captured, with the reason
@@ -270,8 +270,8 @@ class VariantStore:
                 held.checked.add(call.key)
             return right
         # The variant does not take the inputs whose sizes differ.
-        if caches is None:
-            return True  # nothing will be computed
+        if caches is None or phase.part != "whole":
+            return caches is None  # then nothing will be computed
         expected = reference.outputs_with([site for site in captured.sites if site.kind in phase.reuse], caches)
         if expected is None:
             return False
@@ -321,8 +321,8 @@ class VariantStore:
     def _free_capture(self, call: Call, forward: Callable[..., Any], free: FreeDims) -> _Held | None:
         """Capture the denoiser with the sizes `free` left free; return None if its code does not permit it."""
         tried = self._model, tuple(free.items())
-        if _latents_of(call, forward) in free or tried in self._not_free:
-            return None
+        if _latents_of(call, forward) in free or tried in self._not_free or self._config.schedule.rule is not None:
+            return None  # with a rule, a backend must not choose another capture for a part of a step
         copy = call.map_tensors(torch.Tensor.clone)  # ShapesCollection identifies tensors by id
         shapes = ShapesCollection()  # type: ignore[no-untyped-call]
         for position, dims in free.items():
@@ -400,7 +400,7 @@ class VariantStore:
     def get(self, phase: Phase, call: Call, caches: CachedValues, forward: Callable[..., Any]) -> CompiledVariant:
         """Return the compiled variant of `phase` for `call`; `forward` is the denoiser's original one."""
         own = _Address(self._model, call.key)
-        found = self._found.get((own, phase))
+        found = self._found.get((own, phase)) or self._found.get((own, phase.of_part("head")))
         for address in self._right(own, phase, call, caches, forward) if found is None else (found,):
             compiled = self._ready(address, phase, call, caches)
             if compiled is not None:

@@ -13,13 +13,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from tgate_compile._errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from tgate_compile.methods.decisions import Rule
     from tgate_compile.methods.schedule import Schedule
 
 #: A kind of value that can be cached: the output of a cross-attention, of a self-attention, of a temporal attention
 #: (which counts as self-attention unless a method uses this kind), the deep feature of a UNet (DeepCache), the output
 #: of a feed-forward module, the residual over a range of blocks (their output minus their input), or the keys and
 #: values of the tokens of reference images in joint attention. Methods that skip two ranges use `rear` for the second.
-Kind = Literal["cross", "self", "temporal", "deep", "ff", "blocks", "rear", "reference"]
+#: Where a step is decided at run time, `measured` is the value whose change decides, and `state` stands for the values
+#: that pass from the first part of the step to the second.
+Kind = Literal[
+    "cross", "self", "temporal", "deep", "ff", "blocks", "rear", "reference", "measured", "state"
+]  # fmt: skip
+
+#: The part of a step that a graph computes: all of it, or one of the parts of a step that is decided at run time. The
+#: head computes the measure; then the tail computes the rest, or the finish skips the blocks.
+Part = Literal["whole", "head", "tail", "finish"]
 
 #: One of the two halves of classifier-free guidance.
 Half = Literal["uncond", "cond"]
@@ -33,6 +42,7 @@ FF: frozenset[Kind] = frozenset({"ff"})
 BLOCKS: frozenset[Kind] = frozenset({"blocks"})
 REAR: frozenset[Kind] = frozenset({"rear"})
 REFERENCE: frozenset[Kind] = frozenset({"reference"})
+MEASURED: frozenset[Kind] = frozenset({"measured"})
 
 #: The kinds for which whole layers are skipped, so that the values inside of them do not exist at such a step.
 LAYERS: frozenset[Kind] = DEEP | BLOCKS | REAR
@@ -56,6 +66,8 @@ class Phase:
         reuse: the kinds of sites whose values are taken from an earlier step instead of being computed.
         estimated: whether guidance continues although the denoiser gets the cond half only: the prediction for the
             other half is estimated from earlier ones (FasterCache).
+        decided: the kinds of sites whose values are reused or computed and kept, as is decided during the step.
+        part: the part of a decided step, if the phase stands for the graph of one.
     """
 
     guided: bool
@@ -63,19 +75,44 @@ class Phase:
     merge: frozenset[Kind] = NONE
     reuse: frozenset[Kind] = NONE
     estimated: bool = False
+    decided: frozenset[Kind] = NONE
+    part: Part = "whole"
 
     @property
     def name(self) -> str:
         """The name of the phase's graph in descriptions."""
-        return _NAMES[self.reuse]
+        if self.part != "whole":
+            return f"{_NAMES[self.reuse]}, {self.part}" if self.reuse else self.part
+        return _NAMES[self.reuse] if not self.decided else _DECIDED_NAMES[self.reuse, self.decided]
 
     @property
     def character(self) -> str:
         """The character of the phase in a strip: upper case for a batch of both guidance halves, else lower case."""
         if self.estimated:
             return ESTIMATED
-        letter = _LETTERS[self.reuse]
+        letter = _LETTERS[self.reuse] if not self.decided else _DECIDED[self.reuse, self.decided]
         return letter if self.guided else letter.lower()
+
+    @property
+    def taken(self) -> frozenset[Kind]:
+        """The kinds of sites whose values the graph of this phase takes from earlier steps."""
+        return self.reuse | self.decided if self.part == "finish" else self.reuse
+
+    @property
+    def needed(self) -> frozenset[Kind]:
+        """The kinds of sites whose values from earlier steps this phase may need."""
+        return self.reuse | self.decided | MEASURED if self.decided else self.reuse
+
+    def of_part(self, part: Part) -> Phase:
+        """Return the phase of the graph that computes a part of this step, which is decided at run time."""
+        emit: Mapping[Part, frozenset[Kind]] = {"head": MEASURED, "tail": self.decided}
+        return Phase(self.guided, emit=emit.get(part, NONE), reuse=self.reuse, decided=self.decided, part=part)
+
+    def settled(self, *, skipped: bool) -> Phase:
+        """Return the phase of this step once it is decided."""
+        if skipped:
+            return Phase(self.guided, reuse=self.reuse | self.decided)
+        return Phase(self.guided, emit=self.decided | MEASURED, reuse=self.reuse)
 
 
 #: The names of graphs by the kinds that they reuse, in this order.
@@ -89,9 +126,9 @@ _WORDS: Mapping[Kind, str] = {
     "rear": "rear-skipped",
     "reference": "references-reused",
 }
-#: The letter of every set of kinds that a step may reuse, the common sets first. The sets `W` and `Z`, which no method
-#: of this package needs, and the letter `B` are reserved for new methods. References are tokens in joint
-#: attention, which has only one other kind, `cross`.
+#: The letter of every set of kinds that a step may reuse, the common sets first. The set `Z`, which no method of this
+#: package needs, is reserved for new methods. References are tokens in joint attention, which has only one other kind,
+#: `cross`.
 _LETTERS: Mapping[frozenset[Kind], str] = {
     NONE: "F",
     SELF: "S",
@@ -102,7 +139,6 @@ _LETTERS: Mapping[frozenset[Kind], str] = {
     TEMPORAL: "T",
     CROSS | TEMPORAL: "U",
     SELF | TEMPORAL: "V",
-    SELF | DEEP: "W",
     CROSS | SELF | TEMPORAL: "Y",
     CROSS | SELF | DEEP: "Z",
     FF: "E",
@@ -120,7 +156,7 @@ _LETTERS: Mapping[frozenset[Kind], str] = {
 }
 #: The character of a step that computes the cond half in full, and estimates the prediction for the other half. It is
 #: in lower case, like those of all steps with half the batch.
-ESTIMATED = "c"
+ESTIMATED = "w"
 _NAMES: Mapping[frozenset[Kind], str] = {
     kinds: ", ".join(word for kind, word in _WORDS.items() if kind in kinds) or "full" for kinds in _LETTERS
 }
@@ -128,9 +164,19 @@ _NAMES: Mapping[frozenset[Kind], str] = {
 #: The sets of kinds that a step may reuse, the common ones first.
 REUSED: tuple[frozenset[Kind], ...] = tuple(_LETTERS)
 
-#: The names of graphs by the upper-case letters of a strip.
+#: The letters of steps that are decided at run time, by the kinds that they reuse and those that are decided.
+_DECIDED: Mapping[tuple[frozenset[Kind], frozenset[Kind]], str] = {(NONE, BLOCKS): "B", (CROSS, BLOCKS): "C"}
+_DECIDED_NAMES = {
+    (reuse, decided): f"{_NAMES[reuse]} or {_NAMES[reuse | decided]}" for reuse, decided in _DECIDED
+}  # fmt: skip
+
+#: The kinds that steps that are decided at run time reuse, and those that are decided.
+DECIDED: tuple[tuple[frozenset[Kind], frozenset[Kind]], ...] = tuple(_DECIDED)
+
+#: The names of graphs, or of those that may serve a step, by the upper-case letters of a strip.
 GRAPH_NAMES: Mapping[str, str] = {
     **{letter: _NAMES[kinds] for kinds, letter in _LETTERS.items()},
+    **{letter: _DECIDED_NAMES[kinds] for kinds, letter in _DECIDED.items()},
     ESTIMATED.upper(): _NAMES[NONE],
 }
 
@@ -142,6 +188,7 @@ class Share:
     emit: frozenset[Kind] = NONE
     merge: frozenset[Kind] = NONE
     reuse: frozenset[Kind] = NONE
+    decided: frozenset[Kind] = NONE
 
 
 @dataclass(frozen=True)
@@ -166,15 +213,22 @@ class Timeline:
         return step - max(start for start in self.starts if start <= step)
 
 
+#: A value at a range of blocks: the residual over it, the normalized and modulated input of its first attention, or the
+#: embedding of the timestep that the blocks are modulated with.
+ValueOfBlocks = Literal["residual", "modulated input", "time embedding"]
+
+
 class Blocks(NamedTuple):
     """A range of the transformer blocks of a denoiser, as in the slice `blocks[start:stop]`.
 
     Blocks are numbered from 0 in the order in which they run; negative numbers count from the end. Where a UNet has
-    several stacks of blocks, the range is taken of each.
+    several stacks of blocks, the range is taken of each. `value` is the value of the range that is cached, which for
+    the kinds `blocks` and `rear` is always the residual.
     """
 
     start: int = 0
     stop: int | None = None
+    value: ValueOfBlocks = "residual"
 
 
 @dataclass(frozen=True)
@@ -202,7 +256,7 @@ class Method:
 
     @property
     def ranges(self) -> Mapping[Kind, Blocks]:
-        """The range of blocks for each of the kinds `blocks` and `rear` that the method uses."""
+        """The range of blocks for each of the kinds `blocks`, `rear` and `measured` that the method uses."""
         return {}
 
     @property
@@ -214,6 +268,11 @@ class Method:
     def hidden_text(self) -> bool:
         """Whether the text's hidden states are cached, in joint attention, instead of its keys and values."""
         return False
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule by which steps are decided at run time; None if the method has none."""
+        return None
 
     def guided_steps(self, num_steps: int) -> int:
         """Return the number of steps after which the method ends guidance; `num_steps` if it does not."""
@@ -259,7 +318,7 @@ class Method:
         chosen = [
             f"{f.name.replace('_', ' ')} {value}"
             for f in fields(self)
-            if (value := getattr(self, f.name)) not in (None, "")
+            if (value := getattr(self, f.name)) not in (None, "", ())
         ]
         return f"{self.title} ({', '.join(chosen)})"
 

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple, get_args
 
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance
+from tgate_compile.methods.decisions import Rule
 from tgate_compile.methods.deepcache import DeepCache
 from tgate_compile.methods.method import (
     CROSS,
+    DECIDED,
     DEEP,
     LAYERS,
     REUSED,
@@ -187,7 +189,7 @@ class Schedule:
 
     @property
     def ranges(self) -> tuple[tuple[Kind, Blocks], ...]:
-        """The range of blocks for each of the kinds `blocks` and `rear` that occurs, in alphabetical order."""
+        """The ranges of blocks by kind (`blocks`, `rear`, `measured`), in alphabetical order."""
         return tuple(sorted((pair for method in self.methods for pair in method.ranges.items()), key=lambda p: p[0]))
 
     @property
@@ -202,6 +204,11 @@ class Schedule:
         return {kind: order for method in self.methods for kind, order in method.forecasts.items()}
 
     @property
+    def rule(self) -> Rule | None:
+        """The rule by which steps are decided at run time; None if all are known beforehand."""
+        return next((method.rule for method in self.methods if method.rule is not None), None)
+
+    @property
     def estimating(self) -> Method | None:
         """The method that estimates the unconditional prediction at some steps, if there is one."""
         return next((method for method in self.methods if method.estimating), None)
@@ -209,7 +216,7 @@ class Schedule:
     def forecast_weights(self, num_steps: int, *, guided: bool) -> tuple[Mapping[Kind, tuple[float, ...]], ...]:
         """Return for each step how the last values of a kind are added up, newest first, where they are forecast.
 
-        Kinds whose newest value is reused as it is are left out.
+        Kinds whose newest value is reused as it is are left out, and so are kinds that are decided at run time.
         """
         return _forecast_weights(self, num_steps, guided)
 
@@ -232,6 +239,8 @@ class Schedule:
 
         One graph then serves all of them, for any number of steps; the runtime keeps only what `phase` emits.
         """
+        if phase.part != "whole":
+            return phase
         shares = [method.hands_on(phase.guided, phase.reuse) for method in self.methods]
         emit, merge, _ = _united(shares)
         return Phase(phase.guided, emit=emit - phase.reuse, merge=merge - phase.reuse, reuse=phase.reuse)
@@ -324,8 +333,9 @@ def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]
     timeline = Timeline(num_steps, (0, end, *gates), in_full, end if guided else 0)
     plan = tuple(_phase(schedule, step, guided and step < end, timeline) for step in range(num_steps))
     for step, phase in enumerate(plan):
-        if phase.reuse not in REUSED:
-            kinds = ", ".join(sorted(phase.reuse))
+        known = (phase.reuse, phase.decided) in DECIDED if phase.decided else phase.reuse in REUSED
+        if not known or (phase.decided and phase.emit | phase.merge):
+            kinds = ", ".join(sorted(phase.reuse | phase.decided))
             raise ConfigurationError(f"{schedule}: step {step} reuses {kinds} together, which no graph supports.")
         served = schedule.graph_phase(phase)
         lacking = sorted((phase.emit - served.emit) | (phase.merge - served.merge))
@@ -340,8 +350,10 @@ def _plan(schedule: Schedule, num_steps: int, guided: bool) -> tuple[Phase, ...]
 def _phase(schedule: Schedule, step: int, guided: bool, timeline: Timeline) -> Phase:
     if guided and schedule.estimating is not None and schedule.estimating.estimates(step, timeline):
         return Phase(False, estimated=True)  # no other method caches anything there; see `_check_beside_estimates`
-    emit, merge, reuse = _united([method.share(step, guided, timeline) for method in schedule.methods])
-    return Phase(guided, emit=emit - merge - reuse, merge=merge, reuse=reuse)
+    shares = [method.share(step, guided, timeline) for method in schedule.methods]
+    emit, merge, reuse = _united(shares)
+    decided = frozenset[Kind]().union(*(share.decided for share in shares))
+    return Phase(guided, emit=emit - merge - reuse, merge=merge, reuse=reuse, decided=decided - reuse)
 
 
 def _united(shares: Iterable[Share]) -> tuple[frozenset[Kind], frozenset[Kind], frozenset[Kind]]:
@@ -375,7 +387,7 @@ def check_plan(plan: Iterable[Phase]) -> None:
     """
     cached: dict[Kind, bool] = {}  # for each cached kind, whether its values have both halves
     for step, phase in enumerate(plan):
-        for kind in phase.reuse:
+        for kind in phase.needed:
             if cached.get(kind) is not phase.guided:
                 raise ConfigurationError(f"Step {step} reuses the {kind} cache, which no earlier step has filled.")
         cached.update(dict.fromkeys(phase.emit, phase.guided))

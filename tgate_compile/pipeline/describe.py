@@ -12,8 +12,9 @@ from tgate_compile.engine.config import AnyPipeline
 from tgate_compile.engine.trust import Served
 from tgate_compile.engine.variants import VariantStore
 from tgate_compile.passes.count_macs import count_macs
-from tgate_compile.passes.graphs import Variant
-from tgate_compile.pipeline.generation import Generation, strip_of
+from tgate_compile.passes.graphs import Captured, Variant
+from tgate_compile.pipeline.decisions import strip_of
+from tgate_compile.pipeline.generation import Generation
 from tgate_compile.pipeline.hook import GatedDenoiser
 from tgate_compile.pipeline.optimized import preview, required_state_of
 from tgate_compile.pipeline.progress import Plan
@@ -65,7 +66,8 @@ class Description:
         variants: the graphs captured so far.
         last_steps: the step and the graph's name for each denoiser call of the last generation, in order.
         strip: the last generation, or the one described, with one character per step: `F` for full, `p` for pruned;
-            `docs/reference/schedules.md` lists them all. A `|` separates the steps of two denoisers.
+            `docs/reference/schedules.md` lists them all. `B` and `C` are steps that are decided while they run; after a
+            call, the letters of these steps show what was decided. A `|` separates the steps of two denoisers.
         cache_bytes: the largest size in bytes of the caches kept between two steps of that generation.
         plain_because: the reason why the last call, or the one described, ran without the schedule
             (`on_unsupported="plain"`); None if it ran with it.
@@ -156,7 +158,7 @@ def describe(pipe: AnyPipeline, **call: Any) -> Description:
             site for name, hook in hooks.items() for site in _sites(hook, f"{name}." if len(hooks) > 1 else "")
         ),
         variants=tuple(
-            _describe_variant(name, variant, captured.latents)
+            _describe_variant(name, variant, captured)
             for name, hook in hooks.items()
             for variant, captured in hook.store.variants
         ),
@@ -177,10 +179,11 @@ def _sites(hook: GatedDenoiser, prefix: str) -> list[str]:
     return [prefix + name for name in hook.store.site_names]
 
 
-def _describe_variant(denoiser: str, variant: Variant, latents_name: str) -> VariantDescription:
+def _describe_variant(denoiser: str, variant: Variant, captured: Captured) -> VariantDescription:
     program = variant.program
     graph = program.graph
-    latents = next(node for node in graph.nodes if node.name == latents_name).meta["val"]
+    # Not of the variant's graph: a part of a step may not take the latents.
+    latents = next(node for node in captured.program.graph.nodes if node.name == captured.latents).meta["val"]
     macs = count_macs(graph)
     used = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER]
     return VariantDescription(

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tgate_compile._errors import (
-    CaptureError,
-    ConcurrentGenerationError,
-    UnsupportedCallError,
-    UnsupportedModelError,
-)
+from tgate_compile._errors import CaptureError, ConcurrentGenerationError, UnsupportedCallError, UnsupportedModelError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import CachedValues, EarlyValues, Parking, Runnable, Store
 from tgate_compile.engine.families import Family
-from tgate_compile.engine.halves import (
-    batch_of,
-    doubled,
-    latents_of,
-    one_half,
-    rows_of,
-    shared_rows,
-    uncertain_rows,
-)
+from tgate_compile.engine.halves import batch_of, doubled, latents_of, one_half, rows_of, shared_rows, uncertain_rows
 from tgate_compile.engine.tracing import call_of
 from tgate_compile.methods.method import REFERENCE, Half, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, CacheSizes, Estimates
+from tgate_compile.pipeline.decisions import Decisions, parts_of, strip_of
 from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
 from tgate_compile.pipeline.progress import Plan, Progress, check_autocast, check_gradients, with_tensor_timestep
 from tgate_compile.pipeline.two_halves import (
+    MSG_NEVER_GUIDED,
     MSG_NO_PAIR,
     MSG_NO_STEP_SEEN,
     MSG_ORDER_AND_ANCHOR,
@@ -53,10 +43,6 @@ MSG_CONCURRENT = (
     "This pipeline's denoiser is in the middle of another generation. One generation at a time: a pipeline holds its "
     "scheduler's state. Use a lock, or one pipeline per thread: they may share weights, but each needs its own "
     "denoiser, scheduler and tokenizers."
-)
-MSG_NEVER_GUIDED = (
-    "Guidance begins at step {step}, but the schedule ({schedule}) has already ended it, so it would never act. Make "
-    "guidance begin earlier or end later."
 )
 
 
@@ -131,6 +117,7 @@ class Generation:
         self._signature = inspect.signature(forward)
         self._caches = Caches(schedule.forecasts)
         self._estimates = Estimates(schedule, family.calls, type(store.denoiser).__name__)
+        self._decisions = Decisions(schedule.rule)
         self.early = EarlyValues(lambda: getattr(scheduler(), "timesteps", None), parking)
         self._first_call: _FirstCall | None = None
         self._was_guided = False
@@ -252,18 +239,20 @@ class Generation:
         """Plan the pass that has begun with `call`: capture its variants without running them."""
         sizes = CacheSizes(self.schedule, self.num_steps)
         steps, graphs = [], []
-        for step, (phase, half, graph, inputs) in enumerate(self._planned(call, guided)):
+        for step, (phase, half, inputs) in enumerate(self._planned(call, guided)):
             steps.append((step, phase))
-            graphs.append((graph, inputs))
-            sizes.put(phase, self._store.emitted(graph, inputs, self._forward), half)
+            graphs.append([(each, inputs) for each in self._graphs(phase, half)])
+            emitted = [each for graph, _ in graphs[-1] for each in self._store.emitted(graph, inputs, self._forward)]
+            sizes.put(phase.settled(skipped=False) if phase.decided else phase, emitted, half)
         return Plan(steps, graphs, sizes.most)
 
     def calls_ahead(self, call: Call, guided: bool) -> dict[Phase, Call]:
         """Return the inputs of each graph that the pass that has begun with `call` needs, by the graph's phase."""
-        return {graph: inputs for _, _, graph, inputs in self._planned(call, guided)}
+        planned = self._planned(call, guided)
+        return {graph: inputs for phase, half, inputs in planned for graph in self._graphs(phase, half)}
 
-    def _planned(self, call: Call, guided: bool) -> Iterator[tuple[Phase, Half | None, Phase, Call]]:
-        """Yield each step's phase, the half that its first call evaluates, and the phase and inputs of its graph."""
+    def _planned(self, call: Call, guided: bool) -> Iterator[tuple[Phase, Half | None, Call]]:
+        """Yield each step's phase, the half that its first call evaluates, and the inputs of its graphs."""
         assert self.progress.counter is not None
         args, kwargs = call.arguments
         batch = batch_of(self._signature.bind(*args, **kwargs).arguments).shape[0]
@@ -279,7 +268,7 @@ class Generation:
                 if phase.estimated not in kept:
                     kept[phase.estimated] = self._kept(call, batch, phase)
                 inputs = kept[phase.estimated]
-            yield phase, half, self._graph(phase, half), inputs
+            yield phase, half, inputs
 
     def allow_plain(self) -> None:
         """Let this loop run without gating where it cannot be gated, whatever the pipeline's `on_unsupported`."""
@@ -321,6 +310,7 @@ class Generation:
         check_autocast(latents)
         self._caches.clear()
         self._estimates.clear()
+        self._decisions.begin()
         self.early.clear()
         self._references.begin()
         self._first_call = self._dropped = None
@@ -372,7 +362,7 @@ class Generation:
         if self._dropped is not None:
             compiled, outputs = self._dropped
             return compiled.unflatten([copied(output) for output in outputs])
-        compiled, (outputs, _) = self._run_graph(Phase(False), call, {}, Phase(False))
+        compiled, (outputs, _) = self._run_graph(Phase(False), {}, call, Phase(False))
         return compiled.unflatten(outputs)
 
     def _in_two_calls(self, call: Call, arguments: dict[str, Any]) -> Any:
@@ -421,7 +411,7 @@ class Generation:
             self._caches.restart()
         if "reference" in phase.reuse:
             self._cache_references()
-        for kind in phase.reuse:
+        for kind in phase.needed:
             if not self._caches.has(kind):
                 continue  # there are no sites of this kind
             # A callback that switches guidance off keeps the prompt's half, as diffusers' own callbacks do.
@@ -436,7 +426,7 @@ class Generation:
                 raise UnsupportedModelError(MSG_NO_STEP_SEEN)
             call = self._references.known(call)
             if call.image is not None:
-                compiled, (_, emitted) = self._run_graph(self._graph(phase, half), call, {}, phase)
+                compiled, (_, emitted) = self._run_graph(self._graph(phase, half), {}, call, phase)
                 self._caches.keep(compiled.emitted, emitted, phase, half, step, REFERENCE)
 
     def _end_timestep(self) -> None:
@@ -449,19 +439,28 @@ class Generation:
             phase = Phase(False, emit=phase.emit | phase.merge, reuse=phase.reuse)
         return self.schedule.graph_phase(phase)
 
+    def _graphs(self, phase: Phase, half: Half | None) -> list[Phase]:
+        """Return the phases of all graphs that `phase` may need: of its parts, if it is decided while it runs."""
+        return parts_of(phase, half) if phase.decided else [self._graph(phase, half)]
+
     def _run(self, step: int, phase: Phase, call: Call, half: Half | None) -> tuple[Runnable, list[torch.Tensor]]:
         """Run the variant of `phase` for one half, for both or without guidance (None), and store what it emits."""
-        caches = self._caches.values(half, phase.reuse, step)
-        if "reference" in phase.emit:
-            self._references.kept[half] = step, phase, call
-        compiled, (outputs, emitted) = self._run_graph(self._graph(phase, half), call, caches, phase)
-        self._caches.keep(compiled.emitted, emitted, phase, half, step, phase.emit | phase.merge)
+        if phase.decided:
+            run = functools.partial(self._run_graph, call=call, phase=phase)
+            phase, compiled, outputs = self._decisions.run(step, phase, half, self._caches, run)
+        else:
+            if "reference" in phase.emit:
+                self._references.kept[half] = step, phase, call
+            caches = self._caches.values(half, phase.reuse, step)
+            compiled, (outputs, emitted) = self._run_graph(self._graph(phase, half), caches, call, phase)
+            self._caches.keep(compiled.emitted, emitted, phase, half, step, phase.emit | phase.merge)
+            self._decisions.computed(half)
         self.steps.append((self.progress.steps_before + step, phase))
         self._loop.gated = self._loop.gated or bool(phase.reuse)
         return compiled, outputs
 
     def _run_graph(
-        self, graph: Phase, call: Call, caches: CachedValues, phase: Phase
+        self, graph: Phase, caches: CachedValues, call: Call, phase: Phase
     ) -> tuple[Runnable, tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Run the graph of the phase `graph`, or the denoiser itself if it cannot be captured and need not be.
 
@@ -469,7 +468,7 @@ class Generation:
         not known yet.
         """
         is_known = self._references.knows(call)
-        needed = phase.emit | phase.merge | phase.reuse
+        needed = phase.emit | phase.merge | phase.needed
         if not is_known and not needed - REFERENCE:
             compiled: Runnable = Uncaptured(self._forward)
             return compiled, compiled.run(call, caches, self.early)
@@ -497,8 +496,3 @@ class Generation:
             self.early.bring_back()
             self._shared = shared_rows(call, batch, kept, self._family, uncertain, self._forward)
         return one_half(call, batch, kept, self._family, self._shared or frozenset())
-
-
-def strip_of(steps: Sequence[tuple[int, Phase]]) -> str:
-    """Return one character for each step that ran."""
-    return "".join({step: phase.character for step, phase in steps}.values())

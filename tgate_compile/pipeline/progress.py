@@ -334,10 +334,11 @@ class Plan:
 
     Attributes:
         steps: each step with its phase.
-        graphs: for each step the phase whose graph serves it, and the denoiser call that the graph is captured for.
+        graphs: for each step the graphs that may serve it: the phase of each, and the denoiser call that it is captured
+            for. There is one, or the head, the tail and the finish of a step that is decided while it runs.
         cache_bytes: the largest size in bytes of the caches kept between two timesteps.
     """
 
     steps: list[tuple[int, Phase]]
-    graphs: list[tuple[Phase, Call]]
+    graphs: list[list[tuple[Phase, Call]]]
     cache_bytes: int

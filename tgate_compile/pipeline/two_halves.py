@@ -346,6 +346,10 @@ MSG_TWO_CALLS = (
     "tiles, or evaluates its guidance halves in separate calls of unknown order, or its guidance needs more than two "
     "predictions. " + INSTEAD
 )
+MSG_NEVER_GUIDED = (
+    "Guidance begins at step {step}, but the schedule ({schedule}) has already ended it, so it would never act. Make "
+    "guidance begin earlier or end later."
+)
 MSG_ORDER_AND_ANCHOR = (
     "This pipeline's batch has the prompt's half first, which became known only after the first step, and "
     "anchor_weight depends on the order. Leave anchor_weight at 0.5, or use a pipeline class of diffusers."

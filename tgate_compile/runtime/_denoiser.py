@@ -22,7 +22,8 @@ from tgate_compile.bundle.manifest import (
     phase_of,
 )
 from tgate_compile.bundle.read_manifest import early_graphs, inputs_of, outputs_of, solve, wrong_pixels
-from tgate_compile.methods.method import Half, Kind
+from tgate_compile.methods.decisions import Decider
+from tgate_compile.methods.method import Half, Kind, Phase, forecast_weights
 from tgate_compile.runtime._noise import Array
 from tgate_compile.runtime._session import Session, Settings, detached, ort_value
 
@@ -65,7 +66,7 @@ class Graphs:
             BundleError: as `name`.
             BackendError: as `session`.
         """
-        for name in dict.fromkeys(map(self.name, plan)):
+        for name in dict.fromkeys(name for planned in plan for name in self.names(planned)):
             for each in () if self._sequential else (*early_graphs(self._manifest.graphs, name), name):
                 self.session(each)
 
@@ -80,6 +81,10 @@ class Graphs:
                 "a bundle with a call like this one."
             )
         return planned.graph
+
+    def names(self, planned: PlannedPhase) -> list[str]:
+        """Return the names of all graphs that may serve a step, or raise BundleError if there is none."""
+        return [name for name in (self.name(planned), planned.tail, planned.finish) if name is not None]
 
     def session(self, name: str) -> Session:
         """Return the session of the graph `name`, after opening it if necessary.
@@ -140,23 +145,21 @@ class Denoiser:
         self._checked: set[str] = set()
         # By graph: the values of its prelude (None), and the rows of its table by timestep.
         self._early: dict[str, dict[float | None, dict[str, OrtValue]]] = {}
-        self._times: dict[str, list[float]] = defaultdict(list)  # the timesteps that each graph serves
+        self._times: dict[str, list[float]] = defaultdict(list)  # the timesteps that each graph may serve
         for step, timestep in timesteps:
-            if plan[step].graph is not None:
-                self._times[graphs.name(plan[step])].append(timestep)
-
-    @property
-    def plan(self) -> Sequence[PlannedPhase]:
-        """The phase of each step."""
-        return self._plan
+            for name in graphs.names(plan[step]) if plan[step].graph is not None else ():
+                self._times[name].append(timestep)
+        rule = manifest.method.rule
+        self._decider = None if rule is None else Decider(rule)
+        self._settled: dict[int, tuple[str, str]] = {}  # by step: the graph that ran last, and the letter
 
     def open_graphs(self) -> None:
         """Open the graphs that the plan needs, as `Graphs.prepare` does."""
         self._graphs.prepare(self._plan)
 
-    def graph_name(self, step: int) -> str:
-        """Return the name of the graph that serves `step`."""
-        return self._graphs.name(self._plan[step])
+    def ran(self, step: int) -> tuple[str, str]:
+        """Return the name of the graph that served `step`, and the letter of the step, once it has run."""
+        return self._settled.get(step) or (self._graphs.name(self._plan[step]), self._plan[step].letter)
 
     def __call__(self, step: int, latents: Array, timestep: float, guidance_scale: float) -> Array:
         """Return the prediction for `latents`, [images, channels, h, w], with guidance if the step has it.
@@ -165,39 +168,87 @@ class Denoiser:
             BundleError: the graph does not support the shapes.
             BackendError: ONNX Runtime fails.
         """
-        phase = self._plan[step].phase
-        served = self._graphs.name(self._plan[step])
-        graph = self._manifest.graphs[served]
+        planned = self._plan[step]
+        phase = phase_of(planned.phase)
         call = _Call(latents, timestep, phase.guided)
-        inputs = {spec.name: self._argument(spec, call) for spec in graph.inputs}
-        if served not in self._checked:
-            self._check_shapes(served, call)
-            self._checked.add(served)
-        inputs |= self._early_values(step, call)
-        inputs |= {spec.name: self._forecast(spec, step) for spec in graph.cache_inputs}
-        outputs = self._graphs.session(served).run(inputs, kept=len(graph.cache_outputs))
-        count = len(graph.outputs)
-        for spec, value in zip(graph.cache_outputs, outputs[count:], strict=True):
-            if spec.kind in (phase.merge if spec.merged else phase.emit):
-                self._keep(spec, step, self._graphs.kept(value))
-        prediction: Array = outputs[0].numpy().astype(np.float32)
+        if phase.decided:
+            prediction = self._decided(step, planned, phase, call)
+        else:
+            prediction, emitted = self._run(self._graphs.name(planned), step, call, phase)
+            self._keep(emitted, step)
+            if self._decider is not None:
+                self._decider.computed()
         if phase.guided:
             halves = dict(zip(self._manifest.family.order, np.split(prediction, 2), strict=True))
             prediction = halves["uncond"] + np.float32(guidance_scale) * (halves["cond"] - halves["uncond"])
         return prediction[:, : latents.shape[1]]  # further channels are a learned variance
 
-    def _keep(self, spec: CacheOutput, step: int, value: OrtValue) -> None:
-        """Keep a value of `step`, and as many older ones of its shape as forecasts need."""
-        older = self._caches.get((spec.kind, spec.site), [])
-        older = [each for each in older if each[0] != step and each[1].shape() == value.shape()]
-        order = self._manifest.method.forecasts.get(spec.kind, 0)
-        self._caches[spec.kind, spec.site] = [(step, value), *older[:order]]
+    def _decided(self, step: int, planned: PlannedPhase, phase: Phase, call: _Call) -> Array:
+        """Run the head of a step, and the tail or the finish, as the measure decides."""
+        rule = self._manifest.method.rule
+        assert self._decider is not None
+        assert rule is not None
+        assert planned.tail is not None
+        assert planned.finish is not None
+        measure, emitted = self._run(self._graphs.name(planned), step, call, phase.of_part("head"))
+        skipped = self._decider.skips(float(measure[0]))
+        self._keep([each for each in emitted if each[0].kind == "state"], step)
+        served = planned.finish if skipped else planned.tail
+        self._settled[step] = served, phase.settled(skipped=skipped).character
+        prediction, kept = self._run(served, step, call, phase.of_part("finish" if skipped else "tail"))
+        if not skipped or rule.since == "previous":
+            self._keep([each for each in emitted if each[0].kind == "measured"], step)
+        self._keep(kept, step)
+        self._caches = {key: values for key, values in self._caches.items() if key[0] != "state"}
+        return prediction
+
+    def _run(
+        self, served: str, step: int, call: _Call, phase: Phase
+    ) -> tuple[Array, list[tuple[CacheOutput, OrtValue]]]:
+        """Run a graph, and return its first output and the values that `phase` keeps."""
+        graph = self._manifest.graphs[served]
+        inputs = {spec.name: self._argument(spec, call) for spec in graph.inputs}
+        if served not in self._checked:
+            self._check_shapes(served, call)
+            self._checked.add(served)
+        inputs |= self._early_values(served, step, call)
+        inputs |= {spec.name: self._forecast(spec, step) for spec in graph.cache_inputs}
+        outputs = self._graphs.session(served).run(inputs, kept=len(graph.cache_outputs))
+        pairs = zip(graph.cache_outputs, outputs[len(graph.outputs) :], strict=True)
+        wanted = phase.emit | (frozenset({"state"}) if phase.part == "head" else frozenset())
+        kept = [
+            (spec, self._graphs.kept(value)) for spec, value in pairs
+            if spec.kind in (phase.merge if spec.merged else wanted)
+        ]  # fmt: skip
+        first: Array = outputs[0].numpy().astype(np.float32)
+        return first, kept
+
+    def _keep(self, emitted: Sequence[tuple[CacheOutput, OrtValue]], step: int) -> None:
+        """Keep values of `step`, and as many older ones of the same shape as forecasts need.
+
+        Where steps are decided, values from before a gate do not count after it.
+        """
+        for spec, value in emitted:
+            older = self._caches.get((spec.kind, spec.site), [])
+            older = [each for each in older if each[0] != step and each[1].shape() == value.shape()]
+            if self._decider is not None:
+                older = [each for each in older if self._is_gated(each[0]) == self._is_gated(step)]
+            order = self._manifest.method.forecasts.get(spec.kind, 0)
+            self._caches[spec.kind, spec.site] = [(step, value), *older[:order]]
+
+    def _is_gated(self, step: int) -> bool:
+        return "cross" in self._plan[step].phase.reuse
 
     def _forecast(self, spec: CacheInput, step: int) -> OrtValue:
-        """Return the cached value for `step`, forecast from those of earlier steps if the plan says so."""
+        """Return the cached value for `step`, forecast from those of earlier steps if the plan says so.
+
+        The plan cannot have the weights of kinds that are decided at run time, so these are computed here.
+        """
         values = self._caches[spec.kind, spec.site]
-        weights = self._plan[step].weights.get(spec.kind)
-        if weights is None:
+        weights: Sequence[float] | None = self._plan[step].weights.get(spec.kind)
+        if spec.kind in self._plan[step].phase.decided:
+            weights = forecast_weights([computed for computed, _ in values], step)
+        if weights is None or len(weights) == 1:
             return values[0][1]
         if spec.dtype not in ("float32", "float16"):
             raise BundleError(
@@ -210,14 +261,13 @@ class Denoiser:
         limit = np.finfo(spec.dtype).max
         return ort_value(np.clip(total, -limit, limit), spec)
 
-    def _early_values(self, step: int, call: _Call) -> dict[str, OrtValue]:
-        """Return the values that the graph of `step` takes from its prelude and its table, by name.
+    def _early_values(self, served: str, step: int, call: _Call) -> dict[str, OrtValue]:
+        """Return the values that the graph `served` takes at `step` from its prelude and its table, by name.
 
         The prelude runs once, because the prompt stays the same. If only one graph is open at a time, the rows of all
         timesteps that the graph is to serve are computed together. Values that no later step takes are freed.
         """
-        served = self._graphs.name(self._plan[step])
-        needed = {planned.graph for planned in self._plan[step:]}
+        needed = {name for planned in self._plan[step:] for name in self._graphs.names(planned)}
         self._early = {name: made for name, made in self._early.items() if name in needed}
         made = self._early.setdefault(served, {})
         values: dict[str, OrtValue] = {}

@@ -302,8 +302,8 @@ class BundlePipeline:
             if call < warm_up:
                 continue  # further calls belong to the first step
             if callback is not None:
-                seconds, letter = time.perf_counter() - began, denoiser.plan[step].letter
-                callback(Step(step, steps, denoiser.graph_name(step), letter, seconds, current))
+                seconds, (graph, letter) = time.perf_counter() - began, denoiser.ran(step)
+                callback(Step(step, steps, graph, letter, seconds, current))
             began = time.perf_counter()
         if self._sequential:
             self._graphs.close()

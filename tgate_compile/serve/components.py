@@ -22,6 +22,7 @@ from tgate_compile._errors import ConfigurationError, UnsupportedCallError, is_i
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.trust import TOLERANCES, relative_difference
 from tgate_compile.pipeline.modular import is_modular
+from tgate_compile.serve.batching import check_schedules
 from tgate_compile.serve.worker import RunApart
 
 MSG_OTHER = "An Engine serves pipelines of diffusers, but got a {pipeline}."
@@ -57,6 +58,7 @@ def check_pipeline(pipe: Any, hooks: Mapping[str, Any]) -> None:
             raise ConfigurationError(MSG_OFFLOADED.format(name=name, pipeline=name_of_class))
     if any(gated.config.offload_prelude for gated in hooks.values()):
         raise ConfigurationError(MSG_PARKED.format(pipeline=name_of_class))
+    check_schedules([gated.config.schedule for gated in hooks.values()])
 
 
 def decoded(pipe: Any, pipeline: str, latents: Any) -> list[Any]:

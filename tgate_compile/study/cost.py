@@ -12,7 +12,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError
-from tgate_compile.methods.method import BLOCKS, CROSS, FF, REAR, SELF, Phase
+from tgate_compile.methods.method import BLOCKS, CROSS, FF, REAR, SELF, Part, Phase
 from tgate_compile.methods.schedule import Schedule, Sought
 from tgate_compile.study.architectures import PIXELS_PER_LATENT, Architecture, Geometry, Model, Shape
 
@@ -135,8 +135,12 @@ class ImageCost:
 
     Attributes:
         strip: one character per step, as in `docs/reference/schedules.md`.
-        macs: multiply-accumulates in linear and convolution layers, which is the paper's convention.
+        macs: multiply-accumulates in linear and convolution layers, which is the paper's convention. Steps that are
+            decided while they run are counted as computed.
         macs_with_attention: `macs` plus the matrix products inside attention.
+        least_macs: `macs` if the blocks are skipped in all steps that are decided while they run. A limit on how many
+            may be skipped is not considered.
+        least_macs_with_attention: the same for `macs_with_attention`.
         parameters: parameters of the denoiser. With a gate, the weights of the cross-attentions are not counted, as in
             the paper, nor those that only the text's tokens of a joint attention need.
         parameters_at_end: parameters that the graphs from the gate on actually read (without a gate: the graphs of all
@@ -146,6 +150,8 @@ class ImageCost:
     strip: str
     macs: int
     macs_with_attention: int
+    least_macs: int
+    least_macs_with_attention: int
     parameters: int
     parameters_at_end: int
 
@@ -188,16 +194,32 @@ def image_cost(
             model.architecture, geometry, phase if schedule is None else schedule.graph_phase(phase), branch, sought
         )
 
+    def costs(phase: Phase, last: Part = "tail") -> list[GraphCost]:
+        """Return the costs of the graphs that run in a step; one that is decided while it runs ends with `last`."""
+        if not phase.decided:
+            return [cost(phase)]
+        return [cost(phase.of_part("head")), cost(phase.of_part(last))]
+
     plan = (Phase(guided),) * steps if schedule is None else schedule.plan(steps, guided=guided)
     gate = steps if schedule is None else schedule.gate(steps)
-    counts = [(cost(phase), count) for phase, count in Counter(plan).items()]
+    lasts: tuple[Part, Part] = ("tail", "finish")
+    most, least = (
+        [(each.macs, count) for phase, count in Counter(plan).items() for each in costs(phase, last)] for last in lasts
+    )
     whole = cost(plan[0])
-    at_end = {name: size for phase in set(plan[gate:] or plan) for name, size in cost(phase).parameters.items()}
+    at_end = {
+        name: size
+        for phase in set(plan[gate:] or plan)
+        for each in costs(phase)
+        for name, size in each.parameters.items()
+    }
     without_text = sum(at_end.values())
     return ImageCost(
         strip="".join(phase.character for phase in plan),
-        macs=sum(each.macs.layers * count for each, count in counts),
-        macs_with_attention=sum(each.macs.total * count for each, count in counts),
+        macs=sum(macs.layers * count for macs, count in most),
+        macs_with_attention=sum(macs.total * count for macs, count in most),
+        least_macs=sum(macs.layers * count for macs, count in least),
+        least_macs_with_attention=sum(macs.total * count for macs, count in least),
         parameters=without_text
         if model.architecture.is_joint and gate < steps
         else sum(size for name, size in whole.parameters.items() if gate >= steps or name not in whole.cross_attention),

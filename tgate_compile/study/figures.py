@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError
-from tgate_compile.methods.method import REUSED, Kind, Method, Phase
+from tgate_compile.methods.method import DECIDED, REUSED, Kind, Method, Phase
 from tgate_compile.methods.schedule import Schedule, schedule_of
 
 if TYPE_CHECKING:
@@ -99,7 +99,11 @@ _LOOKS: Mapping[frozenset[Kind], tuple[str, str]] = {
 }
 #: All other combinations of reused values share this colour and differ in their letters.
 _OTHER_LOOK = ("#999999", INK)
-_PHASES = [Phase(guided, reuse=reuse) for reuse in REUSED for guided in (True, False)] + [Phase(False, estimated=True)]
+_PHASES = [
+    *(Phase(guided, reuse=reuse) for reuse in REUSED for guided in (True, False)),
+    *(Phase(guided, reuse=reuse, decided=decided) for reuse, decided in DECIDED for guided in (True, False)),
+    Phase(False, estimated=True),
+]
 _BY_LETTER = {phase.character: phase for phase in _PHASES}
 
 _CELL = 0.27  # inches
@@ -164,7 +168,7 @@ def _draw(strips: Mapping[str, str]) -> Figure:
 def _draw_cell(axes: Axes, step: int, row: int, phase: Phase) -> None:
     from matplotlib.patches import Rectangle
 
-    fill, ink = _LOOKS.get(phase.reuse, _OTHER_LOOK)
+    fill, ink = _LOOKS.get(phase.reuse | phase.decided, _OTHER_LOOK)
     # Half the height, because the denoiser runs on half the batch without guidance.
     top = row + (0.06 if phase.guided else 0.48)
     height = row + 0.94 - top
@@ -183,7 +187,7 @@ def _draw_legend(figure: Figure, phases: list[Phase], columns: int) -> None:
 
     handles = [
         Patch(
-            facecolor=_LOOKS.get(phase.reuse, _OTHER_LOOK)[0],
+            facecolor=_LOOKS.get(phase.reuse | phase.decided, _OTHER_LOOK)[0],
             edgecolor=LINE,
             label=f"{phase.character}  {phase.name}{_guidance_of(phase)}",
         )

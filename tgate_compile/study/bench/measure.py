@@ -323,7 +323,8 @@ def cost_of_last(pipe: Any) -> Cost:
             continue
         macs += GraphCosts.of(hook).macs_of(phases)
         gated = [phase for phase in phases if "cross" in phase.reuse] or phases
-        parameters += max(sizes[name, phase.name] for phase in gated)
+        # A step that was decided while it ran has no graph of its own; full ones are the largest.
+        parameters += max(sizes.get((name, phase.name), 0) for phase in gated)
     return Cost(macs, parameters, description.cache_bytes, description.strip)
 
 

@@ -24,7 +24,7 @@ from tgate_compile.methods.method import Method, Phase
 from tgate_compile.methods.schedule import Schedule, schedule_of
 from tgate_compile.methods.schedule_file import schedule_data
 from tgate_compile.pipeline.attach import attached
-from tgate_compile.pipeline.generation import strip_of
+from tgate_compile.pipeline.decisions import strip_of
 from tgate_compile.pipeline.optimized import required_state_of, state_of
 from tgate_compile.study.tuning.measure import GraphCosts
 from tgate_compile.study.tuning.request import is_whole

@@ -23,8 +23,8 @@ from tgate_compile.methods.method import Blocks, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.count_macs import count_macs
 from tgate_compile.pipeline.attach import attached, denoiser_names, with_possible_half
+from tgate_compile.pipeline.decisions import strip_of
 from tgate_compile.pipeline.facts import guidance_of
-from tgate_compile.pipeline.generation import strip_of
 from tgate_compile.pipeline.hook import GatedDenoiser
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import required_state_of
@@ -50,13 +50,20 @@ class GraphCosts:
     def of(cls, hook: GatedDenoiser) -> GraphCosts:
         """Count the graphs that `hook` has made so far, which must all be for images of one shape."""
         per_row: dict[str, float] = {}
+        counted: dict[Phase, float] = {}
         batches = set()
         for variant, captured in hook.store.variants:
             graph = variant.program.graph
-            latents = next(node for node in graph.nodes if node.name == captured.latents)
+            # Not of the variant's graph: a part of a step may not take the latents.
+            latents = next(node for node in captured.program.graph.nodes if node.name == captured.latents)
             batch = latents.meta["val"].shape[0]
-            per_row[variant.phase.name] = count_macs(graph).layers / batch
+            counted[variant.phase] = per_row[variant.phase.name] = count_macs(graph).layers / batch
             batches.add(batch)
+        for phase, head in counted.items():
+            for part in ("tail", "finish") if phase.part == "head" else ():
+                if phase.of_part(part) in counted:
+                    settled = phase.settled(skipped=part == "finish")
+                    per_row.setdefault(settled.name, head + counted[phase.of_part(part)])
         return cls(per_row, max(batches), min(batches))
 
     def macs_of(self, calls: Iterable[Phase]) -> float:

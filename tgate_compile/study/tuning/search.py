@@ -88,11 +88,13 @@ def fewer_steps(num_steps: int) -> Sequence[int]:
 def effect_of(schedule: Schedule, num_steps: int) -> Hashable:
     """Return a key that is equal for schedules that give the same images.
 
-    Reused values are those computed last, or a forecast from them, so it is enough to know which steps reuse what.
+    Reused values are those computed last, or a forecast from them, so it is enough to know which steps reuse what, and
+    the rule of steps that are decided at run time.
     """
-    steps = tuple((phase.guided, phase.estimated, phase.reuse) for phase in schedule.plan(num_steps, guided=True))
+    plan = schedule.plan(num_steps, guided=True)
+    steps = tuple((phase.guided, phase.estimated, phase.reuse, phase.decided) for phase in plan)
     weights = (schedule.anchor_weight, schedule.deepcache_branch)
-    values = (schedule.ranges, tuple(sorted(schedule.forecasts.items())), schedule.estimating)
+    values = (schedule.ranges, tuple(sorted(schedule.forecasts.items())), schedule.estimating, schedule.rule)
     return (steps, schedule.guidance_similarity, schedule.kept, weights, values)
 
 
