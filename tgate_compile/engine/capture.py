@@ -477,7 +477,8 @@ def _is_from_diffusers(denoiser: torch.nn.Module) -> bool:
 def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: Inputs, sites: Sequence[Site]) -> None:
     model = type(denoiser).__name__
     # `is_cross_attention` alone proves nothing: look for an attention in the module's part of the graph.
-    expected = [name for name in cross_attention_modules(denoiser) if _runs(program, name)]
+    nodes = program.graph.nodes
+    expected = [name for name in cross_attention_modules(denoiser) if any(is_inside(node, name) for node in nodes)]
     cores = [core.node for core in attention_cores(program.graph)]
     missing = [name for name in expected if not any(is_inside(node, name) for node in cores)]
     if missing:
@@ -496,7 +497,3 @@ def _check_sites(denoiser: torch.nn.Module, program: ExportedProgram, inputs: In
                 latents=" and ".join(repr(node.name) for node in inputs.latents),
             )
         )  # fmt: skip
-
-
-def _runs(program: ExportedProgram, name: str) -> bool:
-    return any(is_inside(node, name) for node in program.graph.nodes)

@@ -14,33 +14,18 @@ from typing import Any, Literal
 
 import torch
 
-from tgate_compile._errors import ConfigurationError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import CachedValues, EarlyValues, Seen
 from tgate_compile.engine.families import Family
 from tgate_compile.engine.halves import is_time, latents_of, leaves_at, named_leaves, rows_of, timestep_of
 from tgate_compile.engine.trust import TOLERANCES, coarsest, relative_difference
 from tgate_compile.methods.method import Kind, Phase
-from tgate_compile.methods.schedule import Schedule
 from tgate_compile.passes.graphs import Emission
 from tgate_compile.serve.components import Weights
-
-MSG_DECIDED = (
-    "This pipeline was optimized with steps that are decided while they run ({schedule}), which an Engine cannot serve "
-    "yet: it would decide for a whole batch. Use a method whose steps are known beforehand (BlockCache, "
-    "MagCache), or serve a bundle (Engine.from_bundle), which decides for each request."
-)
 
 #: Where a leaf of a call has the rows of its images: the dimension; "time" for a timestep, which is expanded to one
 #: element for each row; None for leaves without rows.
 Rows = int | Literal["time"] | None
-
-
-def check_schedules(schedules: Iterable[Schedule]) -> None:
-    """Raise ConfigurationError if calls of several requests with one of `schedules` cannot be joined."""
-    for schedule in schedules:
-        if schedule.rule is not None:
-            raise ConfigurationError(MSG_DECIDED.format(schedule=schedule))
 
 
 @dataclass(frozen=True)

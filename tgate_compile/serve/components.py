@@ -22,7 +22,6 @@ from tgate_compile._errors import ConfigurationError, UnsupportedCallError, is_i
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.trust import TOLERANCES, relative_difference
 from tgate_compile.pipeline.modular import is_modular
-from tgate_compile.serve.batching import check_schedules
 from tgate_compile.serve.worker import RunApart
 
 MSG_OTHER = "An Engine serves pipelines of diffusers, but got a {pipeline}."
@@ -33,6 +32,11 @@ MSG_OFFLOADED = (
 MSG_PARKED = (
     "This {pipeline} was optimized with offload_prelude=True, which moves weights between the prompts of one request. "
     "An Engine serves several at a time. Call restore(pipe), then optimize(pipe, ...) without it."
+)
+MSG_DECIDED = (
+    "This {pipeline} was optimized with steps that are decided while they run ({schedule}), which an Engine cannot "
+    "serve yet: it would decide for a whole batch. Use a method whose steps are known beforehand (BlockCache, MagCache), "
+    "or serve a bundle (Engine.from_bundle), which decides for each request."
 )
 MSG_NO_LATENTS = (
     "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such "
@@ -58,7 +62,9 @@ def check_pipeline(pipe: Any, hooks: Mapping[str, Any]) -> None:
             raise ConfigurationError(MSG_OFFLOADED.format(name=name, pipeline=name_of_class))
     if any(gated.config.offload_prelude for gated in hooks.values()):
         raise ConfigurationError(MSG_PARKED.format(pipeline=name_of_class))
-    check_schedules([gated.config.schedule for gated in hooks.values()])
+    for gated in hooks.values():
+        if gated.config.schedule.rule is not None:
+            raise ConfigurationError(MSG_DECIDED.format(pipeline=name_of_class, schedule=gated.config.schedule))
 
 
 def decoded(pipe: Any, pipeline: str, latents: Any) -> list[Any]:
