@@ -35,8 +35,8 @@ MSG_PARKED = (
 )
 MSG_DECIDED = (
     "This {pipeline} was optimized with steps that are decided while they run ({schedule}), which an Engine cannot "
-    "serve yet: it would decide for a whole batch. Use a method whose steps are known beforehand (BlockCache, MagCache), "
-    "or serve a bundle (Engine.from_bundle), which decides for each request."
+    "serve yet: it would decide for a whole batch. Use a method whose steps are known beforehand, such as BlockCache "
+    "or MagCache, or serve a bundle (Engine.from_bundle), which decides for each request."
 )
 MSG_NO_LATENTS = (
     "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such "
