@@ -72,7 +72,8 @@ def test_impossible_combinations(make: Callable[[], Any], telling: str) -> None:
 def test_every_set_of_reused_kinds_has_a_distinct_letter_and_name() -> None:
     letters = Counter(Phase(guided, reuse=reuse).character for reuse in REUSED for guided in (True, False))
     assert len(letters) == 2 * len(REUSED) == 2 * 23
-    assert len(set(GRAPH_NAMES.values())) == len(GRAPH_NAMES) == len(REUSED) + len(DECIDED)
+    # Steps whose other half is estimated have a letter of their own, but run the graph of a full step.
+    assert len(set(GRAPH_NAMES.values())) == len(GRAPH_NAMES) - 1 == len(REUSED) + len(DECIDED)
 
 
 def test_the_methods_of_the_package_are_found() -> None:

@@ -64,7 +64,7 @@ def test_gate_step(shared: SimpleNamespace, gate: Any) -> None:
             {"deepcache_interval": 3, "deepcache_branch": 40},
             ("deepcache_branch=40 does not exist", "Choose a smaller one"),
         ),
-        ({"guidance_step": 5}, ("gate_step", "guidance_step", "Give one of them")),
+        ({"guidance_step": 5}, ("gate_step", "guidance_step", "Set one of them")),
         ({"gate_step": None, "guidance_similarity": 2}, ("guidance_similarity", "got 2")),
     ],
 )

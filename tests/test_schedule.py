@@ -147,8 +147,8 @@ def test_reuse_without_emission_or_with_another_batch_is_noticed() -> None:
         ({"gate_step": None}, "Nothing to do"),
         ({"gate_step": None, "sp_interval": 2}, "need a gate_step"),
         ({"deepcache_interval": 2, "sp_interval": 2}, "cannot be combined with cached self-attention"),
-        ({"gate_step": 5, "guidance_step": 3}, "Give one of them"),
-        ({"gate_step": None, "guidance_step": 3, "guidance_similarity": 0.9}, "Give one of them"),
+        ({"gate_step": 5, "guidance_step": 3}, "Set one of them"),
+        ({"gate_step": None, "guidance_step": 3, "guidance_similarity": 0.9}, "Set one of them"),
         ({"gate_step": None, "guidance_similarity": 1.5}, "guidance_similarity must be.*got 1.5"),
     ],
 )
