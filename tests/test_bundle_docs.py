@@ -15,6 +15,8 @@ from tests.exported import GATE, STEPS, exported, plain
 from tests.tiny_pipelines import LATENT_SIZE, PROMPT, run
 from tgate_compile.bundle.plan import graph_name
 from tgate_compile.bundle.plan_rows import plans_of
+from tgate_compile.methods.first_block_cache import FirstBlockCache
+from tgate_compile.methods.method import BLOCKS, Part, Phase
 from tgate_compile.methods.schedule import Schedule
 
 TEXT = (Path(__file__).parents[1] / "docs" / "reference" / "bundle.md").read_text()
@@ -47,7 +49,7 @@ def test_the_runtime_of_the_document() -> None:
 
 
 def test_the_plans_of_the_document() -> None:
-    (example,) = (json.loads(text) for text in re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL))
+    example, decided = (json.loads(text) for text in re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL))
     schedule = Schedule(4)
     graphs = {schedule.graph_phase(phase) for phase in schedule.plan(6, guided=True)}
     plans = plans_of(schedule, {phase: graph_name(phase) for phase in graphs})
@@ -55,3 +57,9 @@ def test_the_plans_of_the_document() -> None:
     whole = plans.model_dump()
     assert example["phases"] == whole["phases"][: len(example["phases"])]
     assert example["guided"] == whole["guided"][: len(example["guided"])]
+    phase = Phase(True, decided=BLOCKS)
+    names: tuple[Part, ...] = ("head", "tail", "finish")
+    parts: dict[Phase, str] = {phase.of_part(name): name for name in names}
+    plans = plans_of(Schedule.of(FirstBlockCache()), parts)
+    assert plans is not None
+    assert decided in plans.model_dump(mode="json")["phases"]

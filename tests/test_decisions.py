@@ -484,7 +484,7 @@ def test_an_onnx_bundle(tmp_path: Path) -> None:
     pipe = tgate_compile.load_demo_pipeline("pixart")
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:2]
-    tgate_compile.optimize(pipe, FirstBlockCache(0.3), backend="eager")
+    tgate_compile.optimize(pipe, FirstBlockCache(0.3, forecast=1), backend="eager")
     config = pipe.transformer.config
     size = (1, config.in_channels, config.sample_size, config.sample_size)
     latents = torch.randn(size, generator=torch.Generator().manual_seed(0))

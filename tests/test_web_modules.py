@@ -258,7 +258,7 @@ def test_schedules_as_here(schedule: Schedule) -> None:
       const plan = planOf({ plans }, steps, guided, gateStep);
       const gate = gateStep === undefined ? gateOf({ plans }, steps) : null;
       const of = (key) => plan.map((planned) => planned[key]);
-      return { phases: of("phase"), weights: of("weights"), strip: stripOf(plan), gate };
+      return { phases: of("phase"), weights: of("weights").map((each) => each ?? {}), strip: stripOf(plan), gate };
     });
     """
     assert run_in_node(script, {"plans": plans.model_dump(), "cases": cases}) == expected
