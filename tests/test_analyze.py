@@ -19,7 +19,15 @@ from tests import tiny_pipelines
 from tests.denoiser_cases import CASES
 from tests.joint_denoisers import DENOISERS
 from tests.test_joint_attention import sd3, sd3_call
-from tgate_compile import Analysis, ConfigurationError, UnsupportedModelError, analyze, load_demo_pipeline, optimize
+from tgate_compile import (
+    Analysis,
+    ConfigurationError,
+    UnsupportedModelError,
+    analyze,
+    load_demo_pipeline,
+    optimize,
+    pure,
+)
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.families import family_of
 from tgate_compile.study.analysis.measures import Curve, Tallies, without_text
@@ -257,7 +265,7 @@ def test_keys_and_values_of_joint_attention() -> None:
             if type(output) is torch.Tensor:  # not while the denoiser is captured
                 keys[name].append(output)
 
-        return hook
+        return pure(hook)  # its result depends on its arguments alone
 
     handles = [
         module.register_forward_hook(keep(name))

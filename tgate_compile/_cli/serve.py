@@ -105,7 +105,7 @@ class EngineOptions:
         int | None,
         typer.Option(
             min=1,
-            help="CPU threads for the denoiser.",
+            help="Threads per operator.",
             show_default="all cores; 1 for an embedded model",
             rich_help_panel=SERVER,
         ),

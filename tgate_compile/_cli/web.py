@@ -55,7 +55,7 @@ def web(
     ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the site on this machine until Ctrl-C.")] = False,
     open: Annotated[bool, typer.Option("--open", help="Serve the site and open it in a browser.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve at; 0 uses any free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 0,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:

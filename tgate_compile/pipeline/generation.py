@@ -464,19 +464,17 @@ class Generation:
     ) -> tuple[Runnable, tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Run the graph of the phase `graph`, or the denoiser itself if it cannot be captured and need not be.
 
-        It need not be if the step's own `phase` neither caches nor reuses anything, or only references whose place is
-        not known yet.
+        It need not be if the graph neither caches nor reuses anything, so that only guidance is dropped, or if the
+        step's own `phase` caches references whose place is not known yet.
         """
-        is_known = self._references.knows(call)
-        needed = phase.emit | phase.merge | phase.needed
-        if not is_known and not needed - REFERENCE:
+        if not self._references.knows(call) and not (phase.emit | phase.merge | phase.needed) - REFERENCE:
             compiled: Runnable = Uncaptured(self._forward)
             return compiled, compiled.run(call, caches, self.early)
         self.early.prepare((graph, call.key))
         try:
             compiled = self._store.get(graph, call, caches, self._forward)
         except CaptureError as error:
-            if needed or self._store.folder is not None:
+            if graph.emit | graph.merge | graph.needed or self._store.folder is not None:
                 raise
             self._loop.note_uncaptured(error)
             compiled = Uncaptured(self._forward)
