@@ -90,7 +90,7 @@ class Planner(BundlePipeline):
         current = noise * np.float32(noise_scheduler.initial_sigma)
         for call, timestep in enumerate(noise_scheduler.timesteps):
             step = max(call - warm_up, 0)
-            if not denoiser.plan[step].phase.guided:
+            if not denoiser._plan[step].phase.guided:
                 return self._handover(denoiser, call, step, current, noise_scheduler, scale)
             prediction = denoiser(step, noise_scheduler.model_input(current, call), timestep.item(), scale)
             current = noise_scheduler.step(prediction, call, current)
@@ -100,7 +100,7 @@ class Planner(BundlePipeline):
         self, denoiser: Denoiser, call: int, step: int, latents: Array, scheduler: Scheduler, scale: float
     ) -> Handover:
         graphs = self._manifest.graphs
-        left = dict.fromkeys(planned.graph for planned in denoiser.plan[step:] if planned.graph is not None)
+        left = dict.fromkeys(planned.graph for planned in denoiser._plan[step:] if planned.graph is not None)
         names = {each for name in left for each in (name, *early_graphs(graphs, name))}
         sources = {self._components.arguments[spec.name] for name in names for spec in graphs[name].inputs}
         keep = self._manifest.method.keep
@@ -110,7 +110,7 @@ class Planner(BundlePipeline):
         caches = {
             key: [(computed, value.numpy()) for computed, value in values] for key, values in denoiser._caches.items()
         }
-        return Handover(denoiser.plan, call, latents, scheduler, scale, caches, conditions)
+        return Handover(denoiser._plan, call, latents, scheduler, scale, caches, conditions)
 
     def _decoded(self, latents: Array) -> Array:
         return latents  # what is handed over instead
