@@ -83,7 +83,8 @@ def test_steps_of_several_requests_are_run_together(bundle: Path) -> None:
             for ticket, target in zip(tickets, expected, strict=True):
                 np.testing.assert_allclose(ticket.result(HANGS), target, atol=1e-5)
         batches = engine.stats().batches
-        assert max(batches["F"]) == max(batches["p"]) == 4
+        # A request alone has at most two images. Whether all three ever meet depends on the machine.
+        assert min(max(batches["F"]), max(batches["p"])) >= 3
         assert not engine.stats().one_at_a_time
 
 
