@@ -136,12 +136,14 @@ def test_tune_calibrates() -> None:
 def test_the_command_line(tmp_path: Path) -> None:
     run = CliRunner().invoke
     path = tmp_path / "magcache.json"
-    done = run(app, ["tune", "pixart", "--magcache", "--steps", "4", "--count", "1", "--out", str(path), "--json"])
+    done = run(
+        app, ["tune", "--model", "pixart", "--magcache", "--steps", "4", "--count", "1", "--out", str(path), "--json"]
+    )
     assert done.exit_code == 0, done.output
     shown = json.loads(done.stdout)
     assert [load_schedule(path)] == [Schedule.of(MagCache(tuple(shown["ratios"])))]
     assert len(shown["ratios"]) == 4
     done = run(app, ["strip", "--schedule", str(path), "--steps", "4"])
     assert shown["strip"] in done.stdout
-    done = run(app, ["tune", "pixart", "--magcache", "--plot", str(tmp_path / "a.png")])
+    done = run(app, ["tune", "--model", "pixart", "--magcache", "--plot", str(tmp_path / "a.png")])
     assert done.exit_code == 2

@@ -23,7 +23,7 @@ from tgate_compile.methods.method import REFERENCE, Half, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, CacheSizes, Estimates
 from tgate_compile.pipeline.decisions import Decisions, parts_of, strip_of
-from tgate_compile.pipeline.loop import Loop, Previewed, Uncaptured
+from tgate_compile.pipeline.loop import RETURNS_OTHERS, Loop, Previewed, Uncaptured
 from tgate_compile.pipeline.progress import Plan, Progress, check_autocast, check_gradients, with_tensor_timestep
 from tgate_compile.pipeline.two_halves import (
     MSG_NEVER_GUIDED,
@@ -474,7 +474,9 @@ class Generation:
         try:
             compiled = self._store.get(graph, call, caches, self._forward)
         except CaptureError as error:
-            if graph.emit | graph.merge | graph.needed or self._store.folder is not None:
+            # No graph can return what this call returns, but later calls may be ordinary ones (FLUX.2-klein-KV).
+            served = phase if RETURNS_OTHERS in str(error) else graph
+            if served.emit | served.merge | served.needed or self._store.folder is not None:
                 raise
             self._loop.note_uncaptured(error)
             compiled = Uncaptured(self._forward)

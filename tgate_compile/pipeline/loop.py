@@ -176,6 +176,10 @@ def is_callback(name: str, value: Any) -> bool:
     return isinstance(value, FUNCTIONS) or (callable(value) and "callback" in name)
 
 
+#: torch.export's words for a result that is not made of tensors, such as a cache of the model's own.
+RETURNS_OTHERS = "in output, which is not a known type"
+
+
 class Uncaptured:
     """The denoiser itself, for a phase that needs no graph since it caches nothing.
 
