@@ -5,7 +5,7 @@
 Four contenders serve the same random requests, in turns, each as its own processes on the same machine:
 
 - `plain` and `optimized`: a FastAPI application with a lock around a pipeline, without and with `optimize`;
-- `engine`: `tgate-compile serve`;
+- `engine`: `tgate-compile serve` with as many threads;
 - `two`: two of these with half of the threads each, to which the client sends its requests in turn.
 
 Each contender's capacity is measured with a constant number of requests in flight. Then requests arrive at random (a
@@ -83,8 +83,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def is_ready(url: str) -> bool:
+    """Return whether the server at `url` accepts requests."""
+    try:
+        return httpx2.get(f"{url}/readyz").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
 class Server:
-    """A server in a process of its own."""
+    """A server in a separate process."""
 
     def __init__(self, arguments: argparse.Namespace, name: str, threads: int) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
@@ -105,11 +113,8 @@ class Server:
         while True:
             if self.process.poll() is not None:
                 raise SystemExit(f"The server at {self.url} ended with {self.process.returncode}.")
-            try:
-                if httpx2.get(f"{self.url}/readyz").status_code == 200:
-                    return
-            except httpx2.TransportError:
-                pass
+            if is_ready(self.url):
+                return
             time.sleep(0.2)
 
     def memory_mb(self) -> float:
@@ -178,7 +183,7 @@ class Client:
 @contextmanager
 def contenders(arguments: argparse.Namespace) -> Iterator[dict[str, Client]]:
     """Start all servers, one after the other, and return their clients."""
-    clients, servers = {}, []
+    clients = {}
     half = max((os.cpu_count() or 2) // 2, 1)
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(512))
@@ -190,7 +195,6 @@ def contenders(arguments: argparse.Namespace) -> Iterator[dict[str, Client]]:
                 stack.callback(server.stop)
             for server in started:
                 server.wait()
-            servers += started
             clients[name] = Client(started, streams=kind == "engine", threads=threads)
             print(f"{name} is ready", file=sys.stderr, flush=True)
         yield clients

@@ -38,7 +38,7 @@ from PIL import Image
 
 import tgate_compile
 from benchmarks.serving import WORDS, call_of
-from benchmarks.serving_http import free_port
+from benchmarks.serving_http import free_port, is_ready
 from tgate_compile.study.bench.measure import machine_of
 
 MODEL = "sd"
@@ -281,7 +281,7 @@ def main() -> None:
     server = subprocess.Popen([sys.executable, "-m", "benchmarks.serving_soak", "--server", str(port)])
     try:
         soak = Soak(url, server.pid, seed=arguments.seed)
-        while not _is_ready(url):
+        while not is_ready(url):
             if server.poll() is not None:
                 raise SystemExit(f"The server ended with {server.returncode}.")
             time.sleep(0.5)
@@ -317,13 +317,6 @@ def main() -> None:
     print(json.dumps({name: value for name, value in result.items() if name != "memory_mb"}, indent=1))
     if soak.wrong:
         raise SystemExit(1)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx2.get(f"{url}/readyz").status_code == 200
-    except httpx2.TransportError:
-        return False
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import platform
 import time
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tgate_compile import __version__
+from tgate_compile._machine import return_freed_memory
 from tgate_compile.pipeline.attach import denoiser_names
 from tgate_compile.pipeline.describe import describe
 from tgate_compile.pipeline.optimized import required_state_of
@@ -167,19 +167,12 @@ def idle_in_pools(segments: Iterable[Mapping[str, Any]], device: int) -> int:
 
 
 def _reset_peak() -> bool:
-    _return_freed_memory()
+    return_freed_memory()  # otherwise the work could reuse it without raising the peak
     try:
         _CLEAR.write_text(_RESET_PEAK)
     except OSError:  # not Linux, or not permitted
         return False
     return True
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory to the system; otherwise the work could reuse it without raising the peak."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
 
 
 def _resident(name: str) -> int:
