@@ -19,7 +19,8 @@ from tgate_compile.bundle.read_manifest import early_graphs, shape_at, solve, wr
 from tgate_compile.bundle.weights import bit_sums, dtype_name
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import EarlyValues
-from tgate_compile.engine.weights import Watch, live_tensors
+from tgate_compile.engine.trust import weight_samples
+from tgate_compile.engine.weights import Watch, live_tensors, plain_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Binding, Captured, Emission, Site, Variant
 from tgate_compile.pipeline.two_halves import Rows
@@ -188,6 +189,7 @@ class BundleStore:
         self._modules = self._watch.fingerprint
         self._state = state_of_denoiser(denoiser, baseline="none")
         self._loaded = self._weights = bit_sums(denoiser)
+        self._samples: list[tuple[int, int]] | None = None  # those of the last complete check
 
     @property
     def folder(self) -> str:
@@ -213,12 +215,18 @@ class BundleStore:
     def refresh(self, *, begins: bool = True) -> None:
         """Check that the denoiser has not changed since the bundle was loaded; if its weights have, refit the graphs.
 
+        Within a generation, samples of the weights are compared first: reading all of them at each step, as is
+        necessary with callbacks, would take as long as a step of a small graph.
+
         Raises:
             BundleError: the denoiser has changed, and the graphs cannot be refitted.
             BackendError: the runtime cannot refit a graph.
         """
-        weights = bit_sums(self.denoiser)
-        self._watch.refresh()
+        same = self._watch.refresh()
+        samples = weight_samples(list(plain_tensors(self.denoiser).values()))
+        if same and not begins and samples == self._samples:
+            return
+        weights, self._samples = bit_sums(self.denoiser), samples
         if self._watch.fingerprint != self._modules:
             changed = what_differs(state_of_denoiser(self.denoiser, baseline="none"), self._state, there="then")
             what = f" ({'; '.join(changed)})" if changed else ""

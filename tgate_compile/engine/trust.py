@@ -78,7 +78,7 @@ def full_float32() -> Iterator[None]:
 #: The minimum number of elements of a weight that are sampled once per image.
 SAMPLES = 1024
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # the widest first
 
 Made = TypeVar("Made")
 
@@ -117,12 +117,17 @@ class MadeOfWeights(Generic[Made]):
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bits of the elements of `tensor` as a one-dimensional integer tensor."""
-    return tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
+    """Return the bits of `tensor` as a one-dimensional tensor of the widest integers that its size and place allow.
+
+    On a CPU, torch adds int64 twelve times as fast as int32, which it converts first.
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    place = flat.storage_offset() * flat.itemsize
+    return flat.view(next(each for each in _INTEGERS if flat.nbytes % each.itemsize == place % each.itemsize == 0))
 
 
 def sums_of_bits(tensors: Iterable[torch.Tensor], at_most: int | None = None) -> list[int]:
-    """Return a sum over the bits of each tensor, of about `at_most` elements each; None means all.
+    """Return a sum over the bits of each tensor, of about `at_most` integers each; None means all.
 
     All results of a device are fetched at once: waiting for each of a thousand tensors would take longer than a step.
     """
