@@ -35,9 +35,9 @@ import torch
 import tgate_compile
 from tgate_compile._runtimes import FORMATS
 from tgate_compile.bundle.formats import format_called
-from tgate_compile.bundle.read_manifest import inputs_of as specs_of
 from tgate_compile.bundle.manifest import Graph, Manifest
 from tgate_compile.bundle.plan import PlannedGraph, inputs_of, planned_graphs
+from tgate_compile.bundle.read_manifest import inputs_of as specs_of
 from tgate_compile.bundle.read_manifest import read_manifest, shape_at
 from tgate_compile.engine.backends import EagerBackend
 from tgate_compile.exports.inductor.live import InductorBackend

@@ -210,9 +210,7 @@ class Runs:
             if contender.schedule is not None:
                 tgate_compile.optimize(pipe, contender.schedule, backend=self._backend)
             if contender.hook is not None:
-                pipe.transformer_calls = 0
-                pipe.transformer.register_forward_pre_hook(lambda *_: _count(pipe))
-                contender.hook(pipe)
+                hook(pipe, contender.hook)
             self._pipes[contender.name] = pipe
         return self._pipes[contender.name]
 
@@ -220,10 +218,7 @@ class Runs:
         """Return the final latents, [captions, ...], and the seconds that they took."""
         pipe = self.pipe(contender)
         if contender.hook is not None:
-            pipe.transformer_calls = 0
-            # diffusers' state outlives a call, and not every pipeline resets it.
-            pipe.transformer._diffusers_hook.reset_stateful_hooks(recurse=True)
-            _set_cache_context(pipe.transformer, CacheContext("inference"))  # which not every pipeline does
+            start(pipe)
         demo = DEMO_VARIANTS[self.name]
         noise = [torch.Generator().manual_seed(seed * 1_000_000 + i) for i in range(len(self.captions))]
         call = {**demo.call, "num_inference_steps": contender.steps or self.steps, "guidance_scale": demo.guidance}
@@ -259,8 +254,23 @@ class Runs:
         return float(max(variant.macs for variant in described.variants))
 
 
-def _count(pipe: Any) -> None:
-    pipe.transformer_calls += 1
+def hook(pipe: Any, apply: Callable[[Any], None]) -> None:
+    """Apply one of diffusers' implementations to a pipeline, whose denoiser's calls are counted for it."""
+
+    def count(*given: Any) -> None:
+        pipe.transformer_calls += 1
+
+    pipe.transformer_calls = 0
+    pipe.transformer.register_forward_pre_hook(count)
+    apply(pipe)
+
+
+def start(pipe: Any) -> None:
+    """Prepare a pipeline with one of diffusers' implementations for a generation."""
+    pipe.transformer_calls = 0
+    # diffusers' state outlives a call, and not every pipeline resets it.
+    pipe.transformer._diffusers_hook.reset_stateful_hooks(recurse=True)
+    _set_cache_context(pipe.transformer, CacheContext("inference"))  # which not every pipeline does
 
 
 def drifts(latents: torch.Tensor, plain: torch.Tensor) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cache_dit
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
@@ -334,6 +336,70 @@ def test_dbcache_is_as_with_hooks(method: DBCache) -> None:
     assert_same(latents_of(ours, call), expected)
     assert computed_calls(ours) == made
     assert {True, False} <= set(made)
+
+
+@contextmanager
+def with_cache_dit(pipe: Any, method: DBCache, forecast: int = 0) -> Iterator[None]:
+    """Let cache-dit skip blocks as `method` does; its `num_inference_steps` would restart its count of steps."""
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=method.front,
+        Bn_compute_blocks=method.back,
+        max_warmup_steps=method.warm_up,
+        max_cached_steps=method.most_skipped or -1,
+        max_continuous_cached_steps=method.most_in_row or -1,
+        residual_diff_threshold=method.threshold,
+        steps_computation_mask=[int(digit) for digit in method.mask] or None,
+    )
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=forecast) if forecast else None
+    cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(pipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("pixart", DBCache(0.15, front=1, warm_up=1)),
+        ("wan", DBCache(0.034, front=2, back=1, warm_up=2, most_in_row=1)),
+        pytest.param("wan", DBCache(0.034, front=1, warm_up=1, most_skipped=2), marks=SWEEP),
+        pytest.param("wan", DBCache(0.034, front=1, mask="11010000"), marks=SWEEP),
+        pytest.param("flux", DBCache(0.45, front=1, back=1, warm_up=2), marks=SWEEP),
+        pytest.param("qwen-image", DBCache(0.5, front=1, warm_up=1), marks=SWEEP),
+    ],
+    ids=str,
+)
+def test_dbcache_is_as_in_cache_dit(name: str, method: DBCache) -> None:
+    build, call, _ = PIPELINES[name]
+    build = long_wan if name == "wan" else build
+    theirs = build()
+    plain = latents_of(theirs, call())
+    with with_cache_dit(theirs, method):
+        expected = latents_of(theirs, call())
+        seen = cache_dit.summary(theirs)[0]
+    ours = tgate_compile.optimize(build(), method, backend="eager")
+    assert_same(latents_of(ours, call()), expected)
+    assert_differ(expected, plain)
+    made = computed_calls(ours)
+    halves = (made[::2], made[1::2]) if seen.cfg_cached_steps else (made,)
+    skipped = [[step for step, computed in enumerate(half) if not computed] for half in halves]
+    assert skipped == [each for each in (seen.cached_steps, seen.cfg_cached_steps) if each]
+
+
+@pytest.mark.parametrize(("warm_up", "theirs"), [(4, 1), pytest.param(3, 0, marks=SWEEP)])
+def test_forecasts_are_as_in_cache_dit(warm_up: int, theirs: int) -> None:
+    """cache-dit counts steps only from the first computed one on, and takes no difference before its third.
+
+    So with a warm-up of three steps, an extrapolation of order 1 still repeats the last value.
+    """
+    method = DBCache(0.3, front=1, warm_up=warm_up, forecast=1)
+    pipe = pixart()
+    with with_cache_dit(pipe, method, forecast=1):
+        expected = latents_of(pipe, pixart_call())
+    ours = tgate_compile.optimize(pixart(), dataclasses.replace(method, forecast=theirs), backend="eager")
+    assert_same(latents_of(ours, pixart_call()), expected)
+    assert computed_calls(ours) == [True] * warm_up + [False] * (STEPS - warm_up)
 
 
 # TeaCache.

@@ -12,7 +12,9 @@ import tgate_compile
 from tests.exported import exported, plain
 from tests.tiny_pipelines import add_lora, run
 from tgate_compile import BundleError
+from tgate_compile.bundle import store
 from tgate_compile.bundle.formats import Session
+from tgate_compile.bundle.weights import bit_sums
 from tgate_compile.exports.onnx import save as onnx_graphs
 
 #: The graphs of the bundle: two preludes or tables of the full graph, a table of the pruned one, and both steps.
@@ -99,3 +101,33 @@ def test_other_graphs_refuse_until_the_weights_are_back() -> None:
             run(pipe)
     pipe.unet.conv_out.bias.data.copy_(before)
     assert torch.equal(run(pipe), expected)
+
+
+def test_weights_within_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a callback each step checks the weights, but reads all of them once per generation only."""
+    pipe = tgate_compile.load(plain(), exported())
+    read: list[torch.nn.Module] = []
+
+    def counted(denoiser: torch.nn.Module) -> tuple[int, ...]:
+        read.append(denoiser)
+        return bit_sums(denoiser)
+
+    monkeypatch.setattr(store, "bit_sums", counted)
+    steps: list[int] = []
+
+    def watching(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return tensors
+
+    def changing(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            change(pipe, 0.5)
+        return watching(pipe, step, timestep, tensors)
+
+    run(pipe, callback_on_step_end=watching)
+    assert len(read) == 1
+    assert len(steps) > 3
+    steps.clear()
+    with pytest.raises(BundleError, match="have changed since"):
+        run(pipe, callback_on_step_end=changing)
+    assert steps == [0, 1]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import cache_dit
 import diffusers
 import numpy as np
 import pytest
@@ -333,7 +334,6 @@ def test_deepcache_helper() -> None:
 
 
 def test_cache_dit() -> None:
-    cache_dit = pytest.importorskip("cache_dit")
     pipe = ltx()
     cache_dit.enable_cache(pipe)
     with pytest.raises(UnsupportedModelError, match=r"package cache_dit.*cache_dit\.disable_cache\(pipe\)"):

@@ -197,10 +197,11 @@ def test_changes_of_all_weights_are_noticed_at_once(monkeypatch: pytest.MonkeyPa
     stack = torch.stack
     monkeypatch.setattr(torch, "stack", lambda sums: fetches.append(len(sums)) or stack(sums))
     weights = [torch.randn(3000), torch.randn(4, 4).bfloat16(), torch.tensor(3, dtype=torch.int8), torch.empty(0)]
+    weights += [torch.randn(9)[1:], torch.randn(7).half()[1:]]  # in memory that int64 cannot be read from
     before = weight_samples(weights)
-    assert fetches == [4]
+    assert fetches == [6]
     assert weight_samples(weights) == before
-    for weight in weights[:3]:
+    for weight in (*weights[:3], *weights[4:]):
         weight.data += 1  # behind the version counter
         changed = weight_samples(weights)
         assert [one != other for one, other in zip(changed, before, strict=True)].count(True) == 1

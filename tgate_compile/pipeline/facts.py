@@ -88,16 +88,21 @@ def _may_change(state: Optimized, pipe: DiffusionPipeline, arguments: Mapping[st
     return (
         any(hooks)
         or any(is_callback(name, value) or (callable(value) and value is not pipe) for name, value in arguments.items())
-        or any(isinstance(value, FUNCTIONS) for value in replaced)
+        or any(isinstance(value, FUNCTIONS) and not _is_ours(value) for value in replaced)
         or any(
             kind.__module__.partition(".")[0] not in TRUSTED and kind.__module__ not in _OF_BASES for kind in classes
         )
     )
 
 
-def _is_of_library(function: object) -> bool:
+def _is_ours(function: object) -> bool:
+    """Return whether `function` is this library's own, such as a timer, and wraps nothing but a method of its class."""
     # Not by `__module__`, which `functools.wraps` copies.
-    return str(getattr(function, "__globals__", {}).get("__name__")).partition(".")[0] in TRUSTED
+    home = str(getattr(function, "__globals__", {}).get("__name__"))
+    wrapped = getattr(function, "__wrapped__", None)
+    owner = type(getattr(wrapped, "__self__", None))
+    of_class = getattr(owner, getattr(wrapped, "__name__", ""), None) is getattr(wrapped, "__func__", wrapped)
+    return home.startswith("tgate_compile.") and of_class
 
 
 #: Modules that define base classes of diffusers' pipelines and schedulers.
