@@ -10,8 +10,8 @@ steps as the gated one's operations would pay for. `efficiency` is the speedup o
 divided by the ratio of the multiply-accumulates.
 
 With `--int8` the contenders are plain diffusers in both precisions, OpenVINO's gated graphs in float32, and a bundle
-for OpenVINO in calibrated int8 (`int8-static`). The quality of such a bundle is measured by
-`benchmarks/quantization.py`, on the embedded models: a random model has none.
+for OpenVINO in calibrated int8 (`int8-static`), whose other operators compute in float32 or in bfloat16. The quality of
+such a bundle is measured by `benchmarks/quantization.py`, on the embedded models: a random model has none.
 """
 
 from __future__ import annotations
@@ -137,8 +137,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             )
     if arguments.int8:
         write_int8(copied(), {**call, "num_inference_steps": arguments.steps}, arguments.gate, folder / "bundle")
-        served = partial(tgate_compile.load, folder=folder / "bundle")
-        contenders["openvino int8-static gated"] = Contender(lambda: served(copied()), arguments.steps)
+        for precision in ("float32", "bfloat16"):
+            served = partial(tgate_compile.load, folder=folder / "bundle", backend_options={"precision": precision})
+            contenders[f"openvino int8-static, {precision}, gated"] = Contender(
+                lambda served=served: served(copied()), arguments.steps
+            )
 
     # Small pipelines stay in memory and take turns after each image; of large ones there is one at a time.
     kept: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tgate_compile._errors import BundleError, first_line
+from tgate_compile.bundle.calibration import Quantizing
 from tgate_compile.bundle.manifest import WEIGHTS_FILE
 from tgate_compile.bundle.quantization import Quantization
 from tgate_compile.bundle.weights import WeightsFile
@@ -331,7 +332,7 @@ def save_static(
     model: onnx_ir.Model,
     live: Mapping[str, torch.Tensor],
     inputs: Sequence[Sequence[torch.Tensor]],
-    quantization: Quantization,
+    quantizing: Quantizing,
     path: Path,
     weights: WeightsFile,
 ) -> int:
@@ -344,7 +345,7 @@ def save_static(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     names = [str(value.name) for value in model.graph.inputs]
-    kept = [str(layer.name) for name in live if quantization.skips(name) for layer in _layers(model, name)]
+    kept = [str(layer.name) for name in live if quantizing.quantization.skips(name) for layer in _layers(model, name)]
     home = Path(tempfile.mkdtemp(dir=path.parent.parent))
     try:
         with (home / Path(WEIGHTS_FILE).name).open("xb") as file:
@@ -358,11 +359,15 @@ def save_static(
                 op_types_to_quantize=OPERATORS,
                 per_channel=True,
                 weight_type=QuantType.QInt8,
-                activation_type=QuantType.QUInt8,
+                activation_type=QuantType.QInt8 if quantizing.symmetric else QuantType.QUInt8,
                 nodes_to_exclude=kept,
                 use_external_data_format=True,
                 calibrate_method=CalibrationMethod.MinMax,
-                extra_options={"ActivationSymmetric": False, "WeightSymmetric": True, "MatMulConstBOnly": True},
+                extra_options={
+                    "ActivationSymmetric": quantizing.symmetric,
+                    "WeightSymmetric": True,
+                    "MatMulConstBOnly": True,
+                },
             )
         quantized = onnx_ir.load(home / "quantized.onnx")
         for name, value in quantized.graph.initializers.items():

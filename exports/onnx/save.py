@@ -138,7 +138,7 @@ def write_graph(planned: PlannedGraph, path: Path, weights: WeightsFile, quantiz
         save_model(model, path, quantize_weights(model, used, quantizing.quantization, weights), weights)
     else:
         inputs = quantizing.calibration.inputs_of(planned)
-        return save_static(model, used, inputs, quantizing.quantization, path, weights)
+        return save_static(model, used, inputs, quantizing, path, weights)
     return sum(1 for _ in model.graph.all_nodes())
 
 
