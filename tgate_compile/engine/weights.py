@@ -105,10 +105,28 @@ def check_quantization(module: torch.nn.Module) -> None:
 
 
 def _named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    modules = list(_paths(module))
+    tables = [*((name, each._parameters) for name, each in modules), *((name, each._buffers) for name, each in modules)]
     return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
+        f"{name}.{key}" if name else key: tensor
+        for name, table in tables
+        for key, tensor in table.items()
+        if tensor is not None
     }
+
+
+def _paths(
+    module: torch.nn.Module, name: str = "", above: tuple[torch.nn.Module, ...] = ()
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield all modules under all of their names, except inside themselves.
+
+    `named_modules(remove_duplicate=False)` would not return if a module contains itself, as with cache-dit, whose blocks
+    hold the denoiser.
+    """
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None and child is not module and child not in above:
+            yield from _paths(child, f"{name}.{key}" if name else key, (*above, module))
 
 
 def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
