@@ -13,9 +13,8 @@ diffusers they are those of the same method here. `drift` is ||x - plain x|| / |
 `against_fewer_steps` is the drift divided by that of fewer steps at the same operations, interpolated: below 1, a
 method is worth its operations.
 
-With `--search`, the script also looks for a mask of steps for the block cache and for FORA that needs at most a
-fraction of the operations (`--budget`): starting from all steps, it skips one more step at a time, the one that costs
-the least drift. The masks are found with other captions than they are measured with.
+With `--budgets 0.5`, schedules that `tune` finds for half of the operations take part, which takes long. They are found
+with other captions than they are measured with.
 """
 
 from __future__ import annotations
@@ -68,10 +67,8 @@ from tgate_compile import (
 )
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
-from tgate_compile.pipeline.attach import attached, denoiser_names
 from tgate_compile.study.evaluation.features import Statistics, frechet_distance
 from tgate_compile.study.evaluation.measure import right
-from tgate_compile.study.tuning.measure import Bench, silent
 
 FEWER = (0.8, 0.6, 0.5, 0.4, 0.3)
 
@@ -349,26 +346,17 @@ def against_fewer_steps(rows: dict[str, Any]) -> None:
         row["against_fewer_steps"] = round(row["drift"] / baseline, 4) if baseline > 0 else None
 
 
-def searched(name: str, steps: int, make: Callable[[str], Method], budget: float) -> Schedule:
-    """Return the schedule of a mask of steps with at most `budget` of the plain operations, found step by step."""
+def searched(name: str, steps: int, budget: float) -> list[Contender]:
+    """Return the schedules with the least drift within the budget according to `tune`, of all and of plans of steps."""
     pipe, demo = tgate_compile.load_demo_pipeline(name), DEMO_VARIANTS[name]
-    call = {**demo.call, "num_inference_steps": steps, "guidance_scale": demo.guidance}
-    calls = [{**call, "prompt": caption} for caption in captions_of(4, 8)]
-    names = denoiser_names(pipe)
-    bench = Bench(pipe, {each: getattr(pipe, each) for each in names}, calls, (5,), lambda: None)
-    mask, cost = "1" * steps, 1.0
-    with silent(pipe):
-        plain = bench.run_plain(changes_too=False)
-        with attached(pipe, Schedule.of(make("10")), names, backend="eager"):
-            while cost > budget:
-                tried = []
-                for step in (step for step in range(1, steps) if mask[step] == "1"):
-                    one = mask[:step] + "0" + mask[step + 1 :]
-                    measured = bench.run_gated(Schedule.of(make(one)), plain)
-                    tried.append((statistics.fmean(measured.drifts), one, measured.macs / bench.macs_of(plain)))
-                drift, mask, cost = min(tried)
-                print(f"{name}: {mask} drift {drift:.4f} operations {cost:.3f}", flush=True)
-    return Schedule.of(make(mask))
+    call = {**demo.call, "guidance_scale": demo.guidance}
+    tuning = tgate_compile.tune(
+        pipe, captions_of(4, 8), budget=budget, num_inference_steps=steps, seeds=(5,), call=call
+    )
+    print(tuning, flush=True)
+    plans = [row for row in tuning.table if row.family == "plan of steps" and row.cost <= budget]
+    rows = {row.label: row for row in (tuning.chosen, *sorted(plans, key=lambda row: row.drift)[:4])}
+    return [Contender(row.label, f"tuned for {budget:g}", row.schedule) for row in rows.values()]
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -407,8 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="the default is each model's own")
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names; plain is always measured")
-    parser.add_argument("--search", action="store_true", help="also look for masks of steps; takes long")
-    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--budgets", nargs="*", type=float, default=[], help="also schedules tuned for these budgets")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args(arguments)
@@ -429,15 +416,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = tgate_compile.calibrate_mag_cache(pipe, captions_of(2, 9), num_inference_steps=steps, call=call)
             ratios = found.ratios
         chosen = [c for c in contenders(name, steps, blocks, ratios) if any(fnmatch(c.name, p) for p in given.only)]
-        if given.search:
-            makers: dict[str, Callable[[str], Method]] = {"FORA": lambda mask: Fora(mask=mask)}
-            makers["FORA, forecast"] = lambda mask: Fora(mask=mask, forecast=1)
-            if blocks:
-                makers["block cache"] = lambda mask: BlockCache(mask=mask, front=0)
-                makers["block cache, forecast"] = lambda mask: BlockCache(mask=mask, front=0, forecast=1)
-            for group, make in makers.items():
-                schedule = searched(name, steps, make, given.budget)
-                chosen.append(Contender(str(schedule), f"{group}, searched", schedule))
+        for budget in given.budgets:
+            found = searched(name, steps, budget)
+            chosen = [c for c in chosen if c.name not in {each.name for each in found}] + found
         chosen = [Contender("plain", "plain"), *(c for c in chosen if c.name != "plain")]
         rows = results["models"][name] = measure(runs, chosen, given.seeds)
         for label, row in rows.items():

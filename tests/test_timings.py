@@ -22,9 +22,10 @@ from tgate_compile.study.comparison.page import page_of
 from tgate_compile.study.comparison.result import Comparison, MethodFigures, ModelFigures
 from tgate_compile.study.comparison.run import Task, compare_model
 from tgate_compile.study.tuning import measure
+from tgate_compile.study.tuning.plans import fewer_steps
 from tgate_compile.study.tuning.recorder import Convergence
 from tgate_compile.study.tuning.result import Tuning, TuningRow
-from tgate_compile.study.tuning.search import fewer_steps, tune
+from tgate_compile.study.tuning.search import tune
 
 #: How many smaller numbers of steps tuning tries instead of 6.
 NUMBERS = len(fewer_steps(6))

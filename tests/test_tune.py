@@ -24,13 +24,15 @@ from tests import tiny_pipelines
 from tests.comparing import ROUNDING
 from tests.denoiser_cases import CASES
 from tests.hook_reference import hook_reference
+from tests.test_static_methods import pixart_call
 from tests.tiny_transformers import stable_diffusion_3
 from tgate_compile import ConfigurationError, UnsupportedModelError, describe, load_demo_pipeline, optimize, restore
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.methods.schedule_file import load_schedule
-from tgate_compile.study.tuning import measure
+from tgate_compile.study.tuning import measure, plans
+from tgate_compile.study.tuning.plans import SHAPES, fewer_steps, first_masks, grid_of, mask_of, next_gate, refined
 from tgate_compile.study.tuning.result import Tuning
-from tgate_compile.study.tuning.search import fewer_steps, grid_of, next_gate, tune
+from tgate_compile.study.tuning.search import tune
 
 STEPS = 6
 PROMPTS = ["red cat", "blue dog"]
@@ -481,3 +483,70 @@ def test_the_embedded_pipeline() -> None:
     change = tuning.convergence.mean
     assert change[0] > 2 * change[-1]  # the paper's observation: cross-attentions converge in the first steps
     assert row_of(tuning, Schedule(2)).drift > row_of(tuning, Schedule(5)).drift
+
+
+# Plans of steps, under a budget.
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("steps", "computed"), [(8, 1), (8, 3), (20, 9), (25, 24)])
+def test_masks(steps: int, computed: int, shape: float) -> None:
+    mask = mask_of(steps, computed, shape)
+    assert (len(mask), mask.count("1"), mask[0]) == (steps, computed, "1")
+    assert (mask[: steps // 2].count("1") >= mask[steps // 2 :].count("1")) or shape < 1
+
+
+def test_the_first_masks_use_the_budget() -> None:
+    def cost(mask: str) -> float:
+        return (mask.count("1") + 0.1 * mask.count("0")) / len(mask)
+
+    masks = first_masks(20, cost, 0.5)
+    assert {mask.count("1") for mask in masks} == {8}  # 8 + 1.2 of 20
+    assert len(masks) == len(set(masks)) > 2
+    assert first_masks(20, cost, 0.1) == []
+
+
+def test_moving_steps_finds_the_best_mask() -> None:
+    wanted = "1101011000"
+
+    def drift(mask: str) -> float:
+        return sum(abs(a - b) for a, b in zip(_places(mask), _places(wanted), strict=True))
+
+    assert refined("1010101010", drift, lambda mask: 0.5, 0.5) == wanted
+    dear = refined("1010101010", drift, lambda mask: 0.4 + 0.1 * int(mask[1]), 0.45)
+    assert dear[1] == "0"
+
+
+def _places(mask: str) -> list[int]:
+    return [step for step, digit in enumerate(mask) if digit == "1"]
+
+
+def test_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plans are measured like other schedules, and the chosen one is the best of all within the budget."""
+    monkeypatch.setattr(plans, "ENDS", (0.5,))
+    monkeypatch.setattr(plans, "SHAPES", (1.0, 2.0))
+    pipe, call = tiny_pipelines.pixart(), pixart_call()
+    tuning = tune(pipe, call=call, num_inference_steps=STEPS, budget=0.7)
+    searched = [row for row in tuning.table if row.family == "plan of steps"]
+    assert {"FORA", "Block cache"} <= {row.label.split(" (")[0] for row in searched}
+    assert any("guidance step" in row.label for row in searched)
+    assert any("gate step" in row.label for row in searched)
+    within = [row for row in tuning.table if row.schedule is not None and row.cost <= 0.7]
+    assert tuning.chosen.drift == min(row.drift for row in within)
+    assert [row.within for row in tuning.table] == [row.cost <= 0.7 for row in tuning.table]
+    assert "budget 0.7" in str(tuning)
+    assert any("With fewer steps, images drift more: 4 steps" in remark for remark in tuning.remarks)
+    best = min((row for row in searched if row.within), key=lambda row: row.drift)
+    plain = tiny_pipelines.run(pipe, steps=STEPS, **call)
+    optimize(pipe, schedule=best.schedule, backend="eager")
+    ours = tiny_pipelines.run(pipe, steps=STEPS, **call)
+    assert drift_of(ours, plain) == pytest.approx(best.drift, rel=1e-3)
+    assert describe(pipe).strip == best.strip
+
+
+def test_budgets_that_nothing_meets() -> None:
+    pipe = tiny_pipelines.stable_diffusion(layout="small")
+    with pytest.raises(ConfigurationError, match="budget must be a number between 0 and 1"):
+        tune(pipe, PROMPTS[:1], budget=1.5)
+    with pytest.raises(ConfigurationError, match=r"No schedule costs at most budget=0.05.*The cheapest is"):
+        tune(pipe, PROMPTS[:1], num_inference_steps=2, candidates=[Schedule(1)], budget=0.05)

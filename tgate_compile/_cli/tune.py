@@ -37,6 +37,13 @@ def tune(
     tolerance: Annotated[
         float, typer.Option(help="Allowed drift of the final latents, as a fraction of their norm.")
     ] = DEFAULT_TOLERANCE,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --tolerance: the largest cost, as a fraction of the plain pipeline's operations, such as "
+            "0.5. Also searches for the steps at which layers are best reused, which takes long.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write the schedule to this .json file.", rich_help_panel=options.OUTPUT),
@@ -79,7 +86,9 @@ def tune(
         if magcache:
             method = tgate_compile.calibrate_mag_cache(loaded.pipe, texts, **common, progress=update)
         else:
-            tuning = tgate_compile.tune(loaded.pipe, texts, tolerance=tolerance, **common, progress=update)
+            tuning = tgate_compile.tune(
+                loaded.pipe, texts, tolerance=tolerance, budget=budget, **common, progress=update
+            )
     if magcache:
         _report_ratios(loaded.source, method, settings.steps, out, json=json)
         return
@@ -122,8 +131,8 @@ def _print_table(tuning: Tuning) -> None:
     chosen = tuning.chosen
     OUT.print(Text.assemble((str(tuning.schedule), "bold"), "  ", coloured(chosen.strip)), soft_wrap=True)
     OUT.print(
-        f"{chosen.cost:.3f} of the plain pipeline's operations, drift {chosen.drift:.3f}, tolerance "
-        f"{tuning.tolerance:g}; {tuning.num_steps} steps of {tuning.setting['scheduler']}",
+        f"{chosen.cost:.3f} of the plain pipeline's operations, drift {chosen.drift:.3f}, "
+        f"{tuning.limit}; {tuning.num_steps} steps of {tuning.setting['scheduler']}",
         soft_wrap=True,
     )
     for remark in tuning.remarks:

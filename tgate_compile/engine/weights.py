@@ -106,7 +106,10 @@ def check_quantization(module: torch.nn.Module) -> None:
 
 def _named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     modules = list(_paths(module))
-    tables = [*((name, each._parameters) for name, each in modules), *((name, each._buffers) for name, each in modules)]
+    tables: list[tuple[str, Mapping[str, torch.Tensor | None]]] = [
+        *((name, each._parameters) for name, each in modules),
+        *((name, each._buffers) for name, each in modules),
+    ]
     return {
         f"{name}.{key}" if name else key: tensor
         for name, table in tables
@@ -120,8 +123,8 @@ def _paths(
 ) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield all modules under all of their names, except inside themselves.
 
-    `named_modules(remove_duplicate=False)` would not return if a module contains itself, as with cache-dit, whose blocks
-    hold the denoiser.
+    `named_modules(remove_duplicate=False)` would not return if a module contains itself, as with cache-dit, whose
+    blocks hold the denoiser.
     """
     yield name, module
     for key, child in module._modules.items():

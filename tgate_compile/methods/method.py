@@ -315,10 +315,11 @@ class Method:
         return Schedule.of(self) + other
 
     def __str__(self) -> str:
+        replaced = ("interval", "warm_up") if getattr(self, "mask", "") else ()
         chosen = [
             f"{f.name.replace('_', ' ')} {value}"
             for f in fields(self)
-            if (value := getattr(self, f.name)) not in (None, "", ())
+            if f.name not in replaced and (value := getattr(self, f.name)) not in (None, "", ())
         ]
         return f"{self.title} ({', '.join(chosen)})"
 

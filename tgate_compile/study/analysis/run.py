@@ -22,9 +22,9 @@ from tgate_compile.study.analysis import CONVERGED_WITHIN
 from tgate_compile.study.analysis.measures import Collected, Curve, NullText, Tallies
 from tgate_compile.study.analysis.result import Analysis, Trajectories
 from tgate_compile.study.tuning.measure import MSG_NOT_FINITE, final_latents, relative_distances, silent
+from tgate_compile.study.tuning.plans import grid_of
 from tgate_compile.study.tuning.recorder import Recorder
 from tgate_compile.study.tuning.request import Runs, setting_of
-from tgate_compile.study.tuning.search import grid_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

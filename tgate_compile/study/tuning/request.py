@@ -99,9 +99,18 @@ class Request(Runs):
 
     tolerance: float
     candidates: Sequence[Schedule] | None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        budget = self.budget
+        if budget is not None and (
+            isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1
+        ):
+            raise ConfigurationError(
+                f"budget must be a number between 0 and 1 (0.5: half of the plain pipeline's operations), but got "
+                f"{budget!r}."
+            )
         tolerance = self.tolerance
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
             raise ConfigurationError(

@@ -85,11 +85,14 @@ def _draw_table(axes: Axes, tuning: Tuning) -> None:
             costs, drifts, label=family, color=colour, marker="x" if baseline else _MARKERS[index % len(_MARKERS)],
             markersize=4.5, linewidth=1.2, linestyle=":" if baseline else "-",
         )  # fmt: skip
-    axes.axhline(tuning.tolerance, color=INK, linewidth=1.0, linestyle="--")
-    axes.text(
-        0.0, tuning.tolerance, f" tolerance {tuning.tolerance:g}", color=INK, fontsize=8, va="bottom",
-        transform=axes.get_yaxis_transform(),
-    )  # fmt: skip
+    line: dict[str, Any] = {"color": INK, "linewidth": 1.0, "linestyle": "--"}
+    words: dict[str, Any] = {"color": INK, "fontsize": 8, "va": "bottom"}
+    if tuning.budget is not None:
+        axes.axvline(tuning.budget, **line)
+        axes.text(tuning.budget, 0.0, f" {tuning.limit}", transform=axes.get_xaxis_transform(), **words)
+    elif tuning.tolerance is not None:
+        axes.axhline(tuning.tolerance, **line)
+        axes.text(0.0, tuning.tolerance, f" {tuning.limit}", transform=axes.get_yaxis_transform(), **words)
     chosen = tuning.chosen
     axes.plot(
         chosen.cost, chosen.drift, label=f"chosen: {chosen.label} ({chosen.cost:.2f}, {chosen.drift:.3f})",
@@ -108,7 +111,7 @@ class TuningRow:
 
     Attributes:
         family: group of the schedule in tables and plots: T-GATE, T-GATE v2, guidance drop, the title of another
-            method, fewer steps, or given.
+            method, plan of steps, fewer steps, or given.
         label: description of the schedule.
         schedule: the schedule; None for fewer steps, which is a baseline without a schedule.
         strip: one character per step, as in `docs/reference/schedules.md`.
@@ -118,7 +121,7 @@ class TuningRow:
             are not finite.
         spread: standard deviation of the drift.
         worst: largest drift of an image.
-        within: whether `drift` is within the tolerance.
+        within: whether `drift` is within the tolerance, or `cost` within the budget if there is one.
         time: time of an image relative to the plain pipeline, measured with the backend of the tuning. For information
             only, since it is noisy. None if it is unreliable, or if there was only one generation, which also had to
             make the graphs.
@@ -153,28 +156,35 @@ class Tuning:
     """The result of `tune`. Print it for the table, `save` it as a schedule file, or `plot` it.
 
     Attributes:
-        schedule: the cheapest schedule within the tolerance.
+        schedule: the cheapest schedule within the tolerance, or the one with the least drift within the budget.
         table: all measured schedules, cheapest first.
         convergence: how much the cross-attentions of the plain pipeline change from step to step.
-        tolerance: largest drift allowed.
+        tolerance: largest drift allowed; None if there is a budget.
         num_inference_steps: number of steps passed to the pipeline's call.
         num_steps: number of steps that the call makes (fewer for `strength < 1`).
         prompts: the prompts, if given.
         seeds: seeds of the noise for each prompt.
         call: further arguments of the call, as text.
         setting: classes of pipeline, denoiser and scheduler, device, dtype, backend, precision and versions.
+        budget: largest cost allowed, if that was given instead of a tolerance.
     """
 
     schedule: Schedule
     table: tuple[TuningRow, ...]
     convergence: Convergence
-    tolerance: float
+    tolerance: float | None
     num_inference_steps: int
     num_steps: int
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     call: Mapping[str, str]
     setting: Mapping[str, str]
+    budget: float | None = None
+
+    @property
+    def limit(self) -> str:
+        """The tolerance or the budget, as text."""
+        return f"tolerance {self.tolerance:g}" if self.budget is None else f"budget {self.budget:g}"
 
     @property
     def chosen(self) -> TuningRow:
@@ -213,13 +223,13 @@ class Tuning:
         return "\n".join(
             [
                 f"{self.schedule}: {chosen.cost:.3f} of the plain pipeline's operations, drift {chosen.drift:.3f} "
-                f"(tolerance {self.tolerance:g})",
+                f"({self.limit})",
                 f"{self.setting['pipeline']}, {self.num_steps} steps of {self.setting['scheduler']}, {images}",
                 "",
                 *aligned([_HEADINGS, *(self._cells(row) for row in self.table)], texts=4),
                 "",
                 "cost: multiply-accumulates of the denoiser; drift: relative, of the final latents; time: noisy.",
-                "*: chosen; x: outside the tolerance; ?: the machine was too busy to measure the time.",
+                f"*: chosen; x: outside the {self.limit.split()[0]}; ?: the machine was too busy to measure the time.",
                 *self.remarks,
             ]
         )
@@ -234,6 +244,8 @@ class Tuning:
     def remarks(self) -> tuple[str, ...]:
         """Remarks to print below the table: whether fewer steps would do as well or better."""
         chosen = self.chosen
+        if self.budget is not None:
+            return self._beside_fewer_steps(self.budget)
         # Compare the numbers as shown; smaller differences do not count.
         cost, drift = round(chosen.cost, 3), round(chosen.drift, 3)
         fewer = [row for row in self.table if row.schedule is None and row.within and round(row.cost, 3) <= cost]
@@ -245,6 +257,17 @@ class Tuning:
         return (
             f"Fewer steps would {verdict}: {closest.label} without a schedule cost {closest.cost:.3f}, with drift "
             f"{closest.drift:.3f}.",
+        )
+
+    def _beside_fewer_steps(self, budget: float) -> tuple[str, ...]:
+        fewer = [row for row in self.table if row.schedule is None and row.cost <= budget]
+        if not fewer:
+            return ()
+        closest = min(fewer, key=lambda row: (row.drift, row.cost))
+        better = round(closest.drift, 3) <= round(self.chosen.drift, 3)
+        return (
+            f"{'Fewer steps would do better' if better else 'With fewer steps, images drift more'}: {closest.label} "
+            f"without a schedule cost {closest.cost:.3f}, with drift {closest.drift:.3f}.",
         )
 
 

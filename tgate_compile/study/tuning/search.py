@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,57 +31,20 @@ from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.study.bench.result import MOST_GAIN, MOST_GAIN_OF_BACKEND, why_unreliable
 from tgate_compile.study.tuning import DEFAULT_TOLERANCE
 from tgate_compile.study.tuning.measure import Bench, Measured, Plain, relative_distances, silent
+from tgate_compile.study.tuning.plans import (
+    GUIDANCE_DROP,
+    TGATE,
+    TGATE_COND,
+    TGATE_V2,
+    PlanSearch,
+    Sweep,
+    families,
+    fewer_steps,
+    grid_of,
+    next_gate,
+)
 from tgate_compile.study.tuning.request import Request, setting_of
 from tgate_compile.study.tuning.result import Tuning, TuningRow
-
-#: The gates of the grid, as fractions of the steps; the paper's gate is at 0.4.
-GRID = (0.12, 0.24, 0.4, 0.6, 0.8)
-#: Numbers of steps of the baseline "fewer steps", as fractions of the steps; multistep schedulers need at least a few.
-FEWER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-LEAST_STEPS = 4
-#: T-GATE v2's interval, as in the paper.
-SP_INTERVAL = 5
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Schedules that differ in one number; the larger it is, the less the images drift from the plain pipeline's.
-
-    Attributes:
-        name: name in tables and plots.
-        schedule: returns the schedule for a gate, or for another end of the expensive steps.
-    """
-
-    name: str
-    schedule: Callable[[int], Schedule]
-
-
-TGATE = Sweep("T-GATE", lambda gate: Schedule(gate))
-#: Caches the prompt's half only, not the mean of both halves.
-TGATE_COND = Sweep("T-GATE, cond cached", lambda gate: Schedule(gate, anchor_weight=1.0))
-TGATE_V2 = Sweep("T-GATE v2", lambda gate: Schedule(gate, sp_interval=SP_INTERVAL))
-GUIDANCE_DROP = Sweep("guidance drop", lambda gate: Schedule(None, guidance_step=gate))
-
-
-def grid_of(num_steps: int) -> list[int]:
-    """Return the gates to try first."""
-    return sorted({gate for fraction in GRID if 0 < (gate := round(fraction * num_steps)) < num_steps})
-
-
-def next_gate(within: dict[int, bool], num_steps: int) -> int | None:
-    """Return the gate to try next: halfway between the last one outside the tolerance and the first one within it.
-
-    Return None if none is left in between. Gate 0 counts as outside the tolerance, and `num_steps`, which never
-    gates, as within it.
-    """
-    first = min((gate for gate, is_within in within.items() if is_within), default=num_steps)
-    last = max((gate for gate, is_within in within.items() if not is_within and gate < first), default=0)
-    return (first + last) // 2 if first - last > 1 else None
-
-
-def fewer_steps(num_steps: int) -> Sequence[int]:
-    """Return the numbers of steps of the baseline "fewer steps"."""
-    return sorted({steps for fraction in FEWER if LEAST_STEPS <= (steps := round(fraction * num_steps)) < num_steps})
 
 
 def effect_of(schedule: Schedule, num_steps: int) -> Hashable:
@@ -177,6 +139,8 @@ class _Search:
                 self._measure_given(request.candidates, plain)
             else:
                 self._measure_sweeps(plain)
+                if request.budget is not None:
+                    self._measure_plans(request.budget, plain)
             self._measure_fewer_steps(baseline, plain)
             if timed:
                 self._doing = "plain"
@@ -186,7 +150,8 @@ class _Search:
             schedule=self._choose(plain),
             table=tuple(sorted(self._rows, key=lambda row: (row.cost, row.drift))),
             convergence=plain.convergence,
-            tolerance=float(request.tolerance),
+            tolerance=float(request.tolerance) if request.budget is None else None,
+            budget=request.budget,
             num_inference_steps=request.num_inference_steps,
             num_steps=plain.num_steps,
             prompts=tuple(request.prompts or ()),
@@ -279,6 +244,30 @@ class _Search:
             for schedule in group:
                 self._measure(MagCache.title, schedule, plain)
 
+    def _measure_plans(self, budget: float, plain: Plain) -> None:
+        """Search for plans of steps within the budget; measure the best of each family."""
+        if len(self._denoisers) > 1:
+            logger.info("skipping plans of steps: the pipeline has several denoisers")
+            return
+        ((name, denoiser),) = self._denoisers.items()
+
+        def begin(what: str) -> None:
+            self._plan(1)
+            self._doing = what
+
+        options = {"backend": self._backend, "precision": self._precision}
+        guided = not (self._rows and self._rows[0].strip.islower())
+        is_joint = has_joint_attention(type(denoiser))
+        chosen = families(
+            plain.num_steps,
+            guided=guided,
+            gates=not is_joint and not denies_cross_attention(denoiser),
+            blocks=not hasattr(denoiser, "up_blocks"),
+        )
+        search = PlanSearch(self._pipe, name, self._bench, plain, options, begin, guided=guided)
+        for found in search.run(chosen, budget):
+            self._row("plan of steps", str(found.schedule), found.schedule, found.measured, found.cost)
+
     def _measure_along(self, sweeps: Sequence[Sweep], grid: Sequence[int], plain: Plain) -> None:
         """Measure the grid of each sweep, then refine it around the tolerance while that can lower the cost.
 
@@ -291,7 +280,9 @@ class _Search:
                     self._plan(-len(grid))
                     continue  # the pipeline already runs without guidance
                 rows = {gate: self._measure(sweep.name, sweep.schedule(gate), plain) for gate in grid}
-                while (gate := next_gate({g: row.within for g, row in rows.items()}, plain.num_steps)) is not None:
+                while self._request.budget is None and (
+                    gate := next_gate({g: row.within for g, row in rows.items()}, plain.num_steps)
+                ):
                     best = min((row.cost for row in self._rows if row.within and row.schedule is not None), default=1.0)
                     if any(row.cost > best for earlier, row in rows.items() if earlier < gate):
                         break  # a later gate costs more than an earlier one
@@ -342,7 +333,7 @@ class _Search:
             drift=drift,
             spread=statistics.pstdev(measured.drifts, drift) if drift < float("inf") else drift,
             worst=max(measured.drifts),
-            within=drift <= self._request.tolerance,
+            within=drift <= self._request.tolerance if self._request.budget is None else cost <= self._request.budget,
             time=None,
         )
         self._seconds[label] = measured.seconds
@@ -375,6 +366,8 @@ class _Search:
                 f"cheapest is {cheapest.label}, at {cheapest.cost:.3f} of the operations."
             )
         within = [row for row in saving if row.within]
+        if self._request.budget is not None:
+            return _closest(saving, within, self._request.budget)
         if not within:
             closest = min(saving, key=lambda row: (row.drift, row.cost))
             raise ConfigurationError(
@@ -393,6 +386,19 @@ class _Search:
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._planned, self._doing)
+
+
+def _closest(rows: Sequence[TuningRow], within: Sequence[TuningRow], budget: float) -> Schedule:
+    """Return the schedule with the least drift of those within the budget."""
+    if not within:
+        cheapest = min(rows, key=lambda row: (row.cost, row.drift))
+        raise ConfigurationError(
+            f"No schedule costs at most budget={budget:g} of the plain pipeline's operations. The cheapest is "
+            f"{cheapest.label}, at {cheapest.cost:.3f}. Increase the budget, or use fewer steps."
+        )
+    chosen = min(within, key=lambda row: (row.drift, row.cost)).schedule
+    assert chosen is not None
+    return chosen
 
 
 def _sharing_a_capture(schedules: Sequence[Schedule]) -> Iterator[tuple[Schedule, list[Schedule]]]:
@@ -434,8 +440,13 @@ def tune(
     backend: BackendName = "eager",
     precision: Precision = "auto",
     progress: Progress | None = None,
+    budget: float | None = None,
 ) -> Tuning:
     """Measure cost and drift of several schedules, and choose the cheapest one within a tolerance.
+
+    With a `budget`, choose the one with the least drift within that budget of operations instead, and also search for
+    plans of steps: which steps compute the layers that FORA or a block cache reuses, with or without a forecast, and
+    with or without an end of guidance or a gate.
 
     Each prompt is run once with the plain pipeline and once with every candidate, starting from the same noise. Drift
     is ||x - plain x|| / ||plain x|| of the final latents; cost is counted in multiply-accumulates of the denoiser.
@@ -451,7 +462,7 @@ def tune(
             the prompt's half alone (`anchor_weight=1`); T-GATE v2 (`sp_interval=5`); as a baseline, guidance dropped
             with nothing cached. Each is tried at a few gates, and then at gates around the tolerance. The candidates
             that other methods propose are tried as well, and for transformers also MagCache, with ratios that are
-            measured in a further generation of the first prompt.
+            measured in a further generation of the first prompt. With a `budget` also plans of steps.
         seeds: seeds of the noise for each prompt.
         call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         denoiser: as for `optimize`.
@@ -459,16 +470,25 @@ def tune(
         precision: as for `optimize`. Drift is measured from the plain pipeline, which keeps its own.
         progress: called after each generation with the number of generations done, the expected total, and a
             description of the schedule being measured.
+        budget: instead of `tolerance`, the largest cost allowed, relative to the plain pipeline, such as 0.5. The
+            search needs a few hundred generations for each prompt.
 
     Raises:
-        ConfigurationError: an argument is invalid, or no candidate is within the tolerance; the message names the
-            closest one.
+        ConfigurationError: an argument is invalid, or no candidate is within the tolerance or the budget; the message
+            names the closest or the cheapest one.
         UnsupportedModelError: the pipeline cannot be optimized, or does not support one of the `candidates`.
     """
     check_pipeline_first("tune", pipe, prompts)
     check_ordinary(pipe, "tune()")
 
     request = Request(
-        prompts, num_inference_steps, seeds, {} if call is None else call, "tune", tolerance, _as_schedules(candidates)
+        prompts,
+        num_inference_steps,
+        seeds,
+        {} if call is None else call,
+        "tune",
+        tolerance,
+        _as_schedules(candidates),
+        budget,
     )
     return search(pipe, request, denoiser=denoiser, backend=backend, precision=precision, progress=progress)
