@@ -129,3 +129,9 @@ def test_the_strip_of_a_file_as_a_picture(tmp_path: Path) -> None:
         refused = run(app, wrong)
         assert refused.exit_code == 1
         assert shown in refused.stderr
+
+
+def test_a_budget_that_is_none(model: str) -> None:
+    result = run(app, ["tune", "-m", model, "--prompt", "red cat", "--budget", "50"])
+    assert result.exit_code != 0
+    assert "budget must be a number between 0 and 1" in " ".join(result.output.split())
