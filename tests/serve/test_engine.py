@@ -150,7 +150,7 @@ class Particular(UNet2DConditionModel):
     ("kind", "reason", "largest"),
     [
         ("few rows", "a batch failed", 1),
-        ("mixed rows", "differ from those of its requests alone", 3),
+        ("mixed rows", "differ from those of separate runs", 3),
         ("one timestep", "a timestep for each image", 1),
     ],
 )
