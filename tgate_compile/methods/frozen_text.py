@@ -44,7 +44,7 @@ class FrozenText(Method):
 
     step: int | float = option(10, "The number or the fraction of steps after which the text is frozen.", is_gate=True)
     interval: int | None = option(None, "Compute the frozen text again at every n-th step.", least=1)
-    text: str = option("keys", 'The cached form of the text in joint attention: "keys" (and values) or "hidden" states.')
+    text: str = option("keys", 'The cached form of text in joint attention: "keys" (and values) or "hidden" states.')
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", checked_gate_step(self.step, "FrozenText's step"))
