@@ -40,7 +40,7 @@ MSG_SEVERAL_ENDS = (
     "Set one of them, but got {given}."
 )
 MSG_TEXT_OF_UNCOND = (
-    "text_interval={interval} computes the prompt's influence again after the gate, but with keep=\"uncond\" this is "
+    'text_interval={interval} computes the prompt\'s influence again after the gate, but with keep="uncond" this is '
     "the influence of the negative prompt. Leave out one of them."
 )
 MSG_NOTHING = "Nothing to do: set a gate_step, a deepcache_interval above 1, a guidance_step or a guidance_similarity."
