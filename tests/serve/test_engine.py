@@ -151,7 +151,7 @@ class Particular(UNet2DConditionModel):
     [
         ("few rows", "a batch failed", 1),
         ("mixed rows", "differ from those of separate runs", 3),
-        ("one timestep", "a timestep for each image", 1),
+        ("one timestep", "a separate timestep for each image", 1),
     ],
 )
 def test_a_denoiser_that_cannot_be_batched(
