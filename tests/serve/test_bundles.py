@@ -95,7 +95,7 @@ def test_a_bundle_with_a_fixed_batch(caplog: pytest.LogCaptureFixture) -> None:
             assert ticket.result(HANGS).size == (16, 16)
         (reason,) = engine.stats().one_at_a_time
         assert all({*sizes} == {1} for sizes in engine.stats().batches.values())
-    assert "the batch of its graphs is fixed" in reason
+    assert "the batch size of its graphs is fixed" in reason
     assert reason in caplog.text
 
 

@@ -150,8 +150,8 @@ class Particular(UNet2DConditionModel):
     ("kind", "reason", "largest"),
     [
         ("few rows", "a batch failed", 1),
-        ("mixed rows", "differ from those of its requests alone", 3),
-        ("one timestep", "a timestep for each image", 1),
+        ("mixed rows", "differ from those of separate runs", 3),
+        ("one timestep", "a separate timestep for each image", 1),
     ],
 )
 def test_a_denoiser_that_cannot_be_batched(

@@ -16,13 +16,13 @@ class DBCache(Deciding):
     """Dual block cache (DBCache in cache-dit, whose defaults these are).
 
     The first `front` and the last `back` blocks of the transformer are computed at every step. If the residual over
-    the first ones differs from that of the last computed step by less than `threshold` (mean absolute difference,
-    relative to the mean absolute value), the blocks between are skipped, and their last residual is added to what
-    leaves the first ones. With guidance in one batch, there is one decision for both halves; if each half has its own
-    denoiser call, each has its own decision.
+    the front blocks differs from that of the last computed step by less than `threshold` (mean absolute difference,
+    relative to the mean absolute value), the blocks in the middle are skipped, and their last residual is added to the
+    output of the front blocks. With guidance in one batch, there is one decision for both halves; if each half has its
+    own denoiser call, each has its own decision.
 
     Attributes:
-        threshold: the relative change from which on the blocks are computed (`residual_diff_threshold`).
+        threshold: the relative change below which the middle blocks are skipped (`residual_diff_threshold`).
         front: the number of blocks at the front that are computed at every step (`Fn_compute_blocks`).
         back: the number of blocks at the end that are computed at every step (`Bn_compute_blocks`).
         warm_up: the number of steps at the beginning that compute all blocks (`max_warmup_steps`).
@@ -31,15 +31,15 @@ class DBCache(Deciding):
         most_skipped: the largest number of steps to skip in a generation (`max_cached_steps`); None if there is no
             limit.
         mask: instead of `warm_up`: one digit per step, `1` to compute all blocks and `0` to decide, such as
-            `"1110101"` (`steps_computation_mask`). Further steps are decided. For a mask whose `0` always skips, use
-            `BlockCache`.
+            `"1110101"` (`steps_computation_mask`). Steps beyond its end are decided. For a mask whose `0` always skips,
+            use `BlockCache`.
         forecast: the order of the forecast: 0 reuses the last residual, 1 and 2 extrapolate it (TaylorSeer).
     """
 
     key: ClassVar[str] = "dbcache"
     title: ClassVar[str] = "DBCache"
 
-    threshold: float = option(0.08, "The change of the front blocks' residual from which on the others are computed.")
+    threshold: float = option(0.08, "Skip the middle blocks while the change of the front blocks' residual is smaller.")
     front: int = option(8, "The number of blocks at the front that every step computes.", least=1)
     back: int = option(0, "The number of blocks at the end that every step computes.", least=0)
     warm_up: int = option(8, "The number of steps at the beginning that compute all blocks.", least=1)
@@ -53,7 +53,8 @@ class DBCache(Deciding):
         check_mask(self.mask)
         if self.threshold >= 1.0:
             raise ConfigurationError(
-                f"DBCache needs a threshold between 0 and 1, but got {self.threshold}. BlockCache skips at fixed steps."
+                f"DBCache needs a threshold between 0 and 1, but got {self.threshold}. To skip at fixed steps, use "
+                "BlockCache."
             )
 
     @property

@@ -22,15 +22,15 @@ from tgate_compile.methods.method import (
 
 @dataclass(frozen=True)
 class Rule:
-    """How a step is decided by its measure: the relative change of a value since an earlier step.
+    """The rule that decides a step by its measure, the relative change of a value since an earlier step.
 
-    The measure of a step is `mean(abs(value - before)) / mean(abs(before))`, over the whole batch.
+    The measure is `mean(abs(value - before)) / mean(abs(before))`, over the whole batch.
 
     Attributes:
         threshold: the blocks are skipped while the measure is below this.
-        at_threshold: whether they are also skipped if it is exactly the threshold.
+        at_threshold: whether they are also skipped if the measure equals the threshold.
         coefficients: the coefficients, highest power first, of a polynomial that is applied to the measure; empty if
-            the measure is used as it is.
+            the measure is used unchanged.
         accumulates: whether the measures of all steps since the last computed one are added up.
         since: the step that the value is compared with: the last one whose blocks were computed, or the previous one.
         most_in_row: the largest number of steps to skip in a row; None if there is no limit.
@@ -56,7 +56,7 @@ class Decider:
         self._skipped = 0
 
     def skips(self, measure: float) -> bool:
-        """Return whether to skip the blocks of a step with this measure. A measure that is not a number never does."""
+        """Return whether to skip the blocks of a step with this measure. If it is NaN, they are computed."""
         rule = self._rule
         if rule.coefficients:
             measure = _polynomial(rule.coefficients, measure)
@@ -132,9 +132,9 @@ class Deciding(Method):
 
 
 def check_deciding(method: Deciding, **counts: int) -> None:
-    """Check the fields of a method: its threshold and forecast, and the fields `counts`, each with a smallest value.
+    """Check the threshold and forecast of a method, and the fields named in `counts`.
 
-    A field of `counts` may be None.
+    Each of these is None, or a whole number of at least the given value.
     """
     object.__setattr__(method, "threshold", checked_number(method.threshold, "threshold"))
     if method.threshold <= 0.0:

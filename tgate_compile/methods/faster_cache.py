@@ -14,18 +14,18 @@ class FasterCache(Method):
     """The CFG-Cache of FasterCache (arXiv 2410.19355, section 3.3, equations 9 to 11).
 
     Late in a generation, the predictions for the prompt and for the negative prompt hardly differ, and their difference
-    changes slowly. So the unconditional prediction is computed at every `interval`-th step only. At the others, the
-    denoiser runs on the prompt's half alone, and the last known difference is added to its prediction, separately for
-    low and high spatial frequencies, each multiplied by its weight once more at each of these steps. The guidance scale
-    stays in effect.
+    changes slowly. So the unconditional prediction is computed at every `interval`-th step only. At the other steps,
+    the denoiser runs on the prompt's half alone, and the unconditional prediction is estimated: the last known
+    difference is added to the prediction for the prompt. At each of these steps, the low and the high spatial
+    frequencies of the difference are multiplied by their weights once more. The guidance scale stays in effect.
 
-    The other part of FasterCache, attention outputs at intervals, is what `PAB` does.
+    The other part of FasterCache, which computes attention outputs at intervals, corresponds to `PAB`.
 
     Attributes:
         interval: the number of steps from one computation of the unconditional prediction to the next. It is computed
             at the steps whose number, from 0, is a multiple of this.
-        begin: the fraction of the steps before which it is always computed. diffusers' timesteps (-1, 641) of 1000
-            correspond to 0.36.
+        begin: the fraction of the steps, at the beginning, at which it is always computed. diffusers' timesteps
+            (-1, 641) of 1000 correspond to 0.36.
         low_weight: the weight of the low frequencies of the difference until `low_end`; afterwards it is 1.
         low_end: the fraction of the steps up to which `low_weight` applies; diffusers' (99, 901) corresponds to 0.9.
         high_weight: the weight of the high frequencies of the difference from `high_begin` on; before, it is 1.
@@ -37,7 +37,7 @@ class FasterCache(Method):
     estimating: ClassVar[bool] = True
 
     interval: int = option(5, "Compute the unconditional prediction at every n-th step only.", least=2)
-    begin: float = option(0.36, "The fraction of the steps before which it is always computed.")
+    begin: float = option(0.36, "The fraction of the steps, at the beginning, at which it is always computed.")
     low_weight: float = option(1.1, "The weight of low frequencies at each estimated step.")
     low_end: float = option(0.9, "The fraction of the steps up to which low frequencies have this weight.")
     high_weight: float = option(1.1, "The weight of high frequencies at each estimated step.")

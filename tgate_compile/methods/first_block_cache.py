@@ -16,7 +16,7 @@ class FirstBlockCache(Deciding):
 
     The first block of the transformer is computed at every step. If its residual differs from that of the last
     computed step by at most `threshold` (mean absolute difference, relative to the mean absolute value), the other
-    blocks are skipped, and their last residual is added to what leaves the first block. With guidance in one batch,
+    blocks are skipped, and their last residual is added to the output of the first block. With guidance in one batch,
     there is one decision for both halves; if each half has its own denoiser call, each has its own decision.
 
     Attributes:
@@ -27,7 +27,7 @@ class FirstBlockCache(Deciding):
     key: ClassVar[str] = "firstblock"
     title: ClassVar[str] = "First-block cache"
 
-    threshold: float = option(0.05, "The largest change of the first block's residual at which the others are skipped.")
+    threshold: float = option(0.05, "Skip the other blocks if the first block's residual changes by at most this.")
     forecast: int = option(0, "The order of the forecast of skipped blocks: 0, 1 or 2.", least=0)
 
     def __post_init__(self) -> None:

@@ -28,15 +28,15 @@ class FrozenText(Method):
     From step `step` on, joint attention uses the text's keys and values of step `step - 1`, and the text's tokens are
     no longer computed. In models with cross-attention, the outputs of the cross-attentions are reused instead.
 
-    `TGate` does the same and ends guidance at that step as well; `AdaptiveGuidance` only ends guidance.
+    `TGate` does the same and also ends guidance at that step; `AdaptiveGuidance` only ends guidance.
 
     Attributes:
         step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), in which the text is computed.
         interval: after that, the text is computed again at every step whose number, from 0, is a multiple of this;
             None means never.
-        text: what is kept of the text in joint attention: its keys and values ("keys"), or the hidden states that they
-            are computed from ("hidden"). With "hidden", the modulation by the timestep and the projections to keys and
-            values are still computed in every step.
+        text: the form in which joint attention caches the text: its keys and values ("keys"), or the hidden states
+            from which they are computed ("hidden"). With "hidden", the modulation by the timestep and the projections
+            to keys and values are still computed in every step.
     """
 
     key: ClassVar[str] = "frozentext"
@@ -44,7 +44,7 @@ class FrozenText(Method):
 
     step: int | float = option(10, "The number or the fraction of steps after which the text is frozen.", is_gate=True)
     interval: int | None = option(None, "Compute the frozen text again at every n-th step.", least=1)
-    text: str = option("keys", 'What is kept of the text in joint attention, "keys" (and values) or "hidden" states.')
+    text: str = option("keys", 'The cached form of text in joint attention: "keys" (and values) or "hidden" states.')
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", checked_gate_step(self.step, "FrozenText's step"))
@@ -87,7 +87,7 @@ class FrozenReferences(Method):
     keys and values; where guidance ends, they are computed once more.
 
     Attributes:
-        step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), in which they are computed.
+        step: the number of steps (>= 1), or the fraction of the steps (0 < x < 1), at which they are always computed.
         interval: after that, they are computed again at every step whose number, from 0, is a multiple of this; None
             means never.
     """

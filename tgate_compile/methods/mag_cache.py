@@ -25,10 +25,11 @@ from tgate_compile.methods.method import (
 class MagCache(Skipping):
     """MagCache (arXiv 2506.09045, section 3.2, algorithm 1).
 
-    The residual over all blocks (output minus input) is reused as long as its magnitude is known to stay about the
-    same. The ratios of the magnitudes of successive steps hardly depend on the prompt, so they are measured once for a
-    model, and determine in advance which steps to skip. Each step multiplies the ratios since the last computed step,
-    and adds the product's difference from 1 to a sum, which may not exceed `threshold`.
+    The residual over all blocks (output minus input) is reused at steps at which its magnitude is known to stay about
+    the same. The ratios between the magnitudes of successive steps hardly depend on the prompt, so they are measured
+    once for a model, and determine in advance which steps to skip. Each step multiplies the ratios of all steps since
+    the last computed one, and adds the product's absolute difference from 1 to a sum, which must not exceed
+    `threshold`.
 
     Attributes:
         ratios: for each step, the mean magnitude of the residual relative to that of the step before; the first is 1.
@@ -55,8 +56,8 @@ class MagCache(Skipping):
         check_skipping(self, most_skipped=1, front=0)
         if not isinstance(self.ratios, (list, tuple)) or not self.ratios:
             raise ConfigurationError(
-                "MagCache needs the ratios of the model, a number for each step, which are measured once: "
-                f"tgate_compile.calibrate_mag_cache(pipe, prompts) returns MagCache with them. Got {self.ratios!r}."
+                f"MagCache needs the ratios of the model, one number for each step, but got {self.ratios!r}. Measure "
+                "them once: tgate_compile.calibrate_mag_cache(pipe, prompts) returns MagCache with them."
             )
         object.__setattr__(self, "ratios", tuple(checked_number(ratio, "each of the ratios") for ratio in self.ratios))
         for name in ("threshold", "retention"):

@@ -66,8 +66,9 @@ class Phase:
         reuse: the kinds of sites whose values are taken from an earlier step instead of being computed.
         estimated: whether guidance continues although the denoiser gets the cond half only: the prediction for the
             other half is estimated from earlier ones (FasterCache).
-        decided: the kinds of sites whose values are reused or computed and kept, as is decided during the step.
-        part: the part of a decided step, if the phase stands for the graph of one.
+        decided: the kinds of sites whose values are either reused, or computed and kept; this is decided during the
+            step.
+        part: the part of a decided step that the graph of this phase computes; "whole" if the step is not divided.
     """
 
     guided: bool
@@ -243,8 +244,8 @@ class Method:
     key: ClassVar[str]
     #: The name of the method in tables and messages.
     title: ClassVar[str]
-    #: Whether a model may lack some of the kinds. The outputs of a joint attention, which is cross- and self-attention
-    #: in one, then have the kind `self`.
+    #: Whether a model may lack some of the kinds. If so, the outputs of a joint attention, which is both cross- and
+    #: self-attention, have the kind `self`.
     tolerant: ClassVar[bool] = False
     #: Whether the method estimates the unconditional prediction at some steps; see `estimates`.
     estimating: ClassVar[bool] = False
@@ -300,7 +301,7 @@ class Method:
         return False
 
     def frequency_weights(self, step: int, num_steps: int) -> tuple[float, float]:
-        """Return by what the low and the high frequencies of the estimated difference are multiplied at `step`."""
+        """Return the factors for the low and the high frequencies of the estimated difference at `step`."""
         del step, num_steps
         return 1.0, 1.0
 
@@ -365,7 +366,7 @@ class Skipping(Method):
 
 
 def check_skipping(method: Skipping, **counts: int) -> None:
-    """Check the fields of a method: its forecast, and the fields `counts`, whole numbers with a smallest value."""
+    """Check the forecast of a method, and the fields named in `counts`: whole numbers, each with a smallest value."""
     for name, least in {**counts, "forecast": 0}.items():
         object.__setattr__(method, name, checked_count(getattr(method, name), name, least=least))
     if method.forecast > MAX_FORECAST:
@@ -398,7 +399,7 @@ MAX_FORECAST = 2
 
 
 def forecast_weights(steps: Sequence[int], step: int) -> tuple[float, ...]:
-    """Return the weights with which the values of `steps`, newest first, are added up to a forecast for `step`.
+    """Return the weights of the values of `steps`, newest first, whose weighted sum is the forecast for `step`.
 
     It is the Taylor expansion around the newest value, with differences of the values in place of derivatives
     (TaylorSeer, arXiv 2503.06923, section 3.2): `n` values give a forecast of order `n - 1`, so a single value is
@@ -447,7 +448,7 @@ def options_of(kind: type[Method]) -> dict[str, Field[Any]]:
 
 
 def steps_of(given: int | float | None, num_steps: int) -> int:
-    """Return the number of steps for an absolute number or a fraction of `num_steps`; None means all."""
+    """Return `given`, a number of steps or a fraction of `num_steps`, as a number of steps; None means all."""
     if given is None:
         return num_steps
     return max(1, round(given * num_steps)) if isinstance(given, float) else given
@@ -474,7 +475,7 @@ def checked_count(given: object, name: str, *, least: int) -> int:
     """Return `given` as an int.
 
     Raises:
-        ConfigurationError: it is not a whole number, or less than `least`.
+        ConfigurationError: it is not a whole number of at least `least`.
     """
     if isinstance(given, bool) or not hasattr(given, "__index__") or given.__index__() < least:
         raise ConfigurationError(MSG_COUNT.format(name=name, least=least, given=given))

@@ -40,14 +40,14 @@ MSG_SEVERAL_ENDS = (
     "Set one of them, but got {given}."
 )
 MSG_TEXT_OF_UNCOND = (
-    'text_interval={interval} computes the prompt\'s influence again after the gate, which keep="uncond" would replace '
-    "with that of the negative prompt. Leave one of them out."
+    'text_interval={interval} computes the prompt\'s influence again after the gate, but with keep="uncond" this is '
+    "the influence of the negative prompt. Leave out one of them."
 )
 MSG_NOTHING = "Nothing to do: set a gate_step, a deepcache_interval above 1, a guidance_step or a guidance_similarity."
 
 
 class Sought(NamedTuple):
-    """What a schedule needs to find in a model: the arguments of `capture` that have these names."""
+    """The values that a schedule needs to find in a model, as the arguments of `capture` with these names."""
 
     kinds: frozenset[Kind]
     optional: frozenset[Kind]
@@ -205,7 +205,7 @@ class Schedule:
 
     @property
     def rule(self) -> Rule | None:
-        """The rule by which steps are decided at run time; None if all are known beforehand."""
+        """The rule by which steps are decided at run time; None if all are known in advance."""
         return next((method.rule for method in self.methods if method.rule is not None), None)
 
     @property
@@ -214,9 +214,9 @@ class Schedule:
         return next((method for method in self.methods if method.estimating), None)
 
     def forecast_weights(self, num_steps: int, *, guided: bool) -> tuple[Mapping[Kind, tuple[float, ...]], ...]:
-        """Return for each step how the last values of a kind are added up, newest first, where they are forecast.
+        """Return for each step the weights of the last values, newest first, of each kind that is forecast.
 
-        Kinds whose newest value is reused as it is are left out, and so are kinds that are decided at run time.
+        Kinds whose newest value is reused unchanged are left out, and so are kinds that are decided at run time.
         """
         return _forecast_weights(self, num_steps, guided)
 
@@ -297,7 +297,7 @@ def _check_together(methods: Iterable[Method]) -> None:
 
 
 def _check_beside_skipped_layers(method: Method, other: Method) -> None:
-    """Check that `other` caches nothing in the layers that `method` skips, which have no values at such a step.
+    """Check that `other` caches nothing in the layers that `method` skips, which have no values when they are skipped.
 
     T-GATE caches its values at a step that computes everything, and never again.
     """
@@ -316,8 +316,8 @@ def _check_beside_estimates(method: Method, other: Method) -> None:
     if other is method or not other.kinds or (other.kinds == CROSS and _caches_once(other)):
         return
     raise ConfigurationError(
-        f"{method.title} cannot be combined with {other.title}: some steps of {method.title} compute one half of "
-        f"guidance only, and the values that {other.title} caches are those of both halves."
+        f"{method.title} cannot be combined with {other.title}: some steps of {method.title} compute only one half of "
+        f"guidance, but {other.title} caches the values of both halves."
     )
 
 

@@ -63,7 +63,7 @@ class TeaCache(Deciding):
     embedding of the timestep instead.
 
     Attributes:
-        threshold: the accumulated change from which on the blocks are computed.
+        threshold: the blocks are skipped while the accumulated change is below this.
         model: the model whose polynomial is used: flux, ltx-video, hunyuan-video, mochi, cogvideox-2b, cogvideox-5b,
             wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.1-i2v-14b-480p or wan2.1-i2v-14b-720p.
         coefficients: instead of `model`: the coefficients of the polynomial, highest power first; (1, 0) uses the
@@ -76,10 +76,10 @@ class TeaCache(Deciding):
     key: ClassVar[str] = "teacache"
     title: ClassVar[str] = "TeaCache"
 
-    threshold: float = option(0.25, "The accumulated change from which on the blocks are computed.")
+    threshold: float = option(0.25, "Skip the blocks while the accumulated change is below this.")
     model: str = option("", f"The model whose polynomial is used: {', '.join(FITTED)}.")
     coefficients: tuple[float, ...] = option((), "The coefficients of another polynomial, highest power first.")
-    measured: str = option("", 'What is measured: "modulated input" or "time embedding"; by default, as the model.')
+    measured: str = option("", 'The measured value, "modulated input" or "time embedding"; by default, the model\'s.')
     forecast: int = option(0, "The order of the forecast of skipped blocks: 0, 1 or 2.", least=0)
 
     def __post_init__(self) -> None:

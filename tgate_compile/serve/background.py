@@ -1,4 +1,4 @@
-"""Capture graphs in child processes, so that the requests of an engine go on meanwhile.
+"""Capture graphs in child processes, so that the other requests of an engine continue.
 
 `torch.export` changes process-wide state, so a capture in the engine's own process pauses all requests
 (`engine/traffic.py`). A forked child has the pipeline as it is at that moment. It captures the graphs there and leaves
@@ -50,10 +50,10 @@ def unavailable(denoisers: Iterable[torch.nn.Module]) -> str | None:
 
 
 class Task:
-    """Some captures that one child process makes.
+    """Captures that one child process makes.
 
     Attributes:
-        captures: functions that capture a graph each, by what distinguishes the graphs.
+        captures: functions that capture one graph each, by a key that identifies the graph.
     """
 
     def __init__(self, captures: Mapping[Hashable, Callable[[], None]]) -> None:
@@ -61,7 +61,7 @@ class Task:
         self._finished = threading.Event()
 
     def finish(self) -> None:
-        """Let all threads go on that wait for the task."""
+        """Let all threads that wait for the task continue."""
         self._finished.set()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -83,7 +83,7 @@ class Captures:
         self._closed = False
 
     def ask(self, captures: Mapping[Hashable, Callable[[], None]]) -> list[Task]:
-        """Return the tasks that make those of `captures` that have not been made; new ones are begun."""
+        """Return the tasks that make those of `captures` that are not done yet, and begin tasks for new ones."""
         with self._lock:
             left = {key: make for key, make in captures.items() if key not in self._done}
             new = {key: make for key, make in left.items() if key not in self._tasks}
@@ -125,7 +125,7 @@ class Captures:
                     self._run(task)
             finally:
                 with self._lock:
-                    # Those that have failed are captured in the engine's process, where an error has its consequences.
+                    # Those that have failed are captured in the engine's process, which handles the error.
                     self._done |= task.captures.keys()
                     for key in task.captures:
                         del self._tasks[key]
@@ -136,7 +136,7 @@ class Captures:
         began = time.perf_counter()
         context = multiprocessing.get_context("fork")
         process = context.Process(target=functools.partial(_capture, task), name="tgate-captures", daemon=True)
-        # No thread of a pipeline runs now, so none holds a lock of torch that would be locked for ever in the child.
+        # No thread of a pipeline runs now, so none holds a lock of torch that would stay locked in the child forever.
         with exclusive(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks in processes with threads
             process.start()
@@ -177,7 +177,7 @@ def _capture(task: Task) -> None:
 
 
 def _close_sockets() -> None:
-    """Close the child's copies of all sockets: as long as one is open, the parent cannot close the connection."""
+    """Close the child's copies of all sockets. As long as one is open, the parent cannot close the connection."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # the folder that has just been listed
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):

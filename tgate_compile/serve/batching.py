@@ -195,7 +195,7 @@ class Memo:
 
 
 def joined(calls: Sequence[Call], forms: Sequence[Form], images: int, memo: Memo, place: Hashable) -> Call:
-    """Return one call for all of `calls`, padded to a number of `images`."""
+    """Return one call for all of `calls`, padded to `images` images."""
     layout = tuple(form.images for form in forms), images
     leaves: list[Any] = []
     for position, rows in enumerate(forms[0].rows):
@@ -214,7 +214,7 @@ def joined(calls: Sequence[Call], forms: Sequence[Form], images: int, memo: Memo
 def joined_caches(
     caches: Sequence[CachedValues], forms: Sequence[Form], images: int, memo: Memo, place: Hashable
 ) -> dict[tuple[Kind, str], torch.Tensor]:
-    """Return the cached values of several requests as those of one call, padded to a number of `images`."""
+    """Return the cached values of several requests as those of one call, padded to `images` images."""
     layout = tuple(form.images for form in forms), images
     return {
         key: _joined([each[key] for each in caches], forms, images, 0, memo, (place, key), layout) for key in caches[0]
@@ -246,7 +246,7 @@ def _joined(
 
 
 def share_of(value: torch.Tensor, start: int, count: int, images: int, halves: int) -> torch.Tensor:
-    """Return the rows of `count` images from the image `start` on, in a value with `images` in each of its halves.
+    """Return the rows of `count` images from image `start` on, in a value with `images` images in each of its halves.
 
     Raises:
         ValueError: the value does not have the same number of rows for each image.
@@ -284,7 +284,7 @@ def _has_equal_rows(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def varied(call: Call, form: Form, number: int) -> Call:
-    """Return `call` with other values in its rows, to test whether rows are independent of each other.
+    """Return `call` with different values in its rows, to test whether rows are independent of each other.
 
     Values are only moved along the last dimension, so that masks remain masks and magnitudes stay the same.
     """

@@ -1,4 +1,4 @@
-"""Serve a bundle without PyTorch: steps of several requests are run together where the bundle's batch is free."""
+"""Serve a bundle without PyTorch. Steps of several requests are run together if the bundle's batch size is free."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ _TOLERANCES: Mapping[str, float] = {"float64": 1e-6, "float32": 1e-4, "float16":
 #: The most bytes of an input without rows that is compared by value.
 _LARGEST_SHARED = 1 << 20
 
-MSG_FIXED = "the batch of its graphs is fixed, or is not the first dimension of their inputs; export with dynamic=True"
+MSG_FIXED = (
+    "the batch size of its graphs is fixed, or is not the first dimension of their inputs; export it with dynamic=True"
+)
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,10 @@ class Turn:
         kept: the number of outputs, at the end, that are kept for another run.
         form: how it can be joined with others.
         images: the number of images.
-        place: what is equal in calls that can be joined, except for inputs without rows.
+        place: equal for calls that can be joined, except that it ignores inputs without rows.
         letter: the letter of the phase.
         is_last: whether it is the last call of the loop.
-        key: as `Work` has it.
+        key: see `Work`.
     """
 
     session: Session
@@ -107,7 +109,7 @@ class Turn:
 
 
 class ServedBundle:
-    """A bundle as an engine serves it. The steps of several requests are run together if the batch is free.
+    """A bundle as an engine serves it. The steps of several requests are run together if the batch size is free.
 
     Args:
         folder: the folder of the bundle.
@@ -137,7 +139,7 @@ class ServedBundle:
 
     @property
     def apart(self) -> Mapping[Hashable, str]:
-        """The graphs that run one request at a time, each with the reason."""
+        """The graphs that run one request at a time, with the reason for each."""
         return self._apart
 
     def check(self, call: Mapping[str, Any], lora: Mapping[str, float] | None) -> None:
@@ -145,8 +147,8 @@ class ServedBundle:
         check_names(call, ARGUMENTS, "call: a bundle's pipeline")
         if lora is not None:
             raise ConfigurationError(
-                "A bundle has fixed weights and does not support lora. Export it with the adapter fused, or serve the "
-                "pipeline itself."
+                "A bundle has fixed weights and does not support lora. Fuse the adapter before exporting, or "
+                "serve the pipeline itself."
             )
 
     def run(self, request: Request, engine: Engine) -> Any:
@@ -160,7 +162,7 @@ class ServedBundle:
         return self._pipeline.with_graphs(graphs)(**request.call, callback=note)
 
     def turn(self, session: Session, name: str, inputs: Mapping[str, OrtValue], kept: int, request: Request) -> Work:
-        """Return the work of a call of the graph `name`."""
+        """Return the work item of a call of the graph `name`."""
         graph = self._pipeline.manifest.graphs[name]
         letter, form = phase_of(graph.phase).character if graph.stage == "step" else "", self._forms[name]
         found = None if form is None or not letter else _images_and_shapes(form, inputs)
@@ -175,7 +177,7 @@ class ServedBundle:
         return work
 
     def execute(self, works: Sequence[Work]) -> Sequence[Any]:
-        """Run works with equal keys together, and return the result of each."""
+        """Run work items with equal keys together, and return the result of each."""
         first = works[0]
         if isinstance(first, Job):
             return [first.function()]
@@ -197,7 +199,7 @@ class ServedBundle:
         if problem is None:
             known.add(differing)
         else:
-            self.keep_apart(first, f"the results of a batch differ from those of its requests alone by {problem}")
+            self.keep_apart(first, f"the results of a batch differ from those of separate runs ({problem})")
         return singles
 
     def keep_apart(self, work: Work, reason: str) -> None:
@@ -228,7 +230,7 @@ class ServedBundle:
         self._pipeline.close()
 
     def _together(self, turns: Sequence[Turn], total: int) -> list[list[OrtValue]]:
-        """Run turns as one call, and take its results apart."""
+        """Run turns as one call, and split its results."""
         first = turns[0]
         inputs = {
             name: self._joined((first.form.name, name), [turn.inputs[name] for turn in turns], rows)
@@ -264,7 +266,7 @@ class ServedBundle:
 
 
 class _Turns(Graphs):
-    """The graphs of a bundle for one request, which an engine's worker runs in turn with those of others."""
+    """The graphs of a bundle for one request, which an engine's worker runs in turn with those of other requests."""
 
     def __init__(self, served: ServedBundle, pipeline: BundlePipeline, request: Request, engine: Engine) -> None:
         vars(self).update(vars(pipeline.graphs))
@@ -300,7 +302,7 @@ def form_of(name: str, graph: Graph, manifest: Manifest) -> Form | None:
     batch = manifest.sizes.get(_BATCH)
     if batch is None:
         return None
-    # Rows of these arguments are in another order.
+    # The rows of these arguments are in a different order.
     others = tuple(path[-1] for path in (*manifest.family.interleaved, *manifest.family.repeated) if path)
     inputs = {spec.name: _rows(spec, guided=graph.phase.guided) for spec in inputs_of(graph)}
     outputs = [(spec, _rows(spec, guided=graph.phase.guided)) for spec in outputs_of(graph)]
@@ -318,7 +320,7 @@ def form_of(name: str, graph: Graph, manifest: Manifest) -> Form | None:
 
 
 def _rows(spec: TensorSpec, *, guided: bool) -> int | None:
-    """Return the number of rows of a tensor for each image; None if the batch is found elsewhere or in another form."""
+    """Return the number of rows of a tensor for each image; None if its batch has another place or form."""
     sizes = [str(size) for size in spec.shape]
     if not any(_BATCH in names_in([size]) for size in sizes):
         return 0
@@ -339,7 +341,7 @@ def _images_and_shapes(form: Form, inputs: Mapping[str, OrtValue]) -> tuple[int,
 
 
 def _shared(form: Form, inputs: Mapping[str, OrtValue]) -> Hashable | None:
-    """Return the values of the inputs without rows, which are equal in calls that are joined; None if too large."""
+    """Return a digest of the inputs without rows, which must be equal in calls that are joined; None if too large."""
     arrays = [inputs[name].numpy() for name, rows in form.inputs.items() if not rows]
     if sum(array.nbytes for array in arrays) > _LARGEST_SHARED:
         return None

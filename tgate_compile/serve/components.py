@@ -1,7 +1,7 @@
 """The components of a served pipeline: which pipelines can be served, LoRA adapters, text encoders and the VAE.
 
-Text encoders and the VAE's decoder are run by the engine's worker as the denoiser is. Calls that wait at the same time
-and have inputs of the same shapes are run as one batch.
+The engine's worker runs text encoders and the VAE's decoder like the denoiser. Calls that wait at the same time and
+have inputs of the same shapes are run as one batch.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from tgate_compile.serve.worker import RunApart
 
 MSG_OTHER = "An Engine serves pipelines of diffusers, but got a {pipeline}."
 MSG_OFFLOADED = (
-    "The {name} of this {pipeline} is offloaded, so its weights move at every call, but requests run at the same time. "
-    "Remove the offloading (pipe.remove_all_hooks(), then pipe.to(device))."
+    "The {name} of this {pipeline} is offloaded, so its weights move at every call. An Engine cannot serve it, because "
+    "it runs several requests at a time. Remove the offloading (pipe.remove_all_hooks(), then pipe.to(device))."
 )
 MSG_PARKED = (
-    "This {pipeline} was optimized with offload_prelude=True, which moves weights between the prompts of one request. "
-    "An Engine serves several at a time. Call restore(pipe), then optimize(pipe, ...) without it."
+    "This {pipeline} was optimized with offload_prelude=True, which frees weights during the steps of a request. An "
+    "Engine cannot serve it, because another request may need these weights at that time. Call restore(pipe), then "
+    "optimize(pipe, ...) without it."
 )
 MSG_DECIDED = (
-    "This {pipeline} was optimized with steps that are decided while they run ({schedule}), which an Engine cannot "
-    "serve yet: it would decide for a whole batch. Use a method whose steps are known beforehand, such as BlockCache "
-    "or MagCache, or serve a bundle (Engine.from_bundle), which decides for each request."
+    "This {pipeline} was optimized with a method that decides at run time which blocks to skip ({schedule}). An Engine "
+    "cannot serve it yet, because it would decide for a whole batch at once. Use a method whose steps are known in "
+    "advance, such as BlockCache or MagCache, or serve a bundle (Engine.from_bundle), which decides for each request."
 )
 MSG_NO_LATENTS = (
-    "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: it has no VAE for images with such "
-    "latents."
+    "Latents of shape {shape} of a {pipeline} cannot be decoded on their own: the pipeline has no VAE for images with "
+    "such latents."
 )
 
 #: The VAEs of diffusers whose decoder is a function of its inputs. Those for video keep frames from call to call.
@@ -48,7 +49,7 @@ _DECODERS = frozenset({"AutoencoderDC", "AutoencoderKL", "AutoencoderKLFlux2", "
 #: Arguments of a call that are not tensors, and cannot be changed by it.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
-#: The weights of adapters by name, in a form that can be compared; None means those that the pipeline had.
+#: The weights of adapters by name, in a form that can be compared; None means those that were active in the pipeline.
 Weights = frozenset[tuple[str, float]] | None
 
 
@@ -97,10 +98,10 @@ class ComponentCall:
         component: the name of the component.
         call: the arguments.
         images: the number of rows.
-        place: what is equal in calls that can be run together; None if this one runs alone.
+        place: equal for calls that can be run together; None if this one runs alone.
         gradients: whether the caller records gradients.
         autocast: the caller's autocast, as a device and a dtype; None if it is off.
-        key: as `Work` has it.
+        key: see `Work`.
     """
 
     component: str
@@ -112,13 +113,13 @@ class ComponentCall:
     key: Hashable = None
 
     letter = ""
-    is_last = True  # it is not known what the request does next
+    is_last = True  # the request's next call is unknown
 
 
 class Components:
-    """The text encoders of `pipe` and its VAE's decoder, whose calls in the threads of requests are submitted.
+    """The text encoders of `pipe` and its VAE's decoder, whose calls are submitted to the engine's worker.
 
-    Only calls inside `submitting` are; others run as ever.
+    Only calls inside the context `submitting` are submitted; all others run as usual.
 
     Args:
         pipe: the pipeline.
@@ -145,7 +146,7 @@ class Components:
 
     @contextmanager
     def submitting(self, submit: Callable[[ComponentCall], Any]) -> Iterator[None]:
-        """Pass this thread's calls to `submit`, which returns their results, inside the context."""
+        """Inside the context, pass this thread's calls to `submit`, which returns their results."""
         me = threading.get_ident()
         self._submitting[me] = submit
         try:
@@ -154,7 +155,7 @@ class Components:
             del self._submitting[me]
 
     def close(self) -> None:
-        """Let all calls run as before."""
+        """Let all calls run as usual again."""
         for name, module in self._modules.items():
             if name in self._before:
                 vars(module)["forward"] = self._before[name]
@@ -166,7 +167,7 @@ class Components:
         self._apart.add(work.place)
 
     def run(self, works: Sequence[ComponentCall]) -> tuple[list[Any], str | None]:
-        """Return the results of works with equal keys, and how those of a batch differ; None if they do not.
+        """Return the results of work items with equal keys, and how those of a batch differ from single runs, or None.
 
         Raises:
             RunApart: they cannot be run together.
@@ -223,10 +224,10 @@ class Components:
             return self._forwards[work.component](*args, **kwargs)
 
     def _together(self, works: Sequence[ComponentCall], total: int) -> list[Any]:
-        """Run works as one call, and take its result apart.
+        """Run work items as one call, and split its result.
 
         Raises:
-            ValueError: the result does not have a row for each of the inputs'.
+            ValueError: the result does not have a row for each row of the inputs.
         """
         calls = [work.call for work in works]
         leaves = [
@@ -246,9 +247,9 @@ class Components:
 def _submitted(pipe: Any, denoisers: Collection[str]) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield the modules whose calls are submitted, with the names of their components.
 
-    Between the beginning and the end of such a call, other requests run the pipeline's code. So components that this
-    code changes for a call are left out: VAEs that it casts to float32, and all text encoders if one has LoRA layers,
-    whose adapters are those of the request that runs.
+    While such a call waits, other requests run the pipeline's code. So components that this code changes for a call are
+    left out: VAEs that it casts to float32, and all text encoders if one has LoRA layers, because the active adapters
+    are those of the request that is running.
     """
     modules = {name: each for name, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
     others = {name: module for name, module in modules.items() if name not in denoisers}
@@ -264,7 +265,7 @@ def _submitted(pipe: Any, denoisers: Collection[str]) -> Iterator[tuple[str, tor
 
 
 def _rows(leaves: Sequence[Any]) -> int | None:
-    """Return the number of rows that all tensors of a call have; None if they have none, or not the same number."""
+    """Return the number of rows that all tensors of a call have; None if it is 0 or differs between them."""
     counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves if torch.is_tensor(leaf)}
     return counts.pop() or None if len(counts) == 1 else None
 
@@ -274,7 +275,7 @@ def _is_autocast(device: str) -> bool:
 
 
 def _differing(works: Sequence[ComponentCall]) -> frozenset[int]:
-    """Return the positions of the tensors that are not the same in all works."""
+    """Return the positions of the tensors that are not the same in all work items."""
     first, *others = (work.call.leaves for work in works)
 
     def differs(position: int) -> bool:
@@ -302,7 +303,7 @@ def _difference(result: Any, single: Any) -> str | None:
     for left, right in zip(pytree.tree_leaves(result), pytree.tree_leaves(single), strict=True):
         if not torch.is_tensor(right) or not right.is_floating_point():
             if not (torch.equal(left, right) if torch.is_tensor(right) else left == right):
-                return "other values"
+                return "different values"
         elif (found := relative_difference(left, right)) > TOLERANCES[right.dtype]:
             return f"a relative difference of {found:.1e}, where {TOLERANCES[right.dtype]:.0e} is allowed"
     return None
@@ -332,7 +333,7 @@ class Adapters:
         self.names = tuple(sorted({name for layers in found.values() for layer in layers for name in layer.scaling}))
 
     def use_for_denoisers(self, weights: Weights) -> bool:
-        """Activate adapters in the denoisers; return whether others were active."""
+        """Activate adapters in the denoisers; return whether this is a change."""
         if weights == self._now:
             return False
         self._activate(self._denoisers, weights)
@@ -346,7 +347,7 @@ class Adapters:
             self._now_for_text = weights
 
     def restore(self) -> None:
-        """Activate the adapters that the pipeline had."""
+        """Activate the adapters that were active in the pipeline."""
         for state in self._saved.values():
             state.restore()
         self._now = self._now_for_text = None

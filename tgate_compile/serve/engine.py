@@ -81,9 +81,10 @@ class Engine:
         timeout: the number of seconds that a request may take, waiting included; None sets no limit.
         new_sizes: what to do with a request whose size (or number of images, or guidance) has not been captured:
             `"capture"` captures it at once, while all requests wait; `"background"` captures it in a child process,
-            while only requests of this size wait; `"background-plain"` does so too, but runs requests of this size
-            with the plain pipeline meanwhile; `"plain"` always does that; `"refuse"` lets the request fail with an
-            `UnsupportedCallError`. Child processes need Linux, a model on the CPU, and the disk cache.
+            while only requests of this size wait; `"background-plain"` does the same, but runs requests of this size
+            with the plain pipeline until the graphs are ready; `"plain"` always runs them with the plain pipeline;
+            `"refuse"` lets them fail with an `UnsupportedCallError`. Child processes need Linux, a model on the CPU,
+            and the disk cache.
 
     Raises:
         ConfigurationError: an argument is wrong, or the pipeline is not optimized, or cannot be served.
@@ -189,7 +190,7 @@ class Engine:
         """Compile, run and check the graphs that calls like `calls` need, for all batch sizes.
 
         No such request waits for a compilation later. The argument `warm_up` does the same before the engine is ready.
-        Requests go on meanwhile, but captures pause them unless they are made in the background (`new_sizes`).
+        Other requests continue, but captures pause them unless they are made in the background (`new_sizes`).
 
         Args:
             calls: arguments of the pipeline's call, as for `warm_up`.
@@ -238,7 +239,7 @@ class Engine:
         request_id: str | None = None,
         records: dict[Hashable, Work] | None = None,
     ) -> Request:
-        """Accept a request. `records` collects its works, for a warm-up."""
+        """Accept a request. `records` collects its work items, for a warm-up."""
         number = next(self._numbers)
         ticket = Ticket(str(number) if request_id is None else request_id, lambda: self._cancel(request))
         request = Request(ticket, dict(call), None if lora is None else dict(lora), on_step, timeout)
@@ -341,7 +342,7 @@ class Engine:
     # Called by a served model, in a request's thread.
 
     def compute(self, work: Work, request: Request | None = None) -> Any:
-        """Let the worker run `work`, and return its result. A request's thread releases the host lock meanwhile.
+        """Let the worker run `work`, and return its result. A request's thread releases the host lock while it waits.
 
         Raises:
             Ended: the request has to end.
@@ -382,7 +383,7 @@ class Engine:
             request.check()
 
     def wait(self, request: Request, tasks: Iterable[Task]) -> None:
-        """Return once `tasks` are done. A request's thread gives up the host lock meanwhile.
+        """Return once `tasks` are done. A request's thread releases the host lock while it waits.
 
         Raises:
             Ended: the request has to end.
@@ -395,7 +396,7 @@ class Engine:
 
     @contextmanager
     def _aside(self, rank: int) -> Iterator[None]:
-        """Let other threads run the pipeline's code, and captures begin, inside the context."""
+        """Inside the context, let other threads run the pipeline's code, and let captures begin."""
         with paused(), self._host.given_up(rank):
             yield
 
@@ -445,7 +446,7 @@ class Engine:
             return self._served.decode(latents)
 
     def stats(self) -> EngineStats:
-        """Return the present state, and totals."""
+        """Return the current state, and totals since the start."""
         with self._lock:
             return EngineStats(
                 waiting=len(self._queue),
@@ -462,7 +463,7 @@ class Engine:
             )
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Stop accepting requests, finish or end the present ones, and release the pipeline. May be called repeatedly.
+        """Stop accepting requests, finish or end those accepted, and release the pipeline. May be called repeatedly.
 
         Args:
             drain: whether to let waiting and running requests finish first; otherwise they end before their next step
@@ -475,7 +476,7 @@ class Engine:
                 self._for_close.wait_for(lambda: not self._queue and not self._running, timeout)
             left = [*self._queue, *self._running.values()]
         for request in left:
-            self._end(request, EngineClosedError(f"The engine was closed before the request {request.id} was done."))
+            self._end(request, EngineClosedError(f"The engine was closed before the request {request.id} finished."))
         with self._lock:
             if not self._for_close.wait_for(lambda: not self._running, PATIENCE):
                 logger.warning("%d requests have not ended %.0f s after close().", len(self._running), PATIENCE)

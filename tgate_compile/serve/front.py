@@ -61,7 +61,7 @@ class Record:
 class Front:
     """ASGI middleware around the endpoints.
 
-    It answers requests without the API key, or with too large a body, before anything is read or parsed.
+    It refuses requests without the API key, or with a body that is too large, before they are parsed.
     """
 
     def __init__(
@@ -153,7 +153,9 @@ async def read_body(receive: Receive, headers: Headers, limits: Limits) -> bytes
         ApiError: the body is too large, or takes too long.
         ClientGoneError: the client closed the connection.
     """
-    too_large = ApiError(413, f"The body of a request is at most {limits.body} bytes.", code="body_too_large")
+    too_large = ApiError(
+        413, f"The body of the request is too large; at most {limits.body} bytes are accepted.", code="body_too_large"
+    )
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limits.body:
         raise too_large

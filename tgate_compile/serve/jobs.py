@@ -158,12 +158,12 @@ class Job:
             ticket.add_done_callback(self._ended(index))
 
     def cancel(self) -> None:
-        """Cancel the images that are not done."""
+        """Cancel the images that are not finished."""
         for ticket in self._tickets:
             ticket.cancel()
 
     async def answer(self) -> dict[str, Any]:
-        """Return the body of the response once all images are done."""
+        """Return the body of the response once all images are finished."""
         for _ in self._tickets:
             index, _latents = await self._queue.get()
             self._image(index)  # raises the error of the first one that fails
@@ -175,7 +175,7 @@ class Job:
         """Yield the previews and images, each as an event.
 
         Raises:
-            ApiError: an image cannot be made.
+            ApiError: an image cannot be generated.
         """
         left, previews = len(self._tickets), [0] * len(self._tickets)
         patience = FIRST_PATIENCE

@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 MSG_NEW_SIZE = (
     "No graphs have been compiled for the denoiser's inputs of this request ({sizes}; phases {phases}), and the engine "
-    'was started with new_sizes="{policy}". Request a size that the engine was warmed up for, or add a call like this '
-    "one to Engine(pipe, warm_up=[...])."
+    'was started with new_sizes="{policy}". Request a size that the engine was warmed up for, or add a call of this '
+    "size to Engine(pipe, warm_up=[...])."
 )
 MSG_NOT_YET = (
     "The graphs for the denoiser's inputs of this request ({sizes}) are being captured in the background, and the "
@@ -66,7 +66,7 @@ class _Kind:
         name: the denoiser.
         phase: the phase of the graph.
         inputs: the form of the first call of a loop.
-        images: the number of images, with padding.
+        images: the number of images, including padding.
         lora: the weights of the adapters.
     """
 
@@ -139,7 +139,7 @@ class ServedPipeline:
 
     @property
     def apart(self) -> Mapping[Hashable, str]:
-        """The graphs and components that run one request at a time, each with the reason."""
+        """The graphs and components that run one request at a time, with the reason for each."""
         return self._apart
 
     def check(self, call: Mapping[str, Any], lora: Mapping[str, float] | None) -> None:
@@ -149,7 +149,7 @@ class ServedPipeline:
             check_names(lora, self._adapters.names, "lora: this pipeline")
 
     def close(self) -> None:
-        """Release the pipeline, with the adapters that it had."""
+        """Release the pipeline, and activate the adapters that were active before."""
         if self._captures is not None:
             self._captures.close()
         self.rest()
@@ -186,7 +186,7 @@ class ServedPipeline:
     def step(
         self, name: str, phase: Phase, call: Call, caches: CachedValues, lora: Weights, *, is_last: bool = False
     ) -> Step:
-        """Return the work of a denoiser call."""
+        """Return the work item of a denoiser call."""
         family = self._state.hooks[name].config.family
         form = batching.form_of(call, self._signatures[name], family, guided=phase.guided)
         work = Step(name, phase, call, caches, form, lora, is_last)
@@ -195,7 +195,7 @@ class ServedPipeline:
         return work
 
     def admit(self, service: Service, generation: Generation, call: Call, guided: bool) -> None:
-        """Check that the size of a generation is known or may be captured, and wait until its caches have memory."""
+        """Check that a generation's size is known or may be captured, and wait for memory for its caches."""
         request, name = service.request, service.name
         request.steps = generation.num_steps
         first = self.step(name, Phase(guided), call, {}, service.lora)
@@ -220,7 +220,7 @@ class ServedPipeline:
                 generation.allow_plain()
             raise UnsupportedCallError(MSG_NEW_SIZE.format(sizes=sizes, phases=phases, policy=self._new_sizes))
         if self._captures is None or not service.engine.ready:
-            return  # during a warm-up nobody is kept waiting
+            return  # during a warm-up no other request has to wait
         works = [self.step(service.name, phase, each, {}, service.lora) for phase, each in calls.items()]
         service.engine.compute(Job(functools.partial(self._try_to_join, works)), request)
         pairs = [(work, number) for work in works for number in dict.fromkeys((work.images, images))]
@@ -231,7 +231,7 @@ class ServedPipeline:
         service.engine.wait(request, tasks)
 
     def _capture_of(self, work: Step, images: int) -> Callable[[], None]:
-        """Return a function that captures the graph for works like this one, in batches of a number of `images`."""
+        """Return a function that captures the graph for work items like this one, in batches of `images` images."""
 
         def capture() -> None:
             with torch.no_grad():
@@ -242,7 +242,7 @@ class ServedPipeline:
         return capture
 
     def _try_to_join(self, works: Sequence[Step]) -> None:
-        """Find out, before their graphs are captured, whether works can be joined with others. Called by the worker."""
+        """Find out, before graphs are captured, whether these calls can be joined with others. Called by the worker."""
         with torch.no_grad():
             for work in works:
                 self._prepare(work)
@@ -250,7 +250,7 @@ class ServedPipeline:
                     self._joins(work)
 
     def _joined_call(self, work: Step, images: int) -> Call:
-        """Return the call of `work` as a batch with a number of `images` has it, or as it is if it runs alone."""
+        """Return the call of `work` as it is in a batch of `images` images, or unchanged if it runs alone."""
         if work.form is None or not self._joins(work):
             return work.call
         return batching.joined([work.call], [work.form], images, Memo(), None)
@@ -273,14 +273,14 @@ class ServedPipeline:
     # In the worker's thread.
 
     def execute(self, works: Sequence[Work]) -> Sequence[Any]:
-        """Run works with equal keys together, and return the result of each."""
+        """Run work items with equal keys together, and return the result of each."""
         first = works[0]
         if isinstance(first, Job):
             return [first.function()]
         if isinstance(first, ComponentCall):
             results, problem = self._components.run([work for work in works if isinstance(work, ComponentCall)])
             if problem is not None:
-                self.keep_apart(first, f"the results of a batch differ from those of its requests alone by {problem}")
+                self.keep_apart(first, f"the results of a batch differ from those of separate runs ({problem})")
             return results
         steps = [work for work in works if isinstance(work, Step)]
         with torch.no_grad():
@@ -308,7 +308,7 @@ class ServedPipeline:
             )  # fmt: skip
 
     def _prepare(self, work: Step) -> None:
-        """Activate the adapters of `work`, and let its store check the denoiser for changes, if necessary."""
+        """Activate the adapters of `work`. If necessary, let its store check the denoiser for changes."""
         if self._adapters.use_for_denoisers(work.lora):
             self._stale |= set(self._stores)
         if work.name in self._stale:
@@ -316,7 +316,7 @@ class ServedPipeline:
             self._stale.discard(work.name)
 
     def _run_steps(self, works: Sequence[Step], *, in_place: bool = False) -> list[Results]:
-        """Run works with equal keys. A batch whose graph is captured only now runs only `in_place`."""
+        """Run work items with equal keys. A batch whose graph has not been captured yet runs only with `in_place`."""
         first, *others = works
         if first.form is None or first.place in self._apart or not self._joins(first):
             if others:
@@ -330,7 +330,7 @@ class ServedPipeline:
             raise RunApart([[at for at, same in enumerate(alike) if same is wanted] for wanted in (True, False)])
         compared = self._compared[first.place, images]
         if len(works) == 1:
-            # Padding must not matter, which the comparison of a batch of this size has shown.
+            # A padded batch is used only after the comparison of a batch of this size.
             return self._joined(works, images if compared else first.images)
         results = self._joined(works, images)
         differing = batching.differing([work.call for work in works], first.form.rows)
@@ -338,7 +338,7 @@ class ServedPipeline:
             singles = [self._run_steps([work])[0] for work in works]
             problem = self._difference(results, singles)
             if problem is not None:
-                self.keep_apart(first, f"the results of a batch differ from those of its requests alone by {problem}")
+                self.keep_apart(first, f"the results of a batch differ from those of separate runs ({problem})")
                 return singles
             compared.add(differing)
         return results
@@ -360,7 +360,7 @@ class ServedPipeline:
         return next((problem for problem in found if problem is not None), None)
 
     def _joined(self, works: Sequence[Step], images: int) -> list[Results]:
-        """Run works as one call, padded to a number of `images`."""
+        """Run work items as one call, padded to `images` images."""
         first, forms = works[0], [work.form for work in works if work.form is not None]
         call = batching.joined([work.call for work in works], forms, images, self._memo, first.place)
         caches = batching.joined_caches([work.caches for work in works], forms, images, self._memo, first.place)
@@ -380,13 +380,13 @@ class ServedPipeline:
         return rows
 
     def _alone(self, work: Step) -> Results:
-        """Run a work by itself, with the inputs as they are."""
+        """Run a work item by itself, with unchanged inputs."""
         compiled = self._stores[work.name].get(work.phase, work.call, work.caches, self._forwards[work.name])
         outputs, values = compiled.run(work.call, work.caches, self._early)
         return Results(outputs, values, compiled.emitted, compiled.unflatten)
 
     def _joins(self, work: Step) -> bool:
-        """Return whether the denoiser computes the same with a timestep for each row, which is tried once."""
+        """Return whether the denoiser computes the same with a timestep for each row. This is tested once per form."""
         assert work.form is not None
         address = work.name, work.form.key
         if address not in self._forms:
@@ -399,7 +399,7 @@ class ServedPipeline:
                 except Exception as error:  # the denoiser's own code may raise anything
                     problem = first_line(error, named=True)
             if problem is not None:
-                self.keep_apart(work, f"its denoiser does not take a timestep for each image ({problem})")
+                self.keep_apart(work, f"the denoiser does not accept a separate timestep for each image ({problem})")
             self._forms[address] = problem is None
         return self._forms[address]
 
@@ -435,7 +435,7 @@ class ServedPipeline:
             self._known |= {replace(known, images=images) for images in batch_sizes(self._max_batch)}
 
     def _try(self, work: Step, images: int) -> None:
-        """Run a batch of `images` like those of `work`, each with other values."""
+        """Run a batch of `images` images of the form of `work`, each with different values."""
         assert work.form is not None
         works = [
             replace(
@@ -453,5 +453,5 @@ class ServedPipeline:
 
 
 def _address(work: Step, images: int) -> Hashable:
-    """Return what distinguishes the captures that works need in batches of a number of `images`."""
+    """Identify the capture that `work` needs in batches of `images` images."""
     return work.place, images, work.lora

@@ -87,8 +87,8 @@ class Arguments(BaseModel):
         scheduler: the short name of a scheduler, such as `dpm++`; the default is the model's own.
         backend: the backend of `optimize`.
         precision: the number format that graphs compute in.
-        adapters: LoRA weights that requests may choose: a file, folder or hub id by name.
-        warm_up: sizes of images (`512x512`) to prepare before a replica is ready; the default is the model's own.
+        adapters: LoRA weights that requests may choose: for each name, a file, a folder or a hub id.
+        warm_up: image sizes (`512x512`) to prepare before a replica is ready; the default is the model's own.
         new_sizes: what to do with a request of another size, as for `Engine`.
         max_batch: images per batch.
         max_waiting: requests that may wait in a gateway for a replica; further ones get 429.
@@ -97,10 +97,10 @@ class Arguments(BaseModel):
         timeout: seconds for an image, from its arrival in a replica.
         max_images: images per request.
         max_steps: denoising steps of a request.
-        max_side: pixels of a side.
+        max_side: width and height of an image, in pixels.
         max_body: bytes of a request's body.
-        api_key_variable: the environment variable that contains the API key, for gateways and replicas; without it,
-            anybody may generate images.
+        api_key_variable: the environment variable that contains the API key, for gateways and replicas; None lets
+            anybody generate images.
         replicas: the number of replicas, if it is fixed.
         autoscaling: the number of replicas, if it follows the load.
         gateways: the number of gateways. They need neither a model nor PyTorch.
@@ -198,7 +198,7 @@ def build(args: Mapping[str, Any] | Arguments) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         **stopping,
     )
-    # Each gets only the arguments that it needs, because a changed argument replaces every deployment that has it.
+    # Each gets only the arguments that it needs, because changing an argument replaces every deployment that has it.
     of_serve = {"replicas", "autoscaling", "gateways", "max_waiting", "num_cpus", "num_gpus"}
     return gateway.bind(
         replicas.bind(given.model_dump(exclude=of_serve, exclude_defaults=True)),
@@ -282,8 +282,8 @@ class Replica:
             raise EngineClosedError("The engine of this replica accepts no requests.")
 
     def __del__(self) -> None:
-        """Close the engine. Serve calls this when it stops the replica, whose requests are done by then."""
-        if hasattr(self, "_engine"):  # it has been started
+        """Close the engine. Serve calls this when it stops the replica, whose requests have ended by then."""
+        if hasattr(self, "_engine"):  # otherwise the constructor has failed
             self._engine.close(drain=True, timeout=self._drain)
 
 

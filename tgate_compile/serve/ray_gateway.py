@@ -36,7 +36,7 @@ FORWARDED = ("/v1/images/generations", "/v1/models", "/openapi.json")
 #: Seconds that a replica may take to report its state.
 PATIENCE = 5.0
 
-MSG_LOST = "Two replicas in turn were lost while they processed the request. Send it again."
+MSG_LOST = "Two replicas died one after the other while they processed the request. Send it again."
 MSG_BUSY = "Too many requests are waiting. Send the request again later."
 MSG_NONE = "No replicas are running. Send the request again later."
 
@@ -111,7 +111,7 @@ class Fleet:
             logger.warning("the replicas do not report their state: %s", first_line(error, named=True))
         states = {state.replica: state for state in found if isinstance(state, State)}
         self._here = frozenset(states)
-        self._states |= states  # replicas that are gone remain, because totals must not decrease
+        self._states |= states  # states of replicas that are gone remain, because totals must not decrease
 
     @property
     def ready(self) -> bool:

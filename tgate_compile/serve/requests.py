@@ -28,12 +28,12 @@ IN_BACKGROUND: frozenset[NewSizes] = frozenset({"background", "background-plain"
 
 MSG_CLOSED = "The engine is closed."
 MSG_CRASHED = (
-    "The engine's worker failed while the request {request} was in progress ({cause}). The worker has been started "
-    "again; send the request again."
+    "The engine's worker failed while the request {request} was in progress ({cause}). The worker has been "
+    "restarted; send the request again."
 )
 MSG_TOO_LARGE = (
     "The caches of the request {request} take {needed:.1f} MB, but the engine's limit for all requests together is "
-    "{limit:.1f} MB (memory=...). Request smaller or fewer images, or allow more memory."
+    "{limit:.1f} MB (memory=...). Request smaller or fewer images, or increase the limit."
 )
 
 
@@ -46,7 +46,7 @@ class EngineClosedError(TGateError, RuntimeError):
 
 
 class EngineTimeoutError(TGateError, TimeoutError):
-    """A request was not done within its time. It has been ended."""
+    """A request was not finished within its time limit. It has been ended."""
 
 
 class EngineCrashedError(TGateError, RuntimeError):
@@ -83,7 +83,7 @@ class EngineLimits:
 
 
 def check_timeout(timeout: object) -> None:
-    """Raise ConfigurationError if `timeout` is neither None nor a number of seconds."""
+    """Raise ConfigurationError if `timeout` is neither None nor a positive number."""
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0):
         raise ConfigurationError(f"timeout must be a positive number of seconds, but got {timeout!r}.")
 
@@ -118,7 +118,7 @@ class Running:
 
     Attributes:
         request_id: the id of the request.
-        step: the number of the present step, from 0.
+        step: the number of the current step, from 0.
         steps: the number of steps; 0 before the first denoiser call.
         phase: the letter of the step's phase; empty before the first denoiser call.
     """
@@ -131,7 +131,7 @@ class Running:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The state of an engine, and totals since its start.
+    """The current state of an engine, and totals since its start.
 
     Attributes:
         waiting: the number of requests that have not begun.
@@ -143,8 +143,8 @@ class EngineStats:
         errors: the number of requests that have failed, by the name of the exception's class.
         completed: the number of requests that have returned a result.
         cancelled: the number of requests that have been cancelled.
-        components: for each text encoder, and for the VAE: how many batches it has run, by the number of rows.
-        one_at_a_time: the reasons why requests run one at a time in some graphs, or in all; empty if they do in none.
+        components: for each text encoder and for the VAE, the number of batches of each size in rows.
+        one_at_a_time: the reasons why requests run one at a time in some or all graphs; empty if all are batched.
     """
 
     waiting: int
@@ -175,10 +175,10 @@ class Ticket:
             timeout: the number of seconds to wait; None sets no limit. The request continues after a timeout.
 
         Raises:
-            TimeoutError: the request is not done after `timeout`.
+            TimeoutError: the request is not finished after `timeout` seconds.
             CancelledError: the request was cancelled.
-            EngineTimeoutError: the request was not done within its own time.
-            EngineClosedError: the engine was closed before the request was done.
+            EngineTimeoutError: the request was not finished within its own time limit.
+            EngineClosedError: the engine was closed before the request was finished.
             EngineCrashedError: the engine's worker failed while the request was in progress.
             Exception: the pipeline's call raised it.
         """
@@ -189,9 +189,10 @@ class Ticket:
         return self._future.exception(timeout)
 
     def cancel(self) -> bool:
-        """Cancel the request, which then ends before its next step. Returns False if it is already done.
+        """Cancel the request, which then ends before its next step. Returns False if it has already ended.
 
-        Unlike with a `Future`, a request in progress can be cancelled as well. It is done only once it has ended.
+        Unlike a `Future`, a request can also be cancelled while it is in progress. `done` returns True only once the
+        request has ended.
         """
         return not self._future.done() and self._cancel()
 
@@ -258,17 +259,17 @@ class Request:
     Attributes:
         ticket: its ticket.
         call: the arguments of the pipeline's call.
-        lora: the weights of its adapters; None for those of the pipeline.
+        lora: the weights of its adapters; None for those that are active in the pipeline.
         on_step: called before each step is completed.
-        deadline: the time by which it must be done, on the clock of `time.monotonic`; None if there is none.
-        end: the reason for which it has to end early; None if there is none.
-        step: the number of the present step.
+        deadline: the time by which it must be finished, on the clock of `time.monotonic`; None if there is none.
+        end: the error with which it has to end early; None if there is none.
+        step: the number of the current step.
         steps: the number of steps; 0 if it is not known yet.
-        phase: the letter of the present step's phase.
+        phase: the letter of the current step's phase.
         reserved: the memory reserved for its caches, in bytes.
-        stepping: its last work, if it is between two steps and about to make its next call; otherwise None.
-        submission: the work that its thread waits for.
-        records: in a warm-up, its works by the keys of their graphs; otherwise None.
+        stepping: its last work item, if it is between two steps and about to make its next call; otherwise None.
+        submission: the work item that its thread waits for.
+        records: in a warm-up, its work items by the keys of their graphs; otherwise None.
     """
 
     def __init__(
@@ -312,12 +313,12 @@ class Request:
         """Return the error for a request whose deadline has passed."""
         done = f"step {self.step + 1} of {self.steps}" if self.steps else "waiting to begin"
         return EngineTimeoutError(
-            f"The request {self.id} was not done after {self.timeout:g} s ({done}). Allow more time, or send fewer "
-            "requests at a time."
+            f"The request {self.id} was not finished within {self.timeout:g} s ({done}). Increase the timeout, or send "
+            "fewer requests at a time."
         )
 
     def report(self, latents: Callable[[], Any]) -> None:
-        """Call `on_step` for the present step."""
+        """Call `on_step` for the current step."""
         if self.on_step is not None:
             self.on_step(Progress(self.id, self.step, self.steps, self.phase, latents))
 
@@ -338,13 +339,13 @@ class CacheMemory:
         """Reserve memory, or return a gate that is opened when it has been reserved.
 
         Raises:
-            UnsupportedCallError: there will never be so much.
+            UnsupportedCallError: it is more than the limit.
         """
         if self.limit is not None and nbytes > self.limit:
             raise UnsupportedCallError(
                 MSG_TOO_LARGE.format(request=request.id, needed=nbytes / 1e6, limit=self.limit / 1e6)
             )
-        # A request that holds memory already never waits for more: two could wait for each other.
+        # A request that already holds memory never waits for more, since two of them could wait for each other.
         if request.reserved or nbytes == 0 or (not self._waiting and self._fits(nbytes)):
             self._give(request, max(request.reserved, nbytes))
             return None
@@ -379,7 +380,7 @@ class CacheMemory:
 
 
 class HostLock:
-    """A lock that goes to the waiting thread with the lowest rank, and among equal ranks to the first."""
+    """A lock that goes to the waiting thread with the lowest rank, and among equal ranks to the first in line."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -111,9 +111,9 @@ class ImageRequest(BaseModel):
     prompt: Annotated[str, Field(description="A description of the images.")]
     model: Annotated[
         str | None,
-        Field(description="The name of the model, as `GET /v1/models` returns it. There is one, which is the default."),
+        Field(description="The name of the server's only model, as `GET /v1/models` returns it. It may be left out."),
     ] = None
-    n: Annotated[int | None, Field(description="The number of images to make; the default is 1.")] = None
+    n: Annotated[int | None, Field(description="The number of images to generate; the default is 1.")] = None
     size: Annotated[
         Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None,
         Field(
@@ -136,7 +136,7 @@ class ImageRequest(BaseModel):
         Field(description="Accepted and ignored. Set `steps` to choose the quality."),
     ] = None
     background: Annotated[
-        Literal["auto", "opaque"] | None, Field(description="Accepted and ignored: the model makes opaque images.")
+        Literal["auto", "opaque"] | None, Field(description="Accepted and ignored: the model generates opaque images.")
     ] = None
     style: Annotated[None, Field(description="Not supported. Describe the style in the prompt.")] = None
     moderation: Annotated[None, Field(description="Not supported. The server does not moderate prompts or images.")] = (
@@ -157,8 +157,8 @@ class ImageRequest(BaseModel):
     seed: Annotated[
         Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None,
         Field(
-            description="The seed of the first image; each further image has the next one. By default it is random. "
-            "The response contains the seed of each image."
+            description="The seed of the first image; the seed of each further image is one higher. The default is "
+            "random. The response contains the seed of each image."
         ),
     ] = None
     steps: Annotated[int | None, Field(description="The number of denoising steps; the default is the server's.")] = (
@@ -183,8 +183,8 @@ class ImageRequest(BaseModel):
         ]
         | None,
         Field(
-            description="The number of steps to run in full before T-GATE reuses results, or a fraction of all steps; "
-            "the default is the server's."
+            description="The number of steps that run in full before T-GATE reuses results, or their fraction; the "
+            "default is the server's."
         ),
     ] = None
     lora: Annotated[
@@ -310,13 +310,13 @@ class ImageData(BaseModel):
     """An image."""
 
     b64_json: Annotated[str, Field(description="The file, in base64.")]
-    seed: Annotated[int, Field(description="The seed. A request with this seed makes the image again.")]
+    seed: Annotated[int, Field(description="The seed. A request with this seed generates the image again.")]
 
 
 class ImagesResponse(BaseModel):
     """The images of a request."""
 
-    created: Annotated[int, Field(description="When the images were made, in seconds since 1970 (UTC).")]
+    created: Annotated[int, Field(description="When the images were generated, in seconds since 1970 (UTC).")]
     data: Annotated[list[ImageData], Field(description="The images, in the order of their seeds.")]
     background: Annotated[Literal["opaque"], Field(description="Always `opaque`.")]
     output_format: Annotated[Literal["png", "jpeg", "webp"], Field(description="The file format of the images.")]
@@ -357,10 +357,10 @@ class Health(BaseModel):
 
 
 class RunningRequest(BaseModel):
-    """An image that is being made."""
+    """An image that is being generated."""
 
     request_id: Annotated[str, Field(description="The id of the request, with the number of the image.")]
-    step: Annotated[int, Field(description="The number of the present step, from 0.")]
+    step: Annotated[int, Field(description="The number of the current step, from 0.")]
     steps: Annotated[int, Field(description="The number of steps; 0 before the first one.")]
     phase: Annotated[str, Field(description="The letter of the step's phase; empty before the first step.")]
     graph: Annotated[str, Field(description="The name of the graph that runs the step.")]
@@ -370,8 +370,8 @@ class Status(BaseModel):
     """The state of the engine, and totals since the start of the server."""
 
     ready: Annotated[bool, Field(description="Whether requests are accepted.")]
-    waiting: Annotated[int, Field(description="The number of images that wait to begin.")]
-    running: Annotated[list[RunningRequest], Field(description="The images that are being made.")]
-    completed: Annotated[int, Field(description="The number of images that were made.")]
+    waiting: Annotated[int, Field(description="The number of images that have not begun.")]
+    running: Annotated[list[RunningRequest], Field(description="The images that are being generated.")]
+    completed: Annotated[int, Field(description="The number of images that were completed.")]
     cancelled: Annotated[int, Field(description="The number of images that were cancelled.")]
-    errors: Annotated[int, Field(description="The number of images that could not be made.")]
+    errors: Annotated[int, Field(description="The number of images that failed.")]

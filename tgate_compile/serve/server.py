@@ -70,8 +70,8 @@ def create_app(
         model: the model, or its name.
         api_key: the key that requests must send as `Authorization: Bearer KEY`; None lets anybody generate images.
         limits: the largest request that is accepted.
-        drain: the seconds that requests get to finish when the server shuts down and closes the engine; None leaves
-            the engine open.
+        drain: the seconds that requests in progress get to finish when the server shuts down and closes the engine;
+            None leaves the engine open.
 
     Raises:
         ConfigurationError: the API key is empty.
@@ -108,16 +108,16 @@ def create_app(
     return app
 
 
-#: What the statuses of errors mean, for the schema.
+#: The descriptions of error statuses, for the schema.
 _MEANINGS = {
-    400: "A parameter is wrong, or the model cannot make such an image.",
+    400: "A parameter is wrong, or the model cannot generate the image.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     429: "Too many images are waiting. Try again after the time in the header `Retry-After`.",
-    500: "The image could not be made. The server's log has the reason.",
-    503: "Requests are not accepted now, or the engine failed during this one. Send it again.",
-    504: "The image was not done within the server's limit of time.",
+    500: "The image could not be generated. The server's log has the reason.",
+    503: "The server accepts no requests now, or the engine failed during this one. Send it again.",
+    504: "The image was not finished within the server's time limit.",
 }
 
 
@@ -164,7 +164,7 @@ class _Server:
         app.add_api_route("/", self.page, include_in_schema=False, response_class=Response)
 
     async def generate(self, request: Request, body: ImageRequest) -> Response:
-        """Make images from a prompt. With `stream`, they and their previews are sent as server-sent events."""
+        """Generate images from a prompt. With `stream`, they and their previews are sent as server-sent events."""
         if body.model is not None and body.model != self._model.name:
             raise ApiError(
                 404,
@@ -218,11 +218,11 @@ class _Server:
         return Json({"ready": self._engine.ready, "waiting": stats.waiting, "running": running, **totals})
 
     async def healthz(self) -> Response:
-        """Return the status 200 as long as the process responds."""
+        """Return status 200 as long as the process responds."""
         return Json({"status": "ok"})
 
     async def readyz(self) -> Response:
-        """Return the status 200 if requests are accepted, and 503 otherwise."""
+        """Return status 200 if requests are accepted, and 503 otherwise."""
         return Json({"status": "ok"}) if self._engine.ready else Json({"status": "not ready"}, 503)
 
     async def metrics(self) -> Response:
@@ -277,7 +277,7 @@ def _errors(*statuses: int, model: Any = None) -> dict[int | str, dict[str, Any]
 
 
 def _describe_errors(app: FastAPI, *, secured: bool) -> None:
-    """Correct the schema: errors of validation have the status 400, and an API key may be needed."""
+    """Correct the schema: invalid requests get the status 400, and an API key may be needed."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:

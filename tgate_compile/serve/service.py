@@ -43,7 +43,7 @@ class Service:
         self.forward = self._forward_of(served._forwards[name])
 
     def _forward_of(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function like `own` that lets the worker run it."""
+        """Return a function that lets the worker run `own`."""
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ class Service:
         return self._real.variants
 
     def refresh(self, *, begins: bool = True) -> None:
-        """Let the denoiser be checked for changes before the next batch."""
+        """Request a check of the denoiser for changes before the next batch."""
         self._served._stale.add(self.name)
 
     def emitted(self, phase: Phase, call: Call, forward: Callable[..., Any]) -> tuple[Emission, ...]:

@@ -26,10 +26,10 @@ MOST_PADDING = 0.25
 
 
 class RunApart(Exception):  # noqa: N818 (it is not an error)
-    """Raised for works that cannot be run together.
+    """Raised for work items that cannot be run together.
 
     Attributes:
-        groups: the positions of the works that can be run together.
+        groups: the positions of the work items that can be run together.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]]) -> None:
@@ -41,7 +41,7 @@ class Work(Protocol):
     """A denoiser call of one request, or something else to be run by the engine's worker.
 
     Attributes:
-        key: works with equal keys can be run together; None if it runs alone.
+        key: items with equal keys can be run together; None if this one runs alone.
         images: the number of images that it adds to a batch.
         letter: the letter of the phase of its graph; empty if it is something else.
         component: the name of the text encoder or VAE that is called; empty if it is something else.
@@ -77,7 +77,7 @@ class Job:
 
 
 class Submission:
-    """A work that waits for the worker, is being run, or has been run."""
+    """A work item that waits for the worker, is being run, or has been run."""
 
     def __init__(self, work: Work, request: Request | None) -> None:
         self.work = work
@@ -98,7 +98,7 @@ class Served(Protocol):
 
     @property
     def apart(self) -> Mapping[Hashable, str]:
-        """What runs one request at a time, each with the reason."""
+        """The graphs and components that run one request at a time, with the reason for each."""
         ...
 
     def check(self, call: Mapping[str, Any], lora: Mapping[str, float] | None) -> None:
@@ -110,7 +110,7 @@ class Served(Protocol):
         ...
 
     def execute(self, works: Sequence[Work]) -> Sequence[Any]:
-        """Run works with equal keys together, and return the result of each. Called by the worker.
+        """Run work items with equal keys together, and return the result of each. Called by the worker.
 
         Raises:
             RunApart: not all of them can be run together.
@@ -118,7 +118,7 @@ class Served(Protocol):
         ...
 
     def keep_apart(self, work: Work, reason: str) -> None:
-        """Give works like this one different keys from now on."""
+        """Give work items like this one different keys from now on."""
         ...
 
     def decode(self, latents: Any) -> list[Any]:
@@ -139,15 +139,15 @@ class Served(Protocol):
 
 
 class Worker:
-    """Runs submitted works in a thread: the one that has waited longest, and those that can be run with it.
+    """Runs submitted work items in a thread: the one that has waited longest, and those that can be run with it.
 
     All methods are called with `lock` held, except `join`.
 
     Args:
-        served: runs the works.
+        served: runs the work items.
         lock: protects the state of the engine.
         max_batch: the largest number of images in a batch.
-        stepping: returns the last works of the requests that are between two steps.
+        stepping: returns the last work item of each request that is between two steps.
         watch: called whenever the worker waits; ends late requests, and returns when it has to be called again.
         lose: called with the submissions that are lost, and the reason, when the worker has failed.
 
@@ -189,7 +189,7 @@ class Worker:
         self._start()
 
     def put(self, submission: Submission) -> None:
-        """Submit a work. Its gate is opened once it has been run or is lost."""
+        """Submit a work item. Its gate is opened once it has been run or is lost."""
         self._submissions.append(submission)
         if len(self._submissions) == 1 or not self._joining():
             self._changed.notify()
@@ -207,7 +207,7 @@ class Worker:
         self._changed.notify()
 
     def stop(self) -> None:
-        """Stop once everything submitted has been run."""
+        """Stop once everything that was submitted has been run."""
         self._stopped = True
         self._changed.notify()
 

@@ -301,20 +301,19 @@ def calibrate_mag_cache(
 ) -> MagCache:
     """Measure the ratios that MagCache needs, and return the method with them.
 
-    How the magnitude of the blocks' change develops from step to step hardly depends on the prompt, so one prompt is
-    enough. With several prompts or seeds, the ratios are averaged. They belong to the model, the scheduler and the
-    guidance scale; a call with another number of steps uses the ratios of the nearest steps. To keep them, write the
-    schedule to a file:
+    The ratios hardly depend on the prompt, so one prompt is enough. With several prompts or seeds, the ratios are
+    averaged. They are specific to the model, the scheduler and the guidance scale; a call with a different number of
+    steps uses the ratios of the nearest steps. To keep them, write the schedule to a file:
 
         method = tgate_compile.calibrate_mag_cache(pipe, ["a red fox in snow"], num_inference_steps=28)
         tgate_compile.save_schedule(tgate_compile.Schedule.of(method), "magcache.json")
-        tgate_compile.optimize(pipe, dataclasses.replace(method, threshold=0.1))
+        tgate_compile.optimize(pipe, dataclasses.replace(method, threshold=0.1))  # a higher threshold skips more steps
 
     Args:
         pipe: a plain pipeline, not an optimized one. It is plain again afterwards, even after an error.
         prompts: prompts; None if `call` contains prompt embeddings.
         num_inference_steps: as for the pipeline's call.
-        seeds: seeds of the noise for each prompt.
+        seeds: the seeds of the noise; each prompt runs once with each seed.
         call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         denoiser: as for `optimize`. Needed if the pipeline has two denoisers, which are calibrated one by one.
         front: the number of blocks at the front that every step will compute, as in `MagCache`.
