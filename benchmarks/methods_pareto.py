@@ -265,8 +265,9 @@ def hook(pipe: Any, apply: Callable[[Any], None]) -> None:
 def start(pipe: Any) -> None:
     """Prepare a pipeline with one of diffusers' implementations for a generation."""
     pipe.transformer_calls = 0
-    # diffusers' state outlives a call, and not every pipeline resets it.
-    pipe.transformer._diffusers_hook.reset_stateful_hooks(recurse=True)
+    for module in pipe.transformer.modules():
+        if hasattr(module, "_diffusers_hook"):
+            module._diffusers_hook.reset_stateful_hooks()  # their state outlives a call, and not every pipeline does so
     _set_cache_context(pipe.transformer, CacheContext("inference"))  # which not every pipeline does
 
 

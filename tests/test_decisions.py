@@ -340,7 +340,7 @@ def test_dbcache_is_as_with_hooks(method: DBCache) -> None:
 
 @contextmanager
 def with_cache_dit(pipe: Any, method: DBCache, forecast: int = 0) -> Iterator[None]:
-    """Let cache-dit skip blocks as `method` does; its `num_inference_steps` would restart its count of steps."""
+    """Let cache-dit skip blocks as `method` does."""
     config = cache_dit.DBCacheConfig(
         Fn_compute_blocks=method.front,
         Bn_compute_blocks=method.back,
