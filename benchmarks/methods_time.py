@@ -57,9 +57,8 @@ def pairs(model: str, steps: int, blocks: int, ratios: tuple[float, ...]) -> lis
     found = [Pair("plain", None, lambda pipe: None)]
     by_name = {each.name: each for each in contenders(model, steps, blocks, ratios)}
     for each in by_name.values():
-        if each.hook is not None:
-            like = by_name.get(each.like or "")
-            ours = Schedule.of(FirstBlockCache(0.08)) if like is None else like.schedule
+        if each.hook is not None and (each.like is None or each.like in by_name):
+            ours = by_name[each.like].schedule if each.like else Schedule.of(FirstBlockCache(0.08))
             found.append(Pair(each.name, ours, partial(hook, apply=each.hook), start))
     method = DBCache(0.12, front=1, warm_up=max(2, steps // 5))
 
