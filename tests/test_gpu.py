@@ -13,7 +13,7 @@ from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 import tgate_compile
 from tests.comparing import difference
 from tests.tiny_pipelines import run, sdxl, stable_diffusion
-from tgate_compile.engine.trust import weight_samples
+from tgate_compile.engine.samples import WeightSamples
 from tgate_compile.exports.inductor.live import without_cuda_graphs
 
 pytestmark = [
@@ -151,15 +151,16 @@ def test_compiled_code_does_not_copy_channels_last_weights(dtype: torch.dtype) -
 
 def test_all_weights_are_compared_with_one_synchronization() -> None:
     weights = [torch.randn(64, 64, device="cuda") for _ in range(20)]
-    weight_samples(weights)
+    sampler = WeightSamples()
+    sampler.of(weights)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchron"):
-            weight_samples(weights)
+            sampler.of(weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     with torch.profiler.profile(acc_events=True) as profiler:
-        weight_samples(weights)
+        sampler.of(weights)
     copies = [event for event in profiler.events() if "Memcpy DtoH" in event.name]
     assert len(copies) == 1
 

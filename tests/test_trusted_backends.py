@@ -13,7 +13,8 @@ import tgate_compile
 from tests.comparing import difference
 from tests.tiny_pipelines import run, stable_diffusion
 from tgate_compile import BackendError
-from tgate_compile.engine.trust import coarsest, relative_difference, sums_of_bits, weight_samples
+from tgate_compile.engine.samples import WeightSamples, sums_of_bits
+from tgate_compile.engine.trust import coarsest, relative_difference
 from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
 from tgate_compile.exports.openvino.live import OpenVinoBackend
 from tgate_compile.exports.tensorrt.live import TensorRTBackend
@@ -193,17 +194,22 @@ def test_options_that_lower_the_precision(backend: Any, dtype: torch.dtype | Non
 
 def test_changes_of_all_weights_are_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums are fetched from a device together: a large denoiser has more than a thousand weights."""
-    fetches: list[int] = []
-    stack = torch.stack
-    monkeypatch.setattr(torch, "stack", lambda sums: fetches.append(len(sums)) or stack(sums))
+    joined: list[int] = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda views: joined.append(len(views)) or cat(views))
     weights = [torch.randn(3000), torch.randn(4, 4).bfloat16(), torch.tensor(3, dtype=torch.int8), torch.empty(0)]
     weights += [torch.randn(9)[1:], torch.randn(7).half()[1:]]  # in memory that int64 cannot be read from
-    before = weight_samples(weights)
-    assert fetches == [6]
-    assert weight_samples(weights) == before
+    weights += [torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last), torch.randn(4, 4)[:, :2]]
+    sampler = WeightSamples()
+    before = sampler.of(weights)
+    assert sum(joined) == len(weights) - 1
+    assert sampler.of(weights) == before == WeightSamples().of(weights)
     for weight in (*weights[:3], *weights[4:]):
         weight.data += 1  # behind the version counter
-        changed = weight_samples(weights)
+        changed = sampler.of(weights)
         assert [one != other for one, other in zip(changed, before, strict=True)].count(True) == 1
         before = changed
+    weights[0].data = weights[0].data.clone().neg()  # elsewhere in memory
+    assert sampler.of(weights)[0] != before[0]
+    assert sampler.of(weights)[1:] == before[1:]
     assert sums_of_bits([]) == []

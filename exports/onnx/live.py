@@ -12,7 +12,7 @@ import torch
 from tgate_compile._errors import BackendError, ConfigurationError, cause_of
 from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import SWITCH, Option, Runner, at_least, check_known_options
-from tgate_compile.engine.trust import MadeOfWeights
+from tgate_compile.engine.samples import MadeOfWeights
 from tgate_compile.exports.onnx.convert import SerializedOnnx, serialized_onnx
 from tgate_compile.exports.onnx.session import ELEMENT_TYPES, best_providers, open_session, run_bound, session_options
 from tgate_compile.passes.graphs import Variant

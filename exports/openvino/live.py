@@ -13,7 +13,7 @@ from tgate_compile._errors import BackendError, ConfigurationError, cause_of
 from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import Runner
 from tgate_compile.engine.choice import model_dtype
-from tgate_compile.engine.trust import MadeOfWeights
+from tgate_compile.engine.samples import MadeOfWeights
 from tgate_compile.exports.onnx.convert import SerializedOnnx, serialized_onnx
 from tgate_compile.exports.openvino.session import (
     PRECISIONS,

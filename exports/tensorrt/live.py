@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from tgate_compile._errors import BackendError, cause_of, check_names
 from tgate_compile._runtimes import check_backend_installed
 from tgate_compile.engine.backends import Runner
-from tgate_compile.engine.trust import MadeOfWeights, coarsest
+from tgate_compile.engine.samples import MadeOfWeights
+from tgate_compile.engine.trust import coarsest
 from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
 
 logger = logging.getLogger(__name__)

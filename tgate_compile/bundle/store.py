@@ -19,7 +19,7 @@ from tgate_compile.bundle.read_manifest import early_graphs, shape_at, solve, wr
 from tgate_compile.bundle.weights import bit_sums, dtype_name
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import EarlyValues
-from tgate_compile.engine.trust import weight_samples
+from tgate_compile.engine.samples import WeightSamples
 from tgate_compile.engine.weights import Watch, live_tensors, plain_tensors
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.graphs import Binding, Captured, Emission, Site, Variant
@@ -189,6 +189,7 @@ class BundleStore:
         self._modules = self._watch.fingerprint
         self._state = state_of_denoiser(denoiser, baseline="none")
         self._loaded = self._weights = bit_sums(denoiser)
+        self._sampler = WeightSamples()
         self._samples: list[tuple[int, int]] | None = None  # those of the last complete check
 
     @property
@@ -223,7 +224,7 @@ class BundleStore:
             BackendError: the runtime cannot refit a graph.
         """
         same = self._watch.refresh()
-        samples = weight_samples(list(plain_tensors(self.denoiser).values()))
+        samples = self._sampler.of(list(plain_tensors(self.denoiser).values()))
         if same and not begins and samples == self._samples:
             return
         weights, self._samples = bit_sums(self.denoiser), samples

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from tgate_compile._errors import BundleError
 from tgate_compile.bundle.manifest import WEIGHTS_FILE, Count, Dtype, Name
-from tgate_compile.engine.trust import sums_of_bits
+from tgate_compile.engine.samples import sums_of_bits
 from tgate_compile.engine.weights import plain_tensors
 
 

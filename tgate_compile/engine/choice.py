@@ -16,7 +16,8 @@ from tgate_compile._errors import BackendError, ConfigurationError, Precision, U
 from tgate_compile._runtimes import BACKENDS, automatic_backends, is_backend_installed, ranked_backends
 from tgate_compile.engine.backends import Backend, Runner, backend_class
 from tgate_compile.engine.disk import versions_of
-from tgate_compile.engine.trust import MOST_CHANGES, Candidate, ChosenBackend, weight_samples
+from tgate_compile.engine.samples import WeightSamples
+from tgate_compile.engine.trust import MOST_CHANGES, Candidate, ChosenBackend
 from tgate_compile.engine.weights import wrapped_weight
 from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
 from tgate_compile.passes.legalize import change_precision
@@ -289,14 +290,15 @@ class _Copies:
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, _Form], _Copy] = {}
+        self._samplers: dict[tuple[str, ...], WeightSamples] = {}  # by the weights' names: graphs have different ones
 
     def of(self, names: Sequence[str], weights: Sequence[torch.Tensor], forms: Sequence[_Form]) -> list[torch.Tensor]:
         """Return the copies of `weights`, which have these names, in these forms."""
-        samples = weight_samples(weights)
+        samples = self._samplers.setdefault(tuple(names), WeightSamples()).of(weights)
         return [self._one(*each) for each in zip(names, weights, forms, samples, strict=True)]
 
     def release(self) -> None:
-        self._held = {}
+        self._held, self._samplers = {}, {}
 
     @torch.no_grad()
     def _one(self, name: str, weight: torch.Tensor, form: _Form, sample: tuple[int, int]) -> torch.Tensor:

@@ -156,7 +156,7 @@ def verdict_on(
     Args:
         variant: the graph.
         backend: the properties that the results depend on: the backend's name, its options, and its packages' versions.
-        weights: the sums of the weights' bits (`trust.sums_of_bits`).
+        weights: the sums of the weights' bits (`samples.sums_of_bits`).
         inputs: inputs like those that are compared; only their device matters.
     """
     if disk_cache() is None:

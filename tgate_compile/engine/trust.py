@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -18,6 +18,7 @@ from tgate_compile._machine import available_memory
 from tgate_compile.engine.backends import Backend
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.disk import verdict_on
+from tgate_compile.engine.samples import SAMPLES, sums_of_bits
 from tgate_compile.engine.traffic import exclusive
 from tgate_compile.methods.method import LAYERS, Kind
 from tgate_compile.passes.graphs import Site, Variant
@@ -73,84 +74,6 @@ def full_float32() -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-#: The minimum number of elements of a weight that are sampled once per image.
-SAMPLES = 1024
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # the widest first
-
-Made = TypeVar("Made")
-
-
-class MadeOfWeights(Generic[Made]):
-    """A value that `make` computes from the weights, recomputed when they have changed."""
-
-    def __init__(self, make: Callable[[Sequence[torch.Tensor]], Made]) -> None:
-        self._make = make
-        self._seen: Sequence[torch.Tensor] | None = None
-        self._samples: list[tuple[int, int]] = []
-        self._made: list[Made] = []
-        self._count = 0
-
-    @property
-    def remade(self) -> int:
-        """How often the value has been computed again because the weights had changed."""
-        return max(0, self._count - 1)
-
-    def release(self) -> None:
-        """Release the value and the weights."""
-        self._made, self._samples, self._seen = [], [], None
-
-    def of(self, weights: Sequence[torch.Tensor], used: Sequence[int] | None = None) -> Made:
-        """Return the value for `weights`, or for those at the positions `used`."""
-        # The library passes a new list at the start of each generation; only then can a weight have changed.
-        if not self._made or weights is not self._seen:
-            tensors = weights if used is None else [weights[position] for position in used]
-            samples = weight_samples(tensors)
-            if not self._made or samples != self._samples:
-                self._made = [self._make(tensors)]
-                self._count += 1
-                self._samples = samples
-            self._seen = weights
-        return self._made[0]
-
-
-def as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bits of `tensor` as a one-dimensional tensor of the widest integers that its size and place allow.
-
-    On a CPU, torch adds int64 twelve times as fast as int32, which it converts first.
-    """
-    flat = tensor.detach().contiguous().view(-1)
-    place = flat.storage_offset() * flat.itemsize
-    return flat.view(next(each for each in _INTEGERS if flat.nbytes % each.itemsize == place % each.itemsize == 0))
-
-
-def sums_of_bits(tensors: Iterable[torch.Tensor], at_most: int | None = None) -> list[int]:
-    """Return a sum over the bits of each tensor, of about `at_most` integers each; None means all.
-
-    All results of a device are fetched at once: waiting for each of a thousand tensors would take longer than a step.
-    """
-    sums: list[torch.Tensor] = []
-    for tensor in tensors:
-        bits = as_integers(tensor)
-        sums.append((bits if at_most is None else bits[:: max(1, bits.numel() // at_most)]).sum())
-    found = [0] * len(sums)
-    for device in {each.device for each in sums}:
-        places = [place for place, each in enumerate(sums) if each.device == device]
-        for place, value in zip(places, torch.stack([sums[place] for place in places]).tolist(), strict=True):
-            found[place] = value
-    return found
-
-
-def weight_samples(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Return a value for each tensor that differs once it has changed: torch's version counter, and a sum over samples.
-
-    The samples detect changes that bypass the counter, such as peft's merging through `.data`, which changes a weight
-    everywhere. Summing all elements would take a second per image for an SD-1.5.
-    """
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    return list(zip(versions, sums_of_bits(tensors, SAMPLES), strict=True))
 
 
 class Reference:
