@@ -33,11 +33,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from tgate_compile._errors import VerificationError
 from tgate_compile.passes.attention_core import LAYOUT
-from tgate_compile.passes.graphs import Binding, Variant, argument, copy_graph, flat_program, is_mutable, outputs_of
-from tgate_compile.passes.specialize import remove_dead
+from tgate_compile.passes.graphs import Binding, Variant, argument, flat_program, is_mutable, outputs_of
 
 aten = torch.ops.aten
 logger = logging.getLogger(__name__)
@@ -236,12 +236,12 @@ def _cheapest_cut(
     ]  # fmt: skip
 
 
-def _ancestors(goals: Iterable[Node]) -> list[Node]:
-    """Return `goals` and everything that they are computed from, in graph order."""
+def _ancestors(goals: Iterable[Node], given: Collection[Node] = ()) -> list[Node]:
+    """Return `goals` and everything that they are computed from besides the values `given`, in graph order."""
     seen = set(goals)
     queue = list(seen)
     for node in queue:  # grows during the loop
-        new = [source for source in node.all_input_nodes if source not in seen]
+        new = [source for source in node.all_input_nodes if source not in seen and source not in given]
         seen.update(new)
         queue += new
     return [node for node in queue[0].graph.nodes if node in seen] if queue else []
@@ -379,23 +379,38 @@ def _extract(
     The values of `given` are inputs under these names, between the inputs of the denoiser's call and the caches. Sizes
     are read from an input that is used anyway, or one that `prefers` names, if it has them.
     """
-    graph_module = copy_graph(variant.program.graph_module)
-    graph = graph_module.graph
-    nodes = {node.name: node for node in graph.nodes}
-    graph.output_node().args = (tuple(nodes[node.name] for node in results),)
-    own = [node for node in graph.nodes if node.op == "placeholder"]
-    last = own[len(own) - len(variant.reused) - 1]
+    # Only what is needed is copied: a prelude or a table has few of the variant's nodes.
+    needed = _ancestors(results, given)
+    call, caches = _inputs(variant, set(needed))
+    graph = torch.fx.Graph()
+    values = {node: graph.node_copy(node) for node in call}  # as operators take them
     for node, name in given.items():
-        with graph.inserting_after(last):
-            last = graph.placeholder(name)
-        last.meta["val"] = node.meta["val"]
-        nodes[node.name].replace_all_uses_with(last, delete_user_cb=lambda user: user.op != "output")
+        values[node] = graph.placeholder(name)
+        values[node].meta["val"] = node.meta["val"]
+    values.update((node, graph.node_copy(node)) for node in caches)
+    own = {node: values[node] for node in (*call, *caches)}  # as computed here, even if they are given
+    for node in needed:
+        if node not in own:
+            own[node] = graph.node_copy(node, values.__getitem__)
+            values.setdefault(node, own[node])
+    graph.output(tuple(own[node] for node in results))
     if prefers:
         _share_sizes(graph, prefers)
-    remove_dead(graph_module)
-    graph.lint()
-    graph_module.recompile()
-    return flat_program(variant.program, graph_module)
+    for node in graph.find_nodes(op="placeholder"):
+        if not node.users:
+            graph.erase_node(node)
+    return flat_program(variant.program, _LazyGraphModule(variant.program.graph_module, graph))
+
+
+def _inputs(variant: Variant, needed: Collection[Node]) -> tuple[list[Node], list[Node]]:
+    """Return the inputs of `variant` without its caches, and its caches; weights only if they are `needed`."""
+    specs = variant.program.graph_signature.input_specs
+    inputs = variant.program.graph.find_nodes(op="placeholder")
+    taken = [
+        node for node, spec in zip(inputs, specs, strict=True) if spec.kind is InputKind.USER_INPUT or node in needed
+    ]
+    first = len(taken) - len(variant.reused)
+    return taken[:first], taken[first:]
 
 
 def _share_sizes(graph: torch.fx.Graph, prefers: Collection[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -86,10 +85,8 @@ def copy_graph(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     first runs: most copies never do, since a pass changes them or a program is made of them.
     """
     graph = torch.fx.Graph()
-    output = graph.graph_copy(graph_module.graph, val_map={})
+    output = graph.graph_copy(graph_module.graph, val_map={})  # each node gets a dictionary `meta` of its own
     graph.output(tuple(output))  # type: ignore[arg-type]
-    for node in graph.nodes:
-        node.meta = copy.copy(node.meta)  # so that changes by a pass do not affect the original's node
     return _LazyGraphModule(graph_module, graph)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -205,9 +206,11 @@ def _serialized(graph: OnnxGraph, weights_in: WeightsIn) -> bytes:
 def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str]) -> OnnxGraph:
     """Convert `program` to an ONNX model of opset `OPSET`, in which the tensors that `weights` names stay unchanged."""
     with _quiet_exporter(), torch.no_grad():
-        onnx_program = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
-    assert onnx_program is not None
-    model = onnx_program.model
+        from torch.onnx._internal.exporter import _core
+
+        # As torch.onnx.export does, except that the table of operators is built only once.
+        exported = _core.export(program, registry=_operators(), opset_version=OPSET, optimize=False, verbose=False)
+    model = exported.model
     weights = [name for name in weights if name in model.graph.initializers]
     # As inputs, weights cannot be folded by the optimizer, so none ends up in a constant under another name.
     taken = {name: model.graph.initializers.pop(name) for name in weights}
@@ -223,6 +226,14 @@ def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str
     used = [name for name in weights if taken[name].uses()]
     _without_notes(model)
     return OnnxGraph(model, tuple(used))
+
+
+@functools.cache
+def _operators() -> Any:
+    """Return the exporter's table of operators; building it parses the source of 500 functions, in half a second."""
+    from torch.onnx._internal.exporter import _registration
+
+    return _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
 
 
 def _small_numbers(model: onnx_ir.Model) -> dict[onnx_ir.Value, onnx_ir.TensorProtocol]:
