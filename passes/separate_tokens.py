@@ -274,15 +274,33 @@ def mark_tokens(
 
 
 def _is_sequence(node: Node) -> bool:
-    """Return whether an input may have a row of features for each token."""
+    """Return whether an input may have a row of features for each token: positions and masks have none."""
     value = node.meta.get("val")
-    return torch.is_tensor(value) and value.is_floating_point() and value.ndim >= 3
+    is_possible = torch.is_tensor(value) and value.is_floating_point() and value.ndim >= 3
+    return is_possible and not _is_beside_features(node)
+
+
+def _is_beside_features(node: Node) -> bool:
+    """Return whether an input gets to an attention without a projection, as positions and masks do."""
+    found, queue = {node}, [node]
+    while queue:
+        source = queue.pop()
+        for user in source.users:
+            if user.target in FUSED:
+                return True
+            is_projected = user.target in _PROJECTIONS and operand(user, 0) is source
+            if user not in found and not is_projected and not is_size(user):
+                found.add(user)
+                queue.append(user)
+    return False
 
 
 _SLICES = {aten.slice.Tensor, aten.narrow.default}
 #: Operators that project each row of their first operand, if the second one holds weights.
 _PROJECTIONS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default}
 _SUMS = {aten.add.Tensor, aten.add_.Tensor}
+#: Assignments to some rows of their first operand.
+_SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
 #: Operators whose results are hidden states if no block comes before.
 _BEGINNINGS = {*FUSED, *_PROJECTIONS, aten.pad_sequence.default}
 
@@ -294,8 +312,9 @@ def hidden_states(
 
     From a hidden state, a block computes keys and values by normalization, modulation with the timestep and linear
     layers. It is the nearest value, before a linear layer, that all rows of the keys depend on and that is a sum of two
-    sequences (the input of a block and what the block adds to it), or where there is no block before, a concatenation
-    of tokens, the result of another linear layer, or an input. Keys and values usually have the same hidden state.
+    sequences (the input of a block and what the block adds to it), or where there is no block before, a sequence
+    assembled from several of the text, the result of another linear layer, or an input. Keys and values usually have
+    the same hidden state.
 
     Args:
         graph: the graph of a denoiser.
@@ -328,7 +347,8 @@ def _state_before(start: Node, labels: Labels, content: Collection[Node], order:
         node = heapq.heappop(queue)[1]
         sources = dict(_rows_before(node, dims[node], labels, content))
         is_sum = node.target in _SUMS and len(sources) > 1
-        is_end = node.op == "placeholder" or node.target in _BEGINNINGS or _joins_tokens(node, dims[node])
+        is_assembled = len(sources) > 1 and (node.target in _SCATTERS or _joins_tokens(node, dims[node]))
+        is_end = node.op == "placeholder" or node.target in _BEGINNINGS or is_assembled
         if is_projected and not queue and (is_sum or is_end):
             return node  # all paths lead through it, as there is none beside it
         if not sources:
@@ -346,8 +366,8 @@ def _rows_before(node: Node, dim: int, labels: Labels, content: Collection[Node]
 
     Other operands, such as weights, modulation and tables of positions, are left out.
     """
-    if _joins_tokens(node, dim):
-        tensors = tensors_of(node)
+    if node.target is aten.slice_scatter.default or _joins_tokens(node, dim):
+        tensors = tensors_of(node) if node.target in CATS else [operand(node, 0), operand(node, 1)]
         for each in tensors:
             if each in content and Stream.TEXT in streams_of(label_of_operand(each, tensors, labels)):
                 yield each, dim
