@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 from torch.utils import _pytree as pytree
 
-from tgate_compile._errors import ConfigurationError, UnsupportedCallError, brief, check_call, check_names, first_line
+from tgate_compile._errors import ConfigurationError, UnsupportedCallError, brief, check_call, did_you_mean, first_line
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.compiled import CachedValues, EarlyValues, Store
 from tgate_compile.engine.trust import Served as TrustedRunner
@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 MSG_NEW_SIZE = (
     "No graphs have been compiled for the denoiser's inputs of this request ({sizes}; phases {phases}), and the engine "
-    'was started with new_sizes="{policy}". Request a size that the engine was warmed up for, or add a call of this '
-    "size to Engine(pipe, warm_up=[...])."
+    'was started with new_sizes="{policy}". Request a size that the engine was warmed up for, or prepare this one when '
+    "the engine starts: Engine(pipe, warm_up=[...]), or `tgate-compile serve --warm-up-size`."
 )
 MSG_NOT_YET = (
     "The graphs for the denoiser's inputs of this request ({sizes}) are being captured in the background, and the "
@@ -145,8 +145,11 @@ class ServedPipeline:
     def check(self, call: Mapping[str, Any], lora: Mapping[str, float] | None) -> None:
         """Raise ConfigurationError if the pipeline does not know these arguments or adapters."""
         check_call(call, self._state.pipeline_class)
-        if lora is not None:
-            check_names(lora, self._adapters.names, "lora: this pipeline")
+        names = self._adapters.names
+        for name in lora or ():
+            if name not in names:
+                loaded = f"The loaded ones are {', '.join(names)}." if names else "No LoRA is loaded."
+                raise ConfigurationError(f'There is no LoRA "{name}".{did_you_mean(name, names)} {loaded}')
 
     def close(self) -> None:
         """Release the pipeline, and activate the adapters that were active before."""

@@ -288,6 +288,8 @@ def invalid_request(errors: Sequence[Any]) -> ApiError:
     is_pattern = first["type"] == "string_pattern_mismatch"
     reason = "wrong format" if is_pattern else re.sub("^(Input|String|Value error,) ", "", first["msg"]).rstrip(".")
     hint = f" {_HINTS[param]}" if param in _HINTS else ""
+    if first["type"] == "none_required":
+        return ApiError(400, f"{param!r} is not supported.{hint}", param=param, code="invalid_value")
     return ApiError(400, f"Invalid {param!r}: {reason}.{hint}", param=param, code="invalid_value")
 
 
