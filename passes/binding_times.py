@@ -404,9 +404,8 @@ def _extract(
 
 def _inputs(variant: Variant, needed: Collection[Node]) -> tuple[list[Node], list[Node]]:
     """Return the inputs of `variant` without its caches, and its caches; weights only if they are `needed`."""
-    specs = zip(
-        variant.program.graph.find_nodes(op="placeholder"), variant.program.graph_signature.input_specs, strict=True
-    )
+    inputs = variant.program.graph.find_nodes(op="placeholder")
+    specs = zip(inputs, variant.program.graph_signature.input_specs, strict=True)
     taken = [node for node, spec in specs if spec.kind is InputKind.USER_INPUT or node in needed]
     first = len(taken) - len(variant.reused)
     return taken[:first], taken[first:]
