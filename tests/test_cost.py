@@ -200,13 +200,15 @@ def test_rows_counted_with_other_settings_have_a_note(
     assert schedule_of(row) == (schedule, notes)
 
 
-# A UNet of two blocks, to check the sums themselves.
+# A UNet of two blocks, to check the sums themselves. The tests with its captures follow one another, since only the
+# last few are kept.
 TINY = Model(
     Architecture(
         "UNet2DConditionModel",
         {
             "block_out_channels": (32, 64),
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "mid_block_type": None,
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
             "layers_per_block": 1,
             "cross_attention_dim": 16,
@@ -246,6 +248,32 @@ def test_every_step_is_counted_by_its_own_graph(schedule: Schedule, strip: str) 
     by_letter = dict(zip(strip, steps, strict=True))
     assert len(set(by_letter.values())) == len(by_letter), "two kinds of step cost the same"
     assert max(steps) == by_letter["F"]
+
+
+def test_parameters_in_the_papers_convention_and_in_the_graph() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**TINY.architecture.config)
+    everything = sum(parameter.numel() for parameter in unet.parameters())
+    own = sum(p.numel() for name, p in unet.named_parameters() if ".attn2." in name)
+    norms = sum(p.numel() for name, p in unet.named_parameters() if ".norm2." in name and "transformer_blocks" in name)
+    for schedule in (None, Schedule(100), Schedule(None, guidance_step=4)):
+        cost = image_cost(TINY, schedule)
+        assert cost.parameters == cost.parameters_at_end == everything
+    gated = image_cost(TINY, Schedule(4))
+    assert (gated.parameters, gated.parameters_at_end) == (everything - own, everything - own - norms)
+    # With fi_interval some of the last steps still compute self-attention, so its weights stay.
+    assert image_cost(TINY, Schedule(5, sp_interval=2, fi_interval=2)).parameters_at_end == gated.parameters_at_end
+
+
+def test_size_batch_steps_and_guidance() -> None:
+    schedule = Schedule(3)
+    once = image_cost(TINY, schedule)
+    assert image_cost(TINY, schedule, batch=3).macs == 3 * once.macs
+    assert image_cost(TINY, schedule, guided=False).strip == "fffpppppp"
+    assert image_cost(TINY, schedule, steps=4).strip == "FFFp"
+    # Twice the latents need nearly twice the work: the text's and the timestep's part stays the same.
+    assert 1.95 < image_cost(TINY, schedule, height=128).macs / once.macs < 2.0
+    assert 1.95 < image_cost(TINY, schedule, width=128).macs / once.macs < 2.0
 
 
 #: A transformer of six equal blocks, of which the methods below skip some or all.
@@ -312,32 +340,6 @@ def test_forecasts_cost_no_more_operations_and_fora_leaves_little() -> None:
     assert cost.macs == image_cost(TINY_TRANSFORMER, Schedule.of(Fora(2, forecast=2))).macs
     # Half of the steps have no attentions and no feed-forwards; what is left of the model is small.
     assert 0.5 < cost.macs / image_cost(TINY_TRANSFORMER, None).macs < 0.6
-
-
-def test_parameters_in_the_papers_convention_and_in_the_graph() -> None:
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**TINY.architecture.config)
-    everything = sum(parameter.numel() for parameter in unet.parameters())
-    own = sum(p.numel() for name, p in unet.named_parameters() if ".attn2." in name)
-    norms = sum(p.numel() for name, p in unet.named_parameters() if ".norm2." in name and "transformer_blocks" in name)
-    for schedule in (None, Schedule(100), Schedule(None, guidance_step=4)):
-        cost = image_cost(TINY, schedule)
-        assert cost.parameters == cost.parameters_at_end == everything
-    gated = image_cost(TINY, Schedule(4))
-    assert (gated.parameters, gated.parameters_at_end) == (everything - own, everything - own - norms)
-    # With fi_interval some of the last steps still compute self-attention, so its weights stay.
-    assert image_cost(TINY, Schedule(5, sp_interval=2, fi_interval=2)).parameters_at_end == gated.parameters_at_end
-
-
-def test_size_batch_steps_and_guidance() -> None:
-    schedule = Schedule(3)
-    once = image_cost(TINY, schedule)
-    assert image_cost(TINY, schedule, batch=3).macs == 3 * once.macs
-    assert image_cost(TINY, schedule, guided=False).strip == "fffpppppp"
-    assert image_cost(TINY, schedule, steps=4).strip == "FFFp"
-    # Twice the latents need nearly twice the work: the text's and the timestep's part stays the same.
-    assert 1.95 < image_cost(TINY, schedule, height=128).macs / once.macs < 2.0
-    assert 1.95 < image_cost(TINY, schedule, width=128).macs / once.macs < 2.0
 
 
 def test_wrong_models_and_branches() -> None:

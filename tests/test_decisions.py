@@ -198,8 +198,9 @@ def test_first_block_cache_is_as_in_diffusers(name: str) -> None:
     assert_same(images, expected)
     assert_differ(images, plain)
     assert torch.equal(latents_of(ours, call()), images)  # nothing is left of the first call
-    # Two calls have compiled each graph once: the whole step, the head, the tail and the finish.
-    assert ours._tgate_compile.hook.store.compilations == 4
+    # Two calls have compiled each graph once: the whole step, the head, the tail and the finish. Qwen-Image has them
+    # for each half, because the two texts have different lengths.
+    assert ours._tgate_compile.hook.store.compilations == (8 if name == "qwen-image" else 4)
 
 
 def test_nothing_is_left_after_an_exception() -> None:
