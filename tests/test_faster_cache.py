@@ -63,7 +63,7 @@ def test_strips(schedule: Schedule, strip: str) -> None:
     "other", [PAB(4, 2), DeepCache(3), BlockCache(2), FrozenText(4), TGate(5, sp_interval=2), TGate(5, text_interval=2)]
 )
 def test_methods_that_cache_both_halves_are_refused(other: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"FasterCache cannot be combined with .* those of both halves"):
+    with pytest.raises(ConfigurationError, match=r"FasterCache cannot be combined with .* the values of both halves"):
         FasterCache(3) + other
 
 
