@@ -138,7 +138,7 @@ def hooks(steps: int, ratios: tuple[float, ...]) -> list[Contender]:
         apply_mag_cache(pipe.transformer, config)
 
     def taylor(pipe: Any) -> None:
-        names = [r"blocks\.\d+\.(attn|attn1|attn2|ff|ff_context)$"]
+        names = [r".*blocks\.\d+\.(attn|attn1|attn2|ff|ff_context)"]
         config = TaylorSeerCacheConfig(
             cache_interval=2, disable_cache_before_step=1, max_order=0, cache_identifiers=names
         )
@@ -308,6 +308,8 @@ def measure(runs: Runs, chosen: Sequence[Contender], seeds: Sequence[int]) -> di
     costs = {contender.name: runs.macs(contender) / full for contender in able if contender.hook is None}
     for contender in able:
         own = torch.cat(latents[contender.name])
+        if contender.hook is not None and torch.equal(own, plain):
+            raise RuntimeError(f"{contender.name} has no effect on {runs.name}.")
         pixels = runs.pixels(own)
         seen = right(reader, pixels, runs.captions * len(seeds))
         # Pixels are between 0 and 1; identical images have no finite ratio.

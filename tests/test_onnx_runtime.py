@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import onnx_ir
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from tests.tiny_pipelines import (
 from tgate_compile import ConfigurationError, Schedule
 from tgate_compile.engine.choice import Chooser
 from tgate_compile.engine.config import Config
+from tgate_compile.exports.onnx import convert
 from tgate_compile.exports.onnx.convert import to_onnx
 from tgate_compile.exports.onnx.live import OnnxRuntimeBackend
 from tgate_compile.exports.onnx.session import best_providers, provider_options, run_bound
@@ -196,3 +198,23 @@ def session_inputs(compiled: Any) -> list[tuple[str, torch.Size, torch.dtype]]:
     placeholders = [node for node in compiled.variant.program.graph.nodes if node.op == "placeholder"]
     values = [node.meta["val"] for node in placeholders[-len(names) :]]
     return [(name, value.shape, value.dtype) for name, value in zip(names, values, strict=True)]
+
+
+def test_the_shortcut_writes_what_pytorchs_exporter_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the PyTorch that was checked, the table of operators is built once; the model is the same."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = torch.nn.GroupNorm(2, 4), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            heads = self.linear(self.norm(x))[:, None]
+            return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+    program = torch.export.export(Layer(), (torch.randn(2, 4, 8),))
+    ours = convert.program_to_onnx(program, ["linear.weight"])
+    monkeypatch.setattr(convert, "CHECKED_TORCH", "none")
+    theirs = convert.program_to_onnx(program, ["linear.weight"])
+    assert ours.weights == theirs.weights == ("linear.weight",)
+    assert onnx_ir.to_proto(ours.model) == onnx_ir.to_proto(theirs.model)

@@ -94,6 +94,9 @@ logger = logging.getLogger(__name__)
 #: This opset has the operators GroupNormalization and Attention: fewer nodes, and faster in ONNX Runtime.
 OPSET = 23
 
+#: The PyTorch whose exporter's own functions were found to write the same files as `torch.onnx.export`.
+CHECKED_TORCH = "2.13."
+
 #: Constants below this are hidden from the optimizer, which treats numbers closer to 0 than 1e-8 as 0.
 SMALL = 1e-7
 
@@ -206,10 +209,7 @@ def _serialized(graph: OnnxGraph, weights_in: WeightsIn) -> bytes:
 def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str]) -> OnnxGraph:
     """Convert `program` to an ONNX model of opset `OPSET`, in which the tensors that `weights` names stay unchanged."""
     with _quiet_exporter(), torch.no_grad():
-        from torch.onnx._internal.exporter import _core
-
-        # As torch.onnx.export does, except that the table of operators is built only once.
-        exported = _core.export(program, registry=_operators(), opset_version=OPSET, optimize=False, verbose=False)
+        exported = _exported(program)
     model = exported.model
     weights = [name for name in weights if name in model.graph.initializers]
     # As inputs, weights cannot be folded by the optimizer, so none ends up in a constant under another name.
@@ -226,6 +226,16 @@ def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str
     used = [name for name in weights if taken[name].uses()]
     _without_notes(model)
     return OnnxGraph(model, tuple(used))
+
+
+def _exported(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    if not torch.__version__.startswith(CHECKED_TORCH):
+        exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        assert exported is not None
+        return exported
+    from torch.onnx._internal.exporter import _core
+
+    return _core.export(program, registry=_operators(), opset_version=OPSET, optimize=False, verbose=False)
 
 
 @functools.cache
