@@ -432,9 +432,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{row.get('against_fewer_steps')}"
                 )
         if given.out is not None:
-            given.out.write_text(json.dumps(results, indent=1) + "\n")
+            models = {m: listed(rows) for m, rows in results["models"].items()}
+            given.out.write_text(json.dumps({**results, "models": models}, indent=1) + "\n")
     if given.plot is not None:
         draw(results, given.plot)
+
+
+def listed(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows with their names, cheapest first."""
+    return sorted(({"name": n, **r} for n, r in rows.items()), key=_operations)
+
+
+def _operations(row: Mapping[str, Any]) -> float:
+    cost = row.get("operations", math.nan)
+    return math.inf if math.isnan(cost) else cost
 
 
 def captions_of(count: int, seed: int) -> list[str]:
