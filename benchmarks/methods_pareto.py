@@ -54,14 +54,17 @@ from tgate_compile import (
     PAB,
     AdaptiveGuidance,
     BlockCache,
+    DBCache,
     DeepCache,
     DeltaDiT,
     FasterCache,
+    FirstBlockCache,
     Fora,
     FrozenText,
     MagCache,
     Method,
     Schedule,
+    TeaCache,
     TGate,
     UnsupportedModelError,
 )
@@ -362,6 +365,31 @@ def searched(name: str, steps: int, budget: float) -> list[Contender]:
     return [Contender(row.label, f"tuned for {budget:g}", row.schedule) for row in rows.values()]
 
 
+def decided(name: str) -> dict[str, Any]:
+    """Return the measurements of methods that decide at run time, by `tune`."""
+    demo = DEMO_VARIANTS[name]
+    unfitted = (1.0, 0.0)
+    candidates = [
+        *(FirstBlockCache(threshold) for threshold in (0.05, 0.08, 0.12)),
+        FirstBlockCache(0.12, forecast=1),
+        *(DBCache(threshold, front=1, warm_up=5) for threshold in (0.12, 0.2)),
+        DBCache(0.2, front=1, warm_up=5, forecast=1),
+        *(TeaCache(threshold, coefficients=unfitted) for threshold in (0.1, 0.2)),
+        TeaCache(0.2, coefficients=unfitted, forecast=1),
+    ]
+    tuning = tgate_compile.tune(
+        tgate_compile.load_demo_pipeline(name),
+        captions_of(8, 7),
+        candidates=candidates,
+        tolerance=10.0,
+        num_inference_steps=demo.steps,
+        seeds=(0, 1),
+        call={**demo.call, "guidance_scale": demo.guidance},
+    )
+    print(tuning, flush=True)
+    return {key: value for key, value in tuning.as_dict().items() if key != "convergence"}
+
+
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draw drift and wrong images against operations and time, a row of panels for each model."""
     import matplotlib
@@ -399,9 +427,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names; plain is always measured")
     parser.add_argument("--budgets", nargs="*", type=float, default=[], help="also schedules tuned for these budgets")
+    parser.add_argument("--decided", action="store_true", help="measure methods that decide at run time, instead")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args(arguments)
+    if given.decided:
+        tables = {name: decided(name) for name in given.models}
+        command = "python benchmarks/methods_pareto.py --decided --out benchmarks/results/methods_decided.json"
+        if given.out is not None:
+            given.out.write_text(json.dumps({"command": command, "models": tables}, indent=1) + "\n")
+        return
     results: dict[str, Any] = {
         "settings": {"captions": given.captions, "seeds": given.seeds, "steps": given.steps, "backend": given.backend},
         "models": {},
