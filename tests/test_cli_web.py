@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -157,3 +158,8 @@ def test_a_real_process_without_torch(bundle: str, runtime: str, tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", without, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (out / "index.html").is_file()
+
+
+def test_the_site_takes_the_schedulers_of_the_page() -> None:
+    source = (Path(onnxruntime_web.__file__).parent / "site" / "schedulers.js").read_text(encoding="utf-8")
+    assert set(re.findall(r"^  (\w+Scheduler): \w+,$", source, re.MULTILINE)) == set(onnxruntime_web.SCHEDULERS)

@@ -201,7 +201,12 @@ BUNDLE_FOLDER = "bundle"
 RUNTIME_FOLDER = "runtime"
 SETTINGS_FILE = "site.json"
 #: The schedulers that the page supports.
-SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+SCHEDULERS = (
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
 
 
 def is_site(folder: Path) -> bool:
