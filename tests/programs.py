@@ -106,7 +106,8 @@ def program(
     given = {"prompt": "", "num_inference_steps": STEPS, **CALLS.get(name, {}), **dict(call)}
 
     def make(folder: Path) -> None:
-        pipe = tgate_compile.optimize(PIPELINES[name](), **({"gate_step": GATE} | schedule), backend="eager")
+        gate = {} if "schedule" in schedule else {"gate_step": GATE}
+        pipe = tgate_compile.optimize(PIPELINES[name](), **(gate | schedule), backend="eager")
         tgate_compile.export(
             pipe,
             folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 import time
@@ -22,6 +23,7 @@ from tgate_compile import load_demo_pipeline, optimize, restore
 from tgate_compile._cli.app import app
 from tgate_compile._errors import ConfigurationError
 from tgate_compile._web.site import runtime_files, serving, write_site
+from tgate_compile.methods.first_block_cache import FirstBlockCache
 from tgate_compile.runtime import BundlePipeline
 
 STEPS, GATE = 12, 5
@@ -266,7 +268,9 @@ def test_other_servers_have_one_thread(tiny: Path, browser: Any) -> None:
         ("sd", {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}),
         ("sd3", {"gate_step": None, "guidance_step": 4}),
         ("sd3", {"gate_step": 4}),
+        ("sd3", {"schedule": FirstBlockCache(0.25)}),
     ],
+    ids=str,
 )
 def test_other_pipelines_and_schedules(
     name: str, schedule: dict[str, Any], runtime: dict[str, Path], browser: Any, tmp_path: Path
@@ -280,9 +284,14 @@ def test_other_pipelines_and_schedules(
         other = {"negativePrompt": "cat", "steps": 11}, {"negative_prompt": "cat", "num_inference_steps": 11}
         for more, own in (({}, {}), other):
             (made,) = in_engine(browser, "generate", {"prompt": PROMPT, "latents": given, **more})
-            expected = pipe(PROMPT, latents=noise(), output="numpy", **own)
+            seen: list[Any] = []
+            expected = pipe(PROMPT, latents=noise(), output="numpy", callback=seen.append, **own)
             assert psnr(image_of(made)[None], rounded(expected)[None]) > CLOSE, more
-            assert made["strip"] == pipe.schedule.strip(own.get("num_inference_steps", len(made["strip"])))
+            assert made["strip"] == "".join(step.letter for step in seen)
+        browser.find_element("id", "prompt").send_keys(PROMPT)
+        browser.find_element("id", "go").click()
+        wait_for(browser, "document.getElementById('status').textContent.startsWith('Done')")
+        assert not re.search("undefined|NaN", str(of_page(browser, "document.body.innerText")))
     assert complaints(browser) == []
 
 

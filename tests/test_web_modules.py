@@ -30,10 +30,14 @@ from tgate_compile.bundle.denoiser_state import plain_config
 from tgate_compile.bundle.manifest import phase_spec
 from tgate_compile.bundle.plan_rows import plans_of
 from tgate_compile.bundle.read_manifest import shape_at
+from tgate_compile.methods.decisions import Decider, Rule
+from tgate_compile.methods.first_block_cache import FirstBlockCache
 from tgate_compile.methods.fora import Fora
 from tgate_compile.methods.method import forecast_weights
 from tgate_compile.methods.pab import PAB
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.methods.tea_cache import TeaCache
+from tgate_compile.methods.tgate import TGate
 from tgate_compile.pipeline.caches import Caches
 from tgate_compile.runtime import BundlePipeline
 
@@ -264,9 +268,48 @@ def test_schedules_as_here(schedule: Schedule) -> None:
     assert run_in_node(script, {"plans": plans.model_dump(), "cases": cases}) == expected
 
 
+def test_decisions_as_here() -> None:
+    """The page decides as `Decider` does, at the threshold too, and weights values as `forecast_weights` does."""
+    rng = np.random.default_rng(0)
+    rules = [
+        Rule(0.5),
+        Rule(0.5, at_threshold=True),
+        Rule(0.5, most_in_row=2),
+        Rule(0.5, at_threshold=True, most_in_row=1, most=3),
+        Rule(0.5, accumulates=True, coefficients=(2.0, -1.0, 0.25), since="previous"),
+        Rule(0.9, accumulates=True, most=4),
+    ]
+    # None stands for NaN, and True for a step that is not to be decided.
+    measures = [0.5, 0.1, None, 0.2, True, *(float(value) for value in rng.random(20))]
+    expected = []
+    for rule in rules:
+        decider = Decider(rule)
+        expected.append(
+            [
+                decider.computed() if each is True else decider.skips(np.nan if each is None else each)
+                for each in measures
+            ]
+        )
+    kept = [([4], 6), ([5, 3], 6), ([9, 7, 2], 12)]
+    script = """
+    const { Decider, forecastWeights } = await import("./decisions.js");
+    const decided = given.rules.map((rule) => {
+      const decider = new Decider(rule);
+      return given.measures.map((each) => (each === true ? (decider.computed(), null) : decider.skips(each ?? NaN)));
+    });
+    return { decided, weights: given.kept.map(([steps, step]) => forecastWeights(steps, step)) };
+    """
+    given = {"rules": [dataclasses.asdict(rule) for rule in rules], "measures": measures, "kept": kept}
+    made = run_in_node(script, given)
+    assert made["decided"] == expected
+    assert all({True, False} <= set(each) for each in expected)
+    for weights, (steps, step) in zip(made["weights"], kept, strict=True):
+        np.testing.assert_allclose(weights, forecast_weights(steps, step))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_forecasts_as_in_the_pipeline(dtype: str) -> None:
-    """The page's denoiser keeps as many values as a forecast needs, however often a step runs, and adds them up."""
+    """The page's denoiser keeps as many values as a forecast needs, even if graphs warm up, and adds them up."""
     rng = np.random.default_rng(0)
     orders, steps = {"ff": 2}, [0, 1, 3]
     values = rng.standard_normal((len(steps), 5)).astype(dtype)
@@ -308,9 +351,10 @@ def test_forecasts_as_in_the_pipeline(dtype: str) -> None:
       return Object.fromEntries(names.map((name) => [name, made(name)]));
     };
     const denoiser = new Denoiser(given.manifest, runtime, { get: () => ({ run }) }, given.plan, { cond: {} });
-    for (step = 0; step < given.plan.length; step++)
-      for (let time = 0; time < 3; time++) // a step runs several times while its graph warms up
-        await denoiser.run(step, new Float32Array(5), [1, 5], 0, 1);
+    for (step = 0; step < given.plan.length; step++) {
+      for (let time = 0; time < 2; time++) await denoiser.warmUp(step, new Float32Array(5), [1, 5], 0);
+      await denoiser.run(step, new Float32Array(5), [1, 5], 0, 1);
+    }
     const runs = 3 * given.plan.length + 3; // their outputs, and the forecasts of the last step
     const held = live - runs;
     denoiser.release();
@@ -330,7 +374,7 @@ def manifest() -> dict[str, Any]:
     ("where", "value", "message"),
     [
         (["format"], "other", "not a bundle of tgate_compile"),
-        (["schema_version"], 4, "schema version 4, but this page reads versions up to 3"),
+        (["schema_version"], 5, "schema version 5, but this page reads versions up to 4"),
         (["schema_version"], None, "schema version null"),
         (["graph_format"], "aoti", 'format "aoti", but browsers run only "onnx"'),
         (["components"], None, "--components all"),
@@ -487,18 +531,55 @@ return made;
 """
 
 
+def runtime_folder() -> str:
+    """Return the address of ONNX Runtime for browsers."""
+    try:
+        return f"{next(iter(runtime_files().values())).parent.as_uri()}/"
+    except ConfigurationError as error:
+        pytest.skip(f"no ONNX Runtime for browsers: {error}")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("method", "binding_times"),
+    [
+        (FirstBlockCache(0.25, forecast=1), False),
+        (FirstBlockCache(0.25) + TGate(5), True),
+        (TeaCache(0.4, coefficients=(1.0, 0.0)), True),
+    ],
+    ids=str,
+)
+def test_bundles_that_decide(method: Any, *, binding_times: bool) -> None:
+    """The page computes and skips the blocks of the same steps as the runtime in Python, and makes the same image."""
+    steps = 8
+    bundle = program("sd3", schedule=method, binding_times=binding_times, call=(("num_inference_steps", steps),))
+    latents = noise()
+    seen: list[Any] = []
+    pipe = BundlePipeline(bundle, threads=1)
+    expected = pipe(PROMPT, latents=latents, output="numpy", callback=seen.append)
+    strip = "".join(step.letter for step in seen)
+    assert {"F", "K"} <= set(strip[1:].upper())
+    given = {
+        "bundles": [f"{bundle.as_uri()}/"],
+        "runtime": runtime_folder(),
+        "prompt": PROMPT,
+        "latents": latents.ravel().tolist(),
+    }
+    made = run_in_node(RUN_BUNDLES, given)
+    assert [each["strip"] for each in made] == [strip, "F" * steps] * 2
+    for each in made[::2]:
+        image = np.reshape(each["pixels"], (SIZE, SIZE, 4))[..., :3] / 255
+        assert psnr(image, np.round(np.asarray(expected) * 255) / 255) > 60
+
+
 @pytest.mark.heavy
 def test_bundles_whose_graphs_are_split_and_whole() -> None:
     """All combinations of split and whole graphs, and of one graph at a time and all of them, make the same images."""
-    try:
-        runtime = next(iter(runtime_files().values())).parent
-    except ConfigurationError as error:
-        pytest.skip(f"no ONNX Runtime for browsers: {error}")
     latents = noise()
     bundles = [program(), program(binding_times=False)]
     given = {
         "bundles": [f"{bundle.as_uri()}/" for bundle in bundles],
-        "runtime": f"{runtime.as_uri()}/",
+        "runtime": runtime_folder(),
         "prompt": PROMPT,
         "latents": latents.ravel().tolist(),
     }

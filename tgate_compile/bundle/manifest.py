@@ -38,6 +38,7 @@ Dtype = Literal[
     "bool", "uint8", "int8", "int32", "int64",
 ]  # fmt: skip
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Letter = Annotated[str, Field(pattern="^[A-Za-z]$")]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Measured = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -223,9 +224,7 @@ class Returns(_Strict):
 class StateDifference(_Strict):
     """An attribute of some modules whose value differs from that in a new denoiser."""
 
-    attribute: Name = Field(
-        description="The name of the attribute; `type` stands for the class of the module, null if it is missing."
-    )
+    attribute: Name = Field(description="The attribute; `type` is the class of the module, null if it is missing.")
     value: JsonValue = Field(description="The value; null stands for a missing, false or empty one.")
     modules: Count = Field(description="The number of modules.")
     first: Annotated[str, Field(max_length=1000)] = Field(
@@ -288,20 +287,20 @@ class Family(_Strict):
 _WEIGHTS: Any = Field(
     default_factory=dict,
     description="For each kind that is forecast, the weights with which its last values are added up, newest first. Of "
-    "other kinds, the newest value is reused as it is. The weights of kinds that are decided at run time are not here: "
-    "they depend on the steps that were computed.",
+    "other kinds, the newest value is reused as it is. Kinds that are decided at run time have no weights here.",
 )
 
 
 class PlannedPhase(_Sparse):
     """The phase of a step, with its letter and its graph."""
 
-    letter: Annotated[str, Field(pattern="^[A-Za-z]$", description="The letter in strips; a capital under guidance.")]
+    letter: Letter = Field(description="The letter in strips; a capital under guidance.")
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
     weights: dict[Kind, list[float]] = _WEIGHTS
     tail: Name | None = Field(default=None, description="What runs after a head if blocks are computed.")
     finish: Name | None = Field(default=None, description="What runs after a head if blocks are skipped.")
+    settled: list[Letter] = Field(default_factory=list, description="The letters if blocks are computed, or skipped.")
 
 
 Rows = list[Annotated[str, Field(pattern="^[0-9a-zA-Z]*$")]]
@@ -334,9 +333,7 @@ class Method(_Strict):
         description="All fields of tgate_compile.Schedule; further methods have an object each."
     )
     keep: Half = Field(description="The half that continues after guidance has stopped.")
-    sites: list[Name] | None = Field(
-        description="Name patterns of the attention modules that are cached; null for all."
-    )
+    sites: list[Name] | None = Field(description="Name patterns of the attention modules to cache; null for all.")
     cache_dtype: Dtype | None = Field(description="The dtype of cached values; null for the model's own dtype.")
     plans: Plans | None = Field(
         default=None, description="Null if guidance ends by similarity, or the writer did not support plans yet."

@@ -79,12 +79,15 @@ def _planned(schedule: Schedule, num_steps: int, guided: bool) -> list[_Planned]
 def _planned_phase(schedule: Schedule, graphs: Mapping[Phase, str], planned: _Planned) -> PlannedPhase:
     phase, weights = planned
     parts: dict[str, str | None] = {"graph": graphs.get(schedule.graph_phase(phase))}
+    settled: list[str] = []
     if phase.decided:
         parts = {key: graphs.get(phase.of_part(part)) for key, part in _PARTS.items()}
+        settled = [phase.settled(skipped=skipped).character for skipped in (False, True)]
     return PlannedPhase(
         letter=phase.character,
         phase=phase_spec(phase),
         weights={kind: list(of_kind) for kind, of_kind in weights},
+        settled=settled,
         **parts,
     )
 

@@ -307,6 +307,8 @@ def _check_decisions(manifest: Manifest, path: Path) -> None:
     parts = [(each.graph, each.tail, each.finish) for each in decided]
     if any(name is not None and (name not in graphs or None in names) for names in parts for name in names):
         problems.append("a step that is decided at run time lacks a head, a tail or a finish")
+    if any(len(each.settled) != 2 for each in decided):
+        problems.append("a step that is decided at run time lacks its letters")
     if problems:
         raise BundleError(MSG_INVALID.format(path=path, where="method or graphs", problem=problems[0]))
 

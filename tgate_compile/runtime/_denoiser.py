@@ -194,7 +194,7 @@ class Denoiser:
         skipped = self._decider.skips(float(measure[0]))
         self._keep([each for each in emitted if each[0].kind == "state"], step)
         served = planned.finish if skipped else planned.tail
-        self._settled[step] = served, phase.settled(skipped=skipped).character
+        self._settled[step] = served, planned.settled[skipped]
         prediction, kept = self._run(served, step, call, phase.of_part("finish" if skipped else "tail"))
         if not skipped or rule.since == "previous":
             self._keep([each for each in emitted if each[0].kind == "measured"], step)

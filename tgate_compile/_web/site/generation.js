@@ -21,7 +21,6 @@ export class Generation {
   #gate;
   #plan;
   #graphs;
-  #all;
   #scheduler;
   #shape;
   #latents;
@@ -42,10 +41,9 @@ export class Generation {
     this.#scheduler = makeScheduler(manifest.scheduler, steps);
     this.#plan = plain ? plainPlan(method, steps, this.#guided) : planOf(method, steps, this.#guided, gateStep);
     this.#gate = plain ? steps : Math.min(gateStep ?? gateOf(method, steps), steps);
-    const graphs = graphsOf(manifest, this.#plan);
-    this.#graphs = graphs.map(([, graph]) => graph);
-    const early = graphs.flatMap(([name]) => earlyGraphs(manifest.graphs, name).map((part) => manifest.graphs[part]));
-    this.#all = [...new Set([...early, ...this.#graphs])];
+    const names = [...new Set(graphsOf(manifest, this.#plan).flat())];
+    const early = names.flatMap((name) => earlyGraphs(manifest.graphs, name));
+    this.#graphs = [...new Set([...early, ...names])].map((name) => manifest.graphs[name]);
     const { latent_channels: channels, scale_factor: scale } = components.vae_decoder;
     this.#shape = [1, channels, components.height / scale, components.width / scale];
     this.#latents = this.#noise(call.latents, seed).map((value) => value * this.#scheduler.initialSigma);
@@ -56,13 +54,13 @@ export class Generation {
     return this.#call.steps;
   }
 
-  /** The manifest's descriptions of the graphs that the steps run, with their preludes and tables. */
+  /** The manifest's descriptions of the graphs that the steps may run, with their preludes and tables. */
   get graphs() {
-    return this.#all;
+    return this.#graphs;
   }
 
   /** Encode the prompt, and load `graphs` and the decoder unless graphs are loaded one by one. */
-  async begin(graphs = this.#all) {
+  async begin(graphs = this.#graphs) {
     const { manifest, sessions, runtime, prompts, sequential } = this.#parts, { components } = manifest;
     this.#stage(sequential ? "loading the text encoder" : "loading the model");
     const always = sequential ? [] : [components.vae_decoder];
@@ -76,10 +74,12 @@ export class Generation {
     this.#denoiser = new Denoiser(manifest, runtime, sessions, this.#plan, conditions);
   }
 
-  /** Run the next step, after the prelude and the table of its graph if these have not run yet. */
+  /** Run the next step, after the preludes and tables of its graphs if these have not run yet. */
   async step() {
-    const { manifest, sessions, sequential } = this.#parts, step = this.done.length, graph = this.#graphs[step];
+    const { manifest, sessions, sequential } = this.#parts, step = this.done.length;
     const timestep = this.#scheduler.timesteps[step], parts = this.#denoiser.missing(step, timestep);
+    const graphs = this.#denoiser.graphs(step, step + 1);
+    const input = () => this.#scheduler.modelInput(this.#latents, step);
     let seconds = 0;
     if (parts.length) {
       if (sequential) {
@@ -87,29 +87,30 @@ export class Generation {
         await sessions.keepOnly([]);
         this.#openSeconds += await sessions.open(parts, manifest.weights);
       }
-      // With one graph at a time, all rows that the graph will need.
-      const serves = (_, other) => sequential && other > step && this.#graphs[other] === graph;
+      // With one graph at a time, all rows that the graphs will need.
+      const serves = (_, other) => sequential && other > step && this.#denoiser.graphs(other, other + 1).some((one) => graphs.includes(one));
       const times = [timestep, ...this.#scheduler.timesteps.filter(serves)];
       const prepare = () => this.#denoiser.prepare(step, this.#latents, this.#shape, times);
-      if (parts.some((part) => sessions.get(part.file).fresh)) {
+      if (isFresh(sessions, parts)) {
         this.#warmUpSeconds += await timed(prepare); // the first run also compiles
         this.#denoiser.forget(step);
       }
-      for (const part of parts) sessions.get(part.file).fresh = false;
       seconds += await timed(prepare);
     }
     if (sequential) {
       this.#stage(`loading the graph of step ${step}`);
-      await sessions.keepOnly(this.#graphs.slice(step));
-      this.#openSeconds += await sessions.open([graph], manifest.weights);
+      await sessions.keepOnly(this.#denoiser.graphs(step));
+      this.#openSeconds += await sessions.open(graphs, manifest.weights);
     }
-    const session = sessions.get(graph.file);
-    if (session.fresh) this.#warmUpSeconds += await this.#warmUp(step);
-    session.fresh = false;
-    const began = performance.now();
-    this.#latents = this.#scheduler.step(await this.#prediction(step), step, this.#latents);
-    seconds += (performance.now() - began) / 1000;
-    this.done.push({ step, steps: this.steps, graph: this.#denoiser.graphName(step), letter: this.#plan[step].letter, seconds });
+    if (isFresh(sessions, graphs)) {
+      this.#stage("warming up");
+      this.#warmUpSeconds += await timed(() => this.#warmUp(step, input(), timestep));
+    }
+    seconds += await timed(async () => {
+      const prediction = await this.#denoiser.run(step, input(), this.#shape, timestep, this.#call.guidanceScale);
+      this.#latents = this.#scheduler.step(prediction, step, this.#latents);
+    });
+    this.done.push({ step, steps: this.steps, ...this.#denoiser.ran(step), seconds });
     this.#call.onStep?.(this.done[step]);
   }
 
@@ -143,16 +144,11 @@ export class Generation {
     };
   }
 
-  #prediction(step) {
-    const { timesteps } = this.#scheduler, input = this.#scheduler.modelInput(this.#latents, step);
-    return this.#denoiser.run(step, input, this.#shape, timesteps[step], this.#call.guidanceScale);
-  }
-
-  async #warmUp(step) {
-    this.#stage("warming up");
+  async #warmUp(step, input, timestep) {
     const began = performance.now(), seconds = () => (performance.now() - began) / 1000;
-    for (let run = 0; run < WARM_UP_RUNS && seconds() < WARM_UP_SECONDS; run++) await this.#prediction(step);
-    return seconds();
+    for (let run = 0; run < WARM_UP_RUNS && seconds() < WARM_UP_SECONDS; run++) {
+      await this.#denoiser.warmUp(step, input, this.#shape, timestep);
+    }
   }
 
   #stage(text) {
@@ -172,6 +168,13 @@ export class Generation {
     const row = (...values) => ({ values: Float32Array.from(values), shape: [1, values.length] });
     return { sizes: row(height, width, 0, 0, height, width), resolution: row(height, width), aspect_ratio: row(height / width) };
   }
+}
+
+/** Return whether one of the open `graphs` has not run yet, and note that they all run now. */
+function isFresh(sessions, graphs) {
+  const opened = graphs.map((graph) => sessions.get(graph.file)), fresh = opened.some((session) => session.fresh);
+  for (const session of opened) session.fresh = false;
+  return fresh;
 }
 
 /** Call `work` and return the time that it takes, in seconds. */

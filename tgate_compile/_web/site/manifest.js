@@ -3,7 +3,7 @@
 import { BundleError } from "./errors.js";
 import { makeScheduler } from "./schedulers.js";
 
-export const SCHEMA_VERSION = 3;
+export const SCHEMA_VERSION = 4;
 /** The size of an element in bytes, by the manifest's names of the dtypes that this page supports. */
 export const BYTES = { float32: 4, float16: 2, int64: 8, int32: 4, bool: 1 };
 const SOURCES = ["latents", "timestep", "hidden_states", "attention_mask", "pooled", "sizes", "resolution", "aspect_ratio"];

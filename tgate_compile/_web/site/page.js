@@ -9,13 +9,10 @@ import { cacheBytes, readManifest } from "./manifest.js";
 import { canUseThreads, defaultThreads } from "./runtime.js";
 import { gateOf, hasMovableGate, mostSteps, planOf, stripOf } from "./schedule.js";
 
-const WORDS = {
-  F: "computed in full, with guidance", f: "computed in full, no guidance",
-  S: "self-attention reused", s: "self-attention reused, no guidance",
-  D: "deep part reused", d: "deep part reused, no guidance",
-  P: "cross-attention reused", p: "cross-attention reused, no guidance",
-  Q: "cross- and self-attention reused", q: "cross- and self-attention reused, no guidance",
-  R: "cross-attention and deep part reused", r: "cross-attention and deep part reused, no guidance",
+/** The kinds of cached values in words. */
+const KINDS = {
+  cross: "cross-attention", self: "self-attention", temporal: "temporal attention", deep: "deep part", ff: "feed-forward",
+  blocks: "blocks", rear: "rear blocks", reference: "reference images",
 };
 const NOT_ISOLATED =
   "This server does not send the headers that enable threads (Cross-Origin-Opener-Policy and " +
@@ -70,7 +67,14 @@ function fillForm() {
   get("guidance").value = components.guidance_scale;
   get("gate").max = components.num_inference_steps;
   get("gate").value = gateOf(method, components.num_inference_steps);
-  get("method").textContent = method.schedule.gate_step === null ? "With the bundle\u2019s schedule" : "With T-GATE";
+  if (!hasGate()) {
+    document.title = get("title").textContent = "Cached steps in your browser";
+    get("lede").textContent =
+      "One prompt and the same noise give two images, computed on this device: one with all steps in full, and one whose " +
+      "steps reuse values of earlier steps, as the schedule of the bundle says.";
+    get("method").textContent = "With the schedule";
+  }
+  get("savings").hidden = !hasGate();
   get("gate").hidden = get("gate-label").hidden = !hasMovableGate(method);
   get("steps").max = Math.min(get("steps").max || Infinity, mostSteps(method));
   const most = canUseThreads() ? Math.min(8, navigator.hardwareConcurrency || 1) : 1;
@@ -122,6 +126,15 @@ function settings() {
     threads: Number(get("threads").value),
     sequential: get("sequential").checked,
   };
+}
+
+function hasGate() {
+  return manifest.method.schedule.gate_step !== null;
+}
+
+/** Return the words for the image that is not computed in full. */
+function optimized() {
+  return hasGate() ? "with T-GATE" : "with the schedule";
 }
 
 function currentPlan() {
@@ -199,9 +212,10 @@ async function compared(calls, sequential) {
     step: ({ turn, ...step }) => {
       const done = shown[RUNS[turn]];
       done.push(step);
+      strips[turn] = strips[turn].slice(0, step.step) + step.letter + strips[turn].slice(step.step + 1);
       figures[turn].querySelector(".time").textContent = secondsText(sumOf(done));
       showStrip(figures[turn].querySelector(".strip"), strips[turn], done.length);
-      report(`Step ${done.length} of ${steps}${sequential ? `, ${turn ? "with T-GATE" : "in full"}` : ""}`);
+      report(`Step ${done.length} of ${steps}${sequential ? `, ${turn ? optimized() : "in full"}` : ""}`);
       get("progress").value = (shown.plain.length + shown.gated.length) / (2 * steps);
       showChart();
     },
@@ -281,11 +295,11 @@ function chartWords() {
     const times = shown.gated.filter((step) => step.graph === graph).map(({ seconds }) => seconds);
     medians.push(`${graph} ${milliseconds(medianOf(times))}`);
   }
-  return `Medians: ${medians[0]}${medians.length > 1 ? `; with T-GATE ${medians.slice(1).join(", ")}` : ""}.`;
+  return `Medians: ${medians[0]}${medians.length > 1 ? `; ${optimized()}: ${medians.slice(1).join(", ")}` : ""}.`;
 }
 
 function showLegend(letters) {
-  const items = [["plain", "all steps in full"], ...[...new Set(letters)].map((letter) => [letter, WORDS[letter]])];
+  const items = [["plain", "all steps in full"], ...[...new Set(letters)].map((letter) => [letter, wordsOf(letter)])];
   get("legend").replaceChildren(
     ...items.map(([letter, words]) => {
       const item = document.createElement("li"), strip = document.createElement("span"), cell = document.createElement("i");
@@ -296,6 +310,20 @@ function showLegend(letters) {
       return item;
     }),
   );
+}
+
+/** Return what the steps with a letter do. */
+function wordsOf(letter) {
+  const { phases } = manifest.method.plans, isOf = (planned) => planned.letter === letter || planned.settled?.includes(letter);
+  const { phase, settled = [], letter: own } = phases.find(isOf), words = [];
+  const reuse = settled[1] === letter ? [...phase.reuse, ...phase.decided] : phase.reuse;
+  const listed = (kinds) => kinds.map((kind) => KINDS[kind]).join(" and ");
+  if (reuse.length) words.push(`${listed(reuse)} reused`);
+  if (settled.length && own === letter) words.push(`${listed(phase.decided)} computed or skipped`);
+  if (!words.length) words.push("computed in full");
+  if (!phase.guided) words.push("no guidance");
+  else if (!reuse.length) words.push("with guidance");
+  return words.join(", ");
 }
 
 function showNumbers() {
@@ -310,7 +338,7 @@ function showNumbers() {
     });
     return row;
   };
-  table.tHead.replaceChildren(rowOf("th", ["step", "in full / ms", "with T-GATE / ms", "graph"]));
+  table.tHead.replaceChildren(rowOf("th", ["step", "in full / ms", `${optimized()} / ms`, "graph"]));
   table.tBodies[0].replaceChildren(
     ...shown.plain.map(({ seconds }, i) => {
       const { seconds: other, graph } = shown.gated[i];
@@ -324,7 +352,7 @@ async function showMemory({ heapBytes }) {
   const rows = [
     ["downloaded, including ONNX Runtime", received],
     ["WebAssembly memory, maximum", heapBytes],
-    ["caches, kept from the gate on", cacheBytes(manifest)],
+    ["caches, kept from step to step", cacheBytes(manifest)],
   ];
   if (performance.memory) rows.push(["JavaScript heap of the page", performance.memory.usedJSHeapSize]);
   const show = () =>
@@ -348,7 +376,10 @@ async function showMemory({ heapBytes }) {
 function showFacts() {
   const { graphs, denoiser, pipeline, components, files, versions, scheduler } = manifest;
   const size = Object.values(files).reduce((sum, file) => sum + file.size, 0);
-  const sizes = Object.entries(graphs).map(([name, { facts }]) => `${name} with ${(facts.macs_total / 1e9).toFixed(2)} G multiply-accumulates per step and ${(facts.parameters / 1e6).toFixed(2)} M parameters`);
+  const sizes = Object.entries(graphs).map(([name, { facts }]) => {
+    const macs = (facts.macs_total / 1e9).toFixed(2), parameters = `${name} with ${(facts.parameters / 1e6).toFixed(2)} M parameters`;
+    return Number(macs) ? `${parameters} and ${macs} G multiply-accumulates` : parameters;
+  });
   get("facts").textContent =
     `${pipeline.class_name}, ${denoiser.class_name}, ${components.width} by ${components.height} pixels, ${scheduler.class_name}, ` +
     `${bytesText(size)} in total. Graphs: ${sizes.join("; ")}. The model runs in your browser, and no data is sent to a server.`;
@@ -376,7 +407,7 @@ function sumOf(steps) {
 }
 
 function doneText(plain, gated) {
-  return `Done: ${secondsText(plain.seconds)} in full, ${secondsText(gated.seconds)} with T-GATE, ${fasterText(plain.seconds / gated.seconds)}, on ${gated.threads} ${gated.threads === 1 ? "thread" : "threads"}.`;
+  return `Done: ${secondsText(plain.seconds)} in full, ${secondsText(gated.seconds)} ${optimized()}, ${fasterText(plain.seconds / gated.seconds)}, on ${gated.threads} ${gated.threads === 1 ? "thread" : "threads"}.`;
 }
 
 function fasterText(ratio) {
