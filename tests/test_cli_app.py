@@ -105,7 +105,7 @@ def test_a_real_process_prints_json_and_nothing_else(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
     # No output of dependencies, some of which warn while they are imported.
-    chosen = "Chosen for embedded (embedded): device cpu, dtype fp32, scheduler DPMSolverMultistepScheduler, guidance 5"
+    chosen = "Chosen for embedded: device cpu, dtype fp32, scheduler DPMSolverMultistepScheduler, guidance 5"
     assert done.stderr.strip() == chosen
     data = json.loads(done.stdout)
     assert (data["strip"], data["gate_step"], data["seeds"], data["images"]) == ("Fpp", 1, [5], [str(out)])

@@ -31,8 +31,8 @@ def test_fewer_steps_than_the_default_gate(warned: Callable[[], list[str]]) -> N
         run(pipe, steps=5)
     (message,) = warned()
     assert message == (
-        "The gate did not act in this call of StableDiffusionPipeline: it ran 5 steps, and gate_step is 10. "
-        "A gate_step of at most 4 acts here; a fraction such as gate_step=0.4 adapts to the number of steps."
+        "The gate had no effect in this call of StableDiffusionPipeline: it ran 5 steps, and gate_step is 10. "
+        "Use a gate_step of at most 4, or a fraction such as gate_step=0.4, which adapts to the number of steps."
     )
     # The suggested number works.
     run(pipe, steps=5, gate_step=4)
@@ -44,12 +44,12 @@ def test_fewer_steps_than_the_default_gate(warned: Callable[[], list[str]]) -> N
 @pytest.mark.parametrize(
     ("name", "call", "expected"),
     [
-        ("StableDiffusionPipeline", {"steps": 3}, "it ran 3 steps, and gate_step is 3. A gate_step of at most 2 acts"),
-        ("StableDiffusionPipeline", {"steps": 1}, "it ran 1 steps, and gate_step is 3. A single step leaves nothing"),
+        ("StableDiffusionPipeline", {"steps": 3}, "it ran 3 steps, and gate_step is 3. Use a gate_step of at most 2"),
+        ("StableDiffusionPipeline", {"steps": 1}, "it ran 1 steps, and gate_step is 3. With a single step, there is"),
         (
             "StableDiffusionImg2ImgPipeline",
             {"steps": 10, "image": image(), "strength": 0.2},
-            "StableDiffusionImg2ImgPipeline: it ran 2 steps, and gate_step is 3. A gate_step of at most 1 acts here",
+            "StableDiffusionImg2ImgPipeline: it ran 2 steps, and gate_step is 3. Use a gate_step of at most 1, or",
         ),
     ],
 )
@@ -65,7 +65,7 @@ def test_halves_in_two_calls(warned: Callable[[], list[str]]) -> None:
     pipe = tgate_compile.optimize(wan(), backend="eager")
     pipe(**wan_call(), num_inference_steps=2, output_type="latent")
     (message,) = warned()
-    assert "it ran 2 steps, and gate_step is 10. A gate_step of at most 1 acts here" in message
+    assert "it ran 2 steps, and gate_step is 10. Use a gate_step of at most 1, or" in message
 
 
 def test_a_loop_without_generation(warned: Callable[[], list[str]]) -> None:

@@ -127,7 +127,9 @@ def print_chosen(
     taken = [f"{name} {value}" for name, value in chosen.items() if given[name] in (None, "auto")]
     taken += [str(schedule)] if schedule is not None else []
     if taken:
-        ERR.print(f"[dim]Chosen for {loaded.source} ({loaded.family.name}): {', '.join(taken)}[/]", soft_wrap=True)
+        name = loaded.family.name
+        family = "" if name == loaded.source.replace(":", " ") else f" ({name})"
+        ERR.print(f"[dim]Chosen for {loaded.source}{family}: {', '.join(taken)}[/]", soft_wrap=True)
 
 
 AUTO = "auto"

@@ -431,12 +431,13 @@ def _check_what_ran(state: Optimized, pipe: DiffusionPipeline, loop: Loop) -> No
     gates = [g.schedule.gate_step for g in ran if g.schedule.gate_step is not None]
     steps = max(generation.num_steps for generation in ran)
     if gates and not getattr(pipe, "_interrupt", False):
-        acting = (
-            f"A gate_step of at most {steps - 1} acts here" if steps > 1 else "A single step leaves nothing to gate"
+        advice = (
+            f"Use a gate_step of at most {steps - 1}, or a fraction such as gate_step=0.4, which adapts to the number "
+            "of steps."
         )
         state.warn_once(
-            f"The gate did not act in this call of {state.pipeline_class.__name__}: it ran {steps} steps, and "
-            f"gate_step is {max(gates)}. {acting}; a fraction such as gate_step=0.4 adapts to the number of steps.",
+            f"The gate had no effect in this call of {state.pipeline_class.__name__}: it ran {steps} steps, and "
+            f"gate_step is {max(gates)}. {advice if steps > 1 else 'With a single step, there is nothing to gate.'}",
             about="gate",
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +24,7 @@ from tgate_compile.pipeline.attach import denoiser_names
 from tgate_compile.pipeline.describe import describe
 from tgate_compile.pipeline.optimized import required_state_of
 from tgate_compile.study.tuning.measure import GraphCosts
-from tgate_compile.study.tuning.recorder import removed
+from tgate_compile.study.tuning.recorder import after_steps, removed
 
 
 def machine_of(device: torch.device) -> dict[str, str]:
@@ -220,27 +219,19 @@ def timed_generation(
     device = torch.device(pipe.device)
     latents: list[torch.Tensor] = []
     marks = _DeviceMarks() if device.type == "cuda" else _Marks(device)
-    scheduler = pipe.scheduler
-    step = scheduler.step
 
-    @functools.wraps(step)  # pipelines inspect the signature to see whether it takes a generator
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
+    def mark(result: Any) -> None:
         marks.set()
         latents[:] = [result[0]]
-        return result
 
     generator = torch.Generator().manual_seed(seed)
-    scheduler.step = marked
-    try:
+    with after_steps(pipe.scheduler, mark):
         _synchronize(device)
         marks.set()
         began = time.perf_counter()
         output = (generate or pipe)(**call, generator=generator, return_dict=False)[0]
         _synchronize(device)
         seconds = time.perf_counter() - began
-    finally:
-        del scheduler.step
     return Timed(output, latents[0].detach().to("cpu", torch.float32), seconds, marks.between())
 
 

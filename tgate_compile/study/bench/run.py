@@ -42,7 +42,7 @@ COMPILED = "plain_compiled"
 #: The backend `inductor` with CUDA graphs.
 CUDA_GRAPHS = "inductor_cuda_graphs"
 
-#: A gate that no generation reaches, to measure the effect of a backend alone.
+#: A step that no generation reaches: guidance never ends, to measure the effect of a backend alone.
 _NEVER = 100_000
 
 MSG_NO_TIME = "skipped: the time limit of this benchmark was reached"
@@ -115,7 +115,7 @@ def entries_for(
         elif backend != "eager":
             baselines[backend] = f"plain_{backend}"
             row = BenchmarkRow(baselines[backend], f"plain, {backend}", backend, PLAIN)
-            entries.append(Entry(row, _optimized(Schedule(_NEVER), backend, precision)))
+            entries.append(Entry(row, _optimized(Schedule(None, guidance_step=_NEVER), backend, precision)))
     for method in methods:
         for backend in backends if method.schedule is not None else ():
             assert method.schedule is not None

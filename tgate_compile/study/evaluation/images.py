@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from tgate_compile.pipeline.attach import attached
 from tgate_compile.pipeline.decisions import strip_of
 from tgate_compile.pipeline.optimized import required_state_of, state_of
 from tgate_compile.study.tuning.measure import GraphCosts
+from tgate_compile.study.tuning.recorder import after_steps
 from tgate_compile.study.tuning.request import is_whole
 
 PLAIN = "plain"
@@ -437,20 +437,12 @@ def cost_of(phases: Sequence[Phase], per_row: Mapping[str, float], *, separate: 
 def final_latents_of(pipe: DiffusionPipeline) -> Iterator[list[torch.Tensor]]:
     """Capture the final latents, [images, ...], of a call that makes images; the yielded list contains them afterwards.
 
-    They are the result of the scheduler's last step. A callback would not work with all pipelines.
+    They are the result of the scheduler's last step.
     """
     latents: list[torch.Tensor] = []
-    scheduler = pipe.scheduler
-    step = scheduler.step
 
-    @functools.wraps(step)  # pipelines inspect the signature to see whether it takes a generator
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
+    def keep(result: Any) -> None:
         latents[:] = [result[0]]
-        return result
 
-    scheduler.step = watched
-    try:
+    with after_steps(pipe.scheduler, keep):
         yield latents
-    finally:
-        del scheduler.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections import defaultdict
@@ -346,6 +347,30 @@ def removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def after_steps(scheduler: Any, call: Callable[[Any], object]) -> Iterator[None]:
+    """Call `call` with the result of each step of `scheduler` inside the context.
+
+    A callback would not do, because some pipelines take none.
+    """
+    step, own = scheduler.step, vars(scheduler).get("step")
+
+    @functools.wraps(step)  # pipelines inspect the signature to see whether it takes a generator
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        call(result)
+        return result
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        if own is None:
+            del scheduler.step
+        else:  # someone else has replaced the method, too
+            scheduler.step = own
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
