@@ -94,10 +94,11 @@ def write_inputs(model: str, precision: str, bundle: str, folder: str, out: str)
 
     import tgate_compile
 
-    pipe = tgate_compile.load(plain(model, precision, ddim=True), bundle)
+    pipe = plain(model, precision, ddim=True)
     steps, _ = STEPS[model]
     script = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "cpp" / "write_inputs.py"))
     script["write_inputs"](pipe, Path(folder), PROMPT, steps)
+    tgate_compile.load(pipe, bundle)
     latents = torch.from_numpy(np.load(Path(folder, "latents.npy"))).to(pipe.dtype)
     scale = tgate_compile.DEMO_VARIANTS[model].guidance
     call = {"num_inference_steps": steps, "guidance_scale": scale, "latents": latents}

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 
 import tgate_compile
 from tests.comparing import difference
 from tests.exported import COMPILED_GATE, COMPILED_STEPS, least
-from tests.tiny_pipelines import PROMPT, run
+from tests.once import made_once
+from tests.tiny_pipelines import PROMPT, VELOCITY, pixart, pixart_prompt, run
+from tgate_compile import Method, Schedule
+from tgate_compile.methods.schedule import schedule_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 #: The graphs of the bundles of `exported.compiled`, step by step.
 GATED = ("full", "full", "pruned", "pruned")
+
+#: A call of `decided_pipe`, which takes `DECIDED_STEPS` steps and has no `prompt`.
+DECIDED_CALL = {name: value for name, value in pixart_prompt().items() if name != "prompt"} | {"guidance_scale": 5.0}
+DECIDED_STEPS = 10
 
 
 def built(example: str, build: Path, options: Sequence[str], environment: Mapping[str, str] | None = None) -> Path:
@@ -32,8 +43,18 @@ def built(example: str, build: Path, options: Sequence[str], environment: Mappin
 
 def write_inputs(folder: Path) -> Path:
     """Return a program's inputs for the bundles of `exported.compiled`."""
-    runpy.run_path(str(EXAMPLES / "cpp" / "write_inputs.py"))["write_inputs"](least(), folder, PROMPT, COMPILED_STEPS)
+    _write_inputs(least(), folder, PROMPT, COMPILED_STEPS)
     return folder
+
+
+def _write_inputs(pipe: Any, folder: Path, prompt: str | None, steps: int, **call: Any) -> None:
+    runpy.run_path(str(EXAMPLES / "cpp" / "write_inputs.py"))["write_inputs"](pipe, folder, prompt, steps, **call)
+
+
+def _printed(program: Path, bundle: Path, inputs: Path, out: Path) -> list[str]:
+    """Run a program with guidance scale 5, and return the lines that it prints."""
+    command = [str(program), str(bundle), str(inputs), "5", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def assert_same_latents(
@@ -41,14 +62,77 @@ def assert_same_latents(
 ) -> None:
     """Check that the program runs these graphs, and ends with the same latents as the pipeline's own call."""
     inputs, out = write_inputs(folder / "inputs"), folder / "out.npy"
-    command = [str(program), str(bundle), str(inputs), "5", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"step {number}: {graph}" for number, graph in enumerate(graphs)]
+    assert _printed(program, bundle, inputs, out) == [f"step {number}: {graph}" for number, graph in enumerate(graphs)]
 
     pipe = tgate_compile.optimize(least(), schedule, backend="eager")
     latents = torch.from_numpy(np.load(inputs / "latents.npy"))
     expected = run(pipe, steps=COMPILED_STEPS, guidance_scale=5.0, latents=latents)
     assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4
+
+
+def decided_pipe() -> Any:
+    """Return a pipeline for methods that decide at run time, with the scheduler of the programs."""
+    pipe = pixart()
+    pipe.scheduler = DDIMScheduler(**VELOCITY, clip_sample=False)
+    return pipe
+
+
+def write_decided_inputs(folder: Path) -> Path:
+    """Return a program's inputs for the bundles of `exported_decided`."""
+    _write_inputs(decided_pipe(), folder, None, DECIDED_STEPS, **DECIDED_CALL)
+    return folder
+
+
+def exported_decided(format: str, schedule: Method | Schedule, **options: Any) -> Path:
+    """Return a bundle of `decided_pipe()`, exported once for all tests; do not modify it."""
+
+    def write(folder: Path) -> None:
+        pipe = tgate_compile.optimize(decided_pipe(), schedule, backend="eager")
+        call = {**DECIDED_CALL, "num_inference_steps": DECIDED_STEPS, "output_type": "latent"}
+        tgate_compile.export(pipe, folder, format, call=call, dynamic=False, **options)  # type: ignore[arg-type]
+
+    return made_once(f"{format}-{schedule}-{options}".replace("/", " "), write)
+
+
+def with_rule_of(schedule: Method | Schedule, bundle: Path, folder: Path) -> Path:
+    """Return a copy of `bundle` that decides by the rule of another schedule with the same graphs and steps."""
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["method"]["rule"] = asdict(schedule_of(schedule).rule)  # type: ignore[arg-type]
+    manifest["method"]["forecasts"] = dict(schedule_of(schedule).forecasts)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def assert_decides(
+    program: Path, bundle: Path, folder: Path, schedule: Method | Schedule, *, strip: str, loads: bool = False
+) -> None:
+    """Check that the program decides as the pipeline does, whose strip is `strip`, and ends with the same latents.
+
+    With `loads`, check this also of `load`.
+    """
+    inputs, out = write_decided_inputs(folder / "inputs"), folder / "out.npy"
+    printed = _printed(program, bundle, inputs, out)
+
+    latents = torch.from_numpy(np.load(inputs / "latents.npy"))
+    pipe = tgate_compile.optimize(decided_pipe(), schedule, backend="eager")
+    expected = run(pipe, None, steps=DECIDED_STEPS, latents=latents, **DECIDED_CALL)
+    assert tgate_compile.describe(pipe).strip == strip
+    planned = schedule_of(schedule).strip(DECIDED_STEPS)
+    assert printed == [f"step {number}: {_graphs(*pair)}" for number, pair in enumerate(zip(planned, strip, strict=True))]
+    assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4
+    if loads:
+        loaded = tgate_compile.load(decided_pipe(), bundle)
+        assert difference(run(loaded, None, steps=DECIDED_STEPS, latents=latents, **DECIDED_CALL), expected) < 1e-4
+        assert tgate_compile.describe(loaded).strip == strip
+
+
+def _graphs(planned: str, letter: str) -> str:
+    """Return what a program prints of a step with the letter `planned` beforehand and `letter` in the end."""
+    if planned not in "Bc":
+        return {"F": "full", "p": "pruned"}[letter]
+    prefix = "pruned-" if planned == "c" else ""
+    return f"{prefix}head, then {prefix}{'finish' if letter in 'Kl' else 'tail'}"
 
 
 def assert_refused(program: Path, bundle: Path, inputs: Path, *parts: str) -> None:

@@ -11,7 +11,8 @@ import torch
 import tgate_compile
 from tests.exported import GATE, STEPS, plain
 from tests.packages import need
-from tgate_compile import BackendError, BundleError, ConfigurationError
+from tests.tiny_pipelines import pixart, pixart_prompt
+from tgate_compile import BackendError, BundleError, ConfigurationError, FirstBlockCache
 from tgate_compile.bundle.manifest import Manifest
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.exports.coreml.save import PACKAGE, check_graph, feature_name
@@ -19,6 +20,8 @@ from tgate_compile.exports.coreml.save import PACKAGE, check_graph, feature_name
 need("coremltools")  # it has no packages for some machines
 
 CALL = {"prompt": "", "num_inference_steps": STEPS}
+#: A call for steps that are decided at run time.
+DECIDED = {**pixart_prompt(), "num_inference_steps": 2, "output_type": "latent"}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,22 @@ def test_options(optimized: Any, tmp_path: Path, options: dict[str, Any], parts:
     with pytest.raises(ConfigurationError) as caught:
         tgate_compile.export(optimized, tmp_path / "bundle", "coreml", format_options=options)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_measures_in_float16(tmp_path: Path) -> None:
+    """The decision would depend on means that Core ML computes in float16."""
+    pipe = tgate_compile.optimize(pixart(), FirstBlockCache(0.15), backend="eager")
+    with pytest.raises(ConfigurationError, match=r'decided at run time.*"precision": "float32"'):
+        tgate_compile.export(pipe, tmp_path / "bundle", "coreml", call=DECIDED)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.sweep
+def test_measures_in_float32(tmp_path: Path) -> None:
+    pipe = tgate_compile.optimize(pixart(), FirstBlockCache(0.15), backend="eager")
+    options = {"precision": "float32"}
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", "coreml", call=DECIDED, format_options=options)
+    assert set(read_bundle(folder).manifest.graphs) == {"full", "head", "tail", "finish"}
 
 
 def test_float16(tmp_path: Path) -> None:

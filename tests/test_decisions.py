@@ -506,12 +506,6 @@ def test_an_engine_refuses_it() -> None:
         Engine(pipe)
 
 
-def test_formats_that_cannot_decide(tmp_path: Path) -> None:
-    pipe = tgate_compile.optimize(pixart(), FirstBlockCache(), backend="eager")
-    with pytest.raises(UnsupportedModelError, match="Formats that do: onnx, openvino"):
-        tgate_compile.export(pipe, tmp_path / "bundle", "executorch", call=pixart_call())
-
-
 # Backends and bundles.
 
 
@@ -567,6 +561,9 @@ def test_an_onnx_bundle(tmp_path: Path) -> None:
     assert manifest["method"]["rule"]["threshold"] == 0.3
     assert manifest["graphs"]["head"]["outputs"] == [{"name": "measure", "dtype": "float32", "shape": [1]}]
     assert set(manifest["graphs"]) == {"full", "head", "tail", "finish"}
+    first, second = manifest["example"]["steps"][:2]
+    assert (first["graph"], "tail" in first) == ("full", False)
+    assert (second["graph"], second["tail"], second["finish"]) == ("head", "tail", "finish")
 
     for sequential in (False, True):
         steps: list[Any] = []

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpp_programs import assert_checks_arguments, assert_same_latents, built
+from tests.cpp_programs import assert_checks_arguments, assert_decides, assert_same_latents, built, exported_decided
 from tests.exported import exported_compiled
+from tgate_compile import FirstBlockCache, TeaCache, TGate
 
 executorch = pytest.importorskip("executorch", reason="needs ExecuTorch")
 
@@ -41,3 +42,29 @@ def test_the_loop_in_cpp(program: Path, binding_times: bool, tmp_path: Path) -> 
 
 def test_wrong_arguments(program: Path, tmp_path: Path) -> None:
     assert_checks_arguments(program, tmp_path)
+
+
+# Steps that are decided at run time.
+
+
+@pytest.mark.heavy
+def test_decided_steps_in_cpp(program: Path, tmp_path: Path) -> None:
+    method = FirstBlockCache(0.16, forecast=1)
+    bundle = exported_decided("executorch", method, format_options={"delegate": "portable"})
+    assert_decides(program, bundle, tmp_path, method, strip="FKFKFKKFFF", loads=True)
+
+
+@pytest.mark.sweep
+def test_decided_steps_after_a_gate_in_cpp(program: Path, tmp_path: Path) -> None:
+    """The graphs are split by binding time, and delegated to XNNPACK."""
+    schedule = FirstBlockCache(0.16, forecast=1) + TGate(5)
+    bundle = exported_decided("executorch", schedule, binding_times=True)
+    assert_decides(program, bundle, tmp_path, schedule, strip="FKFKFplppl", loads=True)
+
+
+@pytest.mark.sweep
+def test_the_previous_step_in_cpp(program: Path, tmp_path: Path) -> None:
+    """TeaCache compares with the previous step, and adds up the changes."""
+    method = TeaCache(0.8, coefficients=(1, 0))
+    bundle = exported_decided("executorch", method)
+    assert_decides(program, bundle, tmp_path, method, strip="FKFKFKFKFF", loads=True)

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 import tgate_compile
 from tests.exported import GATE, STEPS, exported, plain
 from tests.tiny_joint import JOINT
-from tgate_compile import BackendError, BundleError, ConfigurationError
+from tests.tiny_pipelines import pixart, pixart_prompt
+from tgate_compile import BackendError, BundleError, ConfigurationError, FirstBlockCache
 from tgate_compile._cli.app import app
 from tgate_compile.bundle.manifest import Manifest
 from tgate_compile.bundle.read import read_bundle
@@ -107,6 +108,16 @@ def test_engines_of_joint_attention(tmp_path: Path) -> None:
     assert {spec.name.rpartition(".")[2] for spec in graphs["pruned"].cache_inputs} == {"key", "value"}
     assert "encoder_hidden_states" not in [spec.name for spec in graphs["pruned"].inputs]
     assert (folder / graphs["pruned"].file).stat().st_size < (folder / graphs["full"].file).stat().st_size
+
+
+@pytest.mark.sweep
+def test_engines_of_decided_steps(tmp_path: Path) -> None:
+    pipe = tgate_compile.optimize(pixart(), FirstBlockCache(0.15), backend="eager")
+    call = {**pixart_prompt(), "num_inference_steps": STEPS, "output_type": "latent"}
+    folder = tgate_compile.export(pipe, tmp_path / "bundle", "tensorrt-rtx", call=call, dynamic=False)
+    graphs = manifest_of(folder).graphs
+    assert set(graphs) == {"full", "head", "tail", "finish"}
+    assert [(spec.name, spec.dtype, spec.shape) for spec in graphs["head"].outputs] == [("measure", "float32", [1])]
 
 
 @pytest.mark.heavy

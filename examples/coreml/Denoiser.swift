@@ -1,5 +1,5 @@
 // Runs the denoiser of a bundle of format "coreml" for one generation. It loads the package's functions by name, keeps
-// the caches from step to step, and follows the manifest (docs/bundle.md).
+// the caches from step to step, and follows the manifest (docs/reference/bundle.md).
 //
 // This file has never been compiled, because no Mac was available when it was written. It makes one call for both
 // guidance halves, like most pipelines, and unloads the full function once it is no longer needed.
@@ -43,10 +43,13 @@ final class Denoiser {
     init(bundle: URL, compiledPackage: URL) throws {
         let json = try Data(contentsOf: bundle.appendingPathComponent("manifest.json"))
         manifest = try JSONDecoder().decode(Manifest.self, from: json)
-        precondition(manifest.schema_version <= 3)
+        precondition(
+            manifest.method.rule == nil,
+            "The steps of this bundle are decided at run time (method.rule), but this example runs exactly one graph per "
+                + "step. examples/cpp/loop.h shows how to decide.")
+        precondition(manifest.schema_version <= 3, "The bundle has a newer schema version.")
         // A bundle that was exported with binding_times=True has preludes and tables, which this example does not run.
         precondition(manifest.graphs.values.allSatisfy { ($0.stage ?? "step") == "step" })
-        precondition(manifest.method.rule == nil)  // each step runs one graph
         package = compiledPackage
     }
 
@@ -59,7 +62,7 @@ final class Denoiser {
         var features: [String: Any] = [:]
         for spec in graph.inputs {
             let value = arguments[spec.name]!
-            // Only a timestep has no batch dimension with both halves here; docs/bundle.md lists the exceptions.
+            // Only a timestep has no batch dimension with both halves here; docs/reference/bundle.md lists the exceptions.
             features[featureName(spec.name)] = halved && value.shape.count > 1 ? try half(value) : value
         }
         for spec in graph.cache_inputs {

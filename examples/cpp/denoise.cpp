@@ -83,6 +83,7 @@ class Aoti {
     const float* data = given.const_data_ptr<float>();
     return {given.sizes().vec(), {data, data + given.numel()}};
   }
+  static std::vector<int64_t> shape(const Tensor& tensor) { return tensor.sizes().vec(); }
   static Tensor half(const Tensor& tensor, int position) { return tensor.chunk(2)[position].contiguous(); }
   static Tensor twice(const Tensor& tensor) { return at::cat({tensor, tensor}); }
   static Tensor sum(double a, const Tensor& x, double b, const Tensor& y) { return a * x + b * y; }

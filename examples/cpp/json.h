@@ -27,6 +27,8 @@ class Json {
     if (found == members_.end()) throw std::runtime_error("the JSON has no " + key);
     return found->second;
   }
+  // Returns whether there is a member `key` that is not null.
+  bool has(const std::string& key) const { return members_.count(key) && !members_.at(key).is_null(); }
   const std::vector<Json>& items() const { return items_; }
   const std::map<std::string, Json>& members() const { return members_; }
   // The content of a string, or the source text of any other value: "null", "true", "0.5".
@@ -34,6 +36,7 @@ class Json {
   double number() const { return std::strtod(text_.c_str(), nullptr); }
   int64_t integer() const { return std::strtoll(text_.c_str(), nullptr, 10); }
   bool is_true() const { return text_ == "true"; }
+  bool is_null() const { return text_ == "null"; }
 
  private:
   static void skip_spaces(const char*& at) {

@@ -3,6 +3,7 @@
 
 #include <executorch/runtime/platform/runtime.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -11,7 +12,8 @@
 #include "graph.h"
 #include "loop.h"
 
-// Runs the graphs with ExecuTorch's runtime, with one graph at a time in memory.
+// Runs the graphs with ExecuTorch's runtime, with one graph at a time in memory, or with all of them if each step that is
+// decided at run time runs two.
 class ExecuTorch {
  public:
   using Tensor = Array;
@@ -19,25 +21,21 @@ class ExecuTorch {
   ExecuTorch(const std::string& bundle, const Json& manifest)
       : specs_(manifest["graphs"]),
         file_(bundle + "/" + specs_.members().begin()->second["file"].text()),
-        program_(taken(et::Program::load(&file_, et::Program::Verification::InternalConsistency), "read the program")) {
-    for (const auto& [name, graph] : specs_.members())
-      for (const char* key : {"inputs", "early_inputs", "cache_inputs"})
-        for (const Json& spec : graph.members().count(key) ? graph[key].items() : std::vector<Json>())
-          if (spec["dtype"].text() != "float32") throw std::runtime_error("not in this example: " + spec["dtype"].text());
-  }
+        program_(taken(et::Program::load(&file_, et::Program::Verification::InternalConsistency), "read the program")),
+        keeps_all_(manifest["method"].has("rule")) {}
 
-  // Unloads the current graph before loading another one. Most schedules switch graphs only once.
+  // Unless all graphs are kept, unloads the current one before loading another. Most schedules switch graphs only once.
   std::vector<Tensor> run(const std::string& graph, const std::vector<Tensor>& inputs) {
-    if (graph_ == nullptr || graph != opened_) {
-      graph_.reset();
-      graph_ = std::make_unique<Graph>(program_, specs_[graph]["entry"].text());
-      opened_ = graph;
+    if (!graphs_.count(graph)) {
+      if (!keeps_all_) graphs_.clear();
+      graphs_.emplace(graph, std::make_unique<Graph>(program_, specs_[graph]["entry"].text()));
     }
-    return graph_->run(inputs);
+    return graphs_.at(graph)->run(inputs);
   }
 
   static Tensor from(Array array) { return array; }
   static Array to(const Tensor& tensor) { return tensor; }
+  static std::vector<int64_t> shape(const Tensor& tensor) { return tensor.shape; }
   static Tensor half(const Tensor& tensor, int position) {
     Tensor found{tensor.shape, {}};
     found.shape.at(0) /= 2;
@@ -69,8 +67,8 @@ class ExecuTorch {
   Json specs_;
   MappedFile file_;
   et::Program program_;
-  std::unique_ptr<Graph> graph_;
-  std::string opened_;
+  const bool keeps_all_;
+  std::map<std::string, std::unique_ptr<Graph>> graphs_;
 };
 
 int main(int count, char** given) {

@@ -12,6 +12,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "npy.h"
@@ -84,9 +85,7 @@ class Graph {
   std::vector<Array> run(const std::vector<Array>& inputs) {
     std::vector<executorch::extension::TensorPtr> held;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      auto* data = const_cast<float*>(inputs[i].data.data());  // it is only read
-      held.push_back(executorch::extension::make_tensor_ptr(
-          std::vector<executorch::aten::SizesType>(inputs[i].shape.begin(), inputs[i].shape.end()), data));
+      held.push_back(as_input(i, inputs[i]));
       check(method_.set_input(et::EValue(*held.back()), i), "take input " + std::to_string(i) + " of " + name_);
     }
     check(method_.execute(), "run " + name_);
@@ -102,6 +101,19 @@ class Graph {
   }
 
  private:
+  // Returns `array`, which must outlive the result, in the dtype of the input at `position`.
+  executorch::extension::TensorPtr as_input(size_t position, const Array& array) const {
+    const et::TensorInfo info =
+        taken(method_.method_meta().input_tensor_meta(position), "describe input " + std::to_string(position) + " of " + name_);
+    std::vector<executorch::aten::SizesType> sizes(array.shape.begin(), array.shape.end());
+    if (info.scalar_type() == executorch::aten::ScalarType::Float)  // the data is only read
+      return executorch::extension::make_tensor_ptr(std::move(sizes), const_cast<float*>(array.data.data()));
+    if (info.scalar_type() == executorch::aten::ScalarType::Long)
+      return executorch::extension::make_tensor_ptr(std::move(sizes),
+                                                    std::vector<int64_t>(array.data.begin(), array.data.end()));
+    throw std::runtime_error("not in this example: inputs that are neither float32 nor int64");
+  }
+
   std::vector<std::vector<uint8_t>> buffers(const et::Program& program, const std::string& name) {
     const et::MethodMeta meta = taken(program.method_meta(name.c_str()), "find " + name);
     std::vector<std::vector<uint8_t>> found;

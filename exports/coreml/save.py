@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tgate_compile._errors import BackendError, BundleError, check_installed, first_line
+from tgate_compile._errors import BackendError, BundleError, ConfigurationError, check_installed, first_line
 from tgate_compile.bundle import manifest as m
 from tgate_compile.bundle.formats import Progress, WrittenGraph
 from tgate_compile.bundle.plan import PlannedGraph
@@ -142,6 +142,12 @@ MSG_NOT_HERE = (
     'Bundles of format "coreml" run on Apple devices, with iOS 18 or macOS 15 or later, and are used from Swift: see '
     "examples/coreml. Here, load a bundle of another format."
 )
+MSG_MEASURE = (
+    "Steps of this schedule are decided at run time by means over a whole activation, which Core ML would compute in "
+    "{precision}: there they can overflow, and this machine cannot check the result. Pass "
+    'format_options={{"precision": "float32"}}, or choose a schedule that is known beforehand, such as '
+    "BlockCache(mask=...)."
+)
 MSG_NO_PACKAGE = "{path} is not a Core ML package with {expected}: {reason}."
 
 
@@ -167,8 +173,12 @@ def write_graphs(
     """Write `graphs` to the bundle at `folder`.
 
     Raises:
+        ConfigurationError: steps are decided at run time, and the graphs are to compute in float16.
         BundleError: the graphs cannot be converted.
     """
+    target, precision = options.get("minimum_deployment_target", TARGETS[0]), options.get("precision", PRECISIONS[0])
+    if precision != "float32" and any(planned.variant.phase.part == "head" for planned in graphs):
+        raise ConfigurationError(MSG_MEASURE.format(precision=precision))
     (folder / m.GRAPHS_FOLDER).mkdir()
     for planned in graphs:
         _check_dtypes(planned)
@@ -181,7 +191,6 @@ def write_graphs(
         )
         for planned in graphs
     }
-    target, precision = options.get("minimum_deployment_target", TARGETS[0]), options.get("precision", PRECISIONS[0])
     try:
         to_coreml(functions, folder / PACKAGE, target=str(target), precision=str(precision))
     except Exception as error:  # the errors of coremltools have no common base class

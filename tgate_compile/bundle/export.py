@@ -41,8 +41,6 @@ MSG_NO_REFERENCE = (
     "the arguments of a call of this {pipeline} with a reference image, such as call={{'image': image, 'prompt': ''}}."
 )
 
-#: The formats that support steps that are decided at run time.
-DECIDING_FORMATS = ("onnx", "openvino")
 #: The choices of `components`: the denoiser's graphs only, or everything needed to turn a prompt into an image.
 COMPONENTS = ("denoiser", "all")
 
@@ -150,12 +148,6 @@ def export(
         raise UnsupportedModelError(
             f"This schedule estimates predictions ({hook.config.schedule.estimating.title}), which is computed between "
             "the graphs, and the runtimes of bundles do not do that. Leave the method out."
-        )
-    if hook.config.schedule.rule is not None and format not in DECIDING_FORMATS:
-        raise UnsupportedModelError(
-            f"Steps of this schedule are decided while they run ({hook.config.schedule}), which bundles of "
-            f'format="{format}" do not support. Formats that do: {", ".join(DECIDING_FORMATS)}. A schedule that is '
-            "known beforehand, such as BlockCache(mask=...), can be exported to every format."
         )
     if values_read(hook.denoiser):
         raise UnsupportedModelError(

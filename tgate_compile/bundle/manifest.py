@@ -291,6 +291,10 @@ _WEIGHTS: Any = Field(
 )
 
 
+_TAIL: Any = Field(default=None, description="What runs after a head if blocks are computed.")
+_FINISH: Any = Field(default=None, description="What runs after a head if blocks are skipped.")
+
+
 class PlannedPhase(_Sparse):
     """The phase of a step, with its letter and its graph."""
 
@@ -298,8 +302,8 @@ class PlannedPhase(_Sparse):
     graph: Name | None = Field(description="The graph that serves it; null if the bundle has none.")
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
     weights: dict[Kind, list[float]] = _WEIGHTS
-    tail: Name | None = Field(default=None, description="What runs after a head if blocks are computed.")
-    finish: Name | None = Field(default=None, description="What runs after a head if blocks are skipped.")
+    tail: Name | None = _TAIL
+    finish: Name | None = _FINISH
     settled: list[Letter] = Field(default_factory=list, description="The letters if blocks are computed, or skipped.")
 
 
@@ -345,13 +349,15 @@ class Method(_Strict):
     rule: Rule | None = Field(default=None, description="How steps are decided by their measures; null if none are.")
 
 
-class Step(_Strict):
+class Step(_Sparse):
     """A step of the example."""
 
     step: Count
     graph: Name
     phase: PhaseSpec = Field(description="What to keep; the graph may emit more, which is ignored.")
     weights: dict[Kind, list[float]] = _WEIGHTS
+    tail: Name | None = _TAIL
+    finish: Name | None = _FINISH
 
 
 class Example(_Strict):

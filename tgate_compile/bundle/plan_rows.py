@@ -162,12 +162,13 @@ def openings(graphs: Sequence[str]) -> int:
 
 def warn_of_alternation(manifest: Manifest) -> None:
     """Log a warning if the schedule returns to a graph that it has left."""
-    steps = [step.graph for step in manifest.example.steps]
-    if openings(steps) > len(set(steps)):
+    # A decided step is counted as if its blocks were computed.
+    graphs = [name for step in manifest.example.steps for name in (step.graph, step.tail) if name is not None]
+    if openings(graphs) > len(set(graphs)):
         logger.warning(
             "With this schedule, a generation of %d steps opens a graph %d times if only one is open at a time "
             "(sequential=True), and opening one takes longer than a step. A schedule that changes graphs only once, "
             "such as T-GATE v1, does not have this cost.",
-            len(steps),
-            openings(steps),
+            len(manifest.example.steps),
+            openings(graphs),
         )

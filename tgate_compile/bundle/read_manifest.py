@@ -198,10 +198,11 @@ def check_wiring(manifest: Manifest, path: Path) -> None:
                 "differ in shape or dtype."
             )
     for step in manifest.example.steps:
-        if step.graph not in manifest.graphs:
-            raise BundleError(
-                f"The example in the manifest {path} uses a graph {step.graph!r}, which the manifest does not have."
-            )
+        for name in (step.graph, step.tail, step.finish):
+            if name is not None and name not in manifest.graphs:
+                raise BundleError(
+                    f"The example in the manifest {path} uses a graph {name!r}, which the manifest does not have."
+                )
 
 
 #: A typical manifest has a few kilobytes per graph.
@@ -348,7 +349,8 @@ def _check_stages(manifest: Manifest, path: Path) -> None:
             raise BundleError(MSG_INVALID.format(path=path, where=name[:200], problem=problem))
     plans = manifest.method.plans
     planned = [phase.graph for phase in plans.phases if phase.graph is not None] if plans is not None else []
-    for used in (*planned, *(step.graph for step in manifest.example.steps)):
+    shown = [name for step in manifest.example.steps for name in (step.graph, step.tail, step.finish)]
+    for used in (*planned, *shown):
         if used in graphs and graphs[used].stage != "step":
             problem = f"{used[:200]!r} is not the graph of a step"
             raise BundleError(MSG_INVALID.format(path=path, where="method.plans or example", problem=problem))

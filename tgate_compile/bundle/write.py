@@ -204,7 +204,6 @@ _SINCE: Mapping[int, Mapping[str, Any]] = {
     2: {"denoiser": {"bindings": True}, "graphs": {"__all__": {"stage", "early_inputs"}}},
     3: {
         "method": {"forecasts": True, "plans": {"width": True, "phases": {"__all__": {"weights"}}}},
-        "example": {"steps": {"__all__": {"weights"}}},
     },
     4: {"denoiser": {"image_rows": True}, "method": {"rule": True}},
 }
@@ -371,17 +370,18 @@ def _method(hook: GatedDenoiser, names: Mapping[Phase, str]) -> m.Method:
 def _example(hook: GatedDenoiser, plan: Plan, names: Mapping[Phase, str]) -> m.Example:
     guided = plan.steps[0][1].guided
     weights = hook.config.schedule.forecast_weights(len(plan.steps), guided=guided)
+    parts = ("graph", "tail", "finish")
     return m.Example(
         guided=guided,
         strip=strip_of(plan.steps),
         steps=[
             m.Step(
                 step=step,
-                graph=names[graph],
                 phase=phase_spec(phase),
                 weights={kind: list(of_kind) for kind, of_kind in weights[step].items()},
+                **{part: names[graph] for part, (graph, _) in zip(parts, graphs, strict=False)},
             )
-            for (step, phase), ((graph, _), *_) in zip(plan.steps, plan.graphs, strict=True)
+            for (step, phase), graphs in zip(plan.steps, plan.graphs, strict=True)
         ],
     )
 
