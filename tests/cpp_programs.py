@@ -119,7 +119,9 @@ def assert_decides(
     expected = run(pipe, None, steps=DECIDED_STEPS, latents=latents, **DECIDED_CALL)
     assert tgate_compile.describe(pipe).strip == strip
     planned = schedule_of(schedule).strip(DECIDED_STEPS)
-    assert printed == [f"step {number}: {_graphs(*pair)}" for number, pair in enumerate(zip(planned, strip, strict=True))]
+    assert printed == [
+        f"step {number}: {_graphs(*pair)}" for number, pair in enumerate(zip(planned, strip, strict=True))
+    ]
     assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4
     if loads:
         loaded = tgate_compile.load(decided_pipe(), bundle)

@@ -143,9 +143,7 @@ class Quantization(_Strict):
     scheme: Scheme
     graphs: list[Name] = Field(description="The names of the quantized graphs.")
     keep: list[str] = Field(description="Name patterns of layers that are not quantized.")
-    block: Count | None = Field(
-        description="The number of 4-bit weights that share a scale; null without 4-bit weights."
-    )
+    block: Count | None = Field(description="The number of 4-bit weights that share a scale; null if there are none.")
     calibration: Calibration | None = Field(
         description="Null if activations are not quantized, or their ranges are measured at run time."
     )
@@ -215,9 +213,7 @@ class Pipeline(_Strict):
 class Returns(_Strict):
     """The type that the denoiser returns."""
 
-    class_name: Name | None = Field(
-        description="An output class of diffusers in the denoiser's module; null for a tuple."
-    )
+    class_name: Name | None = Field(description="An output class in the denoiser's module; null for a tuple.")
     fields: list[Name] = Field(description="The fields of that class, one for each output.")
 
 
