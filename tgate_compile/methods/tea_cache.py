@@ -119,6 +119,12 @@ class TeaCache(Deciding):
     def must_compute(self, step: int, timeline: Timeline) -> bool:
         return step == timeline.num_steps - 1
 
+    def __str__(self) -> str:
+        polynomial = f"model {self.model}" if self.model else " ".join(f"{each:.4g}" for each in self.coefficients)
+        chosen = [f"threshold {self.threshold:g}", polynomial if self.model else f"coefficients {polynomial}"]
+        chosen += [self.measured] * bool(self.measured) + [f"forecast {self.forecast}"] * bool(self.forecast)
+        return f"{self.title} ({', '.join(chosen)})"
+
 
 #: What was recorded in a plain generation, or for one guidance half in it, at each step from the second one on: the
 #: change of the measured value and that of the residual over the blocks.
