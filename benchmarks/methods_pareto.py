@@ -70,10 +70,16 @@ from tgate_compile import (
 )
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
+from tgate_compile.methods.tea_cache import threshold_for
 from tgate_compile.study.evaluation.features import Statistics, frechet_distance
 from tgate_compile.study.evaluation.measure import right
+from tgate_compile.study.tuning.measure import fit_tea_cache
+from tgate_compile.study.tuning.request import Runs as FitRuns
 
 FEWER = (0.8, 0.6, 0.5, 0.4, 0.3)
+
+#: The shares of the steps that TeaCache skips with a fitted polynomial, and with none.
+SKIPPED = (0.4, 0.5, 0.6, 0.7)
 
 
 @dataclass
@@ -377,17 +383,28 @@ def decided(name: str) -> dict[str, Any]:
         *(TeaCache(threshold, coefficients=unfitted) for threshold in (0.1, 0.2)),
         TeaCache(0.2, coefficients=unfitted, forecast=1),
     ]
+    pipe, call = tgate_compile.load_demo_pipeline(name), {**demo.call, "guidance_scale": demo.guidance}
+    # With other captions than those that are measured. The thresholds make both polynomials skip as many steps.
+    fit = fit_tea_cache(pipe, FitRuns(captions_of(6, 9), demo.steps, (5,), call, "decided"))
+    for share in SKIPPED:
+        for coefficients in (fit.method.coefficients, unfitted):
+            threshold = threshold_for(coefficients, fit.series, share)
+            candidates.append(TeaCache(threshold, coefficients=coefficients, measured=fit.method.measured))
     tuning = tgate_compile.tune(
-        tgate_compile.load_demo_pipeline(name),
+        pipe,
         captions_of(8, 7),
         candidates=candidates,
         tolerance=10.0,
         num_inference_steps=demo.steps,
         seeds=(0, 1),
-        call={**demo.call, "guidance_scale": demo.guidance},
+        call=call,
     )
     print(tuning, flush=True)
-    return {key: value for key, value in tuning.as_dict().items() if key != "convergence"}
+    found = {key: value for key, value in tuning.as_dict().items() if key != "convergence"}
+    for row in found["table"]:
+        del row["time"], row["unreliable"]  # the machine may have other work
+    fitted = {"coefficients": fit.method.coefficients, "measured": fit.method.measured}
+    return {**found, "fit": {**fitted, "r_squared": {value: each.r_squared for value, each in fit.fits.items()}}}
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:

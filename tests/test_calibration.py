@@ -1,4 +1,4 @@
-"""`calibrate_mag_cache`: the ratios that diffusers prints, the same skipped steps, and the files that keep them."""
+"""Calibration of MagCache, against diffusers, and of TeaCache, against plain hooks; and the files that keep both."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import ast
 import dataclasses
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import MagCacheConfig
@@ -25,12 +27,18 @@ from tgate_compile import (
     ConfigurationError,
     MagCache,
     Schedule,
+    TeaCache,
     calibrate_mag_cache,
+    calibrate_tea_cache,
     load_schedule,
     save_schedule,
     tune,
 )
 from tgate_compile._cli.app import app
+from tgate_compile.methods.decisions import Decider
+from tgate_compile.methods.tea_cache import fit_polynomial, skipped_share, threshold_for
+from tgate_compile.study.tuning.measure import fit_tea_cache
+from tgate_compile.study.tuning.request import Runs
 
 SWEEP = pytest.mark.sweep
 
@@ -147,3 +155,157 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert shown["strip"] in done.stdout
     done = run(app, ["tune", "--model", "pixart", "--magcache", "--plot", str(tmp_path / "a.png")])
     assert done.exit_code == 2
+
+
+# TeaCache.
+
+
+def changes_by_hooks(pipe: Any, call: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the changes of the measured values and of the residual, from plain hooks on PixArt's modules."""
+    seen: dict[str, list[torch.Tensor]] = {"modulated input": [], "time embedding": [], "enters": [], "leaves": []}
+    model = pipe.transformer
+    first, last = model.transformer_blocks[0], model.transformer_blocks[-1]
+    handles = [
+        first.register_forward_pre_hook(lambda module, args: seen["enters"].append(args[0].clone())),
+        first.attn1.register_forward_pre_hook(lambda module, args: seen["modulated input"].append(args[0].clone())),
+        last.register_forward_hook(lambda module, args, output: seen["leaves"].append(output.clone())),
+        model.adaln_single.emb.timestep_embedder.register_forward_hook(
+            lambda module, args, output: seen["time embedding"].append(output.clone())
+        ),
+    ]
+    latents_of(pipe, call)
+    for handle in handles:
+        handle.remove()
+    seen["residual"] = [out - into for out, into in zip(seen.pop("leaves"), seen.pop("enters"), strict=True)]
+    return {
+        name: [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(values)]
+        for name, values in seen.items()
+    }
+
+
+def test_teacache_is_fitted_to_the_changes_that_hooks_see(tmp_path: Path) -> None:
+    expected = changes_by_hooks(pixart(), pixart_call())
+    pipe = pixart()
+    plain = latents_of(pipe, pixart_call())
+    runs = Runs(None, STEPS, (0,), pixart_call(), "test")
+    for measured in ("modulated input", "time embedding"):
+        fit = fit_tea_cache(pipe, runs, measured=measured, threshold=0.3)
+        (series,) = fit.series
+        assert [x for x, _ in series] == pytest.approx(expected[measured], rel=1e-4)
+        assert [y for _, y in series] == pytest.approx(expected["residual"], rel=1e-4)
+        assert fit.method == TeaCache(0.3, coefficients=fit.method.coefficients, measured=measured)
+        points = np.array(series[:-1])
+        degree = len(fit.method.coefficients) - 1
+        if fit.method.coefficients[-1]:
+            assert fit.method.coefficients == pytest.approx(np.polyfit(*points.T, degree), rel=1e-6)
+    assert torch.equal(latents_of(pipe, pixart_call()), plain)  # the pipeline is plain again
+
+    # The time embedding does not depend on what was skipped, so the decisions are those that were predicted.
+    fit = fit_tea_cache(pipe, runs, measured="time embedding", skip=0.4)
+    save_schedule(Schedule.of(fit.method), tmp_path / "a.json")
+    assert load_schedule(tmp_path / "a.json") == Schedule.of(fit.method)
+    tgate_compile.optimize(pipe, schedule=tmp_path / "a.json", backend="eager")
+    assert_differ(latents_of(pipe, pixart_call()), plain)
+    decider = Decider(fit.method.rule)
+    decided = "".join("K" if decider.skips(x) else "F" for x in expected["time embedding"][:-1])
+    strip = tgate_compile.describe(pipe).strip
+    assert strip == f"F{decided}F"
+    assert strip.count("K") / STEPS == fit.skipped[fit.method.threshold] >= 0.4
+
+
+def test_the_value_with_the_better_fit_is_measured(caplog: pytest.LogCaptureFixture) -> None:
+    """FLUX has two time embeddings, so only the modulated input is measured."""
+    build, call = joint("FluxPipeline")
+    seen: list[tuple[int, int, str]] = []
+    method = calibrate_tea_cache(
+        build(), call=call(), num_inference_steps=4, seeds=(0, 1), skip=0.25, progress=lambda *at: seen.append(at)
+    )
+    assert seen == [(number, 2, "calibration of TeaCache") for number in (1, 2)]
+    assert (method.measured, method.model, method.forecast) == ("modulated input", "", 0)
+    assert method.coefficients
+
+
+def test_polynomials() -> None:
+    x = np.linspace(0.02, 0.3, 40)
+
+    def groups(y: np.ndarray, noise: float = 0.0) -> list[list[tuple[float, float]]]:
+        rng = np.random.default_rng(0)
+        noisy = [y + noise * rng.standard_normal(len(y)) for _ in range(4)]
+        return [list(zip(x.tolist(), each.tolist(), strict=True)) for each in noisy]
+
+    # A polynomial is found again, with no higher degree than needed.
+    for coefficients in [(1.5, 0.0), (1.5, 0.05), (6.0, 0.5, 0.02), (40.0, 2.0, 0.1, 0.01)]:
+        fit = fit_polynomial(groups(np.polyval(coefficients, x)))
+        assert fit.coefficients == pytest.approx(coefficients, abs=1e-6)
+        assert fit.r_squared == pytest.approx(1.0)
+    assert len(fit_polynomial(groups(2 * x, noise=0.1)).coefficients) == 2
+    # One generation is divided.
+    assert fit_polynomial(groups(2 * x + 0.1)[:1]).r_squared == pytest.approx(1.0)
+    # The best polynomial would be negative for small changes, decrease for large ones, or decrease everywhere: then
+    # blocks would be skipped just where much changes.
+    for y in (2 * x - 0.03, 0.3 - 40 * (x - 0.2) ** 2 + 1.5, 0.5 - x):
+        fit = fit_polynomial(groups(y))
+        values = np.polyval(fit.coefficients, np.linspace(0.0, 3.0, 1000))
+        assert (values >= 0.0).all()
+        assert (np.diff(values)[10:] >= 0.0).all()
+    assert fit.r_squared < 0.0  # the last one cannot be estimated
+    for unusable in ([], [[(0.1, 0.1)]], [[(0.0, 0.1), (0.0, 0.2)]], [[(0.1, float("nan")), (0.1, 0.2)]]):
+        with pytest.raises(ConfigurationError, match="cannot be fitted to these changes"):
+            fit_polynomial(unusable)
+
+
+def test_thresholds() -> None:
+    rng = np.random.default_rng(0)
+    series = [[(x, x) for x in rng.uniform(0.05, 0.2, 19).tolist()] for _ in range(3)]
+    rule = TeaCache(coefficients=(2.0, 0.0)).rule
+    for share in (0.2, 0.5, 0.7, 0.9):
+        threshold = threshold_for((2.0, 0.0), series, share)
+        assert skipped_share(dataclasses.replace(rule, threshold=threshold), series) >= share
+        assert skipped_share(dataclasses.replace(rule, threshold=0.9 * threshold), series) < share
+    with pytest.raises(ConfigurationError, match=r"at most 0\.90 for 20 steps"):
+        threshold_for((2.0, 0.0), series, 0.95)
+
+
+def test_what_teacache_cannot_be_fitted_to() -> None:
+    with pytest.raises(ConfigurationError, match=r"several denoisers .* each with a polynomial of its own"):
+        calibrate_tea_cache(wan(boundary_ratio=0.5), call=wan_call())
+    with pytest.raises(ConfigurationError, match="skip must be a share of the steps"):
+        calibrate_tea_cache(pixart(), call=pixart_call(), skip=50)
+    with pytest.raises(ConfigurationError, match="already optimized"):
+        calibrate_tea_cache(tgate_compile.optimize(pixart(), 4, backend="eager"), call=pixart_call())
+    with pytest.raises(tgate_compile.UnsupportedModelError, match="stacks of transformer blocks"):
+        calibrate_tea_cache(stable_diffusion(layout="small"), ["red cat"], num_inference_steps=3)
+
+
+@pytest.mark.heavy
+def test_teacache_on_the_command_line(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    path = tmp_path / "teacache.json"
+    given = [
+        "tune",
+        "--model",
+        "sd3",
+        "--teacache",
+        "--steps",
+        "6",
+        "--count",
+        "2",
+        "--skip",
+        "0.3",
+        "--out",
+        str(path),
+    ]
+    done = run(app, [*given, "--json"])
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
+    method = TeaCache(shown["threshold"], coefficients=tuple(shown["coefficients"]), measured=shown["measured"])
+    assert load_schedule(path) == Schedule.of(method)
+    assert shown["skipped"][f"{method.threshold:g}"] >= 0.3
+    assert json.loads(path.read_text())["about"]["r_squared"] == shown["r_squared"]
+    done = run(app, [*given, "--force"])
+    assert done.exit_code == 0, done.output
+    assert "(chosen)" in done.stdout
+    assert "steps skipped" in done.stdout
+    for wrong in (["--magcache"], ["--plot", str(tmp_path / "a.png")]):
+        assert run(app, ["tune", "--model", "sd3", "--teacache", *wrong]).exit_code == 2
+    assert run(app, ["tune", "--model", "sd3", "--skip", "0.3"]).exit_code == 2

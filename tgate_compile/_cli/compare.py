@@ -16,12 +16,14 @@ from rich.table import Table
 
 from tgate_compile._cli import options
 from tgate_compile._cli import options as prompt_options
+from tgate_compile._cli import settings as schedule_options
 from tgate_compile._cli.console import OUT, check_targets, make_progress, print_json, print_note
 from tgate_compile._cli.options import EMBEDDED_NAMES, EMBEDDED_PREFIX, MSG_CONFIG_ALONE, embedded_name
 from tgate_compile._cli.settings import print_chosen, settings_for
 from tgate_compile._demo import DEMO_VARIANTS
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.schedule import Schedule
+from tgate_compile.study.bench.methods import COMPARED, ComparedMethod
 from tgate_compile.study.comparison.page import check_page_can_be_made, page_of
 from tgate_compile.study.comparison.result import Comparison, ModelFigures, Pictures
 
@@ -41,6 +43,7 @@ DEFAULT_PROMPTS = (
     "an astronaut riding a horse, oil painting",
 )
 
+MSG_UNKNOWN = "--method: expected one of {known}, but got {given!r}."
 MSG_FAILED = "{model}: {reason}"
 
 
@@ -64,7 +67,14 @@ def compare(
     count: prompt_options.Count = None,
     seed: options.Seed = 0,
     image: options.Image,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help=f"{', '.join(COMPARED)}; repeatable.", show_default="those that suit the model"
+        ),
+    ] = None,
     gate_step: options.GateStep = None,
+    schedule: schedule_options.Files = None,
     backend: options.BackendOption = options.EAGER,
     out: Annotated[
         Path,
@@ -75,11 +85,14 @@ def compare(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Compare T-GATE, DeepCache, Adaptive Guidance and fewer steps with the plain pipeline: images and timings."""
+    """Compare caching methods and fewer steps with the plain pipeline: images and timings."""
     names = model or [f"{EMBEDDED_PREFIX}{variant}" for variant in DEMO_VARIANTS]
     if loading.model_config is not None and not any(Path(name).is_file() for name in names):
         raise ConfigurationError(MSG_CONFIG_ALONE.format(given=", ".join(names)))
     chosen_backend = options.check_backend(backend)
+    for each in method or ():
+        if each not in COMPARED:
+            raise ConfigurationError(MSG_UNKNOWN.format(known=", ".join(COMPARED), given=each))
     given = prompt_options.chosen_prompts(prompt, prompts, count, embedded=0)
     check_page_can_be_made()
     page, data = out / "comparison.html", out / "comparison.json"
@@ -90,6 +103,8 @@ def compare(
         "image": image,
         "gate_step": gate_step,
         "backend": chosen_backend,
+        "methods": tuple(method or ()),
+        "more": schedule_options.methods_in(schedule),
     }
     figures: list[ModelFigures] = []
     pictures: dict[str, Pictures] = {}
@@ -139,6 +154,8 @@ def _compare_one(
     image: options.Image,
     gate_step: float | None,
     backend: str,
+    methods: tuple[str, ...],
+    more: tuple[ComparedMethod, ...],
     progress: Progress,
 ) -> tuple[ModelFigures, Pictures]:
     from tgate_compile._cli.loading import load
@@ -156,6 +173,8 @@ def _compare_one(
         gate=settings.gate,
         call={**loaded.call, **loaded.guided(settings.guidance), **image.size},
         backend=backend,
+        methods=methods,
+        more=more,
     )
     return compare_model(name, loaded.pipe, task, judged=embedded_name(name) is not None, progress=progress)
 

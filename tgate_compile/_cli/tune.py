@@ -20,6 +20,7 @@ from tgate_compile.study.figures import check_figure
 from tgate_compile.study.tuning import DEFAULT_TOLERANCE
 
 if TYPE_CHECKING:
+    from tgate_compile.study.tuning.measure import TeaCacheFit
     from tgate_compile.study.tuning.result import Tuning, TuningRow
 
 _EMBEDDED_PROMPTS = 4
@@ -61,14 +62,31 @@ def tune(
             "--magcache", help="Measure only the ratios that MagCache needs, and write MagCache with them to --out."
         ),
     ] = False,
+    teacache: Annotated[
+        bool,
+        typer.Option(
+            "--teacache", help="Fit only the polynomial that TeaCache needs, and write TeaCache with it to --out."
+        ),
+    ] = False,
+    skip: Annotated[
+        float | None,
+        typer.Option(
+            help="With --teacache: the share of the steps that the threshold is chosen to skip.", show_default="0.5"
+        ),
+    ] = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Find the cheapest schedule whose images stay close to the plain pipeline's, on a few prompts."""
     embedded = None if embedded_name(model) is None else _EMBEDDED_PROMPTS
     texts = prompt_options.chosen_prompts(prompt, prompts, count, embedded=embedded)
-    if plot is not None and magcache:
-        raise typer.BadParameter("--magcache measures no schedules, so there is nothing for --plot to draw.")
+    if magcache and teacache:
+        raise typer.BadParameter("--magcache and --teacache write different methods. Run the command twice.")
+    if plot is not None and (magcache or teacache):
+        given = "--magcache" if magcache else "--teacache"
+        raise typer.BadParameter(f"{given} measures no schedules, so there is nothing for --plot to draw.")
+    if skip is not None and not teacache:
+        raise typer.BadParameter("--skip needs --teacache.")
     if plot is not None:
         check_figure(plot)
     check_targets([path for path in (out, plot) if path is not None], force=force)
@@ -85,12 +103,21 @@ def tune(
 
         if magcache:
             method = tgate_compile.calibrate_mag_cache(loaded.pipe, texts, **common, progress=update)
+        elif teacache:
+            from tgate_compile.study.tuning.measure import fit_tea_cache
+            from tgate_compile.study.tuning.request import Runs
+
+            runs = Runs(texts, **common, verb="tune")
+            fit = fit_tea_cache(loaded.pipe, runs, skip=0.5 if skip is None else skip, progress=update)
         else:
             tuning = tgate_compile.tune(
                 loaded.pipe, texts, tolerance=tolerance, budget=budget, **common, progress=update
             )
     if magcache:
         _report_ratios(loaded.source, method, settings.steps, out, json=json)
+        return
+    if teacache:
+        _report_fit(loaded.source, fit, settings.steps, out, json=json)
         return
     if out is not None:
         tuning.save(out)
@@ -117,6 +144,34 @@ def _report_ratios(source: str, method: tgate_compile.MagCache, steps: int, out:
         return
     OUT.print(Text.assemble((str(schedule), "bold"), "  ", coloured(strip)), soft_wrap=True)
     OUT.print("ratios: " + ", ".join(f"{ratio:.4f}" for ratio in method.ratios), soft_wrap=True)
+    if out is not None:
+        OUT.print(f"written {out}", soft_wrap=True)
+
+
+def _report_fit(source: str, fit: TeaCacheFit, steps: int, out: Path | None, *, json: bool) -> None:
+    """Write and print TeaCache with the polynomial that was fitted, and what other thresholds would skip."""
+    method = fit.method
+    schedule = tgate_compile.Schedule.of(method)
+    r_squared = {value: round(found.r_squared, 4) for value, found in fit.fits.items()}
+    skipped = {f"{threshold:g}": round(share, 4) for threshold, share in fit.skipped.items()}
+    found = {"model": source, "r_squared": r_squared, "skipped": skipped}
+    if out is not None:
+        tgate_compile.save_schedule(schedule, out, {**found, "num_inference_steps": steps})
+    if json:
+        written = {} if out is None else {"out": str(out)}
+        fitted = {
+            "coefficients": list(method.coefficients), "measured": method.measured, "threshold": method.threshold,
+        }  # fmt: skip
+        print_json(found | fitted | {"strip": schedule.strip(steps), "written": written})
+        return
+    OUT.print(Text.assemble((str(schedule), "bold"), "  ", coloured(schedule.strip(steps))), soft_wrap=True)
+    for value, quality in r_squared.items():
+        OUT.print(f"{value}: R² {quality:.3f}{' (chosen)' if value == method.measured else ''}", soft_wrap=True)
+    table = Table("threshold", "steps skipped", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for threshold, share in fit.skipped.items():
+        style = "bold green" if threshold == method.threshold else ""
+        table.add_row(*(Text(cell, style, justify="right") for cell in (f"{threshold:g}", f"{share:.0%}")))
+    OUT.print(table)
     if out is not None:
         OUT.print(f"written {out}", soft_wrap=True)
 

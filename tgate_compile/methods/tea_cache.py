@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import ClassVar, NamedTuple, get_args
 
+import numpy as np
+
 from tgate_compile._errors import ConfigurationError, did_you_mean
-from tgate_compile.methods.decisions import Deciding, Rule, check_deciding
+from tgate_compile.methods.decisions import Decider, Deciding, Rule, check_deciding
 from tgate_compile.methods.method import Blocks, Kind, Timeline, ValueOfBlocks, checked_number, option
 
 
@@ -67,7 +70,7 @@ class TeaCache(Deciding):
         model: the model whose polynomial is used: flux, ltx-video, hunyuan-video, mochi, cogvideox-2b, cogvideox-5b,
             wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.1-i2v-14b-480p or wan2.1-i2v-14b-720p.
         coefficients: instead of `model`: the coefficients of the polynomial, highest power first; (1, 0) uses the
-            measured change itself.
+            measured change itself. `tgate_compile.calibrate_tea_cache` fits them to a model.
         measured: the value whose change is measured, "modulated input" or "time embedding"; empty means that of
             `model`, or the modulated input.
         forecast: the order of the forecast: 0 reuses the last residual, 1 and 2 extrapolate it (TaylorSeer).
@@ -87,7 +90,8 @@ class TeaCache(Deciding):
             raise ConfigurationError(
                 "TeaCache needs either the model whose polynomial is used, one of "
                 f"{', '.join(FITTED)}, or the coefficients of another one, such as (1, 0) for the measured change "
-                f"itself, but got model={self.model!r} and coefficients={self.coefficients!r}."
+                f"itself, but got model={self.model!r} and coefficients={self.coefficients!r}. To fit a polynomial to "
+                "your model, call tgate_compile.calibrate_tea_cache(pipe, prompts), which returns TeaCache with it."
             )
         if self.model and self.model not in FITTED:
             raise ConfigurationError(
@@ -114,3 +118,143 @@ class TeaCache(Deciding):
 
     def must_compute(self, step: int, timeline: Timeline) -> bool:
         return step == timeline.num_steps - 1
+
+    def __str__(self) -> str:
+        polynomial = f"model {self.model}" if self.model else " ".join(f"{each:.4g}" for each in self.coefficients)
+        chosen = [f"threshold {self.threshold:g}", polynomial if self.model else f"coefficients {polynomial}"]
+        chosen += [self.measured] * bool(self.measured) + [f"forecast {self.forecast}"] * bool(self.forecast)
+        return f"{self.title} ({', '.join(chosen)})"
+
+
+#: What was recorded in a plain generation, or for one guidance half in it, at each step from the second one on: the
+#: change of the measured value and that of the residual over the blocks.
+Series = Sequence[tuple[float, float]]
+
+#: The highest degree of a fitted polynomial, which is that of the authors' polynomials.
+MAX_DEGREE = 4
+
+#: A polynomial of a lower degree is preferred if its R² is at most this much lower.
+_TOLERANCE = 0.01
+
+#: The shares of the steps for which thresholds are reported.
+_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+class PolynomialFit(NamedTuple):
+    """A polynomial that was fitted to recorded changes.
+
+    Attributes:
+        coefficients: the coefficients, highest power first.
+        r_squared: the coefficient of determination (1: perfect, 0: no better than a constant) on points that the
+            polynomial was not fitted to, see `fit_polynomial`.
+    """
+
+    coefficients: tuple[float, ...]
+    r_squared: float
+
+
+def fit_polynomial(groups: Sequence[Series]) -> PolynomialFit:
+    """Fit a polynomial that estimates the change of the residual from that of the measured value, by least squares.
+
+    The degree is chosen by cross-validation: each of the `groups`, which should be different generations, is estimated
+    from the others; if there is only one, it is divided into five. A polynomial that is negative anywhere, or that
+    decreases where changes were recorded or beyond, is not used, because blocks would then be skipped just where much
+    changes. The simplest one, which multiplies the change by a number, is always possible.
+
+    Raises:
+        ConfigurationError: the changes cannot be used.
+    """
+    points = np.array([point for group in groups for point in group], dtype=np.float64).reshape(-1, 2)
+    if len(points) < 2 or not np.isfinite(points).all() or not (points.max(axis=0) > 0).all():
+        raise ConfigurationError(
+            "A polynomial for TeaCache cannot be fitted to these changes: they must be at least 2, finite, and not all "
+            f"zero, but got {len(points)}: {points[:5].tolist()}. Use more steps, and check that the pipeline makes "
+            "images."
+        )
+    several = [np.array(group, dtype=np.float64) for group in groups if group]
+    folds = (
+        several if len(several) > 1 else [points[start :: min(5, len(points))] for start in range(min(5, len(points)))]
+    )
+    spread = ((points[:, 1] - points[:, 1].mean()) ** 2).sum()
+    found: list[PolynomialFit] = []
+    for degree in range(MAX_DEGREE + 1):  # 0 stands for a multiple of the change
+        coefficients = _least_squares(points, degree)
+        if coefficients is None or not _is_usable(coefficients, points[:, 0]):
+            continue
+        error = 0.0
+        for held_out in range(len(folds)):
+            others = np.concatenate([fold for index, fold in enumerate(folds) if index != held_out])
+            own = _least_squares(others, degree)
+            if own is None:
+                break
+            error += ((np.polyval(own, folds[held_out][:, 0]) - folds[held_out][:, 1]) ** 2).sum()
+        else:
+            r_squared = float(1.0 - error / spread) if spread else 0.0
+            found.append(PolynomialFit(tuple(float(each) for each in coefficients), r_squared))
+    best = max(fit.r_squared for fit in found)
+    return next(fit for fit in found if fit.r_squared >= best - _TOLERANCE)
+
+
+def _least_squares(points: np.ndarray[tuple[int, ...], np.dtype[np.float64]], degree: int) -> np.ndarray | None:
+    """Return the coefficients of a polynomial; for degree 0, of a multiple. None if there are too few points."""
+    x, y = points[:, 0], points[:, 1]
+    if degree == 0:
+        return np.array([(x @ y) / (x @ x), 0.0])
+    if len(np.unique(x)) < 2 * (degree + 1):
+        return None
+    scale = x.max()  # so that the powers are of similar size
+    coefficients, _, rank, _ = np.linalg.lstsq(np.vander(x / scale, degree + 1), y)
+    return coefficients / scale ** np.arange(degree, -1, -1) if rank == degree + 1 else None
+
+
+def _is_usable(coefficients: np.ndarray, changes: np.ndarray) -> bool:
+    """Return whether the polynomial is never negative, and does not decrease from the smallest of `changes` on."""
+    below = np.linspace(0.0, changes.min(), 100)
+    beyond = np.geomspace(max(changes.min(), 1e-6 * changes.max()), 100.0 * changes.max(), 2000)
+    values = np.polyval(coefficients, beyond)
+    return bool(
+        (np.polyval(coefficients, below) >= 0.0).all() and (values >= 0.0).all() and (np.diff(values) >= 0).all()
+    )
+
+
+def skipped_share(rule: Rule, series: Sequence[Series]) -> float:
+    """Return the share of the steps that `rule` would have skipped, had the recorded changes remained the same.
+
+    The first and the last step are computed.
+    """
+    skipped = 0
+    for each in series:
+        decider = Decider(rule)
+        skipped += sum(decider.skips(measured) for measured, _ in each[:-1])
+    return skipped / sum(len(each) + 1 for each in series)
+
+
+def threshold_for(coefficients: tuple[float, ...], series: Sequence[Series], share: float) -> float:
+    """Return the lowest threshold at which at least this share of the steps would have been skipped.
+
+    Raises:
+        ConfigurationError: there is none, because the first and the last step are always computed.
+    """
+    # A decision can only change where the threshold passes a sum of successive estimates.
+    estimates = [[float(np.polyval(coefficients, measured)) for measured, _ in each[:-1]] for each in series]
+    sums = sorted({total for each in estimates for start in range(len(each)) for total in accumulate(each[start:])})
+    between = [(low + high) / 2 for low, high in pairwise(sums)] + [1.05 * total for total in sums[-1:]]
+    candidates = between if len(between) <= 500 else [*between[:: len(between) // 500], between[-1]]
+    for threshold in (float(f"{candidate:.4g}") for candidate in candidates):
+        if skipped_share(Rule(threshold, coefficients=coefficients, accumulates=True), series) >= share:
+            return threshold
+    steps = min(len(each) + 1 for each in series)
+    raise ConfigurationError(
+        f"skip must be at most {(steps - 2) / steps:.2f} for {steps} steps, of which the first and the last are always "
+        f"computed, but got {share:g}."
+    )
+
+
+def skipped_by_threshold(
+    coefficients: tuple[float, ...], series: Sequence[Series], chosen: float
+) -> dict[float, float]:
+    """Return the share of the steps that would have been skipped, for the `chosen` threshold and some others."""
+    most = min((len(each) - 1) / (len(each) + 1) for each in series)
+    thresholds = {threshold_for(coefficients, series, share) for share in _SHARES if share <= most} | {chosen}
+    rules = [Rule(threshold, coefficients=coefficients, accumulates=True) for threshold in sorted(thresholds)]
+    return {rule.threshold: skipped_share(rule, series) for rule in rules}

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import ConfigurationError, UnsupportedModelError, is_installed
 from tgate_compile.methods.adaptive_guidance import AdaptiveGuidance
+from tgate_compile.methods.block_cache import BlockCache
+from tgate_compile.methods.db_cache import DBCache
 from tgate_compile.methods.deepcache import DeepCache
+from tgate_compile.methods.delta_dit import DeltaDiT
+from tgate_compile.methods.faster_cache import FasterCache
+from tgate_compile.methods.first_block_cache import FirstBlockCache
+from tgate_compile.methods.fora import Fora
+from tgate_compile.methods.frozen_text import FrozenText
 from tgate_compile.methods.method import Method
+from tgate_compile.methods.pab import PAB
 from tgate_compile.methods.schedule import Schedule, schedule_of
 from tgate_compile.methods.tgate import TGate
 from tgate_compile.study.architectures import MODELS, Architecture
@@ -127,11 +135,13 @@ class ComparedMethod:
         key: identifier for programs.
         title: name for people.
         schedule: the schedule; None for the plain pipeline.
+        calibrated: whether the schedule is that of `CALIBRATED[key]`, which has to be measured on the model.
     """
 
     key: str
     title: str
     schedule: Schedule | None = None
+    calibrated: bool = False
 
 
 def methods_for(gate: int) -> tuple[ComparedMethod, ...]:
@@ -149,6 +159,55 @@ def methods_for(gate: int) -> tuple[ComparedMethod, ...]:
         *(ComparedMethod(key, title, schedule_of(method)) for key, (title, method) in compared.items()),
         ComparedMethod(FEWER_STEPS, "fewer steps"),
     )
+
+
+#: The methods of `caching_methods` with numbers that are measured on the model.
+CALIBRATED: Mapping[str, str] = {"magcache": "MagCache", "teacache": "TeaCache"}
+
+#: The methods that a comparison chooses for UNets, and for transformers, besides the plain pipeline.
+FOR_UNETS = (TGATE, "tgate_v2", "deepcache", "deepcache_tgate", "adaptive_guidance", FEWER_STEPS)
+FOR_TRANSFORMERS = (
+    TGATE, "adaptive_guidance", "pab", "fora_forecast", "block_cache", "magcache", "first_block_cache", "teacache",
+    FEWER_STEPS,
+)  # fmt: skip
+
+#: All methods that a comparison can choose from, in the order of its tables.
+COMPARED = (
+    *FOR_UNETS[:-1], "frozen_text", "pab", "fora", "fora_forecast", "block_cache", "delta_dit", "magcache",
+    "first_block_cache", "dbcache", "teacache", "faster_cache", FEWER_STEPS,
+)  # fmt: skip
+
+
+def caching_methods(gate: int, denoiser: torch.nn.Module) -> tuple[ComparedMethod, ...]:
+    """Return the methods that a comparison has besides those of `methods_for`, with settings for `denoiser`."""
+    from torch.nn import ModuleList
+
+    from tgate_compile.engine.families import has_joint_attention
+
+    lists = [child for name, child in denoiser.named_children() if "blocks" in name and isinstance(child, ModuleList)]
+    is_unet = hasattr(denoiser, "up_blocks")
+    blocks = 2 if is_unet else max(2, sum(map(len, lists)))
+    front = 0 if is_unet else 1
+    compared: dict[str, tuple[str, Method]] = {
+        "frozen_text": ("Frozen text", FrozenText(gate)),
+        # In joint attention, the keys and values of the text are cached, and outputs of self-attentions do not exist.
+        "pab": ("PAB", PAB(6, 1 if has_joint_attention(type(denoiser)) else 2)),
+        "fora": ("FORA", Fora(2)),
+        "fora_forecast": ("FORA, forecast", Fora(3, warm_up=3, forecast=1)),
+        "block_cache": ("Block cache, forecast", BlockCache(2, front, warm_up=3, forecast=1)),
+        "delta_dit": ("Delta-DiT", DeltaDiT(2, blocks=blocks // 2)),
+        "first_block_cache": ("First-block cache", FirstBlockCache(0.12)),
+        "dbcache": ("DBCache", DBCache(0.12, front=max(1, blocks // 8), warm_up=3)),
+        "faster_cache": ("FasterCache", FasterCache(5)),
+    }
+    fixed = [ComparedMethod(key, title, schedule_of(method)) for key, (title, method) in compared.items()]
+    return (*fixed, *(ComparedMethod(key, title, calibrated=True) for key, title in CALIBRATED.items()))
+
+
+def _effect(schedule: Schedule, steps: int, *, guided: bool) -> tuple[Any, ...]:
+    """Return what determines the images: what each step reuses, the blocks meant, the forecast, and the rule."""
+    strip = schedule.strip(steps, guided=guided)
+    return strip, dict(schedule.ranges), dict(schedule.forecasts), schedule.rule
 
 
 def why_not(
@@ -174,9 +233,13 @@ def why_not(
     if schedule.guidance_step is not None and not guided:
         return WHY_NO_GUIDANCE
     strip = schedule.strip(steps, guided=guided)
+    effect = _effect(schedule, steps, guided=guided)
     for other in methods[: methods.index(method)]:
+        if other.calibrated and other.schedule is None:
+            continue
         plain = ("F" if guided else "f") * steps
-        if strip == (plain if other.schedule is None else other.schedule.strip(steps, guided=guided)):
+        is_same = strip == plain if other.schedule is None else effect == _effect(other.schedule, steps, guided=guided)
+        if is_same:
             return WHY_SAME.format(steps=steps, other=other.title)
     return None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass, field, replace
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL.Image import Image
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import parse_caption
 from tgate_compile._errors import UnsupportedModelError, first_line, is_installed
+from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.attach import attach, denoiser_names
 from tgate_compile.pipeline.facts import guidance_of
 from tgate_compile.study.bench.measure import (
@@ -28,16 +29,21 @@ from tgate_compile.study.bench.measure import (
     twin_of,
 )
 from tgate_compile.study.bench.methods import (
+    COMPARED,
     FEWER_STEPS,
+    FOR_TRANSFORMERS,
+    FOR_UNETS,
+    PLAIN,
     TGATE,
     ComparedMethod,
+    caching_methods,
     methods_for,
     steps_at_equal_cost,
     why_not,
 )
 from tgate_compile.study.comparison.result import ImageFigures, MethodFigures, ModelFigures, Pictures
 from tgate_compile.study.evaluation.result import decibels
-from tgate_compile.study.tuning.measure import relative_distances
+from tgate_compile.study.tuning.measure import calibrate_mag_cache, calibrate_tea_cache, relative_distances
 from tgate_compile.study.tuning.recorder import Convergence, Recorder
 from tgate_compile.study.tuning.request import setting_of
 
@@ -97,6 +103,8 @@ class Task:
         gate: first step in which T-GATE reuses outputs, and in which guidance is off.
         call: further arguments of the pipeline's call.
         backend: backend of the optimized pipelines.
+        methods: the keys of the methods, of those in `COMPARED`; empty for those that suit the model.
+        more: further methods.
     """
 
     prompts: tuple[str, ...]
@@ -105,6 +113,8 @@ class Task:
     gate: int
     call: Mapping[str, Any]
     backend: str = "eager"
+    methods: tuple[str, ...] = ()
+    more: tuple[ComparedMethod, ...] = ()
 
     def call_of(self, prompt: int, steps: int) -> dict[str, Any]:
         """Return the arguments of the pipeline's call for one prompt."""
@@ -124,6 +134,7 @@ class _Runner:
     macs: float | None
     peak: int | None = None
     runs: list[Timed] = field(default_factory=list)
+    of_prompts: list[float] = field(default_factory=list)  # the operations of each prompt's image
 
 
 def compare_model(
@@ -153,8 +164,8 @@ class _Comparing:
         self._task = task
         self._judge = judge
         self._progress = progress
-        self._methods = methods_for(task.gate)
         self._denoisers = {name: getattr(pipe, name) for name in denoiser_names(pipe)}
+        self._methods = _methods_of(task, next(iter(self._denoisers.values())))
         self._why_not: dict[str, str] = {}
         self._done = 0
         # All prompts, repeated if there are few, because a single time cannot be checked for reliability.
@@ -174,6 +185,8 @@ class _Comparing:
                 runner = runners[(index + turn) % len(runners)]
                 prompt = index % len(task.prompts)
                 runner.runs.append(self._generate(runner.pipe, runner.method, prompt, runner.steps))
+                if runner.cost is not None and index < len(task.prompts):
+                    runner.of_prompts.append(cost_of_last(runner.pipe).macs)  # decisions depend on the prompt
         by_key = {runner.method.key: runner for runner in runners}
         figures = ModelFigures(
             name=self._name,
@@ -219,14 +232,17 @@ class _Comparing:
         task = self._task
         runners = []
         for method in self._methods:
-            if method.schedule is None:
-                continue
-            why = why_not(method, self._methods, self._denoisers, steps=task.steps, guided=guided)
-            if why is not None:
-                self._why_not[method.key] = why
+            if method.schedule is None and not method.calibrated:
                 continue
             try:
                 pipe = twin_of(self._pipe)
+                if method.calibrated:
+                    self._methods, method = self._calibrated(method, pipe)
+                why = why_not(method, self._methods, self._denoisers, steps=task.steps, guided=guided)
+                if why is not None:
+                    self._why_not[method.key] = why
+                    continue
+                assert method.schedule is not None
                 attach(pipe, dict.fromkeys(denoiser_names(pipe), method.schedule), backend=task.backend)
                 first = self._generate(pipe, method, 0, task.steps)
             except Exception as error:  # report the error on the page, and run the other methods
@@ -238,21 +254,48 @@ class _Comparing:
             runners.append(_Runner(method, pipe, task.steps, first.seconds, cost.strip, cost, cost.macs))
         return runners
 
+    def _calibrated(
+        self, method: ComparedMethod, pipe: DiffusionPipeline
+    ) -> tuple[tuple[ComparedMethod, ...], ComparedMethod]:
+        """Return the methods with the schedule of one of them measured on `pipe`, and that method.
+
+        The prompts are those of the comparison, with other noise.
+        """
+        task = self._task
+        if self._progress is not None:
+            self._progress(self._done, self._total, f"{self._name}: calibration of {method.title}")
+        seeds = (max(task.seeds) + 1,)
+        common: dict[str, Any] = {"num_inference_steps": task.steps, "seeds": seeds, "call": task.call}
+        schedule = Schedule.of(
+            calibrate_tea_cache(pipe, task.prompts[:4], **common)
+            if method.key == "teacache"
+            else replace(calibrate_mag_cache(pipe, task.prompts[:1], **common), threshold=0.12, forecast=1)
+        )
+        measured = replace(method, schedule=schedule)
+        return tuple(measured if each is method else each for each in self._methods), measured
+
     def _add_fewer_steps(self, runners: list[_Runner], plain: _Runner) -> None:
+        method = next((method for method in self._methods if method.key == FEWER_STEPS), None)
+        if method is None:
+            return
         tgate = next((runner for runner in runners if runner.method.key == TGATE), None)
         share = None if tgate is None or tgate.macs is None or not plain.macs else tgate.macs / plain.macs
+        if all(each.key != TGATE for each in self._methods):
+            share = 0.5
         steps, why = steps_at_equal_cost(self._task.steps, share)
         if why is not None:
             self._why_not[FEWER_STEPS] = why
             return
-        method = next(method for method in self._methods if method.key == FEWER_STEPS)
         macs = None if plain.macs is None else plain.macs * steps / self._task.steps
         runners.append(_Runner(method, plain.pipe, steps, plain.first, plain.strip[:steps], None, macs))
 
+    @property
+    def _total(self) -> int:
+        return len(self._methods) * (self._rounds + 2)
+
     def _generate(self, pipe: Any, method: ComparedMethod, prompt: int, steps: int) -> Timed:
-        total = len(self._methods) * (self._rounds + 2)
         if self._progress is not None:
-            self._progress(self._done, total, f"{self._name}: {method.title}")
+            self._progress(self._done, self._total, f"{self._name}: {method.title}")
         self._done += 1
         return timed_generation(pipe, self._task.call_of(prompt, steps), self._task.seeds[prompt])
 
@@ -273,7 +316,7 @@ class _Comparing:
             first_call_seconds=runner.first,
             seconds=median(run.seconds for run in runs),
             step_seconds=tuple(median(step) for step in zip(*(run.steps for run in runs), strict=True)),
-            macs=runner.macs,
+            macs=mean(runner.of_prompts) if runner.of_prompts else runner.macs,
             parameters_at_end=None if runner.cost is None else runner.cost.parameters_at_end,
             cache_bytes=0 if runner.cost is None else runner.cost.cache_bytes,
             peak_bytes=runner.peak,
@@ -299,6 +342,17 @@ class _Comparing:
         return MethodFigures(
             method.key, method.title, words, self._task.steps, why_not=self._why_not.get(method.key, "")
         )
+
+
+def _methods_of(task: Task, denoiser: torch.nn.Module) -> tuple[ComparedMethod, ...]:
+    """Return the methods of a comparison, in the order of its tables, the plain pipeline first."""
+    suitable = FOR_UNETS if hasattr(denoiser, "up_blocks") else FOR_TRANSFORMERS
+    chosen = {PLAIN, *(task.methods or suitable)}
+    basic = methods_for(task.gate)
+    known = {method.key: method for method in (*basic, *caching_methods(task.gate, denoiser))}
+    listed = [known[key] for key in (PLAIN, *COMPARED) if key in chosen and key in known]
+    *others, last = listed
+    return (*others, *task.more, last) if last.key == FEWER_STEPS else (*listed, *task.more)
 
 
 def seeds_for(prompts: Sequence[str], first: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -14,15 +15,18 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from tgate_compile._errors import UnsupportedModelError
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.families import family_of, has_joint_attention
 from tgate_compile.engine.halves import batch_of
 from tgate_compile.engine.tracing import call_of
-from tgate_compile.methods.method import BLOCKS, CROSS, Blocks, Half, Kind, Phase
+from tgate_compile.methods.method import BLOCKS, CROSS, MEASURED, Blocks, Half, Kind, Phase, ValueOfBlocks
 from tgate_compile.passes.graphs import Captured, Variant
 from tgate_compile.passes.specialize import specialize
 from tgate_compile.pipeline.progress import StepCounter
+
+logger = logging.getLogger(__name__)
 
 
 class DenoiserCalls:
@@ -274,6 +278,86 @@ class Magnitudes:
             # The same small number as in diffusers, so that the ratios are the same.
             self._ratios[step].append(((norms / (before + 1e-8)).sum(), norms.numel()))
         self._last[site, halves] = (step, norms)
+
+
+class Changes:
+    """Record how much TeaCache's measured values, and the residual over the blocks, change from step to step.
+
+    A change is `mean(abs(value - before)) / mean(abs(before))` over the whole batch of a denoiser call, where `before`
+    is the value at the previous step. Pipelines with a call for each guidance half have one series of changes for each.
+    The denoiser's graph runs beside the denoiser, once for each of the values.
+
+    Args:
+        pipe: the pipeline.
+        denoiser: the denoiser.
+        values: the measured values. Those that the model does not have are left out, as long as it has one.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, denoiser: torch.nn.Module, values: Sequence[ValueOfBlocks]) -> None:
+        self._pipe = pipe
+        self._denoiser = denoiser
+        self._graphs = {
+            value: _Graphs(denoiser, BLOCKS | MEASURED, [("blocks", Blocks()), ("measured", Blocks(0, 1, value))])
+            for value in values
+        }
+        self._last: dict[Hashable, tuple[int, Mapping[Kind, list[torch.Tensor]]]] = {}
+        self._recorded: dict[ValueOfBlocks, dict[Hashable, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+
+    @contextmanager
+    def recording(self, guided: Callable[[], bool]) -> Iterator[None]:
+        """Record one call of the pipeline inside the context, instead of what was recorded before.
+
+        `guided` is called at each denoiser call, and returns whether guidance is on.
+        """
+        calls = DenoiserCalls(self._pipe, guided)
+        self._recorded = {value: defaultdict(list) for value in self._graphs}
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if any(graphs.capturing for graphs in self._graphs.values()):
+                return  # the export calls the denoiser, and therefore this hook
+            step, halves = calls.next()
+            for value in list(self._graphs):
+                self._record(value, halves, step, Call.of(args, kwargs))
+
+        try:
+            with removed(self._denoiser.register_forward_pre_hook(hook, with_kwargs=True)):
+                yield
+        finally:
+            self._last.clear()
+
+    @property
+    def series(self) -> Mapping[ValueOfBlocks, Sequence[Sequence[tuple[float, float]]]]:
+        """For each value, its change and that of the residual at each step from the second one on, in each series."""
+        return {
+            value: [[(measured.item(), residual.item()) for measured, residual in series] for series in found.values()]
+            for value, found in self._recorded.items()
+        }
+
+    def _record(self, value: ValueOfBlocks, halves: tuple[Half, ...], step: int, call: Call) -> None:
+        last, before = self._last.get((value, halves), (-1, None))
+        if last == step:
+            return  # one call is enough for a step with several
+        now: dict[Kind, list[torch.Tensor]] = defaultdict(list)
+        try:
+            for kind, _, tensor in self._graphs[value].values(call):
+                now[kind].append(tensor.float())
+        except UnsupportedModelError as error:
+            if len(self._graphs) == 1 or self._recorded[value]:
+                raise
+            logger.info("not measuring the %s: %s", value, error)
+            del self._graphs[value], self._recorded[value]
+            return
+        if before is not None:
+            self._recorded[value][halves].append(
+                (_change(now["measured"], before["measured"]), _change(now["blocks"], before["blocks"]))
+            )
+        self._last[value, halves] = step, now
+
+
+def _change(values: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of the absolute differences, relative to that of the absolute values before, with shape []."""
+    differences = [(now - then).abs().sum() for now, then in zip(values, before, strict=True)]
+    return torch.stack(differences).sum() / torch.stack([then.abs().sum() for then in before]).sum()
 
 
 class _Graphs:
