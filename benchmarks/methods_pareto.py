@@ -15,6 +15,9 @@ method is worth its operations.
 
 With `--budgets 0.5`, schedules that `tune` finds for half of the operations take part, which takes long. They are found
 with other captions than they are measured with.
+
+With `--decided`, the methods that decide at run time are measured instead, and all contenders make one image at a time,
+because there is one decision for all images of a batch. TeaCache's polynomial is fitted with other captions.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import json
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -71,6 +75,7 @@ from tgate_compile import (
 from tgate_compile._demo.attribute_reader import AttributeReader
 from tgate_compile._demo.captions import held_out_captions
 from tgate_compile.methods.tea_cache import threshold_for
+from tgate_compile.study.bench.measure import cost_of_last
 from tgate_compile.study.evaluation.features import Statistics, frechet_distance
 from tgate_compile.study.evaluation.measure import right
 from tgate_compile.study.tuning.measure import fit_tea_cache
@@ -192,13 +197,16 @@ class Runs:
 
     Args:
         name: the name of the embedded model.
-        captions: the captions, all of them in one batch.
+        captions: the captions, all of them in one batch unless `apart`.
         steps: the number of steps.
         backend: the backend of the schedules.
+        apart: whether each image is made by a call of its own.
     """
 
-    def __init__(self, name: str, captions: Sequence[str], steps: int, backend: str) -> None:
+    def __init__(self, name: str, captions: Sequence[str], steps: int, backend: str, *, apart: bool = False) -> None:
         self.name = name
+        self.apart = apart
+        self._macs: dict[str, list[float]] = defaultdict(list)  # of each call of a schedule
         self.captions = list(captions)
         self.steps = steps
         self._backend: Any = backend
@@ -226,11 +234,18 @@ class Runs:
         if contender.hook is not None:
             start(pipe)
         demo = DEMO_VARIANTS[self.name]
-        noise = [torch.Generator().manual_seed(seed * 1_000_000 + i) for i in range(len(self.captions))]
         call = {**demo.call, "num_inference_steps": contender.steps or self.steps, "guidance_scale": demo.guidance}
-        began = time.perf_counter()
-        latents = pipe(self.captions, generator=noise, output_type="latent", **call).images
-        return latents, time.perf_counter() - began
+        everyone = range(len(self.captions))
+        made, seconds = [], 0.0
+        for chosen in [[i] for i in everyone] if self.apart else [list(everyone)]:
+            noise = [torch.Generator().manual_seed(seed * 1_000_000 + i) for i in chosen]
+            captions = [self.captions[i] for i in chosen]
+            began = time.perf_counter()
+            made.append(pipe(captions, generator=noise, output_type="latent", **call).images)
+            seconds += time.perf_counter() - began
+            if contender.schedule is not None:
+                self._macs[contender.name].append(cost_of_last(pipe).macs)
+        return torch.cat(made), seconds
 
     @torch.no_grad()
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
@@ -241,23 +256,17 @@ class Runs:
         return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
     def macs(self, contender: Contender) -> float:
-        """Return the multiply-accumulates of the contender's last generation."""
+        """Return the multiply-accumulates of one of the contender's calls, on average."""
         if contender.schedule is None:
             return self._full() * (contender.steps or self.steps)
-        described = tgate_compile.describe(self.pipe(contender))
-        sizes = {(variant.name, variant.batch): variant.macs for variant in described.variants}
-        rows = len(self.captions)
-        return sum(
-            sizes[name, rows * (2 if letter.isupper() else 1)]
-            for (_, name), letter in zip(described.last_steps, described.strip, strict=True)
-        )
+        return statistics.fmean(self._macs[contender.name])
 
     def _full(self) -> float:
-        pipe = tgate_compile.optimize(self.plain_pipe(), AdaptiveGuidance(1), backend="eager")
-        demo = DEMO_VARIANTS[self.name]
-        call = {**demo.call, "num_inference_steps": 1, "guidance_scale": demo.guidance}
-        described = tgate_compile.describe(pipe, prompt=self.captions, **call)
-        return float(max(variant.macs for variant in described.variants))
+        """Return the multiply-accumulates of a step of the plain pipeline."""
+        pipe = tgate_compile.optimize(self.plain_pipe(), AdaptiveGuidance(2), backend="eager")
+        demo, captions = DEMO_VARIANTS[self.name], self.captions[:1] if self.apart else self.captions
+        pipe(captions, output_type="latent", **demo.call, num_inference_steps=2, guidance_scale=demo.guidance)
+        return cost_of_last(pipe).macs / 2
 
 
 def hook(pipe: Any, apply: Callable[[Any], None]) -> None:
@@ -371,40 +380,42 @@ def searched(name: str, steps: int, budget: float) -> list[Contender]:
     return [Contender(row.label, f"tuned for {budget:g}", row.schedule) for row in rows.values()]
 
 
-def decided(name: str) -> dict[str, Any]:
-    """Return the measurements of methods that decide at run time, by `tune`."""
-    demo = DEMO_VARIANTS[name]
+def deciding(name: str, steps: int, ratios: tuple[float, ...]) -> tuple[list[Contender], dict[str, Any]]:
+    """Return the methods that decide at run time, with MagCache to compare, and the fit of TeaCache's polynomial."""
     unfitted = (1.0, 0.0)
-    candidates = [
-        *(FirstBlockCache(threshold) for threshold in (0.05, 0.08, 0.12)),
-        FirstBlockCache(0.12, forecast=1),
-        *(DBCache(threshold, front=1, warm_up=5) for threshold in (0.12, 0.2)),
-        DBCache(0.2, front=1, warm_up=5, forecast=1),
-        *(TeaCache(threshold, coefficients=unfitted) for threshold in (0.1, 0.2)),
-        TeaCache(0.2, coefficients=unfitted, forecast=1),
-    ]
-    pipe, call = tgate_compile.load_demo_pipeline(name), {**demo.call, "guidance_scale": demo.guidance}
-    # With other captions than those that are measured. The thresholds make both polynomials skip as many steps.
-    fit = fit_tea_cache(pipe, FitRuns(captions_of(6, 9), demo.steps, (5,), call, "decided"))
-    for share in SKIPPED:
-        for coefficients in (fit.method.coefficients, unfitted):
-            threshold = threshold_for(coefficients, fit.series, share)
-            candidates.append(TeaCache(threshold, coefficients=coefficients, measured=fit.method.measured))
-    tuning = tgate_compile.tune(
-        pipe,
-        captions_of(8, 7),
-        candidates=candidates,
-        tolerance=10.0,
-        num_inference_steps=demo.steps,
-        seeds=(0, 1),
-        call=call,
-    )
-    print(tuning, flush=True)
-    found = {key: value for key, value in tuning.as_dict().items() if key != "convergence"}
-    for row in found["table"]:
-        del row["time"], row["unreliable"]  # the machine may have other work
+    found: list[Contender] = [Contender("plain", "plain")]
+    found += [Contender(f"steps {n}", "fewer steps", steps=n) for n in sorted({round(f * steps) for f in FEWER})[::-1]]
+    pipe, demo = tgate_compile.load_demo_pipeline(name), DEMO_VARIANTS[name]
+    call = {**demo.call, "guidance_scale": demo.guidance}
+    fit = fit_tea_cache(pipe, FitRuns(captions_of(6, 9), steps, (5,), call, "decided"))
+    methods: dict[str, list[Method]] = {
+        "first-block cache": [*map(FirstBlockCache, (0.05, 0.08, 0.12)), FirstBlockCache(0.12, forecast=1)],
+        "DBCache": [
+            *(DBCache(threshold, front=1, warm_up=5) for threshold in (0.12, 0.2)),
+            DBCache(0.2, front=1, warm_up=5, forecast=1),
+        ],
+        "TeaCache": [
+            *(TeaCache(threshold, coefficients=unfitted) for threshold in (0.1, 0.2)),
+            TeaCache(0.2, coefficients=unfitted, forecast=1),
+        ],
+        "MagCache": [MagCache(ratios, 0.12), MagCache(ratios, 0.12, forecast=1)],
+    }
+    # The thresholds make both polynomials skip as many steps.
+    for group, coefficients in (("TeaCache", unfitted), ("TeaCache, fitted", fit.method.coefficients)):
+        thresholds = [threshold_for(coefficients, fit.series, share) for share in SKIPPED]
+        methods.setdefault(group, []).extend(
+            TeaCache(round(threshold, 4), coefficients=coefficients, measured=fit.method.measured)
+            for threshold in thresholds
+        )
+    for group, several in methods.items():
+        for method in several:
+            label = str(Schedule.of(method))
+            if group == "TeaCache, fitted":
+                assert isinstance(method, TeaCache)
+                label = f"TeaCache (threshold {method.threshold:g}, fitted)"
+            found.append(Contender(label, group, Schedule.of(method)))
     fitted = {"coefficients": fit.method.coefficients, "measured": fit.method.measured}
-    return {**found, "fit": {**fitted, "r_squared": {value: each.r_squared for value, each in fit.fits.items()}}}
+    return found, {**fitted, "r_squared": {value: each.r_squared for value, each in fit.fits.items()}}
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -435,6 +446,19 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def read(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the rows of several result files; where they have rows of the same group, the first file's."""
+    models: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        for name, rows in json.loads(path.read_text())["models"].items():
+            own = models.setdefault(name, {})
+            known = {row["group"] for row in own.values()}
+            own.update(
+                {row["name"]: row for row in rows if row["group"] not in known and "diffusers" not in row["name"]}
+            )
+    return {"models": models}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["pixart", "sd3"], choices=[*DEMO_VARIANTS])
@@ -447,12 +471,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--decided", action="store_true", help="measure methods that decide at run time, instead")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--read", type=Path, nargs="+", help="draw the results in these files instead of measuring")
     given = parser.parse_args(arguments)
-    if given.decided:
-        tables = {name: decided(name) for name in given.models}
-        command = "python benchmarks/methods_pareto.py --decided --out benchmarks/results/methods_decided.json"
-        if given.out is not None:
-            given.out.write_text(json.dumps({"command": command, "models": tables}, indent=1) + "\n")
+    if given.read is not None:
+        draw(read(given.read), given.plot)
         return
     results: dict[str, Any] = {
         "settings": {"captions": given.captions, "seeds": given.seeds, "steps": given.steps, "backend": given.backend},
@@ -460,7 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for name in given.models:
         steps = given.steps or DEMO_VARIANTS[name].steps
-        runs = Runs(name, captions_of(given.captions, 7), steps, given.backend)
+        runs = Runs(name, captions_of(given.captions, 7), steps, given.backend, apart=given.decided)
         pipe = runs.plain_pipe()
         demo = DEMO_VARIANTS[name]
         transformer = getattr(pipe, "transformer", None)
@@ -470,7 +492,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             call = {**demo.call, "guidance_scale": demo.guidance}
             found = tgate_compile.calibrate_mag_cache(pipe, captions_of(2, 9), num_inference_steps=steps, call=call)
             ratios = found.ratios
-        chosen = [c for c in contenders(name, steps, blocks, ratios) if any(fnmatch(c.name, p) for p in given.only)]
+        if given.decided:
+            every, results.setdefault("fits", {})[name] = deciding(name, steps, ratios)
+        else:
+            every = contenders(name, steps, blocks, ratios)
+        chosen = [c for c in every if any(fnmatch(c.name, p) for p in given.only)]
         for budget in given.budgets:
             found = searched(name, steps, budget)
             chosen = [c for c in chosen if c.name not in {each.name for each in found}] + found
