@@ -27,8 +27,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 #: The graphs of the bundles of `exported.compiled`, step by step.
 GATED = ("full", "full", "pruned", "pruned")
 
-#: A call of `decided_pipe`, which takes `DECIDED_STEPS` steps and has no `prompt`.
-DECIDED_CALL = {name: value for name, value in pixart_prompt().items() if name != "prompt"} | {"guidance_scale": 5.0}
+#: A call of `decided_pipe` without a `prompt` and a guidance scale, and its number of steps.
+DECIDED_CALL = {name: value for name, value in pixart_prompt().items() if name != "prompt"}
 DECIDED_STEPS = 10
 
 
@@ -77,21 +77,21 @@ def decided_pipe() -> Any:
     return pipe
 
 
-def write_decided_inputs(folder: Path) -> Path:
-    """Return a program's inputs for the bundles of `exported_decided`."""
-    _write_inputs(decided_pipe(), folder, None, DECIDED_STEPS, **DECIDED_CALL)
+def write_decided_inputs(folder: Path, scale: float = 5.0) -> Path:
+    """Return a program's inputs for the bundles of `exported_decided` with this guidance scale."""
+    _write_inputs(decided_pipe(), folder, None, DECIDED_STEPS, **DECIDED_CALL, guidance_scale=scale)
     return folder
 
 
-def exported_decided(format: str, schedule: Method | Schedule, **options: Any) -> Path:
+def exported_decided(format: str, schedule: Method | Schedule, scale: float = 5.0, **options: Any) -> Path:
     """Return a bundle of `decided_pipe()`, exported once for all tests; do not modify it."""
 
     def write(folder: Path) -> None:
         pipe = tgate_compile.optimize(decided_pipe(), schedule, backend="eager")
-        call = {**DECIDED_CALL, "num_inference_steps": DECIDED_STEPS, "output_type": "latent"}
+        call = {**DECIDED_CALL, "guidance_scale": scale, "num_inference_steps": DECIDED_STEPS, "output_type": "latent"}
         tgate_compile.export(pipe, folder, format, call=call, dynamic=False, **options)  # type: ignore[arg-type]
 
-    return made_once(f"{format}-{schedule}-{options}".replace("/", " "), write)
+    return made_once(f"{format}-{schedule}-{scale}-{options}", write)
 
 
 def with_rule_of(schedule: Method | Schedule, bundle: Path, folder: Path) -> Path:
@@ -105,36 +105,47 @@ def with_rule_of(schedule: Method | Schedule, bundle: Path, folder: Path) -> Pat
 
 
 def assert_decides(
-    program: Path, bundle: Path, folder: Path, schedule: Method | Schedule, *, strip: str, loads: bool = False
+    program: Path,
+    bundle: Path,
+    folder: Path,
+    schedule: Method | Schedule,
+    strip: str,
+    *,
+    scale: float = 5.0,
+    loads: bool = True,
 ) -> None:
     """Check that the program decides as the pipeline does, whose strip is `strip`, and ends with the same latents.
 
     With `loads`, check this also of `load`.
     """
-    inputs, out = write_decided_inputs(folder / "inputs"), folder / "out.npy"
+    inputs, out = write_decided_inputs(folder / "inputs", scale), folder / "out.npy"
     printed = _printed(program, bundle, inputs, out)
 
     latents = torch.from_numpy(np.load(inputs / "latents.npy"))
+    call = {**DECIDED_CALL, "guidance_scale": scale, "steps": DECIDED_STEPS, "latents": latents}
     pipe = tgate_compile.optimize(decided_pipe(), schedule, backend="eager")
-    expected = run(pipe, None, steps=DECIDED_STEPS, latents=latents, **DECIDED_CALL)
+    expected = run(pipe, None, **call)
     assert tgate_compile.describe(pipe).strip == strip
-    planned = schedule_of(schedule).strip(DECIDED_STEPS)
+    planned = schedule_of(schedule).strip(DECIDED_STEPS, guided=scale > 1.0)
     assert printed == [
-        f"step {number}: {_graphs(*pair)}" for number, pair in enumerate(zip(planned, strip, strict=True))
+        f"step {number}: {_graphs(*letters)}" for number, letters in enumerate(zip(planned, strip, strict=True))
     ]
     assert difference(torch.from_numpy(np.load(out)), expected) < 1e-4
     if loads:
         loaded = tgate_compile.load(decided_pipe(), bundle)
-        assert difference(run(loaded, None, steps=DECIDED_STEPS, latents=latents, **DECIDED_CALL), expected) < 1e-4
+        assert difference(run(loaded, None, **call), expected) < 1e-4
         assert tgate_compile.describe(loaded).strip == strip
 
 
 def _graphs(planned: str, letter: str) -> str:
     """Return what a program prints of a step with the letter `planned` beforehand and `letter` in the end."""
-    if planned not in "Bc":
-        return {"F": "full", "p": "pruned"}[letter]
-    prefix = "pruned-" if planned == "c" else ""
-    return f"{prefix}head, then {prefix}{'finish' if letter in 'Kl' else 'tail'}"
+    # Graphs that reuse cross-attention are without guidance, and others with it, unless the name says otherwise.
+    unguided = "-unguided" if planned in "fb" else ""
+    if planned.upper() not in "BC":
+        return {"F": "full", "P": "pruned"}[letter.upper()] + unguided
+    rest = "finish" if letter.upper() in "KL" else "tail"
+    first, second = (f"{'pruned-' if planned == 'c' else ''}{part}{unguided}" for part in ("head", rest))
+    return f"{first}, then {second}"
 
 
 def assert_refused(program: Path, bundle: Path, inputs: Path, *parts: str) -> None:

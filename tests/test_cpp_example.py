@@ -147,23 +147,24 @@ GATED = FirstBlockCache(0.16, forecast=1) + TGate(5)
 
 @pytest.mark.sweep
 def test_decided_steps_in_cpp(program: Path, tmp_path: Path) -> None:
-    assert_decides(program, exported_decided("aoti", GATED), tmp_path, GATED, strip="FKFKFplppl", loads=True)
+    """Without guidance, the values from before the gate have the same shape as those after it, but do not count."""
+    bundle = exported_decided("aoti", GATED, scale=1.0)
+    assert_decides(program, bundle, tmp_path, GATED, "fkfkfplppl", scale=1.0)
 
 
 @pytest.mark.sweep
 def test_limits_in_cpp(program: Path, tmp_path: Path) -> None:
-    """Skipped steps count before and after the gate."""
-    limited = DBCache(0.2, front=1, warm_up=1, most_in_row=2, most_skipped=4) + TGate(5)
-    bundle = with_rule_of(limited, exported_decided("aoti", GATED), tmp_path / "bundle")
-    assert_decides(program, bundle, tmp_path, limited, strip="FKKFFpllpp")
+    """Skipped steps count before and after the gate; those in a row end at a step that is not decided."""
+    limited = DBCache(0.2, front=1, warm_up=1, most_in_row=3, most_skipped=5) + TGate(5)
+    bundle = with_rule_of(limited, exported_decided("aoti", GATED, scale=1.0), tmp_path / "bundle")
+    assert_decides(program, bundle, tmp_path, limited, "fkkkfpllpp", scale=1.0, loads=False)
 
 
 @pytest.mark.sweep
 def test_the_previous_step_in_cpp(program: Path, tmp_path: Path) -> None:
     """TeaCache compares with the previous step, and adds up the changes."""
     method = TeaCache(0.8, coefficients=(1, 0))
-    bundle = exported_decided("aoti", method)
-    assert_decides(program, bundle, tmp_path, method, strip="FKFKFKFKFF", loads=True)
+    assert_decides(program, exported_decided("aoti", method), tmp_path, method, "FKFKFKFKFF")
 
 
 @pytest.mark.sweep

@@ -51,7 +51,7 @@ def test_wrong_arguments(program: Path, tmp_path: Path) -> None:
 def test_decided_steps_in_cpp(program: Path, tmp_path: Path) -> None:
     method = FirstBlockCache(0.16, forecast=1)
     bundle = exported_decided("executorch", method, format_options={"delegate": "portable"})
-    assert_decides(program, bundle, tmp_path, method, strip="FKFKFKKFFF", loads=True)
+    assert_decides(program, bundle, tmp_path, method, "FKFKFKKFFF")
 
 
 @pytest.mark.sweep
@@ -59,7 +59,7 @@ def test_decided_steps_after_a_gate_in_cpp(program: Path, tmp_path: Path) -> Non
     """The graphs are split by binding time, and delegated to XNNPACK."""
     schedule = FirstBlockCache(0.16, forecast=1) + TGate(5)
     bundle = exported_decided("executorch", schedule, binding_times=True)
-    assert_decides(program, bundle, tmp_path, schedule, strip="FKFKFplppl", loads=True)
+    assert_decides(program, bundle, tmp_path, schedule, "FKFKFplppl")
 
 
 @pytest.mark.sweep
@@ -67,4 +67,4 @@ def test_the_previous_step_in_cpp(program: Path, tmp_path: Path) -> None:
     """TeaCache compares with the previous step, and adds up the changes."""
     method = TeaCache(0.8, coefficients=(1, 0))
     bundle = exported_decided("executorch", method)
-    assert_decides(program, bundle, tmp_path, method, strip="FKFKFKFKFF", loads=True)
+    assert_decides(program, bundle, tmp_path, method, "FKFKFKFKFF")

@@ -23,7 +23,7 @@ import tgate_compile
 def write_inputs(pipe: Any, folder: Path, prompt: str | None, steps: int, seed: int = 0, **call: Any) -> None:
     """Write the inputs of one image for `pipe`, a Stable Diffusion or PixArt pipeline with a DDIM scheduler.
 
-    `call` has further arguments of the pipeline's call, such as `prompt_embeds`. The call must have guidance.
+    `call` has further arguments of the pipeline's call, such as `prompt_embeds` and `guidance_scale`.
     """
     latents, arguments = _arguments(pipe, {"prompt": prompt, **call})
     scheduler = pipe.scheduler
@@ -35,7 +35,7 @@ def write_inputs(pipe: Any, folder: Path, prompt: str | None, steps: int, seed: 
         for now in map(int, scheduler.timesteps)
     ]
     tensors = {
-        **arguments,  # with both halves of guidance
+        **arguments,  # with both halves under guidance
         "latents": torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(seed)),
         "timesteps": scheduler.timesteps,  # [steps]
         "alphas": torch.stack(alphas),  # [steps, 2]: before and after each step

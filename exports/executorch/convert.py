@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from tgate_compile._errors import check_installed
 from tgate_compile.bundle.quantization import Quantization, Scheme
-from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
+from tgate_compile.passes.graphs import Variant, copy_graph, flat_program, operand, outputs_of
 from tgate_compile.passes.legalize import contiguous_inputs, unfuse_attention, unfuse_gelu, unfuse_halves, unfuse_norms
 from tgate_compile.passes.lower_complex import lower_complex
 from tgate_compile.passes.specialize import remove_dead
@@ -202,6 +202,7 @@ def _prepared(variant: Variant, delegate: str, integers: Integers | None) -> tor
         unfuse_gelu(graph_module)
         unfuse_norms(graph_module)
         unfuse_halves(graph_module)
+        _return_originals(graph_module)
     remove_dead(graph_module)
     graph_module.recompile()
     program = flat_program(variant.program, graph_module)
@@ -211,6 +212,21 @@ def _prepared(variant: Variant, delegate: str, integers: Integers | None) -> tor
     # Also folds scalar constants, which ExecuTorch would otherwise create again in each call.
     folded: torch.export.ExportedProgram = constant_prop_pass(program, custom_skip_targets=kept)
     return folded
+
+
+def _return_originals(graph_module: torch.fx.GraphModule) -> None:
+    """Return values instead of copies of them: a piece of XNNPACK that only copies cannot be converted.
+
+    Graphs return copies in C order, which the outputs of a program have in any case. A value may be returned twice.
+    """
+    output = graph_module.graph.output_node()
+    output.args = (tuple(map(_original, outputs_of(graph_module.graph))),)
+
+
+def _original(value: Node) -> Node:
+    """Return the value that `value` is a copy of, unless it is none, or that of an input."""
+    is_copy = value.target is torch.ops.aten.clone.default and operand(value, 0).op == "call_function"
+    return operand(value, 0) if is_copy else value
 
 
 def _xnnpack() -> Any:
