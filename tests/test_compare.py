@@ -17,10 +17,19 @@ import torch
 from PIL import Image
 
 from tests import tiny_pipelines
+from tests.tiny_pipelines import pixart
 from tgate_compile import UnsupportedModelError, describe, load_demo_pipeline, optimize, restore
-from tgate_compile.methods.schedule import Schedule
 from tgate_compile.study.bench.measure import peak_memory, twin_of
-from tgate_compile.study.bench.methods import methods_for, steps_at_equal_cost, why_not
+from tgate_compile.study.bench.methods import (
+    CALIBRATED,
+    COMPARED,
+    FOR_TRANSFORMERS,
+    ComparedMethod,
+    caching_methods,
+    methods_for,
+    steps_at_equal_cost,
+    why_not,
+)
 from tgate_compile.study.comparison.page import page_of
 from tgate_compile.study.comparison.result import Comparison, ImageFigures, MethodFigures, ModelFigures, Pictures
 from tgate_compile.study.comparison.run import Judge, Task, compare_model, psnr, ssim
@@ -168,7 +177,36 @@ def test_a_method_that_fails_is_listed() -> None:
     )
     assert "unknown" in str(method_of(model, "fewer_steps").why_not)
     page = page_of(Comparison("command", {"device": "cpu"}, (model,), {"lcm": pictures}))
-    assert page.count("but got &#39;abacus&#39;.") >= 2
+    assert page.count("but got &#39;abacus&#39;.") == 5
+
+
+@pytest.mark.heavy
+def test_methods_of_a_transformer() -> None:
+    """Those with numbers of the model are calibrated, and decisions are shown as they were made."""
+    pipe = load_demo_pipeline("sd3")
+    pipe.set_progress_bar_config(disable=True)
+    chosen = ("magcache", "teacache", "first_block_cache", "fewer_steps")
+    task = Task(("a red circle",), (0,), STEPS, GATE, {"guidance_scale": 4.5, "max_sequence_length": 0}, methods=chosen)
+    model, pictures = compare_model("sd3", pipe, task, judged=False)
+    found = {method.key: method for method in model.methods}
+    assert list(found) == ["plain", "magcache", "first_block_cache", "teacache", "fewer_steps"]
+    assert set(pictures) == {key for key, method in found.items() if method.why_not is None}
+    assert "ratios of 6 steps" in found["magcache"].schedule
+    assert "coefficients" in found["teacache"].schedule
+    assert set(found["teacache"].strip) == {"F", "K"}
+    assert not {"B", "C"} & set(found["first_block_cache"].strip)
+    assert found["fewer_steps"].steps == STEPS // 2  # there is no T-GATE to compare it with
+
+
+def test_which_methods_are_compared() -> None:
+    transformer = pixart().transformer
+    known = {method.key for method in (*methods_for(GATE), *caching_methods(GATE, transformer))}
+    assert known == {"plain", *COMPARED}
+    assert set(CALIBRATED) <= known
+    assert set(FOR_TRANSFORMERS) <= known
+    methods = caching_methods(GATE, transformer)
+    reasons = {m.key: why_not(m, methods, {"transformer": transformer}, steps=20, guided=True) for m in methods}
+    assert set(reasons.values()) == {None}  # methods with the same letters in their strips may differ
 
 
 def test_a_pipeline_without_images_is_refused() -> None:
@@ -216,20 +254,22 @@ def test_the_peak_of_memory_is_seen() -> None:
 # The page, in a real browser.
 
 
-def made_up(names: Sequence[str] = ("first", "second model")) -> Comparison:
+def made_up(
+    names: Sequence[str] = ("first", "second model"), compared: Sequence[ComparedMethod] = methods_for(GATE)
+) -> Comparison:
     """Compare plain-coloured images, two prompts each; the last method does not apply to the first model."""
     models, pictures = [], {}
     for name in names:
         methods = []
-        for index, method in enumerate(methods_for(GATE)):
-            absent = name == names[0] and index == 6
+        for index, method in enumerate(compared):
+            absent = name == names[0] and index == len(compared) - 1
             image = ImageFigures(0.1, 20.0 + index if index else None, 0.9, 0.1 * index, index != 2)
             figures = MethodFigures(method.key, method.title, "", STEPS, why_not="It <cannot> & will not.")
             if not absent:
-                strip = Schedule(GATE).strip(STEPS) if index else "F" * STEPS
+                strip = "F" * STEPS if method.schedule is None else method.schedule.strip(STEPS)
                 figures = MethodFigures(
-                    method.key, method.title, "a schedule", STEPS, strip, None, 1.0, 0.2 - 0.02 * index,
-                    (0.02,) * STEPS, 1e9 - 1e8 * index, 1_000_000, 2_000_000, 3_000_000, (image, image),
+                    method.key, method.title, "a schedule", STEPS, strip, None, 1.0, 0.2 - 0.01 * index,
+                    (0.02,) * STEPS, 1e9 - 4e7 * index, 1_000_000, 2_000_000, 3_000_000, (image, image),
                 )  # fmt: skip
             methods.append(figures)
         setting = dict.fromkeys(("pipeline", "denoiser", "scheduler", "device", "dtype", "guidance scale"), "x")
@@ -240,7 +280,7 @@ def made_up(names: Sequence[str] = ("first", "second model")) -> Comparison:
             )
         )  # fmt: skip
         pictures[name] = {
-            method.key: [Image.new("RGB", (32, 32), (40 * index, 255 * prompt, 90)) for prompt in range(2)]
+            method.key: [Image.new("RGB", (32, 32), (12 * index, 255 * prompt, 90)) for prompt in range(2)]
             for index, method in enumerate(methods)
             if method.why_not is None
         }
@@ -385,6 +425,45 @@ def test_the_page_can_be_read_on_a_phone(opened: Any) -> None:
     assert min(box["left"], box["top"]) >= 0
     assert box["right"] <= 390
     assert box["bottom"] <= 844
+
+
+@pytest.fixture
+def crowded(browser: Any, tmp_path: Path) -> Any:
+    """Open a page with all methods in the browser."""
+    found = {method.key: method for method in (*methods_for(GATE), *caching_methods(GATE, pixart().transformer))}
+    path = tmp_path / "page.html"
+    path.write_text(page_of(made_up(compared=[found[key] for key in ("plain", *COMPARED)])), encoding="utf-8")
+    show_at(browser, 1280, 900)
+    browser.get(path.as_uri())
+    return browser
+
+
+def test_a_page_with_every_method_can_be_read(crowded: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    assert len(COMPARED) == 17
+    shots = "[...document.querySelectorAll('.shots')[1].querySelectorAll('.shot')].map(shot => shot.clientWidth)"
+    assert len(of_page(crowded, shots)) == 17  # of the first model, for which the last method does not apply
+    marks = (
+        "[...document.querySelectorAll('.overview .dot')].map(d => [getComputedStyle(d).backgroundColor, d.className])"
+    )
+    assert len({tuple(mark) for mark in of_page(crowded, marks)}) == 18
+    strips = "[...document.querySelectorAll('table .strip i')].map(step => getComputedStyle(step).background)"
+    assert all("rgba(0, 0, 0, 0) none" not in colour for colour in of_page(crowded, strips))
+    for width, least in ((1280, 110), (390, 80)):
+        show_at(crowded, width, 844)
+        assert of_page(crowded, "document.documentElement.scrollWidth") <= width
+        assert min(of_page(crowded, shots)) >= least
+    # A method can be seen alone in the plots.
+    button = crowded.find_elements(By.CSS_SELECTOR, ".of-plots button")[3]
+    crowded.execute_script("arguments[0].click()", button)
+    shown = "[...document.querySelectorAll('.plots')[0].querySelectorAll('g[id*=\"-of-\"]')]"
+    lit = of_page(crowded, f"{shown}.filter(g => getComputedStyle(g).opacity === '1').map(g => g.id)")
+    assert lit
+    assert all("-of-3-" in name for name in lit)
+    crowded.execute_script("arguments[0].click()", button)
+    assert of_page(crowded, f"{shown}.every(g => getComputedStyle(g).opacity === '1')")
+    assert crowded.get_log("browser") == []
 
 
 def test_light_and_dark(opened: Any) -> None:

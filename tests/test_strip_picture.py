@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 from tests.packages import need
 from tgate_compile._errors import ConfigurationError
 from tgate_compile.methods.schedule import Schedule
-from tgate_compile.study.figures import _BY_LETTER, _LOOKS, strip_picture
+from tgate_compile.study.figures import _LOOKS, BY_LETTER, strip_picture
 
 need("matplotlib")
 
@@ -26,7 +26,7 @@ def colours(path: Path) -> dict[tuple[int, ...], int]:
 
 
 def colour_of(letter: str) -> tuple[int, ...]:
-    return ImageColor.getrgb(_LOOKS[_BY_LETTER[letter].reuse][0])
+    return ImageColor.getrgb(_LOOKS[BY_LETTER[letter].reuse][0])
 
 
 def test_every_phase_of_the_strip_has_its_colour_and_no_other(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_schedules_and_strips_are_drawn_alike_and_always_the_same(tmp_path: Path
 
 
 def test_all_letters_many_steps_and_all_formats(tmp_path: Path) -> None:
-    rows = {"all": "".join(_BY_LETTER), "a schedule of a hundred steps with a long label": Schedule(0.4), "short": "F"}
+    rows = {"all": "".join(BY_LETTER), "a schedule of a hundred steps with a long label": Schedule(0.4), "short": "F"}
     for name in ("a.svg", "a.pdf", "a.PNG"):
         strip_picture(rows, tmp_path / name, num_steps=100)
         assert (tmp_path / name).stat().st_size > 1000

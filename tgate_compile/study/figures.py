@@ -104,7 +104,8 @@ _PHASES = [
     *(Phase(guided, reuse=reuse, decided=decided) for reuse, decided in DECIDED for guided in (True, False)),
     Phase(False, estimated=True),
 ]
-_BY_LETTER = {phase.character: phase for phase in _PHASES}
+#: The phases by the characters of strips.
+BY_LETTER: Mapping[str, Phase] = {phase.character: phase for phase in _PHASES}
 
 _CELL = 0.27  # inches
 _ROW = 0.36
@@ -132,8 +133,8 @@ def strip_picture(rows: Mapping[str, Schedule | Method | str], path: str | Path,
 def _strip(label: str, row: Schedule | Method | str, num_steps: int) -> str:
     if isinstance(row, (Schedule, Method)):
         return schedule_of(row).strip(num_steps)
-    if not isinstance(row, str) or not row or not set(row) <= set(_BY_LETTER):
-        raise ConfigurationError(f"{label!r}: a strip consists of the letters {' '.join(_BY_LETTER)}, but got {row!r}.")
+    if not isinstance(row, str) or not row or not set(row) <= set(BY_LETTER):
+        raise ConfigurationError(f"{label!r}: a strip consists of the letters {' '.join(BY_LETTER)}, but got {row!r}.")
     return row
 
 
@@ -150,7 +151,7 @@ def _draw(strips: Mapping[str, str]) -> Figure:
     axes = figure.add_subplot()
     for row, strip in enumerate(strips.values()):
         for step, letter in enumerate(strip):
-            _draw_cell(axes, step, row, _BY_LETTER[letter])
+            _draw_cell(axes, step, row, BY_LETTER[letter])
     axes.set_xlim(-0.1, steps + 0.1)
     axes.set_ylim(len(strips), 0)
     axes.set_yticks([row + 0.5 for row in range(len(strips))], list(strips), color=INK)

@@ -83,6 +83,24 @@
     act();
   });
 
+  function showAlone(legend, method) {
+    const plots = legend.parentElement.querySelector(".plots");
+    plots.classList.toggle("alone", method !== undefined);
+    plots.querySelectorAll('g[id*="-of-"]').forEach((group) => group.classList.toggle("lit", group.id.includes(`-of-${method}-`)));
+  }
+  document.querySelectorAll(".of-plots").forEach((legend) => {
+    const pressed = () => legend.querySelector('[aria-pressed="true"]')?.dataset.method;
+    legend.querySelectorAll("button").forEach((button) => {
+      button.addEventListener("pointerenter", () => showAlone(legend, button.dataset.method));
+      button.addEventListener("pointerleave", () => showAlone(legend, pressed()));
+      button.addEventListener("click", () => {
+        const on = button.getAttribute("aria-pressed") !== "true";
+        legend.querySelectorAll("button").forEach((other) => other.setAttribute("aria-pressed", String(on && other === button)));
+        showAlone(legend, pressed());
+      });
+    });
+  });
+
   const theme = get("theme");
   const prefersDark = matchMedia("(prefers-color-scheme: dark)").matches;
   const setTheme = (dark) => {

@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from tgate_compile._errors import check_installed
+from tgate_compile.methods.method import Kind
+from tgate_compile.study.bench.methods import COMPARED, PLAIN
 from tgate_compile.study.comparison.result import Comparison, ImageFigures, MethodFigures, ModelFigures
-from tgate_compile.study.figures import new_figure
+from tgate_compile.study.figures import BY_LETTER, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 # Placeholders in the written SVG, which are then replaced by the page's colours.
 _INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
 _FIRST_METHOD = 0x10
+#: The number of colours for methods in the page's style.
+COLOURS = 16
 _MARKERS = ("o", "^", "v", "s", "D", "P", "X")
 _SIZE = (4.3, 3.0)  # inches
 
@@ -41,9 +45,13 @@ class Plot:
     svg: str
 
 
-def plots_of(model: ModelFigures, prefix: str) -> list[Plot]:
-    """Return the plots of one model; `prefix` makes the ids inside the SVG elements unique on the page."""
-    ran = [(index, method) for index, method in enumerate(model.methods) if method.why_not is None]
+def plots_of(model: ModelFigures, prefix: str, looks: Mapping[str, int]) -> list[Plot]:
+    """Return the plots of one model.
+
+    `prefix` makes the ids inside the SVG elements unique on the page. `looks` has a number for each method, from which
+    its colour and marker follow.
+    """
+    ran = [(looks[method.key], method) for method in model.methods if method.why_not is None]
     plots = [
         Plot(
             "Quality against cost",
@@ -69,8 +77,11 @@ def _draw_quality(model: ModelFigures, ran: Sequence[tuple[int, MethodFigures]])
     for index, method in ran:
         cost, drifts = model.cost(method), [image.drift for image in method.images]
         if cost is not None and method.drift is not None:
-            axes.plot([cost, cost], [min(drifts), max(drifts)], color=_colour(index), linewidth=1.2, alpha=0.45)
-            axes.plot([cost], [method.drift], color=_colour(index), marker=_MARKERS[index], markersize=8, linewidth=0)
+            style: dict[str, Any] = {"color": _colour(index)}
+            axes.plot([cost, cost], [min(drifts), max(drifts)], linewidth=1.2, alpha=0.45, gid=f"of-{index}-a", **style)
+            axes.plot(
+                [cost], [method.drift], marker=_marker(index), markersize=8, linewidth=0, gid=f"of-{index}-b", **style
+            )
     axes.set_xlim(0, 1.06)
     axes.set_ylim(bottom=-0.01)
     return figure
@@ -80,7 +91,8 @@ def _draw_time(ran: Sequence[tuple[int, MethodFigures]]) -> Figure:
     figure, axes = _axes("denoiser call", "milliseconds")
     for index, method in ran:
         times = [1e3 * seconds for seconds in method.step_seconds]
-        axes.plot(times, color=_colour(index), marker=_MARKERS[index], markersize=3.5, linewidth=1.2)
+        style: dict[str, Any] = {"marker": _marker(index), "markersize": 3.5, "linewidth": 1.2}
+        axes.plot(times, color=_colour(index), gid=f"of-{index}-a", **style)
     axes.set_ylim(bottom=0)
     return figure
 
@@ -114,7 +126,18 @@ def _axes(across: str, up: str) -> tuple[Figure, Axes]:
 
 
 def _colour(index: int) -> str:
-    return f"#0000{_FIRST_METHOD + index:02x}"
+    return f"#0000{_FIRST_METHOD + index % COLOURS:02x}"
+
+
+def _marker(index: int) -> str:
+    return _MARKERS[index % len(_MARKERS)]
+
+
+def looks_of(comparison: Comparison) -> dict[str, int]:
+    """Return the number of the colour and the marker of each method, which is the same for all models."""
+    keys = dict.fromkeys(method.key for model in comparison.models for method in model.methods)
+    ordered = sorted(keys, key=lambda key: (PLAIN, *COMPARED, key).index(key))  # stable: those of files come last
+    return {key: index for index, key in enumerate(ordered)}
 
 
 def _svg(figure: Figure, prefix: str) -> str:
@@ -133,24 +156,33 @@ def _svg(figure: Figure, prefix: str) -> str:
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--sans)", text)
     for stand_in, colour in ((_INK, "ink"), (_SOFT, "soft"), (_LINE, "line")):
         text = text.replace(stand_in, f"var(--{colour})")
-    return re.sub(r"#0000([12][0-9a-f])", lambda match: f"var(--method-{int(match[1], 16) - _FIRST_METHOD})", text)
+    return re.sub(r"#0000(1[0-9a-f])", lambda match: f"var(--method-{int(match[1], 16) - _FIRST_METHOD})", text)
 
 
 #: Images with sides of at most this many pixels are shown without smoothing and stored losslessly.
 _SMALL = 256
 _WEBP_QUALITY = 90
 
-_STRIP_WORDS = {
-    "F": "everything computed, with guidance",
-    "f": "everything computed, without guidance",
-    "S": "self-attention reused, with guidance",
-    "D": "deep part reused, with guidance",
-    "d": "deep part reused, without guidance",
-    "p": "cross-attention reused, without guidance",
-    "P": "cross-attention reused, with guidance",
-    "q": "cross- and self-attention reused, without guidance",
-    "r": "cross-attention and deep part reused, without guidance",
+_REUSED_WORDS: Mapping[Kind, str] = {
+    "cross": "cross-attention",
+    "self": "self-attention",
+    "temporal": "temporal attention",
+    "deep": "deep part",
+    "ff": "feed-forward",
+    "blocks": "blocks",
+    "rear": "rear blocks",
+    "reference": "reference images",
 }
+
+
+def _strip_words(letter: str) -> str:
+    """Return what a step with this character in a strip does."""
+    phase = BY_LETTER[letter]
+    guidance = "guidance estimated" if phase.estimated else "with guidance" if phase.guided else "without guidance"
+    if phase.decided:
+        return f"blocks reused for one half of guidance only, {guidance}"
+    reused = [words for kind, words in _REUSED_WORDS.items() if kind in phase.reuse]
+    return f"{' and '.join(reused)} reused, {guidance}" if reused else f"everything computed, {guidance}"
 
 
 def check_page_can_be_made() -> None:
@@ -169,6 +201,7 @@ def page_of(comparison: Comparison) -> str:
     def text(name: str) -> str:
         return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
+    looks = looks_of(comparison)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -177,17 +210,19 @@ def page_of(comparison: Comparison) -> str:
         script=text("page.js"),
         command=comparison.command,
         machine=comparison.machine,
-        models=[_model(f"model-{index}", model, comparison) for index, model in enumerate(comparison.models)],
-        overview=_overview(comparison),
+        models=[_model(f"model-{index}", model, comparison, looks) for index, model in enumerate(comparison.models)],
+        overview=_overview(comparison, looks),
+        colours=COLOURS,
+        markers=len(_MARKERS),
         strip_words={
-            letter: words
-            for letter, words in _STRIP_WORDS.items()
+            letter: _strip_words(letter)
+            for letter in BY_LETTER
             if any(letter in method.strip for model in comparison.models for method in model.methods)
         },
     )
 
 
-def _model(key: str, model: ModelFigures, comparison: Comparison) -> dict[str, Any]:
+def _model(key: str, model: ModelFigures, comparison: Comparison, looks: Mapping[str, int]) -> dict[str, Any]:
     if model.error is not None:
         return {"key": key, "name": model.name, "error": model.error}
     pictures = comparison.pictures[model.name]
@@ -196,18 +231,22 @@ def _model(key: str, model: ModelFigures, comparison: Comparison) -> dict[str, A
         "name": model.name,
         "error": None,
         "facts": _facts(model),
-        "methods": [_method(f"{key}-{method.key}", model, method) for method in model.methods],
+        "methods": [
+            {"index": looks[method.key], **_method(f"{key}-{method.key}", model, method)} for method in model.methods
+        ],
         "rows": [
             {
                 "prompt": prompt,
                 "cells": [
-                    _cell(method, index, pictures.get(method.key, ()), row)
-                    for index, method in enumerate(model.methods)
+                    _cell(method, looks[method.key], pictures[method.key], row)
+                    for method in model.methods
+                    if method.why_not is None
                 ],
             }
             for row, prompt in enumerate(model.prompts)
         ],
-        "plots": plots_of(model, key),
+        "absent": [method.title for method in model.methods if method.why_not is not None],
+        "plots": plots_of(model, key, looks),
         "judged": any(method.right is not None for method in model.methods),
         "has_ssim": any(method.ssim is not None for method in model.methods),
     }
@@ -256,14 +295,11 @@ def _title(model: ModelFigures, method: MethodFigures) -> str:
 
 
 def _cell(method: MethodFigures, index: int, pictures: Sequence[Image], row: int) -> dict[str, Any]:
-    if method.why_not is not None:
-        return {"index": index, "title": method.title, "why_not": method.why_not}
     image = pictures[row]
     figures = method.images[row]
     return {
         "index": index,
         "title": f"{method.title}: {method.steps}" if method.key == "fewer_steps" else method.title,
-        "why_not": None,
         "source": _data_uri(image),
         "width": image.width,
         "height": image.height,
@@ -279,15 +315,18 @@ def _likeness(method: MethodFigures, image: ImageFigures) -> str:
     return "identical to plain" if image.psnr is None else f"{image.psnr:.1f} dB"
 
 
-def _overview(comparison: Comparison) -> dict[str, Any]:
+def _overview(comparison: Comparison, looks: Mapping[str, int]) -> dict[str, Any]:
     """Return the data of the table of methods by models."""
     models = [(f"model-{index}", model) for index, model in enumerate(comparison.models) if model.error is None]
     rows: dict[str, dict[str, Any]] = {}
     for key, model in models:
-        for index, method in enumerate(model.methods):
-            row = rows.setdefault(method.key, {"title": method.title, "index": index, "cells": {}})
+        for method in model.methods:
+            row = rows.setdefault(method.key, {"title": method.title, "index": looks[method.key], "cells": {}})
             row["cells"][key] = None if method.why_not is not None else _overview_cell(model, method)
-    return {"models": [{"key": key, "name": model.name} for key, model in models], "rows": list(rows.values())}
+    return {
+        "models": [{"key": key, "name": model.name} for key, model in models],
+        "rows": sorted(rows.values(), key=lambda row: row["index"]),
+    }
 
 
 def _overview_cell(model: ModelFigures, method: MethodFigures) -> dict[str, Any]:
