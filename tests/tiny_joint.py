@@ -58,9 +58,9 @@ class Joint:
     other_dims: Mapping[str, int] | None = None
 
 
-def assembled(name: str, scheduler: Any = None, **parts: Any) -> Any:
-    """Return the pipeline class `name` with these components, and None for all others."""
-    cls = getattr(diffusers, name)
+def assembled(name: str | type, scheduler: Any = None, **parts: Any) -> Any:
+    """Return the pipeline class `name`, or of that name, with these components, and None for all others."""
+    cls: Any = getattr(diffusers, name) if isinstance(name, str) else name
     parameters = list(inspect.signature(cls).parameters.values())
     missing = {p.name: None for p in parameters if p.default is p.empty}
     scheduler = FlowMatchEulerDiscreteScheduler() if scheduler is None else scheduler
@@ -166,7 +166,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "LFE_num_heads": 2,
         "LFE_num_id_token": 1,
         "LFE_num_querie": 1,
-        "LFE_output_dim": 10,
+        "LFE_output_dim": 21,
         "LFE_ff_mult": 1,
         "LFE_num_scale": 1,
     },

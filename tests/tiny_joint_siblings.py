@@ -1,0 +1,323 @@
+"""More tiny pipelines of the real diffusers classes with joint attention: those that need a text encoder, and siblings.
+
+Many pipelines accept embedded prompts only in part, so they have tiny language models of the real classes here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
+
+from tests.tiny_joint import (
+    Joint,
+    _BATCH,
+    _NO_GUIDANCE,
+    _of,
+    _vae,
+    _wan_vae,
+    _with,
+    assembled,
+    embedded,
+    model,
+    picture,
+    sized,
+    texts,
+    video_of,
+    _cogvideo,
+    _cogvideo_vae,
+)
+from tests.tiny_pipelines import TEXT_DIM, seeded
+from tests.tiny_transformers import TOKENS
+
+_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>", "[UNK]",
+)  # fmt: skip
+_WORDS = ("a", "red", "blue", "cat", "dog")
+
+
+@functools.cache
+def words() -> Any:
+    """Return a tokenizer with a token for each of a few words, one for all others, and Qwen's special tokens."""
+    vocabulary = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS))}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(_SPECIAL[1:-1]),
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+
+
+class Reader(Qwen3VLProcessor):  # type: ignore[misc]
+    """A processor for text and images, without the part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+def _reader() -> Any:
+    side = 56
+    images = Qwen2VLImageProcessorPil(min_pixels=side**2, max_pixels=side**2)
+    return Reader(images, words())
+
+
+def _language(dim: int, layers: int = 2) -> dict[str, Any]:
+    return {
+        "vocab_size": len(words()),
+        "hidden_size": dim,
+        "intermediate_size": dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+
+
+@functools.cache
+def _qwen_2_5() -> Any:
+    ids = words().convert_tokens_to_ids
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            **_language(TEXT_DIM),
+            "rope_parameters": {"type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": TEXT_DIM,
+            "fullatt_block_indexes": [0],
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )
+    return seeded(lambda: transformers.Qwen2_5_VLForConditionalGeneration(config), 7)
+
+
+@functools.cache
+def _qwen_3() -> Any:
+    ids = words().convert_tokens_to_ids
+    config = transformers.Qwen3VLConfig(
+        text_config={
+            **_language(TEXT_DIM),
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": TEXT_DIM,
+            "deepstack_visual_indexes": [0],
+            "patch_size": 14,
+            "num_position_embeddings": 16,
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )
+    return seeded(lambda: transformers.Qwen3VLForConditionalGeneration(config), 7)
+
+
+@functools.cache
+def _smol() -> Any:
+    return seeded(lambda: transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**_language(16, 4))), 7)
+
+
+_PROMPTS = ["a red cat", "a blue dog"]
+
+
+def _prompts(batch: int) -> dict[str, Any]:
+    return {"prompt": _PROMPTS[:batch], "negative_prompt": ["dog"] * batch, "guidance_scale": 8.0}
+
+
+def _longcat(name: str, **parts: Any) -> Any:
+    pipe = assembled(
+        name,
+        transformer=model("LongCatImageTransformer2DModel", in_channels=64),
+        text_encoder=_qwen_2_5(),
+        tokenizer=words(),
+        text_processor=_reader(),
+        **parts,
+    )
+    pipe.tokenizer_max_length = TOKENS
+    return pipe
+
+
+@functools.cache
+def _coarse_vae() -> Any:
+    """Return a VAE with a scale factor of 128, for a pipeline that makes images of about 1024 pixels."""
+    return seeded(
+        lambda: diffusers.AutoencoderKL(
+            block_out_channels=(4,) * 8,
+            down_block_types=("DownEncoderBlock2D",) * 8,
+            up_block_types=("UpDecoderBlock2D",) * 8,
+            latent_channels=16,
+            norm_num_groups=2,
+            layers_per_block=1,
+            shift_factor=0.1,
+        ),
+        1,
+    )
+
+
+_BRIA_FIBO = (*_BATCH, "text_encoder_layers", "joint_attention_kwargs")
+
+
+MORE_JOINT: dict[str, Joint] = {
+    "LongCatImagePipeline": Joint(
+        lambda: _longcat("LongCatImagePipeline"),
+        lambda batch: sized(**_prompts(batch), enable_prompt_rewrite=False),
+        "calls",
+        off=_NO_GUIDANCE,
+    ),
+    "LongCatImageEditPipeline": Joint(
+        lambda: _longcat("LongCatImageEditPipeline", vae=_coarse_vae()),
+        lambda batch: {**_prompts(1), "negative_prompt": "dog", "image": picture()},
+        "calls",
+        prompts=1,
+    ),
+    "BriaFiboPipeline": Joint(
+        _of("BriaFiboPipeline", "BriaFiboTransformer2DModel", parts={"text_encoder": _smol, "tokenizer": words}),
+        lambda batch: sized(**_prompts(batch)),
+        halved=_BRIA_FIBO,
+        off=_NO_GUIDANCE,
+    ),
+    "BriaFiboEditPipeline": Joint(
+        _of(
+            "BriaFiboEditPipeline",
+            "BriaFiboTransformer2DModel",
+            parts={"text_encoder": _smol, "tokenizer": words, "vae": _wan_vae},
+            in_channels=4,
+        ),
+        lambda batch: sized(
+            **{**_prompts(batch), "prompt": [f'{{"edit_instruction": "{p}"}}' for p in _PROMPTS[:batch]]},
+            image=picture(),
+        ),
+        halved=_BRIA_FIBO,
+    ),
+    "JoyImageEditPlusPipeline": Joint(
+        lambda: _joy(),
+        lambda batch: {**_prompts(batch), "images": [[picture()]] * batch, "height": 1024, "width": 1024},
+        halved=(*_BATCH, "encoder_hidden_states_mask", "shape_list"),
+        listed=("shape_list",),
+        prompts=1,
+    ),
+    "Cosmos3OmniPipeline": Joint(
+        lambda: _cosmos_3(),
+        lambda batch: sized(prompt="a red cat", negative_prompt="dog", num_frames=5, guidance_scale=8.0),
+        "calls",
+        prompts=1,
+    ),
+    "OmniGenPipeline": Joint(
+        _of("OmniGenPipeline", "OmniGenTransformer2DModel", parts={"tokenizer": words, "vae": _vae}),
+        lambda batch: sized(prompt=_PROMPTS[:batch], guidance_scale=8.0),
+        halved=("hidden_states", "timestep", "input_ids", "attention_mask", "position_ids"),
+        kept=0,
+    ),
+    "ConsisIDPipeline": Joint(
+        lambda: _consisid(),
+        lambda batch: {
+            **texts(batch),
+            **video_of(9),
+            "guidance_scale": 8.0,
+            "max_sequence_length": TOKENS,
+            "image": picture(),
+            "id_cond": embedded(1, 8, seed=5),
+            "id_vit_hidden": [embedded(1, 2, 8, seed=6 + scale) for scale in range(1)],
+        },
+        prompts=1,
+    ),
+}
+
+
+def _consisid() -> Any:
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    return assembled(ConsisIDPipeline, scheduler, transformer=model("ConsisIDTransformer3DModel"), vae=_cogvideo_vae())
+
+
+def _joy() -> Any:
+    pipe = assembled(
+        "JoyImageEditPlusPipeline",
+        transformer=model("JoyImageEditPlusTransformer3DModel"),
+        text_encoder=_qwen_3(),
+        tokenizer=words(),
+        processor=_reader(),
+        vae=_coarse_wan_vae(),
+    )
+    pipe.prompt_template_encode_start_idx = {"multiple_images": 0}
+    return pipe
+
+
+@functools.cache
+def _coarse_wan_vae() -> Any:
+    """Return a VAE with a scale factor of 128, for a pipeline that makes images of about 1024 pixels."""
+    return seeded(
+        lambda: diffusers.AutoencoderKLWan(
+            base_dim=3,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False] * 3,
+            patch_size=16,
+            in_channels=3 * 16**2,
+            out_channels=3 * 16**2,
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+            scale_factor_spatial=128,
+        ),
+        1,
+    )
+
+
+def _cosmos_3() -> Any:
+    transformer = seeded(
+        lambda: diffusers.Cosmos3OmniTransformer(
+            head_dim=6,
+            hidden_size=12,
+            intermediate_size=24,
+            latent_channel=4,
+            latent_patch_size=1,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            num_key_value_heads=1,
+            patch_latent_dim=4,
+            rope_axes_dim=[1, 1, 1],
+            vocab_size=len(words()),
+        )
+    )
+    return assembled(
+        "Cosmos3OmniPipeline",
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        transformer=transformer,
+        text_tokenizer=words(),
+        vae=_wan_vae(),
+        enable_safety_checker=False,
+        default_use_system_prompt=False,
+    )
+
+
+ALL = MORE_JOINT
