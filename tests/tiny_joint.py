@@ -486,14 +486,18 @@ def video_of(frames: int) -> dict[str, Any]:
     return {"height": SIDE, "width": SIDE, "num_frames": frames}
 
 
-@functools.cache
 def _vae() -> Any:
+    return _vae_of(4)
+
+
+@functools.cache
+def _vae_of(channels: int) -> Any:
     return seeded(
         lambda: diffusers.AutoencoderKL(
             block_out_channels=(8, 8, 8, 8),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
+            latent_channels=channels,
             norm_num_groups=4,
             layers_per_block=1,
             shift_factor=0.1,
@@ -1061,7 +1065,7 @@ JOINT: dict[str, Joint] = {
 }
 
 
-def _ltx_2() -> Any:
+def _ltx_2(name: str = "LTX2Pipeline") -> Any:
     """Return LTX-2, which makes two further predictions in a step: with blocks skipped, and with modalities apart."""
     connectors = seeded(
         lambda: diffusers.pipelines.ltx2.connectors.LTX2TextConnectors(
@@ -1111,11 +1115,11 @@ def _ltx_2() -> Any:
             downsample_type=("spatial",),
             upsample_residual=(False,),
             upsample_factor=(1,),
-            patch_size=1,
+            patch_size=8,
         ),
         5,
     )
-    return assembled("LTX2Pipeline", transformer=transformer, connectors=connectors, audio_vae=audio_vae, vae=vae)
+    return assembled(name, transformer=transformer, connectors=connectors, audio_vae=audio_vae, vae=vae)
 
 
 def _sd3_controlnet(name: str, **config: Any) -> Any:

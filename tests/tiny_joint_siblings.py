@@ -11,32 +11,43 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
-
 from tests.tiny_joint import (
-    Joint,
     _BATCH,
+    _EDIT,
+    _GUIDER,
     _NO_GUIDANCE,
+    _SD3_BATCH,
+    _Z_BATCH,
+    CONFIGS,
+    JOINT,
+    ROPE,
+    Joint,
+    _cogvideo_vae,
+    _masked_call,
     _of,
+    _sd3_call,
     _vae,
+    _vae_of,
     _wan_vae,
     _with,
+    _z_image_call,
     assembled,
     embedded,
+    mask_picture,
     model,
     picture,
     sized,
     texts,
     video_of,
-    _cogvideo,
-    _cogvideo_vae,
 )
+from tests.tiny_joint_videos import VIDEOS
 from tests.tiny_pipelines import TEXT_DIM, seeded
 from tests.tiny_transformers import TOKENS
 
@@ -184,76 +195,6 @@ def _coarse_vae() -> Any:
     )
 
 
-_BRIA_FIBO = (*_BATCH, "text_encoder_layers", "joint_attention_kwargs")
-
-
-MORE_JOINT: dict[str, Joint] = {
-    "LongCatImagePipeline": Joint(
-        lambda: _longcat("LongCatImagePipeline"),
-        lambda batch: sized(**_prompts(batch), enable_prompt_rewrite=False),
-        "calls",
-        off=_NO_GUIDANCE,
-    ),
-    "LongCatImageEditPipeline": Joint(
-        lambda: _longcat("LongCatImageEditPipeline", vae=_coarse_vae()),
-        lambda batch: {**_prompts(1), "negative_prompt": "dog", "image": picture()},
-        "calls",
-        prompts=1,
-    ),
-    "BriaFiboPipeline": Joint(
-        _of("BriaFiboPipeline", "BriaFiboTransformer2DModel", parts={"text_encoder": _smol, "tokenizer": words}),
-        lambda batch: sized(**_prompts(batch)),
-        halved=_BRIA_FIBO,
-        off=_NO_GUIDANCE,
-    ),
-    "BriaFiboEditPipeline": Joint(
-        _of(
-            "BriaFiboEditPipeline",
-            "BriaFiboTransformer2DModel",
-            parts={"text_encoder": _smol, "tokenizer": words, "vae": _wan_vae},
-            in_channels=4,
-        ),
-        lambda batch: sized(
-            **{**_prompts(batch), "prompt": [f'{{"edit_instruction": "{p}"}}' for p in _PROMPTS[:batch]]},
-            image=picture(),
-        ),
-        halved=_BRIA_FIBO,
-    ),
-    "JoyImageEditPlusPipeline": Joint(
-        lambda: _joy(),
-        lambda batch: {**_prompts(batch), "images": [[picture()]] * batch, "height": 1024, "width": 1024},
-        halved=(*_BATCH, "encoder_hidden_states_mask", "shape_list"),
-        listed=("shape_list",),
-        prompts=1,
-    ),
-    "Cosmos3OmniPipeline": Joint(
-        lambda: _cosmos_3(),
-        lambda batch: sized(prompt="a red cat", negative_prompt="dog", num_frames=5, guidance_scale=8.0),
-        "calls",
-        prompts=1,
-    ),
-    "OmniGenPipeline": Joint(
-        _of("OmniGenPipeline", "OmniGenTransformer2DModel", parts={"tokenizer": words, "vae": _vae}),
-        lambda batch: sized(prompt=_PROMPTS[:batch], guidance_scale=8.0),
-        halved=("hidden_states", "timestep", "input_ids", "attention_mask", "position_ids"),
-        kept=0,
-    ),
-    "ConsisIDPipeline": Joint(
-        lambda: _consisid(),
-        lambda batch: {
-            **texts(batch),
-            **video_of(9),
-            "guidance_scale": 8.0,
-            "max_sequence_length": TOKENS,
-            "image": picture(),
-            "id_cond": embedded(1, 8, seed=5),
-            "id_vit_hidden": [embedded(1, 2, 8, seed=6 + scale) for scale in range(1)],
-        },
-        prompts=1,
-    ),
-}
-
-
 def _consisid() -> Any:
     scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction")
     return assembled(ConsisIDPipeline, scheduler, transformer=model("ConsisIDTransformer3DModel"), vae=_cogvideo_vae())
@@ -320,4 +261,186 @@ def _cosmos_3() -> Any:
     )
 
 
-ALL = MORE_JOINT
+def _z_image_controlnet(name: str, channels: int) -> Any:
+    """Return Z-Image with a ControlNet, which shares the embedders of the denoiser."""
+    keys = ("dim", "n_refiner_layers", "n_heads", "n_kv_heads")
+    config = {key: CONFIGS["ZImageTransformer2DModel"][key] for key in keys}
+    controlnet = seeded(
+        lambda: diffusers.ZImageControlNetModel(
+            **config, control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=channels
+        ),
+        6,
+    )
+    return assembled(name, transformer=model("ZImageTransformer2DModel"), controlnet=controlnet, vae=_vae())
+
+
+@functools.cache
+def _coarse_qwen_vae() -> Any:
+    """Return a VAE with a scale factor of 64, for a pipeline that makes images of about 640 pixels."""
+    return seeded(
+        lambda: diffusers.AutoencoderKLQwenImage(
+            input_channels=4,
+            base_dim=4,
+            z_dim=3,
+            dim_mult=[1] * 7,
+            num_res_blocks=1,
+            temperal_downsample=[False] * 6,
+            latents_mean=[0.0] * 3,
+            latents_std=[1.0] * 3,
+        ),
+        1,
+    )
+
+
+@functools.cache
+def _refiner_vae() -> Any:
+    return seeded(
+        lambda: diffusers.AutoencoderKLHunyuanImageRefiner(
+            latent_channels=4,
+            block_out_channels=(16, 16, 16),
+            layers_per_block=1,
+            spatial_compression_ratio=8,
+            temporal_compression_ratio=2,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
+        ),
+        1,
+    )
+
+
+_BRIA_FIBO = (*_BATCH, "text_encoder_layers", "joint_attention_kwargs")
+
+
+MORE_JOINT: dict[str, Joint] = {
+    "LongCatImagePipeline": Joint(
+        lambda: _longcat("LongCatImagePipeline"),
+        lambda batch: sized(**_prompts(batch), enable_prompt_rewrite=False),
+        "calls",
+        off=_NO_GUIDANCE,
+    ),
+    "LongCatImageEditPipeline": Joint(
+        lambda: _longcat("LongCatImageEditPipeline", vae=_coarse_vae()),
+        lambda batch: {**_prompts(1), "negative_prompt": "dog", "image": picture()},
+        "calls",
+        prompts=1,
+    ),
+    "BriaFiboPipeline": Joint(
+        _of("BriaFiboPipeline", "BriaFiboTransformer2DModel", parts={"text_encoder": _smol, "tokenizer": words}),
+        lambda batch: sized(**_prompts(batch)),
+        halved=_BRIA_FIBO,
+        off=_NO_GUIDANCE,
+    ),
+    "BriaFiboEditPipeline": Joint(
+        _of(
+            "BriaFiboEditPipeline",
+            "BriaFiboTransformer2DModel",
+            parts={"text_encoder": _smol, "tokenizer": words, "vae": _wan_vae},
+            in_channels=4,
+        ),
+        lambda batch: sized(
+            **{**_prompts(batch), "prompt": [f'{{"edit_instruction": "{p}"}}' for p in _PROMPTS[:batch]]},
+            image=picture(),
+        ),
+        halved=_BRIA_FIBO,
+    ),
+    "StableDiffusion3InpaintPipeline": Joint(
+        _of(
+            "StableDiffusion3InpaintPipeline",
+            "SD3Transformer2DModel",
+            parts={"vae": lambda: _vae_of(16)},
+            in_channels=16,
+            out_channels=16,
+        ),
+        _with(_sd3_call, **_EDIT),
+        halved=_SD3_BATCH,
+    ),
+    "QwenImageLayeredPipeline": Joint(
+        _of(
+            "QwenImageLayeredPipeline",
+            "QwenImageTransformer2DModel",
+            parts={"vae": _coarse_qwen_vae, "text_encoder": _qwen_2_5, "tokenizer": words},
+            in_channels=12,
+            out_channels=3,
+            use_additional_t_cond=True,
+            use_layer3d_rope=True,
+        ),
+        lambda batch: {
+            "prompt": "a red cat",
+            "negative_prompt": "dog",
+            "true_cfg_scale": 8.0,
+            "image": picture().convert("RGBA"),
+            "layers": 2,
+            "resolution": 640,
+            "output_type": "pt",  # it cannot return its latents
+        },
+        "calls",
+        prompts=1,
+    ),
+    "ZImageControlNetPipeline": Joint(
+        lambda: _z_image_controlnet("ZImageControlNetPipeline", 4),
+        _with(_z_image_call, control_image=picture),
+        **{**_Z_BATCH, "halved": (*_Z_BATCH["halved"], "controlnet_block_samples")},
+    ),
+    "ZImageControlNetInpaintPipeline": Joint(
+        lambda: _z_image_controlnet("ZImageControlNetInpaintPipeline", 9),
+        _with(_z_image_call, control_image=picture, image=picture, mask_image=mask_picture),
+        prompts=1,
+        **{**_Z_BATCH, "halved": (*_Z_BATCH["halved"], "controlnet_block_samples")},
+    ),
+    "HunyuanImageRefinerPipeline": Joint(
+        _of(
+            "HunyuanImageRefinerPipeline",
+            "HunyuanImageTransformer2DModel",
+            parts={**_GUIDER, "vae": _refiner_vae},
+            in_channels=16,
+            out_channels=8,
+            patch_size=(1, 1, 1),
+            rope_axes_dim=ROPE,
+            guidance_embeds=True,
+            text_embed_2_dim=None,
+        ),
+        lambda batch: sized(**texts(batch, masks="{}_embeds_mask", mask=torch.long), image=picture()),
+        "calls",
+    ),
+    "PRXPixelPipeline": Joint(
+        _of("PRXPixelPipeline", "PRXTransformer2DModel", in_channels=3),
+        lambda batch: {**_masked_call(batch), "height": 16, "width": 16, "use_resolution_binning": False},
+        halved=("hidden_states", "timestep", "encoder_hidden_states", "attention_mask"),
+        prompts=1,
+    ),
+    "JoyImageEditPlusPipeline": Joint(
+        lambda: _joy(),
+        lambda batch: {**_prompts(batch), "images": [[picture()]] * batch, "height": 1024, "width": 1024},
+        halved=(*_BATCH, "encoder_hidden_states_mask", "shape_list"),
+        listed=("shape_list",),
+        prompts=1,
+    ),
+    "Cosmos3OmniPipeline": Joint(
+        lambda: _cosmos_3(),
+        lambda batch: sized(prompt="a red cat", negative_prompt="dog", num_frames=5, guidance_scale=8.0),
+        "calls",
+        prompts=1,
+    ),
+    "OmniGenPipeline": Joint(
+        _of("OmniGenPipeline", "OmniGenTransformer2DModel", parts={"tokenizer": words, "vae": _vae}),
+        lambda batch: sized(prompt=_PROMPTS[:batch], guidance_scale=8.0),
+        halved=("hidden_states", "timestep", "input_ids", "attention_mask", "position_ids"),
+        kept=0,
+    ),
+    "ConsisIDPipeline": Joint(
+        lambda: _consisid(),
+        lambda batch: {
+            **texts(batch),
+            **video_of(9),
+            "guidance_scale": 8.0,
+            "max_sequence_length": TOKENS,
+            "image": picture(),
+            "id_cond": embedded(1, 8, seed=5),
+            "id_vit_hidden": [embedded(1, 2, 8, seed=6 + scale) for scale in range(1)],
+        },
+        prompts=1,
+    ),
+}
+
+#: All pipelines with joint attention.
+EVERY: dict[str, Joint] = {**JOINT, **MORE_JOINT, **VIDEOS}
