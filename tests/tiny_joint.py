@@ -44,6 +44,7 @@ class Joint:
         further: whether a step has further calls, for predictions that guidance moves away from.
         listed: see `OneCall`.
         other_dims: see `OneCall`.
+        needs: a package that diffusers needs for this pipeline, and that the tests do not install.
     """
 
     build: Callable[[], Any]
@@ -56,6 +57,7 @@ class Joint:
     further: bool = False
     listed: tuple[str, ...] = ()
     other_dims: Mapping[str, int] | None = None
+    needs: str = ""
 
 
 def assembled(name: str | type, scheduler: Any = None, **parts: Any) -> Any:
@@ -1065,7 +1067,7 @@ JOINT: dict[str, Joint] = {
 }
 
 
-def _ltx_2(name: str = "LTX2Pipeline") -> Any:
+def _ltx_2(name: str = "LTX2Pipeline", **config: Any) -> Any:
     """Return LTX-2, which makes two further predictions in a step: with blocks skipped, and with modalities apart."""
     connectors = seeded(
         lambda: diffusers.pipelines.ltx2.connectors.LTX2TextConnectors(
@@ -1086,7 +1088,7 @@ def _ltx_2(name: str = "LTX2Pipeline") -> Any:
         ),
         3,
     )
-    transformer = model("LTX2VideoTransformer3DModel", audio_in_channels=4, audio_out_channels=4)
+    transformer = model("LTX2VideoTransformer3DModel", audio_in_channels=4, audio_out_channels=4, **config)
     audio_vae = seeded(
         lambda: diffusers.AutoencoderKLLTX2Audio(
             base_channels=4,

@@ -5,6 +5,7 @@ Many pipelines accept embedded prompts only in part, so they have tiny language 
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from tests.tiny_joint import (
     _BATCH,
@@ -28,6 +30,7 @@ from tests.tiny_joint import (
     CONFIGS,
     JOINT,
     ROPE,
+    SIDE,
     Joint,
     _cogvideo_vae,
     _masked_call,
@@ -48,8 +51,8 @@ from tests.tiny_joint import (
     video_of,
 )
 from tests.tiny_joint_videos import VIDEOS
-from tests.tiny_pipelines import TEXT_DIM, seeded
-from tests.tiny_transformers import TOKENS
+from tests.tiny_pipelines import TEXT_DIM, _text_encoder, _tokenizer, seeded
+from tests.tiny_transformers import TOKENS, silent
 
 _SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -308,6 +311,72 @@ def _refiner_vae() -> Any:
     )
 
 
+@functools.cache
+def _siglip_2() -> Any:
+    config = transformers.Siglip2VisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=16
+    )
+    return seeded(lambda: transformers.Siglip2VisionModel(config), 8)
+
+
+def _z_image_omni() -> Any:
+    return assembled(
+        "ZImageOmniPipeline",
+        transformer=model("ZImageTransformer2DModel", siglip_feat_dim=8),
+        vae=_half_vae(),
+        siglip=_siglip_2(),
+        siglip_processor=Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16),
+    )
+
+
+@functools.cache
+def _half_vae() -> Any:
+    return copy.deepcopy(_vae()).bfloat16()  # the pipeline encodes images in this dtype
+
+
+def _segments(batch: int) -> dict[str, Any]:
+    """Return embedded prompts in the segments before, between and after two images."""
+    call = {"height": SIDE, "width": SIDE, "guidance_scale": 8.0, "image": [picture(), picture(80)]}
+    for seed, name in ((1, "prompt_embeds"), (5, "negative_prompt_embeds")):
+        rows = [embedded(batch, 3, TEXT_DIM, seed=seed + part) for part in range(4)]
+        call[name] = [[part[row] for part in rows] for row in range(batch)]
+    return call
+
+
+@functools.cache
+def _t5() -> Any:
+    config = transformers.T5Config(
+        vocab_size=len(words()), d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
+    )
+    return seeded(lambda: transformers.T5EncoderModel(config), 7)
+
+
+def _visual_cloze(name: str) -> Any:
+    pipe = assembled(
+        name,
+        transformer=model("FluxTransformer2DModel", in_channels=288, out_channels=16, guidance_embeds=True),
+        vae=_vae(),
+        text_encoder=_text_encoder(),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=words(),
+        resolution=32,
+    )
+    for part in (getattr(pipe, f"{stage}_pipe", pipe) for stage in ("generation", "upsampling")):
+        silent(part)
+    return pipe
+
+
+def _visual_cloze_call(batch: int) -> dict[str, Any]:
+    example = [[picture(32), picture(32)], [picture(32), None]]
+    return {
+        "task_prompt": ["dog"] * batch,
+        "content_prompt": _PROMPTS[:batch],
+        "image": [example] * batch,
+        "max_sequence_length": 8,
+    }
+
+
 _BRIA_FIBO = (*_BATCH, "text_encoder_layers", "joint_attention_kwargs")
 
 
@@ -369,7 +438,7 @@ MORE_JOINT: dict[str, Joint] = {
             "negative_prompt": "dog",
             "true_cfg_scale": 8.0,
             "image": picture().convert("RGBA"),
-            "layers": 2,
+            "layers": 1,
             "resolution": 640,
             "output_type": "pt",  # it cannot return its latents
         },
@@ -386,6 +455,24 @@ MORE_JOINT: dict[str, Joint] = {
         _with(_z_image_call, control_image=picture, image=picture, mask_image=mask_picture),
         prompts=1,
         **{**_Z_BATCH, "halved": (*_Z_BATCH["halved"], "controlnet_block_samples")},
+    ),
+    "ZImageOmniPipeline": Joint(
+        _z_image_omni,
+        _segments,
+        **{
+            **_Z_BATCH,
+            "halved": (*_Z_BATCH["halved"], "siglip_feats", "image_noise_mask"),
+            "listed": (*_Z_BATCH["listed"], "siglip_feats", "image_noise_mask"),
+        },
+    ),
+    "VisualClozeGenerationPipeline": Joint(
+        lambda: _visual_cloze("VisualClozeGenerationPipeline"), _visual_cloze_call, "none"
+    ),
+    "VisualClozePipeline": Joint(
+        lambda: _visual_cloze("VisualClozePipeline"),
+        _with(_visual_cloze_call, upsampling_height=SIDE, upsampling_width=SIDE),
+        "none",
+        prompts=1,
     ),
     "HunyuanImageRefinerPipeline": Joint(
         _of(
@@ -426,6 +513,7 @@ MORE_JOINT: dict[str, Joint] = {
         lambda batch: sized(prompt=_PROMPTS[:batch], guidance_scale=8.0),
         halved=("hidden_states", "timestep", "input_ids", "attention_mask", "position_ids"),
         kept=0,
+        needs="torchvision",
     ),
     "ConsisIDPipeline": Joint(
         lambda: _consisid(),

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
@@ -96,10 +97,51 @@ def _without_image(batch: int) -> dict[str, Any]:
 
 
 _LTX_2 = JOINT["LTX2Pipeline"]
+_SIGMAS = [0.9, 0.7, 0.4]
 
 
-def _ltx(name: str, **more: Any) -> Joint:
-    return Joint(lambda: _ltx_2(name), _with(_LTX_2.call, **more), halved=_LTX_2.halved, further=True, prompts=1)
+def _unguided(batch: int) -> dict[str, Any]:
+    call = texts(batch, masks="{}_attention_mask", mask=torch.long)
+    return {name: value for name, value in call.items() if not name.startswith("negative_")}
+
+
+def _condition() -> Any:
+    return LTX2VideoCondition(picture(), crf=0)
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(13))
+
+
+def _dfr() -> Any:
+    return _ltx_2("LTX2DFRPipeline", use_keyframes_abs_pos_embedding=True)
+
+
+def _dfr_refine() -> Any:
+    upsampler = seeded(
+        lambda: LTX2LatentUpsamplerModel(
+            in_channels=8,
+            mid_channels=32,
+            num_blocks_per_stage=1,
+            spatial_upsample=False,
+            temporal_upsample=True,
+        ),
+        9,
+    )
+    pipe = _ltx_2("LTX2DFRTemporalRefinePipeline", use_keyframes_abs_pos_embedding=True)
+    pipe.register_modules(
+        temporal_latent_upsampler=upsampler, scheduler=diffusers.LTXEulerAncestralRFScheduler(eta=0.5)
+    )
+    return pipe
+
+
+_AUDIO = ("audio_timestep", "audio_sigma")
+
+
+def _ltx(name: str, *halved: str, **more: Any) -> Joint:
+    return Joint(
+        lambda: _ltx_2(name), _with(_LTX_2.call, **more), halved=(*_LTX_2.halved, *halved), further=True, prompts=1
+    )
 
 
 VIDEOS: dict[str, Joint] = {
@@ -154,17 +196,39 @@ VIDEOS: dict[str, Joint] = {
         "calls",
         prompts=1,
     ),
-    "LTX2ImageToVideoPipeline": _ltx("LTX2ImageToVideoPipeline", image=picture, image_crf=0),
+    "LTX2ImageToVideoPipeline": _ltx("LTX2ImageToVideoPipeline", "audio_timestep", image=picture, image_crf=0),
     "LTX2ConditionPipeline": _ltx(
-        "LTX2ConditionPipeline", conditions=lambda: [LTX2VideoCondition(picture(), index=1, crf=0)]
+        "LTX2ConditionPipeline", *_AUDIO, conditions=lambda: [LTX2VideoCondition(picture(), index=1, crf=0)]
     ),
     "LTX2InContextPipeline": _ltx(
         "LTX2InContextPipeline",
+        *_AUDIO,
         conditions=lambda: [LTX2VideoCondition(picture(), crf=0)],
         reference_conditions=lambda: [LTX2ReferenceCondition([picture()] * 9)],
     ),
+    "LTX2DFRPipeline": Joint(
+        _dfr,
+        lambda batch: {**_unguided(batch), **video_of(9), "sigmas": _SIGMAS, "conditions": [_condition()]},
+        "none",
+        prompts=1,
+    ),
+    "LTX2DFRTemporalRefinePipeline": Joint(
+        _dfr_refine,
+        lambda batch: {
+            **_unguided(batch),
+            **video_of(9),
+            "sigmas": _SIGMAS,
+            "latents": _noise(1, 8, 5, 4, 4),
+            "keyframes_latents": _noise(1, 8, 2, 4, 4),
+            "keyframe_positions": [4, 8],
+            "audio_latents": _noise(1, 2, 10, 2),
+        },
+        "none",
+        prompts=1,
+    ),
     "LTX2HDRPipeline": _ltx(
         "LTX2HDRPipeline",
+        *_AUDIO,
         reference_conditions=lambda: [LTX2HDRReferenceCondition([picture()] * 9)],
         stg_scale=1.0,
         modality_scale=3.0,
