@@ -26,7 +26,11 @@ STEPS = 3
 GATE = 1
 
 #: One pipeline for each way in which guidance arrives. All others are in the sweep.
-QUICK = ("StableDiffusion3Pipeline", "FluxKontextPipeline", "QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline")
+QUICK = (
+    "StableDiffusion3Pipeline", "FluxKontextPipeline", "QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline",
+    "BriaFiboPipeline", "ConsisIDPipeline", "Cosmos3OmniPipeline", "JoyImageEditPlusPipeline", "LongCatImagePipeline",
+    "OmniGenPipeline",
+)  # fmt: skip
 
 
 #: Further mechanisms: further predictions, a guider, ControlNets, lists of rows, videos, text in another dimension.

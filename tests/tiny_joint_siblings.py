@@ -11,14 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from tests.tiny_joint import (
     _BATCH,
@@ -51,115 +44,9 @@ from tests.tiny_joint import (
     video_of,
 )
 from tests.tiny_joint_videos import VIDEOS
+from tests.tiny_language_models import picture_reader_2, qwen_2_5, qwen_3, reader, siglip_2, smol, t5, words
 from tests.tiny_pipelines import TEXT_DIM, _text_encoder, _tokenizer, seeded
 from tests.tiny_transformers import TOKENS, silent
-
-_SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>", "[UNK]",
-)  # fmt: skip
-_WORDS = ("a", "red", "blue", "cat", "dog")
-
-
-@functools.cache
-def words() -> Any:
-    """Return a tokenizer with a token for each of a few words, one for all others, and Qwen's special tokens."""
-    vocabulary = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS))}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="[UNK]",
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=list(_SPECIAL[1:-1]),
-        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
-    )
-
-
-class Reader(Qwen3VLProcessor):  # type: ignore[misc]
-    """A processor for text and images, without the part for videos, which needs torchvision."""
-
-    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
-
-
-def _reader() -> Any:
-    side = 56
-    images = Qwen2VLImageProcessorPil(min_pixels=side**2, max_pixels=side**2)
-    return Reader(images, words())
-
-
-def _language(dim: int, layers: int = 2) -> dict[str, Any]:
-    return {
-        "vocab_size": len(words()),
-        "hidden_size": dim,
-        "intermediate_size": dim,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-    }
-
-
-@functools.cache
-def _qwen_2_5() -> Any:
-    ids = words().convert_tokens_to_ids
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={
-            **_language(TEXT_DIM),
-            "rope_parameters": {"type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": TEXT_DIM,
-            "fullatt_block_indexes": [0],
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-    )
-    return seeded(lambda: transformers.Qwen2_5_VLForConditionalGeneration(config), 7)
-
-
-@functools.cache
-def _qwen_3() -> Any:
-    ids = words().convert_tokens_to_ids
-    config = transformers.Qwen3VLConfig(
-        text_config={
-            **_language(TEXT_DIM),
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": TEXT_DIM,
-            "deepstack_visual_indexes": [0],
-            "patch_size": 14,
-            "num_position_embeddings": 16,
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-    )
-    return seeded(lambda: transformers.Qwen3VLForConditionalGeneration(config), 7)
-
-
-@functools.cache
-def _smol() -> Any:
-    return seeded(lambda: transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**_language(16, 4))), 7)
-
 
 _PROMPTS = ["a red cat", "a blue dog"]
 
@@ -172,9 +59,9 @@ def _longcat(name: str, **parts: Any) -> Any:
     pipe = assembled(
         name,
         transformer=model("LongCatImageTransformer2DModel", in_channels=64),
-        text_encoder=_qwen_2_5(),
+        text_encoder=qwen_2_5(),
         tokenizer=words(),
-        text_processor=_reader(),
+        text_processor=reader(),
         **parts,
     )
     pipe.tokenizer_max_length = TOKENS
@@ -207,9 +94,9 @@ def _joy() -> Any:
     pipe = assembled(
         "JoyImageEditPlusPipeline",
         transformer=model("JoyImageEditPlusTransformer3DModel"),
-        text_encoder=_qwen_3(),
+        text_encoder=qwen_3(),
         tokenizer=words(),
-        processor=_reader(),
+        processor=reader(),
         vae=_coarse_wan_vae(),
     )
     pipe.prompt_template_encode_start_idx = {"multiple_images": 0}
@@ -311,21 +198,13 @@ def _refiner_vae() -> Any:
     )
 
 
-@functools.cache
-def _siglip_2() -> Any:
-    config = transformers.Siglip2VisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=16
-    )
-    return seeded(lambda: transformers.Siglip2VisionModel(config), 8)
-
-
 def _z_image_omni() -> Any:
     return assembled(
         "ZImageOmniPipeline",
         transformer=model("ZImageTransformer2DModel", siglip_feat_dim=8),
         vae=_half_vae(),
-        siglip=_siglip_2(),
-        siglip_processor=Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16),
+        siglip=siglip_2(),
+        siglip_processor=picture_reader_2(),
     )
 
 
@@ -343,14 +222,6 @@ def _segments(batch: int) -> dict[str, Any]:
     return call
 
 
-@functools.cache
-def _t5() -> Any:
-    config = transformers.T5Config(
-        vocab_size=len(words()), d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
-    )
-    return seeded(lambda: transformers.T5EncoderModel(config), 7)
-
-
 def _visual_cloze(name: str) -> Any:
     pipe = assembled(
         name,
@@ -358,7 +229,7 @@ def _visual_cloze(name: str) -> Any:
         vae=_vae(),
         text_encoder=_text_encoder(),
         tokenizer=_tokenizer(),
-        text_encoder_2=_t5(),
+        text_encoder_2=t5(),
         tokenizer_2=words(),
         resolution=32,
     )
@@ -394,7 +265,7 @@ MORE_JOINT: dict[str, Joint] = {
         prompts=1,
     ),
     "BriaFiboPipeline": Joint(
-        _of("BriaFiboPipeline", "BriaFiboTransformer2DModel", parts={"text_encoder": _smol, "tokenizer": words}),
+        _of("BriaFiboPipeline", "BriaFiboTransformer2DModel", parts={"text_encoder": smol, "tokenizer": words}),
         lambda batch: sized(**_prompts(batch)),
         halved=_BRIA_FIBO,
         off=_NO_GUIDANCE,
@@ -403,7 +274,7 @@ MORE_JOINT: dict[str, Joint] = {
         _of(
             "BriaFiboEditPipeline",
             "BriaFiboTransformer2DModel",
-            parts={"text_encoder": _smol, "tokenizer": words, "vae": _wan_vae},
+            parts={"text_encoder": smol, "tokenizer": words, "vae": _wan_vae},
             in_channels=4,
         ),
         lambda batch: sized(
@@ -427,7 +298,7 @@ MORE_JOINT: dict[str, Joint] = {
         _of(
             "QwenImageLayeredPipeline",
             "QwenImageTransformer2DModel",
-            parts={"vae": _coarse_qwen_vae, "text_encoder": _qwen_2_5, "tokenizer": words},
+            parts={"vae": _coarse_qwen_vae, "text_encoder": qwen_2_5, "tokenizer": words},
             in_channels=12,
             out_channels=3,
             use_additional_t_cond=True,

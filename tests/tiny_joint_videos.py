@@ -8,12 +8,10 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tests.tiny_joint import (
     _BATCH,
@@ -35,6 +33,7 @@ from tests.tiny_joint import (
     texts,
     video_of,
 )
+from tests.tiny_language_models import picture_reader, siglip
 from tests.tiny_pipelines import seeded
 from tests.tiny_transformers import TOKENS
 
@@ -56,20 +55,8 @@ def _hunyuan_video_vae() -> Any:
     )
 
 
-@functools.cache
-def _siglip() -> Any:
-    config = transformers.SiglipVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    return seeded(lambda: transformers.SiglipVisionModel(config), 8)
-
-
-def _picture_reader() -> Any:
-    return SiglipImageProcessorPil(size={"height": 28, "width": 28})
-
-
 def _hunyuan_15() -> Any:
-    parts = {"vae": _hunyuan_vae, "image_encoder": _siglip, "feature_extractor": _picture_reader, **_GUIDER}
+    parts = {"vae": _hunyuan_vae, "image_encoder": siglip, "feature_extractor": picture_reader, **_GUIDER}
     config = {"target_size": 16, "task_type": "i2v"}
     pipe = _of("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Transformer3DModel", parts=parts, **config)()
     pipe.vision_num_semantic_tokens = 4
