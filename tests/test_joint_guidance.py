@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tgate_compile
-from tests.comparing import assert_differ, assert_same
+from tests.comparing import ROUNDING, assert_differ, assert_same, difference
 from tests.denoiser_reference import OneCall, TwoCalls, played
 from tests.tiny_joint import Joint
 from tests.tiny_joint_siblings import EVERY as JOINT
@@ -25,7 +25,8 @@ pytestmark = [
 STEPS = 3
 GATE = 1
 
-#: One pipeline for each way in which guidance arrives. All others are in the sweep.
+#: One pipeline for each way in which guidance arrives, and some denoisers that no other test runs. All others are in
+#: the sweep.
 QUICK = (
     "StableDiffusion3Pipeline", "FluxKontextPipeline", "QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline",
     "BriaFiboPipeline", "ConsisIDPipeline", "Cosmos3OmniPipeline", "JoyImageEditPlusPipeline", "LongCatImagePipeline",
@@ -33,11 +34,13 @@ QUICK = (
 )  # fmt: skip
 
 
-#: Further mechanisms: further predictions, a guider, ControlNets, lists of rows, videos, text in another dimension.
+#: Further mechanisms: further predictions, a guider, ControlNets, lists of rows, videos, text in another dimension,
+#: several loops over timesteps.
 HEAVY = (
     "StableDiffusion3ControlNetPipeline", "FluxControlNetPipeline", "ChromaPipeline", "Lumina2Pipeline",
     "QwenImageEditPipeline", "HunyuanVideoPipeline", "CogVideoXPipeline", "MochiPipeline", "LTX2Pipeline",
-    "HiDreamImagePipeline", "GlmImagePipeline",
+    "HiDreamImagePipeline", "GlmImagePipeline", "ZImageControlNetPipeline", "HunyuanVideoImageToVideoPipeline",
+    "EasyAnimateInpaintPipeline", "LTX2ImageToVideoPipeline", "LTX2DFRTemporalRefinePipeline", "VisualClozePipeline",
 )  # fmt: skip
 
 
@@ -88,7 +91,7 @@ def optimized(pipe: Any, step: int = GATE) -> Any:
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=_mark(n)) for n in JOINT])
-def test_guidance_ends(name: str) -> None:
+def test_guidance_ends(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """With all steps guided the pipeline is the plain one to the bit; from the gate on, the prompt's half remains."""
     case = JOINT[name]
     if case.needs:
@@ -97,12 +100,14 @@ def test_guidance_ends(name: str) -> None:
     plain = run(pipe, **call)
     expected = plain if case.guidance == "none" else expected_of(case, pipe, call)
     optimized(pipe, STEPS)
-    assert torch.equal(run(pipe, **call), plain)
+    ungated = run(pipe, **call)
+    assert torch.equal(ungated, plain) if case.exact else difference(ungated, plain) < ROUNDING
     tgate_compile.restore(pipe)
     optimized(pipe)
     assert_same(run(pipe, **call), expected)
+    assert ("runs uncompiled" in caplog.text) == (name == "HiDreamImagePipeline")
     if case.guidance == "none":
-        assert tgate_compile.describe(pipe).strip == "f" * STEPS
+        assert set(tgate_compile.describe(pipe).strip) == {"f"}
         return
     assert_differ(expected, plain)
     assert tgate_compile.describe(pipe).strip == "Fff"

@@ -133,7 +133,7 @@ def _cosmos_3() -> Any:
             latent_channel=4,
             latent_patch_size=1,
             num_attention_heads=2,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_key_value_heads=1,
             patch_latent_dim=4,
             rope_axes_dim=[1, 1, 1],
@@ -256,7 +256,6 @@ MORE_JOINT: dict[str, Joint] = {
         lambda: _longcat("LongCatImagePipeline"),
         lambda batch: sized(**_prompts(batch), enable_prompt_rewrite=False),
         "calls",
-        off=_NO_GUIDANCE,
     ),
     "LongCatImageEditPipeline": Joint(
         lambda: _longcat("LongCatImageEditPipeline", vae=_coarse_vae()),
@@ -375,7 +374,14 @@ MORE_JOINT: dict[str, Joint] = {
     ),
     "Cosmos3OmniPipeline": Joint(
         lambda: _cosmos_3(),
-        lambda batch: sized(prompt="a red cat", negative_prompt="dog", num_frames=5, guidance_scale=8.0),
+        lambda batch: {
+            "prompt": "a red cat",
+            "negative_prompt": "dog",
+            "guidance_scale": 8.0,
+            "height": 32,
+            "width": 32,
+            "num_frames": 1,
+        },
         "calls",
         prompts=1,
     ),
@@ -384,6 +390,7 @@ MORE_JOINT: dict[str, Joint] = {
         lambda batch: sized(prompt=_PROMPTS[:batch], guidance_scale=8.0),
         halved=("hidden_states", "timestep", "input_ids", "attention_mask", "position_ids"),
         kept=0,
+        exact=False,
         needs="torchvision",
     ),
     "ConsisIDPipeline": Joint(
