@@ -41,6 +41,9 @@ HEAVY = (
     "QwenImageEditPipeline", "HunyuanVideoPipeline", "CogVideoXPipeline", "MochiPipeline", "LTX2Pipeline",
     "HiDreamImagePipeline", "GlmImagePipeline", "ZImageControlNetPipeline", "HunyuanVideoImageToVideoPipeline",
     "EasyAnimateInpaintPipeline", "LTX2ImageToVideoPipeline", "LTX2DFRTemporalRefinePipeline", "VisualClozePipeline",
+    "StableDiffusion3InpaintPipeline", "PRXPixelPipeline", "CogVideoXFunControlPipeline", "LTX2DFRPipeline",
+    "MotifVideoImage2VideoPipeline", "VisualClozeGenerationPipeline", "HunyuanVideo15ImageToVideoPipeline",
+    "BriaFiboEditPipeline", "LongCatImageEditPipeline",
 )  # fmt: skip
 
 
