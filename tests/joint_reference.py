@@ -53,14 +53,24 @@ class TextReference:
     _caches: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _prediction: Any = None
 
+    _running: bool = False
+
     def __post_init__(self) -> None:
-        self.original = self.denoiser.forward
-        self.signature = inspect.signature(self.original)
+        self.signature = inspect.signature(self.denoiser.forward)
+        self._forward = self.denoiser.forward
         self.attention_function = torch.nn.functional.scaled_dot_product_attention
 
     @property
     def _calls_apart(self) -> bool:
         return self.guided and not self.halved
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the denoiser; the attentions of other models, such as a ControlNet, are left alone."""
+        self._running = True
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._running = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the denoiser's forward."""
@@ -86,7 +96,7 @@ class TextReference:
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for `scaled_dot_product_attention`."""
-        if key.shape[-2] == self.tokens:
+        if self._running and key.shape[-2] == self.tokens:
             self.attended.add(self._step)
             place = self._attention, self._half
             self._attention += 1
