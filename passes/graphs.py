@@ -11,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
+    ConstantArgument,
     ExportGraphSignature,
     InputKind,
     InputSpec,
@@ -298,6 +299,39 @@ _OWN_RESULT = frozenset(
         torch.ops.aten.softmax.int,
     }
 )
+
+
+class _Nothing:
+    """Takes the place of None in the structure of a denoiser's outputs: it has no leaves."""
+
+
+pytree.register_pytree_node(
+    _Nothing,
+    lambda nothing: ([], None),
+    lambda leaves, context: None,
+    serialized_type_name="tgate_compile.Nothing",
+    to_dumpable_context=lambda context: None,
+    from_dumpable_context=lambda context: None,
+)
+
+
+def drop_none(program: ExportedProgram) -> None:
+    """Remove the outputs of `program` that are None: a denoiser returns it for a modality that a call does not have.
+
+    What is assembled from the remaining outputs, which are tensors, has None in these places again.
+    """
+    signature, output = program.graph_signature, program.graph.output_node()
+    is_none = [isinstance(spec.arg, ConstantArgument) and spec.arg.value is None for spec in signature.output_specs]
+    entry = program.module_call_graph[0].signature
+    if not any(is_none) or entry is None or entry.out_spec.num_leaves != len(is_none):
+        return
+    places = [_Nothing() if none else place for place, none in enumerate(is_none)]
+    entry.out_spec = pytree.tree_structure(pytree.tree_unflatten(places, entry.out_spec))
+    signature.output_specs[:] = [spec for spec, none in zip(signature.output_specs, is_none, strict=True) if not none]
+    values = output.args[0]
+    assert isinstance(values, (tuple, list))
+    output.args = (tuple(value for value, none in zip(values, is_none, strict=True) if not none),)
+    program.graph_module.recompile()
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 
 @dataclass
@@ -26,8 +27,9 @@ class TextReference:
         tokens: the number of all tokens of a joint attention. Attentions of other lengths are left alone.
         text: the positions of the text's tokens among them, or of others that are frozen.
         guided: whether there is guidance, up to the gate.
-        halved: names of the arguments that have rows, or entries of a list, for both halves; empty if each half is a
-            separate call.
+        halved: names of the arguments that have rows for both halves, also in the tensors of a list or a dict; empty if
+            each half is a separate call.
+        listed: names of the halved arguments that are lists with an entry for each row.
         kept: the position of the prompt's half, in a batch or among the calls of a step.
         drops_guidance: whether guidance ends at the gate.
         refresh: the text is computed again at every step, from the gate on, that is a multiple of this number.
@@ -39,6 +41,7 @@ class TextReference:
     text: slice | Sequence[int]
     guided: bool = True
     halved: Collection[str] = ()
+    listed: Collection[str] = ()
     kept: int = 1
     drops_guidance: bool = True
     refresh: int | None = None
@@ -50,14 +53,24 @@ class TextReference:
     _caches: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _prediction: Any = None
 
+    _running: bool = False
+
     def __post_init__(self) -> None:
-        self.original = self.denoiser.forward
-        self.signature = inspect.signature(self.original)
+        self.signature = inspect.signature(self.denoiser.forward)
+        self._forward = self.denoiser.forward
         self.attention_function = torch.nn.functional.scaled_dot_product_attention
 
     @property
     def _calls_apart(self) -> bool:
         return self.guided and not self.halved
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the denoiser; the attentions of other models, such as a ControlNet, are left alone."""
+        self._running = True
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._running = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the denoiser's forward."""
@@ -75,15 +88,15 @@ class TextReference:
                     self._prediction = self.original(*args, **kwargs)
             return self._prediction
         given = self.signature.bind(*args, **kwargs).arguments
-        halves = {name: self._chosen(value) if name in self.halved else value for name, value in given.items()}
+        halves = {name: self._chosen(name, value) if name in self.halved else value for name, value in given.items()}
         assert halves.keys() >= set(self.halved)
         (prediction,) = self.original(**{**halves, "return_dict": False})
         doubled = prediction * 2 if isinstance(prediction, list) else torch.cat([prediction, prediction])
-        return (doubled,) if given.get("return_dict") is False else type("Output", (), {"sample": doubled})
+        return (doubled,) if given.get("return_dict") is False else Transformer2DModelOutput(sample=doubled)
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands in for `scaled_dot_product_attention`."""
-        if key.shape[-2] == self.tokens:
+        if self._running and key.shape[-2] == self.tokens:
             self.attended.add(self._step)
             place = self._attention, self._half
             self._attention += 1
@@ -97,10 +110,14 @@ class TextReference:
                     tensor[..., self.text, :] = rows
         return self.attention_function(query, key, value, *args, **kwargs)
 
-    def _chosen(self, value: Any) -> Any:
-        if isinstance(value, list):
+    def _chosen(self, name: str, value: Any) -> Any:
+        if name in self.listed:
             half = len(value) // 2
             return value[half:] if self.kept else value[:half]
+        if isinstance(value, dict):
+            return {key: self._chosen(key, item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._chosen("", item) for item in value]
         return value.chunk(2)[self.kept]
 
 

@@ -22,7 +22,7 @@ from tests.comparing import assert_differ, assert_same, difference
 from tests.joint_denoisers import DENOISERS, DIM, TEXT, Tiny, random
 from tests.joint_reference import TextReference, frozen_text
 from tests.test_joint_guidance import run as denoised
-from tests.tiny_joint import JOINT
+from tests.tiny_joint_siblings import EVERY
 from tgate_compile import PAB, AdaptiveGuidance, FrozenText, UnsupportedModelError
 from tgate_compile.bundle.read import read_bundle
 from tgate_compile.pipeline.hook import hook_of
@@ -336,16 +336,45 @@ FURTHER = {
     "HunyuanVideoPipeline": (32, 6, False),
     "Lumina2Pipeline": (16, 6, True),
     "GlmImagePipeline": (16, 6, True),
+    "BriaFiboPipeline": (16, 3, True),
+    "ConsisIDPipeline": (48, 6, True),
+    "JoyImageEditPlusPipeline": (32, 44, False),
+    "LongCatImagePipeline": (16, 6, True),
+    "LongCatImageEditPipeline": (32, 12, True),
+    "BriaFiboEditPipeline": (80, 8, True),
+    "StableDiffusion3InpaintPipeline": (64, 6, False),
+    "QwenImageLayeredPipeline": (75, 3, True),
+    "HunyuanVideoImageToVideoPipeline": (32, 6, False),
+    "HunyuanSkyreelsImageToVideoPipeline": (32, 6, False),
+    "EasyAnimateInpaintPipeline": (32, 6, True),
+    "CogVideoXFunControlPipeline": (48, 6, True),
+    "PRXPixelPipeline": (64, 6, True),
+    "VisualClozeGenerationPipeline": (16, 8, True),
+    "HunyuanImageRefinerPipeline": (64, 6, False),
+    "MotifVideoImage2VideoPipeline": (32, 6, False),
+    "ZImageControlNetPipeline": (32, 32, False),
 }
 QUICK = ("ZImagePipeline",)  # its text comes last
+HEAVY = (
+    *tuple(FURTHER)[:7],
+    "BriaFiboPipeline",
+    "ConsisIDPipeline",
+    "JoyImageEditPlusPipeline",
+    "LongCatImagePipeline",
+)
+
+
+def _mark(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.heavy if name in HEAVY else pytest.mark.sweep
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.heavy) for n in FURTHER])
+@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning")
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=_mark(n)) for n in FURTHER])
 def test_further_pipelines(name: str) -> None:
     image, text, first = FURTHER[name]
-    joint = JOINT[name]
-    pipe, call = joint.build(), joint.call(2 if name != "Lumina2Pipeline" else 1)
+    joint = EVERY[name]
+    pipe, call = joint.build(), joint.call(joint.prompts if name != "Lumina2Pipeline" else 1)
     plain = denoised(pipe, **call)
     is_batch = joint.guidance == "batch"
     reference = TextReference(
@@ -353,7 +382,9 @@ def test_further_pipelines(name: str) -> None:
         1,
         image + text,
         slice(0, text) if first else slice(image, None),
+        guided=joint.guidance != "none",
         halved=joint.halved if is_batch else (),
+        listed=joint.listed,
         kept=joint.kept if is_batch else 0,
     )
     with frozen_text(reference):
@@ -361,5 +392,5 @@ def test_further_pipelines(name: str) -> None:
     assert reference.attended
     tgate_compile.optimize(pipe, 1, backend="eager")
     assert_same(denoised(pipe, **call), expected)
-    assert tgate_compile.describe(pipe).strip == "Fpp"
+    assert tgate_compile.describe(pipe).strip == ("fpp" if joint.guidance == "none" else "Fpp")
     assert_differ(expected, plain)

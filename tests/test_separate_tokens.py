@@ -18,9 +18,11 @@ from tests.tiny_denoisers import first_call
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.compiled import inputs_for, tensors_of
+from tgate_compile.engine.halves import is_time
 from tgate_compile.engine.tracing import call_of
 from tgate_compile.engine.weights import live_tensors
 from tgate_compile.methods.method import CROSS, Phase
+from tgate_compile.passes.find_sites import depends_on
 from tgate_compile.passes.graphs import Captured, Variant
 from tgate_compile.passes.specialize import specialize
 
@@ -68,6 +70,7 @@ def test_frozen_text(name: str) -> None:
     for output, expected in zip(outputs[:count], first, strict=True):
         assert torch.equal(output, expected)
     caches = {(e.site.kind, e.site.name): value for e, value in zip(full.emitted, outputs[count:], strict=True)}
+    assert not any(follow_the_timestep(pruned, captured))
     for output, expected in zip(run(denoiser, pruned, captured, tiny.call(2, 1), caches), second, strict=True):
         assert_same(output, expected)
     plain = pytree.tree_leaves(denoiser(**tiny.call(2, 1), return_dict=False))
@@ -101,6 +104,17 @@ def frozen_states(denoiser: torch.nn.Module, states: dict[str, torch.Tensor]) ->
             handle.remove()
 
 
+def follow_the_timestep(variant: Variant, captured: Captured) -> list[bool]:
+    """Return for each cache whether something is computed from it and the timestep, but not from the latents."""
+    graph = variant.program.graph
+    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    times = [inputs[name] for name in variant.inputs if is_time(name)]
+    assert times
+    of_time, of_image = depends_on(graph, times), depends_on(graph, [inputs[captured.latents]])
+    caches = list(inputs.values())[-len(variant.reused) :]
+    return [bool((depends_on(graph, [cache]) & of_time) - of_image) for cache in caches]
+
+
 @pytest.mark.parametrize(
     "name", [name if name in WITH_STATES else pytest.param(name, marks=pytest.mark.heavy) for name in DENOISERS]
 )
@@ -113,6 +127,7 @@ def test_frozen_hidden_states(name: str) -> None:
     assert {site.name.rpartition(".")[2] for site in captured.sites} == {"hidden"}
     assert len(captured.sites) <= tiny.joint
     full, pruned = (specialize(captured, phase) for phase in (FULL, PRUNED))
+    assert all(follow_the_timestep(pruned, captured))
     count = captured.out_spec.num_leaves
     outputs = run(denoiser, full, captured, tiny.call(2, 0))
     caches = {(e.site.kind, e.site.name): value for e, value in zip(full.emitted, outputs[count:], strict=True)}

@@ -15,7 +15,8 @@ from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel
 
 from tests import tiny_pipelines, tiny_video
 from tests.denoiser_cases import CASES, SIBLINGS
-from tests.tiny_joint import CONFIGS, JOINT, ROPE
+from tests.tiny_joint import CONFIGS, ROPE
+from tests.tiny_joint_siblings import EVERY
 from tests.tiny_pipelines import LATENT_SIZE, TEXT_DIM, seeded
 from tests.tiny_transformers import TOKENS
 
@@ -49,7 +50,7 @@ def of_pipeline(pipe: Any, call: Mapping[str, Any], name: str = "transformer") -
 
 
 def _joint(name: str) -> Callable[[], FirstCall]:
-    return lambda: of_pipeline(JOINT[name].build(), JOINT[name].call(1))
+    return lambda: of_pipeline(EVERY[name].build(), EVERY[name].call(1))
 
 
 def _without(make: Callable[[], FirstCall], *names: str) -> FirstCall:
@@ -332,6 +333,7 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
     "CogVideoXTransformer3DModel": _joint("CogVideoXPipeline"),
     "CogView3PlusTransformer2DModel": _joint("CogView3PlusPipeline"),
     "CogView4Transformer2DModel": _joint("CogView4Pipeline"),
+    "ConsisIDTransformer3DModel": _joint("ConsisIDPipeline"),
     "EasyAnimateTransformer3DModel": _joint("EasyAnimatePipeline"),
     "ErnieImageTransformer2DModel": _joint("ErnieImagePipeline"),
     "Flux2Transformer2DModel": _joint("Flux2KleinPipeline"),

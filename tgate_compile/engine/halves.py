@@ -22,7 +22,7 @@ LATENTS_NAMES = ("sample", "hidden_states", "latents", "noisy_latents", "latent"
 _TIME = re.compile(r"^[trs]$|(^|_)(time|times|time_?steps?|sigmas?|noise_levels?|noise_labels?|log_?snr)($|_)|^t_")
 _CONDITION = re.compile(
     r"encoder|context|ctx|text|txt|prompt|cond|caption|cap_|emb|label|class|mask|guid|pool|control|memory|hint|ref|adapter"
-    r"|^[cy]$"
+    r"|position|coord|rope|rotary|_ids$|^[cy]$"
 )
 
 
@@ -41,7 +41,7 @@ def latents_of(arguments: Mapping[str, Any]) -> torch.Tensor:
     """Return the latents among a denoiser call's bound `arguments`, which may be nested.
 
     They are the argument with one of `LATENTS_NAMES`, else the first floating-point tensor with at least two
-    dimensions whose name does not stand for a time, a text or another condition.
+    dimensions whose name does not stand for a time, a position, a text or another condition.
 
     Raises:
         UnsupportedModelError: no tensor qualifies.

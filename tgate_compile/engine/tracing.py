@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from tgate_compile.engine.call import ByValue, Call, closed, forward_of, is_opened
 from tgate_compile.engine.halves import named_leaves
 from tgate_compile.passes.find_sites import depends_on, value_inputs
-from tgate_compile.passes.graphs import functional, inline_disabled_autocast
+from tgate_compile.passes.graphs import drop_none, functional, inline_disabled_autocast
 
 #: The denoisers of diffusers whose graphs depend on the values of arguments, and for each of these arguments, whether a
 #: graph depends on all values or only on whether all are zero.
@@ -88,7 +88,9 @@ def traced(
     finally:
         _clear_function_caches(denoiser)
     inline_disabled_autocast(program.graph_module)
-    return functional(program)
+    program = functional(program)
+    drop_none(program)
+    return program
 
 
 @contextmanager
