@@ -142,7 +142,7 @@ def test_rules_and_forecasts_in_cpp(tmp_path: Path) -> None:
 
 
 #: Steps before and after the gate are computed and skipped, and forecasts have one value or two.
-GATED = FirstBlockCache(0.16, forecast=1) + TGate(5)
+GATED = FirstBlockCache(0.175, forecast=1) + TGate(5)
 
 
 @pytest.mark.sweep
@@ -163,14 +163,14 @@ def test_limits_in_cpp(program: Path, tmp_path: Path) -> None:
 @pytest.mark.sweep
 def test_the_previous_step_in_cpp(program: Path, tmp_path: Path) -> None:
     """TeaCache compares with the previous step, and adds up the changes."""
-    method = TeaCache(0.8, coefficients=(1, 0))
-    assert_decides(program, exported_decided("aoti", method), tmp_path, method, "FKFKFKFKFF")
+    method = TeaCache(1.0, coefficients=(1, 0))
+    assert_decides(program, exported_decided("aoti", method), tmp_path, method, "FKKFKKFKFF")
 
 
 @pytest.mark.sweep
 def test_a_bundle_without_its_tails(program: Path, tmp_path: Path) -> None:
     """Such bundles were written before the example named the tail and the finish."""
-    method = TeaCache(0.8, coefficients=(1, 0))
+    method = TeaCache(1.0, coefficients=(1, 0))
     bundle = shutil.copytree(exported_decided("aoti", method), tmp_path / "bundle")
     manifest = json.loads((bundle / "manifest.json").read_text())
     for step in manifest["example"]["steps"]:

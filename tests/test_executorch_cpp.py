@@ -49,15 +49,15 @@ def test_wrong_arguments(program: Path, tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 def test_decided_steps_in_cpp(program: Path, tmp_path: Path) -> None:
-    method = FirstBlockCache(0.16, forecast=1)
+    method = FirstBlockCache(0.175, forecast=1)
     bundle = exported_decided("executorch", method, format_options={"delegate": "portable"})
-    assert_decides(program, bundle, tmp_path, method, "FKFKFKKFFF")
+    assert_decides(program, bundle, tmp_path, method, "FKFKKFKFFK")
 
 
 @pytest.mark.sweep
 def test_decided_steps_after_a_gate_in_cpp(program: Path, tmp_path: Path) -> None:
     """The graphs are split by binding time, and delegated to XNNPACK."""
-    schedule = FirstBlockCache(0.16, forecast=1) + TGate(5)
+    schedule = FirstBlockCache(0.175, forecast=1) + TGate(5)
     bundle = exported_decided("executorch", schedule, binding_times=True)
     assert_decides(program, bundle, tmp_path, schedule, "FKFKFplppl")
 
@@ -65,6 +65,6 @@ def test_decided_steps_after_a_gate_in_cpp(program: Path, tmp_path: Path) -> Non
 @pytest.mark.sweep
 def test_the_previous_step_in_cpp(program: Path, tmp_path: Path) -> None:
     """TeaCache compares with the previous step, and adds up the changes."""
-    method = TeaCache(0.8, coefficients=(1, 0))
+    method = TeaCache(1.0, coefficients=(1, 0))
     bundle = exported_decided("executorch", method)
-    assert_decides(program, bundle, tmp_path, method, "FKFKFKFKFF")
+    assert_decides(program, bundle, tmp_path, method, "FKKFKKFKFF")

@@ -90,6 +90,7 @@ class Aoti {
   static Tensor weighted(const std::vector<double>& weights, const std::vector<Tensor>& values) {
     Tensor total = weights[0] * values[0].to(at::kFloat);
     for (size_t i = 1; i < weights.size(); ++i) total += weights[i] * values[i].to(at::kFloat);
+    if (values[0].scalar_type() == at::kHalf) total = total.clamp(-65504, 65504);  // the largest numbers, not infinity
     return total.to(values[0].scalar_type());
   }
 
