@@ -448,8 +448,11 @@ def test_a_page_with_every_method_can_be_read(crowded: Any) -> None:
         "[...document.querySelectorAll('.overview .dot')].map(d => [getComputedStyle(d).backgroundColor, d.className])"
     )
     assert len({tuple(mark) for mark in of_page(crowded, marks)}) == 18
-    strips = "[...document.querySelectorAll('table .strip i')].map(step => getComputedStyle(step).background)"
-    assert all("rgba(0, 0, 0, 0) none" not in colour for colour in of_page(crowded, strips))
+    steps = (
+        "[...document.querySelectorAll('.strip i')].map(i => [i.className.slice(2, 3), getComputedStyle(i).background])"
+    )
+    colours = dict(of_page(crowded, steps))
+    assert len({colours[letter] for letter in "fpdhkb"}) == 6
     for width, least in ((1280, 110), (390, 80)):
         show_at(crowded, width, 844)
         assert of_page(crowded, "document.documentElement.scrollWidth") <= width

@@ -393,8 +393,7 @@ class TeaCacheFit:
         return self.fits[self.method.measured].r_squared
 
 
-#: If the polynomial explains less than this of the variance, the estimates hardly tell one step from another.
-_POOR_FIT = 0.5
+_POOR_FIT = 0.5  # below, the estimates hardly tell one step from another
 
 
 def fit_tea_cache(
@@ -465,9 +464,9 @@ def calibrate_tea_cache(
 
     In plain generations, the changes of the measured value and of the residual over the blocks from step to step are
     recorded, and a polynomial of degree 1 to 4 that estimates the second from the first is fitted by least squares. The
-    degree, and the value to measure if the model has both, are those that estimate generations best that the polynomial
-    was not fitted to. Use several different prompts; four to eight are enough. The polynomial is specific to the model,
-    the scheduler and the guidance scale, and roughly to the number of steps. To keep it, write the schedule to a file:
+    degree, and the value to measure if the model has both, are chosen by how well left-out generations are estimated.
+    Four to eight different prompts are enough. The polynomial is specific to the model, the scheduler and the guidance
+    scale, and roughly to the number of steps. To keep it, write the schedule to a file:
 
         method = tgate_compile.calibrate_tea_cache(pipe, prompts, num_inference_steps=28, skip=0.6)
         tgate_compile.save_schedule(tgate_compile.Schedule.of(method), "teacache.json")
@@ -481,8 +480,7 @@ def calibrate_tea_cache(
         call: further arguments for the pipeline's call: `{"guidance_scale": 5.0, "height": 512, ...}`.
         denoiser: as for `optimize`. Needed if the pipeline has two denoisers, which are calibrated one by one.
         threshold: the threshold of the method; None chooses it by `skip`.
-        skip: the share of the steps to skip. The threshold is the lowest one at which the recorded generations would
-            have skipped this share on average; others may skip more or fewer.
+        skip: the share of the steps to skip, on average over the recorded generations; others may skip more or fewer.
         measured: the value to measure, "modulated input" or "time embedding"; empty tries both.
         progress: called after each generation with the number of generations done, the total, and a description.
 
@@ -491,8 +489,7 @@ def calibrate_tea_cache(
 
     Raises:
         ConfigurationError: an argument is invalid.
-        UnsupportedModelError: the denoiser does not have exactly one stack of blocks whose residual can be cached, or
-            neither of the values.
+        UnsupportedModelError: the denoiser does not have exactly one stack of blocks, or neither of the values.
     """
     check_pipeline_first("calibrate_tea_cache", pipe, prompts)
     check_ordinary(pipe, "calibrate_tea_cache()")
