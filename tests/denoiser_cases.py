@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests import tiny_siblings, tiny_transformers, tiny_video
+from tests import tiny_gated, tiny_siblings, tiny_transformers, tiny_video
 from tests.denoiser_reference import OneCall, TwoCalls, played
 
 
@@ -31,6 +31,7 @@ class Case:
         denoisers: the names of the denoisers.
         gate: the gate of the tests, for `STEPS` steps.
         strip: the schedule strip for these steps.
+        guided: whether there is guidance; without it, each call is a step.
         exact: whether caching alone changes nothing, since the cached values are the same in all steps.
     """
 
@@ -44,6 +45,7 @@ class Case:
     denoisers: tuple[str, ...] = ("transformer",)
     gate: int = 3
     strip: str = "FFFppp"
+    guided: bool = True
     exact: bool = False
 
 
@@ -269,6 +271,92 @@ SIBLINGS = {
         tuple(f"visual_transformer_blocks.{block}.cross_attention" for block in (0, 1)),
     ),
 }
+
+
+def _of_both(*places: str, blocks: Sequence[int] = (0,)) -> tuple[str, ...]:
+    """Return the sites of a UNet with ControlNet-XS: those at `places`, and the same of its control part."""
+    paths = [f"{place}.transformer_blocks.{block}.attn2" for place in places for block in blocks]
+    return tuple(path.replace("base_", part) for path in paths for part in ("base_", "ctrl_"))
+
+
+#: Pipelines whose denoiser no other test runs, and further siblings.
+SIBLINGS |= {
+    "I2VGenXLPipeline": Case(
+        tiny_gated.i2vgen_xl,
+        tiny_gated.i2vgen_xl_call,
+        _UNET,
+        halved=(*_SAMPLE_TEXT, "fps", "image_latents", "image_embeddings"),
+        denoisers=("unet",),
+    ),
+    "VideoToVideoSDPipeline": Case(
+        tiny_gated.video_to_video, tiny_gated.video_to_video_call, _UNET, halved=_SAMPLE_TEXT, denoisers=("unet",)
+    ),
+    "AnimateDiffVideoToVideoPipeline": Case(
+        tiny_gated.animatediff_video, tiny_gated.animatediff_video_call, _UNET, halved=_SAMPLE_TEXT, denoisers=("unet",)
+    ),
+    "LTXConditionPipeline": Case(
+        tiny_gated.ltx_condition,
+        tiny_gated.ltx_condition_call,
+        _TRANSFORMER_BLOCKS,
+        halved=(*_LATENTS_TIME_TEXT, "encoder_attention_mask", "video_coords"),
+    ),
+    "StableDiffusionControlNetXSPipeline": Case(
+        lambda: tiny_gated.controlnet_xs("StableDiffusionControlNetXSPipeline"),
+        tiny_gated.controlnet_xs_call,
+        _of_both(
+            "down_blocks.0.base_attentions.0", "down_blocks.0.base_attentions.1", "mid_block.base_midblock.attentions.0"
+        ),
+        halved=(*_SAMPLE_TEXT, "controlnet_cond"),
+        denoisers=("unet",),
+    ),
+    "StableDiffusionXLControlNetXSPipeline": Case(
+        lambda: tiny_gated.controlnet_xs("StableDiffusionXLControlNetXSPipeline"),
+        lambda batch: {**tiny_gated.controlnet_xs_call(batch), **tiny_siblings.SIZES},
+        _of_both(
+            "down_blocks.1.base_attentions.0",
+            "down_blocks.1.base_attentions.1",
+            "mid_block.base_midblock.attentions.0",
+            blocks=(0, 1),
+        ),
+        halved=(*_SAMPLE_TEXT, "controlnet_cond", "added_cond_kwargs"),
+        alternating=("time_ids",),
+        denoisers=("unet",),
+    ),
+    "StableAudio3Pipeline": Case(
+        tiny_gated.stable_audio_3,
+        tiny_gated.stable_audio_3_call,
+        tuple(f"transformer_blocks.{block}.cross_attn" for block in (0, 1)),
+        halved=(*_LATENTS_TIME_TEXT, "global_hidden_states", "encoder_attention_mask"),
+    ),
+    "LongCatAudioDiTPipeline": Case(
+        tiny_gated.longcat_audio, tiny_gated.longcat_audio_call, ("blocks.0.cross_attn", "blocks.1.cross_attn")
+    ),
+    "SanaSprintPipeline": Case(
+        tiny_gated.sana_sprint,
+        tiny_gated.sana_sprint_call,
+        _TRANSFORMER_BLOCKS,
+        strip="fffppp",
+        guided=False,
+    ),
+    "DreamLiteMobilePipeline": Case(
+        tiny_gated.dreamlite,
+        tiny_gated.dreamlite_call,
+        tuple(
+            f"{place}.transformer_blocks.0.attn2"
+            for place in (
+                "down_blocks.0.attentions.0",
+                "down_blocks.1.attentions.0",
+                "mid_block.attentions.0",
+                "up_blocks.0.attentions.0",
+                "up_blocks.0.attentions.1",
+            )
+        ),
+        denoisers=("unet",),
+        strip="fffppp",
+        guided=False,
+    ),
+}
+
 #: One sibling for each input that the pipelines tested in depth lack; the others are in the sweep.
 DISTINCT = (
     "StableDiffusionControlNetInpaintPipeline",  # a mask and an image beside the latents, and residuals
@@ -281,15 +369,24 @@ DISTINCT = (
     "WanVACEPipeline",  # a second stack of blocks
     "Cosmos2VideoToWorldPipeline",  # two calls, and given frames
     "Kandinsky5T2VPipeline",  # attentions with other names
+    "StableAudio3Pipeline",  # the duration as a token of the text
+    "LongCatAudioDiTPipeline",  # two calls, whose texts have other lengths
+    "SanaSprintPipeline",  # the guidance scale as an input
+    "DreamLiteMobilePipeline",  # a UNet without halves
 )
 #: Pipelines that diffusers itself cannot call with two prompts.
-ONE_PROMPT = ("AnimateDiffControlNetPipeline", "WanVACEPipeline")
+ONE_PROMPT = (
+    "AnimateDiffControlNetPipeline", "WanVACEPipeline", "I2VGenXLPipeline", "VideoToVideoSDPipeline",
+    "AnimateDiffVideoToVideoPipeline", "DreamLiteMobilePipeline",
+)  # fmt: skip
 
 
 def run(pipe: Any, **call: Any) -> torch.Tensor:
     """Call `pipe` with a seeded generator, and return latents."""
     call = {"num_inference_steps": STEPS, "output_type": "latent", **call}
-    return pipe(generator=torch.Generator().manual_seed(0), **call)[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # I2VGen-XL encodes its image with noise of its own
+        return pipe(generator=torch.Generator().manual_seed(0), **call)[0]
 
 
 def expected_of(

@@ -375,6 +375,7 @@ FIRST_CALLS: dict[str, Callable[[], FirstCall]] = {
     "AnyFlowTransformer3DModel": _case("AnyFlowPipeline"),
     "CosmosTransformer3DModel": _case("CosmosTextToWorldPipeline"),
     "HunyuanDiT2DModel": _case("HunyuanDiTPipeline"),
+    "I2VGenXLUNet": _case("I2VGenXLPipeline"),
     "Kandinsky5Transformer3DModel": _case("Kandinsky5T2VPipeline"),
     "LTXVideoTransformer3DModel": _case("LTXPipeline"),
     "LatteTransformer3DModel": _case("LattePipeline"),
