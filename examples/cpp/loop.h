@@ -108,10 +108,9 @@ inline std::vector<double> forecast_weights(const std::vector<size_t>& steps, si
 inline Array first_channels(const Array& array, int64_t count) {
   Array found{array.shape, {}};
   found.shape.at(1) = count;
-  const size_t all = array.size() / static_cast<size_t>(array.shape.at(0)), part = found.size() / static_cast<size_t>(array.shape.at(0));
-  for (size_t at = 0; at < array.size(); at += all)
-    found.data.insert(found.data.end(), array.data.begin() + static_cast<std::ptrdiff_t>(at),
-                      array.data.begin() + static_cast<std::ptrdiff_t>(at + part));
+  const auto rows = static_cast<std::ptrdiff_t>(array.shape.at(0));
+  const auto all = static_cast<std::ptrdiff_t>(array.size()) / rows, part = static_cast<std::ptrdiff_t>(found.size()) / rows;
+  for (auto row = array.data.begin(); row != array.data.end(); row += all) found.data.insert(found.data.end(), row, row + part);
   return found;
 }
 

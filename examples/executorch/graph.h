@@ -103,8 +103,8 @@ class Graph {
  private:
   // Returns `array`, which must outlive the result, in the dtype of the input at `position`.
   executorch::extension::TensorPtr as_input(size_t position, const Array& array) const {
-    const et::TensorInfo info =
-        taken(method_.method_meta().input_tensor_meta(position), "describe input " + std::to_string(position) + " of " + name_);
+    const et::MethodMeta meta = method_.method_meta();
+    const auto info = taken(meta.input_tensor_meta(position), "describe input " + std::to_string(position) + " of " + name_);
     std::vector<executorch::aten::SizesType> sizes(array.shape.begin(), array.shape.end());
     if (info.scalar_type() == executorch::aten::ScalarType::Float)  // the data is only read
       return executorch::extension::make_tensor_ptr(std::move(sizes), const_cast<float*>(array.data.data()));
