@@ -301,3 +301,30 @@ def animatediff_video_controlnet() -> Any:
 
 def animatediff_video_controlnet_call(batch: int = 1) -> dict[str, Any]:
     return {**animatediff_video_call(batch), "conditioning_frames": frames()}
+
+
+def cosmos_video() -> Any:
+    """Return Cosmos' video-to-world pipeline, whose halves see given frames with different noise."""
+    vae = seeded(
+        lambda: diffusers.AutoencoderKLCosmos(
+            latent_channels=4,
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decode_block_out_channels=(8, 8, 8, 8),
+            attention_resolutions=(8,),
+            resolution=64,
+            num_layers=1,
+            scaling_factor=1.0,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=4,
+            latents_mean=None,
+            latents_std=None,
+        ),
+        1,
+    )
+    source = tiny_video.cosmos()
+    transformer = tiny_video.cosmos_transformer(in_channels=5)  # the latents, and the mask of given frames
+    return _with("CosmosVideoToWorldPipeline", source, vae=vae, transformer=transformer)
+
+
+def cosmos_video_call(batch: int = 1) -> dict[str, Any]:
+    return {**embedded_prompts(batch), "image": picture(32), "height": 32, "width": 32, "num_frames": 9}
