@@ -14,6 +14,7 @@ import torch
 
 from tests import tiny_gated, tiny_siblings, tiny_transformers, tiny_video
 from tests.denoiser_reference import OneCall, TwoCalls, played
+from tests.tiny_pipelines import image, latent_consistency
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ _UNET_XL = tuple(
     for block in (0, 1)
 )
 _SAMPLE_TEXT = ("sample", "encoder_hidden_states")
+_VISUAL_BLOCKS = ("visual_transformer_blocks.0.cross_attention", "visual_transformer_blocks.1.cross_attention")
 _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 
 #: Pipelines that share a denoiser with one tested in depth, but pass it other inputs or lay them out differently.
@@ -268,7 +270,7 @@ SIBLINGS = {
     "Kandinsky5T2VPipeline": Case(
         tiny_siblings.kandinsky_5,
         tiny_siblings.kandinsky_5_call,
-        tuple(f"visual_transformer_blocks.{block}.cross_attention" for block in (0, 1)),
+        _VISUAL_BLOCKS,
     ),
 }
 
@@ -278,6 +280,12 @@ def _of_both(*places: str, blocks: Sequence[int] = (0,)) -> tuple[str, ...]:
     paths = [f"{place}.transformer_blocks.{block}.attn2" for place in places for block in blocks]
     return tuple(path.replace("base_", part) for path in paths for part in ("base_", "ctrl_"))
 
+
+_UNET_LCM = (
+    *_UNET,
+    *(f"up_blocks.1.attentions.{number}.transformer_blocks.0.attn2" for number in (0, 1)),
+)
+_CROSS_ATTN = ("transformer_blocks.0.cross_attn", "transformer_blocks.1.cross_attn")
 
 #: Pipelines whose denoiser no other test runs, and further siblings.
 SIBLINGS |= {
@@ -325,7 +333,7 @@ SIBLINGS |= {
     "StableAudio3Pipeline": Case(
         tiny_gated.stable_audio_3,
         tiny_gated.stable_audio_3_call,
-        tuple(f"transformer_blocks.{block}.cross_attn" for block in (0, 1)),
+        _CROSS_ATTN,
         halved=(*_LATENTS_TIME_TEXT, "global_hidden_states", "encoder_attention_mask"),
     ),
     "LongCatAudioDiTPipeline": Case(
@@ -337,6 +345,74 @@ SIBLINGS |= {
         _TRANSFORMER_BLOCKS,
         strip="fffppp",
         guided=False,
+    ),
+    "StableAudio3AudioToAudioPipeline": Case(
+        lambda: tiny_gated.stable_audio_3_edit("StableAudio3AudioToAudioPipeline"),
+        tiny_gated.stable_audio_3_edit_call,
+        _CROSS_ATTN,
+        strip="fffppp",
+        guided=False,
+    ),
+    "StableAudio3InpaintPipeline": Case(
+        lambda: tiny_gated.stable_audio_3_edit("StableAudio3InpaintPipeline"),
+        lambda batch: {
+            **tiny_gated.stable_audio_3_edit_call(batch),
+            "mask_start_seconds": 0.1,
+            "mask_end_seconds": 0.3,
+        },
+        _CROSS_ATTN,
+        strip="fffppp",
+        guided=False,
+    ),
+    "SkyReelsV2ImageToVideoPipeline": Case(
+        tiny_gated.skyreels_image_to_video, tiny_video.wan_image_to_video_call, _BLOCKS
+    ),
+    "CosmosVideoToWorldPipeline": Case(tiny_gated.cosmos_video, tiny_gated.cosmos_video_call, _TRANSFORMER_BLOCKS),
+    "LatentConsistencyModelImg2ImgPipeline": Case(
+        lambda: latent_consistency("LatentConsistencyModelImg2ImgPipeline"),
+        lambda batch: {
+            "prompt": tiny_siblings.PROMPTS[:batch],
+            "image": image(batch),
+            "strength": 1.0,
+            "guidance_scale": 1.5,
+        },
+        _UNET_LCM,
+        denoisers=("unet",),
+        strip="fffppp",
+        guided=False,
+    ),
+    "LucyEditPipeline": Case(tiny_gated.lucy_edit, tiny_gated.lucy_edit_call, _BLOCKS),
+    "Kandinsky5T2IPipeline": Case(
+        lambda: tiny_gated.kandinsky_5("Kandinsky5T2IPipeline"),
+        tiny_gated.kandinsky_5_call,
+        _VISUAL_BLOCKS,
+    ),
+    "Kandinsky5I2IPipeline": Case(
+        lambda: tiny_gated.kandinsky_5("Kandinsky5I2IPipeline"),
+        lambda batch: {**tiny_gated.kandinsky_5_call(batch), "image": tiny_gated.picture(64)},
+        _VISUAL_BLOCKS,
+    ),
+    "StableDiffusionXLAdapterPipeline": Case(
+        tiny_gated.xl_adapter,
+        tiny_gated.xl_adapter_call,
+        _UNET_XL,
+        halved=(*_SAMPLE_TEXT, "added_cond_kwargs", "down_intrablock_additional_residuals"),
+        alternating=("time_ids",),
+        denoisers=("unet",),
+    ),
+    "StableDiffusionXLControlNetInpaintPipeline": Case(
+        lambda: tiny_siblings.controlnet_xl("StableDiffusionXLControlNetInpaintPipeline"),
+        lambda batch: {**tiny_siblings.controlnet_inpaint_call(batch), **tiny_siblings.SIZES},
+        _UNET_XL,
+        halved=(*_SAMPLE_TEXT, *_RESIDUALS, "added_cond_kwargs"),
+        denoisers=("unet",),
+    ),
+    "AnimateDiffVideoToVideoControlNetPipeline": Case(
+        tiny_gated.animatediff_video_controlnet,
+        tiny_gated.animatediff_video_controlnet_call,
+        _UNET,
+        halved=(*_SAMPLE_TEXT, *_RESIDUALS),
+        denoisers=("unet",),
     ),
     "DreamLiteMobilePipeline": Case(
         tiny_gated.dreamlite,
@@ -377,7 +453,8 @@ DISTINCT = (
 #: Pipelines that diffusers itself cannot call with two prompts.
 ONE_PROMPT = (
     "AnimateDiffControlNetPipeline", "WanVACEPipeline", "I2VGenXLPipeline", "VideoToVideoSDPipeline",
-    "AnimateDiffVideoToVideoPipeline", "DreamLiteMobilePipeline",
+    "AnimateDiffVideoToVideoPipeline", "DreamLiteMobilePipeline", "LucyEditPipeline", "Kandinsky5I2IPipeline",
+    "StableDiffusionXLAdapterPipeline", "AnimateDiffVideoToVideoControlNetPipeline",
 )  # fmt: skip
 
 

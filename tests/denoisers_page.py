@@ -100,7 +100,10 @@ def modular_classes() -> Mapping[str, type]:
 
 @functools.cache
 def unavailable() -> frozenset[str]:
-    """Names of classes that need a package that is not installed; diffusers replaces them with dummies."""
+    """Return the names of classes that need a package that is not installed; diffusers replaces them with dummies.
+
+    A class whose own module can be imported all the same is in `pipeline_classes` as well.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return frozenset(name for name in dir(diffusers) if isinstance(getattr(diffusers, name, None), DummyObject))

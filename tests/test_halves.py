@@ -14,6 +14,7 @@ from tests.comparing import assert_differ, assert_same
 from tests.denoiser_reference import OneCall, played
 from tests.own_loops import NO_TEXT, TEXTS, Looping, looping
 from tests.tiny_pipelines import PROMPTS, VELOCITY, run, sdxl, stable_diffusion
+from tgate_compile.engine.halves import latents_of
 
 GATE = 3
 
@@ -322,3 +323,10 @@ def test_guidance_that_comes_after_the_gate_is_an_error() -> None:
     tgate_compile.optimize(pipe, GATE, backend="eager")
     with pytest.raises(tgate_compile.ConfigurationError, match="it would never act"):
         pipe(images=2)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "img_ids", "video_coords", "image_rotary_emb"])
+def test_positions_are_not_the_latents(name: str) -> None:
+    """Cosmos 3 has positions with fractions, whose number depends on the length of the text, before its latents."""
+    latents = torch.zeros(1, 4, 8, 8)
+    assert latents_of({name: torch.zeros(3, 27), "vision_tokens": [latents]}) is latents

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 from PIL import Image
 
 from tests import tiny_siblings, tiny_transformers, tiny_video
+from tests.tiny_joint import _vae as image_vae
 from tests.tiny_joint import assembled, picture
 from tests.tiny_language_models import qwen_3, reader, t5, words
 from tests.tiny_pipelines import LATENT_SIZE, SIZE, TEXT_DIM, VELOCITY, image, sdxl, seeded, stable_diffusion
@@ -230,3 +233,98 @@ def dreamlite() -> Any:
 
 def dreamlite_call(batch: int = 1) -> dict[str, Any]:
     return {"prompt": PROMPTS[0], "height": 64, "width": 64}
+
+
+# Siblings of pipelines in other modules.
+
+
+def kandinsky_5(name: str) -> Any:
+    source = tiny_siblings.kandinsky_5()
+    config = {key: value for key, value in source.transformer.config.items() if not key.startswith("_")}
+    config["visual_cond"] = name == "Kandinsky5I2IPipeline"
+    transformer = seeded(lambda: diffusers.Kandinsky5Transformer3DModel(**config))
+    pipe = _with(name, source, transformer=transformer, vae=image_vae())
+    pipe.resolutions = [(32, 48)]  # instead of about 1024 pixels
+    return pipe
+
+
+def kandinsky_5_call(batch: int = 1) -> dict[str, Any]:
+    return {key: value for key, value in tiny_siblings.kandinsky_5_call(batch).items() if key != "num_frames"}
+
+
+def skyreels_image_to_video() -> Any:
+    source = tiny_video.wan_image_to_video()
+    config = {key: value for key, value in source.transformer.config.items() if not key.startswith("_")}
+    expected = inspect.signature(diffusers.SkyReelsV2Transformer3DModel).parameters
+    config = {key: value for key, value in config.items() if key in expected}
+    transformer = seeded(lambda: diffusers.SkyReelsV2Transformer3DModel(**config))
+    return _with("SkyReelsV2ImageToVideoPipeline", source, transformer=transformer)
+
+
+def lucy_edit() -> Any:
+    source = tiny_video.wan_image_to_video()
+    return _with("LucyEditPipeline", source, transformer=tiny_video.wan_transformer(in_channels=8))
+
+
+def lucy_edit_call(batch: int = 1) -> dict[str, Any]:
+    return {**embedded_prompts(batch), "video": [picture(32)] * 5, "height": 32, "width": 32, "num_frames": 5}
+
+
+def stable_audio_3_edit(name: str) -> Any:
+    return _with(name, stable_audio_3())
+
+
+def stable_audio_3_edit_call(batch: int = 1) -> dict[str, Any]:
+    call = {key: value for key, value in stable_audio_3_call(batch).items() if not key.startswith("negative_")}
+    call.pop("guidance_scale")
+    return {**call, "audio": torch.randn(batch, 1, 80, generator=torch.Generator().manual_seed(14))}
+
+
+def xl_adapter() -> Any:
+    adapter = seeded(
+        lambda: diffusers.T2IAdapter(
+            in_channels=3, channels=[32, 64], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
+        ),
+        6,
+    )
+    return _with("StableDiffusionXLAdapterPipeline", sdxl(), adapter=adapter)
+
+
+def xl_adapter_call(batch: int = 1) -> dict[str, Any]:
+    return {**prompts(batch), **tiny_siblings.SIZES, "image": picture(SIZE), "height": SIZE, "width": SIZE}
+
+
+def animatediff_video_controlnet() -> Any:
+    source = tiny_siblings.animatediff_controlnet()
+    return _with("AnimateDiffVideoToVideoControlNetPipeline", source)
+
+
+def animatediff_video_controlnet_call(batch: int = 1) -> dict[str, Any]:
+    return {**animatediff_video_call(batch), "conditioning_frames": frames()}
+
+
+def cosmos_video() -> Any:
+    """Return Cosmos' video-to-world pipeline, whose halves see given frames with different noise."""
+    vae = seeded(
+        lambda: diffusers.AutoencoderKLCosmos(
+            latent_channels=4,
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decode_block_out_channels=(8, 8, 8, 8),
+            attention_resolutions=(8,),
+            resolution=64,
+            num_layers=1,
+            scaling_factor=1.0,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=4,
+            latents_mean=None,
+            latents_std=None,
+        ),
+        1,
+    )
+    source = tiny_video.cosmos()
+    transformer = tiny_video.cosmos_transformer(in_channels=5)  # the latents, and the mask of given frames
+    return _with("CosmosVideoToWorldPipeline", source, vae=vae, transformer=transformer)
+
+
+def cosmos_video_call(batch: int = 1) -> dict[str, Any]:
+    return {**embedded_prompts(batch), "image": picture(32), "height": 32, "width": 32, "num_frames": 9}

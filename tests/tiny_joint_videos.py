@@ -39,7 +39,7 @@ from tests.tiny_transformers import TOKENS
 
 
 @functools.cache
-def _hunyuan_video_vae() -> Any:
+def hunyuan_video_vae() -> Any:
     downs, ups = ("HunyuanVideoDownBlock3D",) * 4, ("HunyuanVideoUpBlock3D",) * 4
     return seeded(
         lambda: diffusers.AutoencoderKLHunyuanVideo(
@@ -154,7 +154,7 @@ VIDEOS: dict[str, Joint] = {
         _of(
             "HunyuanSkyreelsImageToVideoPipeline",
             "HunyuanVideoTransformer3DModel",
-            parts={"vae": _hunyuan_video_vae},
+            parts={"vae": hunyuan_video_vae},
             in_channels=8,
         ),
         _with(_hunyuan_video_call, image=picture),
@@ -165,7 +165,7 @@ VIDEOS: dict[str, Joint] = {
         _of(
             "HunyuanVideoImageToVideoPipeline",
             "HunyuanVideoTransformer3DModel",
-            parts={"vae": _hunyuan_video_vae},
+            parts={"vae": hunyuan_video_vae},
             image_condition_type="token_replace",
         ),
         _with(_hunyuan_video_call, image=picture),
