@@ -14,7 +14,8 @@ diffusers they are those of the same method here. `drift` is ||x - plain x|| / |
 method is worth its operations.
 
 With `--budgets 0.5`, schedules that `tune` finds for half of the operations take part, which takes long. They are found
-with other captions than they are measured with.
+with other captions than they are measured with. `--decided` measures the methods that decide at run time instead, and
+`--fitted --captions 6 --seeds 0` TeaCache with a polynomial that is fitted to the model and without one.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ from tgate_compile.study.tuning.request import Runs as FitRuns
 
 FEWER = (0.8, 0.6, 0.5, 0.4, 0.3)
 
-#: The shares of the steps that TeaCache skips with a fitted polynomial, and with none.
-SKIPPED = (0.4, 0.5, 0.6, 0.7)
+#: The shares of the steps that TeaCache is to skip with a fitted polynomial, and with none.
+SKIPPED = (0.5, 0.6, 0.7)
 
 
 @dataclass
@@ -383,28 +384,56 @@ def decided(name: str) -> dict[str, Any]:
         *(TeaCache(threshold, coefficients=unfitted) for threshold in (0.1, 0.2)),
         TeaCache(0.2, coefficients=unfitted, forecast=1),
     ]
-    pipe, call = tgate_compile.load_demo_pipeline(name), {**demo.call, "guidance_scale": demo.guidance}
-    # With other captions than those that are measured. The thresholds make both polynomials skip as many steps.
-    fit = fit_tea_cache(pipe, FitRuns(captions_of(6, 9), demo.steps, (5,), call, "decided"))
-    for share in SKIPPED:
-        for coefficients in (fit.method.coefficients, unfitted):
-            threshold = threshold_for(coefficients, fit.series, share)
-            candidates.append(TeaCache(threshold, coefficients=coefficients, measured=fit.method.measured))
     tuning = tgate_compile.tune(
-        pipe,
+        tgate_compile.load_demo_pipeline(name),
         captions_of(8, 7),
         candidates=candidates,
         tolerance=10.0,
         num_inference_steps=demo.steps,
         seeds=(0, 1),
+        call={**demo.call, "guidance_scale": demo.guidance},
+    )
+    print(tuning, flush=True)
+    return {key: value for key, value in tuning.as_dict().items() if key != "convergence"}
+
+
+def fitted(name: str, captions: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the measurements of TeaCache with a polynomial that was fitted to the model, and with none, by `tune`.
+
+    The polynomial is fitted with other captions than it is measured with. The thresholds let both skip as many steps.
+    """
+    demo = DEMO_VARIANTS[name]
+    pipe, call = tgate_compile.load_demo_pipeline(name), {**demo.call, "guidance_scale": demo.guidance}
+    fit = fit_tea_cache(pipe, FitRuns(captions_of(6, 9), demo.steps, (5,), call, "fitted"))
+    candidates = {
+        TeaCache(
+            threshold_for(coefficients, fit.series, share), coefficients=coefficients, measured=fit.method.measured
+        ): (label, share)
+        for share in SKIPPED
+        for label, coefficients in (("fitted", fit.method.coefficients), ("change itself", (1.0, 0.0)))
+    }
+    tuning = tgate_compile.tune(
+        pipe,
+        captions_of(captions, 7),
+        candidates=[*candidates],
+        tolerance=10.0,
+        num_inference_steps=demo.steps,
+        seeds=seeds,
         call=call,
     )
     print(tuning, flush=True)
-    found = {key: value for key, value in tuning.as_dict().items() if key != "convergence"}
-    for row in found["table"]:
-        del row["time"], row["unreliable"]  # the machine may have other work
-    fitted = {"coefficients": fit.method.coefficients, "measured": fit.method.measured}
-    return {**found, "fit": {**fitted, "r_squared": {value: each.r_squared for value, each in fit.fits.items()}}}
+    labels = {str(method): f"{label}, {share:.0%}" for method, (label, share) in candidates.items()}
+    table = [
+        {"name": labels.get(row.label, row.label), "operations": row.cost, "drift": row.drift, "spread": row.spread,
+         "worst": row.worst, "strip": row.strip}
+        for row in tuning.table
+    ]  # fmt: skip
+    return {
+        "coefficients": fit.method.coefficients,
+        "measured": fit.method.measured,
+        "r_squared": {value: found.r_squared for value, found in fit.fits.items()},
+        "table": table,
+    }
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -445,6 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names; plain is always measured")
     parser.add_argument("--budgets", nargs="*", type=float, default=[], help="also schedules tuned for these budgets")
     parser.add_argument("--decided", action="store_true", help="measure methods that decide at run time, instead")
+    parser.add_argument("--fitted", action="store_true", help="measure TeaCache fitted to the model, instead")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args(arguments)
@@ -453,6 +483,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = "python benchmarks/methods_pareto.py --decided --out benchmarks/results/methods_decided.json"
         if given.out is not None:
             given.out.write_text(json.dumps({"command": command, "models": tables}, indent=1) + "\n")
+        return
+    if given.fitted:
+        found = {}
+        for name in given.models:
+            found[name] = fitted(name, given.captions, given.seeds)
+            if given.out is not None:
+                data = {"captions": given.captions, "seeds": given.seeds, "models": found}
+                given.out.write_text(json.dumps(data, indent=1) + "\n")
         return
     results: dict[str, Any] = {
         "settings": {"captions": given.captions, "seeds": given.seeds, "steps": given.steps, "backend": given.backend},
