@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import tiny_pipelines
+from tgate_compile import Fora, Schedule, save_schedule
 from tgate_compile._cli import loading
 from tgate_compile._cli.app import app
 
@@ -60,6 +61,8 @@ def test_one_model_that_fails_is_an_error(tmp_path: Path) -> None:
         (["-p", "red cat", "--prompts", "a.txt"], "not both"),
         (["--prompts", "none.txt"], "No such file"),
         (["-o", "pyproject.toml/folder"], "Cannot write to the folder"),
+        (["--method", "tea_cache"], "--method: expected one of tgate, "),
+        (["--schedule", "none.json"], "No such file"),
     ],
 )
 def test_errors_come_before_a_model_is_loaded(
@@ -72,9 +75,14 @@ def test_errors_come_before_a_model_is_loaded(
 
 
 def test_the_table_is_printed(model: str, tmp_path: Path) -> None:
-    result = run(
-        app, ["compare", "-m", model, "-p", "red cat", "--steps", "2", "--gate-step", "1", "-o", str(tmp_path)]
-    )
+    """Methods are chosen by name, and from a schedule file; they are in the order of the tables."""
+    save_schedule(Schedule.of(Fora(2)), tmp_path / "mine.json")
+    chosen = ["--method", "fewer_steps", "--method", "adaptive_guidance", "--schedule", str(tmp_path / "mine.json")]
+    given = ["-p", "red cat", "--steps", "2", "--gate-step", "1", "-o", str(tmp_path)]
+    result = run(app, ["compare", "-m", model, *chosen, *given])
     assert result.exit_code == 0, result.output
-    for shown in ("T-GATE v1", "Adaptive Guidance: This model runs without", "comparison.html"):
+    for shown in ("mine", "Adaptive Guidance: This model runs without", "comparison.html"):
         assert shown in result.stdout.replace("\n", " ")
+    (compared,) = json.loads((tmp_path / "comparison.json").read_text())["models"]
+    assert [method["title"] for method in compared["methods"]] == ["plain", "Adaptive Guidance", "mine", "fewer steps"]
+    assert compared["methods"][2]["strip"] == "fh"

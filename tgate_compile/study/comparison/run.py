@@ -134,7 +134,12 @@ class _Runner:
     macs: float | None
     peak: int | None = None
     runs: list[Timed] = field(default_factory=list)
-    of_prompts: list[float] = field(default_factory=list)  # the operations of each prompt's image
+    of_prompts: list[float] = field(default_factory=list)  # the operations of each prompt's image, if they differ
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the method decides at run time, so that its operations depend on the prompt."""
+        return self.method.schedule is not None and self.method.schedule.rule is not None
 
 
 def compare_model(
@@ -185,8 +190,8 @@ class _Comparing:
                 runner = runners[(index + turn) % len(runners)]
                 prompt = index % len(task.prompts)
                 runner.runs.append(self._generate(runner.pipe, runner.method, prompt, runner.steps))
-                if runner.cost is not None and index < len(task.prompts):
-                    runner.of_prompts.append(cost_of_last(runner.pipe).macs)  # decisions depend on the prompt
+                if runner.is_decided and index < len(task.prompts):
+                    runner.of_prompts.append(cost_of_last(runner.pipe).macs)
         by_key = {runner.method.key: runner for runner in runners}
         figures = ModelFigures(
             name=self._name,
