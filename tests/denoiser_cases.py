@@ -281,10 +281,7 @@ def _of_both(*places: str, blocks: Sequence[int] = (0,)) -> tuple[str, ...]:
     return tuple(path.replace("base_", part) for path in paths for part in ("base_", "ctrl_"))
 
 
-_UNET_LCM = (
-    *_UNET,
-    *(f"up_blocks.1.attentions.{number}.transformer_blocks.0.attn2" for number in (0, 1)),
-)
+_UNET_LCM = (*_UNET, *(f"up_blocks.1.attentions.{number}.transformer_blocks.0.attn2" for number in (0, 1)))
 _CROSS_ATTN = ("transformer_blocks.0.cross_attn", "transformer_blocks.1.cross_attn")
 
 #: Pipelines whose denoiser no other test runs, and further siblings.
@@ -370,12 +367,7 @@ SIBLINGS |= {
     "CosmosVideoToWorldPipeline": Case(tiny_gated.cosmos_video, tiny_gated.cosmos_video_call, _TRANSFORMER_BLOCKS),
     "LatentConsistencyModelImg2ImgPipeline": Case(
         lambda: latent_consistency("LatentConsistencyModelImg2ImgPipeline"),
-        lambda batch: {
-            "prompt": tiny_siblings.PROMPTS[:batch],
-            "image": image(batch),
-            "strength": 1.0,
-            "guidance_scale": 1.5,
-        },
+        lambda batch: {"prompt": tiny_siblings.PROMPTS[:batch], "image": image(batch), "strength": 1.0},
         _UNET_LCM,
         denoisers=("unet",),
         strip="fffppp",
