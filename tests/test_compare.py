@@ -453,7 +453,7 @@ def test_a_page_with_every_method_can_be_read(crowded: Any) -> None:
     )
     colours = dict(of_page(crowded, steps))
     assert len({colours[letter] for letter in "fpdhkb"}) == 6
-    for width, least in ((1280, 110), (390, 80)):
+    for width, least in ((1280, 100), (390, 80)):
         show_at(crowded, width, 844)
         assert of_page(crowded, "document.documentElement.scrollWidth") <= width
         assert min(of_page(crowded, shots)) >= least
