@@ -23,7 +23,7 @@ from tgate_compile.study.analysis.measures import Collected, Curve, NullText, Ta
 from tgate_compile.study.analysis.result import Analysis, Trajectories
 from tgate_compile.study.tuning.measure import MSG_NOT_FINITE, final_latents, relative_distances, silent
 from tgate_compile.study.tuning.plans import grid_of
-from tgate_compile.study.tuning.recorder import Recorder
+from tgate_compile.study.tuning.recorder import Graphs, Recorder
 from tgate_compile.study.tuning.request import Runs, setting_of
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Run:
         self._progress = progress
         self._calls = [(call, seed) for call in runs.calls(pipe) for seed in runs.seeds]
         self._collected = Collected()
+        self._graphs: Graphs = {}
         self._drifts = Tallies()
         self._pictures: dict[str, Image] = {}
         self._remarks: list[str] = []
@@ -123,7 +124,7 @@ class Run:
         bound = inspect.signature(type(self._pipe).__call__).bind_partial(self._pipe, **call)
         bound.apply_defaults()
         guided = guidance_of(self._pipe, bound.arguments)
-        recorder = Recorder(self._pipe, guided, kinds=self._kinds, halves=True)
+        recorder = Recorder(self._pipe, guided, kinds=self._kinds, halves=True, graphs=self._graphs)
         null_text = NullText(self._pipe, guided)
         with recorder.recording(self._denoisers), null_text.learning(self._denoisers):
             plain = final_latents(self._pipe, call, seed)

@@ -37,7 +37,7 @@ from tgate_compile.pipeline.facts import guidance_of
 from tgate_compile.pipeline.hook import GatedDenoiser
 from tgate_compile.pipeline.modular import check_ordinary
 from tgate_compile.pipeline.optimized import required_state_of
-from tgate_compile.study.tuning.recorder import Changes, Convergence, Magnitudes, Recorder
+from tgate_compile.study.tuning.recorder import Changes, Convergence, Graphs, Magnitudes, Recorder
 from tgate_compile.study.tuning.request import Runs
 
 logger = logging.getLogger(__name__)
@@ -158,12 +158,13 @@ class Bench:
         seconds: list[float] = []
         rows: dict[str, int] = defaultdict(int)
         changes: dict[int, list[float]] = defaultdict(list)
-        num_steps = 0
+        num_steps, graphs = 0, Graphs()
         for call, seed in self._runs:
             recorder = Recorder(
                 self._pipe,
                 lambda: bool(getattr(self._pipe, "do_classifier_free_guidance", False)),
                 kinds=frozenset({"cross"}) if changes_too else frozenset(),
+                graphs=graphs,
             )
             with recorder.recording(self._denoisers):
                 result, took = self._run({**call, **override}, seed)

@@ -117,6 +117,7 @@ class Recorder:
         guided: called at each denoiser call; returns whether guidance is on.
         kinds: kinds of attention to record.
         halves: whether to record the guidance halves separately.
+        graphs: graphs that earlier recorders have captured for the same denoisers, and to which this one adds its own.
 
     Attributes:
         rows: sum of the batch sizes of all calls, by denoiser.
@@ -133,9 +134,11 @@ class Recorder:
         *,
         kinds: Collection[Kind] = frozenset({"cross"}),
         halves: bool = False,
+        graphs: Graphs | None = None,
     ) -> None:
         self._calls = DenoiserCalls(pipe, guided)
         self._kinds = frozenset(kinds)
+        self._graphs: Graphs = {} if graphs is None else graphs
         self._separate_halves = halves
         self._step = -1
         self._halves: tuple[Half, ...] = ()
@@ -165,7 +168,8 @@ class Recorder:
                 modules = [] if is_joint else denoiser.named_modules()
                 attentions = [(path, module) for path, module in modules if hasattr(module, "to_k")]
                 kinds = self._kinds & CROSS if is_joint else self._kinds
-                graphs = None if attentions or not kinds else _Graphs(denoiser, kinds)
+                is_hooked = bool(attentions) or not kinds
+                graphs = None if is_hooked else self._graphs.setdefault(name, _Graphs(denoiser, kinds))
                 hook = self._on_call(name, graphs)
                 stack.enter_context(removed(denoiser.register_forward_pre_hook(hook, with_kwargs=True)))
                 for path, module in attentions:
@@ -410,6 +414,10 @@ class _Graphs:
             self._capturing = False
         self._ready[call.key] = captured, specialize(captured, Phase(guided=False, emit=self._kinds))
         return self._ready[call.key]
+
+
+#: The graphs of recorders, by the name of the denoiser.
+Graphs = dict[str, _Graphs]
 
 
 def kind_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kind:
