@@ -67,6 +67,7 @@ ONE_MEANING = {
     "--gate-step": "the gate step; `auto` where a model is loaded and one schedule is used",
     "--schedule": "a schedule file; several times where schedules are compared",
     "--backend": "the backend; several times in `bench`",
+    "--method": "a caching method by its name; `compare` has more than `bench`",
     "--guidance": "the guidance scale; `strip` has no model whose own it would be",
     "--scheduler": "the scheduler; `run` has fewer",
     "--binding-times": "splitting by binding time; `report` counts the parts",

@@ -177,7 +177,9 @@ def test_a_method_that_fails_is_listed() -> None:
     )
     assert "unknown" in str(method_of(model, "fewer_steps").why_not)
     page = page_of(Comparison("command", {"device": "cpu"}, (model,), {"lcm": pictures}))
-    assert page.count("but got &#39;abacus&#39;.") == 5
+    failed = [method for method in model.methods if "abacus" in str(method.why_not)]
+    assert len(failed) == 2
+    assert page.count("but got &#39;abacus&#39;.") == len(failed)
 
 
 @pytest.mark.heavy
