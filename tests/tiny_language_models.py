@@ -67,33 +67,33 @@ def _language(dim: int, layers: int = 2) -> dict[str, Any]:
     }
 
 
+_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_DIM}
+
+
+def _vision_tokens() -> dict[str, Any]:
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {f"vision_{side}_token_id": f"vision_{side}" for side in ("start", "end")}
+    return {name: words().convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
+
+
 @functools.cache
 def qwen_2_5() -> Any:
-    ids = words().convert_tokens_to_ids
     config = transformers.Qwen2_5_VLConfig(
         text_config={
             **_language(TEXT_DIM),
             "rope_parameters": {"type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
         },
         vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": TEXT_DIM,
+            **_VISION,
             "fullatt_block_indexes": [0],
         },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        **_vision_tokens(),
     )
     return seeded(lambda: transformers.Qwen2_5_VLForConditionalGeneration(config), 7)
 
 
 @functools.cache
 def qwen_3() -> Any:
-    ids = words().convert_tokens_to_ids
     config = transformers.Qwen3VLConfig(
         text_config={
             **_language(TEXT_DIM),
@@ -101,19 +101,12 @@ def qwen_3() -> Any:
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
         },
         vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": TEXT_DIM,
+            **_VISION,
             "deepstack_visual_indexes": [0],
             "patch_size": 14,
             "num_position_embeddings": 16,
         },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        **_vision_tokens(),
     )
     return seeded(lambda: transformers.Qwen3VLForConditionalGeneration(config), 7)
 
