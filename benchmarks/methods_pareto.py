@@ -108,10 +108,15 @@ class Contender:
     like: str | None = None
 
 
+def plain_ones(steps: int) -> list[Contender]:
+    """Return the plain pipeline, also in fewer steps."""
+    fewer = sorted({round(share * steps) for share in FEWER}, reverse=True)
+    return [Contender("plain", "plain"), *(Contender(f"steps {n}", "fewer steps", steps=n) for n in fewer)]
+
+
 def contenders(model: str, steps: int, blocks: int, ratios: tuple[float, ...]) -> list[Contender]:
     """Return the contenders for a model with so many transformer blocks (0: a UNet)."""
-    found = [Contender("plain", "plain")]
-    found += [Contender(f"steps {n}", "fewer steps", steps=n) for n in sorted({round(f * steps) for f in FEWER})[::-1]]
+    found = plain_ones(steps)
 
     def add(group: str, *schedules: Method | Schedule) -> None:
         for each in schedules:
@@ -383,8 +388,7 @@ def searched(name: str, steps: int, budget: float) -> list[Contender]:
 def deciding(name: str, steps: int, ratios: tuple[float, ...]) -> tuple[list[Contender], dict[str, Any]]:
     """Return the methods that decide at run time, with MagCache to compare, and the fit of TeaCache's polynomial."""
     unfitted = (1.0, 0.0)
-    found: list[Contender] = [Contender("plain", "plain")]
-    found += [Contender(f"steps {n}", "fewer steps", steps=n) for n in sorted({round(f * steps) for f in FEWER})[::-1]]
+    found = plain_ones(steps)
     pipe, demo = tgate_compile.load_demo_pipeline(name), DEMO_VARIANTS[name]
     call = {**demo.call, "guidance_scale": demo.guidance}
     fit = fit_tea_cache(pipe, FitRuns(captions_of(6, 9), steps, (5,), call, "decided"))
