@@ -78,7 +78,7 @@ from tgate_compile.methods.tea_cache import threshold_for
 from tgate_compile.study.bench.measure import cost_of_last
 from tgate_compile.study.evaluation.features import Statistics, frechet_distance
 from tgate_compile.study.evaluation.measure import right
-from tgate_compile.study.tuning.measure import fit_tea_cache
+from tgate_compile.study.tuning.calibrate import fit_tea_cache
 from tgate_compile.study.tuning.request import Runs as FitRuns
 
 FEWER = (0.8, 0.6, 0.5, 0.4, 0.3)

@@ -37,7 +37,7 @@ from tgate_compile import (
 from tgate_compile._cli.app import app
 from tgate_compile.methods.decisions import Decider
 from tgate_compile.methods.tea_cache import fit_polynomial, skipped_share, threshold_for
-from tgate_compile.study.tuning.measure import fit_tea_cache
+from tgate_compile.study.tuning.calibrate import fit_tea_cache
 from tgate_compile.study.tuning.request import Runs
 
 SWEEP = pytest.mark.sweep

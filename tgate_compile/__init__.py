@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from tgate_compile.study.evaluation.result import Evaluation as Evaluation
     from tgate_compile.study.evaluation.result import EvaluationRow as EvaluationRow
     from tgate_compile.study.figures import strip_picture as strip_picture
-    from tgate_compile.study.tuning.measure import calibrate_mag_cache as calibrate_mag_cache
-    from tgate_compile.study.tuning.measure import calibrate_tea_cache as calibrate_tea_cache
+    from tgate_compile.study.tuning.calibrate import calibrate_mag_cache as calibrate_mag_cache
+    from tgate_compile.study.tuning.calibrate import calibrate_tea_cache as calibrate_tea_cache
     from tgate_compile.study.tuning.result import Tuning as Tuning
     from tgate_compile.study.tuning.result import TuningRow as TuningRow
     from tgate_compile.study.tuning.search import tune as tune
@@ -119,8 +119,8 @@ _HOMES = {
     "Tuning": "study.tuning.result",
     "TuningRow": "study.tuning.result",
     "tune": "study.tuning.search",
-    "calibrate_mag_cache": "study.tuning.measure",
-    "calibrate_tea_cache": "study.tuning.measure",
+    "calibrate_mag_cache": "study.tuning.calibrate",
+    "calibrate_tea_cache": "study.tuning.calibrate",
 }
 
 _SUBPACKAGES = ("exports", "methods", "passes", "runtime")

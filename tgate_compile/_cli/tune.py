@@ -20,7 +20,7 @@ from tgate_compile.study.figures import check_figure
 from tgate_compile.study.tuning import DEFAULT_TOLERANCE
 
 if TYPE_CHECKING:
-    from tgate_compile.study.tuning.measure import TeaCacheFit
+    from tgate_compile.study.tuning.calibrate import TeaCacheFit
     from tgate_compile.study.tuning.result import Tuning, TuningRow
 
 _EMBEDDED_PROMPTS = 4
@@ -104,7 +104,7 @@ def tune(
         if magcache:
             method = tgate_compile.calibrate_mag_cache(loaded.pipe, texts, **common, progress=update)
         elif teacache:
-            from tgate_compile.study.tuning.measure import fit_tea_cache
+            from tgate_compile.study.tuning.calibrate import fit_tea_cache
             from tgate_compile.study.tuning.request import Runs
 
             runs = Runs(texts, **common, verb="tune")

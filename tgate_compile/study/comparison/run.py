@@ -43,7 +43,8 @@ from tgate_compile.study.bench.methods import (
 )
 from tgate_compile.study.comparison.result import ImageFigures, MethodFigures, ModelFigures, Pictures
 from tgate_compile.study.evaluation.result import decibels
-from tgate_compile.study.tuning.measure import calibrate_mag_cache, calibrate_tea_cache, relative_distances
+from tgate_compile.study.tuning.calibrate import calibrate_mag_cache, calibrate_tea_cache
+from tgate_compile.study.tuning.measure import relative_distances
 from tgate_compile.study.tuning.recorder import Convergence, Recorder
 from tgate_compile.study.tuning.request import setting_of
 
