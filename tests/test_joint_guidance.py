@@ -187,3 +187,14 @@ def test_guidance_ends_by_likeness(name: str) -> None:
     tgate_compile.optimize(pipe, tgate_compile.AdaptiveGuidance(similarity=threshold), backend="eager")
     run(pipe, **call)
     assert tgate_compile.describe(pipe).strip == "F" * guided + "f" * (STEPS - guided)
+
+
+def test_a_table_that_the_first_call_computes() -> None:
+    """A plain object in this denoiser keeps the rotary embeddings of its first call, which is a trace here."""
+    case = JOINT["BriaFibo2Pipeline"]
+    call = case.call(1)
+    plain = run(case.build(), **call)
+    pipe = optimized(case.build(), STEPS)
+    assert torch.equal(run(pipe, **call), plain)
+    tgate_compile.restore(pipe)
+    assert torch.equal(run(pipe, **call), plain)

@@ -24,6 +24,7 @@ from torch.fx import config as fx_config
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from tgate_compile.engine.call import ByValue, Call, closed, forward_of, is_opened
 from tgate_compile.engine.halves import named_leaves
@@ -45,6 +46,8 @@ _READ: Mapping[str, Mapping[str, ByValue]] = {
     "OmniGenTransformer2DModel": {"position_ids": "values", "attention_mask": "values"},
     "QwenImage21Transformer2DModel": {"img_mask": "values", "encoder_hidden_states_mask": "values"},
 }
+
+_MISSING = object()
 
 MSG_OTHER_READINGS = (
     "its code reads values from inputs that are not known to be read, or reads other values during tracing than in a "
@@ -74,18 +77,31 @@ def traced(
     args, kwargs = call.opened_arguments
     with torch.no_grad():
         known = _with_closed(_with_known_readings(denoiser, forward, call), kwargs)
-    # torch.export changes the graph several times, and would generate its Python code anew each time.
-    lazily = _use_lazy_graph_module(True)
-    try:
-        with forward_of(denoiser, known), without_stack_traces(), lazily, torch.no_grad():
-            program = torch.export.export(
+
+    def export() -> ExportedProgram:
+        with forward_of(denoiser, known), without_stack_traces(), torch.no_grad():
+            return torch.export.export(
                 denoiser,
                 args,
                 kwargs,
                 strict=False,
                 dynamic_shapes=shapes,  # type: ignore[arg-type]  # accepted, but missing in the annotation
             )
+
+    before = _attributes(denoiser)
+    # torch.export changes the graph several times, and would generate its Python code anew each time.
+    lazily = _use_lazy_graph_module(True)
+    try:
+        with lazily:
+            try:
+                program = export()
+            except Exception:
+                if not _put_back(before):
+                    raise
+                _run(forward, call)  # keeps real tensors
+                program = export()
     finally:
+        _put_back(before)
         _clear_function_caches(denoiser)
     inline_disabled_autocast(program.graph_module)
     program = functional(program)
@@ -111,6 +127,39 @@ def _clear_function_caches(denoiser: torch.nn.Module) -> None:
             clear = getattr(method, "cache_clear", None)
             if callable(clear):
                 clear()
+
+
+def _attributes(denoiser: torch.nn.Module) -> list[tuple[Any, dict[str, Any]]]:
+    """Return the modules of `denoiser`, and the plain objects that they hold, with the attributes of each."""
+    found: dict[int, Any] = {}
+    for module in denoiser.modules():
+        found[id(module)] = module
+        for value in vars(module).values():
+            if hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, torch.nn.Module, type)):
+                found[id(value)] = value
+    return [(holder, dict(vars(holder))) for holder in found.values()]
+
+
+def _put_back(before: Iterable[tuple[Any, dict[str, Any]]]) -> bool:
+    """Put back the attributes in which a trace has left tensors without data; return whether there were any.
+
+    Some code computes a table, such as that of rotary embeddings, in its first call, and keeps it for later calls. If
+    that call is a trace, the table has no data.
+    """
+    is_changed = False
+    for holder, attributes in before:
+        for name, value in list(vars(holder).items()):
+            if value is not attributes.get(name, _MISSING) and _is_of_trace(value):
+                is_changed = True
+                if name in attributes:
+                    vars(holder)[name] = attributes[name]
+                else:
+                    del vars(holder)[name]
+    return is_changed
+
+
+def _is_of_trace(value: Any) -> bool:
+    return any(isinstance(leaf, (FakeTensor, FunctionalTensor)) for leaf in tree_leaves(value))
 
 
 def _with_closed(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
@@ -167,11 +216,16 @@ def _lists_read_by(reader: _Reader) -> Iterator[None]:
 
 
 def _recorded(forward: Callable[..., Any], call: Call) -> list[tuple[str, Any]]:
-    args, kwargs = call.arguments
     reader = _Reader()
-    with reader, torch.no_grad(), torch.random.fork_rng():
-        forward(*args, **kwargs)
+    with reader:
+        _run(forward, call)
     return reader.readings
+
+
+def _run(forward: Callable[..., Any], call: Call) -> None:
+    args, kwargs = call.arguments
+    with torch.no_grad(), torch.random.fork_rng():
+        forward(*args, **kwargs)
 
 
 class _Reader(TorchFunctionMode):
