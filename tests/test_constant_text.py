@@ -16,7 +16,15 @@ from tests.test_static_methods import skipping
 from tests.tiny_denoisers import first_call
 from tests.tiny_joint import JOINT
 from tests.tiny_transformers import TOKENS
-from tgate_compile import AdaptiveGuidance, FrozenText
+from tgate_compile import (
+    AdaptiveGuidance,
+    BlockCache,
+    CaptureError,
+    FirstBlockCache,
+    FrozenText,
+    Method,
+    TGate,
+)
 from tgate_compile.engine.call import Call
 from tgate_compile.engine.capture import capture
 from tgate_compile.engine.compiled import CachedValues, inputs_for, tensors_of
@@ -164,8 +172,27 @@ def test_qwen_image_2_1_with_its_cache() -> None:
     case = JOINT["QwenImage21Pipeline"]
     pipe, call = case.build(), case.call(1)
     plain = run(pipe, **call)
-    tgate_compile.optimize(pipe, AdaptiveGuidance(STEPS), backend="eager")
-    assert torch.equal(run(pipe, **call), plain)
+
+    def images(method: Method) -> tuple[torch.Tensor, str]:
+        tgate_compile.optimize(pipe, method, backend="eager")
+        try:
+            return run(pipe, **call), tgate_compile.describe(pipe).strip
+        finally:
+            tgate_compile.restore(pipe)
+
+    assert torch.equal(images(AdaptiveGuidance(STEPS))[0], plain)
+    frozen, strip = images(FrozenText(2))
+    assert torch.equal(frozen, plain)
+    assert strip == "FFP"
+    skipped, strip = images(BlockCache(2, warm_up=2))
+    assert_differ(skipped, plain)
+    assert strip == "FFK"
+    without_guidance, _ = images(AdaptiveGuidance(2))
+    assert_differ(without_guidance, plain)
+    assert_same(images(TGate(2))[0], without_guidance)
+    for method in (FrozenText(1), FirstBlockCache(0.1)):
+        with pytest.raises(CaptureError, match="fills a cache of keys and values in this step"):
+            images(method)
 
 
 @pytest.mark.heavy

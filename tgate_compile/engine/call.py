@@ -67,6 +67,11 @@ class Call:
         return args, kwargs
 
     @property
+    def fills_cache(self) -> bool:
+        """Whether the call fills a cache of keys and values, which no graph can do."""
+        return any(_is_cache(type(leaf)) for leaf in self.leaves)
+
+    @property
     def key(self) -> Hashable:
         """The properties that a captured graph depends on: structure, shapes, dtypes, devices and constant values.
 
@@ -113,12 +118,16 @@ pytree.register_pytree_node(
 )
 
 
+def _is_cache(kind: type) -> bool:
+    return kind.__module__.startswith("diffusers.") and kind.__name__.endswith(("KVCache", "KVLayerCache"))
+
+
 def _opened(value: Any) -> Any:
     """Return the contents of a cache of keys and values, unless a call fills it; any other value unchanged."""
     if isinstance(value, list):
         return [_opened(item) for item in value]
     kind = type(value)
-    if not (kind.__module__.startswith("diffusers.") and kind.__name__.endswith(("KVCache", "KVLayerCache"))):
+    if not _is_cache(kind):
         return value
     attributes = {name: _opened(item) for name, item in vars(value).items()}
     return value if "write" in pytree.tree_leaves(attributes) else _Contents(kind, attributes)

@@ -23,7 +23,7 @@ from tgate_compile.methods.method import REFERENCE, Half, Phase
 from tgate_compile.methods.schedule import Schedule
 from tgate_compile.pipeline.caches import Caches, CacheSizes, Estimates
 from tgate_compile.pipeline.decisions import Decisions, parts_of, strip_of
-from tgate_compile.pipeline.loop import RETURNS_OTHERS, Loop, Previewed, Uncaptured
+from tgate_compile.pipeline.loop import MSG_FILLS_CACHE, RETURNS_OTHERS, Loop, Previewed, Uncaptured
 from tgate_compile.pipeline.progress import Plan, Progress, check_autocast, check_gradients, with_tensor_timestep
 from tgate_compile.pipeline.two_halves import (
     MSG_NEVER_GUIDED,
@@ -465,10 +465,13 @@ class Generation:
         """Run the graph of the phase `graph`, or the denoiser itself if it cannot be captured and need not be.
 
         It need not be if the graph neither caches nor reuses anything, so that only guidance is dropped, or if the
-        step's own `phase` caches references whose place is not known yet.
+        step's own `phase` caches references whose place is not known yet, or if it fills a cache of the pipeline's.
         """
-        if not self._references.knows(call) and not (phase.emit | phase.merge | phase.needed) - REFERENCE:
-            compiled: Runnable = Uncaptured(self._forward)
+        cached = phase.emit | phase.merge | phase.needed
+        compiled: Runnable = Uncaptured(self._forward)
+        if call.fills_cache and (cached or self._store.folder is not None):
+            raise CaptureError(MSG_FILLS_CACHE.format(model=type(self._store.denoiser).__name__))
+        if call.fills_cache or (not self._references.knows(call) and not cached - REFERENCE):
             return compiled, compiled.run(call, caches, self.early)
         self.early.prepare((graph, call.key))
         try:
@@ -479,7 +482,6 @@ class Generation:
             if served.emit | served.merge | served.needed or self._store.folder is not None:
                 raise
             self._loop.note_uncaptured(error)
-            compiled = Uncaptured(self._forward)
         return compiled, compiled.run(call, caches, self.early)
 
     def _compare_halves(self, sample: torch.Size | None) -> None:

@@ -179,6 +179,13 @@ def is_callback(name: str, value: Any) -> bool:
 #: torch.export's words for a result that is not made of tensors, such as a cache of the model's own.
 RETURNS_OTHERS = "in output, which is not a known type"
 
+MSG_FILLS_CACHE = (
+    "{model} fills a cache of keys and values in this step, which no graph can do, so that the step cannot compute "
+    "cached values of tgate_compile as well. Compute them in a later step (gate_step=2 or later; warm_up=2 for methods "
+    "that skip blocks or attentions; methods that decide at run time cannot wait), or switch the pipeline's own cache "
+    "off, as with use_kv_cache=False in Qwen-Image 2.1."
+)
+
 
 class Uncaptured:
     """The denoiser itself, for a phase that needs no graph since it caches nothing.
