@@ -11,7 +11,7 @@ import torch
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from tgate_compile._errors import VerificationError
+from tgate_compile._errors import UnsupportedModelError, VerificationError
 from tgate_compile.methods.method import Kind, Phase
 from tgate_compile.passes.attention_core import attention_cores
 from tgate_compile.passes.find_sites import depends_on
@@ -53,10 +53,22 @@ def emit(graph_module: torch.fx.GraphModule, emissions: Iterable[Emission]) -> P
                 value = add_call(graph, aten.sub.Tensor, value, _in_dtype(graph, base, emission.site.dtype))
             if emission.site.batch != 0:
                 value = add_call(graph, aten.movedim.int, value, emission.site.batch, 0)
-            result = value if emission.anchor is None else _merged(graph, value, emission.anchor)
-            emitted.append(_cast(graph, _without_base(graph, result, emission.site), emission))
+            if emission.anchor is not None:
+                _check_halves(value, emission.site)
+                value = _merged(graph, value, emission.anchor)
+            emitted.append(_cast(graph, _without_base(graph, value, emission.site), emission))
     output.args = ((*outputs_of(graph), *emitted),)
     return PassResult(len(emitted))
+
+
+def _check_halves(value: Node, site: Site) -> None:
+    rows = value.meta["val"].shape[0]
+    if isinstance(rows, int) and rows % 2:
+        raise UnsupportedModelError(
+            f"The attention {site.name} is computed for each row of the batch apart ({rows} row in its value), so "
+            "that the values of the guidance halves cannot be reduced to one when guidance ends. Freeze the text alone "
+            "(FrozenText(step)), which keeps guidance, or end guidance alone (AdaptiveGuidance(step))."
+        )
 
 
 def _merged(graph: torch.fx.Graph, value: Node, anchor: float) -> Node:

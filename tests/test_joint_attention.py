@@ -394,3 +394,17 @@ def test_further_pipelines(name: str) -> None:
     assert_same(denoised(pipe, **call), expected)
     assert tgate_compile.describe(pipe).strip == ("fpp" if joint.guidance == "none" else "Fpp")
     assert_differ(expected, plain)
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning")
+def test_attention_of_each_row_apart() -> None:
+    """Mochi's attentions take one row of the batch at a time, so that a half of the guidance has sites of its own."""
+    case = EVERY["MochiPipeline"]
+    pipe = tgate_compile.optimize(case.build(), 2, backend="eager")
+    with pytest.raises(UnsupportedModelError, match="is computed for each row of the batch apart"):
+        denoised(pipe, **case.call(1))
+    tgate_compile.restore(pipe)
+    tgate_compile.optimize(pipe, FrozenText(2), backend="eager")
+    denoised(pipe, **case.call(1))
+    assert tgate_compile.describe(pipe).strip == "FFP"
