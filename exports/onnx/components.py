@@ -25,6 +25,7 @@ from tgate_compile.exports.onnx.convert import program_to_onnx
 from tgate_compile.exports.onnx.open import check_onnx_file
 from tgate_compile.exports.onnx.quantize import check_model, save_model
 from tgate_compile.exports.onnx.session import open_session, run_bound, session_options
+from tgate_compile.passes.graphs import functional
 
 
 class TextEncoding(torch.nn.Module):
@@ -85,7 +86,7 @@ def write_component(
     free = tuple({i: Dim.DYNAMIC for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
     try:
         with without_stack_traces(), torch.no_grad():
-            program = torch.export.export(module, tuple(examples[0]), dynamic_shapes=free)
+            program = functional(torch.export.export(module, tuple(examples[0]), dynamic_shapes=free))
         graph = program_to_onnx(program, list(program.state_dict))
     except Exception as error:  # torch.export and torch.onnx raise errors of any class
         raise BundleError(

@@ -5,18 +5,23 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import operator
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from tgate_compile._errors import UnsupportedModelError, check_installed
 from tgate_compile.engine.disk import kept, versions_of
-from tgate_compile.passes.graphs import Variant, copy_graph, flat_program
+from tgate_compile.passes.graphs import Variant, copy_graph, flat_program, operand, shape_of
 from tgate_compile.passes.legalize import expand_masks, promote_concatenated
 from tgate_compile.passes.lower_complex import lower_complex
 from tgate_compile.passes.specialize import remove_dead
@@ -89,6 +94,7 @@ def optimize_onnx(model: onnx_ir.Model) -> None:
 
 
 logger = logging.getLogger(__name__)
+aten = torch.ops.aten
 
 
 #: This opset has the operators GroupNormalization and Attention: fewer nodes, and faster in ONNX Runtime.
@@ -229,13 +235,21 @@ def program_to_onnx(program: torch.export.ExportedProgram, weights: Sequence[str
 
 
 def _exported(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
-    if not torch.__version__.startswith(CHECKED_TORCH):
+    decomposed = copy_graph(program.graph_module)
+    if not torch.__version__.startswith(CHECKED_TORCH) or not _decompose(decomposed):
         exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
         assert exported is not None
         return exported
-    from torch.onnx._internal.exporter import _core
+    from onnxscript.version_converter import convert_version
+    from torch.onnx._internal.exporter import _core, _fx_passes
 
-    return _core.export(program, registry=_operators(), opset_version=OPSET, optimize=False, verbose=False)
+    with _sizes_may_be_one():
+        _fx_passes.insert_type_promotion_nodes(decomposed)
+    for node in decomposed.graph.nodes:
+        node.meta.setdefault("nn_module_stack", {})  # the exporter warns of nodes without it
+    exported = _core._exported_program_to_onnx_program(flat_program(program, decomposed), registry=_operators())
+    convert_version(exported.model, OPSET)
+    return exported
 
 
 @functools.cache
@@ -244,6 +258,97 @@ def _operators() -> Any:
     from torch.onnx._internal.exporter import _registration
 
     return _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return the exporter's decompositions of operators that ONNX has no function for."""
+    from torch.onnx._internal.exporter import _decomp
+
+    known = set(_decomp.get_onnx_implemented_overloads(_operators()))
+    return _decomp.create_onnx_friendly_decomposition_table(known)
+
+
+@functools.cache
+def _is_composite(target: Any) -> bool:
+    """Return whether `run_decompositions`, as the exporter calls it, replaces the operator `target`."""
+    from torch._export.utils import _is_cia_op, _is_preservable_cia_op
+
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target in _decompositions() or (_is_cia_op(target) and not _is_preservable_cia_op(target))
+
+
+def _decompose(graph_module: torch.fx.GraphModule) -> bool:
+    """Replace operators that are made of others; return whether ONNX has functions for all that are left.
+
+    The exporter itself calls `run_decompositions`, which traces the whole graph again and takes most of a conversion's
+    time. Only few operators are replaced, and only these are traced here.
+    """
+    from torch.onnx._internal.exporter import _fx_passes
+
+    _fx_passes.remove_assertion_nodes(graph_module)
+    graph = graph_module.graph
+    sizes: dict[object, Node] = {}  # the first node of each symbolic size
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            sizes.setdefault(value.node.expr, node)
+        parts = _parts_of(node) if node.op == "call_function" and _is_composite(node.target) else None
+        if parts is None:
+            continue
+        known = dict(zip(parts.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+        for part in parts.nodes:
+            value = part.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr in sizes:
+                known.setdefault(part, sizes[value.node.expr])
+        with graph.inserting_before(node):
+            result: Any = graph.graph_copy(parts, val_map=known)
+        uses = [(node, result)] if isinstance(result, Node) else [(use, result[use.args[1]]) for use in node.users]
+        for old, new in uses:
+            old.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
+    called = {node.target for node in graph.nodes if node.op == "call_function"}
+    return all(map(_operators().is_registered, called))
+
+
+def _parts_of(node: Node) -> torch.fx.Graph | None:
+    """Return the graph that computes `node` from its operands; None if it has tensors of its own."""
+    operands = node.all_input_nodes
+
+    def run(*values: Any) -> Any:
+        given = dict(zip(operands, values, strict=True))
+        assert isinstance(node.target, torch._ops.OpOverload)
+        return node.target(*map_arg(node.args, given.__getitem__), **map_arg(node.kwargs, given.__getitem__))
+
+    fake_mode = detect_fake_mode(node.meta["val"])
+    assert fake_mode is not None
+    with _sizes_may_be_one(), fake_mode:
+        parts = make_fx(run, decomposition_table=_decompositions())(*(each.meta["val"] for each in operands)).graph
+    for numel in parts.find_nodes(op="call_function", target=aten.sym_numel.default):
+        with parts.inserting_before(numel):
+            numel.replace_all_uses_with(_number_of_elements(parts, operand(numel, 0)))
+    return None if parts.find_nodes(op="get_attr") else parts
+
+
+def _number_of_elements(graph: torch.fx.Graph, tensor: Node) -> Node:
+    """Insert the product of the sizes of `tensor`."""
+    product: Node | None = None
+    for dim, size in enumerate(shape_of(tensor)):
+        factor = graph.call_function(aten.sym_size.int, (tensor, dim))
+        factor.meta["val"] = size
+        if product is not None:
+            value = product.meta["val"] * size
+            factor = graph.call_function(operator.mul, (product, factor))
+            factor.meta["val"] = value
+        product = factor
+    assert product is not None, "the number of elements of a number is no symbol"
+    return product
+
+
+def _sizes_may_be_one() -> Any:
+    """Return the context in which the exporter works: one graph then serves sizes of one as well as larger ones."""
+    return torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
 
 
 def _small_numbers(model: onnx_ir.Model) -> dict[onnx_ir.Value, onnx_ir.TensorProtocol]:
