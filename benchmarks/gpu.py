@@ -209,7 +209,8 @@ class Bench:
         (plan,) = preview(pipe, self.call).values()
         compiler = backend_class(self._backend)({})
         names = []
-        for phase, call in list(dict(plan.graphs).items())[part::parts]:
+        graphs = {phase: call for step in plan.graphs for phase, call in step}
+        for phase, call in list(graphs.items())[part::parts]:
             variant, _ = hook.store.variant(phase, call, hook.own_forward)
             compiler.compile(variant, [torch.empty(0, device=self.device)])
             names.append(phase.name)

@@ -81,10 +81,10 @@ def test_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "stored", "most", "dynamic"),
     [
-        ("int8", "i8", 0.2, True),
+        ("int8", "i8", 0.06, True),
         ("int4", "i4", 0.5, False),
-        ("int8-dynamic", "i8", 0.2, True),
-        ("int8-static", "i8", 0.5, False),
+        ("int8-dynamic", "i8", 0.06, True),
+        ("int8-static", "i8", 0.1, False),
     ],
 )
 def test_weights_in_few_bits(tmp_path: Path, scheme: str, stored: str, most: float, dynamic: bool) -> None:

@@ -137,6 +137,9 @@ def _integers(model: onnx_ir.Model, value: onnx_ir.Value) -> tuple[onnx_ir.Value
 
 #: The largest integer for each number of bits. The ranges are symmetric: the smallest integer is not used.
 LARGEST = {8: 127, 4: 7}
+#: The largest weight that is multiplied as an integer. CPUs without VNNI add two products of weights with activations
+#: of up to 255 in 16 bits, which must not overflow.
+LARGEST_FACTOR = 63
 
 
 @dataclass(frozen=True)
@@ -165,11 +168,11 @@ class QuantizedTensor:
         return values * self.scales.view(_along(self.axis, values.ndim))
 
 
-def quantized_by_channel(weight: torch.Tensor, axis: int) -> QuantizedTensor:
-    """Quantize `weight` to 8 bits, with a scale for each of the channels along `axis`."""
+def quantized_by_channel(weight: torch.Tensor, axis: int, largest: int = LARGEST[8]) -> QuantizedTensor:
+    """Quantize `weight` to 8 bits or to integers up to `largest`, with a scale for each channel along `axis`."""
     flat = weight.detach().movedim(axis, 0).flatten(1)  # [channels, all others]
-    scales = _scales(flat.abs().amax(1), weight.dtype, LARGEST[8])
-    values = _rounded(weight, scales.view(_along(axis, weight.ndim)), LARGEST[8])
+    scales = _scales(flat.abs().amax(1), weight.dtype, largest)
+    values = _rounded(weight, scales.view(_along(axis, weight.ndim)), largest)
     return QuantizedTensor(values, scales, 8, axis, None)
 
 
@@ -264,7 +267,8 @@ def _axis(node: onnx_ir.Node, index: int) -> tuple[int | None, bool]:
 def _quantized(weight: torch.Tensor, use: Use, quantization: Quantization) -> QuantizedTensor:
     if quantization.scheme == "int4" and use.linear and weight.shape[0] % quantization.block == 0:
         return quantized_by_block(weight, quantization.block)
-    return quantized_by_channel(weight, use.axis)
+    multiplied = quantization.scheme == "int8-dynamic" and use.linear
+    return quantized_by_channel(weight, use.axis, LARGEST_FACTOR if multiplied else LARGEST[8])
 
 
 def _stored(
@@ -358,16 +362,14 @@ def save_static(
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=OPERATORS,
                 per_channel=True,
+                reduce_range=True,  # of the weights, as with LARGEST_FACTOR
                 weight_type=QuantType.QInt8,
-                activation_type=QuantType.QInt8 if quantizing.symmetric else QuantType.QUInt8,
+                activation_type=QuantType.QUInt8,
                 nodes_to_exclude=kept,
                 use_external_data_format=True,
                 calibrate_method=CalibrationMethod.MinMax,
-                extra_options={
-                    "ActivationSymmetric": quantizing.symmetric,
-                    "WeightSymmetric": True,
-                    "MatMulConstBOnly": True,
-                },
+                # Of signed activations, OpenVINO's convolutions make other results on CPUs without VNNI.
+                extra_options={"ActivationSymmetric": False, "WeightSymmetric": True, "MatMulConstBOnly": True},
             )
         quantized = onnx_ir.load(home / "quantized.onnx")
         for name, value in quantized.graph.initializers.items():

@@ -174,15 +174,12 @@ def write_quantized(
 ) -> dict[str, WrittenGraph]:
     """Write `graphs` as `write_graphs` does, quantized like ONNX graphs: OpenVINO's converter keeps their integers.
 
-    Activations have symmetric ranges: OpenVINO subtracts other zero points in operators of their own, in float32, which
-    takes a fifth of a step of an SD-1.5.
-
     Raises:
         BundleError: as `write_graphs`.
     """
     scratch = folder / _SCRATCH
     scratch.mkdir()
-    models = onnx_graphs.write_quantized(graphs, scratch, {}, replace(quantizing, symmetric=True), progress)
+    models = onnx_graphs.write_quantized(graphs, scratch, {}, quantizing, progress)
     return _converted(models, scratch, folder, progress)
 
 

@@ -162,12 +162,10 @@ class Quantizing:
     Attributes:
         quantization: the requested quantization.
         calibration: the inputs of all graphs in real generations, or None if the scheme does not need them.
-        symmetric: whether the calibrated ranges of activations are symmetric, so that their zero point is 0.
     """
 
     quantization: Quantization
     calibration: Calibration | None
-    symmetric: bool = False
 
     def takes(self, planned: PlannedGraph) -> bool:
         """Return whether `planned` is to be quantized."""
