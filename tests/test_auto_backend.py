@@ -91,6 +91,7 @@ def test_weights_that_change_in_every_call_are_not_compiled_again_and_again(capl
     assert torch.equal(run(pipe, steps=3), result)
 
 
+@pytest.mark.heavy
 def test_weights_that_change_now_and_then_stay_with_the_fastest_backend() -> None:
     pytest.importorskip("openvino")
     pipe = small()

@@ -167,6 +167,7 @@ def test_describing_runs_no_step_and_leaves_the_pipeline_usable() -> None:
     assert torch.equal(run(pipe, **pixart_prompt()), expected)
 
 
+@pytest.mark.heavy
 def test_the_size_of_a_call_that_would_be_large() -> None:
     pipe = tgate_compile.optimize(sdxl(), GATE, backend="eager")
     call = {"prompt": [PROMPT] * 2, "num_inference_steps": 4, "height": 64, "width": 32}

@@ -265,6 +265,7 @@ def test_parameters_in_the_papers_convention_and_in_the_graph() -> None:
     assert image_cost(TINY, Schedule(5, sp_interval=2, fi_interval=2)).parameters_at_end == gated.parameters_at_end
 
 
+@pytest.mark.heavy
 def test_size_batch_steps_and_guidance() -> None:
     schedule = Schedule(3)
     once = image_cost(TINY, schedule)

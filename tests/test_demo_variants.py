@@ -137,10 +137,10 @@ def test_it_follows_captions(name: str, plain: torch.Tensor) -> None:
     check_follows_captions(name, plain)
 
 
-# The smallest, and the one with joint attention.
+# The smallest.
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("lcm", "sd3") else pytest.param(name, marks=pytest.mark.heavy) for name in OTHERS],
+    [name if name == "lcm" else pytest.param(name, marks=pytest.mark.heavy) for name in OTHERS],
     indirect=True,
 )
 def test_gated_it_still_follows_them(name: str, pipeline: Any, plain: torch.Tensor) -> None:

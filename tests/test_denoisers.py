@@ -28,8 +28,11 @@ class Pair:
     before: dict[str, set[str]]
 
 
-#: The same denoisers as in another case, with other inputs.
+#: The same denoisers as in another case, with other inputs, or the same mechanisms.
 VARIATIONS = (
+    "AnimateDiffPipeline",
+    "LattePipeline",
+    "KolorsPipeline",
     "AnimateDiffSDXLPipeline",
     "WanImageToVideoPipeline",
     "SkyReelsV2Pipeline",

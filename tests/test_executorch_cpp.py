@@ -40,6 +40,7 @@ def test_the_loop_in_cpp(program: Path, binding_times: bool, tmp_path: Path) -> 
     assert_same_latents(program, exported_compiled("executorch", binding_times=binding_times), tmp_path)
 
 
+@pytest.mark.heavy
 def test_wrong_arguments(program: Path, tmp_path: Path) -> None:
     assert_checks_arguments(program, tmp_path)
 

@@ -84,6 +84,7 @@ def test_layers(scheme: str, convolution: bool, size: float) -> None:
     assert layers_of(program) == dict.fromkeys(["conv2d 0", "linear 1", "linear 2"], False)
 
 
+@pytest.mark.heavy
 def test_layers_that_are_kept() -> None:
     program = torch.export.export(_Layers(), (latents(0),), strict=False)
     quantized = xnnpack_integers(program, integers("int8-static", ("conv", "la*")))

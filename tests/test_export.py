@@ -328,6 +328,7 @@ def test_a_full_disk(optimized: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_dtypes_that_onnx_runtime_does_not_run(tmp_path: Path) -> None:
     pipe = plain()
     pipe.unet.to(torch.bfloat16)

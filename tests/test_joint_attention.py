@@ -368,6 +368,7 @@ def _mark(name: str) -> pytest.MarkDecorator:
     return pytest.mark.heavy if name in HEAVY else pytest.mark.sweep
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning")
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=_mark(n)) for n in FURTHER])

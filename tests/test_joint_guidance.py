@@ -29,8 +29,7 @@ GATE = 1
 #: the sweep.
 QUICK = (
     "StableDiffusion3Pipeline", "FluxKontextPipeline", "QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline",
-    "BriaFiboPipeline", "ConsisIDPipeline", "Cosmos3OmniPipeline", "JoyImageEditPlusPipeline", "LongCatImagePipeline",
-    "OmniGenPipeline",
+    "BriaFiboPipeline", "LongCatImagePipeline", "OmniGenPipeline",
 )  # fmt: skip
 
 
@@ -43,7 +42,8 @@ HEAVY = (
     "EasyAnimateInpaintPipeline", "LTX2ImageToVideoPipeline", "LTX2DFRTemporalRefinePipeline", "VisualClozePipeline",
     "StableDiffusion3InpaintPipeline", "PRXPixelPipeline", "CogVideoXFunControlPipeline", "LTX2DFRPipeline",
     "MotifVideoImage2VideoPipeline", "VisualClozeGenerationPipeline", "HunyuanVideo15ImageToVideoPipeline",
-    "BriaFiboEditPipeline", "LongCatImageEditPipeline",
+    "BriaFiboEditPipeline", "LongCatImageEditPipeline", "ConsisIDPipeline", "Cosmos3OmniPipeline",
+    "JoyImageEditPlusPipeline",
 )  # fmt: skip
 
 

@@ -225,6 +225,7 @@ def test_lengths_of_the_text(name: str) -> None:
     assert [variant.phase.name for variant, _ in store_of(pipe).variants].count("pruned") == 1
 
 
+@pytest.mark.heavy
 def test_lengths_of_the_text_in_plain_torch_compile() -> None:
     pipe = least()
     with plain_compilations(pipe.unet) as made:
@@ -255,6 +256,7 @@ def test_lengths_and_sizes() -> None:
         check_both(pipe, plain, **prompt(tokens, width=width, height=16))
 
 
+@pytest.mark.heavy
 def test_other_products_of_a_graph_with_a_free_length(tmp_path: Any) -> None:
     pipe = optimized(least())
     for tokens in (16, 32, 48):

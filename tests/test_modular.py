@@ -272,6 +272,7 @@ def test_steps_of_a_part_of_the_timesteps(call: dict[str, Any], steps: int, sche
     assert {step for step, phase in ran if phase.reuse} == set(range(max(1, round(0.5 * count)), count))
 
 
+@pytest.mark.heavy
 def test_cached_self_attention_and_deep_features() -> None:
     pipe = modular_sdxl()
     call = modular_sdxl_call(2)

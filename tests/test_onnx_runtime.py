@@ -68,8 +68,8 @@ CASES: dict[str, Any] = {
 }
 
 
-#: The cases with the most kinds of graphs, which run by default.
-QUICK = ("v2", "deepcache")
+#: The case that runs by default; the others run in OpenVINO, or with --heavy.
+QUICK = ("deepcache",)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,7 @@ def test_providers_for_gpus_use_the_gpu_of_the_pipeline_in_full_precision() -> N
     assert OnnxRuntimeBackend({"providers": ["TensorrtExecutionProvider"]}).lowered_to(second) is torch.float16
 
 
+@pytest.mark.heavy
 def test_an_open_session_does_not_need_the_memory_that_it_was_opened_with() -> None:
     """So the copies that a session for a GPU is opened with, all weights in the CPU's memory, are not kept."""
     pipe = tgate_compile.optimize(stable_diffusion(layout="small"), 2, backend="onnxruntime")

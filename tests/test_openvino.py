@@ -72,7 +72,7 @@ CASES: dict[str, Any] = {
 
 
 #: The cases with the most kinds of graphs, which run by default.
-QUICK = ("v2", "deepcache", "deepcache, fp8 caches")
+QUICK = ("v2", "deepcache")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,7 @@ def test_the_same_images(name: str) -> None:
     assert difference(result, eager) < (5e-3 if "fp8" in name else CLOSE)
 
 
+@pytest.mark.heavy
 def test_changed_weights_are_seen() -> None:
     """Even through `.data`, as in peft, which bypasses torch's version counters; without another conversion."""
     pipe = stable_diffusion(layout="small")

@@ -205,6 +205,7 @@ def test_the_denoiser_must_be_named() -> None:
         tgate_compile.optimize(pipe, denoiser="model")
 
 
+@pytest.mark.heavy
 def test_tune_and_analyze() -> None:
     pipe = built(CASES["inline, context as a dict"])
     plain = pipe(texts())

@@ -206,6 +206,7 @@ def test_in_inductor() -> None:
     assert 0 < difference(drawn(pipe, "bfloat16", "inductor"), expected) < MOST["bfloat16"]
 
 
+@pytest.mark.heavy
 def test_in_onnx_runtime() -> None:
     pytest.importorskip("onnxruntime")
     pipe = small()

@@ -40,6 +40,7 @@ def measured(quality: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.mark.heavy
 def test_each_contender_has_its_cost_and_its_quality(measured: Path) -> None:
     results = json.loads(measured.read_text())
     assert list(results["rows"]) == ["plain", "tgate 5"]

@@ -78,6 +78,7 @@ def compilations(*pipes: Any) -> int:
     return sum(store.compilations for store in stores.values())
 
 
+@pytest.mark.heavy
 def test_pipelines_of_several_kinds_in_turn() -> None:
     unet = unet_of("small")  # a ControlNet has a middle block
     gates = {"txt2img": 2, "img2img": 3, "controlnet": 1}
@@ -93,6 +94,7 @@ def test_pipelines_of_several_kinds_in_turn() -> None:
     assert tgate_compile.describe(pipes["img2img"]).gate_step == 3
 
 
+@pytest.mark.heavy
 def test_hires_fix() -> None:
     """The second pipeline refines the enlarged images of the first, each with a gate at half of its steps."""
 

@@ -661,6 +661,7 @@ def test_restore_leaves_hooks_that_were_put_on_later(sd: SimpleNamespace) -> Non
     assert torch.equal(run(pipe), sd.image)
 
 
+@pytest.mark.heavy
 def test_denoiser_changed_in_the_middle_of_an_own_loop() -> None:
     def loop(pipe: Any) -> torch.Tensor:
         unet = pipe.unet

@@ -95,6 +95,7 @@ def test_automatic_goes_on_to_the_next(caplog: pytest.LogCaptureFixture) -> None
     assert 'backend="inductor"' not in message  # no advice if there is nothing to do
 
 
+@pytest.mark.heavy
 def test_automatic_ends_at_eager(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("openvino")
     pipe = pipeline(without_onnx)

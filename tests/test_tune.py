@@ -229,6 +229,7 @@ def test_it_is_plain_again_after_an_error(runs: int, error: type[BaseException])
     assert torch.equal(latents(pipe, PROMPTS[0]), before_run)
 
 
+@pytest.mark.heavy
 def test_it_is_plain_again_afterwards_with_its_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     before_run = latents(pipe, PROMPTS[0])
@@ -284,6 +285,7 @@ def test_given_candidates_are_measured_and_no_others() -> None:
     assert row.strip == describe(pipe).strip == "FDFFpr"
 
 
+@pytest.mark.heavy
 def test_without_guidance_there_is_none_to_drop() -> None:
     pipe = tiny_pipelines.stable_diffusion(layout="small")
     tuning = tune(pipe, PROMPTS[:1], num_inference_steps=STEPS, tolerance=LOOSE, call={"guidance_scale": 1.0})
@@ -308,6 +310,7 @@ def test_if_none_is_within_the_tolerance_the_closest_is_named() -> None:
         tune(pipe, PROMPTS[:1], num_inference_steps=4, tolerance=1e-9)
 
 
+@pytest.mark.heavy
 def test_steps_that_image_to_image_leaves_out_do_not_count() -> None:
     pipe = tiny_pipelines.stable_diffusion("StableDiffusionImg2ImgPipeline", layout="small")
     call = {"image": tiny_pipelines.image(), "strength": 0.5}
@@ -363,6 +366,7 @@ def test_other_denoisers(name: str, strip: str, steps: int, changes: int, tmp_pa
         assert tuning.chosen.drift == pytest.approx(sum(drifts) / len(drifts), rel=1e-3)
 
 
+@pytest.mark.heavy
 def test_embedded_prompts_and_transformers() -> None:
     pipe = tiny_pipelines.pixart()
     tuning = tune(pipe, call=tiny_pipelines.pixart_prompt(), num_inference_steps=4, tolerance=LOOSE)

@@ -264,11 +264,16 @@ def test_other_servers_have_one_thread(tiny: Path, browser: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [
-        ("sdxl", {}),
-        ("sd", {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}),
-        ("sd3", {"gate_step": None, "guidance_step": 4}),
         ("sd3", {"gate_step": 4}),
-        ("sd3", {"schedule": FirstBlockCache(0.25)}),
+        *(
+            pytest.param(*case, marks=pytest.mark.heavy)
+            for case in (
+                ("sdxl", {}),
+                ("sd", {"gate_step": 5, "sp_interval": 2, "fi_interval": 2, "anchor_weight": 1.0}),
+                ("sd3", {"gate_step": None, "guidance_step": 4}),
+                ("sd3", {"schedule": FirstBlockCache(0.25)}),
+            )
+        ),
     ],
     ids=str,
 )

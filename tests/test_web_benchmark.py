@@ -25,6 +25,7 @@ def web() -> Any:
         yield web
 
 
+@pytest.mark.heavy
 def test_steps_bytes_and_memory(web: Any, tmp_path: Path) -> None:
     try:
         runtime = runtime_files()

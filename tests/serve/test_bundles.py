@@ -88,6 +88,7 @@ def test_steps_of_several_requests_are_run_together(bundle: Path) -> None:
         assert not engine.stats().one_at_a_time
 
 
+@pytest.mark.heavy
 def test_a_bundle_with_a_fixed_batch(caplog: pytest.LogCaptureFixture) -> None:
     fixed = program(dynamic=False, call=(("guidance_scale", 1.0),))
     with Engine.from_bundle(fixed, threads=1) as engine:
