@@ -304,16 +304,22 @@ def _decompose(graph_module: torch.fx.GraphModule) -> bool:
                 known.setdefault(part, sizes[value.node.expr])
         with graph.inserting_before(node):
             result: Any = graph.graph_copy(parts, val_map=known)
-        uses = [(node, result)] if isinstance(result, Node) else [(use, result[use.args[1]]) for use in node.users]
-        for old, new in uses:
-            old.replace_all_uses_with(new)
+        if isinstance(result, Node):
+            node.replace_all_uses_with(result)
+            continue
+        for use in list(node.users):
+            assert use.target is operator.getitem, f"{use} takes all results of {node}"
+            use.replace_all_uses_with(result[use.args[1]])
     graph.eliminate_dead_code()
     called = {node.target for node in graph.nodes if node.op == "call_function"}
     return all(map(_operators().is_registered, called))
 
 
 def _parts_of(node: Node) -> torch.fx.Graph | None:
-    """Return the graph that computes `node` from its operands; None if it has tensors of its own."""
+    """Return the graph that computes `node` from its operands.
+
+    Returns None where only the exporter itself can trace: operators that return numbers or have tensors of their own.
+    """
     operands = node.all_input_nodes
 
     def run(*values: Any) -> Any:
@@ -322,7 +328,8 @@ def _parts_of(node: Node) -> torch.fx.Graph | None:
         return node.target(*map_arg(node.args, given.__getitem__), **map_arg(node.kwargs, given.__getitem__))
 
     fake_mode = detect_fake_mode(node.meta["val"])
-    assert fake_mode is not None
+    if fake_mode is None:
+        return None
     with _sizes_may_be_one(), fake_mode:
         parts = make_fx(run, decomposition_table=_decompositions())(*(each.meta["val"] for each in operands)).graph
     for numel in parts.find_nodes(op="call_function", target=aten.sym_numel.default):
