@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 
 from tgate_compile._errors import UnsupportedModelError, check_installed
 from tgate_compile.engine.disk import kept, versions_of
-from tgate_compile.passes.graphs import Variant, copy_graph, flat_program, operand, shape_of
+from tgate_compile.passes.graphs import Variant, add_call, copy_graph, flat_program, operand, shape_of
 from tgate_compile.passes.legalize import expand_masks, promote_concatenated
 from tgate_compile.passes.lower_complex import lower_complex
 from tgate_compile.passes.specialize import remove_dead
@@ -340,17 +340,15 @@ def _parts_of(node: Node) -> torch.fx.Graph | None:
 
 def _number_of_elements(graph: torch.fx.Graph, tensor: Node) -> Node:
     """Insert the product of the sizes of `tensor`."""
-    product: Node | None = None
-    for dim, size in enumerate(shape_of(tensor)):
-        factor = graph.call_function(aten.sym_size.int, (tensor, dim))
-        factor.meta["val"] = size
-        if product is not None:
-            value = product.meta["val"] * size
-            factor = graph.call_function(operator.mul, (product, factor))
-            factor.meta["val"] = value
-        product = factor
-    assert product is not None, "the number of elements of a number is no symbol"
-    return product
+
+    def times(one: Node, other: Node) -> Node:
+        product = graph.call_function(operator.mul, (one, other))
+        product.meta["val"] = one.meta["val"] * other.meta["val"]
+        return product
+
+    return functools.reduce(
+        times, (add_call(graph, aten.sym_size.int, tensor, d) for d in range(len(shape_of(tensor))))
+    )
 
 
 def _sizes_may_be_one() -> Any:
